@@ -1,0 +1,1 @@
+"""Full-parameter fine-tuning of language models with Evolution Strategies."""

@@ -1,0 +1,1 @@
+"""Engines: generate text with given weights."""

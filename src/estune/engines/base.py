@@ -1,0 +1,47 @@
+"""What every engine speaks: prompts in, completions out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+"""Plain text, sent as it is, or a conversation, rendered by the tokenizer's chat template."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn. `temperature` 0 is greedy decoding, the paper's choice."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One generated answer.
+
+    `token_ids` holds what was generated, the end token included; `text` is the same without special tokens;
+    `finished` is False where `max_new_tokens` cut it off.
+    """
+
+    text: str
+    token_ids: list[int]
+    finished: bool
+
+
+class Engine(Protocol):
+    """Generates text with the weights it holds at that moment."""
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of each prompt, once per step rather than once per member."""
+        ...
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """One completion per prompt, in the order of the prompts."""
+        ...

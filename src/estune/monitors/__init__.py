@@ -1,0 +1,1 @@
+"""Monitors: what a run shows and writes while it goes on."""

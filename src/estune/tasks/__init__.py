@@ -1,0 +1,1 @@
+"""Tasks: data, prompt format and rewards under one name."""
