@@ -1,0 +1,266 @@
+"""The noise, compiled for the CPU, and the two passes that use it: perturb and update.
+
+Bit for bit the function of `reference.py`. Noise lives only in a scratch of 32 KiB per call: words of a chunk of
+counters first, then the transform, in loops split so that each vectorises (selects instead of branches, 32-bit
+integers). Kernels release the GIL and work on one contiguous run each; the caller spreads runs over threads.
+
+A run is elements `start .. start + array.size - 1` of a checkpoint tensor, in row-major order. float32 weights come as
+float32 arrays, bfloat16 weights as their bits in uint16 arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numba import types
+from numba.extending import overload
+
+from estune.noise import reference as ref
+
+CHUNK = 1024  # counters; the scratch for four words and four normals of each then fits the first-level cache
+
+_M0, _M1 = np.uint64(ref.PHILOX_M0), np.uint64(ref.PHILOX_M1)
+_W0, _W1 = np.uint32(ref.PHILOX_W0), np.uint32(ref.PHILOX_W1)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (np.float32(c) for c in ref.LOG)
+_S0, _S1, _S2 = (np.float32(c) for c in ref.SIN)
+_C0, _C1, _C2 = (np.float32(c) for c in ref.COS)
+_SQRT_HALF, _HALF_PI = np.float32(ref.SQRT_HALF), np.float32(ref.HALF_PI)
+_LN2_LOW, _LN2_HIGH = np.float32(ref.LN2_LOW), np.float32(ref.LN2_HIGH)
+_SCALE, _HALF, _ONE, _MINUS_TWO = np.float32(ref.TWO_POW_MINUS_24), np.float32(0.5), np.float32(1), np.float32(-2)
+
+# Fingerprint: constants of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) and its finalizer.
+_GOLDEN, _MIX0, _MIX1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+Weights = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+
+# No fastmath: contraction to fused multiply-add or reassociation would change the bits.
+_jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_jit
+def _words(seed, tensor, block, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
+    t0, t1 = np.uint32(tensor), np.uint32(tensor >> np.uint64(32))
+    seed0, seed1 = np.uint32(seed), np.uint32(seed >> np.uint64(32))
+    for j in range(w0.size):
+        counter = block + np.uint64(j)
+        c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> np.uint64(32)), t0, t1
+        k0, k1 = seed0, seed1
+        for _ in range(10):
+            p0, p1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
+            c0 = np.uint32(np.uint32(p1 >> np.uint64(32)) ^ c1 ^ k0)
+            c2 = np.uint32(np.uint32(p0 >> np.uint64(32)) ^ c3 ^ k1)
+            c1, c3 = np.uint32(p1), np.uint32(p0)
+            k0, k1 = np.uint32(k0 + _W0), np.uint32(k1 + _W1)
+        w0[j], w1[j], w2[j], w3[j] = c0, c1, c2, c3
+
+
+@_jit
+def _box_muller(a, b, mantissa, n0, n1):  # type: ignore[no-untyped-def]
+    """Turn words `a`, `b` into normals `n0`, `n1`; `mantissa` is scratch. All of one length."""
+    bits = mantissa.view(np.uint32)
+    exponent = n1.view(np.int32)
+    for j in range(a.size):
+        mantissa[j] = np.float32(np.int32(a[j] >> np.uint32(8)) + np.int32(1)) * _SCALE
+    for j in range(a.size):
+        exponent[j] = np.int32(bits[j] >> np.uint32(23)) - np.int32(126)
+        bits[j] = (bits[j] & np.uint32(0x7FFFFF)) | np.uint32(0x3F000000)
+    for j in range(a.size):
+        m = mantissa[j]
+        small = m < _SQRT_HALF
+        e = np.float32(np.int32(exponent[j] - np.int32(small)))
+        m = np.float32((m + m if small else m) - _ONE)
+        z = m * m
+        y = _L0 * m + _L1
+        y = y * m + _L2
+        y = y * m + _L3
+        y = y * m + _L4
+        y = y * m + _L5
+        y = y * m + _L6
+        y = y * m + _L7
+        y = y * m + _L8
+        y = (y * m) * z
+        y = y + e * _LN2_LOW
+        y = y - _HALF * z
+        n0[j] = np.sqrt(_MINUS_TWO * ((m + y) + e * _LN2_HIGH))
+    for j in range(a.size):
+        q = b[j] >> np.uint32(30)
+        t = np.float32(np.int32((b[j] >> np.uint32(6)) & np.uint32(0xFFFFFF))) * _SCALE - _HALF
+        th = t * _HALF_PI
+        w = th * th
+        s = _S0 * w + _S1
+        s = s * w + _S2
+        s = (s * w) * th + th
+        c = _C0 * w + _C1
+        c = c * w + _C2
+        c = (c * w) * w - _HALF * w + _ONE
+        odd = (q & np.uint32(1)) != np.uint32(0)
+        turned = (q & np.uint32(2)) != np.uint32(0)
+        cos = -s if odd else c
+        sin = c if odd else s
+        r = n0[j]
+        n0[j] = r * (-cos if turned else cos)
+        n1[j] = r * (-sin if turned else sin)
+
+
+@_jit
+def _normals(seed, tensor, block, words, planes, flat):  # type: ignore[no-untyped-def]
+    """Write the normals of `flat.size // 4` blocks to `flat`; `words` (4, CHUNK) and `planes` (5, CHUNK) are scratch."""
+    n = flat.size // 4
+    _words(seed, tensor, block, words[0][:n], words[1][:n], words[2][:n], words[3][:n])
+    _box_muller(words[0][:n], words[1][:n], planes[4][:n], planes[0][:n], planes[1][:n])
+    _box_muller(words[2][:n], words[3][:n], planes[4][:n], planes[2][:n], planes[3][:n])
+    p0, p1, p2, p3 = planes[0], planes[1], planes[2], planes[3]
+    for j in range(n):
+        flat[4 * j], flat[4 * j + 1], flat[4 * j + 2], flat[4 * j + 3] = p0[j], p1[j], p2[j], p3[j]
+
+
+def _widen(weight):  # type: ignore[no-untyped-def]
+    """A weight as stored, as float32."""
+
+
+def _narrow(value, like):  # type: ignore[no-untyped-def]
+    """float32 as the stored type of `like`, to nearest, ties to even."""
+
+
+def _narrow_randomly(value, like, word):  # type: ignore[no-untyped-def]
+    """float32 as the stored type of `like`, up with a probability equal to the fraction cut off."""
+
+
+@overload(_widen, inline="always")
+def _widen_for(weight):  # type: ignore[no-untyped-def]
+    if weight == types.float32:
+        return lambda weight: weight
+    return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
+
+
+@overload(_narrow, inline="always")
+def _narrow_for(value, like):  # type: ignore[no-untyped-def]
+    if like == types.float32:
+        return lambda value, like: value
+
+    def to_bfloat16(value, like):  # type: ignore[no-untyped-def]
+        bits = np.float32(value).view(np.uint32)
+        parity = (bits >> np.uint32(16)) & np.uint32(1)
+        return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + parity) >> np.uint32(16))
+
+    return to_bfloat16
+
+
+@overload(_narrow_randomly, inline="always")
+def _narrow_randomly_for(value, like, word):  # type: ignore[no-untyped-def]
+    if like == types.float32:
+        return lambda value, like, word: value
+
+    def to_bfloat16(value, like, word):  # type: ignore[no-untyped-def]
+        bits = np.float32(value).view(np.uint32)
+        return np.uint16(np.uint32(bits + (word & np.uint32(0xFFFF))) >> np.uint32(16))
+
+    return to_bfloat16
+
+
+@_jit
+def _normal(out, seed, tensor, start):  # type: ignore[no-untyped-def]
+    words, planes = np.empty((4, CHUNK), np.uint32), np.empty((5, CHUNK), np.float32)
+    flat = np.empty(4 * CHUNK, np.float32)
+    stop = start + out.size
+    for block in range(start // 4, (stop + 3) // 4, CHUNK):
+        first, last = max(start, 4 * block), min(stop, 4 * (block + CHUNK))
+        n = (last + 3) // 4 - block
+        _normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
+        out[first - start : last - start] = flat[first - 4 * block : last - 4 * block]
+
+
+@_jit
+def _perturb(live, base, seed, tensor, start, sigma):  # type: ignore[no-untyped-def]
+    words, planes = np.empty((4, CHUNK), np.uint32), np.empty((5, CHUNK), np.float32)
+    flat = np.empty(4 * CHUNK, np.float32)
+    stop = start + base.size
+    for block in range(start // 4, (stop + 3) // 4, CHUNK):
+        first, last = max(start, 4 * block), min(stop, 4 * (block + CHUNK))
+        n = (last + 3) // 4 - block
+        _normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
+        source, target = base[first - start : last - start], live[first - start : last - start]
+        noise = flat[first - 4 * block : last - 4 * block]
+        for i in range(noise.size):
+            target[i] = _narrow(_widen(source[i]) + sigma * noise[i], target[i])
+
+
+@_jit
+def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stochastic):  # type: ignore[no-untyped-def]
+    words, planes = np.empty((4, CHUNK), np.uint32), np.empty((5, CHUNK), np.float32)
+    flat, total = np.empty(4 * CHUNK, np.float32), np.empty(4 * CHUNK, np.float32)
+    stop = start + base.size
+    for block in range(start // 4, (stop + 3) // 4, CHUNK):
+        first, last = max(start, 4 * block), min(stop, 4 * (block + CHUNK))
+        n = (last + 3) // 4 - block
+        total[:] = np.float32(0)
+        for member in range(seeds.size):
+            c = coefficients[member]
+            _normals(seeds[member], tensor, np.uint64(block), words, planes, flat[: 4 * n])
+            for i in range(4 * n):
+                total[i] += c * flat[i]
+        target, change = base[first - start : last - start], total[first - 4 * block : last - 4 * block]
+        if stochastic:
+            _words(rounding_seed, tensor, np.uint64(block), words[0][:n], words[1][:n], words[2][:n], words[3][:n])
+            for i in range(target.size):
+                old, position = _widen(target[i]), first + i
+                word = words[position % 4, position // 4 - block]
+                target[i] = _narrow_randomly(old + (decay * old + change[i]), target[i], word)
+        else:
+            for i in range(target.size):
+                old = _widen(target[i])
+                target[i] = _narrow(old + (decay * old + change[i]), target[i])
+
+
+@_jit
+def _fingerprint(bits, tensor, start):  # type: ignore[no-untyped-def]
+    total = np.uint64(0)
+    for i in range(bits.size):
+        z = tensor + np.uint64(start + i) * _GOLDEN
+        z = (z ^ (z >> np.uint64(30)) ^ np.uint64(bits[i])) * _MIX0
+        z = (z ^ (z >> np.uint64(27))) * _MIX1
+        total += z ^ (z >> np.uint64(31))
+    return total
+
+
+def normal(seed: int, tensor: int, start: int, count: int) -> npt.NDArray[np.float32]:
+    """Noise of elements `start .. start + count - 1` of the tensor whose 64-bit key is `tensor`."""
+    out = np.empty(count, np.float32)
+    _normal(out, np.uint64(seed), np.uint64(tensor), start)
+    return out
+
+
+def perturb(live: Weights, base: Weights, seed: int, tensor: int, start: int, sigma: float) -> None:
+    """Set `live = base + sigma * noise` over one run: computed in float32, rounded once to live's type.
+
+    `live` may be `base` itself (the in-place policy).
+    """
+    _perturb(live, base, np.uint64(seed), np.uint64(tensor), start, np.float32(sigma))
+
+
+def update(
+    base: Weights,
+    seeds: npt.NDArray[np.uint64],
+    coefficients: npt.NDArray[np.float32],
+    tensor: int,
+    start: int,
+    decay: float = 0.0,
+    rounding_seed: int | None = None,
+) -> None:
+    """Add `decay * base + sum_n coefficients[n] * noise_n` to one run of `base`, members in the given order.
+
+    The sum runs in float32 and is rounded once: to nearest, or, with a `rounding_seed`, stochastically by the noise
+    words of that seed (low 16 bits of the element's word).
+    """
+    stochastic = rounding_seed is not None
+    rounding = np.uint64(rounding_seed or 0)
+    _update(base, seeds, coefficients, np.uint64(tensor), start, np.float32(decay), rounding, stochastic)
+
+
+def fingerprint(weights: Weights, tensor: int, start: int) -> int:
+    """Hash of one run: a sum modulo 2^64 over its elements, so that runs add up in any order and any split."""
+    bits = weights.view(np.uint32) if weights.dtype == np.float32 else weights
+    return int(_fingerprint(bits, np.uint64(tensor), start))
