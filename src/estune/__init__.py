@@ -1,1 +1,57 @@
-"""Full-parameter fine-tuning of language models with Evolution Strategies."""
+"""Full-parameter fine-tuning of language models with Evolution Strategies.
+
+    from estune import Config, Trainer
+
+    summary = Trainer(Config(steps=50)).train()
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from estune.config import Config
+    from estune.errors import EstuneError
+    from estune.noise import normal
+    from estune.replay import replay
+    from estune.strategy import EvolutionStrategy, Member, Strategy, Update
+    from estune.tasks.base import Task
+    from estune.trainer import Trainer
+    from estune.weights import Weights
+
+_HOME = {
+    "Config": "config",
+    "EstuneError": "errors",
+    "EvolutionStrategy": "strategy",
+    "Member": "strategy",
+    "Strategy": "strategy",
+    "Task": "tasks.base",
+    "Trainer": "trainer",
+    "Update": "strategy",
+    "Weights": "weights",
+    "normal": "noise",
+    "replay": "replay",
+}
+
+__all__ = [
+    "Config",
+    "EstuneError",
+    "EvolutionStrategy",
+    "Member",
+    "Strategy",
+    "Task",
+    "Trainer",
+    "Update",
+    "Weights",
+    "normal",
+    "replay",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for when it is asked for: importing the package stays fast and loads no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'estune' has no attribute {name!r}")
+    return getattr(import_module(f"estune.{_HOME[name]}"), name)

@@ -103,7 +103,13 @@ class Checkpoint:
                 total.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode() + d)
         return total.hexdigest()
 
-    def write(self, target: Path, trained: dict[str, Callable[[], Iterator[Array]]], dtype: str) -> None:
+    def write(
+        self,
+        target: Path,
+        trained: dict[str, Callable[[], Iterator[Array]]],
+        dtype: str,
+        verify: Callable[[], None] = lambda: None,
+    ) -> None:
         """Write a checkpoint like this one, with `trained` tensors replaced and stored as `dtype`.
 
         Args:
@@ -111,6 +117,7 @@ class Checkpoint:
             trained: for each replaced tensor, a function giving its elements in row-major runs, float32 or bfloat16
                 bits (uint16).
             dtype: float32, bfloat16 or float16.
+            verify: called when all is written; if it raises, nothing appears.
         """
         with replacing(target) as folder:
             folder.mkdir()
@@ -124,6 +131,7 @@ class Checkpoint:
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            verify()
 
 
 def locate(model: str | Path) -> Path:

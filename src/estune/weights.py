@@ -22,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from estune.checkpoint import RUN_LENGTH
+from estune.checkpoint import RUN_LENGTH, Checkpoint, narrow, widen
 from estune.errors import EstuneError
 from estune.noise.reference import tensor_id
 from estune.strategy import Member, Update
+from estune.update import update_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -170,6 +171,13 @@ class Weights:
 
         return {name: reader(self.base[p.name]) for p in self.parameters for name in (p.name, *p.aliases)}
 
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint's tensors the base, such as one that an earlier part of the run saved."""
+        for name, array in self.base.items():
+            for i in range(0, array.size, RUN_LENGTH):
+                values = checkpoint.tensors[name].read(i, min(RUN_LENGTH, array.size - i))
+                array[i : i + RUN_LENGTH] = narrow(values, "BF16") if array.dtype == np.uint16 else values
+
     def _sample(self) -> list[Array]:
         return [a[:: max(1, a.size // SAMPLE)].copy() for a in self.base.values()]
 
@@ -179,21 +187,6 @@ class Weights:
                 work(run)
         else:
             list(self._threads.map(work, self._runs))
-
-
-def update_kernel(update: Update, rounding: Rounding) -> Callable[[Array, int, int], None]:
-    """A function (base, tensor id, start) that adds the update to one run of base weights."""
-    from estune.noise import cpu
-
-    pairs = [(m.seed, c) for m, c in zip(update.members, update.coefficients, strict=True) if c != 0.0]
-    seeds = np.array([seed for seed, _ in pairs], np.uint64)
-    coefficients = np.array([c for _, c in pairs], np.float32)
-    rounding_seed = update.rounding_seed if rounding == "stochastic" else None
-    if not pairs and update.decay == 0.0:
-        return lambda base, tensor, start: None
-    return lambda base, tensor, start: cpu.update(
-        base, seeds, coefficients, tensor, start, update.decay, rounding_seed
-    )
 
 
 def as_array(tensor: Tensor) -> Array:
@@ -251,12 +244,8 @@ def _copy_base(run: _Run) -> None:
     if run.live.dtype == run.base.dtype:
         np.copyto(run.live, run.base)
     else:
-        from estune.checkpoint import narrow
-
         np.copyto(run.live, narrow(run.base, "BF16"))
 
 
 def _widen(stored: Array) -> npt.NDArray[np.float32]:
-    from estune.checkpoint import widen
-
     return widen(stored, "BF16") if stored.dtype == np.uint16 else stored

@@ -1,0 +1,111 @@
+"""A key and value cache that is allocated once and used again by every member."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache
+
+
+class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
+    """Keys and values of a batch, `[rows, heads, slots, head_dim]` per layer, in storage that outlives the batch.
+
+    The decode loop says where a forward reads and writes: `open` before a batch, `at` before a forward. A forward of
+    `q` tokens writes slots `length` to `length + q` of its rows and sees all slots before them, never a slot that
+    this batch did not write. Every layer keeps the full length; a sliding window is left to the model's mask.
+    """
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[])
+        self.keys: list[torch.Tensor | None] = [None] * layers
+        self.values: list[torch.Tensor | None] = [None] * layers
+        self.rows = slice(0, 0)
+        self.length = 0
+        self._gap = 0
+        self._storage: dict[tuple[int, str], torch.Tensor] = {}
+        self._shape = (0, 0)
+
+    def open(self, rows: int, slots: int) -> None:
+        """Start a batch of `rows` sequences of at most `slots` tokens."""
+        self._shape = (rows, slots)
+        self.at(slice(0, rows), 0)
+        self.keys = [None] * len(self.keys)
+        self.values = [None] * len(self.values)
+
+    def at(self, rows: slice, length: int, gap: int = 0) -> None:
+        """Let forwards work on `rows`, of which `length` slots are filled.
+
+        The last `gap` of them hold padding that no forward writes. They are zeroed with the next write: a mask makes
+        their weight 0, and 0 times what a slot held before could be NaN.
+        """
+        self.rows, self.length, self._gap = rows, length, gap
+
+    def update(  # type: ignore[no-untyped-def]
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the keys and values of new tokens; return those of all tokens so far, views of the storage."""
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if keys is None or values is None:
+            keys = self.keys[layer_idx] = self._view(layer_idx, "keys", key_states)
+            values = self.values[layer_idx] = self._view(layer_idx, "values", value_states)
+        end = self.length + key_states.shape[2]
+        keys, values = keys[self.rows, :, :end], values[self.rows, :, :end]
+        keys[:, :, self.length :] = key_states
+        values[:, :, self.length :] = value_states
+        if self._gap:
+            keys[:, :, self.length - self._gap : self.length] = 0
+            values[:, :, self.length - self._gap : self.length] = 0
+        return keys, values
+
+    def _view(self, layer: int, kind: str, states: torch.Tensor) -> torch.Tensor:
+        """The batch's view of one layer's storage, which grows when a larger batch than ever before asks for it."""
+        shape = (self._shape[0], states.shape[1], self._shape[1], states.shape[3])
+        size = shape[0] * shape[1] * shape[2] * shape[3]
+        storage = self._storage.get((layer, kind))
+        if storage is None or storage.numel() < size or storage.dtype != states.dtype:
+            storage = self._storage[layer, kind] = torch.empty(size, dtype=states.dtype, device=states.device)
+        return storage[:size].view(shape)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """This batch's keys and values of all layers that hold any."""
+        return [tensor for tensor in (*self.keys, *self.values) if tensor is not None]
+
+    def spread(self, slots: int) -> None:
+        """Give every row the first `slots` slots of row 0: the prefix that all prompts share."""
+        for tensor in self.tensors():
+            tensor[1:, :, :slots] = tensor[:1, :, :slots]
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy whole rows, as far as they are filled, from row indices `source` to `target`."""
+        for tensor in self.tensors():
+            filled = tensor[:, :, : self.length]
+            filled.index_copy_(0, target, filled.index_select(0, source))
+
+    # What transformers' mask building asks of a cache.
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.keys)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self.keys)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self.keys)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots filled before the forward at hand."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that the forward at hand will see."""
+        return self.length + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Slots of the batch."""
+        return self._shape[1]

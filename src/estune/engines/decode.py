@@ -1,0 +1,259 @@
+"""The decode loop: prompts' token ids in, completions' token ids out, over the model's own forward.
+
+What makes it faster than `generate`: the prefix that all prompts share is computed once; the rest is prefilled in
+pieces that stay in cache memory; keys and values live in storage that no call allocates anew; masks and positions are
+ready before the first token; rows that have finished leave the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from estune.engines.base import Sampling
+from estune.engines.cache import RowCache
+from estune.engines.sampling import choose
+
+PREFILL_TOKENS = {"cpu": 1024}
+"""Tokens in one prefill forward: as many as keep the activations of a small model in a core's cache."""
+PREFILL_TOKENS_ELSEWHERE = 16384
+CHECK_EVERY = {"cpu": 1}
+"""Steps between two looks at which rows have finished: a look waits for the device."""
+CHECK_EVERY_ELSEWHERE = 8
+
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+_ORDINARY_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def unsupported(model: Any) -> str | None:
+    """Why this loop cannot serve `model`, or None.
+
+    It asks for what transformers' current decoder models share: attention in every layer over an ordinary key and
+    value cache, masks and position ids taken as arguments, and logits of the last position alone.
+    """
+    config = model.config
+    if model._is_stateful:
+        return "its state is recurrent"
+    if not model._supports_attention_backend:
+        return "its attention takes no prepared mask"
+    if config.get_text_config(decoder=True) is not config:
+        return "it is a composite model"
+    unusual = set(getattr(config, "layer_types", None) or ()) - _ORDINARY_LAYERS
+    if unusual:
+        return f"it has layers of type {', '.join(sorted(unusual))}"
+    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
+        return "its layers share caches"
+    wanted = {"position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    missing = wanted - set(inspect.signature(model.forward).parameters)
+    if missing:
+        return f"its forward takes no {', '.join(sorted(missing))}"
+    return None
+
+
+class Decoder:
+    """Decodes batches with one model and one cache; not for two threads at a time."""
+
+    def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int) -> None:
+        self.model = model
+        self.cache = RowCache(model.config.num_hidden_layers)
+        self._device: torch.device = model.device
+        self._end_ids = torch.tensor(list(end_ids), dtype=torch.int64, device=self._device)
+        self._pad_id = pad_id
+        self._prefill_tokens = PREFILL_TOKENS.get(self._device.type, PREFILL_TOKENS_ELSEWHERE)
+        self._check_every = CHECK_EVERY.get(self._device.type, CHECK_EVERY_ELSEWHERE)
+        windows = [getattr(model.config, name, None) for name in _WINDOWS]
+        self._window: int | None = min((w for w in windows if w is not None), default=None)
+
+    @torch.inference_mode()
+    def run(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> torch.Tensor:
+        """Complete one batch.
+
+        `prompts` are token ids, none empty; prompts of like length side by side are computed fastest. `indices`
+        number the prompts for sampling. Returns int64 `[prompts, max_new_tokens]` on the CPU; what follows a row's
+        first end token is meaningless.
+        """
+        longest = max(map(len, prompts))
+        # A model that looks back by slots, not by positions, must not find padding between prefix and prompt.
+        plain = self._window is None or longest + sampling.max_new_tokens < self._window
+        batch = _Batch.lay(prompts, indices, sampling.max_new_tokens, self._pad_id, plain, self.model.dtype, self._device)
+        self.cache.open(len(prompts), batch.width + sampling.max_new_tokens)
+        return self._decode(batch, self._prefill(batch, sampling), sampling).cpu()
+
+    def _prefill(self, batch: _Batch, sampling: Sampling) -> torch.Tensor:
+        """Fill the cache with the prompts; return each row's first token `[rows]`."""
+        cache, shared, rows = self.cache, batch.shared, len(batch.pads)
+        if shared:
+            cache.at(slice(0, 1), 0)
+            self._forward(batch.prefix, torch.arange(shared, device=self._device)[None], None)
+            cache.spread(shared)
+        first: list[torch.Tensor] = []
+        done = 0
+        while done < rows:
+            # The longest prompts come last, so a piece's last row is its widest.
+            share = max(1, self._prefill_tokens // (batch.width - shared))
+            piece = slice(done, min(rows, done + share))
+            begin = shared + min(batch.pads[piece])
+            cache.at(piece, begin, gap=begin - shared)
+            logits = self._forward(
+                batch.ids[piece, begin - shared :], batch.positions(piece, begin), batch.prefill_mask(piece, begin)
+            )
+            first.append(choose(logits, sampling, batch.rows[piece], 0))
+            done = piece.stop
+        cache.at(slice(0, rows), batch.width)
+        return torch.cat(first)
+
+    def _decode(self, batch: _Batch, token: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+        """Add a token to every row until all have ended; return the completions `[rows, max_new_tokens]`."""
+        new = sampling.max_new_tokens
+        out = torch.zeros(len(token), new, dtype=torch.int64, device=self._device)
+        out[:, 0] = token
+        ended = self._is_end(token)
+        alive = torch.arange(len(token), device=self._device)
+        positions = batch.next_positions()
+        for step in range(1, new):
+            if step % self._check_every == 0:
+                left = len(token) - int(ended.sum())
+                if left == 0:
+                    break
+                if left < len(token):
+                    keep = self._drop(ended, left)
+                    alive, token = alive[keep], token[keep]
+                    ended = ended[keep]
+                    batch.drop(keep)
+                    positions = positions if len(positions) == 1 else positions[keep]
+            logits = self._forward(token[:, None], positions, batch.decode_mask(self.cache.length + 1))
+            self.cache.length += 1
+            positions = positions + 1
+            token = choose(logits, sampling, batch.rows, step)
+            out[alive, step] = token
+            ended |= self._is_end(token)
+        return out
+
+    def _drop(self, ended: torch.Tensor, left: int) -> torch.Tensor:
+        """Close the gaps that ended rows leave with rows from the end; return the old index of each row kept."""
+        keep = torch.arange(left, device=self._device)
+        gaps = ended[:left].nonzero().squeeze(1)
+        movers = left + (~ended[left:]).nonzero().squeeze(1)
+        if len(gaps):
+            self.cache.move(movers, gaps)
+            keep[gaps] = movers
+        self.cache.at(slice(0, left), self.cache.length)
+        return keep
+
+    def _is_end(self, token: torch.Tensor) -> torch.Tensor:
+        return (token[:, None] == self._end_ids).any(dim=1)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Logits of the last position, `[rows, vocabulary]`."""
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+
+@dataclass(slots=True)
+class _Batch:
+    """How prompts lie in the cache: `[shared prefix | padding | rest of the prompt | completion]`.
+
+    `plain` batches pass prepared additive masks. Others, whose model looks back over a window, pass the 2D mask of
+    real tokens and let the model build its own, and share no prefix.
+    """
+
+    prefix: torch.Tensor  # [1, shared]
+    ids: torch.Tensor  # [rows, width - shared], padded on the left
+    pads: list[int]  # padding of each row
+    pads_column: torch.Tensor  # [rows, 1]
+    rows: torch.Tensor  # [rows] prompt indices
+    bias: torch.Tensor | None  # [rows, 1, 1, slots], 0 or the lowest number; None without padding
+    real: torch.Tensor | None  # [rows, slots], False for padding; None where plain
+    dtype: torch.dtype
+    shared: int
+    width: int
+
+    @classmethod
+    def lay(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        new: int,
+        pad_id: int,
+        plain: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> _Batch:
+        width = max(map(len, prompts))
+        shared = _common_prefix(prompts) if plain and len(prompts) > 1 else 0
+        pads = [width - len(prompt) for prompt in prompts]
+        ids = [[pad_id] * pad + list(prompt[shared:]) for pad, prompt in zip(pads, prompts, strict=True)]
+        column = torch.tensor(pads, device=device)[:, None]
+        slots = torch.arange(width + new, device=device)
+        real = (slots < shared) | (slots >= shared + column)
+        bias = None
+        if plain and any(pads):
+            bias = torch.zeros(real.shape, dtype=dtype, device=device)
+            bias = bias.masked_fill_(~real, torch.finfo(dtype).min)[:, None, None]
+        return cls(
+            prefix=torch.tensor([list(prompts[0][:shared])], dtype=torch.int64, device=device),
+            ids=torch.tensor(ids, dtype=torch.int64, device=device),
+            pads=pads,
+            pads_column=column,
+            rows=torch.tensor(list(indices), dtype=torch.int64, device=device),
+            bias=bias,
+            real=None if plain else real,
+            dtype=dtype,
+            shared=shared,
+            width=width,
+        )
+
+    def positions(self, piece: slice, begin: int) -> torch.Tensor:
+        """Position of each token from slot `begin` on; one row for all where no prompt is padded."""
+        slots = torch.arange(begin, self.width, device=self.ids.device)[None]
+        if not any(self.pads):
+            return slots
+        return (slots - self.pads_column[piece]).clamp_(min=0)
+
+    def next_positions(self) -> torch.Tensor:
+        """Position of the first generated token, `[rows, 1]` or `[1, 1]`."""
+        return self.width - self.pads_column if any(self.pads) else self.pads_column[:1] + self.width
+
+    def prefill_mask(self, piece: slice, begin: int) -> torch.Tensor | None:
+        """Mask of a piece whose first token stands at slot `begin`; None says plainly causal."""
+        if self.real is not None:
+            return self.real[piece, : self.width]
+        if begin == 0 and not any(self.pads[piece]):
+            return None
+        slots = torch.arange(self.width, device=self.ids.device)
+        later = slots > slots[begin:, None]
+        # A padding token sees nothing, but the lowest number, unlike -inf, leaves its softmax finite.
+        hidden = torch.zeros(later.shape, dtype=self.dtype, device=slots.device)
+        hidden = hidden.masked_fill_(later, torch.finfo(self.dtype).min)[None, None]
+        return hidden if self.bias is None else torch.minimum(hidden, self.bias[piece, ..., : self.width])
+
+    def decode_mask(self, length: int) -> torch.Tensor | None:
+        """Mask of one new token per row that sees `length` slots."""
+        if self.real is not None:
+            return self.real[:, :length]
+        return None if self.bias is None else self.bias[..., :length]
+
+    def drop(self, keep: torch.Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.rows = self.rows[keep]
+        self.bias = None if self.bias is None else self.bias[keep]
+        self.real = None if self.real is None else self.real[keep]
+
+
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all prompts share, short of any prompt's last."""
+    low, high = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    return next((i for i in range(limit) if low[i] != high[i]), limit)

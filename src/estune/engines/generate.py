@@ -1,0 +1,62 @@
+"""Decoding through transformers' `generate`, for models whose state is not a plain key and value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from estune.engines.base import Sampling
+from estune.engines.sampling import choose
+
+
+class GenerateDecoder:
+    """Same calls as `Decoder`, at `generate`'s speed. Prompts of one batch must be of one length.
+
+    Padding would do: but recurrent states differ in how, and whether, they skip it.
+    """
+
+    def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int) -> None:
+        self.model = model
+        self._end_ids = list(end_ids)
+        self._pad_id = pad_id
+
+    @torch.inference_mode()
+    def run(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> torch.Tensor:
+        """Complete one batch of prompts of equal length; as `Decoder.run`."""
+        ids = torch.tensor([list(prompt) for prompt in prompts], dtype=torch.int64, device=self.model.device)
+        config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=sampling.max_new_tokens,
+            # An empty list never ends a row; None would bring back the checkpoint's own.
+            eos_token_id=self._end_ids,
+            pad_token_id=self._pad_id,
+            use_cache=True,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            min_new_tokens=0,
+        )
+        rows = torch.tensor(list(indices), dtype=torch.int64, device=ids.device)
+        found = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Choice(sampling, rows, ids.shape[1])]),
+        )[:, ids.shape[1] :]
+        return torch.nn.functional.pad(found, (0, sampling.max_new_tokens - found.shape[1])).cpu()
+
+
+class _Choice(LogitsProcessor):  # type: ignore[misc]  # transformers carries no types
+    """Leaves one token per row, the one that `choose` takes, so that both decoders sample alike."""
+
+    def __init__(self, sampling: Sampling, rows: torch.Tensor, prompt_length: int) -> None:
+        self._sampling = sampling
+        self._rows = rows
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = choose(scores, self._sampling, self._rows, input_ids.shape[1] - self._prompt_length)
+        return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)

@@ -1,0 +1,146 @@
+"""Model, tokenizer and end tokens from a directory or the hub; one clear line where that cannot be."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from estune.errors import EstuneError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str) -> torch.device:
+    """The device named, or with "auto" the best there is: CUDA, then MPS, then the CPU."""
+    if device == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise EstuneError(f"device: {device!r} is no device; use auto, cuda, cuda:1, mps or cpu") from None
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if not there.get(found.type, lambda: False)():
+        raise EstuneError(f"device: {device!r} is not available to this PyTorch; use auto or cpu")
+    return found
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
+    """The type to load weights in. "auto" is the checkpoint's own, but float32 on a CPU.
+
+    There float16 has no fast kernels, and a model small enough to train on a CPU is worth the exactness.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in _DTYPES:
+        raise EstuneError(f"dtype: {dtype!r} is unknown; use auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def load_model(model: str, dtype: str | torch.dtype, device: torch.device) -> Any:
+    """A causal language model in evaluation mode, its parameters without gradients.
+
+    Raises:
+        EstuneError: nothing is there, it is no model, it is not a causal language model, or weights are missing.
+    """
+    check_directory(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(model, error) from error
+    _check_causal(model, config)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=pick_dtype(dtype, device), output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _unreadable(model, error) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise EstuneError(
+            f"model {model!r}: the checkpoint lacks {len(missing)} of the weights that its config.json calls for, "
+            f"such as {missing[0]!r}; take a complete causal language model"
+        )
+    loaded.eval().requires_grad_(False)
+    return loaded.to(device)
+
+
+def check_directory(model: str) -> None:
+    """Refuse a path that holds no model, before anything is loaded."""
+    path = Path(model)
+    if path.is_file():
+        raise EstuneError(f"model {model!r}: a file, not a model; give the directory that holds config.json")
+    if not path.is_dir():
+        if os.path.isabs(model) or model.startswith((".", "~")) or not _HUB_ID.fullmatch(model):
+            raise EstuneError(f"model {model!r}: no such directory; give a model's directory or its id on the hub")
+        return
+    if not (path / "config.json").is_file():
+        raise EstuneError(f"model {model!r}: no config.json in this directory; give one that save_pretrained wrote")
+    if not any(path.glob("*.safetensors")):
+        raise EstuneError(
+            f"model {model!r}: no *.safetensors in this directory; convert the weights with "
+            "model.save_pretrained(..., safe_serialization=True)"
+        )
+
+
+def _check_causal(model: str, config: Any) -> None:
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    architectures = config.architectures or []
+    if config.is_encoder_decoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        found = f"model type {config.model_type!r}"
+    elif architectures and not known.intersection(architectures):
+        found = architectures[0]
+    else:
+        return
+    raise EstuneError(f"model {model!r}: {found} is not a causal language model; take a decoder such as Qwen2ForCausalLM")
+
+
+def _unreadable(model: str, error: Exception) -> EstuneError:
+    why = str(error).strip().partition("\n")[0]
+    if Path(model).is_dir():
+        return EstuneError(f"model {model!r}: cannot be loaded ({why}); check that the directory is complete")
+    return EstuneError(
+        f"model {model!r}: no such directory, and the hub did not serve it ({why}); check the name, the network and, "
+        "for a gated model, your login"
+    )
+
+
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer. Raises `EstuneError` where there is none."""
+    path = Path(model)
+    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise EstuneError(
+            f"model {model!r}: no tokenizer in this directory (no tokenizer.json); save one there with "
+            "tokenizer.save_pretrained"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise EstuneError(f"model {model!r}: its tokenizer cannot be loaded ({why}); save it again") from error
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every id at which a completion ends: the generation config's and the tokenizer's, sorted, maybe none."""
+    config: GenerationConfig | None = getattr(model, "generation_config", None)
+    ids = set()
+    for source in (getattr(config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+        ids.update(source if isinstance(source, list | tuple) else [] if source is None else [source])
+    return sorted(ids)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """An id to fill gaps with. All of them are masked, so that any token serves where none is declared."""
+    declared = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(declared or 0)

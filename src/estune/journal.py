@@ -1,0 +1,234 @@
+"""The run's record: a header, then one line per evaluation and per step, enough to rebuild every step's weights.
+
+JSON lines, format 1. Each line ends in `"check"`, a BLAKE2b hash of the line so far and of the previous line's check, so
+that a changed, lost or moved line shows. A line is on disk before the next step starts; a last line without its newline
+was cut off by a crash and is dropped. `docs/journal.md` describes every field.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from estune.errors import EstuneError
+from estune.noise.reference import NOISE_VERSION
+from estune.strategy import Member, Update
+
+FORMAT = 1
+FILE = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a run started from."""
+
+    model: str  # as the user named it
+    base_hash: str  # content hash of the base checkpoint
+    policy: str
+    rounding: str
+    noise: str
+    dtype: str  # of the base weights
+    live_dtype: str  # of the weights that generate
+    tensors: dict[str, list[str]]  # trained tensors of the checkpoint, each with the names tied to it
+    fingerprint: str  # before the first step
+    data_hash: str  # of the training and the evaluation set
+    config: dict[str, Any]
+    packages: dict[str, str]
+    created: str  # ISO 8601
+    format: int = FORMAT
+    noise_version: int = NOISE_VERSION
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step: who was asked, what they scored, and what was done to the weights."""
+
+    update: Update
+    sigma: float
+    learning_rate: float
+    rewards: list[float | None]  # by member; None where it failed
+    prompts: list[int]  # rows of the training set
+    fingerprint: str  # of the base weights after the step
+    times: dict[str, float] = field(default_factory=dict)  # seconds
+
+    @property
+    def step(self) -> int:
+        """Index of the step, from 0."""
+        return self.update.step
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """Metrics on the evaluation set with the weights after `step` steps."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+class Journal:
+    """An open journal. `steps` and `evaluations` hold what it records so far."""
+
+    def __init__(self, path: Path, header: Header, check: str) -> None:
+        self.path, self.header = path, header
+        self.steps: list[StepRecord] = []
+        self.evaluations: list[EvaluationRecord] = []
+        self._check = check
+        self._file: Any = None
+
+    @classmethod
+    def create(cls, run: Path, header: Header) -> Journal:
+        """Start the journal of a new run in the directory `run`."""
+        journal = cls(run / FILE, header, "")
+        journal._open("xb")
+        journal._write("header", vars(header))
+        return journal
+
+    @classmethod
+    def read(cls, run: Path) -> Journal:
+        """Read a run's journal.
+
+        Raises:
+            EstuneError: where there is none, its version is another, or a line was changed (naming the step).
+        """
+        path = run / FILE
+        if not path.is_file():
+            raise EstuneError(f"{run}: no {FILE} here, so this is no run; give the output directory of `estune train`")
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is empty or cut off
+        if not lines:
+            raise EstuneError(f"{path}: the run ended before its header was written; start it again")
+        check, payload = _verified(lines[0], "", path, "its header")
+        for key, known in (("format", FORMAT), ("noise_version", NOISE_VERSION)):
+            if payload.get(key) != known:
+                raise EstuneError(
+                    f"{path}: {key.replace('_', ' ')} {payload.get(key)}, this estune reads {known}; "
+                    f"use the estune that wrote it ({payload.get('packages', {}).get('estune', 'unknown')})"
+                )
+        payload.pop("kind")
+        journal = cls(path, Header(**payload), check)
+        for number, line in enumerate(lines[1:], 2):
+            where = f"line {number}, after step {len(journal.steps) - 1}" if journal.steps else f"line {number}, step 0"
+            check, payload = _verified(line, check, path, where)
+            if payload.pop("kind") == "step":
+                journal.steps.append(_decode_step(payload))
+            else:
+                journal.evaluations.append(EvaluationRecord(**payload))
+        journal._check = check
+        return journal
+
+    @classmethod
+    def resume(cls, run: Path) -> Journal:
+        """Read a run's journal and go on writing it; a cut last line is removed from the file."""
+        journal = cls.read(run)
+        journal._open("r+b")
+        content = journal.path.read_bytes()
+        journal._file.truncate(content.rfind(b"\n") + 1)
+        journal._file.seek(0, os.SEEK_END)
+        return journal
+
+    def append_step(self, record: StepRecord) -> None:
+        """Write a step; when this returns it is on disk."""
+        update = record.update
+        self._write(
+            "step",
+            {
+                "step": update.step,
+                "seeds": [f"{m.seed:016x}" for m in update.members],
+                "signs": [m.sign for m in update.members],
+                "rewards": record.rewards,
+                "coefficients": update.coefficients,
+                "decay": update.decay,
+                "rounding_seed": f"{update.rounding_seed:016x}",
+                "sigma": record.sigma,
+                "learning_rate": record.learning_rate,
+                "prompts": record.prompts,
+                "fingerprint": record.fingerprint,
+                "times": {k: round(v, 4) for k, v in record.times.items()},
+            },
+        )
+        self.steps.append(record)
+
+    def append_evaluation(self, record: EvaluationRecord) -> None:
+        """Write an evaluation; when this returns it is on disk."""
+        self._write("evaluation", {"step": record.step, "metrics": record.metrics})
+        self.evaluations.append(record)
+
+    def fingerprint(self) -> str:
+        """Fingerprint of the weights after the last step."""
+        return self.steps[-1].fingerprint if self.steps else self.header.fingerprint
+
+    def close(self) -> None:
+        """Close the file and let other processes have it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self, mode: str) -> None:
+        try:
+            self._file = self.path.open(mode)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EstuneError(f"{self.path} is being written by another process; wait for it or stop it") from error
+
+    def _write(self, kind: str, payload: dict[str, Any]) -> None:
+        check, line = _sealed({"kind": kind, **payload}, self._check)
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._abandon(end)
+            raise EstuneError(
+                f"{self.path}: {error.strerror} while writing; the run is whole up to step {len(self.steps)}: "
+                f"make room, then `estune train --resume {self.path.parent}`"
+            ) from error
+        self._check = check
+
+    def _abandon(self, end: int) -> None:
+        """Take back a line that could not be written whole, the file's own buffer included."""
+        descriptor = self._file.fileno()
+        os.ftruncate(descriptor, end)
+        self._file.detach()
+        os.close(descriptor)
+        self._file = None
+
+
+def _sealed(payload: dict[str, Any], previous: str) -> tuple[str, bytes]:
+    body = json.dumps(payload, separators=(",", ":"), allow_nan=False)[:-1].encode()
+    check = hashlib.blake2b(previous.encode() + body, digest_size=8).hexdigest()
+    return check, body + b',"check":"' + check.encode() + b'"}\n'
+
+
+def _verified(line: bytes, previous: str, path: Path, where: str) -> tuple[str, dict[str, Any]]:
+    body, _, seal = line.rpartition(b',"check":"')
+    check = hashlib.blake2b(previous.encode() + body, digest_size=8).hexdigest()
+    if seal != check.encode() + b'"}':
+        raise EstuneError(f"{path}: damaged at {where}: the line does not match its checksum; restore it from a copy")
+    payload: dict[str, Any] = json.loads(line)
+    payload.pop("check")
+    return check, payload
+
+
+def _decode_step(payload: dict[str, Any]) -> StepRecord:
+    members = tuple(Member(int(s, 16), sign) for s, sign in zip(payload["seeds"], payload["signs"], strict=True))
+    update = Update(
+        payload["step"],
+        members,
+        tuple(payload["coefficients"]),
+        payload["decay"],
+        int(payload["rounding_seed"], 16),
+    )
+    return StepRecord(
+        update,
+        payload["sigma"],
+        payload["learning_rate"],
+        payload["rewards"],
+        payload["prompts"],
+        payload["fingerprint"],
+        payload["times"],
+    )

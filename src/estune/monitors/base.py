@@ -1,0 +1,72 @@
+"""What a monitor is told, under the names of transformers' callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt with its completion, for people to read."""
+
+    prompt: str
+    completion: str
+    reward: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run sets out to do."""
+
+    run: Path
+    model: str
+    parameters: int
+    task: str
+    steps: int
+    first_step: int  # above 0 when a run is resumed
+    population: int
+    prompts_per_step: int
+    train_size: int
+    eval_size: int
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to. Metrics are those of the evaluations before the first step, at the end and of the best."""
+
+    run: Path
+    steps: int
+    seconds: float
+    before: dict[str, float]
+    after: dict[str, float]
+    best: dict[str, float]
+    best_step: int
+    ended: str  # "finished", "stopped early" or "interrupted"
+
+
+class Monitor:
+    """Base of all monitors: does nothing. Metrics carry their step under the key `step`."""
+
+    def on_train_begin(self, plan: Plan) -> None:
+        """A run begins or goes on."""
+
+    def on_member_end(self, done: int, population: int) -> None:
+        """One more member of the step has been graded."""
+
+    def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
+        """A step is done and in the journal."""
+
+    def on_evaluate(self, metrics: Metrics, sample: Sample) -> None:
+        """The evaluation set has been graded with the base weights."""
+
+    def on_train_end(self, summary: Summary) -> None:
+        """The run is over."""
+
+    def close(self) -> None:
+        """Release files and the screen, whatever happened."""

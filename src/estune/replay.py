@@ -1,0 +1,112 @@
+"""Rebuild the checkpoint of any step from the base checkpoint and the journal, without an engine.
+
+Works tensor by tensor, a run of a million elements at a time: the memory needed does not grow with the model. The
+result is compared with the fingerprint that the trained weights had.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from estune.checkpoint import RUN_LENGTH, Checkpoint, Tensor, locate, narrow
+from estune.errors import EstuneError
+from estune.journal import Header, Journal, StepRecord
+from estune.noise import cpu
+from estune.noise.reference import tensor_id
+from estune.update import update_kernel
+
+Array = npt.NDArray[Any]
+
+
+def replay(run: Path, output: Path, step: int | None = None, model: str | None = None, dtype: str | None = None) -> str:
+    """Write the weights after `step` steps as a Hugging Face checkpoint.
+
+    Args:
+        run: a run's directory.
+        output: directory to make; refused if there is one already.
+        step: how many steps to take, all by default; 0 gives the base model.
+        model: the base model, where it now lies elsewhere than the journal says.
+        dtype: type to store, by default the one the run generated with.
+
+    Returns:
+        The fingerprint, which equals the one recorded.
+
+    Raises:
+        EstuneError: for a step that is not there, another base model, or weights that do not match the record.
+    """
+    journal = Journal.read(run)
+    header = journal.header
+    step = len(journal.steps) if step is None else step
+    if not 0 <= step <= len(journal.steps):
+        raise EstuneError(f"{run} has {len(journal.steps)} steps, not {step}: give --step from 0 to {len(journal.steps)}")
+    if output.exists():
+        raise EstuneError(f"{output} exists already: give another directory or remove it")
+    base = base_checkpoint(header, model)
+    steps = journal.steps[:step]
+    expected = steps[-1].fingerprint if steps else header.fingerprint
+    fingerprints: dict[str, int] = {}
+
+    def verify() -> None:
+        found = f"{sum(fingerprints.values()) % 2**64:016x}"
+        if found != expected:
+            raise EstuneError(
+                f"{run}: replay to step {step} gives fingerprint {found}, the journal says {expected}; nothing written"
+            )
+
+    tensors = {
+        name: _rebuilt(base.tensors[primary], header, steps, fingerprints)
+        for primary, aliases in header.tensors.items()
+        for name in (primary, *aliases)
+    }
+    base.write(output, tensors, dtype or header.live_dtype, verify)
+    return expected
+
+
+def base_checkpoint(header: Header, model: str | None = None) -> Checkpoint:
+    """The base checkpoint of a run, its content checked against the journal's hash."""
+    base = Checkpoint(locate(model or header.model))
+    found = base.content_hash()
+    if found != header.base_hash:
+        raise EstuneError(
+            f"base model {model or header.model}: content hash {found}, the journal was written over "
+            f"{header.base_hash}; give the original with --model"
+        )
+    return base
+
+
+def _rebuilt(
+    tensor: Tensor, header: Header, steps: Sequence[StepRecord], fingerprints: dict[str, int]
+) -> Callable[[], Iterator[Array]]:
+    key = tensor_id(tensor.name)
+    noise_key = 0 if header.noise == "correlated" else key
+    kernels = [(record, update_kernel(record.update, header.rounding)) for record in steps]
+
+    def run(start: int) -> tuple[Array, int]:
+        values = tensor.read(start, min(RUN_LENGTH, tensor.elements - start))
+        weights: Array = narrow(values, "BF16") if header.dtype == "bfloat16" else values
+        for record, apply in kernels:
+            if header.policy == "inplace":  # what rounding left behind at each restore is part of the run
+                for member in record.update.members:
+                    for sigma in (member.sign * record.sigma, -member.sign * record.sigma):
+                        cpu.perturb(weights, weights, member.seed, noise_key, start, sigma)
+            apply(weights, noise_key, start)
+        return weights, cpu.fingerprint(weights, key, start)
+
+    def runs() -> Iterator[Array]:
+        total, workers = 0, os.cpu_count() or 1
+        starts = range(0, tensor.elements, RUN_LENGTH)
+        with ThreadPoolExecutor(workers) as threads:
+            for i in range(0, len(starts), workers):
+                for weights, part in threads.map(run, starts[i : i + workers]):
+                    total += part
+                    yield weights
+        fingerprints[tensor.name] = total
+
+    return runs

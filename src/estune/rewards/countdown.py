@@ -1,0 +1,117 @@
+"""Countdown's two rewards (arXiv 2509.24372), as reward functions of TRL's signature.
+
+The paper's reward is `answer_reward + 0.1 * format_reward`. Differences from the authors' code: only the completion is
+graded, so the example in the prompt earns nothing; arithmetic is exact; targets may be decimals.
+"""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from estune.errors import EstuneError
+from estune.rewards.expression import ExpressionError, Value, evaluate, tokenize
+from estune.rewards.text import Text, as_text
+
+_THINK, _END_THINK, _ANSWER, _END_ANSWER = "<think>", "</think>", "<answer>", "</answer>"
+_TARGET = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?")
+
+# With so many decimals a target may be a longer number cut short: 266.666 stands for 800/3.
+_ROUNDED_DECIMALS = 3
+
+
+def answer_reward(
+    *, prompts: Sequence[Text], completions: Sequence[Text], numbers: Sequence[Any], target: Sequence[Any], **_: Any
+) -> list[float | None]:
+    """1.0 where the last `<answer>` is an expression of the given numbers, each used once, that reaches the target.
+
+    Args:
+        prompts: not read.
+        completions: strings, or lists of messages of which the last is graded.
+        numbers: for each completion, the integers to use.
+        target: for each completion, what to reach: an integer, a decimal, or either as a string. An integer or a
+            decimal of up to two places must be reached exactly, a longer one to within one unit of its last place.
+
+    Returns:
+        One of 0.0 and 1.0 for each completion. No text raises, and the work is linear in its length.
+
+    Raises:
+        EstuneError: a target that is no number.
+    """
+    rows = zip(completions, numbers, target, strict=True)
+    return [float(_solves(as_text(completion), given, goal)) for completion, given, goal in rows]
+
+
+def format_reward(*, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float | None]:
+    r"""1.0 where the whole is `<think>...</think>\n<answer>...</answer>`.
+
+    Else 0.1 where there is a think pair, and 0.5 more where there is an answer pair. A `<think>` at the end of the
+    prompt belongs to the completion.
+    """
+    return [_format(as_text(prompt), as_text(text)) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def last_answer(text: str) -> str | None:
+    """What stands between the last `</answer>` and the `<answer>` before it; None without such a pair."""
+    end = text.rfind(_END_ANSWER)
+    start = text.rfind(_ANSWER, 0, max(end, 0))
+    return None if start < 0 else text[start + len(_ANSWER) : end]
+
+
+def parse_target(target: Any) -> tuple[Fraction, Fraction]:
+    """A target as a rational, and how far below this distance a value must lie to count (0: it must be equal).
+
+    Raises:
+        EstuneError: not an integer or a decimal of at most 20 digits before and after its point.
+    """
+    return _parse_target(str(target).strip())
+
+
+@lru_cache(maxsize=65536)
+def _parse_target(text: str) -> tuple[Fraction, Fraction]:
+    match = _TARGET.fullmatch(text)
+    if not match:
+        raise EstuneError(f"countdown: the target {text[:40]!r} is no number; give an integer or a decimal like 27.4")
+    decimals = len(match[1] or ".") - 1
+    tolerance = Fraction(1, 10**decimals) if decimals >= _ROUNDED_DECIMALS else Fraction(0)
+    return Fraction(text), tolerance
+
+
+def _solves(text: str, numbers: Sequence[int], target: Any) -> bool:
+    goal, tolerance = parse_target(target)
+    answer = last_answer(text)
+    if answer is None:
+        return False
+    try:
+        tokens = tokenize(answer.strip())
+        # The cheap test first: most wrong answers use other numbers.
+        if sorted(int(token) for token in tokens if token.isdigit()) != sorted(numbers):
+            return False
+        return _reaches(evaluate(tokens), goal, tolerance)
+    except ExpressionError:
+        return False
+
+
+def _reaches(value: Value, goal: Fraction, tolerance: Fraction) -> bool:
+    return value == goal or abs(value - goal) < tolerance
+
+
+def _format(prompt: str, completion: str) -> float:
+    text = _THINK + completion if prompt.endswith(_THINK) else completion
+    if _is_whole(text):
+        return 1.0
+    return 0.1 * _has_pair(text, _THINK, _END_THINK) + 0.5 * _has_pair(text, _ANSWER, _END_ANSWER)
+
+
+def _is_whole(text: str) -> bool:
+    """Whether `^<think>.*?</think>\n<answer>.*?</answer>$` matches, dots matching anything, in one scan."""
+    text = text.removesuffix("\n")
+    middle = f"{_END_THINK}\n{_ANSWER}"
+    start = text.find(middle, len(_THINK))
+    return text.startswith(_THINK) and start >= 0 and text.endswith(_END_ANSWER, start + len(middle))
+
+
+def _has_pair(text: str, opening: str, closing: str) -> bool:
+    start = text.find(opening)
+    return start >= 0 and text.find(closing, start + len(opening)) >= 0

@@ -1,0 +1,80 @@
+"""A task: rows to train on, rows to evaluate on, and the rewards that grade them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from estune.errors import EstuneError
+from estune.rewards.grade import RewardFunction, Row, reward_name
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, prompt and rewards under one name.
+
+    A row holds `prompt` (a string, or a list of messages) and the columns that the reward functions take. The reward of
+    a completion is the sum of `reward_weights[i]` times what `reward_funcs[i]` gives it. `accuracy` names the reward
+    function whose mean over a set is called accuracy.
+
+    Raises:
+        EstuneError: an empty set, a prompt in both sets, weights that do not match the functions, an unknown accuracy.
+    """
+
+    name: str
+    train: Sequence[Row]
+    evaluation: Sequence[Row]
+    reward_funcs: list[RewardFunction]
+    reward_weights: list[float]
+    accuracy: str
+
+    def __post_init__(self) -> None:
+        names = [reward_name(function) for function in self.reward_funcs]
+        if len(self.reward_weights) != len(names):
+            raise EstuneError(
+                f"task {self.name}: {len(names)} reward functions but {len(self.reward_weights)} weights; give one each"
+            )
+        if self.accuracy not in names:
+            raise EstuneError(f"task {self.name}: accuracy is {self.accuracy!r}; choose one of {', '.join(names)}")
+        for side, rows in (("training", self.train), ("evaluation", self.evaluation)):
+            if not rows:
+                raise EstuneError(f"task {self.name}: the {side} set is empty; give it at least one row")
+        prompts = (
+            [_canonical(row["prompt"]) for row in self.train],
+            [_canonical(row["prompt"]) for row in self.evaluation],
+        )
+        refuse_overlap(self.name, *prompts)
+
+    def data_hash(self) -> str:
+        """Hash of both sets, in order: two runs with equal hashes saw equal data."""
+        return data_hash([*self.train, {"side": "evaluation"}, *self.evaluation])
+
+
+def data_hash(rows: Sequence[Mapping[str, Any]]) -> str:
+    """32 hexadecimal digits of BLAKE2b over the rows as canonical JSON, one a line."""
+    digest = blake2b(digest_size=16)
+    for row in rows:
+        digest.update(_canonical(row).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def refuse_overlap(name: str, train: Sequence[str], evaluation: Sequence[str]) -> None:
+    """Check that nothing trained on is evaluated on; both sets as whatever text identifies an example.
+
+    Raises:
+        EstuneError: some are in both; with their number and the first of them.
+    """
+    trained_on = set(train)
+    shared = [text for text in evaluation if text in trained_on]
+    if shared:
+        first = shared[0] if len(shared[0]) <= 200 else f"{shared[0][:130]} ... {shared[0][-60:]}"
+        raise EstuneError(
+            f"task {name}: {len(shared)} of {len(evaluation)} evaluation examples are in the training set too, the "
+            f"first: {first}; take them out of one of the two"
+        )
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)

@@ -1,0 +1,168 @@
+"""Countdown (arXiv 2509.24372): reach a target with given numbers and + - * /."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from estune.errors import EstuneError
+from estune.rewards.countdown import answer_reward, format_reward, parse_target
+from estune.rewards.grade import Row
+from estune.tasks.base import Task, refuse_overlap
+from estune.tasks.files import Record, load_records, require_columns
+from estune.tasks.problems import Problem, Side, generate_problems, is_held_out
+from estune.tasks.prompt import countdown_prompt
+
+GENERATED_SIZE = 200
+
+
+def _span(value: Any) -> Any:
+    """A range as `3-4`, a single number, or a pair."""
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split("-")]
+        if not 1 <= len(parts) <= 2 or not all(part.isdecimal() for part in parts):
+            raise ValueError("write a range of whole numbers like 3-4, or one number")
+        value = [int(part) for part in parts]
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    if isinstance(value, Sequence) and len(value) == 1:
+        value = [value[0], value[0]]
+    if isinstance(value, Sequence) and len(value) == 2 and value[0] > value[1]:
+        raise ValueError("a range starts with its smaller number")
+    return value
+
+
+Range = Annotated[tuple[int, int], BeforeValidator(_span)]
+
+
+class CountdownConfig(BaseModel):
+    """Options of the Countdown task: generated problems, or those of a file or a hub data set."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    name: Literal["countdown"] = Field("countdown", description="the task")
+    train_size: int | None = Field(
+        None, ge=1, description="training problems; 200, as in the paper, if generated, or all that the data holds"
+    )
+    eval_size: int | None = Field(
+        None, ge=1, description="held-out problems; 200 if generated, or all that the data holds"
+    )
+    count: Range = Field((3, 4), description="how many numbers a generated problem has, like 3 or 3-4")
+    numbers: Range = Field((1, 99), description="smallest and largest number of a generated problem")
+    target: Range = Field((10, 99), description="smallest and largest target of a generated problem")
+    rational: bool = Field(False, description="let generated problems have fractions as intermediate results")
+    seed: int | None = Field(None, description="seed of the generated training problems; the run's seed if not given")
+    eval_seed: int = Field(
+        0, description="seed of the generated held-out problems; the same for all runs unless changed"
+    )
+    data: str | None = Field(
+        None, description="file, directory or hub id with columns numbers or nums, target, and optionally context"
+    )
+    split: str = Field("train", description="split of `data`, where it has several")
+    eval_data: str | None = Field(
+        None,
+        description="as `data`, to evaluate on; if not given, an eighth of `data` is held out, by a hash of each row",
+    )
+    eval_split: str = Field("test", description="split of `eval_data`, where it has several")
+
+    @model_validator(mode="after")
+    def _check(self) -> "CountdownConfig":
+        if self.count[0] < 2:
+            raise ValueError(f"count starts at {self.count[0]}, and a problem needs at least 2 numbers")
+        if self.eval_data and not self.data:
+            raise ValueError("eval_data is given without data; give both, or neither to generate problems")
+        return self
+
+    def build(self, seed: int) -> Task:
+        """Both sets, and the paper's reward: answer + 0.1 * format.
+
+        Args:
+            seed: the run's, for generated training problems where the options name no seed of their own.
+
+        Raises:
+            EstuneError: data that is missing, malformed or overlapping, or ranges that hold too few problems.
+        """
+        train, evaluation = self._from_data() if self.data else self._generated(seed)
+        return Task(
+            name=self.name,
+            train=train,
+            evaluation=evaluation,
+            reward_funcs=[answer_reward, format_reward],
+            reward_weights=[1.0, 0.1],
+            accuracy=answer_reward.__name__,
+        )
+
+    def _generated(self, seed: int) -> tuple[list[Row], list[Row]]:
+        def rows(side: Side, size: int | None, seed: int) -> list[Row]:
+            problems = generate_problems(
+                size or GENERATED_SIZE,
+                side,
+                seed,
+                count=self.count,
+                numbers=self.numbers,
+                target=self.target,
+                rational=self.rational,
+            )
+            return [_row(problem.numbers, problem.target) for problem in problems]
+
+        return (
+            rows("train", self.train_size, seed if self.seed is None else self.seed),
+            rows("evaluation", self.eval_size, self.eval_seed),
+        )
+
+    def _from_data(self) -> tuple[list[Row], list[Row]]:
+        assert self.data is not None
+        train = countdown_rows(self.data, load_records(self.data, self.split))
+        if self.eval_data:
+            evaluation = countdown_rows(self.eval_data, load_records(self.eval_data, self.eval_split))
+            refuse_overlap(self.name, [_identity(row) for row in train], [_identity(row) for row in evaluation])
+        else:
+            rows, train, evaluation = train, [], []
+            for row in rows:
+                (evaluation if is_held_out(_problem(row)) else train).append(row)
+        return train[: self.train_size], evaluation[: self.eval_size]
+
+
+def countdown_rows(source: str, records: Sequence[Record]) -> list[Row]:
+    """Rows with prompt, numbers and target from records in the authors' shape or TinyZero's.
+
+    A record's own `context` is its prompt; where it has none, the paper's layout is.
+
+    Raises:
+        EstuneError: a missing column, or a bad value, with the row it is in (the first is row 1).
+    """
+    numbers_name, target_name = require_columns(source, records, ("numbers", "nums"), ("target",))
+    rows = []
+    for number, record in enumerate(records, 1):
+        where = f"data {source}: row {number}"
+        numbers, target = record.get(numbers_name), record.get(target_name)
+        if not isinstance(numbers, list) or not numbers or not all(_is_natural(value) for value in numbers):
+            raise EstuneError(f"{where}: {numbers_name} is {numbers!r:.80}; give a list of whole numbers")
+        try:
+            parse_target(target)
+        except EstuneError as error:
+            raise EstuneError(f"{where}: {target_name} is {target!r:.80}; give a number like 98 or 27.4") from error
+        context = record.get("context")
+        if context is not None and not isinstance(context, str):
+            raise EstuneError(f"{where}: context is {context!r:.80}; give the prompt as text, or leave it out")
+        rows.append(_row(numbers, target, context))
+    return rows
+
+
+def _row(numbers: Sequence[int], target: Any, context: str | None = None) -> Row:
+    return {"prompt": context or countdown_prompt(numbers, target), "numbers": list(numbers), "target": target}
+
+
+def _is_natural(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _problem(row: Row) -> Problem:
+    target: Fraction = parse_target(row["target"])[0]
+    return Problem(tuple(row["numbers"]), target)
+
+
+def _identity(row: Row) -> str:
+    numbers, target = _problem(row).key
+    return f"{' '.join(map(str, numbers))} -> {target}"

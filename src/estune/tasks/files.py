@@ -1,0 +1,129 @@
+"""Records of a data set: from a JSON or parquet file, a directory, or the hub."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from estune.errors import EstuneError
+
+Record = dict[str, Any]
+
+_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+def load_records(source: str, split: str = "train") -> list[Record]:
+    """All records of a data set, in order.
+
+    Args:
+        source: a `.json` file (a list, or one object a line), a `.jsonl` or `.parquet` file, a directory written by
+            `save_to_disk` or holding such files, or the id of a data set on the hub.
+        split: which split of a directory or a hub data set. A single file has none.
+
+    Raises:
+        EstuneError: there is nothing there, it cannot be read, or it is empty.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        records = _read_file(path)
+    elif path.is_dir():
+        records = _read_directory(path, split)
+    elif path.suffix in _SUFFIXES or source.startswith(("/", ".", "~")):
+        raise EstuneError(f"data {source}: no such file; give a file, a directory or a hub id")
+    else:
+        records = _read_hub(source, split)
+    if not records:
+        raise EstuneError(f"data {source}: the set is empty; give it at least one row")
+    return records
+
+
+def require_columns(source: str, records: Sequence[Record], *choices: tuple[str, ...]) -> list[str]:
+    """For each group of names, the one that the records have.
+
+    Raises:
+        EstuneError: none of a group is there; with the names that are.
+    """
+    there = records[0].keys()
+    chosen = []
+    for names in choices:
+        name = next((name for name in names if name in there), None)
+        if name is None:
+            raise EstuneError(
+                f"data {source}: no column {' or '.join(names)}; there are {', '.join(sorted(there)) or 'none'}; "
+                "rename one"
+            )
+        chosen.append(name)
+    return chosen
+
+
+def _read_file(path: Path) -> list[Record]:
+    if path.suffix not in _SUFFIXES:
+        raise EstuneError(
+            f"data {path}: a file ending in {path.suffix or 'nothing'}; give one of {', '.join(_SUFFIXES)}"
+        )
+    try:
+        if path.suffix == ".parquet":
+            return _read_parquet(path)
+        records = _read_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EstuneError(f"data {path} cannot be read: {_one_line(error)}; check the file") from error
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise EstuneError(f"data {path}: row {number} is {type(record).__name__}, not an object; write one a row")
+    return records
+
+
+def _read_json(text: str) -> list[Any]:
+    """A list of objects, or one object a line: the first character tells which."""
+    if text.lstrip().startswith("["):
+        return list(json.loads(text))
+    records = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    return records
+
+
+def _read_parquet(path: Path) -> list[Record]:
+    import pyarrow.parquet
+
+    # ArrowInvalid is a ValueError.
+    return list(pyarrow.parquet.read_table(path).to_pylist())
+
+
+def _read_directory(path: Path, split: str) -> list[Record]:
+    import datasets
+
+    try:
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            found = datasets.load_from_disk(str(path))
+            data = found[split] if isinstance(found, datasets.DatasetDict) else found
+        else:
+            data = datasets.load_dataset(str(path), split=split)
+    except KeyError as error:
+        raise EstuneError(f"data {path}: no split {split}; there are {', '.join(found)}") from error
+    except Exception as error:  # datasets raises whatever its readers raise
+        raise EstuneError(
+            f"data {path} cannot be read: {_one_line(error)}; check the directory and the split"
+        ) from error
+    return list(data.to_list())
+
+
+def _read_hub(source: str, split: str) -> list[Record]:
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(source, split=split).to_list())
+    except Exception as error:  # the network's, the hub's and the readers' own
+        raise EstuneError(
+            f"data {source}: neither here nor readable from the hub ({_one_line(error)}); check the name, the split "
+            f"{split} and the connection"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
