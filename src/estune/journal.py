@@ -168,34 +168,29 @@ class Journal:
             self._file = None
 
     def _open(self, mode: str) -> None:
+        # Unbuffered: after a failed write nothing is left that would be written later.
+        self._file = self.path.open(mode, buffering=0)
         try:
-            self._file = self.path.open(mode)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self.close()
             raise EstuneError(f"{self.path} is being written by another process; wait for it or stop it") from error
 
     def _write(self, kind: str, payload: dict[str, Any]) -> None:
         check, line = _sealed({"kind": kind, **payload}, self._check)
         end = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write(line)
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._abandon(end)
+            self._file.truncate(end)
+            self.close()
             raise EstuneError(
                 f"{self.path}: {error.strerror} while writing; the run is whole up to step {len(self.steps)}: "
                 f"make room, then `estune train --resume {self.path.parent}`"
             ) from error
         self._check = check
-
-    def _abandon(self, end: int) -> None:
-        """Take back a line that could not be written whole, the file's own buffer included."""
-        descriptor = self._file.fileno()
-        os.ftruncate(descriptor, end)
-        self._file.detach()
-        os.close(descriptor)
-        self._file = None
 
 
 def _sealed(payload: dict[str, Any], previous: str) -> tuple[str, bytes]:

@@ -49,7 +49,7 @@ def load_model(config: Config, model: str | Path | None = None) -> Loaded:
         checkpoint.path, dtype=config.dtype, device=config.device, batch_size=config.batch_size
     )
     size = sum(p.nbytes for p in engine.model.parameters())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     replicas = config.replicas or (1 if config.weights == "inplace" or size > LARGEST_REPLICATED else cores)
     torch.set_num_threads(max(1, cores // replicas))
 
@@ -67,8 +67,18 @@ def load_model(config: Config, model: str | Path | None = None) -> Loaded:
         return engine, weights
 
     first = weigh(engine, None)
+    if config.weights == "master":
+        first[1].load(checkpoint)  # the engine may hold it rounded
     others = [weigh(engine.replica(), first[1]) for _ in range(replicas - 1)]
     return Loaded(checkpoint, engine, LocalPool([first, *others]))
+
+
+def available_cores() -> int:
+    """Cores this process may use: OMP_NUM_THREADS where it is set, else all it is given."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    if limit.isdigit() and int(limit) > 0:
+        return int(limit)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_strategy(config: Config) -> EvolutionStrategy:

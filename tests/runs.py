@@ -1,0 +1,63 @@
+"""A small run that tests start, in this process or, to be killed, in one of its own: `python -m tests.runs DIR MODEL ...`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from estune.config import Config
+from estune.tasks.base import Task
+from estune.trainer import Trainer
+
+PROMPTS = [f"{a} and {b} make " for a in range(8) for b in range(3)]
+
+
+def variety(completions: list[str], **_: Any) -> list[float]:
+    """Reward for different characters."""
+    return [len(set(text)) / 10 for text in completions]
+
+
+def slow_variety(completions: list[str], **_: Any) -> list[float]:
+    """The same, slow enough to be killed at."""
+    time.sleep(0.02)
+    return variety(completions)
+
+
+def make_task(*rewards: Any, evaluation: int = 4, **options: Any) -> Task:
+    """A task on fixed prompts."""
+    functions = list(rewards) or [variety]
+    rows = [{"prompt": p} for p in PROMPTS]
+    return Task(
+        name="variety",
+        train=rows[evaluation:],
+        evaluation=rows[:evaluation],
+        reward_funcs=functions,
+        reward_weights=[1.0] * len(functions),
+        accuracy=functions[0].__name__,
+        **options,
+    )
+
+
+def make_config(output: Path, model: Path, **changes: Any) -> Config:
+    """Settings of a run of a second or two."""
+    settings = {
+        "model": str(model),
+        "output_dir": output,
+        "steps": 4,
+        "population": 4,
+        "sigma": 0.02,
+        "prompts_per_step": 6,
+        "max_new_tokens": 8,
+        "eval_steps": 2,
+        "report_to": [],
+        "replicas": 1,
+    }
+    return Config(**{**settings, **changes})
+
+
+if __name__ == "__main__":
+    output, model, changes = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    Trainer(make_config(output, model, **changes), task=make_task(slow_variety)).train()
