@@ -1,4 +1,4 @@
-"""A small run that tests start, in this process or, to be killed, in one of its own: `python -m tests.runs DIR MODEL ...`."""
+"""A small run that tests start, in this process or, to be killed, in one of its own: `python -m tests.runs`."""
 
 from __future__ import annotations
 

@@ -78,7 +78,11 @@ def test_content_hash_ignores_files_and_sees_content(mixed: Path, tmp_path: Path
 
     original = Checkpoint(mixed).content_hash()
     assert hash_of({}) == original
-    others = [hash_of({"a": -tensors["a"]}), hash_of({"a": tensors["a"].view(7, 5)}), hash_of({"d": tensors["a"].clone()})]
+    others = [
+        hash_of({"a": -tensors["a"]}),
+        hash_of({"a": tensors["a"].view(7, 5)}),
+        hash_of({"d": tensors["a"].clone()}),
+    ]
     assert len({original, *others}) == 4
 
 
@@ -114,7 +118,7 @@ def test_replacing_a_file(tmp_path: Path) -> None:
         with replacing(target) as temporary:
             temporary.write_text(text)
         assert target.read_text() == text
-    with pytest.raises(RuntimeError), replacing(target) as temporary:
+    with pytest.raises(RuntimeError), replacing(target) as temporary:  # noqa: PT012
         temporary.write_text("three")
         raise RuntimeError
     assert target.read_text() == "two"

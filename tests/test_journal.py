@@ -62,16 +62,27 @@ def test_what_is_written_is_read_back(run: Path) -> None:
     journal = Journal.read(run)
     assert journal.header == header()
     assert journal.steps == steps(3)
-    assert journal.evaluations == [EvaluationRecord(0, {"eval_accuracy": 1 / 3}), EvaluationRecord(3, {"eval_accuracy": 2 / 3})]
+    assert journal.evaluations == [
+        EvaluationRecord(0, {"eval_accuracy": 1 / 3}),
+        EvaluationRecord(3, {"eval_accuracy": 2 / 3}),
+    ]
     assert journal.fingerprint() == steps(3)[-1].fingerprint
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 2**64 - 1), st.sampled_from([1, -1]), st.floats(width=32, allow_nan=False, allow_infinity=False))),
+    st.lists(
+        st.tuples(
+            st.integers(0, 2**64 - 1),
+            st.sampled_from([1, -1]),
+            st.floats(width=32, allow_nan=False, allow_infinity=False),
+        )
+    ),
     st.floats(allow_nan=False, allow_infinity=False),
 )
 @settings(max_examples=50, deadline=None)
-def test_seeds_and_coefficients_are_exact(tmp_path_factory: pytest.TempPathFactory, members: Any, reward: float) -> None:
+def test_seeds_and_coefficients_are_exact(
+    tmp_path_factory: pytest.TempPathFactory, members: Any, reward: float
+) -> None:
     run = tmp_path_factory.mktemp("run")
     update = Update(0, tuple(Member(s, g) for s, g, _ in members), tuple(c for _, _, c in members), 0.0, 2**64 - 1)
     record = StepRecord(update, 0.1, reward, [reward] * len(members), [], "f", {})

@@ -6,6 +6,7 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_any_split_over_any_threads_gives_the_same_bits(seed: int, start: int, c
     edges = [0, *sorted(cuts), 9000]
     whole = normal(seed, NAME, start, 9000)
     with ThreadPoolExecutor(3) as threads:
-        parts = threads.map(lambda ab: normal(seed, NAME, start + ab[0], ab[1] - ab[0]), zip(edges, edges[1:]))
+        parts = threads.map(lambda ab: normal(seed, NAME, start + ab[0], ab[1] - ab[0]), pairwise(edges))
     assert np.array_equal(bits(whole), bits(np.concatenate(list(parts))))
 
 

@@ -72,7 +72,11 @@ def test_failed_members_are_left_out_and_the_rest_renormalised(caplog: pytest.Lo
     assert "4 of 30 members failed" in caplog.text
     r = np.array(valid)
     expected = (r - r.mean()) / (r.std() + 1e-8) / 26
-    kept = [c for c, reward in zip(update.coefficients, rewards, strict=True) if reward is not None and math.isfinite(reward)]
+    kept = [
+        c
+        for c, reward in zip(update.coefficients, rewards, strict=True)
+        if reward is not None and math.isfinite(reward)
+    ]
     np.testing.assert_allclose(kept, expected, rtol=1e-6)
     assert [update.coefficients[i] for i in (0, 11, 28, 29)] == [0.0] * 4
 
@@ -105,7 +109,9 @@ def test_schedules() -> None:
     assert rates("cosine") == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
 
 
-@pytest.mark.parametrize("wrong", [{"sigma": 0}, {"sigma": math.nan}, {"population": 1}, {"population": 3, "mirrored": True}])
+@pytest.mark.parametrize(
+    "wrong", [{"sigma": 0}, {"sigma": math.nan}, {"population": 1}, {"population": 3, "mirrored": True}]
+)
 def test_bad_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
         EvolutionStrategy(**wrong)  # type: ignore[arg-type]

@@ -154,7 +154,11 @@ def test_replay_gives_the_trained_weights(model: Path, tmp_path: Path, settings:
     assert (tmp_path / "two" / "model.safetensors").read_bytes() == saved
     base = {k: v.to(torch.float32) for k, v in load_file(model / "model.safetensors").items()}
     trained = {k: v.to(torch.float32) for k, v in load_file(tmp_path / "all" / "model.safetensors").items()}
-    changed = {k for k, v in trained.items() if not torch.equal(v, base[k].to(torch.bfloat16).float() if "dtype" in settings else base[k])}
+    changed = {
+        k
+        for k, v in trained.items()
+        if not torch.equal(v, base[k].to(torch.bfloat16).float() if "dtype" in settings else base[k])
+    }
     assert changed == set(journal.header.tensors)
     AutoModelForCausalLM.from_pretrained(tmp_path / "all")
     assert AutoTokenizer.from_pretrained(tmp_path / "all").chat_template
@@ -195,7 +199,9 @@ def test_evaluations_best_and_files(model: Path, tmp_path: Path) -> None:
     best = max(journal.evaluations, key=lambda e: e.metrics["eval_accuracy"])
     assert (summary.best_step, summary.best) == (best.step, best.metrics)
     replay(folder, tmp_path / "best", best.step)
-    assert (tmp_path / "best" / "model.safetensors").read_bytes() == (folder / "best" / "model.safetensors").read_bytes()
+    assert (tmp_path / "best" / "model.safetensors").read_bytes() == (
+        folder / "best" / "model.safetensors"
+    ).read_bytes()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
@@ -248,7 +254,9 @@ def test_a_finished_run_can_be_made_longer(model: Path, tmp_path: Path) -> None:
 def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "tests.runs", str(folder), str(model), json.dumps({"steps": 500})]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
     while not (folder / "journal.jsonl").exists() or (folder / "journal.jsonl").read_text().count('"kind":"step"') < 2:
         assert process.poll() is None
         time.sleep(0.01)
@@ -268,7 +276,9 @@ def test_a_used_directory_is_refused_with_the_remedies(model: Path, tmp_path: Pa
     folder = tmp_path / "run"
     run(make_config(folder, model, steps=1))
     before = (folder / "journal.jsonl").read_bytes()
-    with pytest.raises(EstuneError, match="already holds a run: go on with `estune train --resume .*another --output-dir"):
+    with pytest.raises(
+        EstuneError, match="already holds a run: go on with `estune train --resume .*another --output-dir"
+    ):
         run(make_config(folder, model, steps=1))
     assert (folder / "journal.jsonl").read_bytes() == before
     (tmp_path / "other").mkdir()
@@ -326,7 +336,9 @@ def failing(kind: str) -> Any:
         ("nan", "no member has a reward"),
     ],
 )
-def test_a_reward_that_fails_stops_the_run_and_loses_nothing(model: Path, tmp_path: Path, kind: str, message: str) -> None:
+def test_a_reward_that_fails_stops_the_run_and_loses_nothing(
+    model: Path, tmp_path: Path, kind: str, message: str
+) -> None:
     run(make_config(tmp_path / "run", model, steps=2))
     with pytest.raises(EstuneError, match=message):
         Trainer.resume(tmp_path / "run", steps=4, task=make_task(failing(kind)), monitors=[]).train()

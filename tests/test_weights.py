@@ -26,7 +26,9 @@ EXACT = ["master", "copy"]
 def parameters(dtype: torch.dtype = torch.float32) -> list[Parameter]:
     generator = torch.Generator().manual_seed(1)
     shapes = {"a.weight": (33, 17), "a.bias": (33,), "b.weight": (70, 64)}
-    return [Parameter(name, torch.randn(shape, generator=generator).mul(0.1).to(dtype)) for name, shape in shapes.items()]
+    return [
+        Parameter(name, torch.randn(shape, generator=generator).mul(0.1).to(dtype)) for name, shape in shapes.items()
+    ]
 
 
 def noise(seed: int, name: str, like: torch.Tensor) -> torch.Tensor:

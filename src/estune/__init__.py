@@ -1,8 +1,8 @@
 """Full-parameter fine-tuning of language models with Evolution Strategies.
 
-    from estune import Config, Trainer
+from estune import Config, Trainer
 
-    summary = Trainer(Config(steps=50)).train()
+summary = Trainer(Config(steps=50)).train()
 """
 
 from __future__ import annotations

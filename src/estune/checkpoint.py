@@ -29,7 +29,7 @@ EMBEDDED = {"tiny": Path(__file__).parent / "models" / "tiny"}
 
 RUN_LENGTH = 1 << 20  # elements read, changed and written at a time
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
-_STORAGE = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+_STORAGE: dict[str, Any] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 Array = npt.NDArray[Any]
@@ -145,7 +145,9 @@ def locate(model: str | Path) -> Path:
         path = _download(str(model))
     if not path.exists():
         names = ", ".join(EMBEDDED)
-        raise EstuneError(f"model {model}: no such directory; give a directory, a hub id (owner/name) or one of: {names}")
+        raise EstuneError(
+            f"model {model}: no such directory; give a directory, a hub id (owner/name) or one of: {names}"
+        )
     if not (path / "config.json").is_file():
         kind = "a file" if path.is_file() else "a directory without config.json"
         raise EstuneError(f"model {model} is {kind}, not a checkpoint: give a directory made by save_pretrained")
@@ -178,7 +180,8 @@ def narrow(values: npt.NDArray[np.float32], dtype: str) -> Array:
         bits = values.view(np.uint32)
         parity = (bits >> np.uint32(16)) & np.uint32(1)
         return ((bits + np.uint32(0x7FFF) + parity) >> np.uint32(16)).astype(np.uint16)
-    return values.astype(_STORAGE[dtype], copy=False)
+    stored: Array = values.astype(_STORAGE[dtype], copy=False)
+    return stored
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:
@@ -193,10 +196,14 @@ def _read_header(file: Path) -> dict[str, Tensor]:
             for begin, end in [e["data_offsets"]]
         }
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise EstuneError(f"{file} is not a safetensors file: its header cannot be read; copy or save it again") from error
+        raise EstuneError(
+            f"{file} is not a safetensors file: its header cannot be read; copy or save it again"
+        ) from error
 
 
-def _write_file(file: Path, tensors: list[Tensor], trained: dict[str, Callable[[], Iterator[Array]]], dtype: str) -> None:
+def _write_file(
+    file: Path, tensors: list[Tensor], trained: dict[str, Callable[[], Iterator[Array]]], dtype: str
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for t in tensors:

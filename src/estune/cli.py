@@ -17,8 +17,8 @@ from estune.errors import EstuneError
 app = typer.Typer(
     help=(
         "Fine-tune all weights of a language model with Evolution Strategies: for any reward, with inference alone.\n\n"
-        "`estune train` without options teaches the embedded model Countdown in two minutes. Every setting is an option "
-        "(`--sigma 0.01`, `--task.eval_size 500`) and a key of the config file."
+        "`estune train` without options teaches the embedded model Countdown in two minutes. Every setting is an "
+        "option (`--sigma 0.01`, `--task.eval_size 500`) and a key of the config file."
     ),
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -92,7 +92,8 @@ def replay(
 @app.command()
 def settings() -> None:
     """List every setting with its default."""
-    from estune.config import Config, TaskConfig
+    from estune.config import Config
+    from estune.tasks import TaskConfig
 
     table = Table("setting", "default", "what it is", title="settings of estune train")
     for prefix, fields in (("", Config.model_fields), ("task.", TaskConfig.model_fields)):
@@ -134,7 +135,9 @@ def _resume_steps(config: Path | None, overrides: list[str]) -> int | None:
     """A resumed run keeps its settings; only its length may change."""
     other = [o for o in overrides if not o.startswith("steps=")]
     if config or other:
-        raise EstuneError(f"--resume keeps the run's settings, found {str(config) if config else other[0]}; only --steps may change")
+        raise EstuneError(
+            f"--resume keeps the run's settings, found {str(config) if config else other[0]}; only --steps may change"
+        )
     try:
         return int(overrides[-1].partition("=")[2]) if overrides else None
     except ValueError as error:

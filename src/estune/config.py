@@ -31,7 +31,9 @@ class Config(BaseModel):
         "auto", description="type of the weights that generate; auto is float32 on a CPU, else the checkpoint's"
     )
     device: str = Field("auto", description="where the model runs")
-    task: TaskConfig = Field(default_factory=TaskConfig, description="what to learn; its options are task.NAME")
+    task: TaskConfig = Field(
+        default_factory=TaskConfig, description="what to learn; its options are task.NAME"
+    )
     output_dir: Path | None = Field(None, description="directory of the run; runs/TASK-MODEL-TIME if not given")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the run: perturbations and order of the prompts")
 
@@ -69,7 +71,9 @@ class Config(BaseModel):
     train_parameters: str = Field("*", description="shell pattern of the parameters to train")
 
     eval_steps: int = Field(10, ge=0, description="steps between evaluations; 0 evaluates at the start and the end")
-    early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a new best before stopping")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="evaluations without a new best before stopping"
+    )
     save_steps: int = Field(0, ge=0, description="steps between checkpoints, which make resuming faster; 0 saves none")
     log_completions: int = Field(1, ge=0, description="members whose completions are kept each step, as parquet")
     report_to: list[Literal["tensorboard"]] = Field(["tensorboard"], description="trackers; [] for none")
@@ -145,7 +149,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _scalar(text: str) -> Any:
     try:
-        return float(text)  if _looks_exponential(text) else yaml.safe_load(text)
+        return float(text) if _looks_exponential(text) else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         return text
 

@@ -1,8 +1,8 @@
 """The run's record: a header, then one line per evaluation and per step, enough to rebuild every step's weights.
 
-JSON lines, format 1. Each line ends in `"check"`, a BLAKE2b hash of the line so far and of the previous line's check, so
-that a changed, lost or moved line shows. A line is on disk before the next step starts; a last line without its newline
-was cut off by a crash and is dropped. `docs/journal.md` describes every field.
+JSON lines, format 1. Each line ends in `"check"`, a BLAKE2b hash of the line so far and of the previous line's check,
+so that a changed, lost or moved line shows. A line is on disk before the next step starts; a last line without its
+newline was cut off by a crash and is dropped. `docs/journal.md` describes every field.
 """
 
 from __future__ import annotations

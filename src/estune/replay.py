@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from estune.checkpoint import RUN_LENGTH, Checkpoint, Tensor, locate, narrow
@@ -45,7 +44,9 @@ def replay(run: Path, output: Path, step: int | None = None, model: str | None =
     header = journal.header
     step = len(journal.steps) if step is None else step
     if not 0 <= step <= len(journal.steps):
-        raise EstuneError(f"{run} has {len(journal.steps)} steps, not {step}: give --step from 0 to {len(journal.steps)}")
+        raise EstuneError(
+            f"{run} has {len(journal.steps)} steps, not {step}: give --step from 0 to {len(journal.steps)}"
+        )
     if output.exists():
         raise EstuneError(f"{output} exists already: give another directory or remove it")
     base = base_checkpoint(header, model)

@@ -45,9 +45,7 @@ def load_model(config: Config, model: str | Path | None = None) -> Loaded:
     """
     checkpoint = Checkpoint(locate(model or config.model))
     names = checkpoint.tensors
-    engine = TransformersEngine(
-        checkpoint.path, dtype=config.dtype, device=config.device, batch_size=config.batch_size
-    )
+    engine = TransformersEngine(checkpoint.path, dtype=config.dtype, device=config.device, batch_size=config.batch_size)
     size = sum(p.nbytes for p in engine.model.parameters())
     cores = available_cores()
     replicas = config.replicas or (1 if config.weights == "inplace" or size > LARGEST_REPLICATED else cores)

@@ -1,7 +1,7 @@
 """Evolution Strategies as ask / tell: seeds out, rewards in, coefficients out. No tensors at all.
 
-The method is "Evolution Strategies at Scale" (arXiv 2509.24372), section 3: N members theta + sigma * eps_n, one reward
-each, and the update theta <- theta + alpha / N * sum_n z_n * eps_n with z-scored rewards z_n, 1/sigma absorbed in alpha.
+The method is "Evolution Strategies at Scale" (arXiv 2509.24372): N members theta + sigma * eps_n, one reward each, and
+the update theta <- theta + alpha / N * sum_n z_n * eps_n with z-scored rewards z_n, 1/sigma absorbed in alpha.
 """
 
 from __future__ import annotations

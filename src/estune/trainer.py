@@ -43,9 +43,7 @@ class Trainer:
         EstuneError: for settings, data or a model that cannot be trained with, before anything is written.
     """
 
-    def __init__(
-        self, config: Config, *, task: Task | None = None, monitors: Sequence[Monitor] | None = None
-    ) -> None:
+    def __init__(self, config: Config, *, task: Task | None = None, monitors: Sequence[Monitor] | None = None) -> None:
         self._open(config, task)
         run = RunDirectory.create(config)
         weights = self.weights

@@ -21,6 +21,4 @@ def update_kernel(update: Update, rounding: str) -> Callable[[npt.NDArray[Any], 
     rounding_seed = update.rounding_seed if rounding == "stochastic" else None
     if not pairs and update.decay == 0.0:
         return lambda base, tensor, start: None
-    return lambda base, tensor, start: cpu.update(
-        base, seeds, coefficients, tensor, start, update.decay, rounding_seed
-    )
+    return lambda base, tensor, start: cpu.update(base, seeds, coefficients, tensor, start, update.decay, rounding_seed)

@@ -96,6 +96,7 @@ class Weights:
         self.policy, self.rounding, self.noise = policy, rounding, noise
         self.parameters = list(parameters)
         live = {p.name: as_array(p.tensor) for p in self.parameters}
+        self.base: dict[str, Array]
         if sharing is not None:
             self.base = sharing.base
         elif policy == "inplace":

@@ -100,7 +100,9 @@ class ConsoleMonitor(Monitor):
         if self._last:
             m = self._last
             curve = _curve(self._rewards)
-            spread = f"{m['reward']:.4f} ± {m['reward_std']:.4f}  (members {m['reward_min']:.3f} to {m['reward_max']:.3f})"
+            spread = (
+                f"{m['reward']:.4f} ± {m['reward_std']:.4f}  (members {m['reward_min']:.3f} to {m['reward_max']:.3f})"
+            )
             table.add_row("reward", curve, spread)
         if self._accuracies:
             first, last = self._accuracies[0][1], self._accuracies[-1][1]

@@ -41,7 +41,7 @@ _jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @_jit
-def _words(seed, tensor, block, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
+def _words(seed, tensor, block, w0, w1, w2, w3):
     t0, t1 = np.uint32(tensor), np.uint32(tensor >> np.uint64(32))
     seed0, seed1 = np.uint32(seed), np.uint32(seed >> np.uint64(32))
     for j in range(w0.size):
@@ -58,7 +58,7 @@ def _words(seed, tensor, block, w0, w1, w2, w3):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _box_muller(a, b, mantissa, n0, n1):  # type: ignore[no-untyped-def]
+def _box_muller(a, b, mantissa, n0, n1):
     """Turn words `a`, `b` into normals `n0`, `n1`; `mantissa` is scratch. All of one length."""
     bits = mantissa.view(np.uint32)
     exponent = n1.view(np.int32)
@@ -106,8 +106,8 @@ def _box_muller(a, b, mantissa, n0, n1):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _normals(seed, tensor, block, words, planes, flat):  # type: ignore[no-untyped-def]
-    """Write the normals of `flat.size // 4` blocks to `flat`; `words` (4, CHUNK) and `planes` (5, CHUNK) are scratch."""
+def _normals(seed, tensor, block, words, planes, flat):
+    """Write the normals of `flat.size // 4` blocks to `flat`; `words` (4, CHUNK), `planes` (5, CHUNK) are scratch."""
     n = flat.size // 4
     _words(seed, tensor, block, words[0][:n], words[1][:n], words[2][:n], words[3][:n])
     _box_muller(words[0][:n], words[1][:n], planes[4][:n], planes[0][:n], planes[1][:n])
@@ -117,31 +117,31 @@ def _normals(seed, tensor, block, words, planes, flat):  # type: ignore[no-untyp
         flat[4 * j], flat[4 * j + 1], flat[4 * j + 2], flat[4 * j + 3] = p0[j], p1[j], p2[j], p3[j]
 
 
-def _widen(weight):  # type: ignore[no-untyped-def]
+def _widen(weight):
     """A weight as stored, as float32."""
 
 
-def _narrow(value, like):  # type: ignore[no-untyped-def]
+def _narrow(value, like):
     """float32 as the stored type of `like`, to nearest, ties to even."""
 
 
-def _narrow_randomly(value, like, word):  # type: ignore[no-untyped-def]
+def _narrow_randomly(value, like, word):
     """float32 as the stored type of `like`, up with a probability equal to the fraction cut off."""
 
 
 @overload(_widen, inline="always")
-def _widen_for(weight):  # type: ignore[no-untyped-def]
+def _widen_for(weight):
     if weight == types.float32:
         return lambda weight: weight
     return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
 
 
 @overload(_narrow, inline="always")
-def _narrow_for(value, like):  # type: ignore[no-untyped-def]
+def _narrow_for(value, like):
     if like == types.float32:
         return lambda value, like: value
 
-    def to_bfloat16(value, like):  # type: ignore[no-untyped-def]
+    def to_bfloat16(value, like):
         bits = np.float32(value).view(np.uint32)
         parity = (bits >> np.uint32(16)) & np.uint32(1)
         return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + parity) >> np.uint32(16))
@@ -150,11 +150,11 @@ def _narrow_for(value, like):  # type: ignore[no-untyped-def]
 
 
 @overload(_narrow_randomly, inline="always")
-def _narrow_randomly_for(value, like, word):  # type: ignore[no-untyped-def]
+def _narrow_randomly_for(value, like, word):
     if like == types.float32:
         return lambda value, like, word: value
 
-    def to_bfloat16(value, like, word):  # type: ignore[no-untyped-def]
+    def to_bfloat16(value, like, word):
         bits = np.float32(value).view(np.uint32)
         return np.uint16(np.uint32(bits + (word & np.uint32(0xFFFF))) >> np.uint32(16))
 
@@ -162,7 +162,7 @@ def _narrow_randomly_for(value, like, word):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _normal(out, seed, tensor, start):  # type: ignore[no-untyped-def]
+def _normal(out, seed, tensor, start):
     words, planes = np.empty((4, CHUNK), np.uint32), np.empty((5, CHUNK), np.float32)
     flat = np.empty(4 * CHUNK, np.float32)
     stop = start + out.size
@@ -174,7 +174,7 @@ def _normal(out, seed, tensor, start):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _perturb(live, base, seed, tensor, start, sigma):  # type: ignore[no-untyped-def]
+def _perturb(live, base, seed, tensor, start, sigma):
     words, planes = np.empty((4, CHUNK), np.uint32), np.empty((5, CHUNK), np.float32)
     flat = np.empty(4 * CHUNK, np.float32)
     stop = start + base.size
@@ -189,7 +189,7 @@ def _perturb(live, base, seed, tensor, start, sigma):  # type: ignore[no-untyped
 
 
 @_jit
-def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stochastic):  # type: ignore[no-untyped-def]
+def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stochastic):
     words, planes = np.empty((4, CHUNK), np.uint32), np.empty((5, CHUNK), np.float32)
     flat, total = np.empty(4 * CHUNK, np.float32), np.empty(4 * CHUNK, np.float32)
     stop = start + base.size
@@ -216,7 +216,7 @@ def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stoc
 
 
 @_jit
-def _fingerprint(bits, tensor, start):  # type: ignore[no-untyped-def]
+def _fingerprint(bits, tensor, start):
     total = np.uint64(0)
     for i in range(bits.size):
         z = tensor + np.uint64(start + i) * _GOLDEN

@@ -91,7 +91,8 @@ def _log(u: Float32) -> Float32:
     y = (_horner(LOG, m) * m) * z
     y = y + e * F(LN2_LOW)
     y = y - F(0.5) * z
-    return (m + y) + e * F(LN2_HIGH)
+    ln: Float32 = (m + y) + e * F(LN2_HIGH)
+    return ln
 
 
 def box_muller(a: Uint32, b: Uint32) -> tuple[Float32, Float32]:
@@ -118,4 +119,5 @@ def normal_by_id(seed: int, tensor: int, start: int, count: int) -> Float32:
     out = np.empty((last - first, 4), np.float32)
     out[:, 0], out[:, 1] = box_muller(w[:, 0].copy(), w[:, 1].copy())
     out[:, 2], out[:, 3] = box_muller(w[:, 2].copy(), w[:, 3].copy())
-    return out.reshape(-1)[start - 4 * first :][:count]
+    flat: Float32 = out.reshape(-1)[start - 4 * first :][:count]
+    return flat

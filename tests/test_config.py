@@ -1,0 +1,98 @@
+"""Settings: where they come from, what stands above what, and how a mistake is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from estune.config import EMBEDDED_SETTINGS, Config, load, parse
+from estune.errors import EstuneError
+
+
+def test_defaults_are_the_papers_for_any_model_but_the_embedded_one() -> None:
+    config = Config(model="Qwen/Qwen2.5-0.5B-Instruct")
+    assert (config.population, config.sigma, config.learning_rate, config.temperature) == (30, 0.001, None, 0.0)
+    assert (config.prompts_per_step, config.max_new_tokens, config.steps) == (200, 1024, 500)
+
+
+def test_the_embedded_model_brings_its_own() -> None:
+    own = yaml.safe_load(EMBEDDED_SETTINGS.read_text())
+    config = Config()
+    assert (config.model, config.sigma, config.steps) == ("tiny", own["sigma"], own["steps"])
+    assert Config(model="tiny", sigma=0.5).sigma == 0.5
+    assert Config(task={"eval_size": 7}).task.eval_size == 7
+    assert Config(task={"eval_size": 7}).task.train_size == own["task"]["train_size"]
+    assert Config(task="countdown").task.train_size == own["task"]["train_size"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.yaml", "model: some/model\nsigma: 1e-3\nseed: 3\ntask:\n  name: countdown\n  eval_size: 50\n"),
+        ("run.toml", 'model = "some/model"\nsigma = 1e-3\nseed = 3\n[task]\nname = "countdown"\neval_size = 50\n'),
+    ],
+)
+def test_files_and_overrides(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    config = load(tmp_path / name, ["sigma=2e-4", "task.train_size=9", "lr-scheduler-type=linear", "report_to=[]"])
+    assert (config.model, config.seed, config.sigma) == ("some/model", 3, 2e-4)
+    assert (config.task.eval_size, config.task.train_size) == (50, 9)
+    assert (config.lr_scheduler_type, config.report_to) == ("linear", [])
+
+
+def test_a_model_name_that_looks_like_a_number_stays_text() -> None:
+    assert load(None, ["model=models/7b"]).model == "models/7b"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sigmas=1"], "unknown setting sigmas; did you mean sigma?"),
+        (["task.eval_sise=1"], r"unknown setting task\.eval_sise; did you mean task\.eval_size\?"),
+        (["zzz=1"], "unknown setting zzz; see"),
+        (["sigma=0"], "sigma: Input should be greater than 0, found 0"),
+        (["sigma=-0.1"], "sigma: .*found -0.1"),
+        (["sigma=nan"], "sigma: "),
+        (["sigma=much"], "sigma: .*found 'much'"),
+        (["population=1"], "population: .*greater than or equal to 2, found 1"),
+        (["population=3", "mirrored=true"], "population 3 is odd"),
+        (["weights=inplace", "replicas=2"], "replicas must be 1"),
+        (["task=chess"], "task.*countdown"),
+        (["sigma"], "not of the form key=value"),
+    ],
+)
+def test_mistakes_are_one_clear_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(EstuneError, match=message) as caught:
+        load(None, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    with pytest.raises(EstuneError, match="population: .*; .*sigma: "):
+        parse({"sigma": 0, "population": 0})
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.yaml", "a: [1"), ("a.toml", "a = "), ("a.yaml", "- 1"), ("a.yaml", "")])
+def test_files_that_are_no_settings(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(EstuneError, match=f"config {tmp_path / name} ") as caught:
+        load(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(EstuneError, match="no such file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_settings_survive_a_round_trip() -> None:
+    config = Config(output_dir=Path("somewhere"), task={"count": "3-4"})
+    assert parse(config.model_dump(mode="json")) == config
+    assert parse(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+@pytest.mark.parametrize("module", ["estune", "estune.config", "estune.cli", "estune.journal", "estune.replay"])
+def test_light_modules_load_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    subprocess.run([sys.executable, "-c", code], check=True)
