@@ -1,0 +1,80 @@
+# `make` or `make help` lists what there is. Everything is installed into .venv, at the versions of constraints.txt.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The first Python from 3.11 on that can make an environment.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+# Where torch comes from, if not from pip's usual index: TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# Where to train: the kernels that perturb and update run on the CPU in this version.
+DEVICE ?= cpu
+# More options for `estune train`, `pytest` and so on: make train ARGS="--seed 1"
+ARGS ?=
+
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -q -c constraints.txt
+CHECKED := src tests bench recipes docs examples
+# Tests and checks compute on one thread each: on busy cores more of them wait for one another.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+ifeq ($(CI),true)
+INSTALL += --progress-bar off
+PLAIN := --color=no
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint types pytest install tiny-model bench docs picture clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: $(VENV)/.train-installed ## install, then teach the embedded model Countdown
+	$(BIN)/estune train --device $(DEVICE) $(ARGS)
+
+test: lint types pytest ## install, then lint, check types and run the tests
+
+lint: $(VENV)/.test-installed ## check style, format and the generated table of settings
+	$(BIN)/ruff check $(wildcard $(CHECKED))
+	$(BIN)/ruff format --check $(wildcard $(CHECKED))
+	$(BIN)/python docs/generate_settings.py --check
+
+types: $(VENV)/.test-installed ## check types
+	$(BIN)/mypy
+
+pytest: $(VENV)/.test-installed ## run the tests alone: make pytest ARGS=tests/test_noise.py
+	$(ONE_THREAD) $(BIN)/python -m pytest $(PLAIN) $(ARGS)
+
+install: $(VENV)/.test-installed ## install the package in place, with the tools to work on it
+	@echo "installed; activate with: . $(VENV)/bin/activate"
+
+tiny-model: $(VENV)/.train-installed ## make the embedded model again from its seeded recipe
+	$(BIN)/python -m recipes.tiny $(ARGS)
+
+bench: $(VENV)/.test-installed ## take all measurements; results go to bench/results
+	for script in noise step decode overhead memory rounding; do $(BIN)/python -m bench.$$script || exit 1; done
+
+docs: $(VENV)/.test-installed ## write docs/settings.md from the settings themselves
+	$(BIN)/python docs/generate_settings.py
+
+picture: $(VENV)/.test-installed ## draw the README's learning curve: make picture RUN=runs/NAME
+	$(BIN)/python -m bench.plot_run $(RUN) -o docs/images/learning-curve.png
+
+clean: ## remove the environment, caches and builds; runs/ stays
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests bench recipes docs examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "estune needs Python 3.11 or later with venv: install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch alone and first, at its one version: as somebody's dependency pip may take another build, gigabytes of it.
+$(VENV)/.torch-installed: constraints.txt | $(BIN)/python
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/.train-installed: pyproject.toml constraints.txt $(VENV)/.torch-installed
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test-installed: pyproject.toml constraints.txt $(VENV)/.torch-installed
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.train-installed

@@ -1,0 +1,204 @@
+"""Peak memory of training with the `copy` policy above plain inference, and of `estune replay`.
+
+    python -m bench.memory
+
+Builds a random Qwen2 checkpoint of a few hundred MB in a temporary directory and starts one process for each figure,
+so that each has a peak of its own: all that is resident, interpreter and libraries included. Linux only, as it reads
+`VmHWM` (`ru_maxrss` would start from the parent's peak).
+
+- `plain`: load the model, generate on a few prompts.
+- `kernels`: the same with the compiled kernels loaded and run on a few elements. What this adds is Numba and LLVM, the
+  same for a model of any size.
+- `copy`: the same, with the weights perturbed before and an update applied and fingerprinted after.
+  To be compared with the weights plus 64 MB above plain inference.
+- `replay`: rebuild a checkpoint from base and journal. Bound: twice the largest tensor plus 300 MB, in all.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.common import write_result
+
+from estune.checkpoint import EMBEDDED, Checkpoint
+
+MB = 1e6
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 16, 8
+MEMBERS, STEPS = 4, 3
+
+
+def build_checkpoint(folder: Path, hidden: int, layers: int, tokenizer: Path) -> None:
+    """A random Qwen2 model, with the files of somebody's tokenizer beside it."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=32_768,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    for file in tokenizer.glob("*token*"):
+        shutil.copy(file, folder / file.name)
+
+
+def infer(part: str, model: str) -> None:
+    """Generate on a few prompts as often as there are members; what else is done depends on the part."""
+    import torch
+
+    from estune.engines.base import Sampling
+    from estune.engines.transformers import TransformersEngine
+
+    torch.set_num_threads(1)
+    engine = TransformersEngine(model, dtype="float32", device="cpu")
+    prompts = [[10 + i + j for j in range(PROMPT_TOKENS)] for i in range(PROMPTS)]
+    sampling = Sampling(max_new_tokens=NEW_TOKENS)
+    if part != "copy":
+        if part == "kernels":
+            load_kernels()
+        for _ in range(MEMBERS):
+            engine.generate(prompts, sampling)
+        return
+    from estune.strategy import EvolutionStrategy
+    from estune.weights import Weights, trained_parameters
+
+    weights = Weights(trained_parameters(engine.model, Checkpoint(Path(model)).tensors), policy="copy")
+    strategy = EvolutionStrategy(population=MEMBERS, sigma=0.01)
+    for member in strategy.ask():
+        weights.perturb(member, strategy.sigma)
+        engine.generate(prompts, sampling)
+    weights.apply(strategy.tell([float(i) for i in range(MEMBERS)]))
+    weights.fingerprint()
+
+
+def load_kernels() -> None:
+    """Compile the kernels, or load them compiled."""
+    import numpy as np
+
+    from estune.noise import cpu
+
+    few = np.zeros(8, np.float32)
+    cpu.perturb(few, few, 0, 0, 0, 1.0)
+    cpu.update(few, np.zeros(1, np.uint64), np.zeros(1, np.float32), 0, 0)
+    cpu.fingerprint(few, 0, 0)
+
+
+def write_journal(model: str, run: str) -> None:
+    """A journal of a few steps over the model, as a run would have written it."""
+    from estune.engines.loading import load_model, pick_device
+    from estune.journal import Header, Journal, StepRecord
+    from estune.strategy import EvolutionStrategy
+    from estune.weights import Weights, trained_parameters
+
+    base = Checkpoint(Path(model))
+    loaded = load_model(model, "float32", pick_device("cpu"))
+    weights = Weights(trained_parameters(loaded, base.tensors))
+    header = Header(
+        model=model,
+        base_hash=base.content_hash(),
+        policy="master",
+        rounding="nearest",
+        noise="iid",
+        dtype=weights.dtype,
+        live_dtype="float32",
+        tensors={p.name: list(p.aliases) for p in weights.parameters},
+        fingerprint=weights.fingerprint(),
+        data_hash="",
+        config={},
+        packages={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    Path(run).mkdir()
+    journal = Journal.create(Path(run), header)
+    strategy = EvolutionStrategy(population=MEMBERS, sigma=0.01)
+    for _ in range(STEPS):
+        rewards: list[float | None] = [float(i) for i in range(MEMBERS)]
+        rate = strategy.learning_rate
+        update = strategy.tell(rewards)
+        weights.apply(update)
+        journal.append_step(StepRecord(update, strategy.sigma, rate, rewards, [], weights.fingerprint()))
+    journal.close()
+
+
+def in_process(*arguments: str) -> float:
+    """Peak resident memory, in MB, of this script run for one part in a process of its own."""
+    command = [sys.executable, "-m", "bench.memory", "--part", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def run_part(part: str, *arguments: str) -> None:
+    match part:
+        case "plain" | "kernels" | "copy":
+            infer(part, arguments[0])
+        case "replay":
+            from estune.replay import replay
+
+            replay(Path(arguments[0]), Path(arguments[1]))
+        case "build":
+            build_checkpoint(Path(arguments[0]), int(arguments[1]), int(arguments[2]), Path(arguments[3]))
+        case "journal":
+            write_journal(arguments[0], arguments[1])
+    print(peak_memory())
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(line for line in lines if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 / MB
+
+
+def measure(folder: Path, hidden: int, layers: int, tokenizer: Path) -> dict[str, Any]:
+    model, run = folder / "model", folder / "run"
+    in_process("build", str(model), str(hidden), str(layers), str(tokenizer))
+    base = Checkpoint(model)
+    sizes = [tensor.size / MB for tensor in base.tensors.values()]
+    in_process("copy", str(model))  # so that the compiled kernels are at hand in what is measured
+    plain, kernels, copy = (in_process(part, str(model)) for part in ("plain", "kernels", "copy"))
+    in_process("journal", str(model), str(run))
+    replayed = in_process("replay", str(run), str(folder / "rebuilt"))
+    figures = {
+        "weights": sum(sizes),
+        "largest tensor": max(sizes),
+        "plain inference, peak": plain,
+        "plain inference with kernels loaded, peak": kernels,
+        "copy policy, peak": copy,
+        "copy policy, above plain inference": copy - plain,
+        "copy policy, above plain inference with kernels loaded": copy - kernels,
+        "weights plus 64 MB": sum(sizes) + 64,
+        "replay, peak": replayed,
+        "replay, bound": 2 * max(sizes) + 300,
+    }
+    return {"unit": "MB", "members": MEMBERS, "prompts": PROMPTS, **{key: round(v, 1) for key, v in figures.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure peak memory.")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--tokenizer", type=Path, default=EMBEDDED["tiny"], help="directory of any tokenizer")
+    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        run_part(*arguments.part)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_result("memory", measure(Path(folder), arguments.hidden, arguments.layers, arguments.tokenizer))
+
+
+if __name__ == "__main__":
+    main()
