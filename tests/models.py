@@ -43,7 +43,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {"state_size": 8}),
     "qwen3_next": (
         "Qwen3NextConfig",
-        {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2},
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
     ),
 }
 

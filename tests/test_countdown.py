@@ -109,20 +109,20 @@ def test_any_text_gets_a_reward(text: str) -> None:
              "<answer>" + "9" * 10**6 + "</answer>", "<answer>44**19**35</answer>", "</think>\n<answer>" * 10**5]
 )  # fmt: skip
 def test_hostile_completions_cost_milliseconds(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert answer(text) == 0.0
     form(text)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 def test_grading_is_fast() -> None:
     rows = 1000
     completions = ["\n44+19=63, 63+35=98</think>\n<answer>(44+19)+35</answer>"] * rows
     columns: dict[str, Any] = {"numbers": [[44, 19, 35]] * rows, "target": [98] * rows}
-    start = time.perf_counter()
+    start = time.process_time()
     assert answer_reward(prompts=[PAPER_PROMPT] * rows, completions=completions, **columns) == [1.0] * rows
     assert format_reward(prompts=[PAPER_PROMPT] * rows, completions=completions, **columns) == [1.0] * rows
-    assert time.perf_counter() - start < 0.1  # about 0.01 when the machine is idle
+    assert time.process_time() - start < 0.1  # about 0.01 when the machine is idle
 
 
 # The format's reward

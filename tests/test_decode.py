@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, build_model
 from transformers import GenerationConfig
 
 from estune.engines.base import Sampling
 from estune.engines.decode import Decoder, unsupported
 from estune.engines.generate import GenerateDecoder
 from estune.engines.sampling import choose, truncate, uniform
+from tests.models import ARCHITECTURES, build_model
 
 NEW = 20
 PLAIN = [name for name in ARCHITECTURES if name not in {"mamba", "qwen3_next"}]
@@ -34,6 +36,11 @@ EVEN = random_prompts((13, 13, 13, 13))
 @functools.cache
 def model_of(name: str) -> Any:
     return build_model(name)
+
+
+def decoder_of(model: Any, end_ids: Sequence[int] = ()) -> Decoder:
+    """A decoder of a copy, so that `model` keeps PyTorch's attention and can be the judge."""
+    return Decoder(copy.deepcopy(model), end_ids, 0)
 
 
 def reference(model: Any, prompt: list[int], new: int = NEW, end_ids: tuple[int, ...] = ()) -> list[int]:
@@ -61,7 +68,7 @@ def cut(rows: list[list[int]], end_ids: tuple[int, ...]) -> list[list[int]]:
 def test_completions_equal_generate(name: str) -> None:
     model = model_of(name)
     assert unsupported(model) is None
-    decoder = Decoder(model, [], 0)
+    decoder = decoder_of(model)
     # Sliding windows of 12 and 16 are shorter than most of these, padded and not, with and without a shared prefix.
     for prompts in (MIXED, PREFIXED, EVEN):
         expected = [reference(model, prompt) for prompt in prompts]
@@ -69,9 +76,16 @@ def test_completions_equal_generate(name: str) -> None:
         assert decode(decoder, prompts) == expected
 
 
+def test_equal_prompts_and_prompts_that_begin_others() -> None:
+    model = model_of("qwen2")
+    decoder = decoder_of(model)
+    for prompts in ([EVEN[0]] * 3, [EVEN[0][:5], EVEN[0][:6], EVEN[0]], [EVEN[0][:1]] * 2):
+        assert decode(decoder, prompts) == [reference(model, prompt) for prompt in prompts]
+
+
 def test_prefill_in_small_pieces_equals_generate() -> None:
     model = model_of("qwen2")
-    decoder = Decoder(model, [], 0)
+    decoder = decoder_of(model)
     for tokens in (1, 24, 60):
         decoder._prefill_tokens = tokens
         for prompts in (MIXED, PREFIXED, EVEN):
@@ -87,7 +101,7 @@ def test_rows_that_end_leave_the_batch(name: str, check_every: int) -> None:
     end_ids = (plain[0][4], plain[2][9], plain[3][0], plain[5][14])
     expected = [reference(model, prompt, end_ids=end_ids) for prompt in MIXED]
     assert len({len(row) for row in expected}) > 3
-    decoder = Decoder(model, end_ids, 0)
+    decoder = decoder_of(model, end_ids)
     decoder._check_every = check_every
     seen: list[int] = []
     forward = decoder._forward
@@ -99,7 +113,7 @@ def test_rows_that_end_leave_the_batch(name: str, check_every: int) -> None:
 def test_decoding_stops_when_all_rows_have_ended() -> None:
     model = model_of("qwen2")
     end_ids = tuple({reference(model, prompt)[2] for prompt in EVEN})
-    decoder = Decoder(model, end_ids, 0)
+    decoder = decoder_of(model, end_ids)
     steps: list[int] = []
     forward = decoder._forward
     decoder._forward = lambda *call: (steps.append(1), forward(*call))[1]  # type: ignore[method-assign]
@@ -108,10 +122,12 @@ def test_decoding_stops_when_all_rows_have_ended() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "mistral"])
-def test_nothing_of_earlier_calls_is_read(name: str) -> None:
+@pytest.mark.parametrize("piece", [1024, 24])
+def test_nothing_of_earlier_calls_is_read(name: str, piece: int) -> None:
     model = model_of(name)
     end_id = reference(model, MIXED[4])[5]
-    decoder = Decoder(model, [end_id], 0)
+    decoder = decoder_of(model, [end_id])
+    decoder._prefill_tokens = piece
     first = [cut(decode(decoder, prompts), (end_id,)) for prompts in (MIXED, PREFIXED, EVEN)]
     buffers = dict(decoder.cache._storage)
     for prompts, expected in zip((MIXED, PREFIXED, EVEN), first, strict=True):
@@ -124,19 +140,21 @@ def test_nothing_of_earlier_calls_is_read(name: str) -> None:
 
 def test_weights_changed_in_place_are_used() -> None:
     model = build_model("qwen2")
-    decoder = Decoder(model, [], 0)
+    decoder = decoder_of(model)
     before = decode(decoder, EVEN)
-    kept = model.model.layers[0].mlp.up_proj.weight.clone()
-    model.model.layers[0].mlp.up_proj.weight.normal_(std=0.5)
-    assert decode(decoder, EVEN) == [reference(model, prompt) for prompt in EVEN] != before
-    model.model.layers[0].mlp.up_proj.weight.copy_(kept)
+    for changed in (model, decoder.model):
+        changed.model.layers[0].mlp.up_proj.weight.mul_(-0.7)
+    after = decode(decoder, EVEN)
+    assert after == [reference(model, prompt) for prompt in EVEN]
+    assert after != before
+    decoder.model.model.layers[0].mlp.up_proj.weight.copy_(build_model("qwen2").model.layers[0].mlp.up_proj.weight)
     assert decode(decoder, EVEN) == before
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_bfloat16_runs_and_repeats(name: str) -> None:
     model = build_model(name).to(torch.bfloat16)
-    decoder = Decoder(model, [], 0)
+    decoder = decoder_of(model)
     first = decode(decoder, MIXED)
     assert decode(decoder, MIXED) == first
     # Rounding may turn a close call in a long completion, not all first tokens.
@@ -167,7 +185,13 @@ def test_uniform_numbers_are_uniform_and_unrelated() -> None:
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(1, 1.0), Sampling(1, 0.7), Sampling(1, 1.0, top_k=5), Sampling(1, 1.3, top_p=0.8), Sampling(1, 1.0, 0.9, 6)],
+    [
+        Sampling(1, 1.0),
+        Sampling(1, 0.7),
+        Sampling(1, 1.0, top_k=5),
+        Sampling(1, 1.3, top_p=0.8),
+        Sampling(1, 1.0, 0.9, 6),
+    ],
 )
 def test_sampled_frequencies_fit_the_distribution(sampling: Sampling) -> None:
     logits = torch.randn(12, generator=torch.Generator().manual_seed(3)) * 1.5
@@ -196,7 +220,7 @@ def test_top_p_keeps_at_least_one_token() -> None:
 
 def test_samples_depend_on_seed_prompt_and_position_alone() -> None:
     model = model_of("qwen2")
-    decoder = Decoder(model, [], 0)
+    decoder = decoder_of(model)
     sampling = Sampling(NEW, temperature=1.0, seed=5)
     prompts = [EVEN[0]] * 3 + EVEN[1:]
     rows = decode(decoder, prompts, sampling)
@@ -205,5 +229,10 @@ def test_samples_depend_on_seed_prompt_and_position_alone() -> None:
     apart = [decoder.run([prompts[i]], [i], sampling)[0].tolist() for i in reversed(range(len(prompts)))]
     assert apart[::-1] == rows
     assert decode(decoder, prompts, Sampling(NEW, temperature=1.0, seed=6)) != rows
+    end_id = rows[1][5]
+    ending = decoder_of(model, [end_id])
+    assert cut(decode(ending, prompts, sampling), (end_id,)) == cut(rows, (end_id,)), (
+        "rows that left took numbers along"
+    )
     through_generate = GenerateDecoder(model, [], 0).run(prompts, range(len(prompts)), sampling).tolist()
     assert through_generate == rows

@@ -121,7 +121,7 @@ def test_accepts_and_refuses_what_python_does(text: str) -> None:
      "9" * 10**6, "1/7-" * 127 + "1", "\x00" * 10**6],
 )  # fmt: skip
 def test_work_is_bounded_on_hostile_text(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with suppress(ExpressionError):
         value(text)
-    assert time.perf_counter() - start < 0.05
+    assert time.process_time() - start < 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from pathlib import Path
@@ -9,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import SPECIAL, build_model, build_tokenizer, save_model
 from tokenizers.processors import TemplateProcessing
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from estune.engines import transformers as engine_module
 from estune.engines.base import Completion, Sampling
@@ -19,6 +19,7 @@ from estune.engines.decode import Decoder
 from estune.engines.generate import GenerateDecoder
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
+from tests.models import SPECIAL, build_model, build_tokenizer, save_model
 
 PROMPTS = ["a", "count down from 9", "yes?", "the quick brown fox jumps", "12 + 30 =", "9 9 9"]
 END = SPECIAL.index("<|end|>")
@@ -34,10 +35,16 @@ def engine(directory: Path) -> TransformersEngine:
     return TransformersEngine(directory)
 
 
+@functools.cache
+def judge(directory: str) -> Any:
+    """The same model, as transformers alone loads and runs it."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
 def reference(engine: TransformersEngine, ids: list[int], new: int) -> list[int]:
     config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=engine.end_ids, pad_token_id=0)
     prompt = torch.tensor([ids])
-    found = engine.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    found = judge(engine.name).generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
     return list(found[0, len(ids) :].tolist())
 
 
@@ -85,10 +92,14 @@ def test_completion_cut_by_max_new_tokens_is_not_finished(engine: TransformersEn
     assert [c.finished for c in cut] == [c.token_ids == [END] for c in cut]
 
 
-def test_end_token_counts_and_leaves_the_text(engine: TransformersEngine) -> None:
-    engine._decoder.run = lambda prompts, indices, sampling: torch.tensor([[40, 41, END, 7]])  # type: ignore[method-assign]
-    assert engine.generate([[9]], Sampling(4)) == [
-        Completion(engine.tokenizer.decode([40, 41]), [40, 41, END], finished=True)
+def test_end_token_counts_and_leaves_the_text(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.tensor([[40, 41, END, 7], [40, 41, 42, END], [40, 41, 42, 43]])
+    monkeypatch.setattr(engine._decoder, "run", lambda prompts, indices, sampling: rows)
+    text = engine.tokenizer.decode
+    assert engine.generate([[9]] * 3, Sampling(4)) == [
+        Completion(text([40, 41]), [40, 41, END], finished=True),
+        Completion(text([40, 41, 42]), [40, 41, 42, END], finished=True),
+        Completion(text([40, 41, 42, 43]), [40, 41, 42, 43], finished=False),
     ]
 
 
@@ -275,8 +286,8 @@ def test_prompts_out_of_range(engine: TransformersEngine, tmp_path: Path) -> Non
         engine.encode(["a", ""])
     with pytest.raises(EstuneError, match="prompt 0: a conversation without messages"):
         engine.encode([[]])
+    engine.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(EstuneError, match="prompt 0: the chat template of"):
-        engine.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
         engine.encode([[{"role": "system", "content": "x"}]])
     with pytest.raises(EstuneError, match="prompt 1: no tokens"):
         engine.generate([[5], []], Sampling(4))
@@ -289,5 +300,5 @@ def test_prompts_out_of_range(engine: TransformersEngine, tmp_path: Path) -> Non
     with pytest.raises(EstuneError, match="max_new_tokens: 0"):
         engine.generate([[5]], Sampling(0))
     engine.tokenizer.chat_template = None
-    with pytest.raises(EstuneError, match="prompt 0: a conversation, but the tokenizer of .* has no chat template"):
+    with pytest.raises(EstuneError, match=r"prompt 0: a conversation, but the tokenizer of .* has no chat template"):
         engine.encode([[{"role": "user", "content": "x"}]])

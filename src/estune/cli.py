@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from rich.text import Text
 
 from estune.errors import EstuneError
 
@@ -108,8 +109,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     try:
         app()
-    except EstuneError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+    except (EstuneError, OSError) as error:  # OSError: a full disk, a folder that may not be written
+        line = Text.assemble(("error: ", "bold red"), str(error))
+        Console(stderr=True).print(line, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

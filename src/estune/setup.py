@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from estune.checkpoint import Checkpoint, locate
 from estune.config import Config
@@ -43,6 +44,7 @@ def load_model(config: Config, model: str | Path | None = None) -> Loaded:
     Raises:
         EstuneError: for a model that cannot be had or trained.
     """
+    disable_progress_bar()  # transformers' own, which would stand in the middle of ours
     checkpoint = Checkpoint(locate(model or config.model))
     names = checkpoint.tensors
     engine = TransformersEngine(checkpoint.path, dtype=config.dtype, device=config.device, batch_size=config.batch_size)

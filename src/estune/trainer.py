@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,6 @@ from estune.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
-HEADLINE = "eval_accuracy"  # what a run is judged by
 
 
 class Trainer:
@@ -260,7 +259,7 @@ class Trainer:
         graded = grade_completions(self.task, self.task.evaluation, completions)
         metrics = evaluation_metrics(self.task, graded)
         best = self._best()
-        if best is None or metrics[HEADLINE] > best.metrics[HEADLINE]:
+        if best is None or _rank(metrics) > _rank(best.metrics):
             self._save(self.run.best)
         self.journal.append_evaluation(EvaluationRecord(step, metrics))
         write_completions(self.run.completions(f"evaluation-{step:05d}"), graded.records(step=step))
@@ -268,7 +267,7 @@ class Trainer:
         self._tell(lambda m: m.on_evaluate(shown, graded.sample()))
 
     def _best(self) -> EvaluationRecord | None:
-        return max(self.journal.evaluations, key=lambda e: e.metrics[HEADLINE], default=None)
+        return max(self.journal.evaluations, key=lambda e: _rank(e.metrics), default=None)
 
     def _patience_is_over(self) -> bool:
         patience, best = self.config.early_stopping_patience, self._best()
@@ -315,6 +314,11 @@ class Trainer:
     def _tell(self, call: Callable[[Monitor], None]) -> None:
         for monitor in getattr(self, "monitors", []):
             call(monitor)
+
+
+def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
+    """What a run is judged by: accuracy, then reward."""
+    return metrics["eval_accuracy"], metrics["eval_reward"]
 
 
 @contextmanager

@@ -84,18 +84,22 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
 
     @property
     def is_compileable(self) -> bool:
+        """Whether masks must be made even where none is needed, for a compiler's sake."""
         return False
 
     @property
     def is_sliding(self) -> list[bool]:
+        """Which layers keep a window only."""
         return [False] * len(self.keys)
 
     @property
     def is_linear(self) -> list[bool]:
+        """Which layers keep a state instead of keys and values."""
         return [False] * len(self.keys)
 
     @property
     def is_dummy(self) -> list[bool]:
+        """Which layers keep nothing."""
         return [False] * len(self.keys)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from estune.engines import attention
 from estune.engines.base import Sampling
 from estune.engines.cache import RowCache
 from estune.engines.sampling import choose
@@ -25,6 +26,7 @@ CHECK_EVERY = {"cpu": 1}
 """Steps between two looks at which rows have finished: a look waits for the device."""
 CHECK_EVERY_ELSEWHERE = 8
 
+_ARGUMENTS = {"position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _ORDINARY_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -36,28 +38,25 @@ def unsupported(model: Any) -> str | None:
     value cache, masks and position ids taken as arguments, and logits of the last position alone.
     """
     config = model.config
-    if model._is_stateful:
-        return "its state is recurrent"
-    if not model._supports_attention_backend:
-        return "its attention takes no prepared mask"
-    if config.get_text_config(decoder=True) is not config:
-        return "it is a composite model"
     unusual = set(getattr(config, "layer_types", None) or ()) - _ORDINARY_LAYERS
-    if unusual:
-        return f"it has layers of type {', '.join(sorted(unusual))}"
-    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
-        return "its layers share caches"
-    wanted = {"position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-    missing = wanted - set(inspect.signature(model.forward).parameters)
-    if missing:
-        return f"its forward takes no {', '.join(sorted(missing))}"
-    return None
+    lacking = _ARGUMENTS - set(inspect.signature(model.forward).parameters)
+    reasons = {
+        "its state is recurrent": model._is_stateful,
+        "its attention takes no prepared mask": not model._supports_attention_backend,
+        "it is a composite model": config.get_text_config(decoder=True) is not config,
+        "its layers share caches": getattr(config, "kv_sharing_modes", None)
+        or getattr(config, "num_kv_shared_layers", 0),
+        f"it has layers of type {', '.join(sorted(unusual))}": unusual,
+        f"its forward takes no {', '.join(sorted(lacking))}": lacking,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 class Decoder:
     """Decodes batches with one model and one cache; not for two threads at a time."""
 
     def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int) -> None:
+        attention.install(model)
         self.model = model
         self.cache = RowCache(model.config.num_hidden_layers)
         self._device: torch.device = model.device
@@ -78,9 +77,10 @@ class Decoder:
         """
         longest = max(map(len, prompts))
         # A model that looks back by slots, not by positions, must not find padding between prefix and prompt.
-        plain = self._window is None or longest + sampling.max_new_tokens < self._window
-        batch = _Batch.lay(prompts, indices, sampling.max_new_tokens, self._pad_id, plain, self.model.dtype, self._device)
-        self.cache.open(len(prompts), batch.width + sampling.max_new_tokens)
+        slots = longest + sampling.max_new_tokens
+        plain = self._window is None or slots < self._window
+        batch = _Batch.lay(prompts, indices, slots, self._pad_id, plain=plain, like=self.model)
+        self.cache.open(len(prompts), slots)
         return self._decode(batch, self._prefill(batch, sampling), sampling).cpu()
 
     def _prefill(self, batch: _Batch, sampling: Sampling) -> torch.Tensor:
@@ -185,19 +185,21 @@ class _Batch:
         cls,
         prompts: Sequence[Sequence[int]],
         indices: Sequence[int],
-        new: int,
+        slots: int,
         pad_id: int,
+        *,
         plain: bool,
-        dtype: torch.dtype,
-        device: torch.device,
+        like: Any,
     ) -> _Batch:
+        """Lay prompts out in `slots` slots, in the type and on the device of the model `like`."""
+        dtype, device = like.dtype, like.device
         width = max(map(len, prompts))
         shared = _common_prefix(prompts) if plain and len(prompts) > 1 else 0
         pads = [width - len(prompt) for prompt in prompts]
         ids = [[pad_id] * pad + list(prompt[shared:]) for pad, prompt in zip(pads, prompts, strict=True)]
         column = torch.tensor(pads, device=device)[:, None]
-        slots = torch.arange(width + new, device=device)
-        real = (slots < shared) | (slots >= shared + column)
+        slot = torch.arange(slots, device=device)
+        real = (slot < shared) | (slot >= shared + column)
         bias = None
         if plain and any(pads):
             bias = torch.zeros(real.shape, dtype=dtype, device=device)
@@ -254,6 +256,6 @@ class _Batch:
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many first tokens all prompts share, short of any prompt's last."""
-    low, high = min(prompts), max(prompts)
+    low, high = min(map(list, prompts)), max(map(list, prompts))
     limit = min(map(len, prompts)) - 1
     return next((i for i in range(limit) if low[i] != high[i]), limit)

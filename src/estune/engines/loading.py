@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from estune.errors import EstuneError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,8 +29,8 @@ def pick_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise EstuneError(f"device: {device!r} is no device; use auto, cuda, cuda:1, mps or cpu") from None
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if not there.get(found.type, lambda: False)():
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not there.get(found.type, False):
         raise EstuneError(f"device: {device!r} is not available to this PyTorch; use auto or cpu")
     return found
 
@@ -60,12 +61,17 @@ def load_model(model: str, dtype: str | torch.dtype, device: torch.device) -> An
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(model, error) from error
     _check_causal(model, config)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a second or two, of which a bar says nothing
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             model, config=config, dtype=pick_dtype(dtype, device), output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(model, error) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise EstuneError(
@@ -73,6 +79,9 @@ def load_model(model: str, dtype: str | torch.dtype, device: torch.device) -> An
             f"such as {missing[0]!r}; take a complete causal language model"
         )
     loaded.eval().requires_grad_(False)
+    for parameter in loaded.parameters():
+        # Loaded weights can be the file itself, mapped: they must outlive what becomes of the file.
+        parameter.data = parameter.data.clone()
     return loaded.to(device)
 
 
@@ -103,7 +112,7 @@ def _check_causal(model: str, config: Any) -> None:
         found = architectures[0]
     else:
         return
-    raise EstuneError(f"model {model!r}: {found} is not a causal language model; take a decoder such as Qwen2ForCausalLM")
+    raise EstuneError(f"model {model!r}: {found} is not a causal language model; take one such as Qwen2ForCausalLM")
 
 
 def _unreadable(model: str, error: Exception) -> EstuneError:
@@ -134,7 +143,7 @@ def load_tokenizer(model: str) -> Any:
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Every id at which a completion ends: the generation config's and the tokenizer's, sorted, maybe none."""
     config: GenerationConfig | None = getattr(model, "generation_config", None)
-    ids = set()
+    ids: set[int] = set()
     for source in (getattr(config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
         ids.update(source if isinstance(source, list | tuple) else [] if source is None else [source])
     return sorted(ids)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +16,7 @@ from estune.engines.base import Completion, Prompt, Sampling
 from estune.engines.decode import Decoder, unsupported
 from estune.engines.generate import GenerateDecoder
 from estune.engines.loading import end_tokens, load_model, load_tokenizer, pad_token, pick_device
+from estune.engines.memory import free_memory, keep_freed_memory
 from estune.errors import EstuneError
 
 MAX_ROWS = {"cpu": 256}
@@ -51,12 +51,16 @@ class TransformersEngine:
         batch_size: int | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
-            raise EstuneError(f"batch_size: {batch_size} rows cannot be decoded; give at least 1, or none for automatic")
+            raise EstuneError(
+                f"batch_size: {batch_size} leaves no row to decode; give 1 or more, or null for automatic"
+            )
         self.name = str(model)
         self.batch_size = batch_size
         self.device = pick_device(device)
         self.model: Any = load_model(self.name, dtype, self.device)
         self.tokenizer: Any = load_tokenizer(self.name)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._attach()
 
     def _attach(self) -> None:
@@ -138,9 +142,7 @@ class TransformersEngine:
                 stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
                 token_ids[i] = row[:stop]
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        return [
-            Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)
-        ]
+        return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
 
     def _check(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
         if sampling.max_new_tokens < 1:
@@ -180,18 +182,4 @@ class TransformersEngine:
         cache = 2 * config.num_hidden_layers * heads * width * slots * self.model.dtype.itemsize
         logits = 3 * 4 * config.vocab_size  # in float32, with what softmax or argmax keeps beside them
         limit = MAX_ROWS.get(self.device.type, MAX_ROWS_ELSEWHERE)
-        return max(1, min(limit, free_memory(self.device) // 2 // (cache + logits)))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that may still be allocated on `device`; for the CPU, what the machine has free."""
-    if device.type == "cuda":
-        # What PyTorch has reserved and not handed out can be handed out again.
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + idle
-    if device.type == "mps":
-        return int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory())
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not every system tells
-        return 4 << 30
+        return max(1, min(limit, free_memory(self.device) // 2 // int(cache + logits)))

@@ -16,7 +16,7 @@ from estune.monitors.base import Metrics, Monitor, Plan, Sample, Summary
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 60  # points of a curve on screen
-PROMPT_END = 160  # characters of a prompt shown, from its end
+PROMPT_END = 600  # characters of a prompt shown, from its end
 
 
 class ConsoleMonitor(Monitor):
@@ -58,6 +58,8 @@ class ConsoleMonitor(Monitor):
 
     def on_member_end(self, done: int, population: int) -> None:
         """Move the inner bar."""
+        if done == 1:
+            self._progress.reset(self._members)
         self._progress.update(self._members, completed=done)
 
     def on_step_end(self, metrics: Metrics, sample: Sample) -> None:

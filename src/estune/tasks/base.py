@@ -1,7 +1,7 @@
 """A task: rows to train on, rows to evaluate on, and the rewards that grade them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -40,11 +40,9 @@ class Task:
         for side, rows in (("training", self.train), ("evaluation", self.evaluation)):
             if not rows:
                 raise EstuneError(f"task {self.name}: the {side} set is empty; give it at least one row")
-        prompts = (
-            [_canonical(row["prompt"]) for row in self.train],
-            [_canonical(row["prompt"]) for row in self.evaluation],
+        refuse_overlap(
+            self.name, *((_canonical(row["prompt"]) for row in rows) for rows in (self.train, self.evaluation))
         )
-        refuse_overlap(self.name, *prompts)
 
     def data_hash(self) -> str:
         """Hash of both sets, in order: two runs with equal hashes saw equal data."""
@@ -60,19 +58,22 @@ def data_hash(rows: Sequence[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def refuse_overlap(name: str, train: Sequence[str], evaluation: Sequence[str]) -> None:
+def refuse_overlap(name: str, train: Iterable[str], evaluation: Iterable[str]) -> None:
     """Check that nothing trained on is evaluated on; both sets as whatever text identifies an example.
 
     Raises:
         EstuneError: some are in both; with their number and the first of them.
     """
-    trained_on = set(train)
-    shared = [text for text in evaluation if text in trained_on]
+    held_out = list(evaluation)
+    # Looked up in the evaluation set, the smaller one: a training set of half a million prompts is not held twice.
+    shared = set(held_out).intersection(train)
     if shared:
-        first = shared[0] if len(shared[0]) <= 200 else f"{shared[0][:130]} ... {shared[0][-60:]}"
+        count = sum(text in shared for text in held_out)
+        first = next(text for text in held_out if text in shared)
+        first = first if len(first) <= 200 else f"{first[:130]} ... {first[-60:]}"
         raise EstuneError(
-            f"task {name}: {len(shared)} of {len(evaluation)} evaluation examples are in the training set too, the "
-            f"first: {first}; take them out of one of the two"
+            f"task {name}: {count} of {len(held_out)} evaluation examples are in the training set too, the first: "
+            f"{first}; take them out of one of the two"
         )
 
 

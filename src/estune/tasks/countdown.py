@@ -1,7 +1,8 @@
 """Countdown (arXiv 2509.24372): reach a target with given numbers and + - * /."""
 
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from math import inf
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -113,19 +114,30 @@ class CountdownConfig(BaseModel):
 
     def _from_data(self) -> tuple[list[Row], list[Row]]:
         assert self.data is not None
-        train = countdown_rows(self.data, load_records(self.data, self.split))
-        if self.eval_data:
-            evaluation = countdown_rows(self.eval_data, load_records(self.eval_data, self.eval_split))
-            refuse_overlap(self.name, [_identity(row) for row in train], [_identity(row) for row in evaluation])
-        else:
-            rows, train, evaluation = train, [], []
-            for row in rows:
-                (evaluation if is_held_out(_problem(row)) else train).append(row)
-        return train[: self.train_size], evaluation[: self.eval_size]
+        rows = countdown_rows(self.data, load_records(self.data, self.split))
+        if not self.eval_data:
+            return self._split_by_hash(rows)
+        train = list(islice(rows, self.train_size))
+        held_out = countdown_rows(self.eval_data, load_records(self.eval_data, self.eval_split))
+        evaluation = list(islice(held_out, self.eval_size))
+        refuse_overlap(self.name, map(_identity, train), map(_identity, evaluation))
+        return train, evaluation
+
+    def _split_by_hash(self, rows: Iterator[Row]) -> tuple[list[Row], list[Row]]:
+        train: list[Row] = []
+        evaluation: list[Row] = []
+        sizes = (self.train_size or inf, self.eval_size or inf)
+        for row in rows:
+            side, size = (evaluation, sizes[1]) if is_held_out(_problem(row)) else (train, sizes[0])
+            if len(side) < size:
+                side.append(row)
+            if (len(train), len(evaluation)) == sizes:
+                break
+        return train, evaluation
 
 
-def countdown_rows(source: str, records: Sequence[Record]) -> list[Row]:
-    """Rows with prompt, numbers and target from records in the authors' shape or TinyZero's.
+def countdown_rows(source: str, records: Sequence[Record]) -> Iterator[Row]:
+    """Rows with prompt, numbers and target, one by one, from records in the authors' shape or TinyZero's.
 
     A record's own `context` is its prompt; where it has none, the paper's layout is.
 
@@ -133,7 +145,6 @@ def countdown_rows(source: str, records: Sequence[Record]) -> list[Row]:
         EstuneError: a missing column, or a bad value, with the row it is in (the first is row 1).
     """
     numbers_name, target_name = require_columns(source, records, ("numbers", "nums"), ("target",))
-    rows = []
     for number, record in enumerate(records, 1):
         where = f"data {source}: row {number}"
         numbers, target = record.get(numbers_name), record.get(target_name)
@@ -146,8 +157,7 @@ def countdown_rows(source: str, records: Sequence[Record]) -> list[Row]:
         context = record.get("context")
         if context is not None and not isinstance(context, str):
             raise EstuneError(f"{where}: context is {context!r:.80}; give the prompt as text, or leave it out")
-        rows.append(_row(numbers, target, context))
-    return rows
+        yield _row(numbers, target, context)
 
 
 def _row(numbers: Sequence[int], target: Any, context: str | None = None) -> Row:
@@ -159,8 +169,7 @@ def _is_natural(value: Any) -> bool:
 
 
 def _problem(row: Row) -> Problem:
-    target: Fraction = parse_target(row["target"])[0]
-    return Problem(tuple(row["numbers"]), target)
+    return Problem(tuple(row["numbers"]), parse_target(row["target"])[0])
 
 
 def _identity(row: Row) -> str:
