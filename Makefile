@@ -7,8 +7,6 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 # Where torch comes from, if not from pip's usual index: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-# Where to train: the kernels that perturb and update run on the CPU in this version.
-DEVICE ?= cpu
 # More options for `estune train`, `pytest` and so on: make train ARGS="--seed 1"
 ARGS ?=
 
@@ -28,7 +26,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(VENV)/.train-installed ## install, then teach the embedded model Countdown
-	$(BIN)/estune train --device $(DEVICE) $(ARGS)
+	$(BIN)/estune train $(ARGS)
 
 test: lint types pytest ## install, then lint, check types and run the tests
 

@@ -23,7 +23,6 @@ run would use; a key that does not exist is refused, with the nearest one that d
 ```yaml
 # my.yaml: estune train --config my.yaml --seed 1
 model: Qwen/Qwen2.5-0.5B-Instruct
-device: cpu
 sigma: 0.001
 task:
   name: countdown

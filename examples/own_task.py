@@ -58,7 +58,7 @@ task = Task(
     reward_weights=[1.0, 1.0],
     accuracy="correct",
 )
-settings = ["device=cpu", "steps=20", "prompts_per_step=64", "max_new_tokens=128", *sys.argv[1:]]
+settings = ["steps=20", "prompts_per_step=64", "max_new_tokens=128", *sys.argv[1:]]
 summary = Trainer(load(overrides=settings), task=task).train()
 length = "eval_completions/mean_length"
 print(f"mean length {summary.before[length]:.0f} -> {summary.after[length]:.0f} tokens")

@@ -2,7 +2,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import combinations
@@ -19,6 +18,7 @@ from estune.tasks import TASKS, CountdownConfig, Task, data_hash
 from estune.tasks.files import load_records
 from estune.tasks.problems import HELD_OUT_FRACTION, Problem, generate_problems, is_held_out
 from estune.tasks.prompt import countdown_prompt
+from tests.work import lines_run
 
 PAPER_PROMPT = (
     "You are a helpful assistant. You first think about the reasoning process in your mind and then provide the user "
@@ -108,21 +108,10 @@ def test_any_text_gets_a_reward(text: str) -> None:
     "text", ["<answer>" * 10**5, "</answer>" * 10**5, "<answer>" + "(" * 10**6 + "</answer>", "<think>" * 10**5,
              "<answer>" + "9" * 10**6 + "</answer>", "<answer>44**19**35</answer>", "</think>\n<answer>" * 10**5]
 )  # fmt: skip
-def test_hostile_completions_cost_milliseconds(text: str) -> None:
-    start = time.process_time()
+def test_hostile_completions_cost_little(text: str) -> None:
     assert answer(text) == 0.0
-    form(text)
-    assert time.process_time() - start < 0.1
-
-
-def test_grading_is_fast() -> None:
-    rows = 1000
-    completions = ["\n44+19=63, 63+35=98</think>\n<answer>(44+19)+35</answer>"] * rows
-    columns: dict[str, Any] = {"numbers": [[44, 19, 35]] * rows, "target": [98] * rows}
-    start = time.process_time()
-    assert answer_reward(prompts=[PAPER_PROMPT] * rows, completions=completions, **columns) == [1.0] * rows
-    assert format_reward(prompts=[PAPER_PROMPT] * rows, completions=completions, **columns) == [1.0] * rows
-    assert time.process_time() - start < 0.1  # about 0.01 when the machine is idle
+    assert lines_run(lambda: answer(text)) < 2_000
+    assert lines_run(lambda: form(text)) < 2_000
 
 
 # The format's reward

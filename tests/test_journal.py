@@ -92,6 +92,16 @@ def test_seeds_and_coefficients_are_exact(
     assert Journal.read(run).steps == [record]
 
 
+def test_changed_settings_are_kept(run: Path) -> None:
+    journal = Journal.resume(run)
+    journal.append_settings({"steps": 8})
+    journal.append_step(steps(4)[3])
+    journal.close()
+    assert Journal.read(run).settings == {"steps": 8}
+    assert Journal.read(run).header.config == {"steps": 3}
+    assert Journal.read(run).steps == steps(4)
+
+
 def test_every_line_is_plain_json(run: Path) -> None:
     lines = [json.loads(line) for line in (run / FILE).read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["header", "evaluation", "step", "step", "step", "evaluation"]

@@ -247,7 +247,9 @@ def test_early_stopping(model: Path, tmp_path: Path) -> None:
 def test_a_finished_run_can_be_made_longer(model: Path, tmp_path: Path) -> None:
     run(make_config(tmp_path / "long", model, steps=6))
     run(make_config(tmp_path / "short", model, steps=4))
-    Trainer.resume(tmp_path / "short", steps=6, task=make_task(), monitors=[]).train()
+    Trainer.resume(tmp_path / "short", steps=6, task=make_task(), monitors=[]).close()
+    summary = Trainer.resume(tmp_path / "short", task=make_task(), monitors=[]).train()  # which knows the new length
+    assert summary.steps == 6
     assert_same_run(tmp_path / "long", tmp_path / "short")
 
 

@@ -60,6 +60,6 @@ def describe(config: Config) -> str:
 def _settings_for(model: str, file: Path | None, overrides: list[str]) -> Config:
     if not (Path(model) / FILE).is_file():
         return load(file, [f"model={model}", *overrides])
-    own = Journal.read(Path(model)).header.config
+    own = Journal.read(Path(model)).settings
     given = load(file, overrides).model_dump(mode="json", exclude_unset=True) if file or overrides else {}
     return parse(merge(own, given), model)

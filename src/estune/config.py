@@ -30,10 +30,8 @@ class Config(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of the weights that generate; auto is float32 on a CPU, else the checkpoint's"
     )
-    device: str = Field("auto", description="where the model runs")
-    task: TaskConfig = Field(
-        default_factory=TaskConfig, description="what to learn; its options are task.NAME"
-    )
+    device: str = Field("auto", description="where the model runs; auto is the CPU in this version")
+    task: TaskConfig = Field(default_factory=TaskConfig, description="what to learn; its options are task.NAME")
     output_dir: Path | None = Field(None, description="directory of the run; runs/TASK-MODEL-TIME if not given")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the run: perturbations and order of the prompts")
 

@@ -1,4 +1,4 @@
-"""The run's record: a header, then one line per evaluation and per step, enough to rebuild every step's weights.
+"""The run's record: a header, then a line for each evaluation and step, enough to rebuild every step's weights.
 
 JSON lines, format 1. Each line ends in `"check"`, a BLAKE2b hash of the line so far and of the previous line's check,
 so that a changed, lost or moved line shows. A line is on disk before the next step starts; a last line without its
@@ -71,12 +71,13 @@ class EvaluationRecord:
 
 
 class Journal:
-    """An open journal. `steps` and `evaluations` hold what it records so far."""
+    """An open journal. `steps` and `evaluations` hold what it records so far, `settings` those of the run by now."""
 
     def __init__(self, path: Path, header: Header, check: str) -> None:
         self.path, self.header = path, header
         self.steps: list[StepRecord] = []
         self.evaluations: list[EvaluationRecord] = []
+        self.settings = dict(header.config)
         self._check = check
         self._file: Any = None
 
@@ -113,10 +114,13 @@ class Journal:
         for number, line in enumerate(lines[1:], 2):
             where = f"line {number}, after step {len(journal.steps) - 1}" if journal.steps else f"line {number}, step 0"
             check, payload = _verified(line, check, path, where)
-            if payload.pop("kind") == "step":
-                journal.steps.append(_decode_step(payload))
-            else:
-                journal.evaluations.append(EvaluationRecord(**payload))
+            match payload.pop("kind"):
+                case "step":
+                    journal.steps.append(_decode_step(payload))
+                case "evaluation":
+                    journal.evaluations.append(EvaluationRecord(**payload))
+                case _:
+                    journal.settings |= payload
         journal._check = check
         return journal
 
@@ -156,6 +160,11 @@ class Journal:
         """Write an evaluation; when this returns it is on disk."""
         self._write("evaluation", {"step": record.step, "metrics": record.metrics})
         self.evaluations.append(record)
+
+    def append_settings(self, changed: dict[str, Any]) -> None:
+        """Write settings that are no longer the header's, such as a new length of the run."""
+        self._write("settings", changed)
+        self.settings |= changed
 
     def fingerprint(self) -> str:
         """Fingerprint of the weights after the last step."""

@@ -47,7 +47,8 @@ def load_model(config: Config, model: str | Path | None = None) -> Loaded:
     disable_progress_bar()  # transformers' own, which would stand in the middle of ours
     checkpoint = Checkpoint(locate(model or config.model))
     names = checkpoint.tensors
-    engine = TransformersEngine(checkpoint.path, dtype=config.dtype, device=config.device, batch_size=config.batch_size)
+    device = "cpu" if config.device == "auto" else config.device  # weights are perturbed there only, so far
+    engine = TransformersEngine(checkpoint.path, dtype=config.dtype, device=device, batch_size=config.batch_size)
     size = sum(p.nbytes for p in engine.model.parameters())
     cores = available_cores()
     replicas = config.replicas or (1 if config.weights == "inplace" or size > LARGEST_REPLICATED else cores)

@@ -29,7 +29,6 @@ from estune.tasks.base import Task
 log = logging.getLogger(__name__)
 
 
-
 class Trainer:
     """Fine-tunes a model on a task.
 
@@ -84,10 +83,11 @@ class Trainer:
         """
         journal = Journal.resume(Path(run))
         header = journal.header
-        config = parse({**header.config, **({} if steps is None else {"steps": steps})}, str(journal.path))
         self = cls.__new__(cls)
         try:
-            self._open(config, task)
+            if steps not in (None, journal.settings["steps"]):
+                journal.append_settings({"steps": steps})
+            self._open(parse(journal.settings, str(journal.path)), task)
             self._match(header)
             directory = RunDirectory(Path(run))
             self._rebuild(directory, journal)
@@ -133,12 +133,13 @@ class Trainer:
         )
         self.strategy = make_strategy(config)
         self.order = RowOrder(len(self.task.train), config.prompts_per_step, config.seed)
+        self._evaluation_ids = self.engine.encode([row["prompt"] for row in self.task.evaluation])
+        self.engine.check(self._evaluation_ids, make_sampling(config))
 
     def _start(self, run: RunDirectory, journal: Journal, monitors: Sequence[Monitor] | None) -> None:
         self.run, self.journal = run, journal
         self.tokens = 0.0
         self.monitors = list(default_monitors(run, self.config) if monitors is None else monitors)
-        self._evaluation_ids = self.engine.encode([row["prompt"] for row in self.task.evaluation])
 
     def _match(self, header: Header) -> None:
         found = self.checkpoint.content_hash()

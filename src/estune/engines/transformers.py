@@ -133,7 +133,7 @@ class TransformersEngine:
         """
         if not prompt_ids:
             return []
-        self._check(prompt_ids, sampling)
+        self.check(prompt_ids, sampling)
         ends = set(self.end_ids)
         token_ids: list[list[int]] = [[] for _ in prompt_ids]
         for batch in self._batches(prompt_ids, sampling.max_new_tokens):
@@ -144,7 +144,8 @@ class TransformersEngine:
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
 
-    def _check(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    def check(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Refuse, as `generate` would, what cannot be generated; for those who want to know before they begin."""
         if sampling.max_new_tokens < 1:
             raise EstuneError(f"max_new_tokens: {sampling.max_new_tokens} leaves nothing to generate; give at least 1")
         if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
