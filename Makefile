@@ -48,7 +48,7 @@ tiny-model: $(VENV)/.train-installed ## make the embedded model again from its s
 	$(BIN)/python -m recipes.tiny $(ARGS)
 
 bench: $(VENV)/.test-installed ## take all measurements; results go to bench/results
-	for script in noise step decode overhead memory rounding; do $(BIN)/python -m bench.$$script || exit 1; done
+	for script in noise train step decode overhead memory rounding; do $(BIN)/python -m bench.$$script || exit 1; done
 
 docs: $(VENV)/.test-installed ## write docs/settings.md from the settings themselves
 	$(BIN)/python docs/generate_settings.py

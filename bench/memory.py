@@ -6,12 +6,15 @@ Builds a random Qwen2 checkpoint of a few hundred MB in a temporary directory an
 so that each has a peak of its own: all that is resident, interpreter and libraries included. Linux only, as it reads
 `VmHWM` (`ru_maxrss` would start from the parent's peak).
 
-- `plain`: load the model, generate on a few prompts.
+- `plain`: generate on a few prompts. Counted from when the model is loaded: loading holds, for a moment, the pages of
+  its file as well, which would hide what training adds.
 - `kernels`: the same with the compiled kernels loaded and run on a few elements. What this adds is Numba and LLVM, the
   same for a model of any size.
 - `copy`: the same, with the weights perturbed before and an update applied and fingerprinted after.
   To be compared with the weights plus 64 MB above plain inference.
-- `replay`: rebuild a checkpoint from base and journal. Bound: twice the largest tensor plus 300 MB, in all.
+- `replay`: rebuild a checkpoint from base and journal. Bound: twice the largest tensor plus 300 MB, in all. Measured on
+  the model with a few steps, and with a thousand on another one of many small tensors: what is kept for each step shows
+  there as well as on the large model, where a thousand steps would take an hour.
 """
 
 import argparse
@@ -30,16 +33,18 @@ from estune.checkpoint import EMBEDDED, Checkpoint
 MB = 1e6
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 16, 8
 MEMBERS, STEPS = 4, 3
+LONG_MEMBERS, LONG_STEPS = 2, 1000
+LONG_HIDDEN, LONG_LAYERS, LONG_VOCABULARY = 128, 4, 1024  # a million elements in 50 tensors
 
 
-def build_checkpoint(folder: Path, hidden: int, layers: int, tokenizer: Path) -> None:
+def build_checkpoint(folder: Path, hidden: int, layers: int, vocabulary: int, tokenizer: Path) -> None:
     """A random Qwen2 model, with the files of somebody's tokenizer beside it."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=32_768,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=4 * hidden,
         num_hidden_layers=layers,
@@ -62,6 +67,7 @@ def infer(part: str, model: str) -> None:
 
     torch.set_num_threads(1)
     engine = TransformersEngine(model, dtype="float32", device="cpu")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now, see proc(5)
     prompts = [[10 + i + j for j in range(PROMPT_TOKENS)] for i in range(PROMPTS)]
     sampling = Sampling(max_new_tokens=NEW_TOKENS)
     if part != "copy":
@@ -94,15 +100,15 @@ def load_kernels() -> None:
     cpu.fingerprint(few, 0, 0)
 
 
-def write_journal(model: str, run: str) -> None:
-    """A journal of a few steps over the model, as a run would have written it."""
+def write_journal(model: str, run: str, members: int, steps: int) -> None:
+    """A journal of some steps over the model, as a run would have written it."""
     from estune.engines.loading import load_model, pick_device
     from estune.journal import Header, Journal, StepRecord
     from estune.strategy import EvolutionStrategy
     from estune.weights import Weights, trained_parameters
 
     base = Checkpoint(Path(model))
-    loaded = load_model(model, "float32", pick_device("cpu"))
+    loaded = load_model(base.path, "float32", pick_device("cpu"))
     weights = Weights(trained_parameters(loaded, base.tensors))
     header = Header(
         model=model,
@@ -114,6 +120,7 @@ def write_journal(model: str, run: str) -> None:
         live_dtype="float32",
         tensors={p.name: list(p.aliases) for p in weights.parameters},
         fingerprint=weights.fingerprint(),
+        task="",
         data_hash="",
         config={},
         packages={},
@@ -121,9 +128,9 @@ def write_journal(model: str, run: str) -> None:
     )
     Path(run).mkdir()
     journal = Journal.create(Path(run), header)
-    strategy = EvolutionStrategy(population=MEMBERS, sigma=0.01)
-    for _ in range(STEPS):
-        rewards: list[float | None] = [float(i) for i in range(MEMBERS)]
+    strategy = EvolutionStrategy(population=members, sigma=0.01)
+    for _ in range(steps):
+        rewards: list[float | None] = [float(i) for i in range(members)]
         rate = strategy.learning_rate
         update = strategy.tell(rewards)
         weights.apply(update)
@@ -149,9 +156,10 @@ def run_part(part: str, *arguments: str) -> None:
 
             replay(Path(arguments[0]), Path(arguments[1]))
         case "build":
-            build_checkpoint(Path(arguments[0]), int(arguments[1]), int(arguments[2]), Path(arguments[3]))
+            hidden, layers, vocabulary = map(int, arguments[1:4])
+            build_checkpoint(Path(arguments[0]), hidden, layers, vocabulary, Path(arguments[4]))
         case "journal":
-            write_journal(arguments[0], arguments[1])
+            write_journal(arguments[0], arguments[1], int(arguments[2]), int(arguments[3]))
     print(peak_memory())
 
 
@@ -163,14 +171,17 @@ def peak_memory() -> float:
 
 
 def measure(folder: Path, hidden: int, layers: int, tokenizer: Path) -> dict[str, Any]:
-    model, run = folder / "model", folder / "run"
-    in_process("build", str(model), str(hidden), str(layers), str(tokenizer))
+    model = folder / "model"
+    in_process("build", str(model), str(hidden), str(layers), "32768", str(tokenizer))
     base = Checkpoint(model)
     sizes = [tensor.size / MB for tensor in base.tensors.values()]
     in_process("copy", str(model))  # so that the compiled kernels are at hand in what is measured
     plain, kernels, copy = (in_process(part, str(model)) for part in ("plain", "kernels", "copy"))
-    in_process("journal", str(model), str(run))
-    replayed = in_process("replay", str(run), str(folder / "rebuilt"))
+    replayed = replay_peak(model, folder / "run", MEMBERS, STEPS)
+    small = folder / "small"
+    shape = (str(n) for n in (LONG_HIDDEN, LONG_LAYERS, LONG_VOCABULARY))
+    in_process("build", str(small), *shape, str(tokenizer))
+    long_replayed = replay_peak(small, folder / "long", LONG_MEMBERS, LONG_STEPS)
     figures = {
         "weights": sum(sizes),
         "largest tensor": max(sizes),
@@ -182,8 +193,14 @@ def measure(folder: Path, hidden: int, layers: int, tokenizer: Path) -> dict[str
         "weights plus 64 MB": sum(sizes) + 64,
         "replay, peak": replayed,
         "replay, bound": 2 * max(sizes) + 300,
+        "replay of 1000 steps on a small model, peak": long_replayed,
     }
     return {"unit": "MB", "members": MEMBERS, "prompts": PROMPTS, **{key: round(v, 1) for key, v in figures.items()}}
+
+
+def replay_peak(model: Path, run: Path, members: int, steps: int) -> float:
+    in_process("journal", str(model), str(run), str(members), str(steps))
+    return in_process("replay", str(run), str(run / "rebuilt"))
 
 
 def main() -> None:

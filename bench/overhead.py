@@ -51,11 +51,11 @@ def timed(call: Callable[[StepRecord], None], seconds: list[float]) -> Callable[
 
 def measure(steps: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Medians over all steps but the first, which compiles and warms up."""
-    fixed = ["device=cpu", f"steps={steps + 1}", "eval_steps=0", f"output_dir={folder / 'run'}"]
+    fixed = [f"steps={steps + 1}", "eval_steps=0", f"output_dir={folder / 'run'}"]
     config = load(None, [*fixed, *overrides])
     clock, journal = Clock(), list[float]()
     trainer = Trainer(config, monitors=[clock, JsonlMonitor(folder / "metrics.jsonl")])
-    replicas = len(trainer.pool.engines)
+    replicas = len(trainer.pool.replicas)
     trainer.journal.append_step = timed(trainer.journal.append_step, journal)  # type: ignore[assignment,method-assign]
     trainer.train()
 
@@ -81,7 +81,7 @@ def measure(steps: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
         "steps": len(rows),
         "population": config.population,
         "prompts_per_step": config.prompts_per_step,
-        "engines": replicas,
+        "replicas": replicas,
         "seconds a step": {key: round(value, 4) for key, value in seconds.items()},
         "percent of a step": {key: round(100 * value, 2) for key, value in shares.items()},
     }

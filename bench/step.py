@@ -30,13 +30,11 @@ from bench.common import write_result
 from bench.models import embedded_or_random
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from estune.checkpoint import Checkpoint
+from estune.config import Config
 from estune.engines.base import Sampling
-from estune.engines.transformers import TransformersEngine
-from estune.pool import LocalPool
+from estune.setup import open_pool
 from estune.strategy import Member, Update
 from estune.tasks.prompt import countdown_prompt
-from estune.weights import Weights, trained_parameters
 
 
 def draw_prompts(count: int) -> list[str]:
@@ -91,19 +89,14 @@ class Ours:
     """The same step from estune's parts, as its trainer uses them."""
 
     def __init__(self, model: Path, prompts: list[str], new_tokens: int, replicas: int) -> None:
-        names = Checkpoint(model).tensors
-        engine = TransformersEngine(model, dtype="float32", device="cpu")
-        engines = [engine, *(engine.replica() for _ in range(replicas - 1))]
-        first = Weights(trained_parameters(engine.model, names))
-        rest = [Weights(trained_parameters(e.model, names), sharing=first) for e in engines[1:]]
-        self.pool = LocalPool(list(zip(engines, [first, *rest], strict=True)))
-        self.engine = engine
-        self.ids = engine.encode(prompts)
+        config = Config(model=str(model), dtype="float32", replicas=replicas, threads=1)
+        self.replica, self.pool = open_pool(config)
+        self.ids = self.replica.engine.encode(prompts)
         self.sampling = Sampling(new_tokens)
 
     def step(self, seeds: list[int], sigma: float, coefficients: list[float]) -> dict[str, float]:
         members = tuple(Member(seed) for seed in seeds)
-        found = list(self.pool.evaluate(members, sigma, self.ids, self.sampling))
+        found = [result for _, result in self.pool.evaluate(members, sigma, self.ids, self.sampling)]
         self.pool.apply(Update(0, members, tuple(coefficients)))
         return {
             "perturb": sum(e.perturb_time for e in found),
@@ -112,7 +105,7 @@ class Ours:
         }
 
     def complete(self) -> list[str]:
-        return [c.text for c in self.engine.generate(self.ids, self.sampling)]
+        return [c.text for c in self.replica.engine.generate(self.ids, self.sampling)]
 
 
 def serve(pipe: Connection, model: Path, prompts: list[str], new_tokens: int) -> None:
@@ -129,8 +122,7 @@ def serve(pipe: Connection, model: Path, prompts: list[str], new_tokens: int) ->
 
 def agreement(pipe: Connection, ours: Ours, sigma: float) -> dict[str, int]:
     """Completions that agree, with base weights and with those of a member, which the plain script is sent."""
-    engine, weights = ours.pool.engines[0]
-    assert isinstance(engine, TransformersEngine)
+    engine, weights = ours.replica.engine, ours.replica.weights
     agree = {}
     for name in ("perturbed", "base"):
         if name == "perturbed":
@@ -187,6 +179,7 @@ def main() -> None:
         print({name: round(values[-1], 2) for name, values in seconds.items()}, flush=True)
     pipe.send(None)
     script.join()
+    ours.pool.close()
     seconds = {name: values[1:] for name, values in seconds.items()}
     median = {name: statistics.median(values) for name, values in seconds.items()}
     best = min(median[name] for name in ways)
@@ -195,7 +188,7 @@ def main() -> None:
         {
             "model": what,
             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-            "ours_threads": f"{cores} engines of 1",
+            "ours_threads": f"{cores} replicas of 1",
             "agree": agree,
             "median_seconds": median,
             "seconds": seconds,

@@ -11,4 +11,4 @@ from estune.config import load
 config = load(overrides=sys.argv[1:])
 summary = Trainer(config).train()
 print(f"held-out accuracy {summary.before['eval_accuracy']:.1%} -> {summary.after['eval_accuracy']:.1%}")
-print(f"best checkpoint, after step {summary.best_step}: {summary.run / 'best'}")
+print(f"best checkpoint, after step {summary.best['step']}: {summary.run / 'best'}")

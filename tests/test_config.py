@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from estune.config import EMBEDDED_SETTINGS, Config, load, parse
+from estune.config import EMBEDDED_SETTINGS, Config, load, parse, read
 from estune.errors import EstuneError
 
 
@@ -44,8 +44,56 @@ def test_files_and_overrides(tmp_path: Path, name: str, text: str) -> None:
     assert (config.lr_scheduler_type, config.report_to) == ("linear", [])
 
 
-def test_a_model_name_that_looks_like_a_number_stays_text() -> None:
-    assert load(None, ["model=models/7b"]).model == "models/7b"
+@pytest.mark.parametrize("text", ["123", "0x10", "1e3", "1.10", "true", "2026-01-01", "[a]", "a: b", "x=y"])
+def test_text_stays_text_whatever_it_looks_like(text: str) -> None:
+    config = load(None, [f"model={text}", f"output_dir={text}", f"task.data={text}"])
+    assert (config.model, config.output_dir, config.task.data) == (text, Path(text), text)
+
+
+def test_overrides_take_the_type_of_their_setting() -> None:
+    config = load(None, ["steps=7", "sigma=1e-3", "mirrored", "task.rational=true", "task.count=3", "batch_size=null"])
+    assert (config.steps, config.sigma, config.mirrored, config.batch_size) == (7, 1e-3, True, None)
+    assert (config.task.rational, config.task.count) == (True, (3, 3))
+
+
+@pytest.mark.parametrize(
+    ("value", "trackers"),
+    [("tensorboard", ["tensorboard"]), ("none", []), ("[]", []), ("tensorboard, ", ["tensorboard"]), (["none"], [])],
+)
+def test_report_to_is_written_as_for_trl(value: str | list[str], trackers: list[str]) -> None:
+    assert parse({"report_to": value}).report_to == trackers
+    if isinstance(value, str):
+        assert load(None, [f"report_to={value}"]).report_to == trackers
+
+
+@pytest.mark.parametrize("name", ["steps", "seed", "population", "sigma", "learning_rate", "batch_size", "model"])
+def test_true_is_no_number_and_no_name(name: str) -> None:
+    with pytest.raises(EstuneError, match=f"^settings: {name}: .*no switch"):
+        parse({name: True})
+    with pytest.raises(EstuneError, match=f"^settings: {name}: .*no switch"):
+        load(None, [name])
+
+
+def test_true_is_no_number_for_a_task_either() -> None:
+    with pytest.raises(EstuneError, match="task: train_size is no switch"):
+        parse({"task": {"train_size": True}})
+    assert parse({"task": {"rational": True}}).task.rational
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", float("inf"), float("nan")])
+def test_no_setting_takes_what_is_not_finite(value: str | float) -> None:
+    floats = [name for name, field in Config.model_fields.items() if field.annotation in (float, float | None)]
+    assert {"sigma", "learning_rate", "weight_decay", "temperature", "top_p"} <= set(floats)
+    for name in floats:
+        with pytest.raises(EstuneError, match=f"^settings: {name}: "):
+            parse({name: value})
+
+
+def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("sigma: 0.5\ntask:\n  eval_size: 50\n")
+    given = read(tmp_path / "run.yaml", ["task.train_size=9"])
+    assert given == {"sigma": 0.5, "task": {"eval_size": 50, "train_size": "9"}}
+    assert read() == {}
 
 
 @pytest.mark.parametrize(
@@ -54,15 +102,18 @@ def test_a_model_name_that_looks_like_a_number_stays_text() -> None:
         (["sigmas=1"], "unknown setting sigmas; did you mean sigma?"),
         (["task.eval_sise=1"], r"unknown setting task\.eval_sise; did you mean task\.eval_size\?"),
         (["zzz=1"], "unknown setting zzz; see"),
-        (["sigma=0"], "sigma: Input should be greater than 0, found 0"),
-        (["sigma=-0.1"], "sigma: .*found -0.1"),
+        (["sigma=0"], "sigma: Input should be greater than 0, found '0'"),
+        (["sigma=-0.1"], "sigma: .*found '-0.1'"),
         (["sigma=nan"], "sigma: "),
         (["sigma=much"], "sigma: .*found 'much'"),
-        (["population=1"], "population: .*greater than or equal to 2, found 1"),
+        (["population=1"], "population: .*greater than or equal to 2, found '1'"),
         (["population=3", "mirrored=true"], "population 3 is odd"),
         (["weights=inplace", "replicas=2"], "replicas must be 1"),
         (["task=chess"], "task.*countdown"),
-        (["sigma"], "not of the form key=value"),
+        (["steps=true"], "steps: .*found 'true'"),
+        (["report_to=wandb"], "report_to.*: .*'tensorboard', found 'wandb'"),
+        (["early_stopping_patience=2", "eval_steps=0"], "early_stopping_patience counts evaluations"),
+        (["=1"], "not of the form key=value"),
     ],
 )
 def test_mistakes_are_one_clear_line(overrides: list[str], message: str) -> None:

@@ -29,6 +29,7 @@ def header(**changes: Any) -> Header:
         "live_dtype": "float32",
         "tensors": {"model.embed_tokens.weight": ["lm_head.weight"]},
         "fingerprint": "0" * 16,
+        "task": "countdown",
         "data_hash": "cd" * 16,
         "config": {"steps": 3},
         "packages": {"estune": "0.1.0"},

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(config: Config, *rewards: Any) -> Summary:
     return Trainer(config, task=make_task(*rewards), monitors=[]).train()
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def substance(record: StepRecord) -> Any:
@@ -92,17 +97,51 @@ def test_a_run_is_the_papers_algorithm(model: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(final[n], t, rtol=0, atol=1e-6)
 
 
-def kill_after(steps: int, folder: Path, model: Path, changes: dict[str, Any], delay: float) -> None:
-    """Start the run in a process of its own and kill it, without warning, some time after its Nth step is recorded."""
-    process = subprocess.Popen([sys.executable, "-m", "tests.runs", folder, model, json.dumps(changes)])
-    journal, deadline = folder / "journal.jsonl", time.monotonic() + 120
-    while not journal.exists() or journal.read_text().count('"kind":"step"') < steps:
-        assert process.poll() is None, "the run ended before it could be killed"
+def children(parent: int) -> list[int]:
+    """Processes that a process has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # ended in the meantime
+            continue
+        if int(fields[1]) == parent and fields[0] != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def started(folder: Path, model: Path, changes: dict[str, Any], steps: int) -> subprocess.Popen[str]:
+    """The run in a process of its own, with N steps recorded."""
+    command = [sys.executable, "-m", "tests.runs", str(folder), str(model), json.dumps(changes)]
+    environment = {**os.environ, "COLUMNS": "200"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    journal = folder / "journal.jsonl"
+
+    def far_enough() -> bool:
+        assert process.poll() is None, process.communicate()
+        return journal.exists() and journal.read_text().count('"kind":"step"') >= steps
+
+    wait_until(far_enough)
+    return process
+
+
+def kill_after(steps: int, folder: Path, model: Path, changes: dict[str, Any], delay: float) -> None:
+    """Start the run in a process of its own and kill it, without warning, some time after its Nth step is recorded."""
+    process = started(folder, model, changes, steps)
+    workers = children(process.pid)
+    assert len(workers) == changes.get("replicas", 1) - 1
     time.sleep(delay)
     process.kill()
-    process.wait()
+    process.communicate()
+    wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))  # no orphans
 
 
 @pytest.mark.parametrize(
@@ -116,14 +155,16 @@ def kill_after(steps: int, folder: Path, model: Path, changes: dict[str, Any], d
 )
 def test_killed_and_resumed_is_undisturbed(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    changes = {"steps": 16, **settings}
+    changes = {"steps": 24, **settings}
     Trainer(make_config(whole, model, **changes), task=make_task(slow_variety), monitors=[]).train()
     kill_after(7, cut, model, changes, random.Random(str(settings)).uniform(0, 0.1))
     left = len(Journal.read(cut).steps)
-    assert 7 <= left < 16
+    assert 7 <= left < 24
     summary = Trainer.resume(cut, task=make_task(slow_variety), monitors=[]).train()
-    assert (summary.steps, summary.ended) == (16, "finished")
+    assert (summary.steps, summary.ended) == (24, "finished")
     assert_same_run(whole, cut)
+    tokens = [[record.metrics["num_tokens"] for record in Journal.read(run).steps] for run in (whole, cut)]
+    assert tokens[0] == tokens[1]
 
 
 def test_the_number_of_replicas_changes_nothing(model: Path, tmp_path: Path) -> None:
@@ -182,7 +223,7 @@ def test_replay_refuses_what_does_not_fit(model: Path, tmp_path: Path) -> None:
         replay(folder, folder)
     # A step that never was, sealed by one who knows how: the fingerprint tells.
     journal = Journal.resume(folder)
-    journal.append_step(StepRecord(journal.steps[0].update, 0.02, 0.01, [1.0] * 4, [0], "0123456789abcdef"))
+    journal.append_step(StepRecord(journal.steps[0].update, 0.02, 0.01, [1.0] * 4, [0], "0123456789abcdef", {}))
     journal.close()
     with pytest.raises(EstuneError, match="gives fingerprint"):
         replay(folder, out)
@@ -197,12 +238,12 @@ def test_evaluations_best_and_files(model: Path, tmp_path: Path) -> None:
     assert [e.step for e in journal.evaluations] == [0, 2, 4, 5]
     assert len(journal.steps) == 5
     best = max(journal.evaluations, key=lambda e: e.metrics["eval_accuracy"])
-    assert (summary.best_step, summary.best) == (best.step, best.metrics)
+    assert summary.best == best.metrics
     replay(folder, tmp_path / "best", best.step)
     assert (tmp_path / "best" / "model.safetensors").read_bytes() == (
         folder / "best" / "model.safetensors"
     ).read_bytes()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(folder)
     steps = [line for line in lines if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
     for line, record in zip(steps, journal.steps, strict=True):
@@ -240,7 +281,7 @@ def test_early_stopping(model: Path, tmp_path: Path) -> None:
 
     config = make_config(tmp_path / "run", model, steps=50, eval_steps=1, early_stopping_patience=3)
     summary = run(config, constant)
-    assert (summary.ended, summary.steps, summary.best_step) == ("stopped early", 3, 0)
+    assert (summary.ended, summary.steps, summary.best["step"]) == ("stopped early", 3, 0)
     assert all(set(r.update.coefficients) == {0.0} for r in Journal.read(tmp_path / "run").steps)
 
 
@@ -255,13 +296,7 @@ def test_a_finished_run_can_be_made_longer(model: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "tests.runs", str(folder), str(model), json.dumps({"steps": 500})]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
-    )
-    while not (folder / "journal.jsonl").exists() or (folder / "journal.jsonl").read_text().count('"kind":"step"') < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = started(folder, model, {"steps": 500}, 2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -292,11 +327,13 @@ def test_a_used_directory_is_refused_with_the_remedies(model: Path, tmp_path: Pa
 def test_resume_refuses_another_base_or_other_data(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
     run(make_config(tmp_path / "run", base, steps=2))
-    with pytest.raises(EstuneError, match="its data are not those the run began with"):
-        Trainer.resume(tmp_path / "run", task=make_task(evaluation=5), monitors=[])
+    with pytest.raises(EstuneError, match="the data of task variety are not those"):
+        Trainer.resume(tmp_path / "run", steps=4, task=make_task(evaluation=5), monitors=[])
+    with pytest.raises(EstuneError, match="was trained on the task variety, not countdown: .* Trainer.resume"):
+        Trainer.resume(tmp_path / "run", steps=4, monitors=[])
     save_model(base, seed=6)
-    with pytest.raises(EstuneError, match="put the original back"):
-        Trainer.resume(tmp_path / "run", task=make_task(), monitors=[])
+    with pytest.raises(EstuneError, match="give the original with --model"):
+        Trainer.resume(tmp_path / "run", steps=4, task=make_task(), monitors=[])
     with pytest.raises(EstuneError, match="this is no run"):
         Trainer.resume(base)
 
@@ -347,6 +384,95 @@ def test_a_reward_that_fails_stops_the_run_and_loses_nothing(
     Trainer.resume(tmp_path / "run", steps=4, task=make_task(), monitors=[]).train()
     run(make_config(tmp_path / "whole", model, steps=4))
     assert substance(Journal.read(tmp_path / "run").steps[3]) == substance(Journal.read(tmp_path / "whole").steps[3])
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_an_evaluation_that_cannot_be_compared_stops_with_one_line(model: Path, tmp_path: Path, score: float) -> None:
+    def broken(completions: list[str], **_: Any) -> list[float]:
+        return [score, *([1.0] * (len(completions) - 1))]
+
+    with pytest.raises(EstuneError, match="on the evaluation set the reward is not finite"):
+        run(make_config(tmp_path / "run", model), broken)
+
+
+def test_a_reward_that_never_applies_changes_nothing(model: Path, tmp_path: Path) -> None:
+    def never(completions: list[str], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    run(make_config(tmp_path / "with", model), variety, never)
+    run(make_config(tmp_path / "without", model))
+    with_it, without = Journal.read(tmp_path / "with"), Journal.read(tmp_path / "without")
+    assert [substance(r) for r in with_it.steps] == [substance(r) for r in without.steps]
+    assert not any("never" in key for e in with_it.evaluations for key in e.metrics)
+
+
+def test_inplace_reports_its_drift(model: Path, tmp_path: Path) -> None:
+    run(make_config(tmp_path / "run", model, weights="inplace", dtype="bfloat16"))
+    for record in Journal.read(tmp_path / "run").steps:
+        assert record.metrics["weights/drift_changed"] > 0.01
+        assert record.metrics["weights/drift_rms"] > 0
+
+
+def test_lost_metrics_come_back_on_resume(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    Trainer(make_config(folder, model), task=make_task()).train()
+    before = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text("".join(before.splitlines(keepends=True)[:2]) + '{"step": 2, "rew')
+    Trainer.resume(folder, steps=5, task=make_task()).train()
+    assert (folder / "metrics.jsonl").read_text().startswith(before)
+    assert [line["step"] for line in metrics(folder)] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"), [(-1, "steps: .*found -1"), (3, "all 4 steps"), (None, "all 4")]
+)
+def test_lengths_that_leave_nothing_to_do_are_refused(model: Path, tmp_path: Path, steps: Any, message: str) -> None:
+    run(make_config(tmp_path / "run", model))
+    with pytest.raises(EstuneError, match=message):
+        Trainer.resume(tmp_path / "run", steps=steps, task=make_task(), monitors=[])
+    assert Trainer.resume(tmp_path / "run", steps=5, task=make_task(), monitors=[]).train().steps == 5
+
+
+def test_a_run_stopped_early_has_new_patience_when_resumed(model: Path, tmp_path: Path) -> None:
+    def constant(completions: list[str], **_: Any) -> list[float]:
+        return [0.5] * len(completions)
+
+    run(make_config(tmp_path / "run", model, steps=9, eval_steps=1, early_stopping_patience=2), constant)
+    summary = Trainer.resume(tmp_path / "run", steps=20, task=make_task(constant), monitors=[]).train()
+    assert (summary.ended, summary.steps) == ("stopped early", 4)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_written(model: Path, tmp_path: Path) -> None:
+    task = make_task()
+    for side, rows in (("training", task.train), ("evaluation", task.evaluation)):
+        kept, rows[2]["prompt"] = rows[2]["prompt"], "long " * 60  # type: ignore[index]
+        with pytest.raises(EstuneError, match=f"{side} row 2: 300 tokens .* beyond the 256 positions"):
+            Trainer(make_config(tmp_path / "run", model, steps=9), task=task, monitors=[])
+        rows[2]["prompt"] = kept  # type: ignore[index]
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_that_cannot_be_graded_are_refused() -> None:
+    task = make_task()
+    with pytest.raises(EstuneError, match="two reward functions are called variety"):
+        make_task(variety, variety)
+    with pytest.raises(EstuneError, match="training row 0 has no column prompt, only text"):
+        replace(task, train=[{"text": "a"}])
+    with pytest.raises(EstuneError, match="training row 1 has the columns prompt, row 0 has prompt, answer"):
+        replace(task, train=[{"prompt": "a", "answer": 1}, {"prompt": "b"}])
+
+
+def test_a_replica_that_is_killed_stops_the_run_and_loses_nothing(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = started(folder, model, {"steps": 500, "replicas": 2}, 2)
+    (worker,) = children(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "a replica's process ended with code -9" in error
+    done = len(Journal.read(folder).steps)
+    summary = Trainer.resume(folder, steps=done + 1, task=make_task(slow_variety), monitors=[]).train()
+    assert summary.steps == done + 1
 
 
 def test_rows_are_drawn_without_replacement() -> None:

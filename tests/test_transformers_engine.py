@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from estune.engines import memory
 from estune.engines import transformers as engine_module
 from estune.engines.base import Completion, Sampling
 from estune.engines.decode import Decoder
@@ -196,11 +198,42 @@ def test_recurrent_model_mixes_prompt_lengths(tmp_path: Path) -> None:
 
 def test_rows_follow_memory(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(engine._decoder, Decoder)
-    monkeypatch.setattr(engine_module, "free_memory", lambda device: 2 * 5 * (2 * 3 * 2 * 16 * 50 * 4 + 12 * 320))
-    prompts = [[7] * 30] * 12
-    assert [len(batch) for batch in engine._batches(prompts, 20)] == [4, 4, 4]
-    monkeypatch.setattr(engine_module, "free_memory", lambda device: 0)
-    assert [len(batch) for batch in engine._batches(prompts[:2], 20)] == [1, 1]
+    weights = sum(p.nbytes for p in engine.model.parameters())
+    row = 2 * 3 * 2 * 16 * 50 * 4 + 12 * 320
+    for total, sizes in ((weights + 4 * 5 * row, [4, 4, 4]), (weights + 4 * 12 * row, [12]), (0, [1] * 12)):
+        monkeypatch.setattr(engine_module, "total_memory", lambda device, total=total: total)
+        found = TransformersEngine(engine.name)
+        assert [len(batch) for batch in found._batches([[7] * 30] * 12, 20)] == sizes
+        assert [len(batch) for batch in found.replica()._batches([[7] * 30] * 12, 20)] == sizes
+
+
+def test_memory_is_the_machines_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}  # asked for anything else, this fails
+    monkeypatch.setattr(os, "sysconf", answers.__getitem__)
+    monkeypatch.setattr(memory, "group_limits", list)
+    assert memory.total_memory(torch.device("cpu")) == 4096000
+    monkeypatch.setattr(memory, "group_limits", lambda: [5000000, 3000000])
+    assert memory.total_memory(torch.device("cpu")) == 3000000
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "found"),
+    [
+        ("0::/", {"memory.max": "max"}, []),
+        ("0::/", {"memory.max": "500"}, [500]),
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "700", "memory.current": "3"}, [700]),
+        ("5:cpu:/x\n4:memory:/x", {"memory/x/memory.limit_in_bytes": "900", "cpu/x/memory.limit_in_bytes": "1"}, [900]),
+        ("4:memory:/outside", {"memory/memory.limit_in_bytes": "800"}, [800]),
+        (None, {}, []),
+    ],
+)
+def test_limits_of_control_groups(tmp_path: Path, groups: str | None, limits: dict[str, str], found: list[int]) -> None:
+    files = {f"sys/fs/cgroup/{name}": text for name, text in limits.items()}
+    for name, text in (files | ({"proc/self/cgroup": groups} if groups else {})).items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert memory.group_limits(tmp_path) == found
 
 
 def refuse(tmp_path: Path, change: str) -> Path:
@@ -237,9 +270,9 @@ def refuse(tmp_path: Path, change: str) -> Path:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("no config", "no config.json"),
+        ("no config", "without config.json"),
         ("broken config", "cannot be loaded"),
-        ("no weights", r"no \*.safetensors"),
+        ("no weights", "holds no .safetensors weights"),
         ("cut weights", "cannot be loaded"),
         ("more layers", "lacks 12 of the weights"),
         ("other shape", "cannot be loaded"),
@@ -262,14 +295,21 @@ def test_directory_that_is_no_usable_model(tmp_path: Path, change: str, says: st
     [
         ("/nowhere/at/all", "no such directory"),
         ("./nowhere", "no such directory"),
-        ("nobody/nothing-of-the-sort", "the hub did not serve it"),
-        (__file__, "a file, not a model"),
+        ("nobody/nothing-of-the-sort", "nor to be had from the hub"),
+        ("nothing-of-the-sort", "nor to be had from the hub"),
+        (__file__, "is a file, not a checkpoint"),
     ],
 )
 def test_model_that_is_not_there(model: str, says: str) -> None:
     with pytest.raises(EstuneError, match=says) as caught:
         TransformersEngine(model)
     assert "\n" not in str(caught.value)
+
+
+def test_model_by_an_embedded_name() -> None:
+    engine = TransformersEngine("tiny")
+    assert engine.name == "tiny"
+    assert len(engine.generate(engine.encode(["1"]), Sampling(2))) == 1
 
 
 def test_settings_out_of_range(directory: Path) -> None:

@@ -141,17 +141,6 @@ def test_threads_and_runs_do_not_change_the_bits(monkeypatch: pytest.MonkeyPatch
     assert same(one, final(3))
 
 
-def test_engines_share_a_base() -> None:
-    one, other = parameters(), parameters()
-    first = Weights(one)
-    second = Weights(other, sharing=first)
-    first.apply(Update(0, (Member(3),), (0.25,)))
-    second.perturb(Member(8), 0.01)
-    first.perturb(Member(8), 0.01)
-    assert same(bits(one), bits(other))
-    assert first.fingerprint() == second.fingerprint() != Weights(parameters()).fingerprint()
-
-
 def test_inplace_drifts_and_says_so() -> None:
     ps = parameters(torch.bfloat16)
     weights, original = Weights(ps, policy="inplace"), bits(ps)

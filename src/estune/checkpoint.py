@@ -10,10 +10,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,29 @@ EMBEDDED = {"tiny": Path(__file__).parent / "models" / "tiny"}
 """Models shipped inside the package, by the name a user gives for `model`."""
 
 RUN_LENGTH = 1 << 20  # elements read, changed and written at a time
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tekken.json",
+    "chat_template*",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "*.py",  # code that a model brings
+    "*processor_config.json",
+    "LICENSE*",
+)
+"""What a model needs beside its weights: downloaded with them and copied to what is written, and nothing else."""
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _STORAGE: dict[str, Any] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 Array = npt.NDArray[Any]
 
@@ -52,7 +74,16 @@ class Tensor:
         return math.prod(self.shape)
 
     def read(self, start: int = 0, count: int | None = None) -> npt.NDArray[np.float32]:
-        """Elements `start .. start + count - 1`, row-major, widened to float32 (exact)."""
+        """Elements `start .. start + count - 1`, row-major, widened to float32 (exact).
+
+        Raises:
+            EstuneError: for a type other than float32, bfloat16 and float16.
+        """
+        if self.dtype not in _STORAGE:
+            raise EstuneError(
+                f"{self.file}: tensor {self.name} is stored as {self.dtype}, not as one of {', '.join(_STORAGE)}; "
+                "load the model with dtype=torch.float32 and save it with save_pretrained"
+            )
         stored = _STORAGE[self.dtype]
         count = self.elements - start if count is None else count
         raw = np.fromfile(self.file, stored, count, offset=self.offset + start * stored.itemsize)
@@ -80,12 +111,8 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
-        found: dict[str, Tensor] = {}
-        for file in sorted(self.path.glob("*.safetensors")):
-            found.update(_read_header(file))
-        if not found:
-            raise EstuneError(f"{self.path} holds no .safetensors weights: save the model with save_pretrained first")
-        return found
+        by_file = {file: _read_header(file) for file in _weight_files(self.path)}
+        return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
 
     def content_hash(self) -> str:
         """BLAKE2b over names, types, shapes and bytes of all tensors, however they are spread over files."""
@@ -112,6 +139,8 @@ class Checkpoint:
     ) -> None:
         """Write a checkpoint like this one, with `trained` tensors replaced and stored as `dtype`.
 
+        Of the other files, those that a model needs (`COMPANIONS`) go along.
+
         Args:
             target: directory to make; it appears only when it is complete. An existing one is replaced.
             trained: for each replaced tensor, a function giving its elements in row-major runs, float32 or bfloat16
@@ -121,11 +150,16 @@ class Checkpoint:
         """
         with replacing(target) as folder:
             folder.mkdir()
-            for file in sorted({t.file for t in self.tensors.values()}):
-                tensors = [t for t in self.tensors.values() if t.file == file]
-                _write_file(folder / file.name, tensors, trained, _DTYPES[dtype])
+            by_file: dict[str, list[Tensor]] = {}
+            for tensor in self.tensors.values():
+                by_file.setdefault(tensor.file.name, []).append(tensor)
+            size = sum(_write_file(folder / f, ts, trained, DTYPES[dtype]) for f, ts in by_file.items())
+            if set(by_file) != {SINGLE}:
+                weight_map = {tensor.name: file for file, tensors in by_file.items() for tensor in tensors}
+                index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+                (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
             for file in self.path.iterdir():
-                if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and not file.name.startswith("."):
+                if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in COMPANIONS):
                     shutil.copy(file, folder / file.name)
             config = json.loads((folder / "config.json").read_text())
             config.pop("torch_dtype", None)
@@ -141,30 +175,67 @@ def locate(model: str | Path) -> Path:
         EstuneError: where there is no such model, or the directory holds none.
     """
     path = EMBEDDED.get(str(model), Path(model))
-    if not path.exists() and not path.is_absolute() and str(model).count("/") == 1 and not str(model).startswith("."):
-        path = _download(str(model))
     if not path.exists():
-        names = ", ".join(EMBEDDED)
-        raise EstuneError(
-            f"model {model}: no such directory; give a directory, a hub id (owner/name) or one of: {names}"
-        )
+        if not _HUB_ID.fullmatch(str(model)):
+            names = ", ".join(EMBEDDED)
+            raise EstuneError(f"model {model}: no such directory; give a directory, a hub id or one of: {names}")
+        path = _download(str(model))
     if not (path / "config.json").is_file():
         kind = "a file" if path.is_file() else "a directory without config.json"
         raise EstuneError(f"model {model} is {kind}, not a checkpoint: give a directory made by save_pretrained")
+    _weight_files(path)
     return path
 
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        # Repositories can hold the same weights again: in the original format, in folders for other libraries.
+        return Path(
+            snapshot_download(
+                model,
+                allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"],
+                ignore_patterns=["consolidated*", "*/*"],
+            )
+        )
     except Exception as error:  # the hub's library raises a dozen kinds; each means that the model cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        names = ", ".join(EMBEDDED)
         raise EstuneError(
-            f"model {model}: neither a local directory nor to be had from the hub ({reason}); check name and network"
+            f"model {model}: neither a local directory nor to be had from the hub ({reason}); check the name, the "
+            f"network and, for a gated model, your login, or take an embedded one: {names}"
         ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights; where a directory holds them more than once, those that transformers loads."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder / INDEX)
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others
+    if not others:
+        raise EstuneError(f"{folder} holds no .safetensors weights: save the model with save_pretrained first")
+    raise EstuneError(
+        f"{folder} holds {len(others)} .safetensors files, but neither {SINGLE} nor {INDEX} to say which are the "
+        "model's: save it with save_pretrained"
+    )
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [index.parent / Path(name).name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise EstuneError(f"{index} is not an index of weights: it cannot be read; copy or save it again") from error
+    missing = [name for name, file in zip(names, files, strict=True) if not file.is_file()]
+    if missing or not files:
+        lacking = missing[0] if missing else "no file"
+        raise EstuneError(f"{index} names {lacking}, which is not there: copy or download the model again")
+    return files
 
 
 def widen(stored: Array, dtype: str) -> npt.NDArray[np.float32]:
@@ -203,7 +274,8 @@ def _read_header(file: Path) -> dict[str, Tensor]:
 
 def _write_file(
     file: Path, tensors: list[Tensor], trained: dict[str, Callable[[], Iterator[Array]]], dtype: str
-) -> None:
+) -> int:
+    """Write one safetensors file; return the bytes of its tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for t in tensors:
@@ -224,3 +296,4 @@ def _write_file(
                 f.write(narrow(values, dtype).tobytes())
         f.flush()
         os.fsync(f.fileno())
+    return position

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -35,21 +35,23 @@ def train(
     context: typer.Context,
     config: ConfigFile = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this run, to the same bits")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check settings, model and data; train nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check settings, model and data; write nothing")] = False,
 ) -> None:
-    """Train a model. Give settings as `--key value`; `estune settings` lists them."""
+    """Train a model. Give settings as `--key value`; `estune settings` lists them.
+
+    With `--resume`, only `--steps` (a new total) and `--model` (where the base model is now) can be given.
+    """
     overrides = _overrides(context.args)
     if resume is not None:
-        from estune.trainer import Trainer
-
-        steps = _resume_steps(config, overrides)
-        Trainer.resume(resume, steps=steps).train()
+        _resume(resume, config, overrides, dry_run)
         return
     from estune.config import load
 
     settings = load(config, overrides)
     if dry_run:
-        _dry_run(settings)
+        from estune.commands import describe
+
+        _print(describe(settings))
         return
     from estune.trainer import Trainer
 
@@ -87,7 +89,7 @@ def replay(
     from estune.replay import replay as rebuild
 
     fingerprint = rebuild(run, output, step, model, dtype)
-    Console().print(f"{output}: fingerprint {fingerprint} verified", highlight=False)
+    _print(f"{output}: fingerprint {fingerprint} verified")
 
 
 @app.command()
@@ -118,7 +120,7 @@ def main() -> None:
 
 
 def _overrides(arguments: list[str]) -> list[str]:
-    """`--key value`, `--key=value` and `key=value` as `key=value`."""
+    """`--key value`, `--key=value` and `key=value` as `key=value`; a switch alone, `--key`, as `key`."""
     overrides, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -127,29 +129,38 @@ def _overrides(arguments: list[str]) -> list[str]:
         elif argument.startswith("--") and rest and not rest[0].startswith("--"):
             overrides.append(f"{argument.removeprefix('--')}={rest.pop(0)}")
         elif argument.startswith("--"):
-            overrides.append(f"{argument.removeprefix('--')}=true")
+            overrides.append(argument.removeprefix("--"))
         else:
             raise EstuneError(f"unexpected argument {argument!r}: give settings as --key value")
     return overrides
 
 
-def _resume_steps(config: Path | None, overrides: list[str]) -> int | None:
-    """A resumed run keeps its settings; only its length may change."""
-    other = [o for o in overrides if not o.startswith("steps=")]
-    if config or other:
-        raise EstuneError(
-            f"--resume keeps the run's settings, found {str(config) if config else other[0]}; only --steps may change"
-        )
-    try:
-        return int(overrides[-1].partition("=")[2]) if overrides else None
-    except ValueError as error:
-        raise EstuneError(f"--steps must be a whole number, found {overrides[-1].partition('=')[2]!r}") from error
+def _resume(run: Path, config: Path | None, overrides: list[str], dry_run: bool) -> None:
+    """A resumed run keeps its settings; only its length and the place of its base model may change."""
+    from estune.config import read
+
+    given = read(None, overrides)
+    other = [str(config)] if config else [key for key in given if key not in {"steps", "model"}]
+    if other:
+        raise EstuneError(f"--resume keeps the run's settings, found {other[0]}; only --steps and --model may change")
+    steps, model = given.get("steps"), given.get("model")
+    if not (steps is None or str(steps).isdecimal()):
+        raise EstuneError(f"--steps must be a whole number, found {steps!r}")
+    if not (model is None or isinstance(model, str)):
+        raise EstuneError("--model needs a value: where the base model is now")
+    total = None if steps is None else int(steps)
+    if dry_run:
+        from estune.commands import describe_rest
+
+        _print(describe_rest(run, total, model))
+        return
+    from estune.trainer import Trainer
+
+    Trainer.resume(run, steps=total, model=model).train()
 
 
-def _dry_run(settings: Any) -> None:
-    from estune.commands import describe
-
-    Console().print(describe(settings), highlight=False)
+def _print(text: str) -> None:
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

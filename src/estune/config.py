@@ -10,10 +10,19 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from estune.errors import EstuneError
 from estune.tasks import TaskConfig
@@ -21,10 +30,20 @@ from estune.tasks import TaskConfig
 EMBEDDED_SETTINGS = Path(__file__).parent / "models" / "tiny" / "estune.yaml"
 
 
+def _names(value: Any) -> Any:
+    """A list as TRL's users write it too: `tensorboard`, `none`, or names with commas between."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
+    return [] if value == ["none"] else value
+
+
+Trackers = Annotated[list[Literal["tensorboard"]], BeforeValidator(_names)]
+
+
 class Config(BaseModel):
     """All settings of `estune train`. Every field is a command-line option of the same name."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field("tiny", description="the embedded model (tiny), a checkpoint directory or a hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -37,9 +56,9 @@ class Config(BaseModel):
 
     steps: int = Field(500, ge=0, description="ES steps")
     population: int = Field(30, ge=2, description="members evaluated a step (N)")
-    sigma: float = Field(0.001, gt=0, allow_inf_nan=False, description="standard deviation of the perturbations")
+    sigma: float = Field(0.001, gt=0, description="standard deviation of the perturbations")
     learning_rate: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="alpha, 1/sigma digested into it; sigma / 2 if not given"
+        None, ge=0, description="alpha, 1/sigma digested into it; sigma / 2 if not given"
     )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="learning rate over the run: constant, or falling to zero"
@@ -59,7 +78,10 @@ class Config(BaseModel):
     top_k: int = Field(0, ge=0, description="most likely tokens kept, when sampling; 0 keeps all")
     batch_size: int | None = Field(None, ge=1, description="prompts decoded at once; by memory if not given")
     replicas: int | None = Field(
-        None, ge=1, description="members evaluated at once in this process; by cores and model size if not given"
+        None, ge=1, description="members evaluated at once, each in a process of its own; by cores if not given"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of a replica; 1 for a small model, else all cores, if not given"
     )
 
     weights: Literal["master", "copy", "inplace"] = Field(
@@ -74,7 +96,7 @@ class Config(BaseModel):
     )
     save_steps: int = Field(0, ge=0, description="steps between checkpoints, which make resuming faster; 0 saves none")
     log_completions: int = Field(1, ge=0, description="members whose completions are kept each step, as parquet")
-    report_to: list[Literal["tensorboard"]] = Field(["tensorboard"], description="trackers; [] for none")
+    report_to: Trackers = Field(["tensorboard"], description="trackers, with commas between; none for none")
 
     @model_validator(mode="before")
     @classmethod
@@ -83,12 +105,23 @@ class Config(BaseModel):
             return values
         return merge(yaml.safe_load(EMBEDDED_SETTINGS.read_text()), dict(values))
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        _refuse_switch(cls, info.field_name or "", value)
+        if info.field_name == "task" and isinstance(value, Mapping):
+            for name, option in value.items():
+                _refuse_switch(TaskConfig, name, option)
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.mirrored and self.population % 2:
             raise ValueError(f"population {self.population} is odd, and mirrored members come in pairs")
         if self.weights == "inplace" and (self.replicas or 1) > 1:
             raise ValueError("weights=inplace holds one set of weights: replicas must be 1")
+        if self.early_stopping_patience and not self.eval_steps:
+            raise ValueError("early_stopping_patience counts evaluations, and eval_steps 0 makes none on the way")
         return self
 
 
@@ -98,16 +131,27 @@ def load(file: Path | None = None, overrides: Iterable[str] = ()) -> Config:
     Raises:
         EstuneError: for a file that cannot be read, an unknown key (with the nearest known one) or a bad value.
     """
+    return parse(read(file, overrides), str(file) if file else "settings")
+
+
+def read(file: Path | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What file and overrides say, and nothing else: not yet checked, no defaults.
+
+    An override's value stays text, which the setting's type converts; `null` is None, and a key alone is True.
+
+    Raises:
+        EstuneError: for a file that cannot be read or an override without key.
+    """
     values = _read(file) if file else {}
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator or not key:
+        if not key:
             raise EstuneError(f"override {override!r} is not of the form key=value")
-        value: Any = _scalar(text)
+        value: Any = True if not separator else None if text == "null" else text
         for part in reversed(key.replace("-", "_").split(".")):
             value = {part: value}
         values = merge(values, value)
-    return parse(values, str(file) if file else "settings")
+    return values
 
 
 def parse(values: Mapping[str, Any], source: str = "settings") -> Config:
@@ -129,6 +173,12 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _refuse_switch(model: type[BaseModel], name: str, value: Any) -> None:
+    """Python's booleans are integers, and pydantic takes them for numbers."""
+    if isinstance(value, bool) and name in model.model_fields and model.model_fields[name].annotation is not bool:
+        raise ValueError(f"{name} is no switch: it needs a value other than true or false")
+
+
 def _section(task: Any) -> Any:
     return {"name": task} if isinstance(task, str) else task
 
@@ -143,19 +193,6 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise EstuneError(f"config {file} holds {type(values).__name__}, not settings: write one `key: value` a line")
     return values
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return float(text) if _looks_exponential(text) else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
-        return text
-
-
-def _looks_exponential(text: str) -> bool:
-    """YAML 1.1 takes 1e-3, without a dot, for a string."""
-    mantissa, e, exponent = text.lower().partition("e")
-    return bool(e) and mantissa.lstrip("+-").replace(".", "", 1).isdigit() and exponent.lstrip("+-").isdigit()
 
 
 def _complaint(error: Any, source: str) -> str:

@@ -11,26 +11,34 @@ from pathlib import Path
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; on success it takes the target's place, on failure it is removed."""
+    """Yield a temporary path beside `target`; on success it takes the target's place, on failure it is removed.
+
+    A target has one writer at a time. What a killed one leaves lies under the same names, and the next one clears it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    _remove(temporary)
+    temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
+    _tidy(target, temporary, old)
     try:
         yield temporary
         if target.is_dir():  # a directory cannot be replaced in one call: set the old one aside first
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            _remove(old)
             os.rename(target, old)
             os.rename(temporary, target)
-            _remove(old)
         else:
             os.replace(temporary, target)
     finally:
-        _remove(temporary)
+        _tidy(target, temporary, old)
+
+
+def _tidy(target: Path, temporary: Path, old: Path) -> None:
+    """Remove what is left over; an old directory whose place was not taken goes back there."""
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+    _remove(temporary)
+    _remove(old)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

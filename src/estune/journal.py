@@ -36,6 +36,7 @@ class Header:
     live_dtype: str  # of the weights that generate
     tensors: dict[str, list[str]]  # trained tensors of the checkpoint, each with the names tied to it
     fingerprint: str  # before the first step
+    task: str  # its name
     data_hash: str  # of the training and the evaluation set
     config: dict[str, Any]
     packages: dict[str, str]
@@ -54,7 +55,7 @@ class StepRecord:
     rewards: list[float | None]  # by member; None where it failed
     prompts: list[int]  # rows of the training set
     fingerprint: str  # of the base weights after the step
-    times: dict[str, float] = field(default_factory=dict)  # seconds
+    metrics: dict[str, float] = field(default_factory=dict)  # for people and plots
 
     @property
     def step(self) -> int:
@@ -85,7 +86,7 @@ class Journal:
     def create(cls, run: Path, header: Header) -> Journal:
         """Start the journal of a new run in the directory `run`."""
         journal = cls(run / FILE, header, "")
-        journal._open("xb")
+        journal._file = _locked(journal.path, "xb")
         journal._write("header", vars(header))
         return journal
 
@@ -127,11 +128,16 @@ class Journal:
     @classmethod
     def resume(cls, run: Path) -> Journal:
         """Read a run's journal and go on writing it; a cut last line is removed from the file."""
-        journal = cls.read(run)
-        journal._open("r+b")
-        content = journal.path.read_bytes()
-        journal._file.truncate(content.rfind(b"\n") + 1)
-        journal._file.seek(0, os.SEEK_END)
+        path = run / FILE
+        lock = _locked(path, "r+b") if path.is_file() else None
+        try:
+            journal = cls.read(run)
+        except BaseException:
+            if lock is not None:
+                lock.close()
+            raise
+        journal._file = lock
+        journal._file.truncate(path.read_bytes().rfind(b"\n") + 1)
         return journal
 
     def append_step(self, record: StepRecord) -> None:
@@ -151,7 +157,7 @@ class Journal:
                 "learning_rate": record.learning_rate,
                 "prompts": record.prompts,
                 "fingerprint": record.fingerprint,
-                "times": {k: round(v, 4) for k, v in record.times.items()},
+                "metrics": record.metrics,
             },
         )
         self.steps.append(record)
@@ -166,6 +172,11 @@ class Journal:
         self._write("settings", changed)
         self.settings |= changed
 
+    def chronicle(self) -> list[StepRecord | EvaluationRecord]:
+        """Steps and evaluations in the order in which they happened."""
+        entries = [((r.step + 1, 0), r) for r in self.steps] + [((e.step, 1), e) for e in self.evaluations]
+        return [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
+
     def fingerprint(self) -> str:
         """Fingerprint of the weights after the last step."""
         return self.steps[-1].fingerprint if self.steps else self.header.fingerprint
@@ -175,15 +186,6 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def _open(self, mode: str) -> None:
-        # Unbuffered: after a failed write nothing is left that would be written later.
-        self._file = self.path.open(mode, buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
-            raise EstuneError(f"{self.path} is being written by another process; wait for it or stop it") from error
 
     def _write(self, kind: str, payload: dict[str, Any]) -> None:
         check, line = _sealed({"kind": kind, **payload}, self._check)
@@ -200,6 +202,17 @@ class Journal:
                 f"make room, then `estune train --resume {self.path.parent}`"
             ) from error
         self._check = check
+
+
+def _locked(path: Path, mode: str) -> Any:
+    """The file, open for this process alone. Unbuffered: after a failed write nothing is left to be written later."""
+    file = path.open(mode, buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise EstuneError(f"{path} is being written by another process; wait for it or stop it") from error
+    return file
 
 
 def _sealed(payload: dict[str, Any], previous: str) -> tuple[str, bytes]:
@@ -234,5 +247,5 @@ def _decode_step(payload: dict[str, Any]) -> StepRecord:
         payload["rewards"],
         payload["prompts"],
         payload["fingerprint"],
-        payload["times"],
+        payload["metrics"],
     )

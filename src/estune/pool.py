@@ -1,96 +1,120 @@
-"""Who evaluates which member: here, the engines of this process, each in a thread of its own.
+"""Who evaluates which member: replicas on this machine.
 
-Threads suffice: torch releases the interpreter while it computes. Members are taken by whoever is free, and a member's
-completions depend on its seed alone, so the number of engines changes nothing but the time.
+A member is taken by whoever is free, and its completions depend on its seed alone, so the number of replicas changes
+nothing but the time.
 """
 
 from __future__ import annotations
 
 import queue
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, TypeVar
 
-from estune.engines.base import Completion, Engine, Sampling
+from estune.engines.base import Completion, Sampling
+from estune.errors import EstuneError
+from estune.replica import Evaluated
 from estune.strategy import Member, Update
-from estune.weights import Weights
 
-# Prompts of an evaluation given to one engine at a time. Fixed, so that batches do not depend on the number of engines.
+T = TypeVar("T")
+
+# Prompts of an evaluation given to one replica at a time. Fixed, so that batches do not depend on their number.
 EVALUATION_BATCH = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """A member's completions, one per prompt, and the seconds they took."""
+class Evaluator(Protocol):
+    """What a pool needs of a replica: `Replica`, or `WorkerProcess`, which passes calls on to one."""
 
-    index: int
-    completions: list[Completion]
-    perturb_time: float
-    generate_time: float
+    def evaluate(
+        self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Evaluated:
+        """Generate with a member's weights."""
+        ...
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """Generate with the base weights."""
+        ...
+
+    def apply(self, update: Update) -> str:
+        """Add an update to the base; return the fingerprint after it."""
+        ...
+
+    def load(self, checkpoint: Path) -> None:
+        """Make a checkpoint's tensors the base."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds; a process ends at once."""
+        ...
 
 
 class LocalPool:
-    """Engines in this process with one base under all of their weights.
+    """Replicas that work side by side, each driven by a thread of this process."""
 
-    Args:
-        engines: engines with the weights each of them generates with; the first one's base is everyone's.
-    """
-
-    def __init__(self, engines: Sequence[tuple[Engine, Weights]]) -> None:
-        self.engines = list(engines)
-        self.weights = self.engines[0][1]
-        self._free: queue.SimpleQueue[tuple[Engine, Weights]] = queue.SimpleQueue()
-        for pair in self.engines:
-            self._free.put(pair)
-        self._threads = ThreadPoolExecutor(len(self.engines), "engine")
+    def __init__(self, replicas: Sequence[Evaluator]) -> None:
+        self.replicas = list(replicas)
+        self._free: queue.SimpleQueue[Evaluator] = queue.SimpleQueue()
+        for replica in self.replicas:
+            self._free.put(replica)
+        self._threads = ThreadPoolExecutor(len(self.replicas), "replica")
 
     def evaluate(
         self, members: Sequence[Member], sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Iterator[Evaluated]:
-        """Generate with each member's weights; yields in the order of finishing, while others go on."""
-        futures = [
-            self._threads.submit(self._evaluate, i, m, sigma, prompt_ids, sampling) for i, m in enumerate(members)
-        ]
+    ) -> Iterator[tuple[int, Evaluated]]:
+        """Generate with each member's weights; yields (index, result) as they finish, while others go on."""
+        futures: dict[Future[Evaluated], int] = {
+            self._submit(lambda r, m=member: r.evaluate(m, sigma, prompt_ids, sampling)): i  # type: ignore[misc]
+            for i, member in enumerate(members)
+        }
         try:
             for future in as_completed(futures):
-                yield future.result()
+                yield futures[future], future.result()
         finally:
             for future in futures:
                 future.cancel()
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """Generate with the base weights."""
-        for _, weights in self.engines:
-            weights.restore()
-        batches = [prompt_ids[i : i + EVALUATION_BATCH] for i in range(0, len(prompt_ids), EVALUATION_BATCH)]
-        done = self._threads.map(lambda batch: self._generate(batch, sampling), batches)
-        return [completion for batch in done for completion in batch]
+        futures = [
+            # A batch numbers its rows from 0: a seed of its own keeps sampled rows of two batches apart.
+            self._submit(
+                lambda r, i=i: r.generate(  # type: ignore[misc]
+                    prompt_ids[i : i + EVALUATION_BATCH], replace(sampling, seed=sampling.seed + i)
+                )
+            )
+            for i in range(0, len(prompt_ids), EVALUATION_BATCH)
+        ]
+        return [completion for future in futures for completion in future.result()]
 
-    def apply(self, update: Update) -> None:
-        """Add an update to the base of all engines."""
-        self.weights.apply(update)
+    def apply(self, update: Update) -> str:
+        """Add an update to every replica's base; return the fingerprint that they agree on."""
+        fingerprints: set[str] = set(self._threads.map(lambda replica: replica.apply(update), self.replicas))
+        if len(fingerprints) > 1:
+            raise EstuneError(
+                f"step {update.step}: after the same update replicas' weights differ ({', '.join(fingerprints)}): "
+                "no sound machine does that; nothing wrong was recorded: resume, on another machine if it happens again"
+            )
+        (fingerprint,) = fingerprints
+        return fingerprint
+
+    def load(self, checkpoint: Path) -> None:
+        """Make a checkpoint's tensors every replica's base."""
+        list(self._threads.map(lambda replica: replica.load(checkpoint), self.replicas))
 
     def close(self) -> None:
-        """End the threads; members not yet begun are dropped."""
-        self._threads.shutdown(cancel_futures=True)
+        """End replicas and threads; members not yet begun are dropped."""
+        for replica in self.replicas:
+            replica.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _evaluate(
-        self, index: int, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Evaluated:
-        engine, weights = pair = self._free.get()
-        try:
-            start = time.perf_counter()
-            weights.perturb(member, sigma)
-            perturbed = time.perf_counter()
-            completions = engine.generate(prompt_ids, sampling)
-            return Evaluated(index, completions, perturbed - start, time.perf_counter() - perturbed)
-        finally:
-            self._free.put(pair)
+    def _submit(self, work: Callable[[Evaluator], T]) -> Future[T]:
+        def run() -> T:
+            replica = self._free.get()
+            try:
+                return work(replica)
+            finally:
+                self._free.put(replica)
 
-    def _generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        engine, _ = pair = self._free.get()
-        try:
-            return engine.generate(prompt_ids, sampling)
-        finally:
-            self._free.put(pair)
+        return self._threads.submit(run)

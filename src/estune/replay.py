@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy.typing as npt
 
-from estune.checkpoint import RUN_LENGTH, Checkpoint, Tensor, locate, narrow
+from estune.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, Tensor, locate, narrow
 from estune.errors import EstuneError
 from estune.journal import Header, Journal, StepRecord
 from estune.noise import cpu
 from estune.noise.reference import tensor_id
-from estune.update import update_kernel
+from estune.update import Kernel, update_kernel
 
 Array = npt.NDArray[Any]
 
@@ -38,7 +38,8 @@ def replay(run: Path, output: Path, step: int | None = None, model: str | None =
         The fingerprint, which equals the one recorded.
 
     Raises:
-        EstuneError: for a step that is not there, another base model, or weights that do not match the record.
+        EstuneError: for a step that is not there, an unknown type, another base model, or weights that do not match
+            the record.
     """
     journal = Journal.read(run)
     header = journal.header
@@ -47,6 +48,9 @@ def replay(run: Path, output: Path, step: int | None = None, model: str | None =
         raise EstuneError(
             f"{run} has {len(journal.steps)} steps, not {step}: give --step from 0 to {len(journal.steps)}"
         )
+    dtype = dtype or header.live_dtype
+    if dtype not in DTYPES:
+        raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(DTYPES)}")
     if output.exists():
         raise EstuneError(f"{output} exists already: give another directory or remove it")
     base = base_checkpoint(header, model)
@@ -61,12 +65,14 @@ def replay(run: Path, output: Path, step: int | None = None, model: str | None =
                 f"{run}: replay to step {step} gives fingerprint {found}, the journal says {expected}; nothing written"
             )
 
+    # Once for all tensors: built for each, they would grow to tensors x steps.
+    kernels = [(record, update_kernel(record.update, header.rounding)) for record in steps]
     tensors = {
-        name: _rebuilt(base.tensors[primary], header, steps, fingerprints)
+        name: _rebuilt(base.tensors[primary], header, kernels, fingerprints)
         for primary, aliases in header.tensors.items()
         for name in (primary, *aliases)
     }
-    base.write(output, tensors, dtype or header.live_dtype, verify)
+    base.write(output, tensors, dtype, verify)
     return expected
 
 
@@ -83,11 +89,10 @@ def base_checkpoint(header: Header, model: str | None = None) -> Checkpoint:
 
 
 def _rebuilt(
-    tensor: Tensor, header: Header, steps: Sequence[StepRecord], fingerprints: dict[str, int]
+    tensor: Tensor, header: Header, kernels: Sequence[tuple[StepRecord, Kernel]], fingerprints: dict[str, int]
 ) -> Callable[[], Iterator[Array]]:
     key = tensor_id(tensor.name)
     noise_key = 0 if header.noise == "correlated" else key
-    kernels = [(record, update_kernel(record.update, header.rounding)) for record in steps]
 
     def run(start: int) -> tuple[Array, int]:
         values = tensor.read(start, min(RUN_LENGTH, tensor.elements - start))
@@ -101,7 +106,7 @@ def _rebuilt(
         return weights, cpu.fingerprint(weights, key, start)
 
     def runs() -> Iterator[Array]:
-        total, workers = 0, os.cpu_count() or 1
+        total, workers = 0, _cores()
         starts = range(0, tensor.elements, RUN_LENGTH)
         with ThreadPoolExecutor(workers) as threads:
             for i in range(0, len(starts), workers):
@@ -111,3 +116,8 @@ def _rebuilt(
         fingerprints[tensor.name] = total
 
     return runs
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

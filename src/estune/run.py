@@ -13,8 +13,11 @@ import yaml
 from estune.checkpoint import locate
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.journal import FILE
+from estune.files import replacing
+from estune.journal import FILE, Header
+from estune.tasks.base import Task
 
+RESUME_FROM_PYTHON = "resume it from Python, with Trainer.resume(run, task=...)"
 PACKAGES = ("estune", "torch", "transformers", "tokenizers", "safetensors", "numba", "numpy")
 
 
@@ -58,26 +61,66 @@ class RunDirectory:
         return self.path / "completions" / f"{name}.parquet"
 
     @classmethod
-    def create(cls, config: Config) -> RunDirectory:
+    def create(cls, path: Path, config: Config) -> RunDirectory:
         """Make the directory of a new run and keep the settings there.
 
         Raises:
             EstuneError: where the directory is in use.
         """
-        path = config.output_dir or default_path(config)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            held = "already holds a run" if (path / FILE).is_file() else "exists and is not empty"
-            resume = f"go on with `estune train --resume {path}`, " if (path / FILE).is_file() else ""
-            raise EstuneError(f"output_dir {path} {held}: {resume}give another --output-dir, or remove it")
+        refuse_used(path)
         (path / "completions").mkdir(parents=True)
-        (path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        return cls(path)
+        run = cls(path)
+        run.write_settings(config)
+        return run
+
+    def write_settings(self, config: Config) -> None:
+        """Keep the settings, for people and for `--config`."""
+        with replacing(self.path / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def default_path(config: Config) -> Path:
+def refuse_used(path: Path) -> None:
+    """Refuse a directory that holds something.
+
+    Raises:
+        EstuneError: with what can be done.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        held = "already holds a run" if (path / FILE).is_file() else "exists and is not empty"
+        resume = f"go on with `estune train --resume {path}`, " if (path / FILE).is_file() else ""
+        raise EstuneError(f"output_dir {path} {held}: {resume}give another --output-dir, or remove it")
+
+
+def default_path(config: Config, task: str) -> Path:
     """Where a run goes that was given no `output_dir`."""
     model = config.model if config.model == "tiny" else Path(config.model).name
-    return Path("runs") / f"{config.task.name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path("runs") / f"{task}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def task_of(
+    run: Path, header: Header, config: Config, remedy: str, *, task: Task | None = None, other_data: bool = False
+) -> Task:
+    """The task that a run was trained on.
+
+    Args:
+        run, header, config: the run, its journal's header, and its settings.
+        remedy: what to do where the task is one of the user's own, which settings cannot name.
+        task: the user's own, if given.
+        other_data: accept other data, which the user asked for.
+
+    Raises:
+        EstuneError: where task or data are not the run's.
+    """
+    name = task.name if task else config.task.name
+    if header.task != name:
+        raise EstuneError(f"{run} was trained on the task {header.task}, not {name}: if it is your own, {remedy}")
+    task = task or config.task.build(config.seed)
+    if not other_data and task.data_hash() != header.data_hash:
+        raise EstuneError(
+            f"{run}: the data of task {name} are not those that the run was trained on; put them back, or, if it is a "
+            f"task of your own, {remedy}"
+        )
+    return task
 
 
 def packages() -> dict[str, str]:

@@ -1,77 +1,55 @@
-"""From settings to a pool of engines ready to train."""
+"""From settings to what a run needs: replicas, strategy, sampling."""
 
 from __future__ import annotations
 
-import logging
 import os
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-from transformers.utils.logging import disable_progress_bar
+from concurrent.futures import ThreadPoolExecutor
 
 from estune.checkpoint import Checkpoint, locate
 from estune.config import Config
-from estune.engines.base import Engine, Sampling
-from estune.engines.transformers import TransformersEngine
+from estune.engines.base import Sampling
 from estune.pool import LocalPool
+from estune.replica import Replica
 from estune.strategy import EvolutionStrategy
-from estune.weights import Weights, trained_parameters
-
-log = logging.getLogger(__name__)
+from estune.worker import WorkerProcess
 
 # Models above this size share their matrices' rows over all cores; smaller ones do better with one member per core.
 LARGEST_REPLICATED = 256 << 20
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A loaded model with its engines."""
+def with_resources(config: Config) -> Config:
+    """The settings with `replicas` and `threads` filled in: one member a core, or all cores for one.
 
-    checkpoint: Checkpoint
-    engine: TransformersEngine
-    pool: LocalPool
+    Threads are part of a run: how a matrix product is shared out can change its last bits.
+    """
+    size = sum(t.size for t in Checkpoint(locate(config.model)).tensors.values())
+    cores = available_cores()
+    small = size <= LARGEST_REPLICATED
+    threads = config.threads or (1 if small else cores)
+    replicas = config.replicas or max(1, min(cores // threads, config.population))
+    if config.weights == "inplace":
+        replicas = 1  # what restoring leaves behind depends on who came before
+    return config.model_copy(update={"replicas": replicas, "threads": threads})
 
-    @property
-    def weights(self) -> Weights:
-        """Weights of the first engine, which hold everyone's base."""
-        return self.pool.weights
 
-
-def load_model(config: Config, model: str | Path | None = None) -> Loaded:
-    """Load the model (by default the settings' one) and set up engines and weights.
+def open_pool(config: Config) -> tuple[Replica, LocalPool]:
+    """The replica of this process, and a pool of it and of those in processes of their own.
 
     Raises:
         EstuneError: for a model that cannot be had or trained.
     """
-    disable_progress_bar()  # transformers' own, which would stand in the middle of ours
-    checkpoint = Checkpoint(locate(model or config.model))
-    names = checkpoint.tensors
-    device = "cpu" if config.device == "auto" else config.device  # weights are perturbed there only, so far
-    engine = TransformersEngine(checkpoint.path, dtype=config.dtype, device=device, batch_size=config.batch_size)
-    size = sum(p.nbytes for p in engine.model.parameters())
-    cores = available_cores()
-    replicas = config.replicas or (1 if config.weights == "inplace" or size > LARGEST_REPLICATED else cores)
-    torch.set_num_threads(max(1, cores // replicas))
-
-    def weigh(engine: TransformersEngine, sharing: Weights | None) -> tuple[Engine, Weights]:
-        parameters = trained_parameters(engine.model, names, config.train_parameters)
-        threads = cores if sharing is None and replicas == 1 else 1
-        weights = Weights(
-            parameters,
-            policy=config.weights,
-            rounding=config.rounding,
-            noise=config.noise,
-            threads=threads,
-            sharing=sharing,
-        )
-        return engine, weights
-
-    first = weigh(engine, None)
-    if config.weights == "master":
-        first[1].load(checkpoint)  # the engine may hold it rounded
-    others = [weigh(engine.replica(), first[1]) for _ in range(replicas - 1)]
-    return Loaded(checkpoint, engine, LocalPool([first, *others]))
+    workers = [WorkerProcess() for _ in range((config.replicas or 1) - 1)]
+    try:
+        with ThreadPoolExecutor(max(1, len(workers))) as threads:
+            opened = [threads.submit(worker.open, config) for worker in workers]
+            own = Replica(config)
+            for future in opened:
+                future.result()
+    except BaseException:
+        for worker in workers:
+            worker.close()
+        raise
+    return own, LocalPool([own, *workers])
 
 
 def available_cores() -> int:

@@ -51,6 +51,11 @@ class Strategy(Protocol):
     sigma: float
     step: int
 
+    @property
+    def learning_rate(self) -> float:
+        """Step size of the current step."""
+        ...
+
     def ask(self) -> list[Member]:
         """The members to evaluate in this step."""
         ...
@@ -129,7 +134,8 @@ class EvolutionStrategy:
         mean, std = mean_and_std(valid)
         flat = len(valid) < 2 or max(valid) - min(valid) <= 1e-12 * abs(mean)
         if flat:
-            log.warning("step %d: every member scored %s, so the weights stay as they are", self.step, mean)
+            why = f"every member scored {mean:g}" if len(valid) > 1 else "fewer than two members have a reward"
+            log.warning("step %d: %s, so the weights stay as they are", self.step, why)
 
         alpha = self.learning_rate
         coefficients = []
@@ -139,7 +145,7 @@ class EvolutionStrategy:
             else:
                 z = (reward - mean) / (std + Z_EPSILON)
                 coefficients.append(_float32(alpha / len(valid) * z * member.sign))
-        decay = _float32(-alpha * self.weight_decay)
+        decay = 0.0 if flat else _float32(-alpha * self.weight_decay)
         rounding_seed = member_seed(self.seed, self.step, self.population)
         update = Update(self.step, tuple(members), tuple(coefficients), decay, rounding_seed)
         self.step += 1

@@ -13,17 +13,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from estune.checkpoint import Checkpoint
 from estune.config import Config, parse
 from estune.data import RowOrder
 from estune.errors import EstuneError
-from estune.evaluation import Graded, evaluation_metrics, grade_completions, write_completions
+from estune.evaluation import Graded, evaluation_metrics, grade_completions, step_metrics, write_completions
 from estune.journal import EvaluationRecord, Header, Journal, StepRecord
 from estune.monitors import default_monitors
 from estune.monitors.base import Monitor, Plan, Summary
-from estune.run import RunDirectory, packages
-from estune.setup import load_model, make_sampling, make_strategy
-from estune.strategy import mean_and_std, member_seed
+from estune.monitors.files import rewrite_metrics
+from estune.replay import base_checkpoint
+from estune.run import RESUME_FROM_PYTHON, RunDirectory, default_path, packages, refuse_used, task_of
+from estune.setup import make_sampling, make_strategy, open_pool, with_resources
+from estune.strategy import member_seed
 from estune.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -42,25 +43,34 @@ class Trainer:
     """
 
     def __init__(self, config: Config, *, task: Task | None = None, monitors: Sequence[Monitor] | None = None) -> None:
-        self._open(config, task)
-        run = RunDirectory.create(config)
-        weights = self.weights
-        header = Header(
-            model=config.model,
-            base_hash=self.checkpoint.content_hash(),
-            policy=config.weights,
-            rounding=config.rounding,
-            noise=config.noise,
-            dtype=weights.dtype,
-            live_dtype=str(self.engine.model.dtype).removeprefix("torch."),
-            tensors={p.name: list(p.aliases) for p in weights.parameters},
-            fingerprint=weights.fingerprint(),
-            data_hash=self.task.data_hash(),
-            config=config.model_dump(mode="json"),
-            packages=packages(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        self._start(run, Journal.create(run.path, header), monitors)
+        task = task or config.task.build(config.seed)
+        path = config.output_dir or default_path(config, task.name)
+        refuse_used(path)
+        config = with_resources(config)
+        self._open(config, task, first_step=0)
+        try:
+            weights = self.replica.weights
+            header = Header(
+                model=config.model,
+                base_hash=self.replica.checkpoint.content_hash(),
+                policy=config.weights,
+                rounding=config.rounding,
+                noise=config.noise,
+                dtype=weights.dtype,
+                live_dtype=str(self.replica.engine.model.dtype).removeprefix("torch."),
+                tensors={p.name: list(p.aliases) for p in weights.parameters},
+                fingerprint=weights.fingerprint(),
+                task=task.name,
+                data_hash=task.data_hash(),
+                config=config.model_dump(mode="json"),
+                packages=packages(),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            run = RunDirectory.create(path, config)
+            self._start(run, Journal.create(run.path, header), monitors)
+        except BaseException:
+            self.pool.close()
+            raise
 
     @classmethod
     def resume(
@@ -68,6 +78,7 @@ class Trainer:
         run: str | Path,
         *,
         steps: int | None = None,
+        model: str | None = None,
         task: Task | None = None,
         monitors: Sequence[Monitor] | None = None,
     ) -> Trainer:
@@ -75,25 +86,38 @@ class Trainer:
 
         Args:
             run: the run's directory.
-            steps: a new total, to make a finished run longer.
+            steps: a new total, to make a run longer or shorter.
+            model: the base model, where it now lies elsewhere than the journal says.
             task, monitors: as for a new run.
 
         Raises:
-            EstuneError: where journal, base model or data are not what the run began with.
+            EstuneError: where journal, base model or data are not what the run began with, or nothing is left to do.
         """
-        journal = Journal.resume(Path(run))
-        header = journal.header
+        directory = RunDirectory(Path(run))
+        journal = Journal.resume(directory.path)
         self = cls.__new__(cls)
         try:
-            if steps not in (None, journal.settings["steps"]):
-                journal.append_settings({"steps": steps})
-            self._open(parse(journal.settings, str(journal.path)), task)
-            self._match(header)
-            directory = RunDirectory(Path(run))
+            changed = {} if steps is None else {"steps": steps}
+            config = parse({**journal.settings, **changed}, str(journal.path))
+            done = len(journal.steps)
+            if config.steps <= done and directory.final.is_dir():
+                raise EstuneError(f"{run}: all {done} steps are done; give --steps above {done} to go on")
+            config = config.model_copy(update={"model": model or config.model})
+            task = task_of(directory.path, journal.header, config, RESUME_FROM_PYTHON, task=task)
+            base_checkpoint(journal.header, config.model)
+            self._open(config, task, first_step=done)
+        except BaseException:
+            journal.close()
+            raise
+        try:
             self._rebuild(directory, journal)
+            if config.steps != journal.settings["steps"]:
+                journal.append_settings({"steps": config.steps})
+                directory.write_settings(config)
             self._start(directory, journal, monitors)
         except BaseException:
             journal.close()
+            self.pool.close()
             raise
         return self
 
@@ -116,76 +140,81 @@ class Trainer:
             self.close()
 
     def close(self) -> None:
-        """Release threads and files. `train` does so itself."""
+        """Release processes, threads and files. `train` does so itself."""
         self.pool.close()
         self.journal.close()
         self._tell(lambda m: m.close())
 
-    def _open(self, config: Config, task: Task | None) -> None:
-        self.config = config
-        self.task = task or config.task.build(config.seed)
-        loaded = load_model(config)
-        self.checkpoint, self.engine, self.pool, self.weights = (
-            loaded.checkpoint,
-            loaded.engine,
-            loaded.pool,
-            loaded.weights,
-        )
+    def _open(self, config: Config, task: Task, first_step: int) -> None:
+        """Load the model and see that everything the run will generate can be generated."""
+        self.config, self.task = config, task
         self.strategy = make_strategy(config)
-        self.order = RowOrder(len(self.task.train), config.prompts_per_step, config.seed)
-        self._evaluation_ids = self.engine.encode([row["prompt"] for row in self.task.evaluation])
-        self.engine.check(self._evaluation_ids, make_sampling(config))
+        self.order = RowOrder(len(task.train), config.prompts_per_step, config.seed)
+        self.monitors: list[Monitor] = []
+        self.replica, self.pool = open_pool(config)
+        try:
+            used = sorted({row for step in range(first_step, config.steps) for row in self.order.rows(step)})
+            self._encode("training row", task.train, used)
+            self._evaluation_ids = self._encode("evaluation row", task.evaluation, range(len(task.evaluation)))
+        except BaseException:
+            self.pool.close()
+            raise
+
+    def _encode(self, what: str, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> list[list[int]]:
+        """Token ids of rows' prompts; a prompt that cannot be generated from is refused by its row."""
+        engine, sampling = self.replica.engine, make_sampling(self.config)
+        try:
+            ids = engine.encode([rows[i]["prompt"] for i in indices])
+            engine.check(ids, sampling)
+            return ids
+        except EstuneError:
+            for i in indices:
+                try:
+                    engine.check(engine.encode([rows[i]["prompt"]]), sampling)
+                except EstuneError as error:
+                    raise EstuneError(f"{what} {i}: {str(error).removeprefix('prompt 0: ')}") from error
+            raise
 
     def _start(self, run: RunDirectory, journal: Journal, monitors: Sequence[Monitor] | None) -> None:
         self.run, self.journal = run, journal
-        self.tokens = 0.0
+        self._began_at = len(journal.steps)
+        rewrite_metrics(run.metrics, [e.metrics for e in journal.chronicle()])  # a crash may have cost the last lines
         self.monitors = list(default_monitors(run, self.config) if monitors is None else monitors)
-
-    def _match(self, header: Header) -> None:
-        found = self.checkpoint.content_hash()
-        if found != header.base_hash:
-            raise EstuneError(
-                f"base model {header.model}: content hash {found}, the run began with {header.base_hash}; "
-                "put the original back"
-            )
-        if self.task.data_hash() != header.data_hash:
-            raise EstuneError(f"task {self.task.name}: its data are not those the run began with; put them back")
 
     def _rebuild(self, run: RunDirectory, journal: Journal) -> None:
         """Bring the weights to the journal's last step, from the latest checkpoint that is there."""
         done = len(journal.steps)
         start = next((s for s in run.checkpoints() if 0 < s <= done), 0)
         if start:
-            self.weights.load(Checkpoint(run.checkpoint(start)))
+            self.pool.load(run.checkpoint(start))
         for record in journal.steps[start:]:
             if self.config.weights == "inplace":  # what rounding left behind at each restore is part of the run
                 for member in record.update.members:
-                    self.weights.perturb(member, record.sigma)
-            self.weights.apply(record.update)
-        if self.weights.fingerprint() != journal.fingerprint():
+                    self.replica.weights.perturb(member, record.sigma)
+            self.pool.apply(record.update)
+        found = self.replica.weights.fingerprint()
+        if found != journal.fingerprint():
             where = f"checkpoint-{start} and " if start else ""
             raise EstuneError(
-                f"{run.path}: {where}{done - start} replayed steps give fingerprint {self.weights.fingerprint()}, the "
-                f"journal says {journal.fingerprint()}" + (f"; remove checkpoint-{start} and resume" if start else "")
+                f"{run.path}: {where}{done - start} replayed steps give fingerprint {found}, the journal says "
+                f"{journal.fingerprint()}" + (f"; remove checkpoint-{start} and resume" if start else "")
             )
         self.strategy.step = done
 
     def _loop(self, interrupted: Callable[[], bool]) -> str:
-        last = self.config.steps
         while True:
-            step = self.strategy.step
-            ends = step >= last
-            if (ends or self._due(step, self.config.eval_steps)) and not interrupted():
-                self._evaluate(step)
-            if ends:
-                return "finished"
+            step, last = self.strategy.step, self.config.steps
             if interrupted():
                 return "interrupted"
+            if step >= last or self._due(step, self.config.eval_steps):
+                self._evaluate(step)
+            if step >= last:
+                return "finished"
             if self._patience_is_over():
                 return "stopped early"
             self._step()
             if self._due(self.strategy.step, self.config.save_steps):
-                self._save(self.run.checkpoint(self.strategy.step), self.weights.dtype)
+                self._save(self.run.checkpoint(self.strategy.step), self.replica.weights.dtype)
 
     def _due(self, step: int, every: int) -> bool:
         return step == 0 or (every > 0 and step % every == 0)
@@ -196,96 +225,77 @@ class Trainer:
         rate = self.strategy.learning_rate
         indices = self.order.rows(step)
         rows = [self.task.train[i] for i in indices]
-        prompt_ids = self.engine.encode([row["prompt"] for row in rows])
+        prompt_ids = self.replica.engine.encode([row["prompt"] for row in rows])
         sampling = make_sampling(config, member_seed(config.seed, step, 1 << 23))
         members = self.strategy.ask()
-        rewards: list[float | None] = [None] * len(members)
         graded: dict[int, Graded] = {}
         times = {"perturb": 0.0, "generate": 0.0, "grade": 0.0}
-        for done in self.pool.evaluate(members, sigma, prompt_ids, sampling):
+        for index, done in self.pool.evaluate(members, sigma, prompt_ids, sampling):
             start = time.perf_counter()
-            result = grade_completions(self.task, rows, done.completions)
-            rewards[done.index], graded[done.index] = result.grades.mean, result
+            graded[index] = grade_completions(self.task, rows, done.completions)
             times["grade"] += time.perf_counter() - start
             times["perturb"] += done.perturb_time
             times["generate"] += done.generate_time
             self._tell(lambda m: m.on_member_end(len(graded), len(members)))
+        in_order = [graded[i] for i in range(len(members))]
+        rewards = [g.grades.mean for g in in_order]
         if all(r is None for r in rewards):
             raise EstuneError(f"step {step}: no member has a reward, see the warnings; mend the reward and resume")
 
+        drift = self.replica.weights.drift() if config.weights == "inplace" else None
         start = time.perf_counter()
         update = self.strategy.tell(rewards)
-        self.pool.apply(update)
-        fingerprint = self.weights.fingerprint()
+        fingerprint = self.pool.apply(update)
         times["update"] = time.perf_counter() - start
-        record = StepRecord(update, sigma, rate, rewards, indices, fingerprint, times)
-        self.journal.append_step(record)
-        times["step"] = time.perf_counter() - began
-        self._report_step(record, [graded[i] for i in range(len(members))])
-
-    def _report_step(self, record: StepRecord, graded: list[Graded]) -> None:
-        step, times = record.step + 1, record.times
-        self.tokens += sum(g.tokens for g in graded)
-        valid = [r for r in record.rewards if r is not None]
-        mean, std = mean_and_std(valid)
-        each = [g.metrics() for g in graded]
-        averages = {key: mean_and_std([m[key] for m in each])[0] for key in each[0] if key != "reward"}
-        metrics = {
-            "step": step,
-            "reward": mean,
-            "reward_std": std,
-            "reward_min": min(valid),
-            "reward_max": max(valid),
-            **averages,
-            "failed_members": len(record.rewards) - len(valid),
-            "learning_rate": record.learning_rate,
-            "num_tokens": self.tokens,
-            "step_time": times["step"],
-            **{f"time/{key}": value for key, value in times.items() if key != "step"},
-        }
-        if self.config.weights == "inplace":
-            drift = self.weights.drift()
+        metrics = {"step": step + 1, **step_metrics(in_order), "learning_rate": rate}
+        if drift is not None:
             metrics |= {"weights/drift_changed": drift.changed, "weights/drift_rms": drift.rms}
-        kept = graded[: self.config.log_completions]
+        metrics["num_tokens"] = self._tokens() + sum(g.tokens for g in in_order)
+        metrics["step_time"] = time.perf_counter() - began
+        metrics |= {f"time/{key}": value for key, value in times.items()}
+        self.journal.append_step(StepRecord(update, sigma, rate, rewards, indices, fingerprint, metrics))
+        kept = in_order[: config.log_completions]
         if kept:
-            records = [r for member, g in enumerate(kept) for r in g.records(step=step, member=member)]
-            write_completions(self.run.completions(f"step-{step:05d}"), records)
-        self._tell(lambda m: m.on_step_end(metrics, graded[0].sample()))
+            records = [r for member, g in enumerate(kept) for r in g.records(step=step + 1, member=member)]
+            write_completions(self.run.completions(f"step-{step + 1:05d}"), records)
+        self._tell(lambda m: m.on_step_end(metrics, in_order[0].sample()))
+
+    def _tokens(self) -> float:
+        """Tokens generated by all steps so far."""
+        return self.journal.steps[-1].metrics.get("num_tokens", 0) if self.journal.steps else 0
 
     def _evaluate(self, step: int) -> None:
         if any(e.step == step for e in self.journal.evaluations):
             return  # the run was cut off after this evaluation, and goes on from here
-        start = time.perf_counter()
         completions = self.pool.generate(self._evaluation_ids, make_sampling(self.config))
         graded = grade_completions(self.task, self.task.evaluation, completions)
-        metrics = evaluation_metrics(self.task, graded)
+        metrics = {"step": step, **evaluation_metrics(self.task, graded)}
         best = self._best()
         if best is None or _rank(metrics) > _rank(best.metrics):
             self._save(self.run.best)
-        self.journal.append_evaluation(EvaluationRecord(step, metrics))
         write_completions(self.run.completions(f"evaluation-{step:05d}"), graded.records(step=step))
-        shown = {"step": step, **metrics, "eval_runtime": time.perf_counter() - start}
-        self._tell(lambda m: m.on_evaluate(shown, graded.sample()))
+        self.journal.append_evaluation(EvaluationRecord(step, metrics))
+        self._tell(lambda m: m.on_evaluate(metrics, graded.sample()))
 
     def _best(self) -> EvaluationRecord | None:
         return max(self.journal.evaluations, key=lambda e: _rank(e.metrics), default=None)
 
     def _patience_is_over(self) -> bool:
+        """Whether so many evaluations brought no new best. Resuming gives new patience."""
         patience, best = self.config.early_stopping_patience, self._best()
         if patience is None or best is None:
             return False
-        return sum(e.step > best.step for e in self.journal.evaluations) >= patience
+        return sum(e.step > max(best.step, self._began_at) for e in self.journal.evaluations) >= patience
 
     def _save(self, path: Path, dtype: str | None = None) -> None:
         dtype = dtype or self.journal.header.live_dtype
-        self.checkpoint.write(path, self.weights.runs(), dtype)
+        self.replica.checkpoint.write(path, self.replica.weights.runs(), dtype)
 
     def _plan(self) -> Plan:
-        weights = self.weights
         return Plan(
             run=self.run.path,
             model=self.config.model,
-            parameters=sum(p.tensor.numel() for p in weights.parameters),
+            parameters=sum(p.tensor.numel() for p in self.replica.weights.parameters),
             task=self.task.name,
             steps=self.config.steps,
             first_step=self.strategy.step,
@@ -298,22 +308,18 @@ class Trainer:
 
     def _summary(self, ended: str, seconds: float) -> Summary:
         evaluations, best = self.journal.evaluations, self._best()
-        if best is None:  # interrupted before the first evaluation
-            return Summary(self.run.path, self.strategy.step, seconds, {}, {}, {}, 0, ended)
-        first, last = evaluations[0], evaluations[-1]
         return Summary(
-            self.run.path,
-            self.strategy.step,
-            seconds,
-            first.metrics,
-            last.metrics,
-            best.metrics,
-            best.step,
-            ended,
+            run=self.run.path,
+            steps=self.strategy.step,
+            seconds=seconds,
+            before=evaluations[0].metrics if evaluations else {},
+            after=evaluations[-1].metrics if evaluations else {},
+            best=best.metrics if best else {},
+            ended=ended,
         )
 
     def _tell(self, call: Callable[[Monitor], None]) -> None:
-        for monitor in getattr(self, "monitors", []):
+        for monitor in self.monitors:
             call(monitor)
 
 

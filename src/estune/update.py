@@ -10,9 +10,12 @@ import numpy.typing as npt
 
 from estune.strategy import Update
 
+Kernel = Callable[[npt.NDArray[Any], int, int], None]
+"""Adds an update to one run of base weights, given (base, tensor id, start)."""
 
-def update_kernel(update: Update, rounding: str) -> Callable[[npt.NDArray[Any], int, int], None]:
-    """A function (base, tensor id, start) that adds the update to one run of base weights."""
+
+def update_kernel(update: Update, rounding: str) -> Kernel:
+    """The kernel of one update, of some KB: it holds the members' seeds and coefficients."""
     from estune.noise import cpu
 
     pairs = [(m.seed, c) for m, c in zip(update.members, update.coefficients, strict=True) if c != 0.0]

@@ -77,7 +77,6 @@ class Weights:
         policy, rounding: see the module's text; stochastic rounding matters to bfloat16 bases only.
         noise: `iid`, or `correlated`, which gives equal noise to all tensors, as the authors' first code did.
         threads: CPU threads to spread the work over.
-        sharing: weights of another engine whose base these use too (`master` and `copy`).
 
     Raises:
         EstuneError: for a weight type or device without kernels.
@@ -91,15 +90,12 @@ class Weights:
         rounding: Rounding = "nearest",
         noise: NoiseMode = "iid",
         threads: int = 1,
-        sharing: Weights | None = None,
     ) -> None:
         self.policy, self.rounding, self.noise = policy, rounding, noise
         self.parameters = list(parameters)
         live = {p.name: as_array(p.tensor) for p in self.parameters}
         self.base: dict[str, Array]
-        if sharing is not None:
-            self.base = sharing.base
-        elif policy == "inplace":
+        if policy == "inplace":
             self.base = live
         else:
             dtype = torch.float32 if policy == "master" else None

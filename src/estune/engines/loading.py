@@ -1,9 +1,7 @@
-"""Model, tokenizer and end tokens from a directory or the hub; one clear line where that cannot be."""
+"""Model, tokenizer and end tokens from a checkpoint's directory; one clear line where that cannot be."""
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from transformers.utils import logging
 
 from estune.errors import EstuneError
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,33 +46,37 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dt
     return _DTYPES[dtype]
 
 
-def load_model(model: str, dtype: str | torch.dtype, device: torch.device) -> Any:
+def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> Any:
     """A causal language model in evaluation mode, its parameters without gradients.
 
+    Args:
+        path: a checkpoint's directory, as `estune.checkpoint.locate` finds it.
+        dtype: as `pick_dtype` takes it.
+        device: where to put it.
+
     Raises:
-        EstuneError: nothing is there, it is no model, it is not a causal language model, or weights are missing.
+        EstuneError: it cannot be read, it is not a causal language model, or weights are missing.
     """
-    check_directory(model)
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(model, error) from error
-    _check_causal(model, config)
+        raise _unreadable(path, error) from error
+    _check_causal(path, config)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a second or two, of which a bar says nothing
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=pick_dtype(dtype, device), output_loading_info=True
+            path, config=config, dtype=pick_dtype(dtype, device), output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unreadable(model, error) from error
+        raise _unreadable(path, error) from error
     finally:
         if bars:
             logging.enable_progress_bar()
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise EstuneError(
-            f"model {model!r}: the checkpoint lacks {len(missing)} of the weights that its config.json calls for, "
+            f"model {path}: the checkpoint lacks {len(missing)} of the weights that its config.json calls for, "
             f"such as {missing[0]!r}; take a complete causal language model"
         )
     loaded.eval().requires_grad_(False)
@@ -85,25 +86,7 @@ def load_model(model: str, dtype: str | torch.dtype, device: torch.device) -> An
     return loaded.to(device)
 
 
-def check_directory(model: str) -> None:
-    """Refuse a path that holds no model, before anything is loaded."""
-    path = Path(model)
-    if path.is_file():
-        raise EstuneError(f"model {model!r}: a file, not a model; give the directory that holds config.json")
-    if not path.is_dir():
-        if os.path.isabs(model) or model.startswith((".", "~")) or not _HUB_ID.fullmatch(model):
-            raise EstuneError(f"model {model!r}: no such directory; give a model's directory or its id on the hub")
-        return
-    if not (path / "config.json").is_file():
-        raise EstuneError(f"model {model!r}: no config.json in this directory; give one that save_pretrained wrote")
-    if not any(path.glob("*.safetensors")):
-        raise EstuneError(
-            f"model {model!r}: no *.safetensors in this directory; convert the weights with "
-            "model.save_pretrained(..., safe_serialization=True)"
-        )
-
-
-def _check_causal(model: str, config: Any) -> None:
+def _check_causal(path: Path, config: Any) -> None:
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     architectures = config.architectures or []
     if config.is_encoder_decoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -112,32 +95,26 @@ def _check_causal(model: str, config: Any) -> None:
         found = architectures[0]
     else:
         return
-    raise EstuneError(f"model {model!r}: {found} is not a causal language model; take one such as Qwen2ForCausalLM")
+    raise EstuneError(f"model {path}: {found} is not a causal language model; take one such as Qwen2ForCausalLM")
 
 
-def _unreadable(model: str, error: Exception) -> EstuneError:
+def _unreadable(path: Path, error: Exception) -> EstuneError:
     why = str(error).strip().partition("\n")[0]
-    if Path(model).is_dir():
-        return EstuneError(f"model {model!r}: cannot be loaded ({why}); check that the directory is complete")
-    return EstuneError(
-        f"model {model!r}: no such directory, and the hub did not serve it ({why}); check the name, the network and, "
-        "for a gated model, your login"
-    )
+    return EstuneError(f"model {path}: cannot be loaded ({why}); check that the directory is complete")
 
 
-def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer. Raises `EstuneError` where there is none."""
-    path = Path(model)
-    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in a model's directory. Raises `EstuneError` where there is none."""
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise EstuneError(
-            f"model {model!r}: no tokenizer in this directory (no tokenizer.json); save one there with "
+            f"model {path}: no tokenizer in this directory (no tokenizer.json); save one there with "
             "tokenizer.save_pretrained"
         )
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         why = str(error).strip().partition("\n")[0]
-        raise EstuneError(f"model {model!r}: its tokenizer cannot be loaded ({why}); save it again") from error
+        raise EstuneError(f"model {path}: its tokenizer cannot be loaded ({why}); save it again") from error
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import sys
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -29,15 +30,31 @@ def keep_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, 256 << 20)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that may still be allocated on `device`; for the CPU, what the machine has free."""
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that `device` has, whoever uses them now; for the CPU, as many as this process may have."""
     if device.type == "cuda":
-        # What PyTorch has reserved and not handed out can be handed out again.
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + idle
+        return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps":
-        return int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory())
+        return int(torch.mps.recommended_max_memory())
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # not every system tells
-        return 4 << 30
+        machine = 16 << 30
+    return min([machine, *group_limits()])
+
+
+def group_limits(root: Path = Path("/")) -> list[int]:
+    """Memory limits, in bytes, of the control groups that this process is in (Linux, versions 1 and 2)."""
+    groups, limits = root / "proc/self/cgroup", []
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    for line in lines:  # cgroups(7): hierarchy:controllers:path, no controllers in version 2
+        _, controllers, path = line.split(":", 2)
+        if controllers not in {"", "memory"}:
+            continue
+        place, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        group = PurePosixPath(path).relative_to("/")
+        for part in (group, *group.parents):  # a container can see its own group as the root
+            file = root / "sys/fs/cgroup" / place / part / name
+            text = file.read_text().strip() if file.is_file() else "max"
+            limits += [int(text)] if text.isdigit() else []
+    return limits

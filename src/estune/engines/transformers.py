@@ -12,27 +12,30 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from estune.checkpoint import locate
 from estune.engines.base import Completion, Prompt, Sampling
 from estune.engines.decode import Decoder, unsupported
 from estune.engines.generate import GenerateDecoder
 from estune.engines.loading import end_tokens, load_model, load_tokenizer, pad_token, pick_device
-from estune.engines.memory import free_memory, keep_freed_memory
+from estune.engines.memory import keep_freed_memory, total_memory
 from estune.errors import EstuneError
 
 MAX_ROWS = {"cpu": 256}
 """Rows per batch that still gain from one another: beyond, a CPU's caches lose more than larger products win."""
 MAX_ROWS_ELSEWHERE = 1024
+MEMORY_SHARE = 4
+"""A batch takes at most this part, one in so many, of the memory that a device has beyond the model's weights."""
 
 
 class TransformersEngine:
     """An `Engine` over a transformers model, its weights open to be changed in place between calls.
 
     Args:
-        model: directory or hub id of a causal language model.
+        model: directory, hub id or embedded name of a causal language model.
         dtype: "auto", "float32", "bfloat16", "float16", or a torch type. "auto" is the checkpoint's own type, but
             float32 on a CPU.
         device: "auto" (CUDA, then MPS, then CPU) or what `torch.device` takes.
-        batch_size: rows decoded together; None chooses by memory.
+        batch_size: rows decoded together; None chooses by the memory that the device has, whatever of it is in use.
 
     Greedy completions are the model's own: the largest logit, no repetition penalty or other processor that a
     checkpoint's generation config may ask for. Same prompts and weights give the same completions, whatever was
@@ -57,8 +60,11 @@ class TransformersEngine:
         self.name = str(model)
         self.batch_size = batch_size
         self.device = pick_device(device)
-        self.model: Any = load_model(self.name, dtype, self.device)
-        self.tokenizer: Any = load_tokenizer(self.name)
+        path = locate(model)
+        self.model: Any = load_model(path, dtype, self.device)
+        self.tokenizer: Any = load_tokenizer(path)
+        weights: int = sum(parameter.nbytes for parameter in self.model.parameters())
+        self._batch_memory = (total_memory(self.device) - weights) // MEMORY_SHARE
         if self.device.type == "cpu":
             keep_freed_memory()
         self._attach()
@@ -176,11 +182,14 @@ class TransformersEngine:
                 yield group[len(group) * part // count : len(group) * (part + 1) // count]
 
     def _fitting_rows(self, slots: int) -> int:
-        """Rows of `slots` tokens that fit in half of the memory free now, within what is fast on this device."""
+        """Rows of `slots` tokens that fit in a batch's memory, within what is fast on this device.
+
+        Never by the memory free now: another batch size can round differently, and a run could not be repeated.
+        """
         config = self.model.config.get_text_config(decoder=True)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         cache = 2 * config.num_hidden_layers * heads * width * slots * self.model.dtype.itemsize
         logits = 3 * 4 * config.vocab_size  # in float32, with what softmax or argmax keeps beside them
         limit = MAX_ROWS.get(self.device.type, MAX_ROWS_ELSEWHERE)
-        return max(1, min(limit, free_memory(self.device) // 2 // int(cache + logits)))
+        return max(1, min(limit, self._batch_memory // int(cache + logits)))

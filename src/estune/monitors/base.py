@@ -38,7 +38,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to. Metrics are those of the evaluations before the first step, at the end and of the best."""
+    """What a run came to. Metrics are those of the first, the last and the best evaluation, each with its `step`."""
 
     run: Path
     steps: int
@@ -46,7 +46,6 @@ class Summary:
     before: dict[str, float]
     after: dict[str, float]
     best: dict[str, float]
-    best_step: int
     ended: str  # "finished", "stopped early" or "interrupted"
 
 

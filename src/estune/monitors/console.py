@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -16,6 +14,15 @@ from estune.monitors.base import Metrics, Monitor, Plan, Sample, Summary
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 60  # points of a curve on screen
+CONTENTS = {
+    "best": "checkpoint of the best evaluation, for transformers, vLLM, lm-eval",
+    "final": "checkpoint after the last step",
+    "journal.jsonl": "the run itself: `estune replay` rebuilds any step",
+    "metrics.jsonl": "metrics of every step and evaluation",
+    "tensorboard": "the same for TensorBoard",
+    "completions": "completions, as parquet",
+    "config.yaml": "all settings",
+}
 PROMPT_END = 600  # characters of a prompt shown, from its end
 
 
@@ -135,23 +142,17 @@ def _curve(values: list[float]) -> str:
 
 
 def _summary(s: Summary) -> Panel:
-    def show(path: Path, what: str) -> str:
-        return f"  {path}  {what}\n" if path.exists() else ""
-
-    lines = f"{s.ended} after {s.steps} steps, {s.seconds:.0f} s\n"
+    lines = [f"{s.ended} after {s.steps} steps, {s.seconds:.0f} s"]
     if s.before:
-        key = "eval_accuracy"
-        lines += (
+        key, length = "eval_accuracy", "eval_completions/mean_length"
+        lines += [
             f"[bold]held-out accuracy {s.before[key]:.1%} -> {s.after[key]:.1%}[/], best {s.best[key]:.1%} at step "
-            f"{s.best_step}; reward {s.before['eval_reward']:.3f} -> {s.after['eval_reward']:.3f}, length "
-            f"{s.before['eval_completions/mean_length']:.1f} -> {s.after['eval_completions/mean_length']:.1f} tokens\n"
-        )
-    lines += show(s.run / "best", "checkpoint of the best evaluation, for transformers and vLLM")
-    lines += show(s.run / "final", "checkpoint after the last step")
-    lines += show(s.run / "journal.jsonl", "the run itself: `estune replay` rebuilds any step from it")
-    lines += show(s.run / "metrics.jsonl", "metrics of every step and evaluation")
-    lines += show(s.run / "tensorboard", "the same for TensorBoard")
-    lines += show(s.run / "completions", "completions, as parquet")
+            f"{s.best['step']}",
+            f"held-out reward {s.before['eval_reward']:.3f} -> {s.after['eval_reward']:.3f}, "
+            f"length {s.before[length]:.1f} -> {s.after[length]:.1f} tokens",
+        ]
+    lines.append(f"in {escape(str(s.run))}:")
+    lines += [f"  {name:<14} {what}" for name, what in CONTENTS.items() if (s.run / name).exists()]
     if s.ended != "finished":
-        lines += f"go on with: estune train --resume {s.run}"
-    return Panel(lines.rstrip("\n"), title="run", title_align="left")
+        lines.append(f"go on with: estune train --resume {escape(str(s.run))}")
+    return Panel("\n".join(lines), title="run", title_align="left")

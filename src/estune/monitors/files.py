@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Iterable
 from pathlib import Path
 
+from estune.files import replacing
 from estune.monitors.base import Metrics, Monitor, Sample
 
 
 class JsonlMonitor(Monitor):
-    """One JSON object a line: each step's metrics, and each evaluation's (keys `eval_...`). NaN becomes null."""
+    """One JSON object a line: each step's metrics, and each evaluation's (keys `eval_...`)."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
 
     def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
         """Append the metrics."""
-        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(_line(metrics))
         self._file.flush()
 
     on_evaluate = on_step_end
@@ -26,6 +26,16 @@ class JsonlMonitor(Monitor):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def rewrite_metrics(path: Path, all_metrics: Iterable[Metrics]) -> None:
+    """Make the file hold just these metrics."""
+    with replacing(path) as temporary:
+        temporary.write_text("".join(map(_line, all_metrics)), encoding="utf-8")
+
+
+def _line(metrics: Metrics) -> str:
+    return json.dumps(dict(metrics)) + "\n"
 
 
 class TensorBoardMonitor(Monitor):

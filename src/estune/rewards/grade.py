@@ -37,9 +37,11 @@ class Grades:
         return math.fsum(values) / len(values)
 
     def means(self) -> dict[str, float]:
-        """Each function's mean over the completions it applied to; NaN where it applied to none."""
-        applied = {name: [s for s in scores if s is not None] for name, scores in self.scores.items()}
-        return {name: math.fsum(s) / len(s) if s else math.nan for name, s in applied.items()}
+        """Each function's mean over its finite scores; a function without any is left out."""
+        finite = {
+            name: [s for s in scores if s is not None and math.isfinite(s)] for name, scores in self.scores.items()
+        }
+        return {name: math.fsum(scores) / len(scores) for name, scores in finite.items() if scores}
 
 
 def grade(

@@ -35,11 +35,17 @@ class Task:
             raise EstuneError(
                 f"task {self.name}: {len(names)} reward functions but {len(self.reward_weights)} weights; give one each"
             )
+        double = next((name for name in names if names.count(name) > 1), None)
+        if double is not None:
+            raise EstuneError(
+                f"task {self.name}: two reward functions are called {double}; give each a name of its own"
+            )
         if self.accuracy not in names:
             raise EstuneError(f"task {self.name}: accuracy is {self.accuracy!r}; choose one of {', '.join(names)}")
         for side, rows in (("training", self.train), ("evaluation", self.evaluation)):
             if not rows:
                 raise EstuneError(f"task {self.name}: the {side} set is empty; give it at least one row")
+            _check_columns(f"task {self.name}: {side} row", rows)
         refuse_overlap(
             self.name, *((_canonical(row["prompt"]) for row in rows) for rows in (self.train, self.evaluation))
         )
@@ -47,6 +53,18 @@ class Task:
     def data_hash(self) -> str:
         """Hash of both sets, in order: two runs with equal hashes saw equal data."""
         return data_hash([*self.train, {"side": "evaluation"}, *self.evaluation])
+
+
+def _check_columns(where: str, rows: Sequence[Row]) -> None:
+    """Every row needs a prompt, and the columns that the others have."""
+    if "prompt" not in rows[0]:
+        raise EstuneError(f"{where} 0 has no column prompt, only {', '.join(rows[0]) or 'none'}; give it one")
+    columns = rows[0].keys()
+    for number, row in enumerate(rows):
+        if row.keys() != columns:
+            raise EstuneError(
+                f"{where} {number} has the columns {', '.join(row)}, row 0 has {', '.join(columns)}; give all the same"
+            )
 
 
 def data_hash(rows: Sequence[Mapping[str, Any]]) -> str:
