@@ -44,7 +44,7 @@ def draw_accuracy(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
     axes.set_title("held-out accuracy")
     axes.set_ylim(0, max(0.05, min(1.0, max(y) * 1.2)))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    for i, offset in ((0, (9, -4)), (len(x) - 1, (-4, 9))):
+    for i, offset in ((0, (-2, 9)), (len(x) - 1, (-4, 9))):
         axes.annotate(
             f"{y[i]:.0%}",
             (x[i], y[i]),

@@ -7,8 +7,10 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -336,3 +338,22 @@ def test_every_package_that_is_imported_is_declared() -> None:
     packages = importlib.metadata.packages_distributions()
     needed = {packages[name][0].lower().replace("_", "-") for name in foreign}
     assert needed <= declared
+
+
+def test_a_second_ctrl_c_stops_at_once_and_leaves_a_whole_journal(tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    command = [sys.executable, "-m", "estune.cli", "train", *SMALL, "--steps=500", "--prompts_per_step=40"]
+    process = subprocess.Popen([*command, "--output-dir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    journal = folder / "journal.jsonl"
+    while not journal.exists() or journal.read_text().count('"kind":"step"') < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    process.communicate(timeout=30)
+    # Between two steps the first signal may already have ended the run in good order.
+    assert process.returncode in (130, 0)
+    done = len(Journal.read(folder).steps)
+    assert 2 <= done < 500
+    assert estune("replay", folder, "-o", tmp_path / "rebuilt") == 0

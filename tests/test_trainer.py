@@ -423,9 +423,7 @@ def test_lost_metrics_come_back_on_resume(model: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(folder)] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
 
 
-@pytest.mark.parametrize(
-    ("steps", "message"), [(-1, "steps: .*found -1"), (3, "all 4 steps"), (None, "all 4")]
-)
+@pytest.mark.parametrize(("steps", "message"), [(-1, "steps: .*found -1"), (3, "all 4 steps"), (None, "all 4")])
 def test_lengths_that_leave_nothing_to_do_are_refused(model: Path, tmp_path: Path, steps: Any, message: str) -> None:
     run(make_config(tmp_path / "run", model))
     with pytest.raises(EstuneError, match=message):

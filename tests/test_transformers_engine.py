@@ -1,4 +1,4 @@
-"""The engine from a directory on disk: loading, prompts, completions, replicas, and what it refuses."""
+"""The engine from a directory on disk: loading, prompts, completions, and what it refuses."""
 
 from __future__ import annotations
 
@@ -140,26 +140,11 @@ def test_auto_dtype_is_float32_on_a_cpu(tmp_path: Path) -> None:
 def test_weights_stay_where_they_are(engine: TransformersEngine) -> None:
     addresses = {name: p.data_ptr() for name, p in engine.model.named_parameters()}
     engine.generate(engine.encode(PROMPTS), Sampling(8))
-    engine.replica()
     assert {name: p.data_ptr() for name, p in engine.model.named_parameters()} == addresses
 
 
-def test_replica_owns_its_weights_and_keeps_ties(engine: TransformersEngine) -> None:
-    twin = engine.replica()
-    ids = engine.encode(PROMPTS)
-    expected = engine.generate(ids, Sampling(8))
-    assert twin.generate(ids, Sampling(8)) == expected
-    assert twin.model.lm_head.weight is twin.model.model.embed_tokens.weight
-    mine = {p.data_ptr() for p in engine.model.parameters()}
-    assert not mine & {p.data_ptr() for p in twin.model.parameters()}
-    for parameter in twin.model.parameters():
-        parameter.mul_(1.1)
-    assert twin.generate(ids, Sampling(8)) != expected
-    assert engine.generate(ids, Sampling(8)) == expected
-
-
-def test_two_replicas_in_two_threads_do_not_disturb_each_other(engine: TransformersEngine) -> None:
-    twin = engine.replica()
+def test_two_engines_in_two_threads_do_not_disturb_each_other(engine: TransformersEngine) -> None:
+    twin = TransformersEngine(engine.name, device="cpu")
     for parameter in twin.model.parameters():
         parameter.mul_(1.2)
     ids = engine.encode(PROMPTS * 4)
@@ -204,7 +189,7 @@ def test_rows_follow_memory(engine: TransformersEngine, monkeypatch: pytest.Monk
         monkeypatch.setattr(engine_module, "total_memory", lambda device, total=total: total)
         found = TransformersEngine(engine.name)
         assert [len(batch) for batch in found._batches([[7] * 30] * 12, 20)] == sizes
-        assert [len(batch) for batch in found.replica()._batches([[7] * 30] * 12, 20)] == sizes
+        assert [len(batch) for batch in found._batches([[7] * 30] * 12, 20)] == sizes
 
 
 def test_memory_is_the_machines_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

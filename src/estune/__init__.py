@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from estune.config import Config
     from estune.errors import EstuneError
     from estune.noise import normal
-    from estune.replay import replay
     from estune.strategy import EvolutionStrategy, Member, Strategy, Update
     from estune.tasks.base import Task
     from estune.trainer import Trainer
@@ -31,7 +30,6 @@ _HOME = {
     "Update": "strategy",
     "Weights": "weights",
     "normal": "noise",
-    "replay": "replay",
 }
 
 __all__ = [
@@ -45,7 +43,6 @@ __all__ = [
     "Update",
     "Weights",
     "normal",
-    "replay",
 ]
 __version__ = "0.1.0"
 

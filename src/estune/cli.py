@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -116,7 +117,9 @@ def main() -> None:
         Console(stderr=True).print(line, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        # A member may still be generating in a thread, which Python would wait for. The journal is whole at any time.
+        sys.stdout.flush()
+        os._exit(130)
 
 
 def _overrides(arguments: list[str]) -> list[str]:

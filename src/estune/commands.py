@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -146,16 +145,14 @@ def _check_prompts(config: Config, checkpoint: Checkpoint, task: Task) -> None:
     from transformers import AutoConfig
 
     from estune.engines.loading import load_tokenizer
-    from estune.engines.transformers import TransformersEngine
+    from estune.engines.prompts import PromptEncoder
     from estune.setup import make_sampling
 
-    engine = TransformersEngine.__new__(TransformersEngine)  # `encode` and `check` do without the weights
-    engine.name = config.model
-    engine.tokenizer = load_tokenizer(checkpoint.path)
     try:
-        engine.model = SimpleNamespace(config=AutoConfig.from_pretrained(checkpoint.path))
+        model = AutoConfig.from_pretrained(checkpoint.path)
     except (OSError, ValueError, KeyError) as error:
         why = str(error).strip().partition("\n")[0]
         raise EstuneError(f"model {config.model}: its config.json cannot be used ({why})") from error
+    encoder = PromptEncoder(config.model, load_tokenizer(checkpoint.path), model)
     for rows in (task.evaluation, task.train):
-        engine.check(engine.encode([row["prompt"] for row in rows]), make_sampling(config))
+        encoder.check(encoder.encode([row["prompt"] for row in rows]), make_sampling(config))

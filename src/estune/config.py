@@ -76,7 +76,9 @@ class Config(BaseModel):
     temperature: float = Field(0.0, ge=0, description="0 decodes greedily")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus, when sampling")
     top_k: int = Field(0, ge=0, description="most likely tokens kept, when sampling; 0 keeps all")
-    batch_size: int | None = Field(None, ge=1, description="prompts decoded at once; by memory if not given")
+    batch_size: int | None = Field(
+        None, ge=1, description="prompts decoded at once; by the machine's memory if not given"
+    )
     replicas: int | None = Field(
         None, ge=1, description="members evaluated at once, each in a process of its own; by cores if not given"
     )

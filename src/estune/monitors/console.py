@@ -15,7 +15,7 @@ from estune.monitors.base import Metrics, Monitor, Plan, Sample, Summary
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 60  # points of a curve on screen
 CONTENTS = {
-    "best": "checkpoint of the best evaluation, for transformers, vLLM, lm-eval",
+    "best": "checkpoint of the best evaluation, as transformers saves it",
     "final": "checkpoint after the last step",
     "journal.jsonl": "the run itself: `estune replay` rebuilds any step",
     "metrics.jsonl": "metrics of every step and evaluation",

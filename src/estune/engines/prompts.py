@@ -1,0 +1,88 @@
+"""From prompts to token ids, with a model's tokenizer and limits; needs no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from estune.engines.base import Prompt, Sampling
+from estune.errors import EstuneError
+
+
+class PromptEncoder:
+    """Encodes prompts for one model.
+
+    Args:
+        name: what the user calls the model.
+        tokenizer: its tokenizer.
+        config: its config, which says how many positions it has.
+    """
+
+    def __init__(self, name: str, tokenizer: Any, config: Any) -> None:
+        self.name, self.tokenizer, self.config = name, tokenizer, config
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of each prompt.
+
+        Text is encoded with the tokenizer's own special tokens; a conversation by the chat template, which brings
+        them, and a conversation that ends with the assistant is left open for it to go on.
+
+        Raises:
+            EstuneError: a prompt is empty, or a conversation meets no chat template or one that refuses it.
+        """
+        found: list[list[int]] = [[] for _ in prompts]
+        for kind, special in ((str, True), (list, False)):
+            chosen = [i for i, prompt in enumerate(prompts) if isinstance(prompt, kind)]
+            if not chosen:
+                continue
+            texts = [self._render(i, prompts[i]) for i in chosen]
+            for i, ids in zip(chosen, self.tokenizer(texts, add_special_tokens=special)["input_ids"], strict=True):
+                found[i] = ids
+        for i, ids in enumerate(found):
+            if not ids:
+                raise EstuneError(f"prompt {i}: {prompts[i]!r} encodes to no token; give it text")
+        return found
+
+    def _render(self, index: int, prompt: Prompt) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        if not prompt:
+            raise EstuneError(f"prompt {index}: a conversation without messages; give it at least one")
+        if self.tokenizer.chat_template is None:
+            raise EstuneError(
+                f"prompt {index}: a conversation, but the tokenizer of {self.name!r} has no chat template; "
+                "give plain text, or a model with a template"
+            )
+        proceed = prompt[-1].get("role") == "assistant"
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=not proceed, continue_final_message=proceed
+            )
+        except (TemplateError, ValueError, KeyError, TypeError) as error:
+            why = str(error).strip().partition("\n")[0]
+            raise EstuneError(
+                f"prompt {index}: the chat template of {self.name!r} refuses it ({why}); messages need a role and a "
+                "content that the template knows"
+            ) from error
+        return text
+
+    def check(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Refuse, as `generate` would, what cannot be generated; for those who want to know before they begin."""
+        if sampling.max_new_tokens < 1:
+            raise EstuneError(f"max_new_tokens: {sampling.max_new_tokens} leaves nothing to generate; give at least 1")
+        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+            raise EstuneError(
+                f"sampling: temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}; "
+                "needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0 (0: all tokens)"
+            )
+        reach = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        for i, ids in enumerate(prompt_ids):
+            if not ids:
+                raise EstuneError(f"prompt {i}: no tokens; a prompt needs at least one")
+            if reach is not None and len(ids) + sampling.max_new_tokens > reach:
+                raise EstuneError(
+                    f"prompt {i}: {len(ids)} tokens and max_new_tokens {sampling.max_new_tokens} go beyond the "
+                    f"{reach} positions of {self.name!r}; shorten the prompt or lower max_new_tokens"
+                )
