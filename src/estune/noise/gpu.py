@@ -1,0 +1,193 @@
+"""The noise in Triton, and the passes that use it: perturb, update, fingerprint. For CUDA (and ROCm) devices.
+
+Bit for bit the function of `reference.py`: words from Triton's own Philox4x32-10, polynomials written out, products and
+sums kept apart (`enable_fp_fusion=False`), a correctly rounded square root. Noise is made in registers; no noise tensor
+exists. The functions mirror those of `cpu.py`, on flat torch tensors of float32, bfloat16 or float16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from estune.noise import reference as ref
+
+BLOCK = 512  # counters a program; four elements each
+FINGERPRINT_BLOCK = 2048  # elements a program
+
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (tl.constexpr(c) for c in ref.LOG)
+_S0, _S1, _S2 = (tl.constexpr(c) for c in ref.SIN)
+_C0, _C1, _C2 = (tl.constexpr(c) for c in ref.COS)
+_SQRT_HALF, _HALF_PI = tl.constexpr(ref.SQRT_HALF), tl.constexpr(ref.HALF_PI)
+_LN2_LOW, _LN2_HIGH = tl.constexpr(ref.LN2_LOW), tl.constexpr(ref.LN2_HIGH)
+_SCALE = tl.constexpr(ref.TWO_POW_MINUS_24)
+
+# Seeds and keys change from call to call: compiling a variant for each that is 1 or a multiple of 16 would be waste.
+_kernel: Any = triton.jit(do_not_specialize=["seed", "tensor", "start", "size", "members", "rounding_seed"])
+
+
+@triton.jit
+def _box_muller(a, b):
+    u = ((a >> 8).to(tl.int32) + 1).to(tl.float32) * _SCALE
+    bits = u.to(tl.uint32, bitcast=True)
+    e = (bits >> 23).to(tl.int32) - 126
+    m = ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
+    small = m < _SQRT_HALF
+    e = tl.where(small, e - 1, e).to(tl.float32)
+    m = tl.where(small, m + m, m) - 1.0
+    z = m * m
+    y = m * _L0 + _L1
+    y = y * m + _L2
+    y = y * m + _L3
+    y = y * m + _L4
+    y = y * m + _L5
+    y = y * m + _L6
+    y = y * m + _L7
+    y = y * m + _L8
+    y = (y * m) * z
+    y = y + e * _LN2_LOW
+    y = y - z * 0.5
+    r = tl.sqrt_rn(((m + y) + e * _LN2_HIGH) * -2.0)
+    q = b >> 30
+    t = ((b >> 6) & 0xFFFFFF).to(tl.int32).to(tl.float32)
+    th = (t * _SCALE - 0.5) * _HALF_PI
+    w = th * th
+    s = w * _S0 + _S1
+    s = s * w + _S2
+    s = (s * w) * th + th
+    c = w * _C0 + _C1
+    c = c * w + _C2
+    c = (c * w) * w - w * 0.5 + 1.0
+    odd = (q & 1) != 0
+    turned = (q & 2) != 0
+    cos = tl.where(odd, -s, c)
+    sin = tl.where(odd, c, s)
+    return r * tl.where(turned, -cos, cos), r * tl.where(turned, -sin, sin)
+
+
+@triton.jit
+def _words(seed, tensor, blocks):
+    t0 = (tensor.to(tl.uint64) & 0xFFFFFFFF).to(tl.uint32)
+    t1 = (tensor.to(tl.uint64) >> 32).to(tl.uint32)
+    b = blocks.to(tl.uint64)
+    low, high = (b & 0xFFFFFFFF).to(tl.uint32), (b >> 32).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(seed, low, high, zero + t0, zero + t1)
+
+
+@triton.jit
+def _by_element(x0, x1, x2, x3):
+    """Elements 0 to 3 of each block, side by side."""
+    return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
+
+
+@triton.jit
+def _normals(seed, tensor, blocks):
+    w0, w1, w2, w3 = _words(seed, tensor, blocks)
+    n0, n1 = _box_muller(w0, w1)
+    n2, n3 = _box_muller(w2, w3)
+    return _by_element(n0, n1, n2, n3)
+
+
+@triton.jit
+def _narrow(value, like: tl.constexpr):
+    """float32 as `like`, to nearest, ties to even; bfloat16 by its bits, which the interpreter would cut off."""
+    if like == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(like)
+
+
+@_kernel
+def _perturb(live, base, seed, tensor, start, size, sigma, COUNT: tl.constexpr):
+    first = start // 4 + tl.program_id(0).to(tl.int64) * COUNT
+    noise = _normals(seed, tensor, first + tl.arange(0, COUNT))
+    at = first * 4 - start + tl.arange(0, 4 * COUNT)
+    inside = (at >= 0) & (at < size)
+    weights = tl.load(base + at, mask=inside).to(tl.float32)
+    tl.store(live + at, _narrow(weights + noise * sigma, live.dtype.element_ty), mask=inside)
+
+
+@_kernel
+def _update(
+    base, seeds, coefficients, tensor, start, size, members, decay, rounding_seed,
+    STOCHASTIC: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    first = start // 4 + tl.program_id(0).to(tl.int64) * COUNT
+    blocks = first + tl.arange(0, COUNT)
+    total = tl.zeros((4 * COUNT,), tl.float32)
+    for member in range(members):
+        total += _normals(tl.load(seeds + member), tensor, blocks) * tl.load(coefficients + member)
+    at = first * 4 - start + tl.arange(0, 4 * COUNT)
+    inside = (at >= 0) & (at < size)
+    old = tl.load(base + at, mask=inside).to(tl.float32)
+    new = old + (old * decay + total)
+    if STOCHASTIC:
+        w0, w1, w2, w3 = _words(rounding_seed, tensor, blocks)
+        bits = new.to(tl.uint32, bitcast=True) + (_by_element(w0, w1, w2, w3) & 0xFFFF)
+        new = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    tl.store(base + at, _narrow(new, base.dtype.element_ty), mask=inside)
+
+
+@_kernel
+def _fingerprint(weights, total, tensor, start, size, BITS: tl.constexpr, COUNT: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    inside = at < size
+    bits = tl.load(weights + at, mask=inside, other=0).to(tl.uint64) & ((1 << BITS) - 1)
+    z = tensor.to(tl.uint64) + (start + at).to(tl.uint64) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30) ^ bits) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = tl.where(inside, z ^ (z >> 31), 0)
+    tl.atomic_add(total, tl.sum(z.to(tl.int64, bitcast=True), 0))
+
+
+def perturb(live: torch.Tensor, base: torch.Tensor, seed: int, tensor: int, start: int, sigma: float) -> None:
+    """As `cpu.perturb`."""
+    if base.numel():
+        grid = _grid(start, base.numel())
+        _perturb[grid](live, base, seed, tensor, start, base.numel(), sigma, COUNT=BLOCK, enable_fp_fusion=False)
+
+
+def update(
+    base: torch.Tensor,
+    seeds: torch.Tensor,
+    coefficients: torch.Tensor,
+    tensor: int,
+    start: int,
+    decay: float = 0.0,
+    rounding_seed: int | None = None,
+) -> None:
+    """As `cpu.update`; `seeds` are int64 (their bits), `coefficients` float32, both on the device."""
+    if base.numel():
+        _update[_grid(start, base.numel())](
+            base,
+            seeds,
+            coefficients,
+            tensor,
+            start,
+            base.numel(),
+            seeds.numel(),
+            decay,
+            rounding_seed or 0,
+            STOCHASTIC=rounding_seed is not None and base.dtype == torch.bfloat16,
+            COUNT=BLOCK,
+            enable_fp_fusion=False,
+        )
+
+
+def fingerprint(weights: torch.Tensor, tensor: int, start: int, total: torch.Tensor) -> None:
+    """As `cpu.fingerprint`, added to `total`, one int64 on the device: no wait for the device until it is read."""
+    if weights.numel():
+        bits = 8 * weights.element_size()
+        flat = weights.view(torch.int32 if bits == 32 else torch.int16)
+        grid = (triton.cdiv(weights.numel(), FINGERPRINT_BLOCK),)
+        _fingerprint[grid](flat, total, tensor, start, weights.numel(), BITS=bits, COUNT=FINGERPRINT_BLOCK)
+
+
+def _grid(start: int, size: int) -> tuple[int]:
+    blocks = (start + size + 3) // 4 - start // 4
+    return (triton.cdiv(blocks, BLOCK),)
