@@ -352,8 +352,8 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_a_whole_journal(tmp_path: Path
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
     process.communicate(timeout=30)
-    # Between two steps the first signal may already have ended the run in good order.
-    assert process.returncode in (130, 0)
+    # Between two steps the first signal ends the run in good order, and the second meets a process about to exit.
+    assert process.returncode in (130, 0, -signal.SIGINT)
     done = len(Journal.read(folder).steps)
     assert 2 <= done < 500
     assert estune("replay", folder, "-o", tmp_path / "rebuilt") == 0
