@@ -15,6 +15,7 @@ from typing import Any
 
 from estune.config import Config, parse
 from estune.data import RowOrder
+from estune.engines.base import Engine
 from estune.errors import EstuneError
 from estune.evaluation import Graded, evaluation_metrics, grade_completions, step_metrics, write_completions
 from estune.journal import EvaluationRecord, Header, Journal, StepRecord
@@ -162,7 +163,8 @@ class Trainer:
 
     def _encode(self, what: str, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> list[list[int]]:
         """Token ids of rows' prompts; a prompt that cannot be generated from is refused by its row."""
-        engine, sampling = self.replica.engine, make_sampling(self.config)
+        engine: Engine = self.replica.engine
+        sampling = make_sampling(self.config)
         try:
             ids = engine.encode([rows[i]["prompt"] for i in indices])
             engine.check(ids, sampling)

@@ -42,6 +42,10 @@ class Engine(Protocol):
         """Token ids of each prompt, once per step rather than once per member."""
         ...
 
+    def check(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Raise `EstuneError` for what `generate` would refuse."""
+        ...
+
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in the order of the prompts."""
         ...

@@ -3,10 +3,7 @@
 from estune.tasks.base import Task, data_hash
 from estune.tasks.countdown import CountdownConfig
 
-TASKS = {"countdown": CountdownConfig}
-"""The options of each task by its name; their `build(seed)` makes the `Task`."""
-
 TaskConfig = CountdownConfig
 """Options of any task: one model as long as there is one task, then a union told apart by `name`."""
 
-__all__ = ["TASKS", "CountdownConfig", "Task", "TaskConfig", "data_hash"]
+__all__ = ["CountdownConfig", "Task", "TaskConfig", "data_hash"]
