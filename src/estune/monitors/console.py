@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import get_console
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -30,7 +31,7 @@ class ConsoleMonitor(Monitor):
     """Progress, reward and its spread, evaluation, time left and a sample completion."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or get_console()  # the one that log messages go to: they appear above the display
         self._live: Live | None = None
         self._rewards: list[float] = []
         self._accuracies: list[tuple[int, float]] = []
@@ -146,8 +147,8 @@ def _summary(s: Summary) -> Panel:
     if s.before:
         key, length = "eval_accuracy", "eval_completions/mean_length"
         lines += [
-            f"[bold]held-out accuracy {s.before[key]:.1%} -> {s.after[key]:.1%}[/], best {s.best[key]:.1%} at step "
-            f"{s.best['step']}",
+            f"[bold]held-out accuracy {s.before[key]:.1%} -> {s.after[key]:.1%}[/] at step {s.after['step']}, "
+            f"best {s.best[key]:.1%} at step {s.best['step']}",
             f"held-out reward {s.before['eval_reward']:.3f} -> {s.after['eval_reward']:.3f}, "
             f"length {s.before[length]:.1f} -> {s.after[length]:.1f} tokens",
         ]
