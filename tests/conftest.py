@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,9 +14,17 @@ if shutil.which("nvidia-smi") is None:  # Triton reads it when it is imported, w
 import pytest
 import torch
 
+from tests.models import save_model
+
 torch.set_num_threads(1)  # two threads on busy cores are many times slower than one
 
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model on disk, for runs."""
+    return save_model(tmp_path_factory.mktemp("models") / "base")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.config import Config
+from estune.journal import Journal, StepRecord
 from estune.tasks.base import Task
 from estune.trainer import Trainer
 
@@ -56,6 +57,19 @@ def make_config(output: Path, model: Path, **changes: Any) -> Config:
         "replicas": 1,
     }
     return Config(**{**settings, **changes})
+
+
+def substance(record: StepRecord) -> Any:
+    """What must repeat of a step: all but the times."""
+    return record.update, record.rewards, record.prompts, record.fingerprint, record.sigma, record.learning_rate
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    a, b = Journal.read(one), Journal.read(other)
+    assert [substance(r) for r in a.steps] == [substance(r) for r in b.steps]
+    assert a.evaluations == b.evaluations
+    for name in ("final", "best"):
+        assert (one / name / "model.safetensors").read_bytes() == (other / name / "model.safetensors").read_bytes()
 
 
 if __name__ == "__main__":

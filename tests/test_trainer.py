@@ -1,15 +1,9 @@
-"""Whole runs: against an independent implementation of the paper, killed and resumed, replayed, and fed bad input."""
+"""Whole runs: against an independent implementation of the paper, replayed, made longer, and fed bad input."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +24,7 @@ from estune.noise import reference
 from estune.replay import replay
 from estune.trainer import Trainer
 from tests.models import save_model
-from tests.runs import make_config, make_task, slow_variety, variety
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "base")
+from tests.runs import assert_same_run, make_config, make_task, substance, variety
 
 
 def run(config: Config, *rewards: Any) -> Summary:
@@ -44,19 +33,6 @@ def run(config: Config, *rewards: Any) -> Summary:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def substance(record: StepRecord) -> Any:
-    """What must repeat of a step: all but the times."""
-    return record.update, record.rewards, record.prompts, record.fingerprint, record.sigma, record.learning_rate
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    a, b = Journal.read(one), Journal.read(other)
-    assert [substance(r) for r in a.steps] == [substance(r) for r in b.steps]
-    assert a.evaluations == b.evaluations
-    for name in ("final", "best"):
-        assert (one / name / "model.safetensors").read_bytes() == (other / name / "model.safetensors").read_bytes()
 
 
 def test_a_run_is_the_papers_algorithm(model: Path, tmp_path: Path) -> None:
@@ -95,76 +71,6 @@ def test_a_run_is_the_papers_algorithm(model: Path, tmp_path: Path) -> None:
     final = load_file(tmp_path / "run" / "final" / "model.safetensors")
     for n, t in theta.items():
         torch.testing.assert_close(final[n], t, rtol=0, atol=1e-6)
-
-
-def children(parent: int) -> list[int]:
-    """Processes that a process has started."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # ended in the meantime
-            continue
-        if int(fields[1]) == parent and fields[0] != "Z":
-            found.append(int(folder.name))
-    return found
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def started(folder: Path, model: Path, changes: dict[str, Any], steps: int) -> subprocess.Popen[str]:
-    """The run in a process of its own, with N steps recorded."""
-    command = [sys.executable, "-m", "tests.runs", str(folder), str(model), json.dumps(changes)]
-    environment = {**os.environ, "COLUMNS": "200"}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
-    journal = folder / "journal.jsonl"
-
-    def far_enough() -> bool:
-        assert process.poll() is None, process.communicate()
-        return journal.exists() and journal.read_text().count('"kind":"step"') >= steps
-
-    wait_until(far_enough)
-    return process
-
-
-def kill_after(steps: int, folder: Path, model: Path, changes: dict[str, Any], delay: float) -> None:
-    """Start the run in a process of its own and kill it, without warning, some time after its Nth step is recorded."""
-    process = started(folder, model, changes, steps)
-    workers = children(process.pid)
-    assert len(workers) == changes.get("replicas", 1) - 1
-    time.sleep(delay)
-    process.kill()
-    process.communicate()
-    wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))  # no orphans
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"weights": "master", "dtype": "bfloat16"},
-        {"weights": "copy", "dtype": "bfloat16", "rounding": "stochastic", "replicas": 2},
-        {"weights": "inplace", "dtype": "bfloat16", "save_steps": 2, "lr_scheduler_type": "linear"},
-    ],
-    ids=lambda s: s["weights"],
-)
-def test_killed_and_resumed_is_undisturbed(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    changes = {"steps": 24, **settings}
-    Trainer(make_config(whole, model, **changes), task=make_task(slow_variety), monitors=[]).train()
-    kill_after(7, cut, model, changes, random.Random(str(settings)).uniform(0, 0.1))
-    left = len(Journal.read(cut).steps)
-    assert 7 <= left < 24
-    summary = Trainer.resume(cut, task=make_task(slow_variety), monitors=[]).train()
-    assert (summary.steps, summary.ended) == (24, "finished")
-    assert_same_run(whole, cut)
-    tokens = [[record.metrics["num_tokens"] for record in Journal.read(run).steps] for run in (whole, cut)]
-    assert tokens[0] == tokens[1]
 
 
 def test_the_number_of_replicas_changes_nothing(model: Path, tmp_path: Path) -> None:
@@ -292,21 +198,6 @@ def test_a_finished_run_can_be_made_longer(model: Path, tmp_path: Path) -> None:
     summary = Trainer.resume(tmp_path / "short", task=make_task(), monitors=[]).train()  # which knows the new length
     assert summary.steps == 6
     assert_same_run(tmp_path / "long", tmp_path / "short")
-
-
-def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process = started(folder, model, {"steps": 500}, 2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert f"estune train --resume {folder}" in out
-    journal = Journal.read(folder)
-    assert 2 <= len(journal.steps) < 500
-    replay(folder, tmp_path / "replayed")
-    replayed = (tmp_path / "replayed" / "model.safetensors").read_bytes()
-    assert (folder / "final" / "model.safetensors").read_bytes() == replayed
-    Trainer.resume(folder, steps=len(journal.steps) + 1, task=make_task(slow_variety), monitors=[]).train()
 
 
 def test_a_used_directory_is_refused_with_the_remedies(model: Path, tmp_path: Path) -> None:
@@ -458,19 +349,6 @@ def test_tasks_that_cannot_be_graded_are_refused() -> None:
         replace(task, train=[{"text": "a"}])
     with pytest.raises(EstuneError, match="training row 1 has the columns prompt, row 0 has prompt, answer"):
         replace(task, train=[{"prompt": "a", "answer": 1}, {"prompt": "b"}])
-
-
-def test_a_replica_that_is_killed_stops_the_run_and_loses_nothing(model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process = started(folder, model, {"steps": 500, "replicas": 2}, 2)
-    (worker,) = children(process.pid)
-    os.kill(worker, signal.SIGKILL)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "a replica's process ended with code -9" in error
-    done = len(Journal.read(folder).steps)
-    summary = Trainer.resume(folder, steps=done + 1, task=make_task(slow_variety), monitors=[]).train()
-    assert summary.steps == done + 1
 
 
 def test_rows_are_drawn_without_replacement() -> None:

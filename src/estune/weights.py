@@ -219,8 +219,6 @@ def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = 
         stored = by_storage.setdefault(tensor.data_ptr(), (tensor, []))[1]
         if found is not None and found not in stored:
             stored.append(found)
-        elif found is None and not stored:
-            by_storage[tensor.data_ptr()] = (tensor, [])
     missing = [n for n, t in model.named_parameters() if not by_storage[t.data_ptr()][1]]
     if missing:
         raise EstuneError(
