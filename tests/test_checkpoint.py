@@ -74,7 +74,7 @@ def test_bfloat16_is_torchs() -> None:
     values = values.astype(np.float32)
     expected = torch.from_numpy(values).bfloat16()
     assert torch.equal(torch.from_numpy(narrow(values, "BF16")), expected.view(torch.uint16))
-    assert torch.equal(torch.from_numpy(widen(narrow(values, "BF16"), "BF16")), expected.float())
+    assert torch.equal(torch.from_numpy(widen(narrow(values, "BF16"))), expected.float())
 
 
 def test_content_hash_ignores_files_and_sees_content(mixed: Path, tmp_path: Path) -> None:

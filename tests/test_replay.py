@@ -18,8 +18,10 @@ from estune.errors import EstuneError
 from estune.journal import Header, Journal, StepRecord
 from estune.replay import replay
 from estune.strategy import EvolutionStrategy
+from estune.trainer import Trainer
 from estune.weights import Weights, trained_parameters
 from tests.models import save_model
+from tests.runs import make_config, make_task
 
 STEPS, MEMBERS = 5, 3
 module: Any = importlib.import_module("estune.replay")  # `estune.replay` can also be the function
@@ -108,3 +110,15 @@ def test_a_tensor_of_another_type_is_named(run: Path, tmp_path: Path, monkeypatc
     with pytest.raises(EstuneError, match=r"tensor model\..* is stored as F64"):
         replay(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("policy", ["copy", "inplace"])
+def test_a_float16_run_replays(policy: str, model: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", model, dtype="float16", weights=policy, device="cpu")
+    Trainer(config, task=make_task(), monitors=[]).train()
+    header = Journal.read(tmp_path / "run").header
+    assert (header.dtype, header.live_dtype) == ("float16", "float16")
+    replay(tmp_path / "run", tmp_path / "out")
+    trained, found = (load_file(p / "model.safetensors") for p in (tmp_path / "run" / "final", tmp_path / "out"))
+    assert all(torch.equal(trained[name], found[name]) for name in trained)
+    assert {t.dtype for t in found.values()} == {torch.float16}

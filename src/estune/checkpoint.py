@@ -87,7 +87,7 @@ class Tensor:
         stored = _STORAGE[self.dtype]
         count = self.elements - start if count is None else count
         raw = np.fromfile(self.file, stored, count, offset=self.offset + start * stored.itemsize)
-        return widen(raw, self.dtype)
+        return widen(raw)
 
     def raw(self) -> Iterator[bytes]:
         """The stored bytes, a few MiB at a time."""
@@ -143,8 +143,8 @@ class Checkpoint:
 
         Args:
             target: directory to make; it appears only when it is complete. An existing one is replaced.
-            trained: for each replaced tensor, a function giving its elements in row-major runs, float32 or bfloat16
-                bits (uint16).
+            trained: for each replaced tensor, a function giving its elements in row-major runs: float32, float16 or
+                bfloat16's bits (uint16).
             dtype: float32, bfloat16 or float16.
             verify: called when all is written; if it raises, nothing appears.
         """
@@ -238,9 +238,9 @@ def _indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def widen(stored: Array, dtype: str) -> npt.NDArray[np.float32]:
+def widen(stored: Array) -> npt.NDArray[np.float32]:
     """Stored elements as float32. bfloat16 comes as its bits in uint16."""
-    if dtype == "BF16":
+    if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return stored.astype(np.float32, copy=False)
 
@@ -292,8 +292,7 @@ def _write_file(
                 f.writelines(t.raw())
                 continue
             for run in trained[t.name]():
-                values = widen(run, "BF16") if run.dtype == np.uint16 else run
-                f.write(narrow(values, dtype).tobytes())
+                f.write(narrow(widen(run), dtype).tobytes())
         f.flush()
         os.fsync(f.fileno())
     return position

@@ -96,7 +96,7 @@ def _rebuilt(
 
     def run(start: int) -> tuple[Array, int]:
         values = tensor.read(start, min(RUN_LENGTH, tensor.elements - start))
-        weights: Array = narrow(values, "BF16") if header.dtype == "bfloat16" else values
+        weights = narrow(values, DTYPES[header.dtype])
         for record, apply in kernels:
             if header.policy == "inplace":  # what rounding left behind at each restore is part of the run
                 for member in record.update.members:

@@ -13,9 +13,15 @@ from transformers.utils.logging import disable_progress_bar
 from estune.checkpoint import Checkpoint, locate
 from estune.config import Config
 from estune.engines.base import Completion, Sampling
+from estune.engines.loading import pick_device
+from estune.engines.memory import memory_for, total_memory
 from estune.engines.transformers import TransformersEngine
+from estune.errors import EstuneError
+from estune.storage import device_kernels, keeps_base_on_host
 from estune.strategy import Member, Update
-from estune.weights import Weights, trained_parameters
+from estune.weights import Parameter, Weights, trained_parameters
+
+_SMALLER_BASE = "set base_device=host, weights=copy or weights=inplace, or fewer replicas"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +50,24 @@ class Replica:
         torch.set_num_threads(config.threads or 1)
         self.checkpoint = Checkpoint(locate(config.model))
         names = self.checkpoint.tensors
-        device = "cpu" if config.device == "auto" else config.device  # weights are perturbed there only, so far
+        self._device = training_device(config.device)
         self.engine = TransformersEngine(
-            self.checkpoint.path, dtype=config.dtype, device=device, batch_size=config.batch_size
+            self.checkpoint.path,
+            dtype=config.dtype,
+            device=str(self._device),
+            batch_size=config.batch_size,
+            cuda_graphs=config.cuda_graphs,
         )
-        self.weights = Weights(
-            trained_parameters(self.engine.model, names, config.train_parameters),
-            policy=config.weights,
-            rounding=config.rounding,
-            noise=config.noise,
-            threads=config.threads or 1,
-        )
+        parameters = trained_parameters(self.engine.model, names, config.train_parameters)
+        with memory_for("the base that is kept beside the live weights", _SMALLER_BASE):
+            self.weights = Weights(
+                parameters,
+                policy=config.weights,
+                rounding=config.rounding,
+                noise=config.noise,
+                threads=config.threads or 1,
+                base_on_host=self._keeps_base_on_host(config, parameters),
+            )
         if config.weights == "master":
             self.weights.load(self.checkpoint)  # the engine may hold it rounded
 
@@ -64,6 +77,7 @@ class Replica:
         """Generate with a member's weights."""
         start = time.perf_counter()
         self.weights.perturb(member, sigma)
+        torch.get_device_module(self._device).synchronize(self._device)  # for the clock: a device is still at work
         perturbed = time.perf_counter()
         completions = self.engine.generate(prompt_ids, sampling)
         return Evaluated(completions, perturbed - start, time.perf_counter() - perturbed)
@@ -84,3 +98,25 @@ class Replica:
 
     def close(self) -> None:
         """Nothing to release: the model goes with the last reference."""
+
+    def _keeps_base_on_host(self, config: Config, parameters: Sequence[Parameter]) -> bool:
+        if self._device.type == "cpu" or config.weights == "inplace":
+            return False
+        memory = total_memory(self._device) // (config.replicas or 1)
+        live = sum(p.nbytes for p in self.engine.model.parameters())
+        base = sum(p.tensor.numel() * (4 if config.weights == "master" else p.tensor.itemsize) for p in parameters)
+        return keeps_base_on_host(config.base_device, base=base, live=live, memory=memory)
+
+
+def training_device(name: str) -> torch.device:
+    """The device named by the setting; with auto CUDA where there is one, else the CPU.
+
+    Raises:
+        EstuneError: for a device that is not there, or on which weights cannot be perturbed.
+    """
+    device = pick_device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    if device.type not in {"cuda", "cpu"}:
+        raise EstuneError(f"device: weights cannot be perturbed on {device.type}; use auto, cuda or cpu")
+    if device.type == "cuda":
+        device_kernels()
+    return device

@@ -9,7 +9,7 @@ from estune.checkpoint import Checkpoint, locate
 from estune.config import Config
 from estune.engines.base import Sampling
 from estune.pool import LocalPool
-from estune.replica import Replica
+from estune.replica import Replica, training_device
 from estune.strategy import EvolutionStrategy
 from estune.worker import WorkerProcess
 
@@ -18,10 +18,12 @@ LARGEST_REPLICATED = 256 << 20
 
 
 def with_resources(config: Config) -> Config:
-    """The settings with `replicas` and `threads` filled in: one member a core, or all cores for one.
+    """The settings with `replicas` and `threads` filled in: one member a core, or all cores for one; one on a GPU.
 
     Threads are part of a run: how a matrix product is shared out can change its last bits.
     """
+    if training_device(config.device).type != "cpu":
+        return config.model_copy(update={"replicas": config.replicas or 1, "threads": config.threads or 1})
     size = sum(t.size for t in Checkpoint(locate(config.model)).tensors.values())
     cores = available_cores()
     small = size <= LARGEST_REPLICATED

@@ -11,9 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from estune.engines.memory import memory_for
 from estune.errors import EstuneError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_WEIGHTS, _LESS = "the live weights", "take a smaller model, dtype=bfloat16, or fewer replicas"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -26,7 +28,11 @@ def pick_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise EstuneError(f"device: {device!r} is no device; use auto, cuda, cuda:1, mps or cpu") from None
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if not there.get(found.type, False):
         raise EstuneError(f"device: {device!r} is not available to this PyTorch; use auto or cpu")
     return found
@@ -65,9 +71,12 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a second or two, of which a bar says nothing
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=pick_dtype(dtype, device), output_loading_info=True
-        )
+        with memory_for(_WEIGHTS, _LESS):
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=pick_dtype(dtype, device), output_loading_info=True
+            )
+    except EstuneError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(path, error) from error
     finally:
@@ -80,10 +89,11 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
             f"such as {missing[0]!r}; take a complete causal language model"
         )
     loaded.eval().requires_grad_(False)
-    for parameter in loaded.parameters():
-        # Loaded weights can be the file itself, mapped: they must outlive what becomes of the file.
-        parameter.data = parameter.data.clone()
-    return loaded.to(device)
+    with memory_for(_WEIGHTS, _LESS):
+        for parameter in loaded.parameters():
+            # Loaded weights can be the file itself, mapped: they must outlive what becomes of the file.
+            parameter.data = parameter.data.to(device, copy=True)
+        return loaded.to(device)
 
 
 def _check_causal(path: Path, config: Any) -> None:

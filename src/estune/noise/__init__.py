@@ -2,7 +2,7 @@
 
 The noise of an element depends on the member's seed, the parameter's name in the checkpoint and the element's position
 in it, and on nothing else: any shard, any order and any number of threads draw the same bits. `reference` is the
-specification in NumPy, `cpu` the compiled kernels.
+specification in NumPy, `cpu` the compiled kernels, `gpu` those in Triton.
 """
 
 from __future__ import annotations

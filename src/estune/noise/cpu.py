@@ -5,7 +5,7 @@ counters first, then the transform, in loops split so that each vectorises (sele
 integers). Kernels release the GIL and work on one contiguous run each; the caller spreads runs over threads.
 
 A run is elements `start .. start + array.size - 1` of a checkpoint tensor, in row-major order. float32 weights come as
-float32 arrays, bfloat16 weights as their bits in uint16 arrays.
+float32 arrays, bfloat16 weights as their bits in uint16 arrays, float16 weights as float16 arrays.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ _SCALE, _HALF, _ONE, _MINUS_TWO = np.float32(ref.TWO_POW_MINUS_24), np.float32(0
 # Fingerprint: constants of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) and its finalizer.
 _GOLDEN, _MIX0, _MIX1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
-Weights = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+Weights = npt.NDArray[np.float32] | npt.NDArray[np.uint16] | npt.NDArray[np.float16]
+
+# Inside the kernels, int16 stands for the bits of float16, with which Numba does not calculate on CPUs.
+_HALF_SCALE = np.float32(2.0**112)  # from float16's exponent bias, 15, to float32's, 127
 
 # No fastmath: contraction to fused multiply-add or reassociation would change the bits.
 _jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -117,6 +120,30 @@ def _normals(seed, tensor, block, words, planes, flat):
         flat[4 * j], flat[4 * j + 1], flat[4 * j + 2], flat[4 * j + 3] = p0[j], p1[j], p2[j], p3[j]
 
 
+@_jit
+def _from_half(weight):
+    """float16's bits as float32."""
+    bits = np.uint32(np.uint16(weight))
+    sign, magnitude = (bits & np.uint32(0x8000)) << np.uint32(16), (bits & np.uint32(0x7FFF)) << np.uint32(13)
+    finite = np.float32(np.uint32(magnitude).view(np.float32) * _HALF_SCALE).view(np.uint32)
+    special = magnitude | np.uint32(0x7F800000)
+    return np.uint32(sign | (special if magnitude >= np.uint32(0x0F800000) else finite)).view(np.float32)
+
+
+@_jit
+def _to_half(value):
+    """float32 as float16's bits, to nearest, ties to even."""
+    bits = np.float32(value).view(np.uint32)
+    sign, size = np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000), np.uint32(bits & np.uint32(0x7FFFFFFF))
+    parity = (size >> np.uint32(13)) & np.uint32(1)
+    normal = np.uint32(size + np.uint32(0xC8000FFF) + parity) >> np.uint32(13)  # exponent less 112, rounded
+    # Below 2^-14 the result is a multiple of 2^-24, which is what float32 resolves next to 0.5.
+    small = np.float32(size.view(np.float32) + _HALF).view(np.uint32) - np.uint32(0x3F000000)
+    large = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else np.uint32(0x7C00)
+    result = np.uint32(small) if size < np.uint32(0x38800000) else normal
+    return np.int16(np.uint16(sign | (large if size >= np.uint32(0x47800000) else result)))
+
+
 def _widen(weight):
     """A weight as stored, as float32."""
 
@@ -133,6 +160,8 @@ def _narrow_randomly(value, like, word):
 def _widen_for(weight):
     if weight == types.float32:
         return lambda weight: weight
+    if weight == types.int16:
+        return lambda weight: _from_half(weight)  # noqa: PLW0108  # Numba compares the arguments' names
     return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
 
 
@@ -146,13 +175,15 @@ def _narrow_for(value, like):
         parity = (bits >> np.uint32(16)) & np.uint32(1)
         return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + parity) >> np.uint32(16))
 
-    return to_bfloat16
+    return (lambda value, like: _to_half(value)) if like == types.int16 else to_bfloat16
 
 
 @overload(_narrow_randomly, inline="always")
 def _narrow_randomly_for(value, like, word):
     if like == types.float32:
         return lambda value, like, word: value
+    if like == types.int16:  # eleven significant bits lose so little that the policy leaves them alone
+        return lambda value, like, word: _to_half(value)
 
     def to_bfloat16(value, like, word):
         bits = np.float32(value).view(np.uint32)
@@ -238,7 +269,7 @@ def perturb(live: Weights, base: Weights, seed: int, tensor: int, start: int, si
 
     `live` may be `base` itself (the in-place policy).
     """
-    _perturb(live, base, np.uint64(seed), np.uint64(tensor), start, np.float32(sigma))
+    _perturb(_stored(live), _stored(base), np.uint64(seed), np.uint64(tensor), start, np.float32(sigma))
 
 
 def update(
@@ -257,10 +288,15 @@ def update(
     """
     stochastic = rounding_seed is not None
     rounding = np.uint64(rounding_seed or 0)
-    _update(base, seeds, coefficients, np.uint64(tensor), start, np.float32(decay), rounding, stochastic)
+    _update(_stored(base), seeds, coefficients, np.uint64(tensor), start, np.float32(decay), rounding, stochastic)
 
 
 def fingerprint(weights: Weights, tensor: int, start: int) -> int:
     """Hash of one run: a sum modulo 2^64 over its elements, so that runs add up in any order and any split."""
-    bits = weights.view(np.uint32) if weights.dtype == np.float32 else weights
+    bits = weights.view(np.uint32 if weights.dtype == np.float32 else np.uint16)
     return int(_fingerprint(bits, np.uint64(tensor), start))
+
+
+def _stored(weights: Weights) -> npt.NDArray[Any]:
+    """Weights as the kernels take them."""
+    return weights.view(np.int16) if weights.dtype == np.float16 else weights

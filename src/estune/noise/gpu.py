@@ -16,6 +16,7 @@ import triton.language as tl
 from estune.noise import reference as ref
 
 BLOCK = 512  # counters a program; four elements each
+WARPS = 8  # two counters a thread: some 40 registers, and 50 for the stochastic update
 FINGERPRINT_BLOCK = 2048  # elements a program
 
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (tl.constexpr(c) for c in ref.LOG)
@@ -25,7 +26,8 @@ _SQRT_HALF, _HALF_PI = tl.constexpr(ref.SQRT_HALF), tl.constexpr(ref.HALF_PI)
 _LN2_LOW, _LN2_HIGH = tl.constexpr(ref.LN2_LOW), tl.constexpr(ref.LN2_HIGH)
 _SCALE = tl.constexpr(ref.TWO_POW_MINUS_24)
 
-# Seeds and keys change from call to call: compiling a variant for each that is 1 or a multiple of 16 would be waste.
+# Seeds and keys change from call to call: compiling a variant for each that is 1 or a multiple of 16, or that fits into
+# 32 bits, would be waste. Hence this list, and types on all scalars.
 _kernel: Any = triton.jit(do_not_specialize=["seed", "tensor", "start", "size", "members", "rounding_seed"])
 
 
@@ -63,9 +65,10 @@ def _box_muller(a, b):
     c = (c * w) * w - w * 0.5 + 1.0
     odd = (q & 1) != 0
     turned = (q & 2) != 0
-    cos = tl.where(odd, -s, c)
+    # Not -s: Triton 3.6 subtracts from 0 there, and zero loses its sign.
+    cos = tl.where(odd, s * -1.0, c)
     sin = tl.where(odd, c, s)
-    return r * tl.where(turned, -cos, cos), r * tl.where(turned, -sin, sin)
+    return r * tl.where(turned, cos * -1.0, cos), r * tl.where(turned, sin * -1.0, sin)
 
 
 @triton.jit
@@ -103,7 +106,10 @@ def _narrow(value, like: tl.constexpr):
 
 
 @_kernel
-def _perturb(live, base, seed, tensor, start, size, sigma, COUNT: tl.constexpr):
+def _perturb(
+    live, base, seed: tl.uint64, tensor: tl.uint64, start: tl.int64, size: tl.int64, sigma: tl.float32,
+    COUNT: tl.constexpr,
+):  # fmt: skip
     first = start // 4 + tl.program_id(0).to(tl.int64) * COUNT
     noise = _normals(seed, tensor, first + tl.arange(0, COUNT))
     at = first * 4 - start + tl.arange(0, 4 * COUNT)
@@ -114,7 +120,8 @@ def _perturb(live, base, seed, tensor, start, size, sigma, COUNT: tl.constexpr):
 
 @_kernel
 def _update(
-    base, seeds, coefficients, tensor, start, size, members, decay, rounding_seed,
+    base, seeds, coefficients, tensor: tl.uint64, start: tl.int64, size: tl.int64, members: tl.int32,
+    decay: tl.float32, rounding_seed: tl.uint64,
     STOCHASTIC: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     first = start // 4 + tl.program_id(0).to(tl.int64) * COUNT
@@ -134,7 +141,9 @@ def _update(
 
 
 @_kernel
-def _fingerprint(weights, total, tensor, start, size, BITS: tl.constexpr, COUNT: tl.constexpr):
+def _fingerprint(
+    weights, total, tensor: tl.uint64, start: tl.int64, size: tl.int64, BITS: tl.constexpr, COUNT: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     inside = at < size
     bits = tl.load(weights + at, mask=inside, other=0).to(tl.uint64) & ((1 << BITS) - 1)
@@ -142,14 +151,24 @@ def _fingerprint(weights, total, tensor, start, size, BITS: tl.constexpr, COUNT:
     z = (z ^ (z >> 30) ^ bits) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z = tl.where(inside, z ^ (z >> 31), 0)
-    tl.atomic_add(total, tl.sum(z.to(tl.int64, bitcast=True), 0))
+    tl.atomic_add(total, tl.sum(z.to(tl.int64, bitcast=True), 0), sem="relaxed")
 
 
 def perturb(live: torch.Tensor, base: torch.Tensor, seed: int, tensor: int, start: int, sigma: float) -> None:
     """As `cpu.perturb`."""
     if base.numel():
-        grid = _grid(start, base.numel())
-        _perturb[grid](live, base, seed, tensor, start, base.numel(), sigma, COUNT=BLOCK, enable_fp_fusion=False)
+        _perturb[_grid(start, base.numel())](
+            live,
+            base,
+            seed,
+            tensor,
+            start,
+            base.numel(),
+            sigma,
+            COUNT=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
 
 
 def update(
@@ -175,6 +194,7 @@ def update(
             rounding_seed or 0,
             STOCHASTIC=rounding_seed is not None and base.dtype == torch.bfloat16,
             COUNT=BLOCK,
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
 

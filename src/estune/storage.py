@@ -1,0 +1,289 @@
+"""Where weights lie, and the passes over all of them: perturb, restore, update, fingerprint.
+
+- `CpuStorage`: on the CPU, in runs spread over threads.
+- `DeviceStorage`: on a CUDA device, a whole tensor in each launch.
+- `StreamedStorage`: live weights on the device, the base in pinned host memory, passing through buffers on the device.
+
+All give the same bits, because each kernel does, and every element's result depends on its own history alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from estune.checkpoint import RUN_LENGTH, narrow
+from estune.errors import EstuneError
+from estune.strategy import Update
+from estune.update import terms, update_kernel
+
+STREAMED_LENGTH = 8 << 20  # elements that pass through a buffer at a time: 32 MiB of float32
+BUFFERS = 2  # one is filled while the other is worked on
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Array = npt.NDArray[Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A stretch of one parameter, its live weights and its base: flat tensors, or arrays of the CPU's kernels.
+
+    Base and live weights are the same where nothing is kept beside the live weights.
+    """
+
+    live: Any
+    base: Any
+    key: int  # of the parameter, for its fingerprint
+    noise: int  # of its noise
+    start: int = 0  # first element's position in the parameter
+
+    def split(self, length: int) -> Iterator[Run]:
+        """The same in stretches of at most `length` elements."""
+        for i in range(0, len(self.live), length):
+            part = slice(i, i + length)
+            yield replace(self, live=self.live[part], base=self.base[part], start=self.start + i)
+
+
+class Storage(Protocol):
+    """Weights at one place."""
+
+    def perturb(self, seed: int, sigma: float) -> None:
+        """Set live = base + sigma * noise(seed)."""
+        ...
+
+    def restore(self) -> None:
+        """Set live = base."""
+        ...
+
+    def update(self, update: Update, rounding: str) -> None:
+        """Add an update to the base."""
+        ...
+
+    def fingerprint(self) -> int:
+        """Sum of the base's element hashes, of which the last 64 bits count."""
+        ...
+
+
+class CpuStorage:
+    """On the CPU, a million elements at a time, spread over threads."""
+
+    def __init__(self, runs: Sequence[Run], threads: int) -> None:
+        arrays = (replace(r, live=as_array(r.live), base=as_array(r.base)) for r in runs)
+        self._runs = [part for run in arrays for part in run.split(RUN_LENGTH)]
+        self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def perturb(self, seed: int, sigma: float) -> None:
+        """As `Storage.perturb`."""
+        from estune.noise import cpu
+
+        self._each(lambda r: cpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma))
+
+    def restore(self) -> None:
+        """As `Storage.restore`."""
+        self._each(_copy_base)
+
+    def update(self, update: Update, rounding: str) -> None:
+        """As `Storage.update`."""
+        apply = update_kernel(update, rounding)
+        self._each(lambda r: apply(r.base, r.noise, r.start))
+
+    def fingerprint(self) -> int:
+        """As `Storage.fingerprint`."""
+        from estune.noise import cpu
+
+        return sum(self._each(lambda r: cpu.fingerprint(r.base, r.key, r.start)))
+
+    def _each(self, work: Callable[[Run], T]) -> list[T]:
+        return list(map(work, self._runs) if self._threads is None else self._threads.map(work, self._runs))
+
+
+class DeviceStorage:
+    """On a device, a whole tensor in each launch. What is launched runs in order with all else on the device."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._gpu = device_kernels()
+        self._runs = list(runs)
+        self._device: torch.device = self._runs[0].live.device
+
+    def perturb(self, seed: int, sigma: float) -> None:
+        """As `Storage.perturb`."""
+        self._each(lambda r: self._gpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma))
+
+    def restore(self) -> None:
+        """As `Storage.restore`."""
+        self._each(lambda r: r.live.copy_(r.base))
+
+    def update(self, update: Update, rounding: str) -> None:
+        """As `Storage.update`."""
+        found = terms(update, rounding)
+        if found is None:
+            return
+        seeds = torch.from_numpy(found.seeds.view(np.int64)).to(self._device)
+        coefficients = torch.from_numpy(found.coefficients).to(self._device)
+        self._each(
+            lambda r: self._gpu.update(r.base, seeds, coefficients, r.noise, r.start, found.decay, found.rounding_seed),
+            changes_base=True,
+        )
+
+    def fingerprint(self) -> int:
+        """As `Storage.fingerprint`."""
+        total = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._each(lambda r: self._gpu.fingerprint(r.base, r.key, r.start, total))
+        return int(total)
+
+    def _each(self, work: Callable[[Run], object], *, changes_base: bool = False) -> None:
+        with self._on_device():
+            for run in self._runs:
+                work(run)
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        """Makes the weights' device the current one, which is where Triton launches. Does nothing on the CPU."""
+        found: AbstractContextManager[None] = torch.cuda.device_of(self._runs[0].live)  # type: ignore[no-untyped-call]
+        return found
+
+
+class StreamedStorage(DeviceStorage):
+    """Live weights on a device, the base in host memory: it passes through buffers on the device, 64 MiB in all.
+
+    Each buffer has a stream of its own. Within a stream things happen in order, so that a buffer is filled, worked on
+    and written back before it is filled again, and between the two streams copies and kernels overlap.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        super().__init__([part for run in runs for part in run.split(STREAMED_LENGTH)])
+        self._streams = torch.get_device_module(self._device)  # the CPU's do nothing
+        size = max(run.base.nbytes for run in self._runs)
+        with self._on_device():
+            self._buffers = [
+                (self._streams.Stream(), torch.empty(size, dtype=torch.uint8, device=self._device))
+                for _ in range(BUFFERS)
+            ]
+
+    def _each(self, work: Callable[[Run], object], *, changes_base: bool = False) -> None:
+        with self._on_device():
+            current = self._streams.current_stream()
+            for stream, _ in self._buffers:
+                stream.wait_stream(current)
+            for run, (stream, buffer) in zip(self._runs, itertools.cycle(self._buffers), strict=False):
+                with self._streams.stream(stream):
+                    staged = buffer[: run.base.nbytes].view(run.base.dtype)
+                    staged.copy_(run.base, non_blocking=True)
+                    work(replace(run, base=staged))
+                    if changes_base:
+                        run.base.copy_(staged, non_blocking=True)
+            for stream, _ in self._buffers:
+                current.wait_stream(stream)
+            self._streams.synchronize()  # the host may read or write the base from here on
+
+
+def open_storage(runs: Sequence[Run], threads: int) -> Storage:
+    """The storage for tensors that lie where these do."""
+    live, base = runs[0].live.device.type, runs[0].base.device.type
+    if live == "cpu":
+        return CpuStorage(runs, threads)
+    return DeviceStorage(runs) if base == live else StreamedStorage(runs)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The tensor's own memory, flat.
+
+    Raises:
+        EstuneError: for a type or device without kernels.
+    """
+    if tensor.device.type not in {"cpu", "cuda"}:
+        raise EstuneError(f"weights on {tensor.device}: they can be perturbed on cuda and cpu; set device to one")
+    if not tensor.is_contiguous():
+        raise EstuneError(f"a weight of shape {tuple(tensor.shape)} is not contiguous: save and load the model again")
+    if tensor.dtype not in TYPES:
+        raise EstuneError(
+            f"weights of type {type_name(tensor.dtype)}: there are kernels for "
+            f"{', '.join(map(type_name, TYPES))}; set dtype to one"
+        )
+    return tensor.detach().view(-1)
+
+
+def make_base(live: Sequence[Tensor], dtype: torch.dtype | None, *, on_host: bool) -> list[Tensor]:
+    """Copies of flat tensors, as `dtype` if given: beside them, or in pinned host memory."""
+    if on_host:
+        base = _pinned([(t.numel(), dtype or t.dtype) for t in live])
+    else:
+        base = [torch.empty_like(t, dtype=dtype or t.dtype) for t in live]
+    for source, target in zip(live, base, strict=True):
+        for i in range(0, len(source), STREAMED_LENGTH):  # another type on another device needs a copy in between
+            target[i : i + STREAMED_LENGTH].copy_(source[i : i + STREAMED_LENGTH])
+    return base
+
+
+def keeps_base_on_host(choice: str, *, base: int, live: int, memory: int) -> bool:
+    """Where the base of a model on CUDA lies: True for host memory.
+
+    Never by what is free at the moment, so that the same run on the same machine does the same.
+
+    Args:
+        choice: the setting, auto, device or host.
+        base, live: bytes of the base, and of all the model's live weights.
+        memory: bytes that the device has. Half of what live weights leave is for batches.
+    """
+    return choice == "host" if choice != "auto" else base > (memory - live) // 2
+
+
+def device_kernels() -> Any:
+    """The module of kernels for CUDA.
+
+    Raises:
+        EstuneError: without Triton.
+    """
+    try:
+        from estune.noise import gpu
+    except ImportError as error:
+        raise EstuneError(
+            "weights on CUDA are perturbed by Triton kernels, and triton cannot be imported "
+            f"({error}); install it (pip install triton), or set device=cpu"
+        ) from error
+    return gpu
+
+
+def as_array(tensor: Tensor) -> Array:
+    """The own memory of a tensor on the CPU as a flat array: bfloat16's bits as uint16, other types as they are."""
+    elements = flat(tensor)
+    array: Array = (elements.view(torch.uint16) if tensor.dtype == torch.bfloat16 else elements).numpy()
+    return array
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """A type as settings and journals name it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _copy_base(run: Run) -> None:
+    halves = run.live.dtype == np.uint16 and run.base.dtype == np.float32
+    run.live[:] = narrow(run.base, "BF16") if halves else run.base
+
+
+def _pinned(shapes: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+    """Tensors in host memory that the device reads and writes by itself.
+
+    PyTorch's pinned allocator rounds every tensor up to a power of two, which can double the memory that a base takes.
+    """
+    sizes = [-(-elements * dtype.itemsize // 256) * 256 for elements, dtype in shapes]
+    memory = np.frombuffer(mmap.mmap(-1, sum(sizes)), np.uint8)  # pages of its own, as pages are what is pinned
+    address, cuda = memory.ctypes.data, torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(cuda.cudaHostRegister(address, memory.nbytes, 0))
+    weakref.finalize(memory, cuda.cudaHostUnregister, address).atexit = False  # the system does it then
+    whole, ends = torch.from_numpy(memory), itertools.accumulate(sizes)
+    return [
+        whole[end - size : end - size + elements * dtype.itemsize].view(dtype)
+        for end, size, (elements, dtype) in zip(ends, sizes, shapes, strict=True)
+    ]
