@@ -46,7 +46,7 @@ def decoder_of(model: Any, end_ids: Sequence[int] = ()) -> Decoder:
 def reference(model: Any, prompt: list[int], new: int = NEW, end_ids: tuple[int, ...] = ()) -> list[int]:
     """One prompt alone through `generate`: no batch, no padding."""
     config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=list(end_ids), pad_token_id=0)
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     found: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0].tolist()
     return found[len(prompt) :]
 

@@ -49,7 +49,7 @@ class Config(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of the weights that generate; auto is float32 on a CPU, else the checkpoint's"
     )
-    device: str = Field("auto", description="where the model runs; auto is the CPU in this version")
+    device: str = Field("auto", description="where the model runs: cuda, cuda:1, cpu; auto is CUDA where there is one")
     task: TaskConfig = Field(default_factory=TaskConfig, description="what to learn; its options are task.NAME")
     output_dir: Path | None = Field(None, description="directory of the run; runs/TASK-MODEL-TIME if not given")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the run: perturbations and order of the prompts")
@@ -79,15 +79,25 @@ class Config(BaseModel):
     batch_size: int | None = Field(
         None, ge=1, description="prompts decoded at once; by the machine's memory if not given"
     )
+    cuda_graphs: bool = Field(
+        True, description="on CUDA, replay decoding steps from CUDA graphs, which start all kernels of a step at once"
+    )
     replicas: int | None = Field(
-        None, ge=1, description="members evaluated at once, each in a process of its own; by cores if not given"
+        None,
+        ge=1,
+        description="members evaluated at once, each in a process of its own; by cores, one on CUDA, if not given",
     )
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of a replica; 1 for a small model, else all cores, if not given"
+        None, ge=1, description="CPU threads of a replica; 1 for a small model or on CUDA, else all cores, if not given"
     )
 
     weights: Literal["master", "copy", "inplace"] = Field(
         "master", description="what is kept beside the live weights: float32, a copy, or nothing (restores inexactly)"
+    )
+    base_device: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description="on CUDA, where that is kept: on the device, or in pinned host memory and streamed; auto is the "
+        "device if it takes at most half of the memory that live weights leave there",
     )
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="of updates to bfloat16 weights")
     train_parameters: str = Field("*", description="shell pattern of the parameters to train")
@@ -122,6 +132,8 @@ class Config(BaseModel):
             raise ValueError(f"population {self.population} is odd, and mirrored members come in pairs")
         if self.weights == "inplace" and (self.replicas or 1) > 1:
             raise ValueError("weights=inplace holds one set of weights: replicas must be 1")
+        if self.weights == "inplace" and self.base_device == "host":
+            raise ValueError("weights=inplace keeps nothing that base_device=host could hold: leave out one")
         if self.early_stopping_patience and not self.eval_steps:
             raise ValueError("early_stopping_patience counts evaluations, and eval_steps 0 makes none on the way")
         return self

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import Cache
 
+from estune.engines.memory import memory_for
+
 
 class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
     """Keys and values of a batch, `[rows, heads, slots, head_dim]` per layer, in storage that outlives the batch.
@@ -12,6 +14,9 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
     The decode loop says where a forward reads and writes: `open` before a batch, `at` before a forward. A forward of
     `q` tokens writes slots `length` to `length + q` of its rows and sees all slots before them, never a slot that
     this batch did not write. Every layer keeps the full length; a sliding window is left to the model's mask.
+
+    After `fix` instead of `at`, forwards of one token work on shapes that do not change from step to step: the slot
+    they write is read from a tensor, and they see as many slots as the caller says, to be masked by the caller.
     """
 
     def __init__(self, layers: int) -> None:
@@ -21,12 +26,16 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         self.rows = slice(0, 0)
         self.length = 0
         self._gap = 0
+        self._slot: torch.Tensor | None = None
+        self._visible = 0
         self._storage: dict[tuple[int, str], torch.Tensor] = {}
         self._shape = (0, 0)
+        self._blank = False
 
-    def open(self, rows: int, slots: int) -> None:
-        """Start a batch of `rows` sequences of at most `slots` tokens."""
+    def open(self, rows: int, slots: int, *, blank: bool = False) -> None:
+        """Start a batch of `rows` sequences of at most `slots` tokens; `blank` zeroes the slots of all of them."""
         self._shape = (rows, slots)
+        self._blank = blank
         self.at(slice(0, rows), 0)
         self.keys = [None] * len(self.keys)
         self.values = [None] * len(self.values)
@@ -37,7 +46,14 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         The last `gap` of them hold padding that no forward writes. They are zeroed with the next write: a mask makes
         their weight 0, and 0 times what a slot held before could be NaN.
         """
-        self.rows, self.length, self._gap = rows, length, gap
+        self.rows, self.length, self._gap, self._slot = rows, length, gap, None
+
+    def fix(self, rows: int, visible: int, slot: torch.Tensor) -> None:
+        """Let forwards of one token work on the first `rows` rows of a blank batch and see their `visible` first slots.
+
+        `slot`, int64 `[1]` on the device, is where they write; it may change between two runs of the same operations.
+        """
+        self.rows, self._visible, self._slot = slice(0, rows), visible, slot
 
     def update(  # type: ignore[no-untyped-def]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -47,6 +63,9 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         if keys is None or values is None:
             keys = self.keys[layer_idx] = self._view(layer_idx, "keys", key_states)
             values = self.values[layer_idx] = self._view(layer_idx, "values", value_states)
+        if self._slot is not None:
+            keys, values = keys[self.rows, :, : self._visible], values[self.rows, :, : self._visible]
+            return keys.index_copy_(2, self._slot, key_states), values.index_copy_(2, self._slot, value_states)
         end = self.length + key_states.shape[2]
         keys, values = keys[self.rows, :, :end], values[self.rows, :, :end]
         keys[:, :, self.length :] = key_states
@@ -62,8 +81,14 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         size = shape[0] * shape[1] * shape[2] * shape[3]
         storage = self._storage.get((layer, kind))
         if storage is None or storage.numel() < size or storage.dtype != states.dtype:
-            storage = self._storage[layer, kind] = torch.empty(size, dtype=states.dtype, device=states.device)
-        return storage[:size].view(shape)
+            with memory_for("the key/value cache", "lower batch_size or max_new_tokens"):
+                storage = self._storage[layer, kind] = torch.empty(size, dtype=states.dtype, device=states.device)
+        view = storage[:size].view(shape)
+        return view.zero_() if self._blank else view
+
+    def storage(self) -> list[torch.Tensor]:
+        """All memory held for keys and values, whatever the batch."""
+        return list(self._storage.values())
 
     def tensors(self) -> list[torch.Tensor]:
         """This batch's keys and values of all layers that hold any."""
@@ -102,13 +127,13 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         """Which layers keep nothing."""
         return [False] * len(self.keys)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
         """Slots filled before the forward at hand."""
-        return self.length
+        return self.length if self._slot is None else self._slot[0]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that the forward at hand will see."""
-        return self.length + query_length, 0
+        return (self.length + query_length if self._slot is None else self._visible), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Slots of the batch."""

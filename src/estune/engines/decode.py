@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from estune.engines import attention
 from estune.engines.base import Sampling
 from estune.engines.cache import RowCache
 from estune.engines.sampling import choose
+from estune.engines.tree import common_prefix
 
 PREFILL_TOKENS = {"cpu": 1024}
 """Tokens in one prefill forward: as many as keep the activations of a small model in a core's cache."""
@@ -56,7 +56,6 @@ class Decoder:
     """Decodes batches with one model and one cache; not for two threads at a time."""
 
     def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int) -> None:
-        attention.install(model)
         self.model = model
         self.cache = RowCache(model.config.num_hidden_layers)
         self._device: torch.device = model.device
@@ -75,15 +74,17 @@ class Decoder:
         number the prompts for sampling. Returns int64 `[prompts, max_new_tokens]` on the CPU; what follows a row's
         first end token is meaningless.
         """
-        longest = max(map(len, prompts))
+        slots = max(map(len, prompts)) + sampling.max_new_tokens
         # A model that looks back by slots, not by positions, must not find padding between prefix and prompt.
-        slots = longest + sampling.max_new_tokens
         plain = self._window is None or slots < self._window
-        batch = _Batch.lay(prompts, indices, slots, self._pad_id, plain=plain, like=self.model)
-        self.cache.open(len(prompts), slots)
+        batch = Batch.lay(prompts, indices, slots, self._pad_id, plain=plain, like=self.model)
+        self._open(batch)
         return self._decode(batch, self._prefill(batch, sampling), sampling).cpu()
 
-    def _prefill(self, batch: _Batch, sampling: Sampling) -> torch.Tensor:
+    def _open(self, batch: Batch) -> None:
+        self.cache.open(len(batch.pads), batch.slots)
+
+    def _prefill(self, batch: Batch, sampling: Sampling) -> torch.Tensor:
         """Fill the cache with the prompts; return each row's first token `[rows]`."""
         cache, shared, rows = self.cache, batch.shared, len(batch.pads)
         if shared:
@@ -106,7 +107,7 @@ class Decoder:
         cache.at(slice(0, rows), batch.width)
         return torch.cat(first)
 
-    def _decode(self, batch: _Batch, token: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    def _decode(self, batch: Batch, token: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         """Add a token to every row until all have ended; return the completions `[rows, max_new_tokens]`."""
         new = sampling.max_new_tokens
         out = torch.zeros(len(token), new, dtype=torch.int64, device=self._device)
@@ -162,7 +163,7 @@ class Decoder:
 
 
 @dataclass(slots=True)
-class _Batch:
+class Batch:
     """How prompts lie in the cache: `[shared prefix | padding | rest of the prompt | completion]`.
 
     `plain` batches pass prepared additive masks. Others, whose model looks back over a window, pass the 2D mask of
@@ -179,6 +180,7 @@ class _Batch:
     dtype: torch.dtype
     shared: int
     width: int
+    slots: int
 
     @classmethod
     def lay(
@@ -190,11 +192,11 @@ class _Batch:
         *,
         plain: bool,
         like: Any,
-    ) -> _Batch:
+    ) -> Batch:
         """Lay prompts out in `slots` slots, in the type and on the device of the model `like`."""
         dtype, device = like.dtype, like.device
         width = max(map(len, prompts))
-        shared = _common_prefix(prompts) if plain and len(prompts) > 1 else 0
+        shared = common_prefix(prompts) if plain and len(prompts) > 1 else 0
         pads = [width - len(prompt) for prompt in prompts]
         ids = [[pad_id] * pad + list(prompt[shared:]) for pad, prompt in zip(pads, prompts, strict=True)]
         column = torch.tensor(pads, device=device)[:, None]
@@ -215,7 +217,13 @@ class _Batch:
             dtype=dtype,
             shared=shared,
             width=width,
+            slots=slots,
         )
+
+    @property
+    def plain(self) -> bool:
+        """Whether masks are prepared and slots stand for nothing but storage."""
+        return self.real is None
 
     def positions(self, piece: slice, begin: int) -> torch.Tensor:
         """Position of each token from slot `begin` on; one row for all where no prompt is padded."""
@@ -252,10 +260,3 @@ class _Batch:
         self.rows = self.rows[keep]
         self.bias = None if self.bias is None else self.bias[keep]
         self.real = None if self.real is None else self.real[keep]
-
-
-def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all prompts share, short of any prompt's last."""
-    low, high = min(map(list, prompts)), max(map(list, prompts))
-    limit = min(map(len, prompts)) - 1
-    return next((i for i in range(limit) if low[i] != high[i]), limit)

@@ -9,18 +9,27 @@ from estune.engines.base import Sampling
 _LOW32 = 0xFFFFFFFF
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, rows: torch.Tensor, position: int) -> torch.Tensor:
+def choose(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    rows: torch.Tensor,
+    position: int | torch.Tensor,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The next token of each row.
 
     `logits` is `[rows, vocabulary]`; `rows` holds each row's prompt index `[rows]`; `position` counts generated tokens.
-    Returns token ids `[rows]`, int64: the largest logit at temperature 0, else a draw at `sampling`'s settings.
+    `seed`, if given, stands in for `sampling`'s: it and `position` can be int64 `[1]` on the device, and then nothing
+    that changes from call to call is a Python number. Returns token ids `[rows]`, int64: the largest logit at
+    temperature 0, else a draw at `sampling`'s settings.
     """
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
     weights = truncate(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p).softmax(dim=-1)
     # In float64, as a running float32 sum over a large vocabulary loses its rare tokens; MPS has no float64.
     total = weights.cumsum(dim=-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
-    aim = uniform(sampling.seed, rows, position).to(total.dtype).unsqueeze(1) * total[:, -1:]
+    draw = uniform(sampling.seed if seed is None else seed, rows, position)
+    aim = draw.to(total.dtype).unsqueeze(1) * total[:, -1:]
     return torch.searchsorted(total, aim, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
 
 
@@ -41,7 +50,7 @@ def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return logits
 
 
-def uniform(seed: int, rows: torch.Tensor, position: int) -> torch.Tensor:
+def uniform(seed: int | torch.Tensor, rows: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
     """One number in (0, 1) per row, float32 with 24 bits, a hash of (seed, row, position).
 
     32-bit arithmetic in int64 tensors, so that CPU, CUDA and MPS agree.
@@ -52,7 +61,7 @@ def uniform(seed: int, rows: torch.Tensor, position: int) -> torch.Tensor:
     return ((state >> 8).to(torch.float32) + 0.5) * 2.0**-24
 
 
-def _mix(state: torch.Tensor, word: int) -> torch.Tensor:
+def _mix(state: torch.Tensor, word: int | torch.Tensor) -> torch.Tensor:
     """Stir one 32-bit word into 32-bit states: MurmurHash3's finalizer, twice, around the word."""
     for value in (word, 0x9E3779B9):
         state = (state ^ value) & _LOW32

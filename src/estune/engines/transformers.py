@@ -13,9 +13,11 @@ import torch
 from estune.checkpoint import locate
 from estune.engines.base import Completion, Sampling
 from estune.engines.decode import Decoder, unsupported
+from estune.engines.fused import FusedDecoder, unfusable
 from estune.engines.generate import GenerateDecoder
+from estune.engines.graph import CudaRecorder, GraphDecoder, uncapturable
 from estune.engines.loading import end_tokens, load_model, load_tokenizer, pad_token, pick_device
-from estune.engines.memory import keep_freed_memory, total_memory
+from estune.engines.memory import keep_freed_memory, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
 
@@ -35,6 +37,7 @@ class TransformersEngine(PromptEncoder):
             float32 on a CPU.
         device: "auto" (CUDA, then MPS, then CPU) or what `torch.device` takes.
         batch_size: rows decoded together; None chooses by the memory that the device has, whatever of it is in use.
+        cuda_graphs: on CUDA, capture decoding steps as CUDA graphs and replay them, where the model permits it.
 
     Greedy completions are the model's own: the largest logit, no repetition penalty or other processor that a
     checkpoint's generation config may ask for. Same prompts and weights give the same completions, whatever was
@@ -51,6 +54,7 @@ class TransformersEngine(PromptEncoder):
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         batch_size: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise EstuneError(
@@ -66,8 +70,17 @@ class TransformersEngine(PromptEncoder):
         if self.device.type == "cpu":
             keep_freed_memory()
         self.end_ids = end_tokens(self.model, self.tokenizer)
-        kind = GenerateDecoder if unsupported(self.model) else Decoder
-        self._decoder: Decoder | GenerateDecoder = kind(self.model, self.end_ids, pad_token(self.tokenizer))
+        self._decoder = self._make_decoder(cuda_graphs)
+
+    def _make_decoder(self, cuda_graphs: bool) -> Decoder | FusedDecoder | GenerateDecoder:
+        model, pad = self.model, pad_token(self.tokenizer)
+        if not unfusable(model):
+            return FusedDecoder(model, self.end_ids)
+        if unsupported(model):
+            return GenerateDecoder(model, self.end_ids, pad)
+        if cuda_graphs and self.device.type == "cuda" and not uncapturable(model):
+            return GraphDecoder(model, self.end_ids, pad, CudaRecorder(model.device))
+        return Decoder(model, self.end_ids, pad)
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in the order of the prompts.
@@ -82,7 +95,8 @@ class TransformersEngine(PromptEncoder):
         ends = set(self.end_ids)
         token_ids: list[list[int]] = [[] for _ in prompt_ids]
         for batch in self._batches(prompt_ids, sampling.max_new_tokens):
-            rows = self._decoder.run([prompt_ids[i] for i in batch], batch, sampling).tolist()
+            with memory_for("the activations of a batch", "lower batch_size or max_new_tokens"):
+                rows = self._decoder.run([prompt_ids[i] for i in batch], batch, sampling).tolist()
             for i, row in zip(batch, rows, strict=True):
                 stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
                 token_ids[i] = row[:stop]

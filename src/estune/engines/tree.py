@@ -1,0 +1,78 @@
+"""What prompts have in common, so that it is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all prompts share, short of any prompt's last."""
+    low, high = min(map(list, prompts)), max(map(list, prompts))
+    limit = min(map(len, prompts)) - 1
+    return next((i for i in range(limit) if low[i] != high[i]), limit)
+
+
+@dataclass(frozen=True)
+class Places:
+    """For tokens by their numbers in a forward: a cache row and a position in it. One dimension each, int64."""
+
+    tokens: Array
+    rows: Array
+    positions: Array
+
+    @classmethod
+    def of(cls, rows: Array, positions: Array) -> Places:
+        """The places of tokens 0, 1, 2, ..."""
+        return cls(np.arange(len(rows)), rows, positions)
+
+    def between(self, start: int, stop: int) -> Places:
+        """Those of tokens `start` to `stop`, counted from `start`; tokens must be in order."""
+        first, last = np.searchsorted(self.tokens, (start, stop))
+        return Places(self.tokens[first:last] - start, self.rows[first:last], self.positions[first:last])
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """Prompts as a tree with a node for each different beginning; every node stands after its parent.
+
+    ids: `[nodes]` a node's token.
+    nodes: each node, in the row of one prompt that begins so.
+    cached: each token of each prompt, by rising node.
+    last: `[prompts]` the node of each prompt's last token.
+    leaves: the nodes in `last`, once each, rising.
+    """
+
+    ids: Array
+    nodes: Places
+    cached: Places
+    last: Array
+    leaves: Array
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], shared: int) -> PromptTree:
+        """The tree of what follows the first `shared` tokens, which all prompts have in common and all exceed."""
+        order = np.array(sorted(range(len(prompts)), key=lambda i: list(prompts[i])))
+        own = np.array([len(prompts[i]) - shared for i in order])
+        ids = np.full((len(order), own.max()), -1)
+        for line, i in enumerate(order):
+            ids[line, : own[line]] = prompts[i][shared:]
+        new = np.ones(ids.shape, np.bool_)  # where a prompt first differs from the one before, and after
+        new[1:] = np.logical_or.accumulate(ids[1:] != ids[:-1], axis=1)
+        new &= ids >= 0
+        # Nodes are numbered row by row, and what is not new is the nearest node above.
+        node = np.maximum.accumulate(np.where(new, new.cumsum().reshape(ids.shape) - 1, -1), axis=0)
+        row, place = np.nonzero(new)
+        nodes = Places.of(order[row], place + shared)
+        row, place = np.nonzero(ids >= 0)
+        by_node = np.argsort(node[row, place], kind="stable")
+        row, place = row[by_node], place[by_node]
+        last = np.empty(len(order), np.int64)
+        last[order] = node[np.arange(len(order)), own - 1]
+        return cls(ids[new], nodes, Places(node[row, place], order[row], place + shared), last, np.unique(last))
