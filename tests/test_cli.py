@@ -189,7 +189,7 @@ def test_dry_run_refuses_what_training_would(run: Path, tmp_path: Path, capsys: 
         (["--output-dir", run], "already holds a run"),
         (["--output-dir", tmp_path], "exists and is not empty"),
         (["--device", "toaster"], "'toaster' is no device"),
-        (["--dtype", "float16"], "float16"),
+        (["--device", "cuda:99"], "'cuda:99' is not available"),
         (["--train_parameters", "nothing.*"], "'nothing.*'"),
         (["--model", short, "--max_new_tokens", 60], "64 positions"),
         (["--model", tmp_path / "mute"], "tokenizer"),

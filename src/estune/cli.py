@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from estune.errors import EstuneError
+
+if TYPE_CHECKING:
+    from estune.estimate import Estimate, Item
 
 app = typer.Typer(
     help=(
@@ -93,6 +98,35 @@ def replay(
     _print(f"{output}: fingerprint {fingerprint} verified")
 
 
+@app.command(context_settings=SETTINGS)
+def estimate(
+    context: typer.Context,
+    config: ConfigFile = None,
+    gpu: Annotated[str | None, typer.Option(help="h100, a100-40, rtx4090, ...; this machine by default")] = None,
+    gpus: Annotated[int, typer.Option(help="how many of them, each with a replica")] = 1,
+    prompt_tokens: Annotated[int | None, typer.Option(help="mean length of a prompt; Countdown's by default")] = None,
+    new_tokens: Annotated[
+        float | None, typer.Option(help="mean length of a completion; the longest by default")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+) -> None:
+    """Say what a run would need: memory, about how long a step takes, and what RL would need instead.
+
+    Settings are given as to `estune train`. Of the model only config.json is read, and nothing else is downloaded.
+    """
+    from dataclasses import asdict
+
+    from estune.commands import estimate_run
+
+    found = estimate_run(
+        config, _overrides(context.args), gpu=gpu, gpus=gpus, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+    )
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        _print_estimate(found)
+
+
 @app.command()
 def settings() -> None:
     """List every setting with its default."""
@@ -120,6 +154,77 @@ def main() -> None:
         # A member may still be generating in a thread, which Python would wait for. The journal is whole at any time.
         sys.stdout.flush()
         os._exit(130)
+
+
+def _print_estimate(found: Estimate) -> None:
+    """Tables without lines, as wide as the terminal, or as they need to be in a file."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    work, device = found.work, found.device
+    console.print(
+        f"{found.model}: {found.shape.parameters:,} parameters; {work.population} members x {work.prompts} prompts, "
+        f"{work.at_once} at once\n{device.name}: {device.how}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    _print_items(console, "memory of a replica", found.memory, _size)
+    _print_items(console, "time of a step, estimated", found.time, _duration)
+    table = _grid("memory of reinforcement learning, all its devices together", "GRPO", "PPO", "")
+    methods = {m: {item.name: item for item in items} for m, items in found.reinforcement_learning.items()}
+    for name, item in methods["PPO"].items():
+        grpo = methods["GRPO"].get(name)
+        table.add_row(name, _size(grpo.amount) if grpo else "", _size(item.amount), item.how)
+    sums = (sum(item.amount for item in items.values()) for items in methods.values())
+    table.add_row("in all", *map(_size, sums), "", style="bold")
+    console.print(table)
+    table = _grid("what fits", "on devices", "on the host", "devices", "to this run", "")
+    for choice in found.choices:
+        table.add_row(
+            choice.name,
+            _size(choice.needed),
+            _size(choice.host) if choice.host else "",
+            "too large" if choice.devices is None else str(choice.devices),
+            f"{choice.needed / found.choices[0].needed:.1f}",
+            "",
+        )
+    console.print(table)
+    console.print(f"\n{found.advice}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_items(console: Console, title: str, items: list[Item], show: Callable[[float], str]) -> None:
+    table = _grid(title, "", "")
+    for item in items:
+        table.add_row(item.name, show(item.amount), item.how)
+    table.add_row("in all", show(sum(item.amount for item in items)), style="bold")
+    console.print(table)
+
+
+def _grid(title: str, *columns: str) -> Table:
+    """A table of names, right-aligned figures, and a last column without a heading for what is said about them."""
+    table = Table(box=None, title=f"\n{title}", title_justify="left", title_style="bold", pad_edge=False)
+    table.show_header = any(columns)
+    table.add_column("", no_wrap=True)
+    for i, column in enumerate(columns):
+        last = i == len(columns) - 1
+        table.add_column(column, justify="left" if last else "right", no_wrap=not last)
+    return table
+
+
+def _size(count: float) -> str:
+    """Bytes, in units of a thousand."""
+    for unit in ("GB", "MB", "kB"):
+        scale = {"GB": 1e9, "MB": 1e6, "kB": 1e3}[unit]
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 60:
+        return f"{seconds / 60:.3g} min"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _overrides(arguments: list[str]) -> list[str]:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from estune.checkpoint import Checkpoint, locate
-from estune.config import Config, merge, parse, read
+from estune.checkpoint import EMBEDDED, Checkpoint, locate
+from estune.config import Config, load, merge, parse, read
 from estune.errors import EstuneError
 from estune.journal import FILE, Journal
 from estune.replay import base_checkpoint
 from estune.run import RESUME_FROM_PYTHON, RunDirectory, default_path, find_checkpoint, refuse_used, task_of
 from estune.tasks.base import Task
+
+if TYPE_CHECKING:
+    from estune.estimate import Estimate, Work
+    from estune.shapes import Shape
+
+PROMPT_TOKENS, TINY_PROMPT_TOKENS = 120, 9  # of a Countdown prompt: about, and to the embedded model's tokenizer
 
 
 def evaluate_model(
@@ -108,6 +116,96 @@ def describe_rest(run: Path, steps: int | None = None, model: str | None = None)
     )
 
 
+def estimate_run(
+    file: Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    gpu: str | None = None,
+    gpus: int = 1,
+    prompt_tokens: int | None = None,
+    new_tokens: float | None = None,
+) -> Estimate:
+    """What `estune train` with these settings needs, from the model's config.json alone.
+
+    Args:
+        file, overrides: settings.
+        gpu: a GPU of the table; if None, this machine's, or its CPU where it has none.
+        gpus: how many of them, each with a replica.
+        prompt_tokens: mean length of a prompt; that of a Countdown prompt if None.
+        new_tokens: mean length of a completion; `max_new_tokens` if None.
+
+    Raises:
+        EstuneError: for bad settings, an unknown GPU, or a model whose configuration cannot be had or understood.
+    """
+    from estune.devices import as_device, find_gpu, measure_cpu, this_gpu
+    from estune.engines import decode, graph, transformers
+    from estune.estimate import BYTES, Work, base_bytes, fitting_rows, make_estimate
+    from estune.shapes import read_shape
+    from estune.storage import keeps_base_on_host
+    from estune.tasks.countdown import GENERATED_SIZE
+
+    config = load(file, overrides)
+    usual = TINY_PROMPT_TOKENS if config.model in EMBEDDED else PROMPT_TOKENS
+    work = Work(
+        population=config.population,
+        prompts=config.prompts_per_step,
+        prompt_tokens=usual if prompt_tokens is None else prompt_tokens,
+        new_tokens=config.max_new_tokens if new_tokens is None else new_tokens,
+        max_new_tokens=config.max_new_tokens,
+        rows=1,
+        slots=1,
+        at_once=gpus,
+        dtype="float32" if config.dtype == "auto" else config.dtype,
+        policy=config.weights,
+    )
+    _check_counts(work, gpu)
+    shape = read_shape(config.model, config.train_parameters)
+    sheet = find_gpu(gpu) if gpu is not None else this_gpu(config.device)
+    if sheet is None:
+        at_once, threads = _replicas(config, shape)
+        work = replace(work, at_once=at_once, slots=work.longest)
+        device = measure_cpu(shape, config.batch_size or work.prompts, work.dtype, threads)
+        most, prefill_tokens = transformers.MAX_ROWS["cpu"], decode.PREFILL_TOKENS["cpu"]
+    else:
+        dtype = (shape.dtype or work.dtype) if config.dtype == "auto" else work.dtype
+        work = replace(work, dtype=dtype, slots=graph.round_up(work.longest, graph.LEAST_SLOTS))
+        device = as_device(sheet, dtype)
+        most, prefill_tokens = transformers.MAX_ROWS_ELSEWHERE, decode.PREFILL_TOKENS_ELSEWHERE
+        base, live = base_bytes(shape, work.policy, dtype), shape.parameters * BYTES[dtype]
+        if base and keeps_base_on_host(config.base_device, base=base, live=live, memory=device.memory):
+            work = replace(work, base="host")
+    most = config.batch_size or fitting_rows(shape, work, device.memory, share=transformers.MEMORY_SHARE, most=most)
+    # The engine makes batches of equal size. Those of an evaluation can be larger than a step's.
+    sizes = (work.prompts, config.task.eval_size or GENERATED_SIZE)
+    rows = max(math.ceil(size / math.ceil(size / most)) for size in sizes)
+    return make_estimate(config.model, shape, replace(work, rows=rows), device, prefill_tokens)
+
+
+def _check_counts(work: Work, gpu: str | None) -> None:
+    counts = {"--gpus": work.at_once, "--prompt-tokens": work.prompt_tokens, "--new-tokens": work.new_tokens}
+    for option, count in counts.items():
+        if not 1 <= count < math.inf:
+            raise EstuneError(f"{option} must be 1 or more, found {count:g}")
+    if work.new_tokens > work.max_new_tokens:
+        raise EstuneError(
+            f"--new-tokens {work.new_tokens:g} is more than max_new_tokens {work.max_new_tokens}: raise it"
+        )
+    if work.at_once > 1 and gpu is None:
+        raise EstuneError("--gpus counts GPUs of the kind that --gpu names, and it names none: give --gpu too")
+
+
+def _replicas(config: Config, shape: Shape) -> tuple[int, int]:
+    """Replicas and threads of each on this machine's CPU, as `setup.with_resources` chooses them."""
+    from estune.estimate import BYTES
+    from estune.setup import LARGEST_REPLICATED, available_cores
+
+    small = shape.parameters * BYTES[shape.dtype or "float32"] <= LARGEST_REPLICATED
+    cores = available_cores()
+    threads = config.threads or (1 if small else cores)
+    replicas = config.replicas or max(1, min(cores // threads, config.population))
+    return (1 if config.weights == "inplace" else replicas), threads
+
+
 def _settings_for(model: str, given: Mapping[str, Any]) -> Config:
     if not (Path(model) / FILE).is_file():
         return parse({**given, "model": model})
@@ -124,15 +222,10 @@ def _task_for(model: str, config: Config, given: Mapping[str, Any]) -> Task:
 
 
 def _check_weights(config: Config, checkpoint: Checkpoint) -> None:
-    """Refuse a device that is not there, a type without kernels, and a pattern that no tensor's name fits."""
-    import torch
+    """Refuse a device that is not there or has no kernels, and a pattern that no tensor's name fits."""
+    from estune.replica import training_device
 
-    from estune.engines.loading import pick_device, pick_dtype
-    from estune.weights import as_array
-
-    device = pick_device("cpu" if config.device == "auto" else config.device)
-    dtype = pick_dtype(config.dtype, device)
-    as_array(torch.zeros(1, dtype=None if isinstance(dtype, str) else dtype, device=device))
+    training_device(config.device)
     if not any(fnmatchcase(name, config.train_parameters) for name in checkpoint.tensors):
         raise EstuneError(
             f"train_parameters: no tensor's name fits {config.train_parameters!r}; names look like "
