@@ -20,7 +20,7 @@ PLAIN := --color=no
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint types pytest install tiny-model bench docs picture clean
+.PHONY: help train test lint types pytest install tiny-model bench bench-page docs picture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,7 +48,11 @@ tiny-model: $(VENV)/.train-installed ## make the embedded model again from its s
 	$(BIN)/python -m recipes.tiny $(ARGS)
 
 bench: $(VENV)/.test-installed ## take all measurements; results go to bench/results
-	for script in noise train step decode overhead memory rounding; do $(BIN)/python -m bench.$$script || exit 1; done
+	for script in noise train step "step --model 25M" train_speed decode scaling memory rounding; do \
+		$(BIN)/python -m bench.$$script || exit 1; done
+
+bench-page: $(VENV)/.test-installed ## write docs/performance.md from the results in bench/results
+	$(BIN)/python -m bench.page
 
 docs: $(VENV)/.test-installed ## write docs/settings.md from the settings themselves
 	$(BIN)/python docs/generate_settings.py

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.common import write_result
+from bench.common import options, write_result
 
 from estune.checkpoint import EMBEDDED, Checkpoint
 
@@ -204,7 +204,7 @@ def replay_peak(model: Path, run: Path, members: int, steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure peak memory.")
+    parser = options(__doc__)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tokenizer", type=Path, default=EMBEDDED["tiny"], help="directory of any tokenizer")
@@ -214,7 +214,8 @@ def main() -> None:
         run_part(*arguments.part)
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_result("memory", measure(Path(folder), arguments.hidden, arguments.layers, arguments.tokenizer))
+        figures = measure(Path(folder), arguments.hidden, arguments.layers, arguments.tokenizer)
+    write_result("memory", figures, arguments.results)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+from bench.plots import GREY, tidy
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-REWARD, ACCURACY, GREY = "#2f6db3", "#c4562b", "#555555"
+REWARD, ACCURACY = "#2f6db3", "#c4562b"
 
 
 def read_metrics(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -65,11 +66,7 @@ def draw(run: Path, output: Path) -> None:
     for axes in (left, right):
         axes.set_xlabel("step", color=GREY)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#bbbbbb")
-        axes.tick_params(colors=GREY, length=3)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
+        tidy(axes)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, facecolor="white", metadata={"Software": None})
     plt.close(figure)

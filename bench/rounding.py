@@ -9,7 +9,7 @@ rate. Nothing is timed: the figures are the same on every machine but for the dr
 from typing import Any
 
 import torch
-from bench.common import write_result
+from bench.common import options, write_result
 
 from estune.strategy import EvolutionStrategy, Member, Update
 from estune.weights import Parameter, Policy, Rounding, Weights
@@ -51,6 +51,7 @@ def percent(mask: torch.Tensor) -> float:
 
 
 def main() -> None:
+    results = options(__doc__).parse_args().results
     figures: dict[str, Any] = {
         "in place, after 1 cycle": drift(1),
         "in place, after 30 cycles": drift(30),
@@ -60,7 +61,7 @@ def main() -> None:
             "float32 master": lost("master", "nearest"),
         },
     }
-    write_result("rounding", figures)
+    write_result("rounding", figures, results)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Each run is a process of its own, from the command to the last line of its summary, loading included.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.common import write_result
+from bench.common import options, write_result
 
 from estune.journal import Journal
 
@@ -46,7 +45,7 @@ def import_seconds(module: str, repeats: int = 7) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the main job.")
+    parser = options(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("settings", nargs="*", help="settings, --key=value")
     arguments = parser.parse_args()
@@ -63,7 +62,7 @@ def main() -> None:
         "accuracy after": [min(last), max(last)],
         "runs": runs,
     }
-    write_result("train", figures)
+    write_result("train", figures, arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""The page of measurements, built from the results in the repository."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from bench.common import RESULTS, fit_line
+from bench.page import build, newest
+
+
+def test_the_page_shows_every_newest_result_with_its_command(tmp_path: Path) -> None:
+    build(RESULTS, tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text()
+    results = newest(RESULTS)
+    assert results
+    for result in results.values():
+        assert f"`{result['command']}`" in page
+    pictures = re.findall(r"\]\((images/.+?)\)", page)
+    assert pictures
+    for picture in pictures:
+        assert (tmp_path / picture).read_text().endswith("</svg>\n")
+
+
+def test_the_same_results_give_the_same_page(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        build(RESULTS, tmp_path / name / "performance.md")
+    one, two = (
+        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("one", "two")
+    )
+    assert one == two
+
+
+def test_the_newest_result_of_a_name_counts(tmp_path: Path) -> None:
+    for day in ("2026-01-02", "2026-01-10", "2026-01-09"):
+        (tmp_path / f"step-25M-{day}.json").write_text(json.dumps({"date": f"{day}T00:00:00+00:00"}))
+    (tmp_path / "notes.json").write_text("{}")
+    assert newest(tmp_path) == {"step-25M": {"date": "2026-01-10T00:00:00+00:00"}}
+
+
+def test_a_line_of_least_squares() -> None:
+    assert fit_line([1, 2, 3], [3, 5, 7]) == pytest.approx({"slope": 2, "intercept": 1, "r2": 1})
+    assert fit_line([0, 1, 2, 3], [0, 1, 1, 0])["r2"] == pytest.approx(0)
+    assert fit_line([1, 2], [3, 5])["r2"] is None
