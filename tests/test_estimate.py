@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,18 @@ from estune.devices import GPUS, Device, as_device, find_gpu, recognise
 from estune.engines.memory import total_memory
 from estune.engines.transformers import MAX_ROWS, MEMORY_SHARE
 from estune.errors import EstuneError
-from estune.estimate import Choice, Item, Work, choices, fitting_rows, memory, reinforcement_learning, step_time, total
+from estune.estimate import (
+    Choice,
+    Item,
+    Work,
+    choices,
+    fitting_rows,
+    memory,
+    memory_of_all,
+    reinforcement_learning,
+    step_time,
+    total,
+)
 from estune.replica import Replica
 from estune.shapes import Shape, read_shape
 from tests.models import build_config
@@ -222,6 +234,19 @@ def test_memory_by_hand() -> None:
     assert on_host == {**found, "base (weights=master)": 0}
 
 
+def test_replicas_on_a_cpu_have_one_base() -> None:
+    cpu = replace(FAST, is_gpu=False)
+    one = total(memory(ROUND, make_work(), cpu, 100))
+    assert memory_of_all(ROUND, make_work(), cpu, 100) == one
+    for policy, base in (("master", 4e9), ("copy", 2e9)):
+        alone = total(memory(ROUND, make_work(policy=policy), cpu, 100))
+        work = make_work(policy=policy, at_once=3)
+        assert memory_of_all(ROUND, work, cpu, 100) == 3 * alone - 2 * base
+        assert memory_of_all(ROUND, work, FAST, 100) == total(memory(ROUND, work, FAST, 100))  # on each of three GPUs
+        chosen = next(c for c in choices(ROUND, work, cpu, 100) if c.name == f"weights={policy}")
+        assert chosen.needed == 3 * alone - 2 * base
+
+
 def test_step_by_hand() -> None:
     found = amounts(step_time(ROUND, make_work(), FAST))
     # A member reads 4 and writes 2 GB, 6 ms, and draws 10^9 numbers, 10 ms. An update draws those of all members.
@@ -241,7 +266,9 @@ def test_a_step_follows_what_limits_it() -> None:
     assert halves == pytest.approx(10 * 100 * 0.014, rel=0.01)  # half the rows, on average, over as many tokens
     two = amounts(step_time(ROUND, make_work(at_once=2), slow))
     assert two["generate"] == pytest.approx(5 * 100 * 0.018, rel=0.01)
-    assert two["update"] == pytest.approx(10 * 0.010)  # each replica applies all members
+    assert two["update"] == pytest.approx(10 * 0.010 / 2)  # each replica updates a half of the base
+    gpus = amounts(step_time(ROUND, make_work(at_once=2), FAST))
+    assert gpus["update"] == pytest.approx(10 * 0.010)  # each has a base of its own, and applies all members to it
     batches = amounts(step_time(ROUND, make_work(rows=2), FAST))
     assert batches["generate"] == pytest.approx(2 * 10 * 100 * 0.002, rel=0.01)
     # 4 GB of base over PCIe, at 25 GB/s, before 2 ms of writing.

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from estune.errors import EstuneError
 from estune.journal import Journal
 from estune.replay import replay
+from estune.strategy import Update
 from estune.trainer import Trainer
 from tests.runs import assert_same_run, make_config, make_task, slow_variety
 
@@ -116,3 +118,40 @@ def test_a_replica_that_is_killed_stops_the_run_and_loses_nothing(model: Path, t
     done = len(Journal.read(folder).steps)
     summary = Trainer.resume(folder, steps=done + 1, task=make_task(slow_variety), monitors=[]).train()
     assert summary.steps == done + 1
+
+
+@pytest.mark.parametrize("save_steps", [0, 2])
+def test_a_replica_that_is_killed_in_the_middle_of_an_update_loses_nothing(
+    model: Path, tmp_path: Path, save_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is shared: after the kill one half of it has the update, and the other has not."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    changes = {"replicas": 2, "save_steps": save_steps}
+    Trainer(make_config(whole, model, **changes), task=make_task(slow_variety), monitors=[]).train()
+
+    trainer = Trainer(make_config(cut, model, **changes), task=make_task(slow_variety), monitors=[])
+    own, pool = trainer.replica, trainer.pool
+    apply_own, apply_all = own.apply, pool.apply
+    (worker,) = children(os.getpid())
+
+    def stop_worker_first(update: Update) -> str:
+        if update.step == 3:
+            os.kill(worker, signal.SIGSTOP)
+            wait_until(lambda: " T " in Path(f"/proc/{worker}/stat").read_text())
+        return apply_all(update)
+
+    def then_kill_it(update: Update) -> int:
+        done = apply_own(update)
+        if update.step == 3:
+            os.kill(worker, signal.SIGKILL)
+        return done
+
+    monkeypatch.setattr(pool, "apply", stop_worker_first)
+    monkeypatch.setattr(own, "apply", then_kill_it)
+    with pytest.raises(EstuneError, match="a replica's process ended with code -9 .*; nothing is lost: resume"):
+        trainer.train()
+    recorded = [r.fingerprint for r in Journal.read(whole).steps]
+    assert own.weights.fingerprint() not in recorded  # neither that of step 3 nor that of step 4
+    assert [r.fingerprint for r in Journal.read(cut).steps] == recorded[:3]
+    Trainer.resume(cut, task=make_task(slow_variety), monitors=[]).train()
+    assert_same_run(whole, cut)

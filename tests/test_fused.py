@@ -20,6 +20,7 @@ from estune.engines.base import Sampling
 from estune.engines.decode import Decoder
 from estune.engines.fused import FusedDecoder, unfusable
 from estune.engines.tree import PromptTree, common_prefix
+from estune.errors import EstuneError
 from tests.models import build_model
 from tests.test_decode import cut, decode, random_prompts, reference
 
@@ -81,11 +82,18 @@ def test_prefill_in_small_pieces_equals_generate(tokens: int, monkeypatch: pytes
         assert decode(decoder, prompts) == [reference(model, prompt) for prompt in prompts]
 
 
-def test_a_head_in_several_parts_takes_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [100, 63])
+def test_a_head_in_several_parts_takes_the_same_tokens(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("qwen3")
     whole = decode(decoder_of(model), MIXED)
-    monkeypatch.setattr(fused, "HEAD_ROWS", 100)
+    monkeypatch.setattr(fused, "HEAD_ROWS", rows)  # cut by 63, the last part would be less than a vector
+    assert 0 < model.config.vocab_size % 63 < 16
     assert decode(decoder_of(model), MIXED) == whole
+
+
+def test_a_cache_too_large_says_what_to_lower() -> None:
+    with pytest.raises(EstuneError, match=r"out of memory for the key/value cache.*lower batch_size or max_new_tokens"):
+        decoder_of(model_of("qwen2"))._cache("rows", 1 << 24, 1 << 12)
 
 
 def test_several_threads_take_the_same_tokens() -> None:

@@ -73,10 +73,18 @@ def test_a_run_is_the_papers_algorithm(model: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(final[n], t, rtol=0, atol=1e-6)
 
 
-def test_the_number_of_replicas_changes_nothing(model: Path, tmp_path: Path) -> None:
-    for replicas in (1, 3):
-        run(make_config(tmp_path / str(replicas), model, replicas=replicas))
-    assert_same_run(tmp_path / "1", tmp_path / "3")
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"weights": "copy", "dtype": "bfloat16", "rounding": "stochastic", "train_parameters": "*.mlp.*"}],
+    ids=["master", "copy"],
+)
+def test_the_number_of_replicas_changes_nothing(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    for replicas in (1, 2, 3):
+        run(make_config(tmp_path / str(replicas), model, replicas=replicas, **settings))
+        assert_same_run(tmp_path / "1", tmp_path / str(replicas))
+        assert (
+            Journal.read(tmp_path / "1").header.fingerprint == Journal.read(tmp_path / str(replicas)).header.fingerprint
+        )
 
 
 @pytest.mark.parametrize(

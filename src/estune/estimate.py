@@ -104,6 +104,8 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     }[work.policy]
     if base and work.base == "host":
         held, base = f"{held} in pinned host memory", 0
+    if base and _on_one_machine(work, device) > 1:
+        held = f"{held}, one for all replicas"
     return [
         Item("live weights", shape.parameters * bytes_, f"{shape.parameters:,} parameters x {bytes_} B ({work.dtype})"),
         Item(f"base (weights={work.policy})", base, held),
@@ -128,6 +130,18 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     ]
 
 
+def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> float:
+    """Bytes on one GPU, or of all replicas on a CPU, which share one base; arguments as for `memory`."""
+    replicas = _on_one_machine(work, device)
+    base = base_bytes(shape, work.policy, work.dtype)
+    return replicas * total(memory(shape, work, device, prefill_tokens)) - (replicas - 1) * base
+
+
+def _on_one_machine(work: Work, device: Device) -> int:
+    """Replicas that share a device and its memory."""
+    return 1 if device.is_gpu or work.policy == "inplace" else work.at_once
+
+
 def _process(device: Device) -> Item:
     if device.is_gpu:
         return Item("the process", GPU_CONTEXT, "CUDA's context, kernels and graphs")
@@ -143,7 +157,8 @@ def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
     reading = PCIE if work.base == "host" else device.bandwidth
     drawing = shape.trained / device.noise
     perturb = rounds * max(base / reading + shape.trained * bytes_ / device.bandwidth, drawing)
-    update = max(2 * base / reading, work.population * drawing)
+    shares = _on_one_machine(work, device)
+    update = max(2 * base / reading, work.population * drawing) / shares
 
     batches = math.ceil(work.prompts / work.rows)
     rows = work.prompts / batches
@@ -167,7 +182,12 @@ def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
             rounds * batches * tokens * token,
             f"{each} x {tokens:,} tokens x {1e3 * token:.3g} ms, {alive:.0f} rows on average, limited by {limit}",
         ),
-        Item("update", update, f"draw {work.population} x {shape.trained:,} numbers, read and write the base once"),
+        Item(
+            "update",
+            update,
+            f"draw {work.population} x {shape.trained:,} numbers, read and write the base once"
+            + (f", a share on each of {shares} replicas" if shares > 1 else ""),
+        ),
     ]
 
 
@@ -243,8 +263,8 @@ class Choice:
 def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> list[Choice]:
     """The run as it is set, the other ways to hold its weights, and RL for comparison.
 
-    A replica of ES must fit on one device, as nothing is split. Replicas on a CPU share its memory. RL's memory is
-    taken to be split evenly over as many devices as it takes, as ZeRO's third stage and FSDP do.
+    A replica of ES must fit on one device, as nothing is split. Replicas on a CPU share its memory, and one base. RL's
+    memory is taken to be split evenly over as many devices as it takes, as ZeRO's third stage and FSDP do.
     """
     ways: list[tuple[Policy, Place]] = [("master", "device"), ("copy", "device"), ("inplace", "device")]
     if device.is_gpu:
@@ -253,8 +273,7 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
     found = []
     for policy, base in [as_set, *(way for way in ways if way != as_set)]:
         one = replace(work, policy=policy, base=base)
-        copies = 1 if device.is_gpu or policy == "inplace" else work.at_once
-        needed = copies * total(memory(shape, one, device, prefill_tokens))
+        needed = memory_of_all(shape, one, device, prefill_tokens)
         kept = base_bytes(shape, policy, work.dtype) if base == "host" else 0
         found.append(Choice(_name(policy, base, device), needed, kept, 1 if needed <= device.memory else None))
     for method in ("GRPO", "PPO"):
@@ -271,9 +290,8 @@ def _name(policy: Policy, base: Place, device: Device) -> str:
 
 def fitting_batch(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> int:
     """The largest `batch_size` below the run's with which its replicas fit; 0 where none does."""
-    copies = 1 if device.is_gpu else work.at_once
     for rows in range(work.rows - 1, 0, -1):
-        if copies * total(memory(shape, replace(work, rows=rows), device, prefill_tokens)) <= device.memory:
+        if memory_of_all(shape, replace(work, rows=rows), device, prefill_tokens) <= device.memory:
             return rows
     return 0
 

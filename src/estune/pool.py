@@ -17,6 +17,7 @@ from estune.engines.base import Completion, Sampling
 from estune.errors import EstuneError
 from estune.replica import Evaluated
 from estune.strategy import Member, Update
+from estune.weights import as_fingerprint
 
 T = TypeVar("T")
 
@@ -37,12 +38,12 @@ class Evaluator(Protocol):
         """Generate with the base weights."""
         ...
 
-    def apply(self, update: Update) -> str:
-        """Add an update to the base; return the fingerprint after it."""
+    def apply(self, update: Update) -> int:
+        """Add an update to the base, or to its share of it; return the sum of the hashes of that after it."""
         ...
 
     def load(self, checkpoint: Path) -> None:
-        """Make a checkpoint's tensors the base."""
+        """Make a checkpoint's tensors the base, if this replica is the one that fills it."""
         ...
 
     def close(self) -> None:
@@ -51,10 +52,16 @@ class Evaluator(Protocol):
 
 
 class LocalPool:
-    """Replicas that work side by side, each driven by a thread of this process."""
+    """Replicas that work side by side, each driven by a thread of this process.
 
-    def __init__(self, replicas: Sequence[Evaluator]) -> None:
+    Args:
+        replicas: each with a base of its own, or all with one base and a share of it each.
+        one_base: which of the two.
+    """
+
+    def __init__(self, replicas: Sequence[Evaluator], *, one_base: bool = False) -> None:
         self.replicas = list(replicas)
+        self._one_base = one_base
         self._free: queue.SimpleQueue[Evaluator] = queue.SimpleQueue()
         for replica in self.replicas:
             self._free.put(replica)
@@ -89,8 +96,20 @@ class LocalPool:
         return [completion for future in futures for completion in future.result()]
 
     def apply(self, update: Update) -> str:
-        """Add an update to every replica's base; return the fingerprint that they agree on."""
-        fingerprints: set[str] = set(self._threads.map(lambda replica: replica.apply(update), self.replicas))
+        """Add an update to the base, or to every replica's; return the fingerprint after it.
+
+        Bases of their own are compared: a replica whose machine made an error is found at once. One base for all is
+        updated once, by all together, and there is nothing to compare it with: its fingerprint is that of the bits that
+        are there, right or wrong, and an error shows when the run is replayed or resumed.
+
+        Raises:
+            EstuneError: where a replica is gone or bases differ. A shared base may then be updated in part: this pool
+                must not be used any more.
+        """
+        sums = list(self._threads.map(lambda replica: replica.apply(update), self.replicas))
+        if self._one_base:
+            return as_fingerprint(sum(sums))
+        fingerprints = {as_fingerprint(total) for total in sums}
         if len(fingerprints) > 1:
             raise EstuneError(
                 f"step {update.step}: after the same update replicas' weights differ ({', '.join(fingerprints)}): "
@@ -100,7 +119,7 @@ class LocalPool:
         return fingerprint
 
     def load(self, checkpoint: Path) -> None:
-        """Make a checkpoint's tensors every replica's base."""
+        """Make a checkpoint's tensors the base, or every replica's."""
         list(self._threads.map(lambda replica: replica.load(checkpoint), self.replicas))
 
     def close(self) -> None:

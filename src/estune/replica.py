@@ -17,6 +17,7 @@ from estune.engines.loading import pick_device
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
+from estune.shared import Share
 from estune.storage import device_kernels, keeps_base_on_host
 from estune.strategy import Member, Update
 from estune.weights import Parameter, Weights, trained_parameters
@@ -34,18 +35,19 @@ class Evaluated:
 
 
 class Replica:
-    """A model of its own, perturbed around a base of its own.
+    """A model of its own, perturbed around a base of its own or one that it shares.
 
-    Two replicas that applied the same updates hold the same bits and give the same completions.
+    Around the same base two replicas give the same completions.
 
     Args:
         config: the settings; `config.threads` is the number of CPU threads to compute with.
+        share: of a base that it shares with other processes. One of them fills it, and must have before any perturbs.
 
     Raises:
         EstuneError: for a model that cannot be had or trained.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, share: Share | None = None) -> None:
         disable_progress_bar()  # transformers' own, which would stand in the middle of ours
         torch.set_num_threads(config.threads or 1)
         self.checkpoint = Checkpoint(locate(config.model))
@@ -67,6 +69,7 @@ class Replica:
                 noise=config.noise,
                 threads=config.threads or 1,
                 base_on_host=self._keeps_base_on_host(config, parameters),
+                share=share,
             )
         if config.weights == "master":
             self.weights.load(self.checkpoint)  # the engine may hold it rounded
@@ -87,13 +90,13 @@ class Replica:
         self.weights.restore()
         return self.engine.generate(prompt_ids, sampling)
 
-    def apply(self, update: Update) -> str:
-        """Add an update to the base; return the fingerprint after it."""
+    def apply(self, update: Update) -> int:
+        """Add an update to the base, or to its share of it; return the sum of the hashes of that after it."""
         self.weights.apply(update)
-        return self.weights.fingerprint()
+        return self.weights.share_sum()
 
     def load(self, checkpoint: Path) -> None:
-        """Make a checkpoint's tensors the base."""
+        """Make a checkpoint's tensors the base, if this replica is the one that fills it."""
         self.weights.load(Checkpoint(checkpoint))
 
     def close(self) -> None:

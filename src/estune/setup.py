@@ -10,6 +10,7 @@ from estune.config import Config
 from estune.engines.base import Sampling
 from estune.pool import LocalPool
 from estune.replica import Replica, training_device
+from estune.shared import Share, open_memory
 from estune.strategy import EvolutionStrategy
 from estune.worker import WorkerProcess
 
@@ -37,21 +38,31 @@ def with_resources(config: Config) -> Config:
 def open_pool(config: Config) -> tuple[Replica, LocalPool]:
     """The replica of this process, and a pool of it and of those in processes of their own.
 
+    On a CPU they share one base, which the replica of this process fills.
+
     Raises:
         EstuneError: for a model that cannot be had or trained.
     """
-    workers = [WorkerProcess() for _ in range((config.replicas or 1) - 1)]
+    count = config.replicas or 1
+    one_base = count > 1 and config.weights != "inplace" and training_device(config.device).type == "cpu"
+    memory = open_memory() if one_base else None
+    shares = [None if memory is None else Share(memory, i, count) for i in range(count)]
+    workers: list[WorkerProcess] = []
     try:
+        workers.extend(WorkerProcess(share) for share in shares[1:])
         with ThreadPoolExecutor(max(1, len(workers))) as threads:
             opened = [threads.submit(worker.open, config) for worker in workers]
-            own = Replica(config)
+            own = Replica(config, shares[0])
             for future in opened:
                 future.result()
     except BaseException:
         for worker in workers:
             worker.close()
         raise
-    return own, LocalPool([own, *workers])
+    finally:
+        if memory is not None:
+            os.close(memory)  # all have mapped it, or never will
+    return own, LocalPool([own, *workers], one_base=one_base)
 
 
 def available_cores() -> int:

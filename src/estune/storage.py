@@ -25,6 +25,7 @@ from torch import Tensor
 
 from estune.checkpoint import RUN_LENGTH, narrow
 from estune.errors import EstuneError
+from estune.shared import Share
 from estune.strategy import Update
 from estune.update import terms, update_kernel
 
@@ -49,11 +50,14 @@ class Run:
     noise: int  # of its noise
     start: int = 0  # first element's position in the parameter
 
+    def part(self, start: int, end: int) -> Run:
+        """Its elements from `start` up to `end`."""
+        return replace(self, live=self.live[start:end], base=self.base[start:end], start=self.start + start)
+
     def split(self, length: int) -> Iterator[Run]:
         """The same in stretches of at most `length` elements."""
         for i in range(0, len(self.live), length):
-            part = slice(i, i + length)
-            yield replace(self, live=self.live[part], base=self.base[part], start=self.start + i)
+            yield self.part(i, i + length)
 
 
 class Storage(Protocol):
@@ -214,10 +218,32 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1)
 
 
-def make_base(live: Sequence[Tensor], dtype: torch.dtype | None, *, on_host: bool) -> list[Tensor]:
-    """Copies of flat tensors, as `dtype` if given: beside them, or in pinned host memory."""
-    if on_host:
-        base = _pinned([(t.numel(), dtype or t.dtype) for t in live])
+def share_of(runs: Sequence[Run], share: Share) -> list[Run]:
+    """A replica's share of the base: one stretch of all runs laid end to end."""
+    first, end = share.stretch(sum(len(run.live) for run in runs))
+    found, position = [], 0
+    for run in runs:
+        start, stop = max(first - position, 0), min(end - position, len(run.live))
+        if start < stop:
+            found.append(run.part(start, stop))
+        position += len(run.live)
+    return found
+
+
+def make_base(
+    live: Sequence[Tensor], dtype: torch.dtype | None, *, on_host: bool, share: Share | None = None
+) -> list[Tensor]:
+    """Copies of flat tensors, as `dtype` if given: beside them, in pinned host memory, or in shared memory.
+
+    Shared memory is left as it is, unless this replica is the one that fills it.
+    """
+    shapes = [(t.numel(), dtype or t.dtype) for t in live]
+    if share is not None:
+        base = _carve(shapes, share.map)
+        if not share.fills:
+            return base
+    elif on_host:
+        base = _carve(shapes, _pinned)
     else:
         base = [torch.empty_like(t, dtype=dtype or t.dtype) for t in live]
     for source, target in zip(live, base, strict=True):
@@ -272,17 +298,22 @@ def _copy_base(run: Run) -> None:
     run.live[:] = narrow(run.base, "BF16") if halves else run.base
 
 
-def _pinned(shapes: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
-    """Tensors in host memory that the device reads and writes by itself.
+def _pinned(size: int) -> npt.NDArray[np.uint8]:
+    """Host memory that the device reads and writes by itself.
 
     PyTorch's pinned allocator rounds every tensor up to a power of two, which can double the memory that a base takes.
     """
-    sizes = [-(-elements * dtype.itemsize // 256) * 256 for elements, dtype in shapes]
-    memory = np.frombuffer(mmap.mmap(-1, sum(sizes)), np.uint8)  # pages of its own, as pages are what is pinned
+    memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # pages of its own, as pages are what is pinned
     address, cuda = memory.ctypes.data, torch.cuda.cudart()  # type: ignore[no-untyped-call]
     torch.cuda.check_error(cuda.cudaHostRegister(address, memory.nbytes, 0))
     weakref.finalize(memory, cuda.cudaHostUnregister, address).atexit = False  # the system does it then
-    whole, ends = torch.from_numpy(memory), itertools.accumulate(sizes)
+    return memory
+
+
+def _carve(shapes: Sequence[tuple[int, torch.dtype]], allocate: Callable[[int], npt.NDArray[np.uint8]]) -> list[Tensor]:
+    """Flat tensors of these lengths and types, one after another in memory of so many bytes."""
+    sizes = [-(-elements * dtype.itemsize // 256) * 256 for elements, dtype in shapes]
+    whole, ends = torch.from_numpy(allocate(sum(sizes))), itertools.accumulate(sizes)
     return [
         whole[end - size : end - size + elements * dtype.itemsize].view(dtype)
         for end, size, (elements, dtype) in zip(ends, sizes, shapes, strict=True)

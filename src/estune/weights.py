@@ -24,7 +24,8 @@ import torch
 from estune.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, narrow, widen
 from estune.errors import EstuneError
 from estune.noise.reference import tensor_id
-from estune.storage import Run, as_array, flat, make_base, open_storage, type_name
+from estune.shared import Share
+from estune.storage import CpuStorage, Run, as_array, flat, make_base, open_storage, share_of, type_name
 from estune.strategy import Member, Update
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Weights:
         noise: `iid`, or `correlated`, which gives equal noise to all tensors, as the authors' first code did.
         threads: CPU threads to spread the work over.
         base_on_host: keep the base of weights on a device in pinned host memory.
+        share: have the base of weights on the CPU in common with other processes, each of which updates a share.
 
     Raises:
         EstuneError: for a weight type or device without kernels, and, unless the policy is `master`, for types mixed.
@@ -81,6 +83,7 @@ class Weights:
         noise: NoiseMode = "iid",
         threads: int = 1,
         base_on_host: bool = False,
+        share: Share | None = None,
     ) -> None:
         self.policy, self.rounding, self.noise = policy, rounding, noise
         self.parameters = list(parameters)
@@ -90,11 +93,13 @@ class Weights:
             names = " and ".join(sorted(map(type_name, types)))
             raise EstuneError(f"weights={policy} keeps weights of one type, the model has {names}; set weights=master")
         dtype = torch.float32 if policy == "master" else None
-        base = live if policy == "inplace" else make_base(live, dtype, on_host=base_on_host)
+        base = live if policy == "inplace" else make_base(live, dtype, on_host=base_on_host, share=share)
         self._base = {p.name: t for p, t in zip(self.parameters, base, strict=True)}
         keys = [tensor_id(name) for name in self._base]
         runs = [Run(a, b, key, 0 if noise == "correlated" else key) for a, b, key in zip(live, base, keys, strict=True)]
         self._storage = open_storage(runs, threads)
+        self._updated = self._storage if share is None else CpuStorage(share_of(runs, share), threads)
+        self._fills = share is None or share.fills
         self._member: tuple[Member, float] | None = None  # what the live weights are perturbed by, if in place
         self._watched = self._sample() if policy == "inplace" else []
 
@@ -124,10 +129,10 @@ class Weights:
             self._storage.perturb(member.seed, -member.sign * sigma)
 
     def apply(self, update: Update) -> None:
-        """Add an update to the base. The live weights follow at the next `perturb` or `restore`."""
+        """Add an update to the base, or to its share. The live weights follow at the next `perturb` or `restore`."""
         if self.policy == "inplace":
             self.restore()
-        self._storage.update(update, self.rounding)
+        self._updated.update(update, self.rounding)
         if self.policy == "inplace":
             self._watched = self._sample()
 
@@ -135,7 +140,13 @@ class Weights:
         """Hash of the base weights, 16 hexadecimal digits: equal bits, equal fingerprint, however they are split."""
         if self.policy == "inplace":
             self.restore()
-        return f"{self._storage.fingerprint() % 2**64:016x}"
+        return as_fingerprint(self._storage.fingerprint())
+
+    def share_sum(self) -> int:
+        """Sum of the hashes of what `apply` updates: over all shares they add up to the fingerprint."""
+        if self.policy == "inplace":
+            self.restore()
+        return self._updated.fingerprint()
 
     def drift(self) -> Drift:
         """How far the live weights of the `inplace` policy have drifted since the last update."""
@@ -153,7 +164,12 @@ class Weights:
         return {name: reader(self._base[p.name]) for p in self.parameters for name in (p.name, *p.aliases)}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Make a checkpoint's tensors the base, such as one that an earlier part of the run saved."""
+        """Make a checkpoint's tensors the base, such as one that an earlier part of the run saved.
+
+        A shared base is filled by one for all; for the others this does nothing.
+        """
+        if not self._fills:
+            return
         for name, tensor in self._base.items():
             for i in range(0, len(tensor), RUN_LENGTH):
                 part = tensor[i : i + RUN_LENGTH]
@@ -162,6 +178,11 @@ class Weights:
 
     def _sample(self) -> list[Array]:
         return [as_array(t[:: max(1, len(t) // SAMPLE)].clone().cpu()) for t in self._base.values()]
+
+
+def as_fingerprint(total: int) -> str:
+    """The fingerprint that a sum of element hashes stands for."""
+    return f"{total % 2**64:016x}"
 
 
 def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = "*") -> list[Parameter]:

@@ -24,6 +24,7 @@ from estune.config import Config
 from estune.engines.base import Completion, Sampling
 from estune.errors import EstuneError
 from estune.replica import Evaluated, Replica
+from estune.shared import Share
 from estune.strategy import Member, Update
 
 START_SECONDS = 120
@@ -40,15 +41,20 @@ class WorkerProcess:
     """Starts a process with a `Replica`, and passes calls on to it. The process ends with this one, however it ends.
 
     Every call raises what the replica raised, or `EstuneError` if the process is gone.
+
+    Args:
+        share: of a base that it shares with other processes; the process inherits the memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: Share | None = None) -> None:
+        self._share = share
         self._folder = Path(tempfile.mkdtemp(prefix="estune-"))
         self._key = secrets.token_bytes(16)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "estune.worker", str(self._folder / "socket")],
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the trainer alone
+            pass_fds=() if share is None else (share.memory,),
         )
         assert self._process.stdin is not None
         self._process.stdin.write(self._key.hex().encode() + b"\n")
@@ -67,7 +73,7 @@ class WorkerProcess:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise self._gone() from None
                 time.sleep(0.02)
-        self._replica = self._call(manager.Replica, config)  # type: ignore[attr-defined]
+        self._replica = self._call(manager.Replica, config, self._share)  # type: ignore[attr-defined]
 
     def evaluate(
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
@@ -81,9 +87,9 @@ class WorkerProcess:
         found: list[Completion] = self._call(self._replica.generate, prompt_ids, sampling)
         return found
 
-    def apply(self, update: Update) -> str:
+    def apply(self, update: Update) -> int:
         """As `Replica.apply`."""
-        found: str = self._call(self._replica.apply, update)
+        found: int = self._call(self._replica.apply, update)
         return found
 
     def load(self, checkpoint: Path) -> None:

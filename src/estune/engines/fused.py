@@ -1,14 +1,14 @@
-"""Decoding on a CPU with as few operations per token as a decoder layer allows: four matrix products and five kernels.
+"""Decoding on a CPU with as few operations a token as a decoder layer allows: four matrix products and five kernels.
 
-For the models that share Llama's layer (Llama, Mistral, Qwen2, Qwen3), in float32 and bfloat16. Everything else is
-decoded over the model's own forward, by `decode.Decoder`. What makes it fast, in the order of what it brought:
-kernels that do a layer's small operations in one pass each, projections of the same input as one product, one cache of
-the prefix that all prompts share, no padding anywhere, finished rows left out, and the last layer of a prompt computed
-for its last token alone.
+For the models that share Llama's layer (Llama, Mistral, Qwen2, Qwen3), in float32 and bfloat16; the others are decoded
+over their own forward, by `decode.Decoder`. Besides its kernels: projections of the same input are one product, what
+prompts begin with in common is computed once, nothing is padded, rows that have ended are left out, and of a prompt's
+last layer only the last token is computed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from estune.engines import kernels
 from estune.engines.base import Sampling
-from estune.engines.memory import huge_empty
+from estune.engines.memory import huge_empty, memory_for
 from estune.engines.sampling import choose
 from estune.engines.simd import WIDTH
 from estune.engines.tree import Places, PromptTree, common_prefix
@@ -39,7 +39,7 @@ Array = npt.NDArray[Any]
 def unfusable(model: Any) -> str | None:
     """Why `FusedDecoder` cannot serve `model`, or None."""
     config = model.config
-    if type(model).__name__ not in ARCHITECTURES:
+    if type(model).__name__ not in ARCHITECTURES or not type(model).__module__.startswith("transformers."):
         return "its layers may differ from Llama's"
     attention = model.model.layers[0].self_attn
     window = getattr(config, "sliding_window", None)
@@ -105,7 +105,7 @@ class FusedDecoder:
         self._intermediate: int = model.config.intermediate_size
         self._cos = self._sin = np.empty((0, self._dim // 2), np.float32)
         # The last batch's, as all members of a step are given the same prompts.
-        self._tree: tuple[Sequence[Sequence[int]], PromptTree] | None = None
+        self._tree: tuple[list[list[int]], PromptTree] | None = None
         self._storage: dict[str, Array] = {}
         self._threads: ThreadPoolExecutor | None = None
 
@@ -141,7 +141,7 @@ class FusedDecoder:
         Prompts that begin alike are computed once as far as they do, and cached in the row of each.
         """
         if self._tree is None or self._tree[0] != prompts:
-            self._tree = prompts, PromptTree.of(prompts, shared)
+            self._tree = [list(prompt) for prompt in prompts], PromptTree.of(prompts, shared)
         tree, found = self._tree[1], []
         for start in range(0, len(tree.ids), PREFILL_TOKENS):
             stop = start + PREFILL_TOKENS
@@ -203,8 +203,10 @@ class FusedDecoder:
         if sampling.temperature:
             return choose(linear(hidden, self._head), sampling, number, step).numpy()
         best, token = np.full(len(hidden), -np.inf, np.float32), np.zeros(len(hidden), np.int64)
-        for first, part in zip(range(0, len(self._head), HEAD_ROWS), torch.split(self._head, HEAD_ROWS), strict=True):
+        first = 0
+        for part in torch.tensor_split(self._head, math.ceil(len(self._head) / HEAD_ROWS)):
             self._run(kernels.running_argmax, (_array(linear(hidden, part)), best, token), first)
+            first += len(part)
         return token
 
     def _run(self, kernel: Callable[..., None], by_token: tuple[Array, ...], *whole: Any) -> None:
@@ -225,7 +227,9 @@ class FusedDecoder:
         shape = (len(self._layers), rows, self._heads, slots, self._dim)
         size = int(np.prod(shape))
         if name not in self._storage or len(self._storage[name]) < 2 * size:
-            self._storage[name] = huge_empty(2 * size, self._final_norm.dtype)
+            self._storage.pop(name, None)  # the old one goes before the new one comes
+            with memory_for("the key/value cache", "lower batch_size or max_new_tokens"):
+                self._storage[name] = huge_empty(2 * size, self._final_norm.dtype)
         keys, values = self._storage[name][: 2 * size].reshape(2, *shape)
         return _Cache(keys.reshape(*shape[:3], slots // WIDTH, self._dim, WIDTH), values)
 
