@@ -17,11 +17,13 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from estune import cli
+from estune.errors import EstuneError
 from estune.journal import Journal
 from estune.run import default_path
 from estune.trainer import Trainer
@@ -129,6 +131,23 @@ def test_eval_of_a_run_changes_what_it_is_told_and_no_more(run: Path, tmp_path: 
     whole = pyarrow.parquet.read_table(run / "completions" / "evaluation-00000.parquet").to_pylist()
     assert [row["prompt"] for row in few] == [row["prompt"] for row in whole[:10]]
     assert {row["tokens"] for row in few} == {3}
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="evaluates a run of a device that is not here")
+def test_eval_of_a_run_of_another_machine_takes_the_device_there_is(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from estune.commands import evaluate_model
+
+    expected, read = evaluate_model(str(run)), Journal.read
+
+    def elsewhere(path: Path) -> Journal:
+        journal = read(path)
+        journal.settings["device"] = "mps"
+        return journal
+
+    monkeypatch.setattr(Journal, "read", elsewhere)
+    assert evaluate_model(str(run)) == expected
+    with pytest.raises(EstuneError, match="device: 'mps' is not available"):
+        evaluate_model(str(run), overrides=["device=mps"])
 
 
 def test_eval_of_a_run_on_other_data_is_refused_unless_they_are_asked_for(

@@ -93,7 +93,7 @@ def test_a_head_in_several_parts_takes_the_same_tokens(rows: int, monkeypatch: p
 
 def test_a_cache_too_large_says_what_to_lower() -> None:
     with pytest.raises(EstuneError, match=r"out of memory for the key/value cache.*lower batch_size or max_new_tokens"):
-        decoder_of(model_of("qwen2"))._cache("rows", 1 << 24, 1 << 12)
+        decoder_of(model_of("qwen2"))._cache("rows", 1 << 30, 1 << 20)
 
 
 def test_several_threads_take_the_same_tokens() -> None:
@@ -156,6 +156,14 @@ def test_weights_changed_in_place_are_used() -> None:
             own.mul_(factor)
             decoder.model.get_parameter(name).mul_(factor)
     assert decode(decoder, EVEN) == [reference(model, prompt) for prompt in EVEN] != before
+
+
+def test_a_parameter_that_moved_is_noticed() -> None:
+    decoder = decoder_of(model_of("qwen2"))
+    weight = decoder.model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.clone()
+    with pytest.raises(AssertionError, match="in place only"):
+        decode(decoder, EVEN)
 
 
 def test_parameters_stay_whole_under_their_names() -> None:

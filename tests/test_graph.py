@@ -10,6 +10,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -381,3 +382,22 @@ def fail_to_capture() -> None:
 def test_a_capture_that_fails_says_what_to_do_on_cuda() -> None:
     code = "from tests.test_graph import fail_to_capture; fail_to_capture()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "false or lower batch_size"),
+        (RuntimeError("it waits"), "false"),
+    ],
+)
+def test_a_capture_that_fails_says_what_to_do(error: Exception, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step() -> None:
+        raise error
+
+    for name in ("CUDAGraph", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    recorder: Any = CudaRecorder.__new__(CudaRecorder)
+    recorder._stream = recorder._pool = None
+    with pytest.raises(EstuneError, match=f"set cuda_graphs to {remedy}$"):
+        recorder.record(step)

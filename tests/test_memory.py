@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -41,12 +42,18 @@ def test_cuda() -> None:
         raise torch.OutOfMemoryError(CUDA)
 
 
+def test_cuda_without_a_total_says_nothing_of_the_machines_memory() -> None:
+    expected = "^out of memory for the cache: asked for what it needs; buy more$"
+    with pytest.raises(EstuneError, match=expected), memory_for("the cache", "buy more"):
+        raise RuntimeError("CUDA error: out of memory")
+
+
 def test_python_and_whoever_tells_no_size() -> None:
     for error in (
         MemoryError(),
-        RuntimeError("CUDA error: out of memory"),
         RuntimeError("not enough memory: x"),
-        OSError(12, "Cannot allocate memory"),
+        OSError(errno.ENOMEM, "in another language"),
+        OSError(errno.ENOSPC, "in another language"),
     ):
         with (
             pytest.raises(EstuneError, match="for the cache: asked for what it needs, "),

@@ -11,8 +11,9 @@ import torch
 
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.replica import Replica, training_device
-from estune.setup import with_resources
+from estune.replica import Replica, _less_base
+from estune.setup import make_sampling, open_pool, with_resources
+from estune.storage import training_device
 from tests.runs import make_config
 
 
@@ -75,3 +76,41 @@ def test_where_the_base_lies(
 def test_a_base_nowhere_cannot_be_on_the_host() -> None:
     with pytest.raises(ValueError, match="weights=inplace keeps nothing that base_device=host could hold"):
         Config(weights="inplace", base_device="host")
+
+
+def test_settings_name_the_device_that_auto_stood_for(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for there, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert with_resources(make_config(tmp_path / "run", model)).device == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "on_host", "advised"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_another_place_for_the_base_is_advised_where_there_is_one(device: str, on_host: bool, advised: bool) -> None:
+    remedy = _less_base(torch.device(device), on_host=on_host)
+    assert ("base_device=host" in remedy) is advised
+    assert "weights=copy" in remedy
+
+
+def test_only_to_generate_needs_no_weights_that_can_be_perturbed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise EstuneError("these cannot be perturbed")
+
+    config = make_config(tmp_path / "run", model)
+    expected = Replica(config).generate([[1, 2, 3]], make_sampling(config))
+    for name in ("estune.replica.Weights", "estune.replica.training_device", "estune.setup.training_device"):
+        monkeypatch.setattr(name, refuse)
+    with pytest.raises(EstuneError, match="cannot be perturbed"):
+        Replica(config)
+    replica, pool = open_pool(with_resources(config, perturbs=False).model_copy(update={"replicas": 2}), perturbs=False)
+    try:
+        assert replica.generate([[1, 2, 3]], make_sampling(config)) == expected
+        assert pool.generate([[1, 2, 3]] * 129, make_sampling(config)) == expected * 129
+    finally:
+        pool.close()

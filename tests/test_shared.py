@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import pytest
 import torch
 
 from estune.checkpoint import Checkpoint
+from estune.errors import EstuneError
+from estune.replica import Replica
+from estune.setup import open_pool
 from estune.shared import Share, open_memory
 from estune.storage import Run, share_of
 from estune.strategy import Member, Update
@@ -113,3 +117,28 @@ def test_without_anonymous_memory_a_file_does_that_has_no_name(
     trainer.train()
     assert not list(scratch.iterdir())
     assert_same_run(tmp_path / "memory", tmp_path / "file")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="memory is reserved where the system can")
+def test_a_base_that_does_not_fit_is_reported_by_who_fills_it(
+    model: Path, tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, length: int) -> None:
+        assert (descriptor, offset, length) == (memory, 0, os.fstat(memory).st_size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    config = make_config(tmp_path / "run", model)
+    with pytest.raises(EstuneError, match="out of memory for the base .* set weights=copy or"):
+        Replica(config, Share(memory, 0, 2))
+    Replica(config, Share(memory, 1, 2))
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create") or not Path("/proc/self/fd").is_dir(), reason="reads Linux's /proc")
+def test_a_worker_keeps_no_descriptor_but_the_mappings(model: Path, tmp_path: Path) -> None:
+    _, pool = open_pool(make_config(tmp_path / "run", model, threads=1, replicas=2))
+    try:
+        held = Path(f"/proc/{pool.replicas[1]._process.pid}/fd").iterdir()  # type: ignore[attr-defined]
+        assert sum("estune-base" in os.readlink(file) for file in held) == 1
+    finally:
+        pool.close()

@@ -22,6 +22,7 @@ from estune.journal import Journal, StepRecord
 from estune.monitors.base import Monitor, Summary
 from estune.noise import reference
 from estune.replay import replay
+from estune.storage import training_device
 from estune.trainer import Trainer
 from tests.models import save_model
 from tests.runs import assert_same_run, make_config, make_task, substance, variety
@@ -235,6 +236,27 @@ def test_resume_refuses_another_base_or_other_data(tmp_path: Path) -> None:
         Trainer.resume(tmp_path / "run", steps=4, task=make_task(), monitors=[])
     with pytest.raises(EstuneError, match="this is no run"):
         Trainer.resume(base)
+
+
+def test_resume_refuses_another_type_of_live_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    run(make_config(folder, model, steps=2))
+    assert Journal.read(folder).settings["device"] == str(training_device("auto"))
+    original = Journal.resume
+
+    def resume(path: Path) -> Journal:
+        journal = original(path)
+        journal.settings |= changed
+        return journal
+
+    monkeypatch.setattr(Journal, "resume", resume)
+    changed = {"device": "auto"}  # as journals said before
+    Trainer.resume(folder, steps=3, task=make_task(), monitors=[]).train()
+    changed = {"dtype": "bfloat16"}
+    with pytest.raises(EstuneError, match="generates with float32 weights, which here, .* are loaded as bfloat16"):
+        Trainer.resume(folder, steps=4, task=make_task(), monitors=[])
 
 
 def test_members_with_nan_rewards_are_left_out(model: Path, tmp_path: Path) -> None:

@@ -50,6 +50,12 @@ def reference(engine: TransformersEngine, ids: list[int], new: int) -> list[int]
     return list(found[0, len(ids) :].tolist())
 
 
+@pytest.mark.parametrize("token", [-1, 320, 10**7])
+def test_tokens_that_the_model_does_not_have_are_refused(engine: TransformersEngine, token: int) -> None:
+    with pytest.raises(EstuneError, match=r"prompt 1: token .* is none of the 320"):
+        engine.generate([[5], [7, token]], Sampling(2))
+
+
 def test_completions_equal_generate_in_the_order_of_the_prompts(engine: TransformersEngine) -> None:
     ids = engine.encode(PROMPTS)
     completions = engine.generate(ids, Sampling(24))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 from estune.checkpoint import Checkpoint
 from estune.errors import EstuneError
 from estune.noise import reference
+from estune.storage import make_base
 from estune.strategy import EvolutionStrategy, Member, Update
 from estune.weights import Parameter, Weights, trained_parameters
 from tests.models import build_model, save_model
@@ -212,3 +215,23 @@ def test_types_without_kernels_are_refused() -> None:
         Weights([Parameter("a", nn.Linear(3, 3).double().weight)])
     with pytest.raises(EstuneError, match="weights on meta"):
         Weights([Parameter("a", nn.Linear(3, 3, device="meta").weight)])
+
+
+def test_a_base_on_the_host_is_pinned_for_the_weights_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.Tensor] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def pinned(size: int) -> np.ndarray[Any, Any]:
+        assert current == [live]
+        return np.zeros(size, np.uint8)
+
+    live = torch.ones(1)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr("estune.storage._pinned", pinned)
+    (base,) = make_base([live], None, on_host=True)
+    assert torch.equal(base, live)

@@ -103,7 +103,6 @@ def estimate(
     context: typer.Context,
     config: ConfigFile = None,
     gpu: Annotated[str | None, typer.Option(help="h100, a100-40, rtx4090, ...; this machine by default")] = None,
-    gpus: Annotated[int, typer.Option(help="how many of them, each with a replica")] = 1,
     prompt_tokens: Annotated[int | None, typer.Option(help="mean length of a prompt; Countdown's by default")] = None,
     new_tokens: Annotated[
         float | None, typer.Option(help="mean length of a completion; the longest by default")
@@ -118,9 +117,7 @@ def estimate(
 
     from estune.commands import estimate_run
 
-    found = estimate_run(
-        config, _overrides(context.args), gpu=gpu, gpus=gpus, prompt_tokens=prompt_tokens, new_tokens=new_tokens
-    )
+    found = estimate_run(config, _overrides(context.args), gpu=gpu, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:

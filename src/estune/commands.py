@@ -51,9 +51,8 @@ def evaluate_model(
     given = read(file, overrides or [])
     config = _settings_for(model, given)
     task = task or _task_for(model, config, given)
-    config = with_resources(config.model_copy(update={"model": str(find_checkpoint(model))}))
-    # Nothing is perturbed, so no replica needs its weights twice.
-    replica, pool = open_pool(config.model_copy(update={"weights": "inplace"}))
+    config = with_resources(config.model_copy(update={"model": str(find_checkpoint(model))}), perturbs=False)
+    replica, pool = open_pool(config, perturbs=False)
     try:
         ids = replica.engine.encode([row["prompt"] for row in task.evaluation])
         graded = grade_completions(task, task.evaluation, pool.generate(ids, make_sampling(config)))
@@ -121,7 +120,6 @@ def estimate_run(
     overrides: Iterable[str] = (),
     *,
     gpu: str | None = None,
-    gpus: int = 1,
     prompt_tokens: int | None = None,
     new_tokens: float | None = None,
 ) -> Estimate:
@@ -130,7 +128,6 @@ def estimate_run(
     Args:
         file, overrides: settings.
         gpu: a GPU of the table; if None, this machine's, or its CPU where it has none.
-        gpus: how many of them, each with a replica.
         prompt_tokens: mean length of a prompt; that of a Countdown prompt if None.
         new_tokens: mean length of a completion; `max_new_tokens` if None.
 
@@ -154,14 +151,14 @@ def estimate_run(
         max_new_tokens=config.max_new_tokens,
         rows=1,
         slots=1,
-        at_once=gpus,
+        at_once=config.replicas or 1,
         dtype="float32" if config.dtype == "auto" else config.dtype,
         policy=config.weights,
     )
-    _check_counts(work, gpu)
+    _check_counts(work)
     shape = read_shape(config.model, config.train_parameters)
-    sheet = find_gpu(gpu) if gpu is not None else this_gpu(config.device)
-    if sheet is None:
+    found = (find_gpu(gpu), None) if gpu is not None else this_gpu(config.device)
+    if found is None:
         at_once, threads = _replicas(config, shape)
         work = replace(work, at_once=at_once, slots=work.longest)
         device = measure_cpu(shape, config.batch_size or work.prompts, work.dtype, threads)
@@ -169,10 +166,12 @@ def estimate_run(
     else:
         dtype = (shape.dtype or work.dtype) if config.dtype == "auto" else work.dtype
         work = replace(work, dtype=dtype, slots=graph.round_up(work.longest, graph.LEAST_SLOTS))
-        device = as_device(sheet, dtype)
+        sheet, size = found
+        device = as_device(sheet, dtype, size)
         most, prefill_tokens = transformers.MAX_ROWS_ELSEWHERE, decode.PREFILL_TOKENS_ELSEWHERE
         base, live = base_bytes(shape, work.policy, dtype), shape.parameters * BYTES[dtype]
-        if base and keeps_base_on_host(config.base_device, base=base, live=live, memory=device.memory):
+        each = device.memory // work.at_once
+        if base and keeps_base_on_host(config.base_device, base=base, live=live, memory=each):
             work = replace(work, base="host")
     most = config.batch_size or fitting_rows(shape, work, device.memory, share=transformers.MEMORY_SHARE, most=most)
     # The engine makes batches of equal size. Those of an evaluation can be larger than a step's.
@@ -181,35 +180,40 @@ def estimate_run(
     return make_estimate(config.model, shape, replace(work, rows=rows), device, prefill_tokens)
 
 
-def _check_counts(work: Work, gpu: str | None) -> None:
-    counts = {"--gpus": work.at_once, "--prompt-tokens": work.prompt_tokens, "--new-tokens": work.new_tokens}
-    for option, count in counts.items():
+def _check_counts(work: Work) -> None:
+    for option, count in (("--prompt-tokens", work.prompt_tokens), ("--new-tokens", work.new_tokens)):
         if not 1 <= count < math.inf:
             raise EstuneError(f"{option} must be 1 or more, found {count:g}")
     if work.new_tokens > work.max_new_tokens:
         raise EstuneError(
             f"--new-tokens {work.new_tokens:g} is more than max_new_tokens {work.max_new_tokens}: raise it"
         )
-    if work.at_once > 1 and gpu is None:
-        raise EstuneError("--gpus counts GPUs of the kind that --gpu names, and it names none: give --gpu too")
 
 
 def _replicas(config: Config, shape: Shape) -> tuple[int, int]:
-    """Replicas and threads of each on this machine's CPU, as `setup.with_resources` chooses them."""
+    """Replicas and threads of each on this machine's CPU."""
     from estune.estimate import BYTES
-    from estune.setup import LARGEST_REPLICATED, available_cores
+    from estune.setup import share_cores
 
-    small = shape.parameters * BYTES[shape.dtype or "float32"] <= LARGEST_REPLICATED
-    cores = available_cores()
-    threads = config.threads or (1 if small else cores)
-    replicas = config.replicas or max(1, min(cores // threads, config.population))
-    return (1 if config.weights == "inplace" else replicas), threads
+    return share_cores(config, shape.parameters * BYTES[shape.dtype or "float32"])
 
 
 def _settings_for(model: str, given: Mapping[str, Any]) -> Config:
     if not (Path(model) / FILE).is_file():
         return parse({**given, "model": model})
-    return parse(merge(Journal.read(Path(model)).settings, given), model)
+    settings = Journal.read(Path(model)).settings
+    return parse(merge({**settings, "device": _device_of(settings)}, given), model)
+
+
+def _device_of(settings: Mapping[str, Any]) -> str:
+    """The device of a run, or auto where this machine has none like it."""
+    from estune.storage import chosen_device
+
+    try:
+        chosen_device(settings["device"])
+    except EstuneError:
+        return "auto"
+    return str(settings["device"])
 
 
 def _task_for(model: str, config: Config, given: Mapping[str, Any]) -> Task:
@@ -223,7 +227,7 @@ def _task_for(model: str, config: Config, given: Mapping[str, Any]) -> Task:
 
 def _check_weights(config: Config, checkpoint: Checkpoint) -> None:
     """Refuse a device that is not there or has no kernels, and a pattern that no tensor's name fits."""
-    from estune.replica import training_device
+    from estune.storage import training_device
 
     training_device(config.device)
     if not any(fnmatchcase(name, config.train_parameters) for name in checkpoint.tensors):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +27,10 @@ MEASURED_ROWS = 256  # at most, and matrices of at most 2048 x 2048: larger prod
 
 @dataclass(frozen=True, slots=True)
 class GPU:
-    """One line of a vendor's data sheet: FLOP/s without sparsity, sums in float32; GB are 10^9 bytes."""
+    """One line of a vendor's data sheet: FLOP/s without sparsity, sums in float32; GB are 10^9 bytes.
+
+    Memory is a lower bound: drivers as a rule report more, such as 85 GB for a sheet's 80.
+    """
 
     key: str
     name: str
@@ -91,41 +96,43 @@ def recognise(name: str, memory: int) -> GPU:
     Raises:
         EstuneError: the table has no such line.
     """
-    found = [gpu for gpu in GPUS if _plain(gpu.key.partition("-")[0]) in _plain(name)]
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    # Whole words, as L40 is no L4; and neighbours as one, as in RTX 4090.
+    known = {*words, *map("".join, itertools.pairwise(words))}
+    found = [gpu for gpu in GPUS if gpu.key.partition("-")[0] in known]
     if not found:
         raise EstuneError(
             f"this machine's GPU, {name}, is not in the table: give the one most like it with --gpu, of "
             f"{', '.join(gpu.key for gpu in GPUS)}"
         )
-    model = max((gpu.key.partition("-")[0] for gpu in found), key=len)  # a name with a100 holds a10 too
-    alike = [gpu for gpu in found if gpu.key.partition("-")[0] == model]
-    return min(alike, key=lambda g: (("pcie" in g.key) != ("pcie" in _plain(name)), abs(g.gigabytes * GB - memory)))
+    return min(found, key=lambda g: (("pcie" in g.key) != ("pcie" in words), abs(g.gigabytes * GB - memory)))
 
 
-def this_gpu(device: str) -> GPU | None:
-    """The line of the table for what `device` stands for on this machine; None if that is the CPU."""
+def this_gpu(device: str) -> tuple[GPU, int] | None:
+    """What `device` stands for on this machine: its line of the table and its real bytes; None if that is the CPU."""
     import torch
 
-    from estune.replica import training_device
+    from estune.storage import training_device
 
     chosen = training_device(device)
     if chosen.type == "cpu":
         return None
     properties = torch.cuda.get_device_properties(chosen)
-    return recognise(properties.name, properties.total_memory)
+    return recognise(properties.name, properties.total_memory), properties.total_memory
 
 
 def _plain(text: str) -> str:
     return "".join(c for c in text.lower() if c.isalnum())
 
 
-def as_device(gpu: GPU, dtype: str) -> Device:
-    """The rates to count on with weights of type `dtype`."""
+def as_device(gpu: GPU, dtype: str, memory: int | None = None) -> Device:
+    """The rates to count on with weights of type `dtype`, and `memory` bytes: by default, those of the data sheet."""
+    memory = memory or gpu.gigabytes * GB
     half = gpu.float16 if dtype == "float16" and gpu.float16 else gpu.bfloat16
     peak = (gpu.float32 if dtype == "float32" else half) * TERA
     return Device(
-        name=f"{gpu.name}, {gpu.gigabytes} GB",
-        memory=gpu.gigabytes * GB,
+        name=f"{gpu.name}, {memory / GB:.3g} GB",
+        memory=memory,
         bandwidth=gpu.bandwidth * TERA * BANDWIDTH_SHARE,
         prefill=peak * COMPUTE_SHARE,
         decode=peak * COMPUTE_SHARE,

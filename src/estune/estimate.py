@@ -56,7 +56,7 @@ class Work:
     max_new_tokens: int
     rows: int  # sequences decoded at once
     slots: int  # tokens that a sequence's cache has room for
-    at_once: int  # members evaluated at once: replicas on a CPU, GPUs
+    at_once: int  # members evaluated at once: replicas, all of them on one device
     dtype: str  # of the live weights
     policy: Policy = "master"
     base: Place = "device"
@@ -104,7 +104,7 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     }[work.policy]
     if base and work.base == "host":
         held, base = f"{held} in pinned host memory", 0
-    if base and _on_one_machine(work, device) > 1:
+    if base and not device.is_gpu and work.at_once > 1:
         held = f"{held}, one for all replicas"
     return [
         Item("live weights", shape.parameters * bytes_, f"{shape.parameters:,} parameters x {bytes_} B ({work.dtype})"),
@@ -131,15 +131,15 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
 
 
 def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> float:
-    """Bytes on one GPU, or of all replicas on a CPU, which share one base; arguments as for `memory`."""
-    replicas = _on_one_machine(work, device)
-    base = base_bytes(shape, work.policy, work.dtype)
-    return replicas * total(memory(shape, work, device, prefill_tokens)) - (replicas - 1) * base
+    """Bytes of all replicas, which on a CPU share one base and on a GPU have one each; arguments as for `memory`."""
+    replicas = _replicas(work)
+    shared = 0 if device.is_gpu else base_bytes(shape, work.policy, work.dtype)
+    return replicas * total(memory(shape, work, device, prefill_tokens)) - (replicas - 1) * shared
 
 
-def _on_one_machine(work: Work, device: Device) -> int:
-    """Replicas that share a device and its memory."""
-    return 1 if device.is_gpu or work.policy == "inplace" else work.at_once
+def _replicas(work: Work) -> int:
+    """Replicas on the device: inplace holds one set of weights."""
+    return 1 if work.policy == "inplace" else work.at_once
 
 
 def _process(device: Device) -> Item:
@@ -149,16 +149,20 @@ def _process(device: Device) -> Item:
 
 
 def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
-    """Seconds of a step's parts, one after another."""
-    rounds = math.ceil(work.population / work.at_once)
+    """Seconds of a step's parts, one after another.
+
+    Replicas on a CPU have cores of their own. Those on one GPU share its rates, which leaves no member faster.
+    """
+    at_once = 1 if device.is_gpu else work.at_once
+    rounds = math.ceil(work.population / at_once)
     bytes_ = BYTES[work.dtype]
     # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
     base = base_bytes(shape, work.policy, work.dtype) or shape.trained * bytes_
     reading = PCIE if work.base == "host" else device.bandwidth
     drawing = shape.trained / device.noise
     perturb = rounds * max(base / reading + shape.trained * bytes_ / device.bandwidth, drawing)
-    shares = _on_one_machine(work, device)
-    update = max(2 * base / reading, work.population * drawing) / shares
+    replicas = _replicas(work)
+    update = max(2 * base / reading, work.population * drawing) * (replicas if device.is_gpu else 1 / replicas)
 
     batches = math.ceil(work.prompts / work.rows)
     rows = work.prompts / batches
@@ -168,7 +172,7 @@ def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
     alive = rows * (work.new_tokens - 1) / max(1, tokens)
     context = work.prompt_tokens + work.new_tokens / 2
     token, limit = _forward(shape, device, alive, 1, context, bytes_, device.decode)
-    members = f"{rounds} rounds of {work.at_once} members" if work.at_once > 1 else f"{rounds} members"
+    members = f"{rounds} rounds of {at_once} members" if at_once > 1 else f"{rounds} members"
     each = f"{members} x {batches} batch{'es' if batches > 1 else ''}"
     return [
         Item("perturb", perturb, f"{members}: read the base, draw {shape.trained:,} numbers, write live weights"),
@@ -186,7 +190,7 @@ def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
             "update",
             update,
             f"draw {work.population} x {shape.trained:,} numbers, read and write the base once"
-            + (f", a share on each of {shares} replicas" if shares > 1 else ""),
+            + (f"{'' if device.is_gpu else ', a share'} on each of {replicas} replicas" if replicas > 1 else ""),
         ),
     ]
 
@@ -263,7 +267,7 @@ class Choice:
 def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> list[Choice]:
     """The run as it is set, the other ways to hold its weights, and RL for comparison.
 
-    A replica of ES must fit on one device, as nothing is split. Replicas on a CPU share its memory, and one base. RL's
+    All replicas of ES must fit on one device, as nothing is split; on a CPU they share one base. RL's
     memory is taken to be split evenly over as many devices as it takes, as ZeRO's third stage and FSDP do.
     """
     ways: list[tuple[Policy, Place]] = [("master", "device"), ("copy", "device"), ("inplace", "device")]
@@ -274,7 +278,7 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
     for policy, base in [as_set, *(way for way in ways if way != as_set)]:
         one = replace(work, policy=policy, base=base)
         needed = memory_of_all(shape, one, device, prefill_tokens)
-        kept = base_bytes(shape, policy, work.dtype) if base == "host" else 0
+        kept = _replicas(one) * base_bytes(shape, policy, work.dtype) if base == "host" else 0
         found.append(Choice(_name(policy, base, device), needed, kept, 1 if needed <= device.memory else None))
     for method in ("GRPO", "PPO"):
         needed = total(reinforcement_learning(shape, work, device, method))

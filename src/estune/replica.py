@@ -13,16 +13,12 @@ from transformers.utils.logging import disable_progress_bar
 from estune.checkpoint import Checkpoint, locate
 from estune.config import Config
 from estune.engines.base import Completion, Sampling
-from estune.engines.loading import pick_device
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.transformers import TransformersEngine
-from estune.errors import EstuneError
 from estune.shared import Share
-from estune.storage import device_kernels, keeps_base_on_host
+from estune.storage import chosen_device, keeps_base_on_host, training_device
 from estune.strategy import Member, Update
 from estune.weights import Parameter, Weights, trained_parameters
-
-_SMALLER_BASE = "set base_device=host, weights=copy or weights=inplace, or fewer replicas"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +38,17 @@ class Replica:
     Args:
         config: the settings; `config.threads` is the number of CPU threads to compute with.
         share: of a base that it shares with other processes. One of them fills it, and must have before any perturbs.
+        perturbs: False for a replica that only generates. It has no `weights`, and any device and types will do.
 
     Raises:
-        EstuneError: for a model that cannot be had or trained.
+        EstuneError: for a model that cannot be had or, if it `perturbs`, trained.
     """
 
-    def __init__(self, config: Config, share: Share | None = None) -> None:
+    def __init__(self, config: Config, share: Share | None = None, *, perturbs: bool = True) -> None:
         disable_progress_bar()  # transformers' own, which would stand in the middle of ours
         torch.set_num_threads(config.threads or 1)
         self.checkpoint = Checkpoint(locate(config.model))
-        names = self.checkpoint.tensors
-        self._device = training_device(config.device)
+        self._device = (training_device if perturbs else chosen_device)(config.device)
         self.engine = TransformersEngine(
             self.checkpoint.path,
             dtype=config.dtype,
@@ -60,19 +56,27 @@ class Replica:
             batch_size=config.batch_size,
             cuda_graphs=config.cuda_graphs,
         )
-        parameters = trained_parameters(self.engine.model, names, config.train_parameters)
-        with memory_for("the base that is kept beside the live weights", _SMALLER_BASE):
-            self.weights = Weights(
+        self._perturbs = perturbs
+        if perturbs:
+            self.weights = self._open_weights(config, share)
+
+    def _open_weights(self, config: Config, share: Share | None) -> Weights:
+        parameters = trained_parameters(self.engine.model, self.checkpoint.tensors, config.train_parameters)
+        on_host = self._keeps_base_on_host(config, parameters)
+        remedy = _less_base(self._device, on_host=on_host)
+        with memory_for("the base that is kept beside the live weights", remedy):
+            weights = Weights(
                 parameters,
                 policy=config.weights,
                 rounding=config.rounding,
                 noise=config.noise,
                 threads=config.threads or 1,
-                base_on_host=self._keeps_base_on_host(config, parameters),
+                base_on_host=on_host,
                 share=share,
             )
         if config.weights == "master":
-            self.weights.load(self.checkpoint)  # the engine may hold it rounded
+            weights.load(self.checkpoint)  # the engine may hold it rounded
+        return weights
 
     def evaluate(
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
@@ -87,7 +91,8 @@ class Replica:
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """Generate with the base weights."""
-        self.weights.restore()
+        if self._perturbs:
+            self.weights.restore()
         return self.engine.generate(prompt_ids, sampling)
 
     def apply(self, update: Update) -> int:
@@ -111,15 +116,7 @@ class Replica:
         return keeps_base_on_host(config.base_device, base=base, live=live, memory=memory)
 
 
-def training_device(name: str) -> torch.device:
-    """The device named by the setting; with auto CUDA where there is one, else the CPU.
-
-    Raises:
-        EstuneError: for a device that is not there, or on which weights cannot be perturbed.
-    """
-    device = pick_device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
-    if device.type not in {"cuda", "cpu"}:
-        raise EstuneError(f"device: weights cannot be perturbed on {device.type}; use auto, cuda or cpu")
-    if device.type == "cuda":
-        device_kernels()
-    return device
+def _less_base(device: torch.device, *, on_host: bool) -> str:
+    """What to do where a base does not fit: another place for it, if there is one, or a smaller one."""
+    another = "" if on_host or device.type == "cpu" else "base_device=host, "
+    return f"set {another}weights=copy or weights=inplace, or fewer replicas"

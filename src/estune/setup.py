@@ -9,8 +9,9 @@ from estune.checkpoint import Checkpoint, locate
 from estune.config import Config
 from estune.engines.base import Sampling
 from estune.pool import LocalPool
-from estune.replica import Replica, training_device
+from estune.replica import Replica
 from estune.shared import Share, open_memory
+from estune.storage import chosen_device, training_device
 from estune.strategy import EvolutionStrategy
 from estune.worker import WorkerProcess
 
@@ -18,41 +19,55 @@ from estune.worker import WorkerProcess
 LARGEST_REPLICATED = 256 << 20
 
 
-def with_resources(config: Config) -> Config:
-    """The settings with `replicas` and `threads` filled in: one member a core, or all cores for one; one on a GPU.
+def with_resources(config: Config, *, perturbs: bool = True) -> Config:
+    """The settings with `device`, `replicas` and `threads` as this machine has them.
 
-    Threads are part of a run: how a matrix product is shared out can change its last bits.
-    """
-    if training_device(config.device).type != "cpu":
-        return config.model_copy(update={"replicas": config.replicas or 1, "threads": config.threads or 1})
-    size = sum(t.size for t in Checkpoint(locate(config.model)).tensors.values())
-    cores = available_cores()
-    small = size <= LARGEST_REPLICATED
-    threads = config.threads or (1 if small else cores)
-    replicas = config.replicas or max(1, min(cores // threads, config.population))
-    if config.weights == "inplace":
-        replicas = 1  # what restoring leaves behind depends on who came before
-    return config.model_copy(update={"replicas": replicas, "threads": threads})
+    They are part of a run: another device, or a matrix product shared out over other threads, can change its last bits.
 
-
-def open_pool(config: Config) -> tuple[Replica, LocalPool]:
-    """The replica of this process, and a pool of it and of those in processes of their own.
-
-    On a CPU they share one base, which the replica of this process fills.
+    Args:
+        config: the settings.
+        perturbs: False where weights are only generated with, which more devices can.
 
     Raises:
-        EstuneError: for a model that cannot be had or trained.
+        EstuneError: for a device that is not there, or a model that cannot be had.
+    """
+    device = (training_device if perturbs else chosen_device)(config.device)
+    if device.type == "cpu":
+        size = sum(t.size for t in Checkpoint(locate(config.model)).tensors.values())
+        replicas, threads = share_cores(config, size)
+    else:
+        replicas, threads = config.replicas or 1, config.threads or 1
+    return config.model_copy(update={"device": str(device), "replicas": replicas, "threads": threads})
+
+
+def share_cores(config: Config, size: int) -> tuple[int, int]:
+    """Replicas, and threads of each, for weights of `size` bytes on this CPU: a member a core, or all cores for one."""
+    cores = available_cores()
+    threads = config.threads or (1 if size <= LARGEST_REPLICATED else cores)
+    if config.weights == "inplace":
+        return 1, threads  # what restoring leaves behind depends on who came before
+    return config.replicas or max(1, min(cores // threads, config.population)), threads
+
+
+def open_pool(config: Config, *, perturbs: bool = True) -> tuple[Replica, LocalPool]:
+    """The replica of this process, and a pool of it and of those in processes of their own.
+
+    On a CPU they share one base, which the replica of this process fills. Those that do not perturb have none.
+
+    Raises:
+        EstuneError: for a model that cannot be had or, if they perturb, trained.
     """
     count = config.replicas or 1
-    one_base = count > 1 and config.weights != "inplace" and training_device(config.device).type == "cpu"
+    has_base = perturbs and config.weights != "inplace"
+    one_base = has_base and count > 1 and training_device(config.device).type == "cpu"
     memory = open_memory() if one_base else None
     shares = [None if memory is None else Share(memory, i, count) for i in range(count)]
     workers: list[WorkerProcess] = []
     try:
         workers.extend(WorkerProcess(share) for share in shares[1:])
         with ThreadPoolExecutor(max(1, len(workers))) as threads:
-            opened = [threads.submit(worker.open, config) for worker in workers]
-            own = Replica(config, shares[0])
+            opened = [threads.submit(worker.open, config, perturbs) for worker in workers]
+            own = Replica(config, shares[0], perturbs=perturbs)
             for future in opened:
                 future.result()
     except BaseException:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from estune.checkpoint import EMBEDDED
+from estune.checkpoint import DTYPES, EMBEDDED
 from estune.errors import EstuneError
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -49,7 +49,9 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
     from transformers.utils import logging
 
     config = _read_config(model)
-    dtype = config.dtype  # building changes it
+    dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None  # building changes it
+    if dtype not in {None, *DTYPES}:
+        raise EstuneError(f"model {model}: its weights are {dtype}; take one whose are one of {', '.join(DTYPES)}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no word on missing kernels, which nothing here would use
     try:
@@ -92,7 +94,7 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
         hidden=text.hidden_size,
         width=max((max(p.shape[-2:]) for p in matrices.values()), default=text.hidden_size),
         vocabulary=text.vocab_size,
-        dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
+        dtype=dtype,
     )
 
 

@@ -28,8 +28,14 @@ class Share:
         return self.index == 0
 
     def map(self, size: int) -> npt.NDArray[np.uint8]:
-        """The shared memory, of `size` bytes in every process. It stays while any process has it mapped."""
+        """The shared memory, of `size` bytes in every process. It stays while any process has it mapped.
+
+        Raises:
+            OSError: there is not so much memory.
+        """
         os.ftruncate(self.memory, size)  # whoever comes first makes room; to the size that it has, this does nothing
+        if self.fills and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self.memory, 0, size)  # a lack of memory is an error here, and a signal when it is used
         return np.frombuffer(mmap.mmap(self.memory, size), np.uint8)
 
     def stretch(self, elements: int) -> tuple[int, int]:
@@ -38,7 +44,10 @@ class Share:
 
 
 def open_memory() -> int:
-    """A file descriptor of shared memory, to close once all have mapped it; on other systems than Linux, of a file."""
+    """A file descriptor of shared memory, which each process closes once it has mapped it.
+
+    On other systems than Linux it is a file's.
+    """
     if hasattr(os, "memfd_create"):
         return os.memfd_create("estune-base")
     with tempfile.TemporaryFile() as file:  # has lost its name already

@@ -25,6 +25,7 @@ from estune.monitors.files import rewrite_metrics
 from estune.replay import base_checkpoint
 from estune.run import RESUME_FROM_PYTHON, RunDirectory, default_path, packages, refuse_used, task_of
 from estune.setup import make_sampling, make_strategy, open_pool, with_resources
+from estune.storage import type_name
 from estune.strategy import member_seed
 from estune.tasks.base import Task
 
@@ -58,7 +59,7 @@ class Trainer:
                 rounding=config.rounding,
                 noise=config.noise,
                 dtype=weights.dtype,
-                live_dtype=str(self.replica.engine.model.dtype).removeprefix("torch."),
+                live_dtype=type_name(self.replica.engine.model.dtype),
                 tensors={p.name: list(p.aliases) for p in weights.parameters},
                 fingerprint=weights.fingerprint(),
                 task=task.name,
@@ -185,6 +186,12 @@ class Trainer:
 
     def _rebuild(self, run: RunDirectory, journal: Journal) -> None:
         """Bring the weights to the journal's last step, from the latest checkpoint that is there."""
+        live, expected = type_name(self.replica.engine.model.dtype), journal.header.live_dtype
+        if live != expected:
+            raise EstuneError(
+                f"{run.path}: the run generates with {expected} weights, which here, on {self.replica.engine.device}, "
+                f"are loaded as {live}; resume it on the kind of device that it began on"
+            )
         done = len(journal.steps)
         start = next((s for s in run.checkpoints() if 0 < s <= done), 0)
         if start:

@@ -34,7 +34,15 @@ class _Manager(BaseManager):
     pass
 
 
-_Manager.register("Replica", Replica, exposed=("evaluate", "generate", "apply", "load"))
+def _open(config: Config, share: Share | None, perturbs: bool) -> Replica:
+    try:
+        return Replica(config, share, perturbs=perturbs)
+    finally:
+        if share is not None:
+            os.close(share.memory)  # as the parent does: it is mapped, or never will be
+
+
+_Manager.register("Replica", _open, exposed=("evaluate", "generate", "apply", "load"))
 
 
 class WorkerProcess:
@@ -61,7 +69,7 @@ class WorkerProcess:
         self._process.stdin.flush()
         self._replica: Any = None
 
-    def open(self, config: Config) -> None:
+    def open(self, config: Config, perturbs: bool = True) -> None:
         """Wait for the process and let it load the model."""
         manager = _Manager(str(self._folder / "socket"), self._key)
         deadline = time.monotonic() + START_SECONDS
@@ -73,7 +81,7 @@ class WorkerProcess:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise self._gone() from None
                 time.sleep(0.02)
-        self._replica = self._call(manager.Replica, config, self._share)  # type: ignore[attr-defined]
+        self._replica = self._call(manager.Replica, config, self._share, perturbs)  # type: ignore[attr-defined]
 
     def evaluate(
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling

@@ -8,6 +8,7 @@ last layer only the last token is computed.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,16 +20,15 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import linear
 
-from estune.engines import kernels
+from estune.engines import decode, kernels
 from estune.engines.base import Sampling
-from estune.engines.memory import huge_empty, memory_for
+from estune.engines.memory import aligned_empty, memory_for
 from estune.engines.sampling import choose
 from estune.engines.simd import WIDTH
 from estune.engines.tree import Places, PromptTree, common_prefix
 
 ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-PREFILL_TOKENS = 1024
-"""Tokens in one prefill forward: as many as keep the activations of a small model in a core's cache."""
+PREFILL_TOKENS = decode.PREFILL_TOKENS["cpu"]
 HEAD_ROWS = 8192
 """Tokens of the vocabulary whose logits are computed at once, and forgotten but for the largest."""
 
@@ -91,9 +91,10 @@ class FusedDecoder:
 
     def __init__(self, model: Any, end_ids: Sequence[int]) -> None:
         self.model = model
+        self._layers = [_layer(layer) for layer in model.model.layers]
+        self._addresses = [parameter.data_ptr() for parameter in model.parameters()]
         # A tokenizer's end token can be one that the model has no logit for.
         self._is_end = np.isin(np.arange(model.config.vocab_size), list(end_ids))
-        self._layers = [_layer(layer) for layer in model.model.layers]
         self._table, self._head = model.model.embed_tokens.weight, model.lm_head.weight
         self._final_norm = _array(model.model.norm.weight)
         self._eps = np.float32(model.model.norm.variance_epsilon)
@@ -104,23 +105,25 @@ class FusedDecoder:
         self._width: int = attention.o_proj.in_features
         self._intermediate: int = model.config.intermediate_size
         self._cos = self._sin = np.empty((0, self._dim // 2), np.float32)
-        # The last batch's, as all members of a step are given the same prompts.
-        self._tree: tuple[list[list[int]], PromptTree] | None = None
+        # Kept, as all members of a step are given the same prompts, in one batch or a few.
+        self._tree = functools.lru_cache(maxsize=16)(PromptTree.of)
         self._storage: dict[str, Array] = {}
         self._threads: ThreadPoolExecutor | None = None
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> torch.Tensor:
         """Complete one batch; as `Decoder.run`."""
+        now = [parameter.data_ptr() for parameter in self.model.parameters()]
+        assert now == self._addresses, "a parameter is elsewhere now: weights may change in place only"
         lengths, new = np.array([len(prompt) for prompt in prompts]), sampling.max_new_tokens
         shared = common_prefix(prompts) if len(prompts) > 1 else 0
         self._reach(int(lengths.max()) + new)
         prefix = self._cache("prefix", 1, shared)
         cache = self._cache("rows", len(prompts), int(lengths.max()) - shared + new)
-        if shared:
-            ids, places = np.array(prompts[0][:shared], np.int64), Places.of(np.zeros(shared, int), np.arange(shared))
-            self._forward(ids, places, places, prefix, self._cache("none", 1, 0), 0)
-
+        for start in range(0, shared, PREFILL_TOKENS):
+            positions = np.arange(start, min(start + PREFILL_TOKENS, shared))
+            places, ids = Places.of(np.zeros_like(positions), positions), np.array(prompts[0])[positions]
+            self._forward(ids, places, places, prefix, self._cache("none", 1, 0), 0, last=positions[:0])
         hidden = self._prefill(prompts, shared, cache, prefix)
         rows, numbers = np.arange(len(prompts)), torch.tensor(list(indices), dtype=torch.int64)
         out = np.zeros((len(prompts), new), np.int64)
@@ -140,9 +143,7 @@ class FusedDecoder:
 
         Prompts that begin alike are computed once as far as they do, and cached in the row of each.
         """
-        if self._tree is None or self._tree[0] != prompts:
-            self._tree = [list(prompt) for prompt in prompts], PromptTree.of(prompts, shared)
-        tree, found = self._tree[1], []
+        tree, found = self._tree(tuple(map(tuple, prompts)), shared), []
         for start in range(0, len(tree.ids), PREFILL_TOKENS):
             stop = start + PREFILL_TOKENS
             ends = tree.leaves[(tree.leaves >= start) & (tree.leaves < stop)] - start
@@ -229,7 +230,7 @@ class FusedDecoder:
         if name not in self._storage or len(self._storage[name]) < 2 * size:
             self._storage.pop(name, None)  # the old one goes before the new one comes
             with memory_for("the key/value cache", "lower batch_size or max_new_tokens"):
-                self._storage[name] = huge_empty(2 * size, self._final_norm.dtype)
+                self._storage[name] = aligned_empty(2 * size, self._final_norm.dtype)
         keys, values = self._storage[name][: 2 * size].reshape(2, *shape)
         return _Cache(keys.reshape(*shape[:3], slots // WIDTH, self._dim, WIDTH), values)
 

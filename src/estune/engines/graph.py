@@ -104,8 +104,10 @@ class CudaRecorder:
         except RuntimeError as error:
             # Not to be continued from: PyTorch's allocator stays in the state of a capture that has not ended.
             why = str(error.__context__ or error).strip().partition("\n")[0]
+            full = isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError)
+            less = " or lower batch_size" if full else ""
             raise EstuneError(
-                f"cuda_graphs: a decoding step cannot be captured ({why}); set cuda_graphs to false"
+                f"cuda_graphs: a decoding step cannot be captured ({why}); set cuda_graphs to false{less}"
             ) from error
         return graph.replay
 

@@ -77,10 +77,17 @@ class PromptEncoder:
                 f"sampling: temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}; "
                 "needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0 (0: all tokens)"
             )
-        reach = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        text_config = self.config.get_text_config(decoder=True)
+        reach = getattr(text_config, "max_position_embeddings", None)
         for i, ids in enumerate(prompt_ids):
             if not ids:
                 raise EstuneError(f"prompt {i}: no tokens; a prompt needs at least one")
+            strange = next((token for token in ids if not 0 <= token < text_config.vocab_size), None)
+            if strange is not None:
+                raise EstuneError(
+                    f"prompt {i}: token {strange} is none of the {text_config.vocab_size} of {self.name!r}; take the "
+                    "tokenizer that the model was trained with"
+                )
             if reach is not None and len(ids) + sampling.max_new_tokens > reach:
                 raise EstuneError(
                     f"prompt {i}: {len(ids)} tokens and max_new_tokens {sampling.max_new_tokens} go beyond the "
