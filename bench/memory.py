@@ -102,8 +102,9 @@ def load_kernels() -> None:
 
 def write_journal(model: str, run: str, members: int, steps: int) -> None:
     """A journal of some steps over the model, as a run would have written it."""
-    from estune.engines.loading import load_model, pick_device
+    from estune.engines.loading import load_model
     from estune.journal import Header, Journal, StepRecord
+    from estune.place import pick_device
     from estune.strategy import EvolutionStrategy
     from estune.weights import Weights, trained_parameters
 

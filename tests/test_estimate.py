@@ -347,7 +347,7 @@ def test_gpus_are_found_by_name() -> None:
 
 def test_this_machines_gpu_has_the_memory_that_the_driver_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="NVIDIA H200", total_memory=150_110_011_392)
-    monkeypatch.setattr("estune.storage.training_device", torch.device)
+    monkeypatch.setattr("estune.place.training_device", torch.device)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     found = estimate_run(None, ["device=cuda", "replicas=1"])
     assert found.device.memory == properties.total_memory

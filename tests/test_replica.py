@@ -11,9 +11,9 @@ import torch
 
 from estune.config import Config
 from estune.errors import EstuneError
+from estune.place import training_device
 from estune.replica import Replica, _less_base
 from estune.setup import make_sampling, open_pool, with_resources
-from estune.storage import training_device
 from tests.runs import make_config
 
 

@@ -21,8 +21,8 @@ from estune.errors import EstuneError
 from estune.journal import Journal, StepRecord
 from estune.monitors.base import Monitor, Summary
 from estune.noise import reference
+from estune.place import training_device
 from estune.replay import replay
-from estune.storage import training_device
 from estune.trainer import Trainer
 from tests.models import save_model
 from tests.runs import assert_same_run, make_config, make_task, substance, variety

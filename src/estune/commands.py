@@ -207,7 +207,7 @@ def _settings_for(model: str, given: Mapping[str, Any]) -> Config:
 
 def _device_of(settings: Mapping[str, Any]) -> str:
     """The device of a run, or auto where this machine has none like it."""
-    from estune.storage import chosen_device
+    from estune.place import chosen_device
 
     try:
         chosen_device(settings["device"])
@@ -227,7 +227,7 @@ def _task_for(model: str, config: Config, given: Mapping[str, Any]) -> Task:
 
 def _check_weights(config: Config, checkpoint: Checkpoint) -> None:
     """Refuse a device that is not there or has no kernels, and a pattern that no tensor's name fits."""
-    from estune.storage import training_device
+    from estune.place import training_device
 
     training_device(config.device)
     if not any(fnmatchcase(name, config.train_parameters) for name in checkpoint.tensors):

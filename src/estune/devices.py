@@ -112,7 +112,7 @@ def this_gpu(device: str) -> tuple[GPU, int] | None:
     """What `device` stands for on this machine: its line of the table and its real bytes; None if that is the CPU."""
     import torch
 
-    from estune.storage import training_device
+    from estune.place import training_device
 
     chosen = training_device(device)
     if chosen.type == "cpu":

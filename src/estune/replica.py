@@ -15,8 +15,9 @@ from estune.config import Config
 from estune.engines.base import Completion, Sampling
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.transformers import TransformersEngine
+from estune.place import chosen_device, training_device
 from estune.shared import Share
-from estune.storage import chosen_device, keeps_base_on_host, training_device
+from estune.storage import keeps_base_on_host
 from estune.strategy import Member, Update
 from estune.weights import Parameter, Weights, trained_parameters
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from estune.checkpoint import Checkpoint, locate
 from estune.config import Config
 from estune.engines.base import Sampling
+from estune.place import chosen_device, training_device
 from estune.pool import LocalPool
 from estune.replica import Replica
 from estune.shared import Share, open_memory
-from estune.storage import chosen_device, training_device
 from estune.strategy import EvolutionStrategy
 from estune.worker import WorkerProcess
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from estune.checkpoint import RUN_LENGTH, narrow
-from estune.engines.loading import pick_device
 from estune.errors import EstuneError
+from estune.place import device_kernels
 from estune.shared import Share
 from estune.strategy import Update
 from estune.update import terms, update_kernel
@@ -265,45 +265,6 @@ def keeps_base_on_host(choice: str, *, base: int, live: int, memory: int) -> boo
         memory: bytes that the device has. Half of what live weights leave is for batches.
     """
     return choice == "host" if choice != "auto" else base > (memory - live) // 2
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device named by the setting; with auto CUDA where there is one, else the CPU.
-
-    Raises:
-        EstuneError: for a device that is not there.
-    """
-    return pick_device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
-
-
-def training_device(name: str) -> torch.device:
-    """The device named by the setting, as `chosen_device`, to train on.
-
-    Raises:
-        EstuneError: for a device that is not there, or on which weights cannot be perturbed.
-    """
-    device = chosen_device(name)
-    if device.type not in {"cuda", "cpu"}:
-        raise EstuneError(f"device: weights cannot be perturbed on {device.type}; use auto, cuda or cpu")
-    if device.type == "cuda":
-        device_kernels()
-    return device
-
-
-def device_kernels() -> Any:
-    """The module of kernels for CUDA.
-
-    Raises:
-        EstuneError: without Triton.
-    """
-    try:
-        from estune.noise import gpu
-    except ImportError as error:
-        raise EstuneError(
-            "weights on CUDA are perturbed by Triton kernels, and triton cannot be imported "
-            f"({error}); install it (pip install triton), or set device=cpu"
-        ) from error
-    return gpu
 
 
 def as_array(tensor: Tensor) -> Array:

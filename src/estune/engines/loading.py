@@ -19,25 +19,6 @@ _WEIGHTS, _LESS = "the live weights", "take a smaller model, dtype=bfloat16, or 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_device(device: str) -> torch.device:
-    """The device named, or with "auto" the best there is: CUDA, then MPS, then the CPU."""
-    if device == "auto":
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(best)
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise EstuneError(f"device: {device!r} is no device; use auto, cuda, cuda:1, mps or cpu") from None
-    there = {
-        "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if not there.get(found.type, False):
-        raise EstuneError(f"device: {device!r} is not available to this PyTorch; use auto or cpu")
-    return found
-
-
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
     """The type to load weights in. "auto" is the checkpoint's own, but float32 on a CPU.
 

@@ -16,10 +16,11 @@ from estune.engines.decode import Decoder, unsupported
 from estune.engines.fused import FusedDecoder, unfusable
 from estune.engines.generate import GenerateDecoder
 from estune.engines.graph import CudaRecorder, GraphDecoder, uncapturable
-from estune.engines.loading import end_tokens, load_model, load_tokenizer, pad_token, pick_device
+from estune.engines.loading import end_tokens, load_model, load_tokenizer, pad_token
 from estune.engines.memory import keep_freed_memory, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
+from estune.place import pick_device
 
 MAX_ROWS = {"cpu": 256}
 """Rows per batch that still gain from one another: beyond, a CPU's caches lose more than larger products win."""

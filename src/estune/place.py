@@ -1,0 +1,67 @@
+"""Where a model runs: the device that a setting names, and whether weights can be perturbed there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from estune.errors import EstuneError
+
+
+def pick_device(device: str) -> torch.device:
+    """The device named, or with "auto" the best there is: CUDA, then MPS, then the CPU."""
+    if device == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise EstuneError(f"device: {device!r} is no device; use auto, cuda, cuda:1, mps or cpu") from None
+    there = {
+        "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if not there.get(found.type, False):
+        raise EstuneError(f"device: {device!r} is not available to this PyTorch; use auto or cpu")
+    return found
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device named by the setting; with auto CUDA where there is one, else the CPU.
+
+    Raises:
+        EstuneError: for a device that is not there.
+    """
+    return pick_device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+
+
+def training_device(name: str) -> torch.device:
+    """The device named by the setting, as `chosen_device`, to train on.
+
+    Raises:
+        EstuneError: for a device that is not there, or on which weights cannot be perturbed.
+    """
+    device = chosen_device(name)
+    if device.type not in {"cuda", "cpu"}:
+        raise EstuneError(f"device: weights cannot be perturbed on {device.type}; use auto, cuda or cpu")
+    if device.type == "cuda":
+        device_kernels()
+    return device
+
+
+def device_kernels() -> Any:
+    """The module of kernels for CUDA.
+
+    Raises:
+        EstuneError: without Triton.
+    """
+    try:
+        from estune.noise import gpu
+    except ImportError as error:
+        raise EstuneError(
+            "weights on CUDA are perturbed by Triton kernels, and triton cannot be imported "
+            f"({error}); install it (pip install triton), or set device=cpu"
+        ) from error
+    return gpu
