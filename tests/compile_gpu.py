@@ -16,17 +16,27 @@ _PAIRS = (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "bf16")
 _ROUNDINGS = (("fp32", False), ("bf16", False), ("bf16", True), ("fp16", False))
 # Kernel, types of its pointers, flags: each as `perturb`, `update` and `fingerprint` call it.
 KERNELS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
-    *(("_perturb", {"live": f"*{live}", "base": f"*{base}"}, {"COUNT": gpu.BLOCK}) for live, base in _PAIRS),
+    *(
+        ("_perturb", {"live": f"*{live}", "base": f"*{base}"}, {"PITCHED": pitched, "COUNT": gpu.BLOCK})
+        for pitched in (False, True)
+        for live, base in _PAIRS
+    ),
     *(
         (
             "_update",
             {"base": f"*{base}", "seeds": "*i64", "coefficients": "*fp32"},
-            {"STOCHASTIC": stochastic, "COUNT": gpu.BLOCK},
+            {"STOCHASTIC": stochastic, "PITCHED": pitched, "COUNT": gpu.BLOCK},
         )
+        for pitched in (False, True)
         for base, stochastic in _ROUNDINGS
     ),
     *(
-        ("_fingerprint", {"weights": f"*i{bits}", "total": "*i64"}, {"BITS": bits, "COUNT": gpu.FINGERPRINT_BLOCK})
+        (
+            "_fingerprint",
+            {"weights": f"*i{bits}", "total": "*i64"},
+            {"BITS": bits, "PITCHED": pitched, "COUNT": gpu.FINGERPRINT_BLOCK},
+        )
+        for pitched in (False, True)
         for bits in (32, 16)
     ),
 ]

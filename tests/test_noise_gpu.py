@@ -106,4 +106,4 @@ def test_kernels_compile_for_cuda_and_round_every_operation() -> None:
         [sys.executable, "-m", "tests.compile_gpu"], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == 2 * (5 * ["_perturb"] + 4 * ["_update"] + 2 * ["_fingerprint"])
+    assert done.stdout.split() == 2 * (10 * ["_perturb"] + 8 * ["_update"] + 4 * ["_fingerprint"])

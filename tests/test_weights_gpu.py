@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +52,7 @@ def kind_of_storage(kind: str, length: int = 64) -> Iterator[None]:
 
 def on_device(parameters: Sequence[Parameter], kind: str, **options: Any) -> Weights:
     """Weights with copies of these tensors."""
-    copies = [Parameter(p.name, p.tensor.to(DEVICE, copy=True), p.aliases) for p in parameters]
+    copies = [replace(p, tensor=p.tensor.to(DEVICE, copy=True)) for p in parameters]
     weights = Weights(copies, base_on_host=ON_GPU and kind == "streamed", **options)
     assert type(weights._storage) is (
         KINDS[kind] if options.get("policy") != "inplace" or not ON_GPU else KINDS["device"]

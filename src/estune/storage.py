@@ -1,7 +1,7 @@
 """Where weights lie, and the passes over all of them: perturb, restore, update, fingerprint.
 
 - `CpuStorage`: on the CPU, in runs spread over threads.
-- `DeviceStorage`: on a CUDA device, a whole tensor in each launch.
+- `DeviceStorage`: on a CUDA device, a whole run in each launch.
 - `StreamedStorage`: live weights on the device, the base in pinned host memory, passing through buffers on the device.
 
 All give the same bits, because each kernel does, and every element's result depends on its own history alone.
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from estune.checkpoint import RUN_LENGTH, narrow
 from estune.errors import EstuneError
+from estune.noise.rows import Rows
 from estune.place import device_kernels
 from estune.shared import Share
 from estune.strategy import Update
-from estune.update import terms, update_kernel
+from estune.update import terms
 
 STREAMED_LENGTH = 8 << 20  # elements that pass through a buffer at a time: 32 MiB of float32
 BUFFERS = 2  # one is filled while the other is worked on
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A stretch of one parameter, its live weights and its base: flat tensors, or arrays of the CPU's kernels.
+    """Part of one parameter, its live weights and its base: flat tensors, or arrays of the CPU's kernels.
 
     Base and live weights are the same where nothing is kept beside the live weights.
     """
@@ -50,15 +51,32 @@ class Run:
     key: int  # of the parameter, for its fingerprint
     noise: int  # of its noise
     start: int = 0  # first element's position in the parameter
+    rows: Rows | None = None  # where it is columns of the parameter; otherwise one stretch of it
+    counted: bool = True  # False for what another run counts in the fingerprint
 
     def part(self, start: int, end: int) -> Run:
         """Its elements from `start` up to `end`."""
-        return replace(self, live=self.live[start:end], base=self.base[start:end], start=self.start + start)
+        part = replace(self, live=self.live[start:end], base=self.base[start:end])
+        if self.rows is None:
+            return replace(part, start=self.start + start)
+        return replace(part, rows=self.rows._replace(skip=self.rows.skip + start))
 
     def split(self, length: int) -> Iterator[Run]:
-        """The same in stretches of at most `length` elements."""
+        """The same in parts of at most `length` elements."""
         for i in range(0, len(self.live), length):
             yield self.part(i, i + length)
+
+    def stretches(self) -> Iterator[Run]:
+        """The same in runs that each are one stretch of the parameter."""
+        if self.rows is None:
+            yield self
+            return
+        (width, pitch, skip), done = self.rows, 0
+        while done < len(self.live):
+            row, column = divmod(skip + done, width)
+            end = min(done + width - column, len(self.live))
+            yield replace(self.part(done, end), start=self.start + row * pitch + column, rows=None)
+            done = end
 
 
 class Storage(Protocol):
@@ -77,7 +95,7 @@ class Storage(Protocol):
         ...
 
     def fingerprint(self) -> int:
-        """Sum of the base's element hashes, of which the last 64 bits count."""
+        """Sum of the hashes of the base's elements, without runs not counted; the last 64 bits of it matter."""
         ...
 
 
@@ -93,7 +111,7 @@ class CpuStorage:
         """As `Storage.perturb`."""
         from estune.noise import cpu
 
-        self._each(lambda r: cpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma))
+        self._each(lambda r: cpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
@@ -101,21 +119,28 @@ class CpuStorage:
 
     def update(self, update: Update, rounding: str) -> None:
         """As `Storage.update`."""
-        apply = update_kernel(update, rounding)
-        self._each(lambda r: apply(r.base, r.noise, r.start))
+        from estune.noise import cpu
+
+        t = terms(update, rounding)
+        if t is not None:
+            self._each(
+                lambda r: cpu.update(
+                    r.base, t.seeds, t.coefficients, r.noise, r.start, t.decay, t.rounding_seed, r.rows
+                )
+            )
 
     def fingerprint(self) -> int:
         """As `Storage.fingerprint`."""
         from estune.noise import cpu
 
-        return sum(self._each(lambda r: cpu.fingerprint(r.base, r.key, r.start)))
+        return sum(self._each(lambda r: cpu.fingerprint(r.base, r.key, r.start, r.rows) if r.counted else 0))
 
     def _each(self, work: Callable[[Run], T]) -> list[T]:
         return list(map(work, self._runs) if self._threads is None else self._threads.map(work, self._runs))
 
 
 class DeviceStorage:
-    """On a device, a whole tensor in each launch. What is launched runs in order with all else on the device."""
+    """On a device, a whole run in each launch. What is launched runs in order with all else on the device."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._gpu = device_kernels()
@@ -124,7 +149,7 @@ class DeviceStorage:
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb`."""
-        self._each(lambda r: self._gpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma))
+        self._each(lambda r: self._gpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
@@ -138,20 +163,28 @@ class DeviceStorage:
         seeds = torch.from_numpy(found.seeds.view(np.int64)).to(self._device)
         coefficients = torch.from_numpy(found.coefficients).to(self._device)
         self._each(
-            lambda r: self._gpu.update(r.base, seeds, coefficients, r.noise, r.start, found.decay, found.rounding_seed),
+            lambda r: self._gpu.update(
+                r.base, seeds, coefficients, r.noise, r.start, found.decay, found.rounding_seed, r.rows
+            ),
             changes_base=True,
         )
 
     def fingerprint(self) -> int:
         """As `Storage.fingerprint`."""
         total = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._each(lambda r: self._gpu.fingerprint(r.base, r.key, r.start, total))
+        self._each(lambda r: self._gpu.fingerprint(r.base, r.key, r.start, total, r.rows) if r.counted else None)
         return int(total)
 
     def _each(self, work: Callable[[Run], object], *, changes_base: bool = False) -> None:
         with self._on_device():
             for run in self._runs:
-                work(run)
+                self._launch(work, run)
+
+    def _launch(self, work: Callable[[Run], object], run: Run) -> None:
+        """Do work on a run: at once, or row by row where the kernels do not take its rows."""
+        whole = run.rows is None or self._gpu.takes(run.start, len(run.live), run.rows)
+        for part in (run,) if whole else run.stretches():
+            work(part)
 
     def _on_device(self) -> AbstractContextManager[None]:
         """Makes the weights' device the current one, which is where Triton launches. Does nothing on the CPU."""
@@ -185,7 +218,7 @@ class StreamedStorage(DeviceStorage):
                 with self._streams.stream(stream):
                     staged = buffer[: run.base.nbytes].view(run.base.dtype)
                     staged.copy_(run.base, non_blocking=True)
-                    work(replace(run, base=staged))
+                    self._launch(work, replace(run, base=staged))
                     if changes_base:
                         run.base.copy_(staged, non_blocking=True)
             for stream, _ in self._buffers:

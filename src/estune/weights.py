@@ -22,10 +22,12 @@ import numpy.typing as npt
 import torch
 
 from estune.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, narrow, widen
+from estune.checkpoint import Tensor as StoredTensor
 from estune.errors import EstuneError
 from estune.noise.reference import tensor_id
+from estune.noise.rows import Rows
 from estune.shared import Share
-from estune.storage import CpuStorage, Run, as_array, flat, make_base, open_storage, share_of, type_name
+from estune.storage import CpuStorage, Run, Storage, as_array, flat, make_base, open_storage, share_of, type_name
 from estune.strategy import Member, Update
 
 if TYPE_CHECKING:
@@ -39,16 +41,56 @@ Array = npt.NDArray[Any]
 SAMPLE = 4096  # elements of each tensor watched for drift
 
 
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """Part of a checkpoint tensor of `pitch` columns: `rows` rows of `width` elements, from (`row`, `column`) on.
+
+    Of more than two dimensions the last counts columns and all others rows; with one dimension every element is a row.
+    """
+
+    row: int
+    column: int
+    rows: int
+    width: int
+    pitch: int
+
+    @property
+    def start(self) -> int:
+        """Row-major position of its first element in the tensor."""
+        return self.row * self.pitch + self.column
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self.rows * self.width
+
+    @property
+    def layout(self) -> Rows | None:
+        """Of its rows; None where it is one stretch of the tensor."""
+        return None if self.width == self.pitch or self.rows == 1 else Rows(self.width, self.pitch)
+
+
 @dataclass(frozen=True)
 class Parameter:
-    """A trained tensor of a model: the checkpoint tensor `name`, whole and row-major.
+    """A trained tensor of a model: the checkpoint tensor `name`, whole and row-major, or a rectangle of it.
 
-    `aliases` are further names under which the checkpoint stores the same (tied) tensor.
+    `aliases` are further names under which the checkpoint stores the same (tied) tensor. `counted` is False for a
+    rectangle that elsewhere is held too and counted there: each element is to be in the fingerprint once.
     """
 
     name: str
     tensor: Tensor
     aliases: tuple[str, ...] = ()
+    rectangle: Rectangle | None = None
+    counted: bool = True
+
+    @property
+    def part(self) -> Rectangle:
+        """The part of the checkpoint tensor that this is."""
+        if self.rectangle is not None:
+            return self.rectangle
+        columns = self.tensor.shape[-1] if self.tensor.ndim > 1 else 1
+        return Rectangle(0, 0, self.tensor.numel() // max(columns, 1), columns, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +105,7 @@ class Weights:
     """The trained parameters of one model, perturbed around a base.
 
     Args:
-        parameters: from `trained_parameters`.
+        parameters: from `trained_parameters`, or rectangles of checkpoint tensors.
         policy, rounding: see the module's text; stochastic rounding matters to bfloat16 bases only.
         noise: `iid`, or `correlated`, which gives equal noise to all tensors, as the authors' first code did.
         threads: CPU threads to spread the work over.
@@ -94,24 +136,39 @@ class Weights:
             raise EstuneError(f"weights={policy} keeps weights of one type, the model has {names}; set weights=master")
         dtype = torch.float32 if policy == "master" else None
         base = live if policy == "inplace" else make_base(live, dtype, on_host=base_on_host, share=share)
-        self._base = {p.name: t for p, t in zip(self.parameters, base, strict=True)}
-        keys = [tensor_id(name) for name in self._base]
-        runs = [Run(a, b, key, 0 if noise == "correlated" else key) for a, b, key in zip(live, base, keys, strict=True)]
-        self._storage = open_storage(runs, threads)
-        self._updated = self._storage if share is None else CpuStorage(share_of(runs, share), threads)
+        self._base = list(base)
+        self._runs = [self._run(p, a, b) for p, a, b in zip(self.parameters, live, base, strict=True)]
+        self._threads = threads
+        self._storage = open_storage(self._runs, threads)
+        self._updated = self._storage if share is None else CpuStorage(share_of(self._runs, share), threads)
         self._fills = share is None or share.fills
         self._member: tuple[Member, float] | None = None  # what the live weights are perturbed by, if in place
         self._watched = self._sample() if policy == "inplace" else []
 
+    def _run(self, parameter: Parameter, live: Tensor, base: Tensor) -> Run:
+        key, part = tensor_id(parameter.name), parameter.part
+        noise = 0 if self.noise == "correlated" else key
+        return Run(live, base, key, noise, part.start, part.layout, parameter.counted)
+
     @property
     def base(self) -> dict[str, Array]:
-        """The base by checkpoint name, as flat arrays: its own memory, or a copy of what lies on a device."""
-        return {name: as_array(tensor.cpu()) for name, tensor in self._base.items()}
+        """The base of whole tensors by name, as flat arrays: its own memory, or a copy of what lies on a device."""
+        return {p.name: as_array(t.cpu()) for p, t in zip(self.parameters, self._base, strict=True)}
 
     @property
     def dtype(self) -> str:
         """Type of the base weights: float32, bfloat16 or float16."""
-        return type_name(next(iter(self._base.values())).dtype)
+        return type_name(self._base[0].dtype)
+
+    @property
+    def tensors(self) -> dict[str, list[str]]:
+        """The trained tensors by checkpoint name, each with the names tied to it."""
+        return {p.name: list(p.aliases) for p in self.parameters}
+
+    @property
+    def elements(self) -> int:
+        """Elements of all trained tensors, as far as they are counted here."""
+        return sum(p.tensor.numel() for p in self.parameters if p.counted)
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights base + sign * sigma * noise(seed). Needs no restore between members."""
@@ -150,18 +207,38 @@ class Weights:
 
     def drift(self) -> Drift:
         """How far the live weights of the `inplace` policy have drifted since the last update."""
+        return as_drift([self.drift_sums()])
+
+    def drift_sums(self) -> tuple[int, int, float]:
+        """What `drift` is made of: the number of weights watched, of those that changed, and the sum of squares."""
         self.restore()
-        pairs = [(widen(now), widen(then)) for now, then in zip(self._sample(), self._watched, strict=True)]
-        difference = np.concatenate([now - then for now, then in pairs]) if pairs else np.zeros(1, np.float32)
-        return Drift(float(np.mean(difference != 0)), float(np.sqrt(np.mean(np.square(difference, dtype=np.float64)))))
+        pairs = [
+            (widen(now), widen(then))
+            for p, now, then in zip(self.parameters, self._sample(), self._watched, strict=True)
+            if p.counted
+        ]
+        difference = np.concatenate([now - then for now, then in pairs]) if pairs else np.zeros(0, np.float32)
+        return len(difference), int(np.sum(difference != 0)), float(np.sum(np.square(difference, dtype=np.float64)))
 
     def runs(self) -> dict[str, Callable[[], Iterator[Array]]]:
-        """The base by checkpoint name, tied names included, as `Checkpoint.write` takes it."""
+        """The base of whole tensors by checkpoint name, tied names included, as `Checkpoint.write` takes it."""
 
         def reader(tensor: Tensor) -> Callable[[], Iterator[Array]]:
             return lambda: (as_array(part.cpu()) for part in torch.split(tensor, RUN_LENGTH))
 
-        return {name: reader(self._base[p.name]) for p in self.parameters for name in (p.name, *p.aliases)}
+        pairs = zip(self.parameters, self._base, strict=True)
+        return {name: reader(base) for p, base in pairs for name in (p.name, *p.aliases)}
+
+    def rows(self, name: str, first: int, count: int) -> list[tuple[int, int, Array]]:
+        """What is counted here of some rows of a tensor's base: each part's first row, first column and 2-d array."""
+        found = []
+        for p, base in zip(self.parameters, self._base, strict=True):
+            part = p.part
+            start, end = max(first, part.row), min(first + count, part.row + part.rows)
+            if p.name == name and p.counted and start < end:
+                held = base[(start - part.row) * part.width : (end - part.row) * part.width]
+                found.append((start, part.column, as_array(held.cpu()).reshape(-1, part.width)))
+        return found
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Make a checkpoint's tensors the base, such as one that an earlier part of the run saved.
@@ -170,14 +247,74 @@ class Weights:
         """
         if not self._fills:
             return
-        for name, tensor in self._base.items():
-            for i in range(0, len(tensor), RUN_LENGTH):
-                part = tensor[i : i + RUN_LENGTH]
-                values = narrow(checkpoint.tensors[name].read(i, len(part)), DTYPES[self.dtype])
-                part.copy_(torch.from_numpy(values).view(tensor.dtype))
+        for p, base in zip(self.parameters, self._base, strict=True):
+            stored, start = checkpoint.tensors[p.name], 0
+            for values in _read(stored, p.part):
+                part = base[start : start + len(values)]
+                part.copy_(torch.from_numpy(narrow(values, DTYPES[self.dtype])).view(base.dtype))
+                start += len(values)
+
+    def show(self, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint's tensors the live weights, rounded to their type, until the next `perturb` or `restore`.
+
+        Not for the policy `inplace`, which has nothing to restore from.
+        """
+        for p in self.parameters:
+            live, start = flat(p.tensor), 0
+            for values in _read(checkpoint.tensors[p.name], p.part):
+                part = live[start : start + len(values)]
+                part.copy_(torch.from_numpy(narrow(values, DTYPES[type_name(live.dtype)])).view(live.dtype))
+                start += len(values)
+
+    def change(self, checkpoint: Checkpoint) -> tuple[float, float]:
+        """Norm of the base's difference from a checkpoint, and of the checkpoint's tensors themselves."""
+        return as_norms([self.change_sums(checkpoint)])
+
+    def change_sums(self, checkpoint: Checkpoint) -> tuple[float, float]:
+        """What `change` is made of, over the elements counted here: the sums of squares."""
+        difference = norm = 0.0
+        for p, base in zip(self.parameters, self._base, strict=True):
+            start = 0
+            for values in _read(checkpoint.tensors[p.name], p.part) if p.counted else ():
+                now = widen(as_array(base[start : start + len(values)].cpu()))
+                # By dot products, which make no array in float64. A million float32 squares add up well enough.
+                difference += float(np.dot(now - values, now - values))
+                norm += float(np.dot(values, values))
+                start += len(values)
+        return difference, norm
+
+    def subset(self, choose: Callable[[Parameter], bool]) -> Storage:
+        """Passes over some parameters alone."""
+        chosen = [run for p, run in zip(self.parameters, self._runs, strict=True) if choose(p)]
+        return open_storage(chosen, self._threads)
 
     def _sample(self) -> list[Array]:
-        return [as_array(t[:: max(1, len(t) // SAMPLE)].clone().cpu()) for t in self._base.values()]
+        return [as_array(t[:: max(1, len(t) // SAMPLE)].clone().cpu()) for t in self._base]
+
+
+def _read(stored: StoredTensor, part: Rectangle) -> Iterator[npt.NDArray[np.float32]]:
+    """A checkpoint tensor's elements within a rectangle, in flat stretches of some `RUN_LENGTH`."""
+    if part.layout is None:
+        for i in range(0, part.elements, RUN_LENGTH):
+            yield stored.read(part.start + i, min(RUN_LENGTH, part.elements - i))
+        return
+    block = max(1, RUN_LENGTH // part.pitch)
+    for row in range(part.row, part.row + part.rows, block):
+        count = min(block, part.row + part.rows - row)
+        whole = stored.read(row * part.pitch, count * part.pitch).reshape(count, part.pitch)
+        yield np.ascontiguousarray(whole[:, part.column : part.column + part.width]).reshape(-1)
+
+
+def as_norms(sums: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The norms that several `Weights.change_sums` stand for."""
+    difference, norm = (sum(column) for column in zip(*sums, strict=True))
+    return float(np.sqrt(difference)), float(np.sqrt(norm))
+
+
+def as_drift(sums: Sequence[tuple[int, int, float]]) -> Drift:
+    """The drift that several `Weights.drift_sums` stand for."""
+    watched, changed, squares = (sum(column) for column in zip(*sums, strict=True))
+    return Drift(changed / max(watched, 1), float(np.sqrt(squares / max(watched, 1))))
 
 
 def as_fingerprint(total: int) -> str:

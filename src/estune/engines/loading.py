@@ -33,6 +33,20 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dt
     return _DTYPES[dtype]
 
 
+def load_config(path: Path) -> Any:
+    """A checkpoint's config.json, of a causal language model.
+
+    Raises:
+        EstuneError: it cannot be read, or it is another kind of model's.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(path, error) from error
+    _check_causal(path, config)
+    return config
+
+
 def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> Any:
     """A causal language model in evaluation mode, its parameters without gradients.
 
@@ -44,11 +58,7 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
     Raises:
         EstuneError: it cannot be read, it is not a causal language model, or weights are missing.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(path, error) from error
-    _check_causal(path, config)
+    config = load_config(path)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a second or two, of which a bar says nothing
     try:

@@ -18,10 +18,13 @@ class PromptEncoder:
         name: what the user calls the model.
         tokenizer: its tokenizer.
         config: its config, which says how many positions it has.
+        most: the most positions that the engine is set up for, if fewer.
     """
 
-    def __init__(self, name: str, tokenizer: Any, config: Any) -> None:
+    def __init__(self, name: str, tokenizer: Any, config: Any, most: int | None = None) -> None:
         self.name, self.tokenizer, self.config = name, tokenizer, config
+        reach = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.positions: int | None = min((n for n in (reach, most) if n is not None), default=None)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of each prompt.
@@ -78,7 +81,6 @@ class PromptEncoder:
                 "needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0 (0: all tokens)"
             )
         text_config = self.config.get_text_config(decoder=True)
-        reach = getattr(text_config, "max_position_embeddings", None)
         for i, ids in enumerate(prompt_ids):
             if not ids:
                 raise EstuneError(f"prompt {i}: no tokens; a prompt needs at least one")
@@ -88,8 +90,8 @@ class PromptEncoder:
                     f"prompt {i}: token {strange} is none of the {text_config.vocab_size} of {self.name!r}; take the "
                     "tokenizer that the model was trained with"
                 )
-            if reach is not None and len(ids) + sampling.max_new_tokens > reach:
+            if self.positions is not None and len(ids) + sampling.max_new_tokens > self.positions:
                 raise EstuneError(
                     f"prompt {i}: {len(ids)} tokens and max_new_tokens {sampling.max_new_tokens} go beyond the "
-                    f"{reach} positions of {self.name!r}; shorten the prompt or lower max_new_tokens"
+                    f"{self.positions} positions of {self.name!r}; shorten the prompt or lower max_new_tokens"
                 )

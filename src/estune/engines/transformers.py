@@ -19,12 +19,14 @@ from estune.engines.graph import CudaRecorder, GraphDecoder, uncapturable
 from estune.engines.loading import end_tokens, load_model, load_tokenizer, pad_token
 from estune.engines.memory import keep_freed_memory, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
+from estune.engines.score import log_probabilities
 from estune.errors import EstuneError
 from estune.place import pick_device
 
 MAX_ROWS = {"cpu": 256}
 """Rows per batch that still gain from one another: beyond, a CPU's caches lose more than larger products win."""
 MAX_ROWS_ELSEWHERE = 1024
+SCORE_COPIES = 4  # of a batch's logits in float32, while completions are scored
 MEMORY_SHARE = 4
 """A batch takes at most this part, one in so many, of the memory that a device has beyond the model's weights."""
 
@@ -39,6 +41,7 @@ class TransformersEngine(PromptEncoder):
         device: "auto" (CUDA, then MPS, then CPU) or what `torch.device` takes.
         batch_size: rows decoded together; None chooses by the memory that the device has, whatever of it is in use.
         cuda_graphs: on CUDA, capture decoding steps as CUDA graphs and replay them, where the model permits it.
+        sharers: engines that share the device's memory, this one included.
 
     Greedy completions are the model's own: the largest logit, no repetition penalty or other processor that a
     checkpoint's generation config may ask for. Same prompts and weights give the same completions, whatever was
@@ -56,6 +59,7 @@ class TransformersEngine(PromptEncoder):
         device: str = "auto",
         batch_size: int | None = None,
         cuda_graphs: bool = True,
+        sharers: int = 1,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise EstuneError(
@@ -67,7 +71,7 @@ class TransformersEngine(PromptEncoder):
         self.model: Any = load_model(path, dtype, self.device)
         super().__init__(str(model), load_tokenizer(path), self.model.config)
         weights: int = sum(parameter.nbytes for parameter in self.model.parameters())
-        self._batch_memory = (total_memory(self.device) - weights) // MEMORY_SHARE
+        self._batch_memory = (total_memory(self.device) // sharers - weights) // MEMORY_SHARE
         if self.device.type == "cpu":
             keep_freed_memory()
         self.end_ids = end_tokens(self.model, self.tokenizer)
@@ -82,6 +86,14 @@ class TransformersEngine(PromptEncoder):
         if cuda_graphs and self.device.type == "cuda" and not uncapturable(model):
             return GraphDecoder(model, self.end_ids, pad, CudaRecorder(model.device))
         return Decoder(model, self.end_ids, pad)
+
+    @property
+    def dtype(self) -> str:
+        """Type of the live weights: float32, bfloat16 or float16."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def close(self) -> None:
+        """Nothing to release: the model goes with the last reference."""
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in the order of the prompts.
@@ -103,6 +115,12 @@ class TransformersEngine(PromptEncoder):
                 token_ids[i] = row[:stop]
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
+
+    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability (nats) of every token of every completion under the live weights."""
+        logits = self._batch_memory // (4 * SCORE_COPIES)
+        with memory_for("the logits of a batch", "lower max_new_tokens"):
+            return log_probabilities(self.model, prompt_ids, completion_ids, pad_token(self.tokenizer), logits)
 
     def _batches(self, prompt_ids: Sequence[Sequence[int]], new: int) -> Iterator[list[int]]:
         """Prompt numbers by rising length, in batches of equal size; of equal length where the decoder asks for it."""

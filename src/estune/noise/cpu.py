@@ -4,8 +4,9 @@ Bit for bit the function of `reference.py`. Noise lives only in a scratch of 32 
 counters first, then the transform, in loops split so that each vectorises (selects instead of branches, 32-bit
 integers). Kernels release the GIL and work on one contiguous run each; the caller spreads runs over threads.
 
-A run is elements `start .. start + array.size - 1` of a checkpoint tensor, in row-major order. float32 weights come as
-float32 arrays, bfloat16 weights as their bits in uint16 arrays, float16 weights as float16 arrays.
+A run is elements `start .. start + array.size - 1` of a checkpoint tensor, in row-major order, or, with `rows`, columns
+of it (`rows.py`). float32 weights come as float32 arrays, bfloat16 weights as their bits in uint16 arrays, float16
+weights as float16 arrays.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numba import types
 from numba.extending import overload
 
 from estune.noise import reference as ref
+from estune.noise.rows import Rows
 
 CHUNK = 1024  # counters; the scratch for four words and four normals of each then fits the first-level cache
 
@@ -257,6 +259,42 @@ def _fingerprint(bits, tensor, start):
     return total
 
 
+@_jit
+def _stretch(done, size, width, pitch, skip):
+    """What follows the first `done` of `size` elements within a row: its offset from the start, and its length."""
+    row, column = (skip + done) // width, (skip + done) % width
+    return row * pitch + column, min(width - column, size - done)
+
+
+@_jit
+def _perturb_rows(live, base, seed, tensor, start, sigma, width, pitch, skip):
+    done = 0
+    while done < base.size:
+        offset, n = _stretch(done, base.size, width, pitch, skip)
+        _perturb(live[done : done + n], base[done : done + n], seed, tensor, start + offset, sigma)
+        done += n
+
+
+@_jit
+def _update_rows(base, seeds, coefficients, tensor, start, decay, rounding_seed, stochastic, width, pitch, skip):
+    done = 0
+    while done < base.size:
+        offset, n = _stretch(done, base.size, width, pitch, skip)
+        part = base[done : done + n]
+        _update(part, seeds, coefficients, tensor, start + offset, decay, rounding_seed, stochastic)
+        done += n
+
+
+@_jit
+def _fingerprint_rows(bits, tensor, start, width, pitch, skip):
+    total, done = np.uint64(0), 0
+    while done < bits.size:
+        offset, n = _stretch(done, bits.size, width, pitch, skip)
+        total += _fingerprint(bits[done : done + n], tensor, start + offset)
+        done += n
+    return total
+
+
 def normal(seed: int, tensor: int, start: int, count: int) -> npt.NDArray[np.float32]:
     """Noise of elements `start .. start + count - 1` of the tensor whose 64-bit key is `tensor`."""
     out = np.empty(count, np.float32)
@@ -264,12 +302,18 @@ def normal(seed: int, tensor: int, start: int, count: int) -> npt.NDArray[np.flo
     return out
 
 
-def perturb(live: Weights, base: Weights, seed: int, tensor: int, start: int, sigma: float) -> None:
+def perturb(
+    live: Weights, base: Weights, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None = None
+) -> None:
     """Set `live = base + sigma * noise` over one run: computed in float32, rounded once to live's type.
 
     `live` may be `base` itself (the in-place policy).
     """
-    _perturb(_stored(live), _stored(base), np.uint64(seed), np.uint64(tensor), start, np.float32(sigma))
+    run = (_stored(live), _stored(base), np.uint64(seed), np.uint64(tensor), start, np.float32(sigma))
+    if rows is None:
+        _perturb(*run)
+    else:
+        _perturb_rows(*run, *rows)
 
 
 def update(
@@ -280,6 +324,7 @@ def update(
     start: int,
     decay: float = 0.0,
     rounding_seed: int | None = None,
+    rows: Rows | None = None,
 ) -> None:
     """Add `decay * base + sum_n coefficients[n] * noise_n` to one run of `base`, members in the given order.
 
@@ -288,13 +333,18 @@ def update(
     """
     stochastic = rounding_seed is not None
     rounding = np.uint64(rounding_seed or 0)
-    _update(_stored(base), seeds, coefficients, np.uint64(tensor), start, np.float32(decay), rounding, stochastic)
+    run = (_stored(base), seeds, coefficients, np.uint64(tensor), start, np.float32(decay), rounding, stochastic)
+    if rows is None:
+        _update(*run)
+    else:
+        _update_rows(*run, *rows)
 
 
-def fingerprint(weights: Weights, tensor: int, start: int) -> int:
+def fingerprint(weights: Weights, tensor: int, start: int, rows: Rows | None = None) -> int:
     """Hash of one run: a sum modulo 2^64 over its elements, so that runs add up in any order and any split."""
     bits = weights.view(np.uint32 if weights.dtype == np.float32 else np.uint16)
-    return int(_fingerprint(bits, np.uint64(tensor), start))
+    run = (bits, np.uint64(tensor), start)
+    return int(_fingerprint(*run) if rows is None else _fingerprint_rows(*run, *rows))
 
 
 def _stored(weights: Weights) -> npt.NDArray[Any]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from estune.noise import reference as ref
+from estune.noise.rows import Rows
 
 BLOCK = 512  # counters a program; four elements each
 WARPS = 8  # two counters a thread: some 40 registers, and 50 for the stochastic update
@@ -28,7 +29,10 @@ _SCALE = tl.constexpr(ref.TWO_POW_MINUS_24)
 
 # Seeds and keys change from call to call: compiling a variant for each that is 1 or a multiple of 16, or that fits into
 # 32 bits, would be waste. Hence this list, and types on all scalars.
-_kernel: Any = triton.jit(do_not_specialize=["seed", "tensor", "start", "size", "members", "rounding_seed"])
+_kernel: Any = triton.jit(
+    do_not_specialize=["seed", "tensor", "start", "size", "members", "rounding_seed", "width", "pitch", "skip"]
+)
+_WHOLE = Rows(4, 4)  # for a run that is one stretch, which needs none
 
 
 @triton.jit
@@ -105,14 +109,31 @@ def _narrow(value, like: tl.constexpr):
     return value.to(like)
 
 
+@triton.jit
+def _places(start, width, pitch, skip, PITCHED: tl.constexpr, COUNT: tl.constexpr):
+    """A program's counters, and where in the run their elements are."""
+    if PITCHED:  # rows begin with a counter and end with one
+        first = tl.program_id(0).to(tl.int64) * COUNT
+        group = (skip // 4 + first).to(tl.int32) + tl.arange(0, COUNT)
+        groups = (width // 4).to(tl.int32)
+        row = group // groups
+        blocks = start // 4 + row.to(tl.int64) * (pitch // 4) + (group - row * groups)
+        at = first * 4 + tl.arange(0, 4 * COUNT)
+    else:
+        first = start // 4 + tl.program_id(0).to(tl.int64) * COUNT
+        blocks = first + tl.arange(0, COUNT)
+        at = first * 4 - start + tl.arange(0, 4 * COUNT)
+    return blocks, at
+
+
 @_kernel
 def _perturb(
     live, base, seed: tl.uint64, tensor: tl.uint64, start: tl.int64, size: tl.int64, sigma: tl.float32,
-    COUNT: tl.constexpr,
+    width: tl.int64, pitch: tl.int64, skip: tl.int64,
+    PITCHED: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    first = start // 4 + tl.program_id(0).to(tl.int64) * COUNT
-    noise = _normals(seed, tensor, first + tl.arange(0, COUNT))
-    at = first * 4 - start + tl.arange(0, 4 * COUNT)
+    blocks, at = _places(start, width, pitch, skip, PITCHED, COUNT)
+    noise = _normals(seed, tensor, blocks)
     inside = (at >= 0) & (at < size)
     weights = tl.load(base + at, mask=inside).to(tl.float32)
     tl.store(live + at, _narrow(weights + noise * sigma, live.dtype.element_ty), mask=inside)
@@ -121,15 +142,13 @@ def _perturb(
 @_kernel
 def _update(
     base, seeds, coefficients, tensor: tl.uint64, start: tl.int64, size: tl.int64, members: tl.int32,
-    decay: tl.float32, rounding_seed: tl.uint64,
-    STOCHASTIC: tl.constexpr, COUNT: tl.constexpr,
+    decay: tl.float32, rounding_seed: tl.uint64, width: tl.int64, pitch: tl.int64, skip: tl.int64,
+    STOCHASTIC: tl.constexpr, PITCHED: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    first = start // 4 + tl.program_id(0).to(tl.int64) * COUNT
-    blocks = first + tl.arange(0, COUNT)
+    blocks, at = _places(start, width, pitch, skip, PITCHED, COUNT)
     total = tl.zeros((4 * COUNT,), tl.float32)
     for member in range(members):
         total += _normals(tl.load(seeds + member), tensor, blocks) * tl.load(coefficients + member)
-    at = first * 4 - start + tl.arange(0, 4 * COUNT)
     inside = (at >= 0) & (at < size)
     old = tl.load(base + at, mask=inside).to(tl.float32)
     new = old + (old * decay + total)
@@ -142,22 +161,35 @@ def _update(
 
 @_kernel
 def _fingerprint(
-    weights, total, tensor: tl.uint64, start: tl.int64, size: tl.int64, BITS: tl.constexpr, COUNT: tl.constexpr
-):
+    weights, total, tensor: tl.uint64, start: tl.int64, size: tl.int64, width: tl.int64, pitch: tl.int64,
+    skip: tl.int64, BITS: tl.constexpr, PITCHED: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     inside = at < size
+    place = at
+    if PITCHED:
+        row = (skip + at) // width
+        place = row * pitch + (skip + at - row * width)
     bits = tl.load(weights + at, mask=inside, other=0).to(tl.uint64) & ((1 << BITS) - 1)
-    z = tensor.to(tl.uint64) + (start + at).to(tl.uint64) * 0x9E3779B97F4A7C15
+    z = tensor.to(tl.uint64) + (start + place).to(tl.uint64) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30) ^ bits) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z = tl.where(inside, z ^ (z >> 31), 0)
     tl.atomic_add(total, tl.sum(z.to(tl.int64, bitcast=True), 0), sem="relaxed")
 
 
-def perturb(live: torch.Tensor, base: torch.Tensor, seed: int, tensor: int, start: int, sigma: float) -> None:
-    """As `cpu.perturb`."""
+def takes(start: int, size: int, rows: Rows) -> bool:
+    """Whether `perturb` and `update` take a run of such rows at once: each begins and ends with a counter."""
+    aligned = not any(n % 4 for n in (start, rows.width, rows.pitch, rows.skip))
+    return aligned and rows.skip + size < 2**33  # counters within the run are 32-bit
+
+
+def perturb(
+    live: torch.Tensor, base: torch.Tensor, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None = None
+) -> None:
+    """As `cpu.perturb`, for rows that it `takes`."""
     if base.numel():
-        _perturb[_grid(start, base.numel())](
+        _perturb[_grid(start, base.numel(), rows)](
             live,
             base,
             seed,
@@ -165,6 +197,8 @@ def perturb(live: torch.Tensor, base: torch.Tensor, seed: int, tensor: int, star
             start,
             base.numel(),
             sigma,
+            *(rows or _WHOLE),
+            PITCHED=rows is not None,
             COUNT=BLOCK,
             num_warps=WARPS,
             enable_fp_fusion=False,
@@ -179,10 +213,14 @@ def update(
     start: int,
     decay: float = 0.0,
     rounding_seed: int | None = None,
+    rows: Rows | None = None,
 ) -> None:
-    """As `cpu.update`; `seeds` are int64 (their bits), `coefficients` float32, both on the device."""
+    """As `cpu.update`, for rows that it `takes`.
+
+    `seeds` are int64 (their bits) and `coefficients` float32, both on the device.
+    """
     if base.numel():
-        _update[_grid(start, base.numel())](
+        _update[_grid(start, base.numel(), rows)](
             base,
             seeds,
             coefficients,
@@ -192,22 +230,34 @@ def update(
             seeds.numel(),
             decay,
             rounding_seed or 0,
+            *(rows or _WHOLE),
             STOCHASTIC=rounding_seed is not None and base.dtype == torch.bfloat16,
+            PITCHED=rows is not None,
             COUNT=BLOCK,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
 
 
-def fingerprint(weights: torch.Tensor, tensor: int, start: int, total: torch.Tensor) -> None:
+def fingerprint(weights: torch.Tensor, tensor: int, start: int, total: torch.Tensor, rows: Rows | None = None) -> None:
     """As `cpu.fingerprint`, added to `total`, one int64 on the device: no wait for the device until it is read."""
     if weights.numel():
         bits = 8 * weights.element_size()
         flat = weights.view(torch.int32 if bits == 32 else torch.int16)
         grid = (triton.cdiv(weights.numel(), FINGERPRINT_BLOCK),)
-        _fingerprint[grid](flat, total, tensor, start, weights.numel(), BITS=bits, COUNT=FINGERPRINT_BLOCK)
+        _fingerprint[grid](
+            flat,
+            total,
+            tensor,
+            start,
+            weights.numel(),
+            *(rows or _WHOLE),
+            BITS=bits,
+            PITCHED=rows is not None,
+            COUNT=FINGERPRINT_BLOCK,
+        )
 
 
-def _grid(start: int, size: int) -> tuple[int]:
-    blocks = (start + size + 3) // 4 - start // 4
+def _grid(start: int, size: int, rows: Rows | None) -> tuple[int]:
+    blocks = (size + 3) // 4 if rows else (start + size + 3) // 4 - start // 4
     return (triton.cdiv(blocks, BLOCK),)

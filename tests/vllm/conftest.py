@@ -1,0 +1,62 @@
+"""Engines over tiny models, each started once for all tests. Skipped where vLLM is not installed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.checkpoint import Checkpoint
+from estune.config import Config
+from tests.models import save_model
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+# Heads as wide as vLLM's kernels for CPUs take; a vocabulary that is not a multiple of 64 and so is padded.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 330,
+    "hidden_size": 128,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Directory of a tiny model of an architecture, with changes to its shape."""
+    made: dict[str, Path] = {}
+
+    def save(kind: str, **changes: Any) -> Path:
+        key = f"{kind}{sorted(changes.items())}"
+        if key not in made:
+            made[key] = save_model(tmp_path_factory.mktemp("models") / kind, kind, **{**SHAPE, **changes})
+        return made[key]
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[Callable[..., Any]]:
+    """The engine over a model, started at the first call for it."""
+    from estune.engines.vllm import VllmEngine
+
+    started: dict[tuple[Path, str, int], VllmEngine] = {}
+
+    def engine(path: Path, dtype: str = "float32", parallel: int = 1) -> VllmEngine:
+        key = (path, dtype, parallel)
+        if key not in started:
+            settings = Config(model=str(path), engine="vllm", dtype=dtype, gpus_per_worker=parallel, batch_size=32)
+            started[key] = VllmEngine(Checkpoint(path), settings)
+        return started[key]
+
+    yield engine
+    for one in started.values():
+        one.close()

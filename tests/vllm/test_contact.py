@@ -1,0 +1,129 @@
+"""Every internal of vLLM that estune touches: exists, and is called as it is to be called.
+
+Where a new version of vLLM has changed one, this fails first, and says which.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_engine_takes_our_options() -> None:
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    ours = {
+        "model",
+        "tokenizer",
+        "skip_tokenizer_init",
+        "generation_config",
+        "tensor_parallel_size",
+        "distributed_executor_backend",
+        "worker_extension_cls",
+        "use_tqdm_on_load",
+        "dtype",
+        "max_model_len",
+        "max_num_seqs",
+        "enforce_eager",
+        "enable_prefix_caching",
+        "block_size",
+        "kv_cache_memory_bytes",
+        "gpu_memory_utilization",
+    }
+    assert ours <= set(parameters(EngineArgs))
+    assert parameters(LLM.reset_prefix_cache) == ["self", "reset_running_requests", "reset_connector"]
+    assert inspect.signature(LLM.reset_prefix_cache).return_annotation in (bool, "bool")
+    assert parameters(LLM.collective_rpc)[:4] == ["self", "method", "timeout", "args"]
+    assert parameters(LLM.generate)[:3] == ["self", "prompts", "sampling_params"]
+    assert "use_tqdm" in parameters(LLM.generate)
+
+
+def test_sampling_takes_our_settings() -> None:
+    from vllm import SamplingParams
+
+    ours = {
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "stop_token_ids",
+        "ignore_eos",
+        "detokenize",
+        "logprobs",
+    }
+    assert ours <= set(SamplingParams.__struct_fields__)
+
+
+def test_the_engine_ends_its_processes() -> None:
+    from vllm.v1.engine.core_client import InprocClient
+
+    assert parameters(InprocClient.shutdown)[0] == "self"
+
+
+def test_environment_variables_are_known() -> None:
+    from vllm import envs
+
+    for name in (
+        "VLLM_ENABLE_V1_MULTIPROCESSING",
+        "VLLM_NO_USAGE_STATS",
+        "VLLM_LOGGING_LEVEL",
+        "VLLM_CPU_OMP_THREADS_BIND",
+    ):
+        assert name in envs.environment_variables
+    assert "DO_NOT_TRACK" in inspect.getsource(envs) or "VLLM_DO_NOT_TRACK" in envs.environment_variables
+
+
+def test_linear_layers_call_the_function_that_packs_by_its_module() -> None:
+    """Replaced there, it is replaced for them."""
+    from vllm.model_executor.layers import linear, utils, vocab_parallel_embedding
+
+    assert parameters(utils.dispatch_cpu_unquantized_gemm) == ["layer", "remove_weight"]
+    text = "from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm"
+    for method in (linear.UnquantizedLinearMethod, vocab_parallel_embedding.UnquantizedEmbeddingMethod):
+        assert text in inspect.getsource(method.process_weights_after_loading)
+    assert "layer.cpu_linear(x, weight, bias)" in inspect.getsource(utils.cpu_unquantized_gemm)
+
+
+def test_the_extension_is_imported_before_the_model_is_built_and_clashes_with_nothing() -> None:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+
+    source = inspect.getsource(WorkerWrapperBase.init_worker)
+    assert "resolve_obj_by_qualname(\n                parallel_config.worker_extension_cls" in source
+    assert "load_model" not in source
+    assert {"self", "vllm_config", "rank"} <= set(parameters(WorkerBase.__init__))
+    for name in ("estune", "_estune_shard"):
+        assert not hasattr(CPUWorker, name) or name == "estune"  # which it has once an engine has been started
+
+
+def test_workers_hold_what_we_look_at(saved: Any, engines: Any) -> None:
+    engine = engines(saved("qwen3"))
+
+    def look(worker: Any) -> list[bool]:
+        model, config = worker.model_runner.get_model(), worker.vllm_config.model_config
+        return [
+            callable(model.load_weights),
+            config.quantization is None,
+            config.use_mla is False,
+            worker.rank == 0,
+            all(hasattr(m, "cpu_linear") for n, m in model.named_modules() if n.endswith("_proj")),
+        ]
+
+    assert engine._llm.collective_rpc(look) == [[True] * 5]
+    assert callable(engine._llm.llm_engine.engine_core.shutdown)
+
+
+@pytest.mark.parametrize("platform", ["cpu"])
+def test_the_platform_is_told(platform: str) -> None:
+    from vllm.platforms import current_platform
+
+    assert current_platform.device_type == platform

@@ -1,0 +1,156 @@
+"""Completions of vLLM against those of transformers, its prefix cache, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.checkpoint import Checkpoint
+from estune.config import Config
+from estune.engines import vllm_internals as internals
+from estune.engines.base import Sampling
+from estune.errors import EstuneError
+from estune.strategy import Member
+from tests.vllm.pairs import PROMPTS, UPDATE, open_reference, open_weights, settings
+
+GREEDY = Sampling(12)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])
+def test_greedy_completions_are_those_of_transformers(
+    kind: str, saved: Callable[..., Path], engines: Callable[..., Any]
+) -> None:
+    path = saved(kind)
+    engine, (reference, theirs) = engines(path), open_reference(path, "float32")
+    ours, seen = open_weights(engine, path), []
+    for member in (Member(1), Member(2, -1)):
+        ours.perturb(member, 0.02)
+        theirs.perturb(member, 0.02)
+        seen.append(engine.generate(PROMPTS, GREEDY))
+        assert seen[-1] == reference.generate(PROMPTS, GREEDY)
+    ours.restore()
+    theirs.restore()
+    assert engine.generate(PROMPTS, GREEDY) == reference.generate(PROMPTS, GREEDY)
+    ours.apply(UPDATE)
+    theirs.apply(UPDATE)
+    ours.restore()
+    theirs.restore()
+    assert engine.generate(PROMPTS, GREEDY) == reference.generate(PROMPTS, GREEDY)
+    assert len({completion.text for completion in seen[0]}) > len(PROMPTS) // 2
+    assert seen[0] != seen[1]
+    ours.load(Checkpoint(path))
+    ours.restore()
+
+
+def test_completions_end_where_those_of_transformers_do(saved: Any, engines: Any) -> None:
+    """Every fourth token ends, so that many completions do."""
+    path = saved("qwen3", eos_token_id=list(range(1, 330, 4)))
+    engine, (reference, _) = engines(path), open_reference(path, "float32")
+    assert engine.end_ids == reference.end_ids
+    found = engine.generate(PROMPTS, GREEDY)
+    assert found == reference.generate(PROMPTS, GREEDY)
+    assert {completion.finished for completion in found} == {True, False}
+    assert {len(completion.token_ids) for completion in found if completion.finished} > {1}
+
+
+def test_without_the_reset_completions_would_be_stale(
+    saved: Any, engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved("qwen2")
+    engine, (reference, theirs) = engines(path), open_reference(path, "float32")
+    ours = open_weights(engine, path)
+    prompts = [[(7 * row + i) % 320 for i in range(70)] for row in range(16)]  # of two blocks, which are shared
+    engine.generate(prompts, GREEDY)
+    theirs.perturb(Member(8), 0.05)
+    expected = reference.generate(prompts, GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(internals, "reset_prefix_cache", lambda llm: True)
+        ours.perturb(Member(8), 0.05)
+        stale = engine.generate(prompts, GREEDY)
+    assert sum(a != b for a, b in zip(stale, expected, strict=True)) > 8
+    ours.perturb(Member(8), 0.05)
+    assert engine.generate(prompts, GREEDY) == expected
+    ours.restore()
+    monkeypatch.setattr(internals, "reset_prefix_cache", lambda llm: False)
+    with pytest.raises(EstuneError, match="keys and values of other weights"):
+        ours.restore()
+
+
+def test_sampled_completions_repeat_for_a_seed(saved: Any, engines: Any) -> None:
+    engine = engines(saved("qwen3"))
+    sampling = Sampling(10, temperature=1.0, top_p=0.9, top_k=50, seed=5)
+    found = engine.generate([PROMPTS[0]] * 6, sampling)
+    assert len({completion.text for completion in found}) > 3  # each row has random numbers of its own
+    assert engine.generate([PROMPTS[0]] * 6, sampling) == found
+    assert engine.generate([PROMPTS[0]] * 2, sampling) == found[:2]
+    assert engine.generate([PROMPTS[0]] * 6, Sampling(10, temperature=1.0, top_p=0.9, top_k=50, seed=6)) != found
+
+
+def test_prompts_that_do_not_fit_are_refused(saved: Any, engines: Any) -> None:
+    engine = engines(saved("qwen3"))
+    with pytest.raises(EstuneError, match="prompt 1: 250 tokens and max_new_tokens 12 go beyond the 256 positions"):
+        engine.generate([[1], [2] * 250], GREEDY)
+    with pytest.raises(EstuneError, match="prompt 0: token 330 is none of the 330"):
+        engine.generate([[330]], GREEDY)
+    assert engine.generate([], GREEDY) == []
+
+
+def test_a_layer_that_packs_its_weights_is_refused(saved: Any, tmp_path: Path) -> None:
+    """vLLM as it is without the way out."""
+    script = tmp_path / "packed.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from estune.checkpoint import Checkpoint
+        from estune.config import Config
+        from estune.engines import vllm, vllm_internals
+        from estune.errors import EstuneError
+        vllm_internals.keep_weights_plain = lambda: None
+        try:
+            path = Path(sys.argv[1])
+            vllm.open_vllm(Checkpoint(path), Config(model=str(path), engine="vllm", batch_size=8), perturbs=True)
+        except EstuneError as error:
+            print("refused:", error)
+        """)
+    )
+    done = subprocess.run([sys.executable, script, saved("llama")], capture_output=True, text=True, check=False)
+    assert "refused: engine=vllm cannot train this model: vLLM has packed the weights of model.layers" in done.stdout
+
+
+def test_a_length_without_room_is_refused_by_the_name_of_its_setting(
+    saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from estune.engines.vllm import VllmEngine
+
+    path = saved("llama")
+    monkeypatch.setattr(VllmEngine, "_cache_bytes", lambda *arguments: 1 << 17)
+    with pytest.raises(EstuneError, match="vLLM cannot run model .* lower vllm_max_model_length"):
+        VllmEngine(Checkpoint(path), Config(model=str(path), engine="vllm"))
+
+
+def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, saved: Any, engines: Any) -> None:
+    assert internals.check_version().startswith("0.3")
+    monkeypatch.setattr(internals, "_version", lambda package: "0.40.1" if package == "vllm" else None)
+    with pytest.raises(EstuneError, match=r"vLLM 0.40.1 is installed, estune knows 0.32 up to, not including, 0.34"):
+        internals.check_version()
+    monkeypatch.setattr(internals, "_version", lambda package: None)
+    with pytest.raises(EstuneError, match=r"vLLM is not installed; pip install 'estune\[vllm\]'"):
+        internals.check_version()
+
+
+def test_settings_reach_vllm(saved: Any, engines: Any) -> None:
+    path = saved("qwen3")
+    engine = engines(path)
+    config = engine._llm.llm_engine.vllm_config
+    assert config.scheduler_config.max_num_seqs == 32
+    assert config.model_config.max_model_len == 256
+    assert config.cache_config.enable_prefix_caching
+    assert config.cache_config.kv_cache_memory_bytes < 64 << 20
+    assert settings(engine, path).gpus_per_worker == 1
