@@ -11,7 +11,8 @@ from estune.engines.base import Completion
 from estune.errors import EstuneError
 from estune.files import replacing
 from estune.monitors.base import Sample
-from estune.rewards.grade import Grades, Row, grade
+from estune.rewards.grade import FAILURES, Grades, Row
+from estune.rewards.grading import Grading, grade
 from estune.strategy import mean_and_std
 from estune.tasks.base import Task
 
@@ -30,14 +31,25 @@ class Graded:
         return sum(len(c.token_ids) for c in self.completions)
 
     def metrics(self) -> dict[str, float]:
-        """Reward (if there is one), each function's mean, and the shape of the completions, under TRL's names."""
+        """Reward (if there is one), each function's mean, and the shape of the completions, under TRL's names.
+
+        Then what functions logged, and how many completions a function could not grade, as `rewards/NAME/timeouts` and
+        so on: always for isolated functions, for others where one failed.
+        """
         count = len(self.completions)
         mean = self.grades.mean
         return {
             **({} if mean is None else {"reward": mean}),
             **{f"rewards/{name}/mean": value for name, value in self.grades.means().items()},
+            **{
+                f"rewards/{name}/{kind}": number
+                for name, failures in self.grades.failures.items()
+                for kind, number in failures.items()
+            },
+            **self.grades.logged_means(),
             "completions/mean_length": self.tokens / count,
             "completions/clipped_ratio": sum(not c.finished for c in self.completions) / count,
+            "completions/distinct": len({c.text for c in self.completions}) / count,
         }
 
     def sample(self, index: int = 0) -> Sample:
@@ -56,39 +68,44 @@ class Graded:
                 **{f"rewards/{name}": scores[i] for name, scores in self.grades.scores.items()},
                 "tokens": len(completion.token_ids),
                 "finished": completion.finished,
+                **{column: values[i] for column, values in self.grades.extras.items()},
             }
             for i, (row, completion) in enumerate(zip(self.rows, self.completions, strict=True))
         ]
 
 
-def grade_completions(task: Task, rows: Sequence[Row], completions: list[Completion]) -> Graded:
-    """Grade completions of `rows` by the task's rewards."""
+def grade_completions(
+    task: Task, rows: Sequence[Row], completions: list[Completion], grading: Grading | None = None
+) -> Graded:
+    """Grade completions of `rows` by the task's rewards, and by the run's `grading` where there is one."""
+    if grading is not None:
+        return Graded(rows, completions, grading.grade(rows, completions))
     return Graded(rows, completions, grade(task.reward_funcs, task.reward_weights, rows, completions))
 
 
 def evaluation_metrics(task: Task, graded: Graded) -> dict[str, float]:
-    """Metrics of an evaluation: those of a batch with `eval_` before them, and `eval_accuracy`.
+    """Metrics of an evaluation: those of a batch with `eval_` before them, and `eval_accuracy`, also by group.
 
     Raises:
         EstuneError: where a reward is not finite, or none applies: nothing could be compared with it.
     """
     metrics = {f"eval_{key}": value for key, value in graded.metrics().items()}
-    accuracy = metrics.get(f"eval_rewards/{task.accuracy}/mean")
-    if accuracy is None or "eval_reward" not in metrics:
+    accuracy = task.accuracy_of(graded.rows, graded.grades.scores)
+    if "" not in accuracy or "eval_reward" not in metrics:
         raise EstuneError(
-            f"task {task.name}: on the evaluation set the reward is not finite, or {task.accuracy} applies to no row; "
-            "mend the reward and resume"
+            f"task {task.name}: on the evaluation set the reward is not finite, or {' and '.join(task.accuracies)} "
+            "applies to no row; mend the reward and resume"
         )
-    return metrics | {"eval_accuracy": accuracy}
+    return metrics | {f"eval_accuracy/{group}" if group else "eval_accuracy": a for group, a in accuracy.items()}
 
 
 def step_metrics(members: Sequence[Graded]) -> dict[str, float]:
-    """Metrics of a step over its members: reward and spread, and the mean of all else over those that have it."""
+    """Metrics of a step over its members: reward and spread, failures added up, and the mean of all else."""
     each = [graded.metrics() for graded in members]
     rewards = [metrics["reward"] for metrics in each if "reward" in metrics]
     mean, std = mean_and_std(rewards)
-    averages = {
-        key: mean_and_std([metrics[key] for metrics in each if key in metrics])[0]
+    columns = {
+        key: [metrics[key] for metrics in each if key in metrics]
         for key in dict.fromkeys(key for metrics in each for key in metrics)
         if key != "reward"
     }
@@ -97,18 +114,29 @@ def step_metrics(members: Sequence[Graded]) -> dict[str, float]:
         "reward_std": std,
         "reward_min": min(rewards),
         "reward_max": max(rewards),
-        **averages,
+        **{key: sum(v) if _is_count(key) else mean_and_std(v)[0] for key, v in columns.items()},
         "failed_members": len(members) - len(rewards),
     }
 
 
 def write_completions(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write records as parquet."""
+    """Write records as parquet; a column whose values are not all of one type becomes text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    columns: dict[str, Any] = {}
+    for name in dict.fromkeys(name for record in records for name in record):
+        values = [record.get(name) for record in records]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            columns[name] = pa.array([None if value is None else str(value) for value in values])
     with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(records), temporary)
+        pq.write_table(pa.table(columns), temporary)
+
+
+def _is_count(key: str) -> bool:
+    return key.startswith("rewards/") and key.rpartition("/")[2] in FAILURES
 
 
 def prompt_text(prompt: Any) -> str:

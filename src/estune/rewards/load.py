@@ -1,0 +1,107 @@
+"""Reward functions from what a user writes: a name, a file, a model, or the function itself."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from estune.errors import EstuneError
+from estune.rewards.grade import RewardFunction
+
+FILES: dict[str, str] = {}
+"""Modules loaded from files by path: name to path. Graders load them in the same way."""
+
+
+def load_reward(reward: Any) -> RewardFunction:
+    """A reward function.
+
+    Args:
+        reward: a callable, itself; a transformers sequence-classification model; or a string:
+            `path/to/file.py:function`; a model directory or a hub id with a slash, for a reward model; or
+            `package.module.function`, imported with the working directory in reach, as TRL's command does.
+
+    Raises:
+        EstuneError: there is nothing of that name.
+    """
+    if isinstance(reward, str):
+        path, _, name = reward.rpartition(":")
+        if path.endswith(".py"):
+            return _attribute(load_file(Path(path)), name, reward)
+        if "/" in reward or Path(reward).is_dir():
+            return _model(reward)
+        if "." in reward:
+            return _imported(reward)
+        raise EstuneError(
+            f"reward {reward!r} is no name of a reward: give package.module.function, path/to/file.py:function, or the "
+            "directory or hub id of a reward model"
+        )
+    if hasattr(reward, "config") and hasattr(reward, "forward"):
+        return _model(reward)
+    if callable(reward):
+        function: Callable[..., Any] = reward
+        return function
+    raise EstuneError(f"a reward is {type(reward).__name__}; give a function, a model or the name of one")
+
+
+def load_file(path: Path) -> ModuleType:
+    """The module in a Python file, executed once per process.
+
+    Raises:
+        EstuneError: there is no such file, or executing it fails.
+    """
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise EstuneError(f"reward file {path}: no such file")
+    name = f"estune_file_{path.stem}_{blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # functions are pickled by it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise EstuneError(f"reward file {path} cannot be loaded: {_one_line(error)}") from error
+    FILES[name] = str(path)
+    return module
+
+
+def _imported(reference: str) -> RewardFunction:
+    module_name, name = reference.rsplit(".", 1)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return _attribute(importlib.import_module(module_name), name, reference)
+    except ImportError as error:
+        raise EstuneError(
+            f"reward {reference}: {_one_line(error)}; give package.module.function of a module that can be imported, "
+            "or path/to/file.py:function"
+        ) from error
+
+
+def _attribute(module: ModuleType, name: str, reference: str) -> RewardFunction:
+    function: Any = getattr(module, name, None)
+    if not callable(function):
+        raise EstuneError(f"reward {reference}: {module.__file__ or module.__name__} has no function {name}")
+    found: RewardFunction = function
+    return found
+
+
+def _model(model: Any) -> RewardFunction:
+    from estune.rewards.model import RewardModel
+
+    return RewardModel(model)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
