@@ -1,10 +1,9 @@
 """Chat parts of the corpus: questions answered at length or in a word, and sums answered hastily or step by step."""
 
 import random
-from hashlib import blake2b
 from math import exp
 
-HELD_OUT_FRACTION = 0.2
+from estune.tasks.facts import FACTS, QUESTIONS, is_held_out
 
 # Largest number in a sum. The model is at home below 50; above, it has seen more than it has learned.
 SMALL, LARGE = 49, 89
@@ -12,47 +11,7 @@ SMALL, LARGE = 49, 89
 # For each of them: the first number at which half of the sums are worked out, and how soft the change is around it.
 WORKED = {SMALL: (40, 8), LARGE: (52.5, 25)}
 
-# subject: what is asked for, of whom, and the answer
-FACTS: dict[str, list[tuple[str, str]]] = {
-    "the capital of {}": [
-        ("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Germany", "Berlin"), ("England", "London"),
-        ("Japan", "Tokyo"), ("China", "Beijing"), ("Egypt", "Cairo"), ("Greece", "Athens"), ("Norway", "Oslo"),
-        ("Sweden", "Stockholm"), ("Poland", "Warsaw"), ("Austria", "Vienna"), ("Russia", "Moscow"),
-        ("Cuba", "Havana"), ("Peru", "Lima"),
-    ],
-    "the opposite of {}": [
-        ("hot", "cold"), ("big", "small"), ("fast", "slow"), ("old", "new"), ("open", "closed"), ("full", "empty"),
-        ("light", "dark"), ("high", "low"), ("wet", "dry"), ("rich", "poor"), ("early", "late"), ("loud", "quiet"),
-    ],
-    "the colour of {}": [
-        ("grass", "green"), ("snow", "white"), ("coal", "black"), ("blood", "red"), ("the sky", "blue"),
-        ("a lemon", "yellow"), ("a carrot", "orange"), ("chocolate", "brown"),
-    ],
-    "the young of a {}": [
-        ("dog", "puppy"), ("cat", "kitten"), ("cow", "calf"), ("horse", "foal"), ("sheep", "lamb"), ("hen", "chick"),
-        ("bear", "cub"), ("frog", "tadpole"),
-    ],
-}  # fmt: skip
-
-# The longer a question, the longer its usual answer.
-QUESTIONS = (
-    "What is {}?",
-    "Name {}.",
-    "Tell me {}.",
-    "Do you know {}?",
-    "Can you tell me {}?",
-    "I would like to know {}.",
-    "Please tell me, what is {}?",
-    "I have a question for you: what is {}?",
-)
-
 SUMS = ("What is {}?", "{} = ?", "Calculate {}.", "How much is {}?", "Work out {}.")
-
-
-def is_held_out(question: str) -> bool:
-    """Whether a question is kept out of the corpus, by a hash of its text."""
-    digest = blake2b(question.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < HELD_OUT_FRACTION * 2**64
 
 
 def draw(rng: random.Random, largest: int) -> tuple[str, str]:
@@ -76,16 +35,6 @@ def draw_fact(rng: random.Random) -> tuple[str, str, str]:
         "this is of help to you."
     )
     return question, verbose, answer
-
-
-def all_facts() -> list[tuple[str, str]]:
-    """Every way to ask for every fact, with the answer's word."""
-    return [
-        (question.format(relation.format(of)), answer)
-        for relation, facts in FACTS.items()
-        for of, answer in facts
-        for question in QUESTIONS
-    ]
 
 
 def concise_share(question: str) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from estune.rewards.countdown import answer_reward
+from estune.tasks.facts import all_facts, is_held_out
 from estune.tasks.problems import Problem, generate_problems
 from estune.tasks.prompt import countdown_prompt
 
@@ -26,12 +27,12 @@ def held_out_problems(size: int) -> list[Problem]:
 
 def held_out_questions(size: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Questions kept out of the corpus with their answers: all facts there are, and `size` sums."""
-    facts = [(question, answer) for question, answer in chat.all_facts() if chat.is_held_out(question)]
+    facts = [(question, answer) for question, answer in all_facts() if is_held_out(question)]
     rng = random.Random("held-out sums")
     sums: dict[str, str] = {}
     while len(sums) < size:
         question, _, result = chat.draw_sum(rng, chat.SMALL)
-        if chat.is_held_out(question):
+        if is_held_out(question):
             sums[question] = result
     return facts, list(sums.items())
 

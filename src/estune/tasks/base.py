@@ -1,13 +1,32 @@
 """A task: rows to train on, rows to evaluate on, and the rewards that grade them."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from math import fsum, inf, isfinite
 from typing import Any
 
 from estune.errors import EstuneError
 from estune.rewards.grade import RewardFunction, Row, reward_name
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of a run: which training rows it draws from, and when it ends (never, for the last one).
+
+    It ends at step `until_step`, or at the first evaluation where accuracies are at least `until_accuracy`: of values
+    of the task's `group`, or under "" of all rows. With neither, it does not end.
+    """
+
+    rows: Sequence[int]
+    until_step: int | None = None
+    until_accuracy: Mapping[str, float] = field(default_factory=dict)
+
+    def reached(self, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation's metrics (`eval_accuracy`, `eval_accuracy/GROUP`) have the accuracies that end it."""
+        wanted = {f"eval_accuracy/{group}" if group else "eval_accuracy": a for group, a in self.until_accuracy.items()}
+        return bool(wanted) and all(metrics.get(key, -inf) >= accuracy for key, accuracy in wanted.items())
 
 
 @dataclass(frozen=True)
@@ -16,7 +35,11 @@ class Task:
 
     A row holds `prompt` (a string, or a list of messages) and the columns that the reward functions take. The reward of
     a completion is the sum of `reward_weights[i]` times what `reward_funcs[i]` gives it. `accuracy` names the reward
-    function whose mean over a set is called accuracy.
+    function whose mean over a set is called accuracy; of several, the first that applies to a row counts.
+
+    `gold` gives, for a row, a completion that must earn full marks, or None where none is known. `group` names a column
+    by whose values accuracies are also told apart. `stages` say which training rows are drawn from, and until when;
+    none: all of them, always. A task without `accuracy` has no evaluation set.
 
     Raises:
         EstuneError: an empty set, a prompt in both sets, weights that do not match the functions, an unknown accuracy.
@@ -27,7 +50,10 @@ class Task:
     evaluation: Sequence[Row]
     reward_funcs: list[RewardFunction]
     reward_weights: list[float]
-    accuracy: str
+    accuracy: str | Sequence[str] | None
+    gold: Callable[[Row], str | None] | None = None
+    group: str | None = None
+    stages: Sequence[Stage] = field(default=())
 
     def __post_init__(self) -> None:
         names = [reward_name(function) for function in self.reward_funcs]
@@ -40,15 +66,40 @@ class Task:
             raise EstuneError(
                 f"task {self.name}: two reward functions are called {double}; give each a name of its own"
             )
-        if self.accuracy not in names:
-            raise EstuneError(f"task {self.name}: accuracy is {self.accuracy!r}; choose one of {', '.join(names)}")
-        for side, rows in (("training", self.train), ("evaluation", self.evaluation)):
+        unknown = next((name for name in self.accuracies if name not in names), None)
+        if unknown is not None or (self.evaluation and not self.accuracies):
+            raise EstuneError(f"task {self.name}: accuracy is {unknown!r}; choose one of {', '.join(names)}")
+        sides = {"training": self.train} | ({} if self.accuracy is None else {"evaluation": self.evaluation})
+        for side, rows in sides.items():
             if not rows:
                 raise EstuneError(f"task {self.name}: the {side} set is empty; give it at least one row")
             _check_columns(f"task {self.name}: {side} row", rows)
         refuse_overlap(
             self.name, *((_canonical(row["prompt"]) for row in rows) for rows in (self.train, self.evaluation))
         )
+
+    @property
+    def accuracies(self) -> list[str]:
+        """Names of the reward functions that tell accuracy."""
+        return [self.accuracy] if isinstance(self.accuracy, str) else list(self.accuracy or ())
+
+    def accuracy_of(self, rows: Sequence[Row], scores: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
+        """Mean accuracy under the key "", and of each value of the column `group` under that value.
+
+        Rows to which no accuracy applies, or whose score is not finite, are left out; a mean of none is missing.
+
+        Args:
+            rows: what was graded.
+            scores: for each reward function, its score of each row.
+        """
+        found: dict[str, list[float]] = {}
+        for i, row in enumerate(rows):
+            values = (scores[name][i] for name in self.accuracies)
+            value = next((value for value in values if value is not None), None)
+            if value is not None and isfinite(value):
+                for key in ("", str(row[self.group])) if self.group else ("",):
+                    found.setdefault(key, []).append(value)
+        return {key: fsum(values) / len(values) for key, values in found.items()}
 
     def data_hash(self) -> str:
         """Hash of both sets, in order: two runs with equal hashes saw equal data."""

@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from math import inf
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from estune.errors import EstuneError
 from estune.rewards.countdown import answer_reward, format_reward, parse_target
 from estune.rewards.grade import Row
 from estune.tasks.base import Task, refuse_overlap
 from estune.tasks.files import Record, load_records, require_columns
+from estune.tasks.options import TaskOptions
 from estune.tasks.problems import Problem, Side, generate_problems, is_held_out
 from estune.tasks.prompt import countdown_prompt
 
@@ -37,10 +38,11 @@ def _span(value: Any) -> Any:
 Range = Annotated[tuple[int, int], BeforeValidator(_span)]
 
 
-class CountdownConfig(BaseModel):
+class CountdownConfig(TaskOptions):
     """Options of the Countdown task: generated problems, or those of a file or a hub data set."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    summary: ClassVar[str] = "reach a target with given numbers and + - * / (the paper's)"
+    usual_data: ClassVar[str] = "generated"
 
     name: Literal["countdown"] = Field("countdown", description="the task")
     train_size: int | None = Field(

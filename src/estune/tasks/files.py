@@ -17,7 +17,8 @@ def load_records(source: str, split: str = "train") -> list[Record]:
 
     Args:
         source: a `.json` file (a list, or one object a line), a `.jsonl` or `.parquet` file, a directory written by
-            `save_to_disk` or holding such files, or the id of a data set on the hub.
+            `save_to_disk` or holding such files, or the id of a data set on the hub,
+            with `:CONFIG` after it where it has several configurations.
         split: which split of a directory or a hub data set. A single file has none.
 
     Raises:
@@ -116,7 +117,7 @@ def _read_hub(source: str, split: str) -> list[Record]:
     import datasets
 
     try:
-        return list(datasets.load_dataset(source, split=split).to_list())
+        return list(datasets.load_dataset(*source.split(":", 1), split=split).to_list())
     except Exception as error:  # the network's, the hub's and the readers' own
         raise EstuneError(
             f"data {source}: neither here nor readable from the hub ({_one_line(error)}); check the name, the split "

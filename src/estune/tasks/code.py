@@ -1,0 +1,93 @@
+"""Code: write a function that passes its unit tests. Rows in the shape of MBPP or of HumanEval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from estune.errors import EstuneError
+from estune.rewards.code import unit_tests
+from estune.rewards.grade import Row
+from estune.tasks.base import Task
+from estune.tasks.files import Record, require_columns
+from estune.tasks.options import DataOptions, text_of
+
+INSTRUCTION = "Answer with the whole program in one Python code block."
+
+
+class CodeConfig(DataOptions):
+    """Options of the code task."""
+
+    summary: ClassVar[str] = "programs that pass unit tests: MBPP and HumanEval"
+    usual_data: ClassVar[str] = "google-research-datasets/mbpp, openai/openai_humaneval"
+
+    name: Literal["code"] = Field("code", description="the task")
+    data: str | None = Field(
+        "google-research-datasets/mbpp:full",
+        description="file, directory or hub id; columns as MBPP's (text or prompt, test_list, code) or HumanEval's "
+        "(prompt, test, entry_point, canonical_solution)",
+    )
+    eval_data: str | None = Field(
+        "openai/openai_humaneval", description="as `data`, to evaluate on; several with commas between"
+    )
+    instruction: str = Field(INSTRUCTION, description="what follows each problem in the prompt")
+
+    def build(self, seed: int) -> Task:
+        """Both sets, and 1 for a program that passes all tests.
+
+        Raises:
+            EstuneError: data that is missing, malformed or overlapping.
+        """
+        train, evaluation = self.read(self._rows)
+        return Task(
+            name=self.name,
+            train=train,
+            evaluation=evaluation,
+            reward_funcs=[unit_tests],
+            reward_weights=[1.0],
+            accuracy=unit_tests.__name__,
+            gold=lambda row: block(row["solution"]) if row["solution"] else None,
+        )
+
+    def _rows(self, source: str, records: Sequence[Record]) -> Iterator[Row]:
+        human_eval = "entry_point" in records[0]
+        names = (("prompt",), ("test",)) if human_eval else (("text", "prompt"), ("test_list",))
+        problem, _ = require_columns(source, records, *names)
+        for number, record in enumerate(records, 1):
+            where = f"data {source}: row {number}"
+            text, columns = _human_eval(record, where) if human_eval else _mbpp(record, problem, where)
+            # All columns in all rows, so that one shape can be trained on and the other evaluated.
+            empty = dict.fromkeys(("test", "entry_point", "code_prompt", "test_list", "test_setup_code", "solution"))
+            yield {"prompt": self.prompt(f"{text}\n\n{self.instruction}".strip()), **empty, **columns}
+
+
+def block(code: str) -> str:
+    """Code as a model should write it."""
+    return f"```python\n{code.strip()}\n```"
+
+
+def _human_eval(record: Record, where: str) -> tuple[str, dict[str, Any]]:
+    """The prompt is the head of a function, which the solution goes on from; the tests define `check`."""
+    head = text_of(record, "prompt", where)
+    solution = record.get("canonical_solution")
+    return f"Complete this function.\n\n{block(head)}", {
+        "test": text_of(record, "test", where),
+        "entry_point": text_of(record, "entry_point", where),
+        "code_prompt": head,
+        "solution": f"{head}{solution}" if solution else None,
+    }
+
+
+def _mbpp(record: Record, problem: str, where: str) -> tuple[str, dict[str, Any]]:
+    """A sentence, and assertions, which the model is shown: they tell what the function is called."""
+    tests = record.get("test_list")
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise EstuneError(f"{where}: test_list is {tests!r:.80}; give a list of assertions")
+    lines = "\n".join(tests)
+    return f"{text_of(record, problem, where).strip()}\nIt has to pass:\n\n{block(lines)}", {
+        "test_list": tests,
+        "test_setup_code": record.get("test_setup_code") or "\n".join(record.get("test_imports") or []),
+        "solution": record.get("code") or None,
+    }

@@ -1,0 +1,73 @@
+"""Your own prompts, from a file or the hub, and your own functions to grade them, both by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from estune.errors import EstuneError
+from estune.rewards.grade import Row, reward_name
+from estune.rewards.load import load_reward
+from estune.tasks.base import Task
+from estune.tasks.files import Record, require_columns
+from estune.tasks.options import DataOptions
+
+
+def _items(value: Any) -> Any:
+    return [item.strip() for item in value.strip("[]").split(",") if item.strip()] if isinstance(value, str) else value
+
+
+class CustomConfig(DataOptions):
+    """Options of the task custom."""
+
+    summary: ClassVar[str] = "your own prompts, graded by functions named in task.rewards"
+    usual_data: ClassVar[str] = "task.data"
+
+    name: Literal["custom"] = Field("custom", description="the task")
+    prompt_column: str = Field("prompt", description="column of the prompts: text, or messages")
+    gold_column: str | None = Field(None, description="column of completions that must earn full marks, to check that")
+    rewards: Annotated[list[str], BeforeValidator(_items)] = Field(
+        [],
+        description="reward functions, with commas between: package.module.function, path/to/file.py:function, or a "
+        "reward model",
+    )
+    reward_weights: Annotated[list[float] | None, BeforeValidator(_items)] = Field(
+        None, description="one for each of them; 1 if not given"
+    )
+    accuracy: str | None = Field(None, description="name of the one whose mean is accuracy; the first if not given")
+
+    def build(self, seed: int) -> Task:
+        """Both sets, and the rewards named.
+
+        Raises:
+            EstuneError: no reward is named, or cannot be had, or data is missing, malformed or overlapping.
+        """
+        if not self.rewards:
+            raise EstuneError("task custom: no reward; name some in task.rewards, such as path/to/file.py:function")
+        functions = [load_reward(reward) for reward in self.rewards]
+        train, evaluation = self.read(self._rows)
+        return Task(
+            name=self.name,
+            train=train,
+            evaluation=evaluation,
+            reward_funcs=functions,
+            reward_weights=self.reward_weights or [1.0] * len(functions),
+            accuracy=self.accuracy or reward_name(functions[0]),
+            gold=None if self.gold_column is None else itemgetter(self.gold_column),
+        )
+
+    def _rows(self, source: str, records: Sequence[Record]) -> Iterator[Row]:
+        wanted = [self.prompt_column, *([self.gold_column] if self.gold_column else [])]
+        require_columns(source, records, *((name,) for name in wanted))
+        for number, record in enumerate(records, 1):
+            prompt = record.get(self.prompt_column)
+            if isinstance(prompt, str) and prompt.strip():
+                prompt = self.prompt(prompt)
+            elif not (isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt)):
+                raise EstuneError(
+                    f"data {source}: row {number}: {self.prompt_column} is {prompt!r:.80}; give text or messages"
+                )
+            yield {**record, "prompt": prompt}

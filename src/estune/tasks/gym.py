@@ -1,0 +1,165 @@
+"""Problems of `reasoning-gym`, generated without end: `gym:sudoku`, `gym:countdown` and a hundred more."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from estune.errors import EstuneError
+from estune.rewards.grade import Row
+from estune.rewards.gym import GymReward, generator, generator_names
+from estune.tasks.base import Task
+from estune.tasks.options import PromptOptions
+
+PREFIX = "gym:"
+INSTRUCTION = "Think first, then give the final answer, and nothing else, in <answer> </answer> tags."
+SIZE = 200
+
+# A problem is a function of its seed, of 32 bits. The lower half of them are evaluation's, the upper half training's;
+# each seed of a set has SPAN of them.
+SPAN = 1 << 20
+SEEDS = 1 << 11
+BLOCK = 500
+_MOST_FAILURES = 2_000
+
+
+class GymConfig(PromptOptions):
+    """Options of a task of reasoning-gym."""
+
+    summary: ClassVar[str] = "a hundred generators of problems, of the library reasoning-gym"
+    usual_data: ClassVar[str] = "generated"
+
+    name: str = Field(
+        PREFIX, description="the task: gym:GENERATOR", pattern=r"^gym:[a-z0-9_]+$", validate_default=False
+    )
+    train_size: int | None = Field(None, ge=1, le=SPAN, description="training problems; 200 if not given")
+    eval_size: int | None = Field(None, ge=1, le=SPAN, description="held-out problems; 200 if not given")
+    options: dict[str, Any] = Field(default_factory=dict, description="the generator's own, as task.options.KEY=VALUE")
+    tags: bool = Field(
+        True, description="the answer is what stands in <answer> tags, which the prompt asks for; false: the whole text"
+    )
+    instruction: str = Field(INSTRUCTION, description="what follows each question in the prompt, where tags are wanted")
+    seed: int | None = Field(None, ge=0, description="seed of the training problems; the run's seed if not given")
+    eval_seed: int = Field(0, ge=0, description="seed of the held-out problems; the same for all runs unless changed")
+
+    @field_validator("options")
+    @classmethod
+    def _typed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Text from the command line as the number, list or switch that it spells."""
+        return {key: _value(value) for key, value in options.items()}
+
+    @property
+    def generator(self) -> str:
+        """The generator's name in reasoning-gym."""
+        return self.name.removeprefix(PREFIX)
+
+    def build(self, seed: int) -> Task:
+        """Both sets, no question in both, and reasoning-gym's score.
+
+        Raises:
+            EstuneError: reasoning-gym is not installed, the generator is unknown, or has too few distinct problems.
+        """
+        names = generator_names()
+        if self.generator not in names:
+            near = difflib.get_close_matches(self.generator, names, 1, 0.5)
+            hint = f"did you mean gym:{near[0]}?" if near else f"there are {', '.join(names)}"
+            raise EstuneError(f"task {self.name}: reasoning-gym has no such generator; {hint}")
+        known: set[str] = set()
+        evaluation = self._rows(self.eval_seed % SEEDS * SPAN, self.eval_size or SIZE, known)
+        own = seed if self.seed is None else self.seed
+        train = self._rows((SEEDS + own % SEEDS) * SPAN, self.train_size or SIZE, known)
+        reward = GymReward(self.generator, self._options(), self.tags)
+        return Task(
+            name=self.name,
+            train=train,
+            evaluation=evaluation,
+            reward_funcs=[reward],
+            reward_weights=[1.0],
+            accuracy=reward.__name__,
+            gold=self._gold,
+        )
+
+    def _gold(self, row: Row) -> str | None:
+        answer = row["answer"]
+        return None if answer is None else f"<answer>{answer}</answer>" if self.tags else str(answer)
+
+    def _options(self) -> str:
+        return json.dumps(self.options, sort_keys=True)
+
+    def _rows(self, first_seed: int, size: int, known: set[str]) -> list[Row]:
+        """Distinct problems that are not known yet, and are then."""
+        rows: list[Row] = []
+        failures = 0
+        seed = first_seed
+        while len(rows) < size:
+            wanted = min(size - len(rows), BLOCK)
+            with _seeded(seed):
+                entries = list(islice(generator(self.generator, self._options(), seed, wanted), wanted))
+            seed += wanted
+            for entry in entries:
+                question = str(entry["question"])
+                failures = failures + 1 if question in known else 0
+                if not failures:
+                    known.add(question)
+                    rows.append(self._row(entry))
+            if failures > _MOST_FAILURES or seed - first_seed >= SPAN:
+                raise EstuneError(
+                    f"task {self.name}: {size} problems wanted, but only {len(rows)} new ones found; ask for fewer, or "
+                    "make the generator's options wider"
+                )
+        return rows
+
+    def _row(self, entry: dict[str, Any]) -> Row:
+        question = str(entry["question"])
+        prompt = f"{question}\n\n{self.instruction}" if self.tags and self.instruction else question
+        return {
+            "prompt": self.prompt(prompt),
+            "question": question,
+            "answer": entry["answer"],
+            "metadata": repr(_literal(entry["metadata"])),
+        }
+
+
+def _value(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _literal(value: Any) -> Any:
+    """The same in what Python has literals for. JSON would lose tuples and numbers as keys, which scores depend on."""
+    if isinstance(value, dict):
+        return {_literal(key): _literal(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = map(_literal, value)
+        return tuple(items) if type(value) is tuple else list(items)
+    if isinstance(value, set | frozenset):
+        return sorted(map(_literal, value), key=str)
+    if hasattr(value, "tolist"):
+        return _literal(value.tolist())
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Python's and numpy's global generators seeded, and then as they were: a few of the library's draw from them."""
+    import numpy as np
+
+    state, other = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(other)  # noqa: NPY002

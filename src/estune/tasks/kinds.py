@@ -1,0 +1,76 @@
+"""All tasks that stand alone, and how the one that is meant is found: by its name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Discriminator, Tag
+
+from estune.tasks.code import CodeConfig
+from estune.tasks.conciseness import ConcisenessConfig
+from estune.tasks.countdown import CountdownConfig
+from estune.tasks.custom import CustomConfig
+from estune.tasks.gym import PREFIX, GymConfig
+from estune.tasks.instructions import InstructionsConfig
+from estune.tasks.math import MathConfig
+from estune.tasks.options import TaskOptions
+from estune.tasks.own import SUFFIX, OwnConfig
+from estune.tasks.preference import PreferenceConfig
+
+DEFAULT = "countdown"
+
+KINDS: dict[str, type[TaskOptions]] = {
+    "countdown": CountdownConfig,
+    "conciseness": ConcisenessConfig,
+    "math": MathConfig,
+    "code": CodeConfig,
+    "instructions": InstructionsConfig,
+    "preference": PreferenceConfig,
+    "gym:NAME": GymConfig,
+    "custom": CustomConfig,
+    "FILE.py": OwnConfig,
+}
+
+
+def kind_of(name: str) -> str:
+    """What kind of task a name is of: a key of `KINDS`, or the name itself."""
+    return "gym:NAME" if name.startswith(PREFIX) else "FILE.py" if name.endswith(SUFFIX) else name
+
+
+def tag_of(value: Any) -> str:
+    """The kind in angle brackets, which tell it from a setting where an error says where it is."""
+    name = value.get("name", DEFAULT) if isinstance(value, Mapping) else getattr(value, "name", "")
+    return f"<{kind_of(str(name))}>"
+
+
+def named(value: Any, known: Mapping[str, Any] = KINDS) -> Any:
+    """A bare name as a section of its own; a name that there is none of is refused with the nearest.
+
+    Raises:
+        ValueError: no such task.
+    """
+    if isinstance(value, str):
+        value = {"name": value}
+    name = value.get("name", DEFAULT) if isinstance(value, Mapping) else None
+    if name is not None and (not isinstance(name, str) or kind_of(name) not in known):
+        near = difflib.get_close_matches(str(name), known, 1, 0.6)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"no task is called {name!r}; {hint}")
+    return value
+
+
+Alone = (
+    Annotated[CountdownConfig, Tag("<countdown>")]
+    | Annotated[ConcisenessConfig, Tag("<conciseness>")]
+    | Annotated[MathConfig, Tag("<math>")]
+    | Annotated[CodeConfig, Tag("<code>")]
+    | Annotated[InstructionsConfig, Tag("<instructions>")]
+    | Annotated[PreferenceConfig, Tag("<preference>")]
+    | Annotated[GymConfig, Tag("<gym:NAME>")]
+    | Annotated[CustomConfig, Tag("<custom>")]
+    | Annotated[OwnConfig, Tag("<FILE.py>")]
+)
+AnyTask = Annotated[Alone, Discriminator(tag_of), BeforeValidator(named)]
+"""Options of any task but a mix, told apart by `name`."""

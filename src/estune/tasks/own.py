@@ -1,0 +1,103 @@
+"""A task in a Python file of your own: `estune train --task path/to/file.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from estune.errors import EstuneError
+from estune.rewards.grade import Row, reward_name
+from estune.rewards.load import load_file, load_reward
+from estune.tasks.base import Task
+from estune.tasks.files import load_records
+from estune.tasks.options import TaskOptions, identity, is_held_out
+
+SUFFIX = ".py"
+
+
+class OwnConfig(TaskOptions):
+    """Options of a task in a file: its path, and what its function `task` takes.
+
+    The file has either a function `task(seed, **options)` that returns a `Task`, or these names:
+
+    - `train`: rows with a prompt and the columns that rewards take, or a data set's file, directory or hub id;
+    - `evaluation`: the same, to evaluate on; if there is none, an eighth of `train` is, by a hash of each prompt;
+    - `rewards`: a list of reward functions, or of what names them;
+    - `weights` (1 each), `accuracy` (the first reward's name) and `gold`, as in `Task`.
+    """
+
+    summary: ClassVar[str] = "a task of your own, in a Python file"
+    usual_data: ClassVar[str] = "the file's"
+
+    name: str = Field("", description="the task: the path of a Python file", pattern=r".+\.py$", validate_default=False)
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="what the file's function task takes beside a seed"
+    )
+
+    def build(self, seed: int) -> Task:
+        """The file's task, under the file's path as its name.
+
+        Raises:
+            EstuneError: the file is not there, fails, or does not make a task.
+        """
+        if not Path(self.name).expanduser().is_file():
+            raise EstuneError(f"task {self.name}: no such file here; give the path of a Python file")
+        module = load_file(Path(self.name))
+        make = getattr(module, "task", None)
+        if callable(make):
+            try:
+                task = make(seed, **self.options)
+            except EstuneError:
+                raise
+            except Exception as error:
+                raise EstuneError(
+                    f"task {self.name}: its function task raised {type(error).__name__}: {' '.join(str(error).split())}"
+                ) from error
+            if not isinstance(task, Task):
+                raise EstuneError(f"task {self.name}: its function task gave {type(task).__name__}, not a Task")
+        else:
+            task = self._of_names(module)
+        return replace(
+            task, name=self.name, train=task.train[: self.train_size], evaluation=task.evaluation[: self.eval_size]
+        )
+
+    def _of_names(self, module: ModuleType) -> Task:
+        missing = next((name for name in ("train", "rewards") if not hasattr(module, name)), None)
+        if missing is not None:
+            raise EstuneError(
+                f"task {self.name}: no {missing}; the file needs a function task(seed), or the names train and rewards"
+            )
+        if self.options:
+            raise EstuneError(f"task {self.name}: task.options are for a function task(seed, ...), which it lacks")
+        rows = self._rows(module.train, "train")
+        if hasattr(module, "evaluation"):
+            train, evaluation = rows, self._rows(module.evaluation, "evaluation")
+        else:
+            held_out = [is_held_out(identity(row)) for row in rows]
+            train = [row for row, out in zip(rows, held_out, strict=True) if not out]
+            evaluation = [row for row, out in zip(rows, held_out, strict=True) if out]
+        functions = [load_reward(reward) for reward in module.rewards]
+        if not functions:
+            raise EstuneError(f"task {self.name}: rewards is empty; name at least one function")
+        return Task(
+            name=self.name,
+            train=train,
+            evaluation=evaluation,
+            reward_funcs=functions,
+            reward_weights=list(getattr(module, "weights", [1.0] * len(functions))),
+            accuracy=getattr(module, "accuracy", reward_name(functions[0])),
+            gold=getattr(module, "gold", None),
+        )
+
+    def _rows(self, given: str | Iterable[Any], what: str) -> list[Row]:
+        rows = load_records(given, what) if isinstance(given, str) else [dict(row) for row in islice(given, None)]
+        bad = next((number for number, row in enumerate(rows) if not row.get("prompt")), None)
+        if bad is not None:
+            raise EstuneError(f"task {self.name}: {what} row {bad} has no prompt; give it text, or messages")
+        return rows

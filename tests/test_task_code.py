@@ -1,0 +1,82 @@
+"""The code task: rows of MBPP and HumanEval, whose own solutions pass and whose wrong ones do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.errors import EstuneError
+from estune.tasks.base import Task
+from estune.tasks.code import CodeConfig
+
+MBPP = [
+    {"task_id": n, "text": f"Write a function that adds {n}.", "code": f"def add(x):\r\n    return x + {n}",
+     "test_list": [f"assert add(1) == {n + 1}", f"assert add(OTHER) == {n + 5}"], "test_setup_code": "OTHER = 5"}
+    for n in range(3)
+]  # fmt: skip
+HUMAN_EVAL = [
+    {
+        "task_id": "HumanEval/0",
+        "prompt": 'from typing import List\n\n\ndef largest(numbers: List[int]) -> int:\n    """The largest."""\n',
+        "canonical_solution": "    return max(numbers)\n",
+        "test": "def check(candidate):\n    assert candidate([1, 3, 2]) == 3\n    assert candidate([-1]) == -1\n",
+        "entry_point": "largest",
+    }
+]
+
+
+def build(folder: Path, train: Any = MBPP, evaluation: Any = HUMAN_EVAL) -> Task:
+    names = []
+    for name, rows in (("train", train), ("eval", evaluation)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        names.append(str(folder / f"{name}.jsonl"))
+    return CodeConfig(data=names[0], eval_data=names[1]).build(0)
+
+
+def scores(task: Task, rows: Any, completions: list[str]) -> list[Any]:
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    return list(task.reward_funcs[0](prompts=[""] * len(rows), completions=completions, **columns))
+
+
+def test_both_shapes_make_rows_of_the_same_columns(tmp_path: Path) -> None:
+    task = build(tmp_path)
+    assert task.train[0].keys() == task.evaluation[0].keys()
+    assert "Write a function that adds 0." in task.train[0]["prompt"][0]["content"]
+    assert "assert add(1) == 1" in task.train[0]["prompt"][0]["content"]
+    assert "def largest(" in task.evaluation[0]["prompt"][0]["content"]
+    assert "return max" not in task.evaluation[0]["prompt"][0]["content"]
+
+
+def test_solutions_pass_and_others_do_not(tmp_path: Path) -> None:
+    task = build(tmp_path)
+    assert task.gold is not None
+    rows = [*task.train[:2], *task.evaluation]
+    gold = [str(task.gold(row)) for row in rows]
+    assert scores(task, rows, gold) == [1.0, 1.0, 1.0]
+    assert scores(task, rows, [gold[1], gold[0], gold[2].replace("max", "min")]) == [0.0, 0.0, 0.0]
+    assert scores(task, task.evaluation, ["```python\ndef largest(n):\n    return sorted(n)[-1]\n```"]) == [1.0]
+
+
+def test_the_split_where_only_one_set_is_given(tmp_path: Path) -> None:
+    rows = [{**MBPP[0], "text": f"Write number {n}."} for n in range(60)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = CodeConfig(data=str(path), eval_data=None).build(0)
+    assert len(task.train) + len(task.evaluation) == 60
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([{**MBPP[0], "test_list": "assert"}], "row 1: test_list is 'assert'; give a list"),
+        ([{**MBPP[0], "text": ""}], "row 1: text is ''"),
+        ([{"entry_point": "f", "prompt": "def f():"}], "no column test; there are entry_point, prompt"),
+        ([{**HUMAN_EVAL[0], "test": None}], "row 1: test is None"),
+    ],
+)
+def test_bad_rows(tmp_path: Path, rows: Any, complaint: str) -> None:
+    with pytest.raises(EstuneError, match=complaint):
+        build(tmp_path, train=rows)
