@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from tests.models import save_model
+from tests.rays import shared_cluster, undisturbed_run  # noqa: F401
 
 torch.set_num_threads(1)  # two threads on busy cores are many times slower than one
 

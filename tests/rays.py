@@ -1,0 +1,81 @@
+"""A cluster of real Ray nodes on this machine, which the tests of workers share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.ray_cluster import disconnect
+from estune.ray_handle import Handle
+from estune.trainer import Trainer
+from tests.runs import make_config, make_task, slow_variety
+
+CPUS = 5
+
+
+@pytest.fixture(scope="session", name="cluster")
+def shared_cluster() -> Iterator[Any]:
+    """Five CPUs on one node, and this process connected to them."""
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    import ray
+    from ray.cluster_utils import Cluster
+
+    disconnect()
+    found = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": CPUS, "object_store_memory": 80 << 20, "include_dashboard": False},
+    )
+    ray.init(found.address, log_to_driver=False)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+@pytest.fixture(scope="session", name="undisturbed")
+def undisturbed_run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in this process, which those with workers must equal."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    Trainer(make_config(folder, model, steps=6), task=make_task(slow_variety), monitors=[]).train()
+    return folder
+
+
+def with_workers(folder: Path, model: Path, workers: int, **changes: Any) -> Trainer:
+    """The same run, to be trained by workers."""
+    config = make_config(folder, model, **{"steps": 6, "replicas": None, "workers": workers, **changes})
+    return Trainer(config, task=make_task(slow_variety), monitors=[])
+
+
+def on_call(monkeypatch: pytest.MonkeyPatch, before: Callable[[Handle, str], None]) -> None:
+    """Have something happen just before a worker is asked for something of a kind."""
+    call = Handle.call
+
+    def wrapped(self: Handle, kind: str, *arguments: Any, **options: Any) -> Any:
+        before(self, kind)
+        return call(self, kind, *arguments, **options)
+
+    monkeypatch.setattr(Handle, "call", wrapped)
+
+
+def pid_of(handle: Handle | None) -> int:
+    assert handle is not None
+    assert handle.place is not None
+    return handle.place.pid
+
+
+def stop(pid: int) -> None:
+    """Stop a process, and wait until it is: what it is asked now, it will not have begun."""
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
+
+def until(condition: Callable[[], Any], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
