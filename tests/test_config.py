@@ -25,8 +25,8 @@ def test_the_embedded_model_brings_its_own() -> None:
     assert (config.model, config.sigma, config.steps) == ("tiny", own["sigma"], own["steps"])
     assert Config(model="tiny", sigma=0.5).sigma == 0.5
     assert Config(task={"eval_size": 7}).task.eval_size == 7
-    assert Config(task={"eval_size": 7}).task.train_size == own["task"]["train_size"]
-    assert Config(task="countdown").task.train_size == own["task"]["train_size"]
+    assert Config(task={"eval_size": 7}).task.train_size == own["tasks"]["countdown"]["task"]["train_size"]
+    assert Config(task="countdown").task.train_size == own["tasks"]["countdown"]["task"]["train_size"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_true_is_no_number_and_no_name(name: str) -> None:
 
 
 def test_true_is_no_number_for_a_task_either() -> None:
-    with pytest.raises(EstuneError, match="task: train_size is no switch"):
+    with pytest.raises(EstuneError, match=r"task\.train_size: train_size is no switch"):
         parse({"task": {"train_size": True}})
     assert parse({"task": {"rational": True}}).task.rational
 
@@ -109,6 +109,13 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
         (["population=1"], "population: .*greater than or equal to 2, found '1'"),
         (["population=3", "mirrored=true"], "population 3 is odd"),
         (["weights=inplace", "replicas=2"], "replicas must be 1"),
+        (["weights=inplace", "workers=2"], "leave out workers"),
+        (["workers=2", "replicas=2"], "give workers instead"),
+        (["engine=vllm", "replicas=2"], "give workers instead"),
+        (["gpus_per_worker=2"], "which engine=vllm does"),
+        (["engine=vllm", "workers=2", "gpus_per_worker=2", "workers_per_gpu=2"], "cannot both be more than 1"),
+        (["workers_per_gpu=2"], "say how many"),
+        (["ray_address=auto"], "say how many"),
         (["task=chess"], "task.*countdown"),
         (["steps=true"], "steps: .*found 'true'"),
         (["report_to=wandb"], "report_to.*: .*'tensorboard', found 'wandb'"),

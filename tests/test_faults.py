@@ -130,7 +130,8 @@ def test_a_replica_that_is_killed_in_the_middle_of_an_update_loses_nothing(
     Trainer(make_config(whole, model, **changes), task=make_task(slow_variety), monitors=[]).train()
 
     trainer = Trainer(make_config(cut, model, **changes), task=make_task(slow_variety), monitors=[])
-    own, pool = trainer.replica, trainer.pool
+    pool = trainer.pool
+    own = pool.own
     apply_own, apply_all = own.apply, pool.apply
     (worker,) = children(os.getpid())
 

@@ -10,7 +10,7 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.pool import LocalPool
 from estune.replica import Replica
-from estune.setup import open_pool
+from estune.setup import open_local_pool
 from estune.strategy import Member, Update
 from tests.runs import make_config
 
@@ -20,7 +20,7 @@ UPDATE = Update(0, (Member(3),), (0.25,))
 def test_bases_of_their_own_are_compared(model: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path / "run", model, threads=1)
     replicas = [Replica(config) for _ in range(2)]
-    pool = LocalPool(replicas)
+    pool = LocalPool(replicas[0], replicas[1:])
     assert pool.apply(UPDATE) == replicas[0].weights.fingerprint() == replicas[1].weights.fingerprint()
     array = next(iter(replicas[1].weights.base.values()))
     array[0] += 1
@@ -32,10 +32,11 @@ def test_bases_of_their_own_are_compared(model: Path, tmp_path: Path) -> None:
 def test_one_base_is_updated_once(model: Path, tmp_path: Path) -> None:
     config: Config = make_config(tmp_path / "run", model, threads=1)
     alone = Replica(config)
-    own, pool = open_pool(config.model_copy(update={"replicas": 2}))
+    pool = open_local_pool(config.model_copy(update={"replicas": 2}))
+    own = pool.own
     try:
         for step in range(2):
-            expected = LocalPool([alone]).apply(Update(step, (Member(step), Member(9)), (0.25, -0.5)))
+            expected = LocalPool(alone).apply(Update(step, (Member(step), Member(9)), (0.25, -0.5)))
             assert pool.apply(Update(step, (Member(step), Member(9)), (0.25, -0.5))) == expected
             assert own.weights.fingerprint() == expected
     finally:
@@ -50,5 +51,5 @@ def test_a_base_that_nobody_shares_is_plain_memory(
         raise AssertionError("no shared memory is needed")
 
     monkeypatch.setattr("estune.setup.open_memory", refuse)
-    _, pool = open_pool(make_config(tmp_path / "run", model, threads=1).model_copy(update=changes))
+    pool = open_local_pool(make_config(tmp_path / "run", model, threads=1).model_copy(update=changes))
     pool.close()

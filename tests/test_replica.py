@@ -13,7 +13,7 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.place import training_device
 from estune.replica import Replica, _less_base
-from estune.setup import make_sampling, open_pool, with_resources
+from estune.setup import make_sampling, open_local_pool, with_resources
 from tests.runs import make_config
 
 
@@ -55,6 +55,7 @@ def test_a_gpu_has_one_replica_of_one_thread(tmp_path: Path, model: Path) -> Non
         (49, {"base_device": "device"}, False),
         (50, {"base_device": "host"}, True),
         (50, {"replicas": 2}, True),  # each replica has a half
+        (50, {"workers": 4, "workers_per_gpu": 2}, True),  # and so has each worker
         (30, {"weights": "copy"}, False),
         (29, {"weights": "copy"}, True),
         (29, {"weights": "inplace"}, False),
@@ -69,8 +70,7 @@ def test_where_the_base_lies(
     weight = torch.zeros(5 * 10**6, dtype=torch.bfloat16)
     replica: Any = Replica.__new__(Replica)
     replica._device = training_device(config.device)
-    replica.engine = SimpleNamespace(model=SimpleNamespace(parameters=lambda: [weight]))
-    assert replica._keeps_base_on_host(config, [SimpleNamespace(tensor=weight)]) is on_host
+    assert replica._keeps_base_on_host(config, [SimpleNamespace(tensor=weight)], weight.nbytes) is on_host
 
 
 def test_a_base_nowhere_cannot_be_on_the_host() -> None:
@@ -108,9 +108,9 @@ def test_only_to_generate_needs_no_weights_that_can_be_perturbed(
         monkeypatch.setattr(name, refuse)
     with pytest.raises(EstuneError, match="cannot be perturbed"):
         Replica(config)
-    replica, pool = open_pool(with_resources(config, perturbs=False).model_copy(update={"replicas": 2}), perturbs=False)
+    pool = open_local_pool(with_resources(config, perturbs=False).model_copy(update={"replicas": 2}), perturbs=False)
     try:
-        assert replica.generate([[1, 2, 3]], make_sampling(config)) == expected
+        assert pool.own.generate([[1, 2, 3]], make_sampling(config)) == expected
         assert pool.generate([[1, 2, 3]] * 129, make_sampling(config)) == expected * 129
     finally:
         pool.close()

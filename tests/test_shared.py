@@ -18,7 +18,7 @@ import torch
 from estune.checkpoint import Checkpoint
 from estune.errors import EstuneError
 from estune.replica import Replica
-from estune.setup import open_pool
+from estune.setup import open_local_pool
 from estune.shared import Share, open_memory
 from estune.storage import Run, share_of
 from estune.strategy import Member, Update
@@ -136,7 +136,7 @@ def test_a_base_that_does_not_fit_is_reported_by_who_fills_it(
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create") or not Path("/proc/self/fd").is_dir(), reason="reads Linux's /proc")
 def test_a_worker_keeps_no_descriptor_but_the_mappings(model: Path, tmp_path: Path) -> None:
-    _, pool = open_pool(make_config(tmp_path / "run", model, threads=1, replicas=2))
+    pool = open_local_pool(make_config(tmp_path / "run", model, threads=1, replicas=2))
     try:
         held = Path(f"/proc/{pool.replicas[1]._process.pid}/fd").iterdir()  # type: ignore[attr-defined]
         assert sum("estune-base" in os.readlink(file) for file in held) == 1

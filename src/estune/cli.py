@@ -45,7 +45,8 @@ def train(
 ) -> None:
     """Train a model. Give settings as `--key value`; `estune settings` lists them.
 
-    With `--resume`, only `--steps` (a new total) and `--model` (where the base model is now) can be given.
+    With `--resume`, only `--steps` (a new total), `--model` (where the base model is now), `--workers` and what belongs
+    to them can be given.
     """
     overrides = _overrides(context.args)
     if resume is not None:
@@ -125,13 +126,15 @@ def estimate(
 
 
 @app.command()
-def settings() -> None:
+def settings(
+    task: Annotated[str, typer.Option(help="list this task's options; `estune tasks` lists the tasks")] = "countdown",
+) -> None:
     """List every setting with its default."""
     from estune.config import Config
-    from estune.tasks import TaskConfig
+    from estune.tasks import options_of
 
     table = Table("setting", "default", "what it is", title="settings of estune train")
-    for prefix, fields in (("", Config.model_fields), ("task.", TaskConfig.model_fields)):
+    for prefix, fields in (("", Config.model_fields), ("task.", options_of(task).model_fields)):
         for name, field in fields.items():
             if name != "task":
                 table.add_row(prefix + name, str(field.get_default(call_default_factory=True)), field.description)
@@ -241,27 +244,20 @@ def _overrides(arguments: list[str]) -> list[str]:
 
 
 def _resume(run: Path, config: Path | None, overrides: list[str], dry_run: bool) -> None:
-    """A resumed run keeps its settings; only its length and the place of its base model may change."""
+    """A resumed run keeps its settings; only its length, and where its weights come from and are, may change."""
     from estune.config import read
 
     given = read(None, overrides)
-    other = [str(config)] if config else [key for key in given if key not in {"steps", "model"}]
-    if other:
-        raise EstuneError(f"--resume keeps the run's settings, found {other[0]}; only --steps and --model may change")
-    steps, model = given.get("steps"), given.get("model")
-    if not (steps is None or str(steps).isdecimal()):
-        raise EstuneError(f"--steps must be a whole number, found {steps!r}")
-    if not (model is None or isinstance(model, str)):
-        raise EstuneError("--model needs a value: where the base model is now")
-    total = None if steps is None else int(steps)
+    if config:
+        raise EstuneError(f"--resume keeps the run's settings, found --config {config}; leave it out")
     if dry_run:
         from estune.commands import describe_rest
 
-        _print(describe_rest(run, total, model))
+        _print(describe_rest(run, given))
         return
     from estune.trainer import Trainer
 
-    Trainer.resume(run, steps=total, model=model).train()
+    Trainer.resume(run, **given).train()
 
 
 def _print(text: str) -> None:

@@ -16,7 +16,7 @@ from estune.config import Config, load, merge, parse, read
 from estune.errors import EstuneError
 from estune.journal import FILE, Journal
 from estune.replay import base_checkpoint
-from estune.run import RESUME_FROM_PYTHON, RunDirectory, default_path, find_checkpoint, refuse_used, task_of
+from estune.run import RESUME_FROM_PYTHON, RunDirectory, default_path, find_checkpoint, refuse_used, resumed, task_of
 from estune.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -46,15 +46,16 @@ def evaluate_model(
         EstuneError: where the settings do not give the task and the data that the run was trained on.
     """
     from estune.evaluation import evaluation_metrics, grade_completions, write_completions
-    from estune.setup import make_sampling, open_pool, with_resources
+    from estune.setup import make_sampling, open_encoder, open_local_pool, with_resources
 
     given = read(file, overrides or [])
     config = _settings_for(model, given)
     task = task or _task_for(model, config, given)
-    config = with_resources(config.model_copy(update={"model": str(find_checkpoint(model))}), perturbs=False)
-    replica, pool = open_pool(config, perturbs=False)
+    config = config.model_copy(update={"model": str(find_checkpoint(model)), "workers": None})
+    config = with_resources(config, perturbs=False)
+    ids = open_encoder(config).encode([row["prompt"] for row in task.evaluation])
+    pool = open_local_pool(config, perturbs=False)
     try:
-        ids = replica.engine.encode([row["prompt"] for row in task.evaluation])
         graded = grade_completions(task, task.evaluation, pool.generate(ids, make_sampling(config)))
     finally:
         pool.close()
@@ -75,7 +76,7 @@ def describe(config: Config) -> str:
     elements = sum(t.elements for t in checkpoint.tensors.values())
     task = config.task.build(config.seed)
     _check_weights(config, checkpoint)
-    _check_prompts(config, checkpoint, task)
+    _check_prompts(config, task)
     prompts = min(config.prompts_per_step, len(task.train))
     completions = config.steps * config.population * prompts
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -89,21 +90,20 @@ def describe(config: Config) -> str:
     )
 
 
-def describe_rest(run: Path, steps: int | None = None, model: str | None = None) -> str:
+def describe_rest(run: Path, changed: Mapping[str, Any]) -> str:
     """What `estune train --resume` would do: checks journal, base model and data, writes nothing.
 
     Args:
         run: the run's directory.
-        steps: a new total.
-        model: where the base model is now.
+        changed: settings of `RESUMABLE`, as `Trainer.resume` takes them.
 
     Raises:
         EstuneError: where journal, base model or data are not what the run began with.
     """
     journal = Journal.read(run)
     done = len(journal.steps)
-    config = parse(journal.settings if steps is None else {**journal.settings, "steps": steps}, str(journal.path))
-    base = base_checkpoint(journal.header, model)
+    config = resumed(journal, changed)
+    base = base_checkpoint(journal.header, config.model)
     task = task_of(run, journal.header, config, RESUME_FROM_PYTHON)
     start = next((step for step in RunDirectory(run).checkpoints() if step <= done), 0)
     return (
@@ -237,19 +237,10 @@ def _check_weights(config: Config, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_prompts(config: Config, checkpoint: Checkpoint, task: Task) -> None:
+def _check_prompts(config: Config, task: Task) -> None:
     """Refuse prompts that the tokenizer does not take, or that leave no room for a completion."""
-    from transformers import AutoConfig
+    from estune.setup import make_sampling, open_encoder
 
-    from estune.engines.loading import load_tokenizer
-    from estune.engines.prompts import PromptEncoder
-    from estune.setup import make_sampling
-
-    try:
-        model = AutoConfig.from_pretrained(checkpoint.path)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise EstuneError(f"model {config.model}: its config.json cannot be used ({why})") from error
-    encoder = PromptEncoder(config.model, load_tokenizer(checkpoint.path), model)
+    encoder = open_encoder(config)
     for rows in (task.evaluation, task.train):
         encoder.check(encoder.encode([row["prompt"] for row in rows]), make_sampling(config))

@@ -25,8 +25,14 @@ from pydantic import (
 )
 
 from estune.errors import EstuneError
-from estune.tasks import TaskConfig
+from estune.tasks import DEFAULT, KINDS, CountdownConfig, TaskConfig
+from estune.tasks.options import refuse_switch
 
+RESUMABLE = (
+    *("steps", "model", "workers", "workers_per_gpu", "ray_address", "worker_timeout"),
+    *("graders", "reward_timeout", "reward_errors", "max_reward_errors"),
+)
+"""What a run that is resumed may change: its length, where its weights come from and are, and what may fail."""
 EMBEDDED_SETTINGS = Path(__file__).parent / "models" / "tiny" / "estune.yaml"
 
 
@@ -46,11 +52,17 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field("tiny", description="the embedded model (tiny), a checkpoint directory or a hub id")
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="what generates")
+    start_from: Path | None = Field(
+        None, description="a run to go on from, over the same model: its journal is replayed, then comes this run's"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of the weights that generate; auto is float32 on a CPU, else the checkpoint's"
     )
     device: str = Field("auto", description="where the model runs: cuda, cuda:1, cpu; auto is CUDA where there is one")
-    task: TaskConfig = Field(default_factory=TaskConfig, description="what to learn; its options are task.NAME")
+    task: TaskConfig = Field(
+        default_factory=CountdownConfig, description="what to learn (`estune tasks`); its options are task.NAME"
+    )
     output_dir: Path | None = Field(None, description="directory of the run; runs/TASK-MODEL-TIME if not given")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the run: perturbations and order of the prompts")
 
@@ -91,6 +103,29 @@ class Config(BaseModel):
         None, ge=1, description="CPU threads of a replica; 1 for a small model or on CUDA, else all cores, if not given"
     )
 
+    workers: int | None = Field(
+        None, ge=1, description="engines on several GPUs or machines, as Ray actors; this machine's, if not given"
+    )
+    workers_per_gpu: int = Field(1, ge=1, description="workers that share a GPU, which hides what a token costs each")
+    gpus_per_worker: int = Field(
+        1, ge=1, description="GPUs of one engine; vLLM splits every matrix over them (tensor parallelism)"
+    )
+    ray_address: str | None = Field(
+        None, description="a running Ray cluster for the workers, HOST:PORT or auto; a private one if not given"
+    )
+    worker_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which a worker that does not answer is replaced; ten times what is usual, at least "
+        "60, if not given",
+    )
+    vllm_gpu_memory_utilization: float | None = Field(
+        None, gt=0, le=1, description="part of a GPU's memory for vLLM; what the base leaves, if not given"
+    )
+    vllm_max_model_length: int | None = Field(
+        None, ge=2, description="most tokens of a prompt and its completion with vLLM; the model's own if not given"
+    )
+
     weights: Literal["master", "copy", "inplace"] = Field(
         "master", description="what is kept beside the live weights: float32, a copy, or nothing (restores inexactly)"
     )
@@ -102,7 +137,30 @@ class Config(BaseModel):
     rounding: Literal["nearest", "stochastic"] = Field("nearest", description="of updates to bfloat16 weights")
     train_parameters: str = Field("*", description="shell pattern of the parameters to train")
 
+    graders: int | None = Field(
+        None,
+        ge=1,
+        description="processes for rewards that run in one of their own; one a core, at most 8, if not given",
+    )
+    reward_timeout: float = Field(5.0, gt=0, description="seconds for one completion there, unless the reward says")
+    reward_errors: Literal["raise", "exclude"] = Field(
+        "raise", description="where a reward raises: end the run, or leave the completion out and count it"
+    )
+    max_reward_errors: int = Field(100, ge=0, description="completions left out so before the run ends after all")
+
     eval_steps: int = Field(10, ge=0, description="steps between evaluations; 0 evaluates at the start and the end")
+    eval_samples: int = Field(
+        1, ge=1, description="completions of each held-out prompt; of several, pass@k and mean@k are told"
+    )
+    eval_temperature: float | None = Field(
+        None, ge=0, description="temperature of evaluations; that of training if not given"
+    )
+    watch: Annotated[list[TaskConfig], BeforeValidator(_names)] = Field(
+        [], description="further tasks to evaluate on, with commas between: what is forgotten on the way shows"
+    )
+    compare_with_base: bool = Field(
+        True, description="at evaluations, tell KL divergence from the base model and norm of the change of weights"
+    )
     early_stopping_patience: int | None = Field(
         None, ge=1, description="evaluations without a new best before stopping"
     )
@@ -115,15 +173,12 @@ class Config(BaseModel):
     def _with_settings_of_the_embedded_model(cls, values: Any) -> Any:
         if not isinstance(values, Mapping) or values.get("model", "tiny") != "tiny":
             return values
-        return merge(yaml.safe_load(EMBEDDED_SETTINGS.read_text()), dict(values))
+        return merge(embedded_settings(_task_name(values.get("task"))), dict(values))
 
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        _refuse_switch(cls, info.field_name or "", value)
-        if info.field_name == "task" and isinstance(value, Mapping):
-            for name, option in value.items():
-                _refuse_switch(TaskConfig, name, option)
+        refuse_switch(cls, info.field_name or "", value)
         return value
 
     @model_validator(mode="after")
@@ -132,8 +187,20 @@ class Config(BaseModel):
             raise ValueError(f"population {self.population} is odd, and mirrored members come in pairs")
         if self.weights == "inplace" and (self.replicas or 1) > 1:
             raise ValueError("weights=inplace holds one set of weights: replicas must be 1")
+        if self.weights == "inplace" and self.workers:
+            raise ValueError("weights=inplace holds one set of weights, in this process: leave out workers")
+        if (self.workers or self.engine == "vllm") and (self.replicas or 1) > 1:
+            raise ValueError("replicas are processes of this machine's transformers engine: give workers instead")
+        if self.gpus_per_worker > 1 and self.engine != "vllm":
+            raise ValueError("gpus_per_worker splits a model over GPUs, which engine=vllm does: set it")
+        if self.gpus_per_worker > 1 and self.workers_per_gpu > 1:
+            raise ValueError("gpus_per_worker and workers_per_gpu cannot both be more than 1")
+        if not self.workers and (self.workers_per_gpu > 1 or self.ray_address):
+            raise ValueError("workers_per_gpu and ray_address are about workers: say how many, workers=8")
         if self.weights == "inplace" and self.base_device == "host":
             raise ValueError("weights=inplace keeps nothing that base_device=host could hold: leave out one")
+        if self.eval_samples > 1 and not (self.temperature if self.eval_temperature is None else self.eval_temperature):
+            raise ValueError("eval_samples draws several completions of a prompt: give eval_temperature above 0")
         if self.early_stopping_patience and not self.eval_steps:
             raise ValueError("early_stopping_patience counts evaluations, and eval_steps 0 makes none on the way")
         return self
@@ -181,20 +248,28 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        if key == "task":  # a bare name is short for {name: ...}
+        if key == "task":  # a bare name is short for {name: ...}, and another task has other options
             old, value = _section(old), _section(value)  # noqa: PLW2901
+            old = old if _task_name(value, None) in (None, _task_name(old)) else None
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
     return merged
 
 
-def _refuse_switch(model: type[BaseModel], name: str, value: Any) -> None:
-    """Python's booleans are integers, and pydantic takes them for numbers."""
-    if isinstance(value, bool) and name in model.model_fields and model.model_fields[name].annotation is not bool:
-        raise ValueError(f"{name} is no switch: it needs a value other than true or false")
+def embedded_settings(task: str = DEFAULT) -> dict[str, Any]:
+    """The embedded model's settings for a task: those for all, with the task's own on top."""
+    settings: dict[str, Any] = yaml.safe_load(EMBEDDED_SETTINGS.read_text())
+    own = settings.pop("tasks").get(task, {})
+    return merge(settings, {**own, "task": {"name": task, **own.get("task", {})}})
 
 
 def _section(task: Any) -> Any:
     return {"name": task} if isinstance(task, str) else task
+
+
+def _task_name(task: Any, default: Any = DEFAULT) -> Any:
+    """The name in a task's section, or of its options."""
+    task = _section(task)
+    return task.get("name", default) if isinstance(task, Mapping) else getattr(task, "name", default)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -210,12 +285,17 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _complaint(error: Any, source: str) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    # Of several kinds of options, pydantic puts between which it tried, in angle brackets.
+    parts = [str(part) for part in error["loc"]]
+    path = [part for part in parts if not part.startswith("<")]
+    where = ".".join(path)
     if error["type"] != "extra_forbidden":
         found = f", found {error['input']!r}" if where and not isinstance(error["input"], dict) else ""
         return f"{source}: {where + ': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{found}"
-    *section, key = (str(part) for part in error["loc"])
-    known = TaskConfig.model_fields if section[:1] == ["task"] else Config.model_fields
+    *section, key = path
+    tried = parts[-2].strip("<>") if len(parts) > 1 else ""
+    model: type[BaseModel] | None = KINDS.get(tried) or (None if section else Config)
+    known = model.model_fields if model else {}
     near = difflib.get_close_matches(key, known, 1, 0.5)
     hint = f"did you mean {'.'.join([*section, near[0]])}?" if near else "see `estune train --help`"
     return f"{source}: unknown setting {where}; {hint}"

@@ -11,7 +11,8 @@ import fcntl
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Header:
     config: dict[str, Any]
     packages: dict[str, str]
     created: str  # ISO 8601
+    ancestors: list[str] = field(default_factory=list)  # last checks of the journals it goes on from, oldest first
     format: int = FORMAT
     noise_version: int = NOISE_VERSION
 
@@ -72,20 +74,31 @@ class EvaluationRecord:
 
 
 class Journal:
-    """An open journal. `steps` and `evaluations` hold what it records so far, `settings` those of the run by now."""
+    """An open journal. `steps` and `evaluations` hold what it records so far, `settings` those of the run by now.
+
+    `inherited` holds the steps of its ancestors, the runs that this one started from. They come before its own.
+    """
 
     def __init__(self, path: Path, header: Header, check: str) -> None:
         self.path, self.header = path, header
+        self.inherited: list[StepRecord] = []
         self.steps: list[StepRecord] = []
         self.evaluations: list[EvaluationRecord] = []
         self.settings = dict(header.config)
-        self._check = check
+        self.check = check  # of the last line, hence of all
         self._file: Any = None
 
     @classmethod
-    def create(cls, run: Path, header: Header) -> Journal:
-        """Start the journal of a new run in the directory `run`."""
+    def create(cls, run: Path, header: Header, parent: Journal | None = None) -> Journal:
+        """Start the journal of a new run in the directory `run`, with a copy of its parent's and the parent's own."""
+        if parent is not None:
+            header = replace(header, ancestors=[*parent.header.ancestors, parent.check])
+            folder, count = parent.path.parent, len(header.ancestors)
+            for i in range(1, count):
+                shutil.copyfile(_ancestor(folder, i), _ancestor(run, i))
+            _ancestor(run, count).write_bytes(_whole_lines(parent.path))
         journal = cls(run / FILE, header, "")
+        journal.inherited = [] if parent is None else parent.history
         journal._file = _locked(journal.path, "xb")
         journal._write("header", vars(header))
         return journal
@@ -100,7 +113,20 @@ class Journal:
         path = run / FILE
         if not path.is_file():
             raise EstuneError(f"{run}: no {FILE} here, so this is no run; give the output directory of `estune train`")
-        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is empty or cut off
+        journal = cls._parse(path)
+        for number, check in enumerate(journal.header.ancestors, 1):
+            ancestor = _ancestor(run, number)
+            if not ancestor.is_file():
+                raise EstuneError(f"{ancestor} is missing, a journal that {path} goes on from; restore it from a copy")
+            found = cls._parse(ancestor)
+            if found.check != check:
+                raise EstuneError(f"{ancestor} is not the journal that {path} goes on from; restore it from a copy")
+            journal.inherited += found.steps
+        return journal
+
+    @classmethod
+    def _parse(cls, path: Path) -> Journal:
+        lines = _whole_lines(path).split(b"\n")[:-1]
         if not lines:
             raise EstuneError(f"{path}: the run ended before its header was written; start it again")
         check, payload = _verified(lines[0], "", path, "its header")
@@ -122,7 +148,7 @@ class Journal:
                     journal.evaluations.append(EvaluationRecord(**payload))
                 case _:
                     journal.settings |= payload
-        journal._check = check
+        journal.check = check
         return journal
 
     @classmethod
@@ -137,7 +163,7 @@ class Journal:
                 lock.close()
             raise
         journal._file = lock
-        journal._file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        journal._file.truncate(len(_whole_lines(path)))
         return journal
 
     def append_step(self, record: StepRecord) -> None:
@@ -172,6 +198,11 @@ class Journal:
         self._write("settings", changed)
         self.settings |= changed
 
+    @property
+    def history(self) -> list[StepRecord]:
+        """All steps from the base model on, its ancestors' and its own."""
+        return [*self.inherited, *self.steps]
+
     def chronicle(self) -> list[StepRecord | EvaluationRecord]:
         """Steps and evaluations in the order in which they happened."""
         entries = [((r.step + 1, 0), r) for r in self.steps] + [((e.step, 1), e) for e in self.evaluations]
@@ -188,7 +219,7 @@ class Journal:
             self._file = None
 
     def _write(self, kind: str, payload: dict[str, Any]) -> None:
-        check, line = _sealed({"kind": kind, **payload}, self._check)
+        check, line = _sealed({"kind": kind, **payload}, self.check)
         end = self._file.seek(0, os.SEEK_END)
         try:
             while line:
@@ -201,7 +232,17 @@ class Journal:
                 f"{self.path}: {error.strerror} while writing; the run is whole up to step {len(self.steps)}: "
                 f"make room, then `estune train --resume {self.path.parent}`"
             ) from error
-        self._check = check
+        self.check = check
+
+
+def _ancestor(run: Path, number: int) -> Path:
+    return run / f"ancestor-{number}.jsonl"
+
+
+def _whole_lines(path: Path) -> bytes:
+    """A journal's bytes but for a last line that a crash cut off."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _locked(path: Path, mode: str) -> Any:

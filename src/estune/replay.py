@@ -30,7 +30,7 @@ def replay(run: Path, output: Path, step: int | None = None, model: str | None =
     Args:
         run: a run's directory.
         output: directory to make; refused if there is one already.
-        step: how many steps to take, all by default; 0 gives the base model.
+        step: how many of the run's steps to take, all by default; 0 gives the weights that it started from.
         model: the base model, where it now lies elsewhere than the journal says.
         dtype: type to store, by default the one the run generated with.
 
@@ -54,8 +54,8 @@ def replay(run: Path, output: Path, step: int | None = None, model: str | None =
     if output.exists():
         raise EstuneError(f"{output} exists already: give another directory or remove it")
     base = base_checkpoint(header, model)
-    steps = journal.steps[:step]
-    expected = steps[-1].fingerprint if steps else header.fingerprint
+    steps = [*journal.inherited, *journal.steps[:step]]
+    expected = journal.steps[step - 1].fingerprint if step else header.fingerprint
     fingerprints: dict[str, int] = {}
 
     def verify() -> None:

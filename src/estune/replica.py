@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -19,7 +22,10 @@ from estune.place import chosen_device, training_device
 from estune.shared import Share
 from estune.storage import keeps_base_on_host
 from estune.strategy import Member, Update
-from estune.weights import Parameter, Weights, trained_parameters
+from estune.weights import Drift, Parameter, Weights, trained_parameters
+
+if TYPE_CHECKING:
+    from estune.engines.vllm import VllmEngine, VllmWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,18 @@ class Evaluated:
     completions: list[Completion]
     perturb_time: float
     generate_time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a replica trains. Two replicas of one run have equal descriptions."""
+
+    base_hash: str  # content hash of the base checkpoint
+    dtype: str  # of the base weights
+    live_dtype: str  # of the weights that generate
+    tensors: dict[str, list[str]]  # trained tensors of the checkpoint, each with the names tied to it
+    elements: int  # of all trained tensors
+    fingerprint: str  # of the base weights, now
 
 
 class Replica:
@@ -50,20 +68,32 @@ class Replica:
         torch.set_num_threads(config.threads or 1)
         self.checkpoint = Checkpoint(locate(config.model))
         self._device = (training_device if perturbs else chosen_device)(config.device)
+        self._perturbs = perturbs
+        self.policy = config.weights
+        self.engine: TransformersEngine | VllmEngine
+        self.weights: Weights | VllmWeights
+        if config.engine == "vllm":
+            from estune.engines.vllm import open_vllm
+
+            self.engine, weights = open_vllm(self.checkpoint, config, perturbs=perturbs)
+            if weights is not None:
+                self.weights = weights
+            return
         self.engine = TransformersEngine(
             self.checkpoint.path,
             dtype=config.dtype,
             device=str(self._device),
             batch_size=config.batch_size,
             cuda_graphs=config.cuda_graphs,
+            sharers=self._sharers(config),
         )
-        self._perturbs = perturbs
         if perturbs:
-            self.weights = self._open_weights(config, share)
+            self.weights = self._open_weights(self.engine, config, share)
 
-    def _open_weights(self, config: Config, share: Share | None) -> Weights:
-        parameters = trained_parameters(self.engine.model, self.checkpoint.tensors, config.train_parameters)
-        on_host = self._keeps_base_on_host(config, parameters)
+    def _open_weights(self, engine: TransformersEngine, config: Config, share: Share | None) -> Weights:
+        parameters = trained_parameters(engine.model, self.checkpoint.tensors, config.train_parameters)
+        live = sum(p.nbytes for p in engine.model.parameters())
+        on_host = self._keeps_base_on_host(config, parameters, live)
         remedy = _less_base(self._device, on_host=on_host)
         with memory_for("the base that is kept beside the live weights", remedy):
             weights = Weights(
@@ -105,14 +135,73 @@ class Replica:
         """Make a checkpoint's tensors the base, if this replica is the one that fills it."""
         self.weights.load(Checkpoint(checkpoint))
 
-    def close(self) -> None:
-        """Nothing to release: the model goes with the last reference."""
+    def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None = None) -> str:
+        """Make the base what it is after `updates`, and return its fingerprint.
 
-    def _keeps_base_on_host(self, config: Config, parameters: Sequence[Parameter]) -> bool:
+        Args:
+            updates: all of the run so far.
+            checkpoint: a number of updates, and the directory of the weights after them. Where this machine has no such
+                directory, all updates are made again from the base model.
+        """
+        done, path = checkpoint if checkpoint is not None and checkpoint[1].is_dir() else (0, self.checkpoint.path)
+        self.load(path)
+        for update in updates[done:]:
+            self.weights.apply(update)
+        return self.weights.fingerprint()
+
+    def save(self, path: Path, dtype: str) -> None:
+        """Write the base weights as a checkpoint of this type."""
+        self.checkpoint.write(path, self.weights.runs(), dtype)
+
+    def describe(self) -> Description:
+        """What it trains; reads the base checkpoint, to hash it."""
+        return Description(
+            base_hash=self.checkpoint.content_hash(),
+            dtype=self.weights.dtype,
+            live_dtype=self.engine.dtype,
+            tensors=self.weights.tensors,
+            elements=self.weights.elements,
+            fingerprint=self.weights.fingerprint(),
+        )
+
+    def compare(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+        """How far the base weights have come from the base model.
+
+        Returns:
+            `weights/change`: norm of the change; `weights/relative_change`: the same over the norm of the base model's
+            weights; `kl`: mean over the completions' tokens of the divergence from the base model in nats, estimated as
+            r - 1 - log r with r the base model's probability over the present one (Schulman's k3, as in TRL). It needs
+            the base model's weights in place, which `inplace` cannot bring back: there is no `kl` there.
+        """
+        difference, norm = self.weights.change(self.checkpoint)
+        found = {"weights/change": difference, "weights/relative_change": difference / norm if norm else 0.0}
+        self.weights.restore()
+        if self.policy != "inplace":
+            now = self.engine.score(prompt_ids, completion_ids)
+            self.weights.show(self.checkpoint)
+            base = self.engine.score(prompt_ids, completion_ids)
+            self.weights.restore()
+            pairs = zip(itertools.chain(*base), itertools.chain(*now), strict=True)
+            logs = [of_base - of_now for of_base, of_now in pairs]
+            found["kl"] = math.fsum(math.expm1(d) - d for d in logs) / len(logs)
+        return found
+
+    def drift(self) -> Drift | None:
+        """What restoring left behind since the last update; None where it leaves nothing."""
+        return self.weights.drift() if self.policy == "inplace" else None
+
+    def close(self) -> None:
+        """End what the engine has started. A model in this process goes with the last reference."""
+        self.engine.close()
+
+    def _sharers(self, config: Config) -> int:
+        """Engines on this one's device. On a CPU, whose memory is seldom what is short, it does not matter."""
+        return 1 if self._device.type == "cpu" else max(config.replicas or 1, config.workers_per_gpu)
+
+    def _keeps_base_on_host(self, config: Config, parameters: Sequence[Parameter], live: int) -> bool:
         if self._device.type == "cpu" or config.weights == "inplace":
             return False
-        memory = total_memory(self._device) // (config.replicas or 1)
-        live = sum(p.nbytes for p in self.engine.model.parameters())
+        memory = total_memory(self._device) // self._sharers(config)
         base = sum(p.tensor.numel() * (4 if config.weights == "master" else p.tensor.itemsize) for p in parameters)
         return keeps_base_on_host(config.base_device, base=base, live=live, memory=memory)
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from estune.checkpoint import locate
-from estune.config import Config
+from estune.config import RESUMABLE, Config, parse
 from estune.errors import EstuneError
 from estune.files import replacing
-from estune.journal import FILE, Header
+from estune.journal import FILE, Header, Journal
+from estune.replay import base_checkpoint
 from estune.tasks.base import Task
 
+BASE = "base"  # where a model that was given in memory lies in a run's directory
 RESUME_FROM_PYTHON = "resume it from Python, with Trainer.resume(run, task=...)"
 PACKAGES = ("estune", "torch", "transformers", "tokenizers", "safetensors", "numba", "numpy")
 
@@ -85,7 +90,7 @@ def refuse_used(path: Path) -> None:
     Raises:
         EstuneError: with what can be done.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(p.name != BASE for p in path.iterdir())):
         held = "already holds a run" if (path / FILE).is_file() else "exists and is not empty"
         resume = f"go on with `estune train --resume {path}`, " if (path / FILE).is_file() else ""
         raise EstuneError(f"output_dir {path} {held}: {resume}give another --output-dir, or remove it")
@@ -94,7 +99,42 @@ def refuse_used(path: Path) -> None:
 def default_path(config: Config, task: str) -> Path:
     """Where a run goes that was given no `output_dir`."""
     model = config.model if config.model == "tiny" else Path(config.model).name
-    return Path("runs") / f"{task}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = Path(task).stem if task.endswith(".py") else re.sub(r"[^\w.-]", "-", task)  # gym:sudoku has a colon
+    return Path("runs") / f"{name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def parent_of(config: Config) -> Journal | None:
+    """The journal of the run that a new run is to go on from.
+
+    Raises:
+        EstuneError: where that run kept its weights in another way: its steps would not give the same weights here.
+    """
+    if config.start_from is None:
+        return None
+    parent = Journal.read(config.start_from)
+    for key in ("weights", "rounding", "noise", "train_parameters"):
+        if parent.settings[key] != getattr(config, key):
+            raise EstuneError(
+                f"start_from {config.start_from} was run with {key}={parent.settings[key]}, found "
+                f"{getattr(config, key)}: set {key}={parent.settings[key]}"
+            )
+    base_checkpoint(parent.header, config.model)
+    return parent
+
+
+def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:
+    """The settings to go on with: the run's, with those of `RESUMABLE` that are to change.
+
+    Raises:
+        EstuneError: for another setting, or a bad value.
+    """
+    other = next((key for key in changed if key not in RESUMABLE), None)
+    if other is not None:
+        raise EstuneError(f"--resume keeps the run's settings, found {other}; only {', '.join(RESUMABLE)} may change")
+    settings = {**journal.settings, **changed}
+    if "workers" in changed:
+        settings["replicas"] = None  # as many as there is room for beside workers, or instead of them
+    return parse(settings, str(journal.path))
 
 
 def task_of(

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
-from estune.config import Config, parse
-from estune.data import RowOrder
-from estune.engines.base import Engine
+from estune.config import Config
+from estune.data import StagedOrder
+from estune.engines.base import Completion
 from estune.errors import EstuneError
-from estune.evaluation import Graded, evaluation_metrics, grade_completions, step_metrics, write_completions
+from estune.evaluation import Graded, step_metrics, write_completions
+from estune.held_out import HeldOut, encode_rows
 from estune.journal import EvaluationRecord, Header, Journal, StepRecord
 from estune.monitors import default_monitors
 from estune.monitors.base import Monitor, Plan, Summary
 from estune.monitors.files import rewrite_metrics
 from estune.replay import base_checkpoint
-from estune.run import RESUME_FROM_PYTHON, RunDirectory, default_path, packages, refuse_used, task_of
-from estune.setup import make_sampling, make_strategy, open_pool, with_resources
-from estune.storage import type_name
+from estune.rewards.grade import TrainerState
+from estune.rewards.grading import Pending
+from estune.rewards.preflight import preflight
+from estune.run import (
+    RESUME_FROM_PYTHON,
+    RunDirectory,
+    default_path,
+    packages,
+    parent_of,
+    refuse_used,
+    resumed,
+    task_of,
+)
+from estune.setup import make_grading, make_sampling, make_strategy, open_encoder, open_pool, with_resources
 from estune.strategy import member_seed
 from estune.tasks.base import Task
 
@@ -49,19 +62,21 @@ class Trainer:
         path = config.output_dir or default_path(config, task.name)
         refuse_used(path)
         config = with_resources(config)
+        parent = parent_of(config)
         self._open(config, task, first_step=0)
         try:
-            weights = self.replica.weights
+            trained = self.trained = self.pool.describe()
+            fingerprint = self._inherit(parent) if parent is not None else trained.fingerprint
             header = Header(
                 model=config.model,
-                base_hash=self.replica.checkpoint.content_hash(),
+                base_hash=trained.base_hash,
                 policy=config.weights,
                 rounding=config.rounding,
                 noise=config.noise,
-                dtype=weights.dtype,
-                live_dtype=type_name(self.replica.engine.model.dtype),
-                tensors={p.name: list(p.aliases) for p in weights.parameters},
-                fingerprint=weights.fingerprint(),
+                dtype=trained.dtype,
+                live_dtype=trained.live_dtype,
+                tensors=trained.tensors,
+                fingerprint=fingerprint,
                 task=task.name,
                 data_hash=task.data_hash(),
                 config=config.model_dump(mode="json"),
@@ -69,9 +84,9 @@ class Trainer:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             run = RunDirectory.create(path, config)
-            self._start(run, Journal.create(run.path, header), monitors)
+            self._start(run, Journal.create(run.path, header, parent), monitors)
         except BaseException:
-            self.pool.close()
+            self._opened.close()
             raise
 
     @classmethod
@@ -79,47 +94,46 @@ class Trainer:
         cls,
         run: str | Path,
         *,
-        steps: int | None = None,
-        model: str | None = None,
         task: Task | None = None,
         monitors: Sequence[Monitor] | None = None,
-    ) -> Trainer:
+        **changed: Any,
+    ) -> Self:
         """Go on with a run where its journal ends, to the same bits an undisturbed run would have.
 
         Args:
             run: the run's directory.
-            steps: a new total, to make a run longer or shorter.
-            model: the base model, where it now lies elsewhere than the journal says.
             task, monitors: as for a new run.
+            changed: settings of `RESUMABLE`: `steps`, a new total; `model`, where the base model lies now; `workers`
+                and what belongs to them.
 
         Raises:
-            EstuneError: where journal, base model or data are not what the run began with, or nothing is left to do.
+            EstuneError: where journal, base model or data are not what the run began with, nothing is left to do, or
+                another setting is to change.
         """
         directory = RunDirectory(Path(run))
         journal = Journal.resume(directory.path)
         self = cls.__new__(cls)
         try:
-            changed = {} if steps is None else {"steps": steps}
-            config = parse({**journal.settings, **changed}, str(journal.path))
+            config = resumed(journal, changed)
             done = len(journal.steps)
             if config.steps <= done and directory.final.is_dir():
                 raise EstuneError(f"{run}: all {done} steps are done; give --steps above {done} to go on")
-            config = config.model_copy(update={"model": model or config.model})
             task = task_of(directory.path, journal.header, config, RESUME_FROM_PYTHON, task=task)
             base_checkpoint(journal.header, config.model)
-            self._open(config, task, first_step=done)
+            self._open(with_resources(config), task, first_step=done)
         except BaseException:
             journal.close()
             raise
         try:
             self._rebuild(directory, journal)
-            if config.steps != journal.settings["steps"]:
-                journal.append_settings({"steps": config.steps})
-                directory.write_settings(config)
+            settings = self.config.model_dump(mode="json")
+            if other := {k: v for k, v in settings.items() if k != "model" and v != journal.settings.get(k, v)}:
+                journal.append_settings(other)
+                directory.write_settings(self.config)
             self._start(directory, journal, monitors)
         except BaseException:
             journal.close()
-            self.pool.close()
+            self._opened.close()
             raise
         return self
 
@@ -130,7 +144,7 @@ class Trainer:
             What the run came to.
         """
         began = time.perf_counter()
-        self._tell(lambda m: m.on_train_begin(self._plan()))
+        self._tell(lambda m: m.on_train_begin(self.plan()))
         try:
             with _interruptible() as interrupted:
                 ended = self._loop(interrupted)
@@ -143,72 +157,75 @@ class Trainer:
 
     def close(self) -> None:
         """Release processes, threads and files. `train` does so itself."""
-        self.pool.close()
+        self._opened.close()
         self.journal.close()
         self._tell(lambda m: m.close())
 
     def _open(self, config: Config, task: Task, first_step: int) -> None:
-        """Load the model and see that everything the run will generate can be generated."""
+        """See that everything the run will generate can be generated, and load the model."""
         self.config, self.task = config, task
-        self.strategy = make_strategy(config)
-        self.order = RowOrder(len(task.train), config.prompts_per_step, config.seed)
+        self.order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)
         self.monitors: list[Monitor] = []
-        self.replica, self.pool = open_pool(config)
-        try:
-            used = sorted({row for step in range(first_step, config.steps) for row in self.order.rows(step)})
-            self._encode("training row", task.train, used)
-            self._evaluation_ids = self._encode("evaluation row", task.evaluation, range(len(task.evaluation)))
-        except BaseException:
-            self.pool.close()
-            raise
+        self.encoder = open_encoder(config)
+        used = self.order.used(first_step, config.steps)
+        encode_rows(self.encoder, {i: task.train[i] for i in used}, "training row", make_sampling(config))
+        self.state = TrainerState(first_step, config.steps)
+        with ExitStack() as opened:
+            self.grading = make_grading(config, task, self.state)
+            opened.callback(self.grading.close)
+            self.held_out = HeldOut(task, config, self.encoder, self.grading)
+            preflight(task, self.grading)
+            self.watched = {}
+            for options in config.watch:
+                watched = HeldOut(options.build(config.seed), config, self.encoder)
+                self.watched[watched.task.name] = watched
+                opened.callback(watched.close)
+            self.pool = open_pool(config)
+            opened.callback(self.pool.close)
+            self._opened = opened.pop_all()
 
-    def _encode(self, what: str, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> list[list[int]]:
-        """Token ids of rows' prompts; a prompt that cannot be generated from is refused by its row."""
-        engine: Engine = self.replica.engine
-        sampling = make_sampling(self.config)
-        try:
-            ids = engine.encode([rows[i]["prompt"] for i in indices])
-            engine.check(ids, sampling)
-            return ids
-        except EstuneError:
-            for i in indices:
-                try:
-                    engine.check(engine.encode([rows[i]["prompt"]]), sampling)
-                except EstuneError as error:
-                    raise EstuneError(f"{what} {i}: {str(error).removeprefix('prompt 0: ')}") from error
-            raise
+    def _inherit(self, parent: Journal) -> str:
+        """Bring the weights to where another run ended; return the fingerprint there."""
+        for what, here, there in (
+            ("base weights are", self.trained.dtype, parent.header.dtype),
+            ("live weights are", self.trained.live_dtype, parent.header.live_dtype),
+            ("trained tensors are", sorted(self.trained.tensors), sorted(parent.header.tensors)),
+            ("last step gives", self.pool.rebuild(parent.history), parent.fingerprint()),
+        ):
+            if here != there:
+                raise EstuneError(
+                    f"start_from {parent.path.parent}: its {what} {there}, here {here}; go on where it was run, with "
+                    "its settings"
+                )
+        return parent.fingerprint()
 
     def _start(self, run: RunDirectory, journal: Journal, monitors: Sequence[Monitor] | None) -> None:
         self.run, self.journal = run, journal
+        self.strategy = make_strategy(self.config, journal.header.fingerprint if journal.header.ancestors else None)
+        self.strategy.step = len(journal.steps)
         self._began_at = len(journal.steps)
         rewrite_metrics(run.metrics, [e.metrics for e in journal.chronicle()])  # a crash may have cost the last lines
         self.monitors = list(default_monitors(run, self.config) if monitors is None else monitors)
 
     def _rebuild(self, run: RunDirectory, journal: Journal) -> None:
         """Bring the weights to the journal's last step, from the latest checkpoint that is there."""
-        live, expected = type_name(self.replica.engine.model.dtype), journal.header.live_dtype
+        self.trained = self.pool.describe()
+        live, expected = self.trained.live_dtype, journal.header.live_dtype
         if live != expected:
             raise EstuneError(
-                f"{run.path}: the run generates with {expected} weights, which here, on {self.replica.engine.device}, "
+                f"{run.path}: the run generates with {expected} weights, which here, on {self.config.device}, "
                 f"are loaded as {live}; resume it on the kind of device that it began on"
             )
         done = len(journal.steps)
         start = next((s for s in run.checkpoints() if 0 < s <= done), 0)
-        if start:
-            self.pool.load(run.checkpoint(start))
-        for record in journal.steps[start:]:
-            if self.config.weights == "inplace":  # what rounding left behind at each restore is part of the run
-                for member in record.update.members:
-                    self.replica.weights.perturb(member, record.sigma)
-            self.pool.apply(record.update)
-        found = self.replica.weights.fingerprint()
+        checkpoint = (len(journal.inherited) + start, run.checkpoint(start)) if start else None
+        found = self.pool.rebuild(journal.history, checkpoint)
         if found != journal.fingerprint():
             where = f"checkpoint-{start} and " if start else ""
             raise EstuneError(
                 f"{run.path}: {where}{done - start} replayed steps give fingerprint {found}, the journal says "
                 f"{journal.fingerprint()}" + (f"; remove checkpoint-{start} and resume" if start else "")
             )
-        self.strategy.step = done
 
     def _loop(self, interrupted: Callable[[], bool]) -> str:
         while True:
@@ -219,11 +236,18 @@ class Trainer:
                 self._evaluate(step)
             if step >= last:
                 return "finished"
-            if self._patience_is_over():
+            if self._patience_is_over() or "stop" in self._requests():
                 return "stopped early"
+            self._tell(lambda m: m.on_step_begin(step))  # noqa: B023
             self._step()
-            if self._due(self.strategy.step, self.config.save_steps):
-                self._save(self.run.checkpoint(self.strategy.step), self.replica.weights.dtype)
+            if "evaluate" in self._requests():
+                self._evaluate(step + 1)
+            if self._due(step + 1, self.config.save_steps) or "save" in self._requests():
+                self._save(self.run.checkpoint(step + 1), self.trained.dtype)
+                self._tell(lambda m: m.on_save(step + 1))  # noqa: B023
+
+    def _requests(self) -> set[str]:
+        return {request for monitor in self.monitors for request in monitor.requests()}
 
     def _due(self, step: int, every: int) -> bool:
         return step == 0 or (every > 0 and step % every == 0)
@@ -232,26 +256,28 @@ class Trainer:
         began = time.perf_counter()
         config, step, sigma = self.config, self.strategy.step, self.strategy.sigma
         rate = self.strategy.learning_rate
-        indices = self.order.rows(step)
+        indices = self.order.rows(step, {e.step: e.metrics for e in self.journal.evaluations})
         rows = [self.task.train[i] for i in indices]
-        prompt_ids = self.replica.engine.encode([row["prompt"] for row in rows])
-        sampling = make_sampling(config, member_seed(config.seed, step, 1 << 23))
+        prompt_ids = self.encoder.encode([row["prompt"] for row in rows])
+        sampling = make_sampling(config, member_seed(self.strategy.seed, step, 1 << 23))
         members = self.strategy.ask()
-        graded: dict[int, Graded] = {}
+        pending: dict[int, tuple[list[Completion], Pending]] = {}
         times = {"perturb": 0.0, "generate": 0.0, "grade": 0.0}
         for index, done in self.pool.evaluate(members, sigma, prompt_ids, sampling):
             start = time.perf_counter()
-            graded[index] = grade_completions(self.task, rows, done.completions)
+            pending[index] = done.completions, self.grading.submit(rows, done.completions)
             times["grade"] += time.perf_counter() - start
             times["perturb"] += done.perturb_time
             times["generate"] += done.generate_time
-            self._tell(lambda m: m.on_member_end(len(graded), len(members)))
-        in_order = [graded[i] for i in range(len(members))]
+            self._tell(lambda m: m.on_member_end(len(pending), len(members)))
+        start = time.perf_counter()
+        in_order = [Graded(rows, c, grades.result()) for c, grades in (pending[i] for i in range(len(members)))]
+        times["grade"] += time.perf_counter() - start
         rewards = [g.grades.mean for g in in_order]
         if all(r is None for r in rewards):
             raise EstuneError(f"step {step}: no member has a reward, see the warnings; mend the reward and resume")
 
-        drift = self.replica.weights.drift() if config.weights == "inplace" else None
+        drift = self.pool.drift()
         start = time.perf_counter()
         update = self.strategy.tell(rewards)
         fingerprint = self.pool.apply(update)
@@ -263,6 +289,8 @@ class Trainer:
         metrics["step_time"] = time.perf_counter() - began
         metrics |= {f"time/{key}": value for key, value in times.items()}
         self.journal.append_step(StepRecord(update, sigma, rate, rewards, indices, fingerprint, metrics))
+        self.state.global_step = step + 1
+        self.state.epoch = (step + 1) * len(rows) / len(self.task.train)
         kept = in_order[: config.log_completions]
         if kept:
             records = [r for member, g in enumerate(kept) for r in g.records(step=step + 1, member=member)]
@@ -274,11 +302,15 @@ class Trainer:
         return self.journal.steps[-1].metrics.get("num_tokens", 0) if self.journal.steps else 0
 
     def _evaluate(self, step: int) -> None:
-        if any(e.step == step for e in self.journal.evaluations):
-            return  # the run was cut off after this evaluation, and goes on from here
-        completions = self.pool.generate(self._evaluation_ids, make_sampling(self.config))
-        graded = grade_completions(self.task, self.task.evaluation, completions)
-        metrics = {"step": step, **evaluation_metrics(self.task, graded)}
+        if not self.task.evaluation or any(e.step == step for e in self.journal.evaluations):
+            return  # nothing to evaluate on, or the run was cut off after this evaluation, and goes on from here
+        found, graded = self.held_out.evaluate(self.pool, compare=self.config.compare_with_base)
+        metrics = {"step": step, **found}
+        for name, watched in self.watched.items():
+            found, completed = watched.evaluate(self.pool)
+            metrics |= {f"watch/{name}/{key.removeprefix('eval_')}": value for key, value in found.items()}
+            file = re.sub(r"[^\w.-]", "-", name)
+            write_completions(self.run.completions(f"watch-{file}-{step:05d}"), completed.records(step=step))
         best = self._best()
         if best is None or _rank(metrics) > _rank(best.metrics):
             self._save(self.run.best)
@@ -297,14 +329,14 @@ class Trainer:
         return sum(e.step > max(best.step, self._began_at) for e in self.journal.evaluations) >= patience
 
     def _save(self, path: Path, dtype: str | None = None) -> None:
-        dtype = dtype or self.journal.header.live_dtype
-        self.replica.checkpoint.write(path, self.replica.weights.runs(), dtype)
+        self.pool.save(path, dtype or self.trained.live_dtype)
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
+        """What the run sets out to do."""
         return Plan(
             run=self.run.path,
             model=self.config.model,
-            parameters=sum(p.tensor.numel() for p in self.replica.weights.parameters),
+            parameters=self.trained.elements,
             task=self.task.name,
             steps=self.config.steps,
             first_step=self.strategy.step,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 Metrics = Mapping[str, float]
 
@@ -49,11 +49,17 @@ class Summary:
     ended: str  # "finished", "stopped early" or "interrupted"
 
 
+Request = Literal["stop", "evaluate", "save"]
+
+
 class Monitor:
     """Base of all monitors: does nothing. Metrics carry their step under the key `step`."""
 
     def on_train_begin(self, plan: Plan) -> None:
         """A run begins or goes on."""
+
+    def on_step_begin(self, step: int) -> None:
+        """A step begins, from 0."""
 
     def on_member_end(self, done: int, population: int) -> None:
         """One more member of the step has been graded."""
@@ -63,6 +69,13 @@ class Monitor:
 
     def on_evaluate(self, metrics: Metrics, sample: Sample) -> None:
         """The evaluation set has been graded with the base weights."""
+
+    def on_save(self, step: int) -> None:
+        """`checkpoint-N` has been written, N being `step`."""
+
+    def requests(self) -> Collection[Request]:
+        """What is asked for after a step: to end the run, to evaluate, to write a checkpoint."""
+        return ()
 
     def on_train_end(self, summary: Summary) -> None:
         """The run is over."""

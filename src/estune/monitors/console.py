@@ -89,6 +89,7 @@ class ConsoleMonitor(Monitor):
             self._print(
                 f"step {metrics['step']:>4}  held-out accuracy {metrics['eval_accuracy']:.1%}  "
                 f"reward {metrics['eval_reward']:.4f}  length {metrics['eval_completions/mean_length']:.1f}"
+                + "".join(f"  {text}" for text in _instruments(metrics))
             )
 
     def on_train_end(self, summary: Summary) -> None:
@@ -142,6 +143,22 @@ def _curve(values: list[float]) -> str:
     return "".join(BLOCKS[round((v - low) * scale)] for v in values)
 
 
+def _instruments(now: Metrics, then: Metrics | None = None) -> list[str]:
+    """What else an evaluation tells: pass@k, how far the model has come from its base, tasks that are watched."""
+    found = []
+    passes = {key.removeprefix("eval_"): value for key, value in now.items() if key.startswith("eval_pass@")}
+    if passes:
+        found.append(", ".join(f"{key} {value:.1%}" for key, value in passes.items()))
+    if "eval_weights/relative_change" in now:
+        kl = f"KL to the base model {now['eval_kl']:.4f}, " if "eval_kl" in now else ""
+        found.append(f"{kl}weights changed by {now['eval_weights/relative_change']:.3%}")
+    for key, value in now.items():
+        if key.startswith("watch/") and key.endswith("/accuracy"):
+            before = f"{then[key]:.1%} -> " if then and key in then else ""
+            found.append(f"{key.split('/')[1]} {before}{value:.1%}")
+    return found
+
+
 def _summary(s: Summary) -> Panel:
     lines = [f"{s.ended} after {s.steps} steps, {s.seconds:.0f} s"]
     if s.before:
@@ -152,6 +169,7 @@ def _summary(s: Summary) -> Panel:
             f"held-out reward {s.before['eval_reward']:.3f} -> {s.after['eval_reward']:.3f}, "
             f"length {s.before[length]:.1f} -> {s.after[length]:.1f} tokens",
         ]
+        lines += [escape(text) for text in _instruments(s.after, s.before)]
     lines.append(f"in {escape(str(s.run))}:")
     lines += [f"  {name:<14} {what}" for name, what in CONTENTS.items() if (s.run / name).exists()]
     if s.ended != "finished":

@@ -1,0 +1,417 @@
+"""The report's page: its figures are the run's, nothing hostile gets out of its place, nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from estune.checkpoint import Checkpoint
+from estune.cli import _overrides
+from estune.config import Config, load
+from estune.errors import EstuneError
+from estune.evaluation import write_completions
+from estune.journal import EvaluationRecord, Header, Journal, StepRecord
+from estune.report import write_report
+from estune.strategy import Member
+from estune.update import Update
+
+HOSTILE = "</pre></script><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>&amp;\x00\u202e"
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Parsed(HTMLParser):
+    """Elements with their attributes and text; fails where tags are not properly nested."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[tuple[str, dict[str, str], list[str]]] = []
+        self.elements: list[tuple[str, dict[str, str], str]] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        attributes = {key: value or "" for key, value in attrs}
+        if tag in VOID:
+            self.elements.append((tag, attributes, ""))
+        else:
+            self.open.append((tag, attributes, []))
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        name, attributes, text = self.open.pop()
+        assert name == tag, f"</{tag}> closes <{name}>"
+        self.elements.append((name, attributes, "".join(text)))
+
+    def handle_data(self, data: str) -> None:
+        for _, _, text in self.open:
+            text.append(data)
+
+    def all(self, tag: str, **wanted: str) -> list[str]:
+        return [
+            text for name, a, text in self.elements if name == tag and all(a.get(k) == v for k, v in wanted.items())
+        ]
+
+    def chart(self, name: str) -> dict[str, dict[float, str]]:
+        """Values of a chart by series and step, as the script shows them."""
+        for tag, attributes, text in self.elements:
+            if tag == "figure" and attributes.get("data-chart") == name:
+                data = json.loads(text[text.index('{"span"') :])
+                return {
+                    s["name"]: {x: t for x, t in zip(data["x"], s["text"], strict=True) if t} for s in data["series"]
+                }
+        raise AssertionError(f"no chart {name}")
+
+
+def members(step: int, population: int, seed: int) -> list[float | None]:
+    return [math.sin(7.3 * step + 1.7 * i + seed) * 0.2 + step / 50 for i in range(population - 1)] + [None]
+
+
+def make_run(
+    folder: Path,
+    model: Path | str = "tiny",
+    *,
+    steps: int = 6,
+    population: int = 5,
+    trained_on: str = "countdown",
+    ancestors: int = 0,
+    more: dict[str, float] | None = None,
+    **settings: Any,
+) -> Path:
+    """A run as training would have left it, evaluated at every other step."""
+    config = Config(**{"model": str(model), "steps": steps, "population": population, **settings})
+    checkpoint = Checkpoint(Path(model)) if isinstance(model, Path) else None
+    header = Header(
+        model=str(model),
+        base_hash=checkpoint.content_hash() if checkpoint else "0" * 32,
+        policy="master",
+        rounding="nearest",
+        noise="iid",
+        dtype="float32",
+        live_dtype="float32",
+        tensors={name: [] for name in checkpoint.tensors} if checkpoint else {},
+        fingerprint="f" * 16,
+        task=trained_on,
+        data_hash="d" * 32,
+        config=config.model_dump(mode="json"),
+        packages={"estune": "9.9"},
+        created="2026-01-01T00:00:00+00:00",
+    )
+    (folder / "completions").mkdir(parents=True)
+    parent = None
+    if ancestors:
+        make_run(folder / "parent", model, steps=ancestors)
+        parent = Journal.read(folder / "parent")
+    journal = Journal.create(folder, header, parent)
+    for step in range(steps + 1):
+        if step % 2 == 0:
+            evaluate(folder, journal, step, **(more or {}))
+        if step < steps:
+            rewards = members(step, population, config.seed)
+            update = Update(step, tuple(Member(i, 1) for i in range(population)), (0.0,) * population, 0.0, 0)
+            known = [r for r in rewards if r is not None]
+            times = {"step_time": 2.0, "time/perturb": 0.25, "time/generate": 1.0, "time/grade": 0.125}
+            metrics = {
+                "step": step + 1,
+                "reward": statistics.fmean(known),
+                "completions/mean_length": 10.0 + step,
+                **times,
+                "time/update": 0.125,
+            }
+            journal.append_step(StepRecord(update, 0.1, 0.1, rewards, [0, 1], f"{step:016x}", metrics))
+    journal.close()
+    return folder
+
+
+def evaluate(folder: Path, journal: Journal, step: int, **more: float) -> None:
+    """Of eight prompts, 0 is right at the start only, 1 always, and the others one after the other."""
+    scores = [float(i == 1 or (i == 0 and step == 0) or (1 < i <= step)) for i in range(8)]
+    records = [
+        {"prompt": f"p{i} {HOSTILE}", "completion": f"c{i} at {step} {HOSTILE}", "reward": s + 0.1, "rewards/right": s}
+        for i, s in enumerate(scores)
+    ]
+    write_completions(folder / "completions" / f"evaluation-{step:05d}.parquet", records)
+    mean = statistics.fmean(scores)
+    metrics = {"step": step, "eval_reward": mean + 0.1, "eval_accuracy": mean, **{k: v + step for k, v in more.items()}}
+    journal.append_evaluation(EvaluationRecord(step, metrics))
+
+
+def report(*runs: Path) -> tuple[str, Parsed]:
+    output = runs[0].parent / "report.html"
+    write_report(runs, output)
+    page = output.read_text(encoding="utf-8")
+    return page, Parsed(page)
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The journal, read without estune."""
+    records = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    return [r for r in records if r["kind"] == kind]
+
+
+def test_learning_curves_are_the_journals(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    _, page = report(run)
+    chart = page.chart("reward-0")
+    for record in lines(run, "step"):
+        rewards = [r for r in record["rewards"] if r is not None]
+        x = record["step"] + 1
+        mean, std = statistics.fmean(rewards), statistics.pstdev(rewards)
+        assert chart["mean of the population"][x] == f"{mean:.4g}"
+        assert chart["standard deviation"][x] == f"{std:.4g}"
+        assert chart["± standard deviation"][x] == f"{mean - std:.4g} to {mean + std:.4g}"
+        assert chart["worst to best member"][x] == f"{min(rewards):.4g} to {max(rewards):.4g}"
+    evaluations = lines(run, "evaluation")
+    assert chart["held out, unperturbed"] == {e["step"]: f"{e['metrics']['eval_reward']:.4g}" for e in evaluations}
+    accuracy = page.chart("accuracy-0")["held-out accuracy"]
+    assert accuracy == {e["step"]: f"{e['metrics']['eval_accuracy']:.1%}" for e in evaluations}
+    assert "25.0% → 75.0%" in page.all("b")
+
+
+def test_the_drawing_is_of_the_same_values(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    page, _ = report(run)
+    start = page.index('<figure data-chart="accuracy-0"')
+    figure = page[start : page.index("</figure>", start)]
+    path = re.search(r'<path class="dots c1"[^>]* d="M([^"]*)"', figure)
+    assert path is not None
+    points = [tuple(map(float, p.split())) for p in path[1].split("L")]
+    ticks = {
+        float(t[:-1]) / 100: float(at) for at, t in re.findall(r'class="y" style="bottom:([\d.]+)%">([\d.]+%)', figure)
+    }
+    (low, low_at), (high, high_at) = min(ticks.items()), max(ticks.items())
+    for (x, y), e in zip(points, lines(run, "evaluation"), strict=True):
+        value = low + (high - low) * ((1000 - y) / 10 - low_at) / (high_at - low_at)
+        assert value == pytest.approx(e["metrics"]["eval_accuracy"], abs=2e-3)
+        assert x == pytest.approx(1000 * e["step"] / 6, abs=0.1)
+
+
+def test_distribution_shows_every_member(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    page, parsed = report(run)
+    chart = parsed.chart("distribution-0")
+    for record in lines(run, "step"):
+        rewards = [r for r in record["rewards"] if r is not None]
+        x = record["step"] + 1
+        assert chart["lowest"][x] == f"{min(rewards):.4g}"
+        assert chart["highest"][x] == f"{max(rewards):.4g}"
+        assert chart["median"][x] == f"{statistics.median(rewards):.4g}"
+    assert page.count('class="heat ') >= 1
+
+
+def test_completions_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
+    _, page = report(make_run(tmp_path / "run"))
+    counts = {
+        text.rsplit(" ", 1)[0]: int(text.rsplit(" ", 1)[1])
+        for text in page.all("li")
+        if re.search(r"ed \w+ \d+$", text)
+    }
+    assert counts == {"turned right": 5, "stayed right": 1, "stayed wrong": 1, "turned wrong": 1}
+    shown = " ".join(page.all("pre"))
+    assert "c0 at 0" in shown
+    assert "c0 at 6" in shown  # the best evaluation
+    assert "c0 at 4" not in shown
+
+
+def test_metrics_are_shown_where_they_are(tmp_path: Path) -> None:
+    _, page = report(
+        make_run(tmp_path / "run", more={"eval_kl": 0.5, "eval_weights/change_norm": 2.0, "eval_new": 1.0})
+    )
+    assert page.chart("kl-0")["held out"][4] == "4.5"
+    assert page.chart("weights-change-norm-0")["held out"][6] == "8"
+    assert page.chart("new-0")["held out"][2] == "3"
+    assert page.chart("completions-mean-length-0")["training"][6] == "15"
+    titles = page.all("h4")
+    assert "KL divergence to the base model" in titles
+    assert "Cut off at the longest length" not in titles
+
+
+def test_time_adds_up_to_the_steps(tmp_path: Path) -> None:
+    _, page = report(make_run(tmp_path / "run", replicas=2))
+    chart = page.chart("time-0")
+    parts = {"perturb": "0.125", "generate": "0.5", "grade": "0.125", "update": "0.125", "rest": "1.125"}
+    assert {name: values[3] for name, values in chart.items()} == parts
+
+
+@pytest.mark.parametrize("kept", ["best", "final"])
+def test_change_of_layers_is_that_of_the_checkpoints(kept: str, tmp_path: Path, model: Path) -> None:
+    run = make_run(tmp_path / "run", model)
+    base = load_file(model / "model.safetensors")
+    changed = {n: t + 0.01 * (i + 1) for i, (n, t) in enumerate(base.items())}
+    (run / kept).mkdir()
+    (run / kept / "config.json").write_text("{}")
+    save_file(changed, run / kept / "model.safetensors")
+    _, page = report(run)
+    (table,) = [text for tag, a, text in page.elements if tag == "table" and a.get("class") == "layers"]
+    for prefix, label in (("model.layers.0.", "0"), ("model.layers.1.", "1")):
+        names = [n for n in base if n.startswith(prefix)]
+        change = math.sqrt(sum(((changed[n] - base[n]).double() ** 2).sum().item() for n in names))
+        norm = math.sqrt(sum((base[n].double() ** 2).sum().item() for n in names))
+        assert re.search(rf"\s{label}\s+{100 * change / norm:.3g}%", table)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert f"{100 * ((changed[name] - base[name]).norm() / base[name].norm()).item():.3g}%" in table
+
+
+def test_what_is_missing_is_a_line_on_the_page(tmp_path: Path, model: Path) -> None:
+    run = make_run(tmp_path / "run", model)
+    assert "Not shown: no checkpoint yet." in report(run)[1].all("p")
+    (run / "best").mkdir()
+    header = Journal.read(run).header
+    gone = tmp_path / "gone"
+    (run / "journal.jsonl").unlink()
+    journal = Journal.create(run, Header(**{**vars(header), "model": str(gone)}))
+    evaluate(run, journal, 0)
+    evaluate(run, journal, 2)
+    journal.close()
+    (run / "completions" / "evaluation-00002.parquet").write_bytes(b"torn")
+    texts = report(run)[1].all("p")
+    assert f"Not shown: base model {gone} is not on this machine." in texts
+    assert "Not shown: evaluation-00002.parquet cannot be read." in texts
+
+
+def test_hostile_text_stays_text_and_nothing_is_fetched(tmp_path: Path) -> None:
+    name = "<script>alert(2)<" + "\N{DIVISION SLASH}script>"
+    runs = [
+        make_run(tmp_path / name, trained_on=HOSTILE, train_parameters=HOSTILE, more={"eval_</script><b>": 1.0}),
+        make_run(tmp_path / "other", seed=1, trained_on=HOSTILE),
+    ]
+    for given in ([runs[0]], runs):
+        page, parsed = report(*given)
+        scripts = [(a, text) for tag, a, text in parsed.elements if tag == "script"]
+        assert [text for a, text in scripts if a.get("type") != "application/json"] == [scripts[-1][1]]
+        assert scripts[-1][1].startswith('"use strict"')
+        assert "\x00" not in page
+        assert not [a for tag, a, _ in parsed.elements if tag in ("img", "iframe", "object", "base", "form")]
+        for _, attributes, _ in parsed.elements:
+            assert not any(key.startswith("on") for key in attributes)
+            assert attributes.get("href", "data:,") == "data:,"
+            assert "src" not in attributes
+        style = "".join(parsed.all("style"))
+        assert "url(" not in style
+        assert "@import" not in style
+        visible = HOSTILE.replace("\x00", "\u2400").replace("\u202e", "\ufffd")
+        assert any(visible in text for text in parsed.all("pre"))
+        ids = [a["id"] for _, a, _ in parsed.elements if "id" in a]
+        assert len(ids) == len(set(ids))
+
+
+def test_the_training_command_gives_the_same_settings(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "sigma": 0.02,
+        "task": {"name": "countdown", "numbers": "2-9", "eval_size": 20},
+        "mirrored": True,
+        "population": 6,
+        "report_to": [],
+    }
+    run = make_run(tmp_path / "a run", **settings)
+    _, page = report(run)
+    command = next(text for text in page.all("pre", **{"class": "command"}) if "estune train" in text)
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["estune", "train"]
+    found = load(None, _overrides(words[2:])).model_dump(mode="json")
+    recorded = lines(run, "header")[0]["config"]
+    assert found.pop("output_dir") == "a run-again"
+    recorded.pop("output_dir")
+    assert found == recorded
+    changed = next(text for tag, a, text in page.elements if tag == "table" and a.get("class") == "settings")
+    assert "0.02" in changed
+    assert "max_new_tokens" not in changed
+
+
+def test_settings_that_no_option_can_say_are_given_as_a_file(tmp_path: Path) -> None:
+    _, page = report(make_run(tmp_path / "run", train_parameters="--x"))
+    (command,) = (text for text in page.all("pre", **{"class": "command"}) if "estune train" in text)
+    assert "train_parameters: --x" in command
+    assert "--config settings.yaml" in command
+
+
+def test_a_task_of_ones_own_and_ancestors_are_named(tmp_path: Path) -> None:
+    _, page = report(make_run(tmp_path / "run", trained_on="mine", ancestors=3))
+    text = " ".join([*page.all("p"), *page.all("dd")])
+    assert "Its task, mine, is the author's own" in text
+    assert "1 earlier run of 3 steps" in text
+    assert not [c for c in page.all("pre", **{"class": "command"}) if "estune train" in c]
+
+
+def test_runs_are_grouped_by_all_but_the_seed(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"a{seed}", seed=seed) for seed in range(3)]
+    runs.append(make_run(tmp_path / "b", population=8))
+    _, page = report(*runs)
+    chart = page.chart("all-reward")
+    for step in range(6):
+        means = []
+        for run in runs[:3]:
+            rewards = lines(run, "step")[step]["rewards"]
+            means.append(statistics.fmean(r for r in rewards if r is not None))
+        mean, deviation = statistics.fmean(means), statistics.stdev(means)
+        assert chart["population 5, mean"][step + 1] == f"{mean:.4g}"
+        assert chart["population 5, ± deviation"][step + 1] == f"{mean - deviation:.4g} to {mean + deviation:.4g}"
+        assert chart["a1"][step + 1] == f"{means[1]:.4g}"
+    assert "population 8" in chart
+    (results,) = [text for tag, a, text in page.elements if tag == "table" and a.get("class") == "results"]
+    assert "mean of 3 runs" in results
+    assert "75.0 ± 0.0%" in results
+
+
+def test_a_run_still_going_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=6)
+    journal = run / "journal.jsonl"
+    whole = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(whole[:5]) + whole[5][:40])
+    _, page = report(run)
+    assert "going on or cut off, 2 of 6 steps" in page.all("dd")
+    assert set(page.chart("reward-0")["mean of the population"]) == {1, 2}
+    journal.write_bytes(b"".join(whole[:2]))  # nothing but the evaluation of the base
+    assert page.chart("accuracy-0")
+    report(run)
+
+
+def test_pages_of_long_runs_stay_small_and_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)  # a disk takes a while for thousands of steps
+    runs = [make_run(tmp_path / "long", steps=600, population=150)]
+    page, parsed = report(*runs)
+    assert len(page) < 300_000
+    chart = parsed.chart("reward-0")
+    assert len(chart["mean of the population"]) == 200
+    pooled = [r for record in lines(runs[0], "step")[3:6] for r in record["rewards"] if r is not None]
+    assert chart["mean of the population"][6] == f"{statistics.fmean(pooled):.4g}"
+    assert chart["worst to best member"][6] == f"{min(pooled):.4g} to {max(pooled):.4g}"
+    runs += [make_run(tmp_path / f"{i}", steps=100, population=10, seed=i) for i in range(7)]
+    assert len(report(*runs)[0]) < 2_000_000
+
+
+def test_refusals_are_one_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    begun = make_run(tmp_path / "begun")
+    whole = (begun / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (begun / "journal.jsonl").write_bytes(whole[0])
+    blank = tmp_path / "blank"
+    blank.mkdir()
+    (blank / "journal.jsonl").touch()
+    output = tmp_path / "report.html"
+    for runs, target, message in (
+        ([], output, "no run to report"),
+        ([tmp_path / "none"], output, "so this is no run"),
+        ([empty], output, "so this is no run"),
+        ([blank], output, "before its header was written"),
+        ([begun], output, "no step and no evaluation"),
+        ([run, run], output, "given twice"),
+        ([run], tmp_path, "is a directory"),
+    ):
+        with pytest.raises(EstuneError, match=message) as caught:
+            write_report(runs, target)
+        assert "\n" not in str(caught.value)
+    assert not output.exists()
