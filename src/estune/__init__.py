@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from estune.config import Config
     from estune.errors import EstuneError
+    from estune.es_config import ESConfig
+    from estune.es_trainer import ESTrainer
     from estune.noise import normal
     from estune.strategy import EvolutionStrategy, Member, Strategy, Update
     from estune.tasks.base import Task
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Config": "config",
+    "ESConfig": "es_config",
+    "ESTrainer": "es_trainer",
     "EstuneError": "errors",
     "EvolutionStrategy": "strategy",
     "Member": "strategy",
@@ -34,6 +38,8 @@ _HOME = {
 
 __all__ = [
     "Config",
+    "ESConfig",
+    "ESTrainer",
     "EstuneError",
     "EvolutionStrategy",
     "Member",

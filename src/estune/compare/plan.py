@@ -1,0 +1,122 @@
+"""What is compared: methods, seeds, learning rates and the budget, as a list of jobs. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from estune.config import Config
+from estune.errors import EstuneError
+
+Method = Literal["es", "grpo", "dr_grpo", "dapo", "rloo"]
+METHODS: tuple[Method, ...] = ("es", "grpo", "dr_grpo", "dapo", "rloo")
+RATES = (1e-6, 3e-6, 1e-5, 3e-5)
+
+
+class Job(BaseModel):
+    """One training run with one method.
+
+    `rate` is the learning rate of an RL method, None for ES, whose settings are `config`'s. A `trial` is a run whose
+    only use is to choose a rate.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method
+    seed: int
+    rate: float | None = None
+    trial: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        rate = "" if self.rate is None else f"-{self.rate:g}"
+        return f"{self.method}{rate}-seed{self.seed}{'-trial' * self.trial}"
+
+
+class Plan(BaseModel):
+    """A comparison.
+
+    Every run may generate `budget` tokens, end tokens included and prompts not; the step that spends the last of them
+    is finished.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    methods: list[Method] = Field(default_factory=lambda: list(METHODS), min_length=1)
+    budget: int = Field(1_000_000, gt=0)
+    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
+    rates: list[float] = Field(default_factory=lambda: list(RATES), min_length=1)
+    trial_seed: int = 1000  # of the runs that choose a learning rate
+    generations: int = Field(8, ge=2)  # completions of a prompt in a group
+    batch: int = Field(256, ge=2)  # completions of an RL step
+    temperature: float = Field(1.0, gt=0)
+    beta: float = Field(0.0, ge=0)  # weight of the KL penalty
+    short_tokens: int | None = Field(None, ge=1)  # an answer of so many tokens is short
+
+    def check(self, config: Config) -> None:
+        """Refuse what cannot be compared.
+
+        Raises:
+            EstuneError: settings under which methods would not do the same work.
+        """
+        if not all(rate > 0 and math.isfinite(rate) for rate in self.rates):
+            raise EstuneError(f"rates {', '.join(map(str, self.rates))}: give learning rates above 0")
+        if self.batch % self.generations:
+            raise EstuneError(f"batch {self.batch} is no multiple of generations {self.generations}: groups are whole")
+        for name, values in (("methods", self.methods), ("seeds", self.seeds), ("rates", self.rates)):
+            if len(set(values)) < len(values):
+                raise EstuneError(f"{name} {', '.join(map(str, values))}: one is given twice")
+        if self.trial_seed in self.seeds and self.learns_rate:
+            raise EstuneError(f"seed {self.trial_seed} chooses the learning rates: compare on others, or change it")
+        if config.engine != "transformers" or config.workers:
+            raise EstuneError("compare runs each method in one process: leave out engine and workers")
+        if config.start_from is not None:
+            raise EstuneError("compare begins with a model: export the run of start_from, and give that as the model")
+
+    @property
+    def learns_rate(self) -> bool:
+        """Whether there are learning rates to choose from, for a method that has one."""
+        return len(self.rates) > 1 and any(method != "es" for method in self.methods)
+
+    def trials(self) -> list[Job]:
+        """The runs that choose a learning rate; none where there is no choice."""
+        if not self.learns_rate:
+            return []
+        rl = [method for method in self.methods if method != "es"]
+        return [Job(method=m, seed=self.trial_seed, rate=rate, trial=True) for m in rl for rate in self.rates]
+
+    def runs(self, trials: Sequence[dict[str, Any]]) -> list[Job]:
+        """The runs that are compared, RL at the best of its trials.
+
+        A method none of whose trials came to an end is left out.
+        """
+        jobs = []
+        for method in self.methods:
+            rate = None if method == "es" else best_rate(method, self.rates, trials)
+            if method == "es" or rate is not None:
+                jobs += [Job(method=method, seed=seed, rate=rate) for seed in self.seeds]
+        return jobs
+
+
+def best_rate(method: str, rates: Sequence[float], trials: Sequence[dict[str, Any]]) -> float | None:
+    """The rate whose trial has the highest accuracy, then the highest reward; None if there is none."""
+    if len(rates) == 1:
+        return rates[0]
+    done = [r for r in trials if r["job"]["method"] == method and r["job"]["trial"] and "accuracy" in r]
+    best = max(done, key=lambda r: (r["accuracy"], r["reward"]), default=None)
+    return None if best is None else float(best["job"]["rate"])
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """All results so far; a last line that was cut off is left out."""
+    path = folder / "results.jsonl"
+    if not path.is_file():
+        return []
+    *whole, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in whole]

@@ -1,0 +1,149 @@
+"""All jobs of a comparison, one after the other; a comparison that was cut off goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from estune.checkpoint import locate
+from estune.compare.plan import Job, Plan, read_results
+from estune.config import Config
+from estune.errors import EstuneError
+from estune.files import replacing
+
+log = logging.getLogger(__name__)
+
+SETTINGS = "compare.json"
+LOG = "log.txt"
+
+
+def compare(
+    plan: Plan, config: Config, folder: Path, told: Callable[[dict[str, Any]], None] | None = None
+) -> list[dict[str, Any]]:
+    """Run what is not done yet of a comparison.
+
+    Args:
+        plan: methods, seeds, learning rates, budget.
+        config: the settings that all methods share: model, task, prompt and completion lengths; those of ES count for
+            ES alone. Its task has one training set for all seeds.
+        folder: where everything goes: `results.jsonl`, one line a run, and a folder a run, whose checkpoint and journal
+            stay. Runs that are recorded there are not run again.
+        told: called with each result as it comes.
+
+    Returns:
+        all results, in the order in which they came; a run that ended with an error has `error` and no figures.
+
+    Raises:
+        EstuneError: for a plan that cannot be run, or a folder of another comparison.
+    """
+    plan.check(config)
+    if any(method != "es" for method in plan.methods):
+        require_trl()
+    locate(config.model)
+    from estune.setup import with_resources
+
+    config = with_resources(config.model_copy(update={"replicas": 1}))
+    config = _with_one_training_set(config)
+    _claim(folder, plan, config)
+    results = _work(plan, config, folder, plan.trials(), told)
+    runs = plan.runs(results)
+    missing = [m for m in plan.methods if not any(job.method == m for job in runs)]
+    if missing:
+        log.warning("%s: no trial came to an end, so it is left out", ", ".join(missing))
+    return _work(plan, config, folder, runs, told)
+
+
+def require_trl() -> None:
+    """Refuse to begin what needs TRL where it is not installed.
+
+    Raises:
+        EstuneError: with what to install.
+    """
+    if find_spec("trl") is None:
+        raise EstuneError("compare: reinforcement learning needs TRL; install it with `pip install 'estune[trl]'`")
+
+
+def _with_one_training_set(config: Config) -> Config:
+    """Generated problems would be others for every seed: make them those of the settings' own."""
+    if getattr(config.task, "seed", 0) is not None:
+        return config
+    return config.model_copy(update={"task": config.task.model_copy(update={"seed": config.seed})})
+
+
+def _claim(folder: Path, plan: Plan, config: Config) -> None:
+    """Keep what is compared with the results, and refuse to mix those of two comparisons.
+
+    Methods and seeds may be added: runs do not depend on which others there are.
+    """
+    settings = config.model_dump(mode="json", exclude={"seed", "output_dir"})
+    mine = {"plan": plan.model_dump(exclude={"methods", "seeds"}), "config": settings}
+    path = folder / SETTINGS
+    if path.is_file():
+        there = json.loads(path.read_text())
+        other = [
+            key for part in mine for key in mine[part] | there[part] if mine[part].get(key) != there[part].get(key)
+        ]
+        if other:
+            raise EstuneError(
+                f"{folder} holds a comparison with other {', '.join(other)}; give the same, or another --output-dir"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise EstuneError(f"output_dir {folder} is not empty and holds no comparison; give another --output-dir")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(mine, indent=2))
+
+
+def _work(
+    plan: Plan, config: Config, folder: Path, jobs: Sequence[Job], told: Callable[[dict[str, Any]], None] | None
+) -> list[dict[str, Any]]:
+    results = read_results(folder)
+    done = [result["job"] for result in results if "error" not in result]
+    for job in jobs:
+        if job.model_dump() not in done:
+            result = run_job(plan, job, config, folder / job.name)
+            record(folder, result)
+            if told is not None:
+                told(result)
+    return read_results(folder)
+
+
+def record(folder: Path, result: dict[str, Any]) -> None:
+    """Add a result to those of the folder; an earlier failure of the same job goes."""
+    results = [r for r in read_results(folder) if r["job"] != result["job"]]
+    with replacing(folder / "results.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in [*results, result]))
+
+
+def run_job(plan: Plan, job: Job, config: Config, folder: Path) -> dict[str, Any]:
+    """Run one job in a process of its own; what it printed is in the folder's `log.txt`.
+
+    Returns:
+        what `estune.compare.train.run` returns, or `job` and `error`, where the process failed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # what a job that was cut off has left: it is run anew
+    folder.mkdir(parents=True)
+    given = {"plan": plan.model_dump(), "job": job.model_dump(), "config": config.model_dump(mode="json")}
+    (folder / "job.json").write_text(json.dumps(given, indent=2))
+    threads = str(config.threads or 1)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "estune.compare.train", str(folder / "job.json")]
+    with (folder / LOG).open("w") as output:
+        code = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, check=False
+        ).returncode
+    if code == 0:
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return result
+    lines = (folder / LOG).read_text(errors="replace").strip().splitlines()
+    why = lines[-1][:300] if lines else f"exit code {code}"
+    log.warning("%s failed, the others go on: %s (%s)", job.name, why, folder / LOG)
+    return {"job": job.model_dump(), "error": why}
