@@ -1,6 +1,6 @@
 """What a second worker brings, and what goes over the wire.
 
-    python -m bench.workers [--members 8] [--prompts 200] [--repeats 5]
+    python -m bench.workers [--members 30] [--prompts 200] [--repeats 5]
 
 One worker of one thread against two, with the embedded model: seconds of a step's members, the two in turns, medians.
 The bytes are those of what is sent, pickled, prompts and completions aside; `bench.two_hosts` counts them on a wire.
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure, print and write the result."""
     parser = options(__doc__)
-    parser.add_argument("--members", type=int, default=8)
+    parser.add_argument("--members", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()

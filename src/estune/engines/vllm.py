@@ -66,7 +66,15 @@ class VllmEngine(PromptEncoder):
         self.end_ids = end_tokens(
             SimpleNamespace(config=model, generation_config=_generation(checkpoint)), self.tokenizer
         )
+        self._threads = config.threads or 1
         self._llm = self._start(checkpoint, config, base)
+
+    def _here(self) -> Any:
+        """vLLM's engine, set up for the thread that calls: its kernels for CPUs fail where OpenMP, which counts threads
+        for each thread, and PyTorch do not agree on the number.
+        """
+        torch.set_num_threads(self._threads)
+        return self._llm
 
     def _start(self, checkpoint: Checkpoint, config: Config, base: int) -> Any:
         on_cpu = self.device.type == "cpu"
@@ -127,7 +135,7 @@ class VllmEngine(PromptEncoder):
         if not prompt_ids:
             return []
         self.check(prompt_ids, sampling)
-        ends, token_ids = set(self.end_ids), internals.generate(self._llm, prompt_ids, sampling, self.end_ids)
+        ends, token_ids = set(self.end_ids), internals.generate(self._here(), prompt_ids, sampling, self.end_ids)
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
 
@@ -138,7 +146,7 @@ class VllmEngine(PromptEncoder):
         """
         most = (self.positions or math.inf) - 1
         rows = [[*prompt, *ids] for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
-        found = internals.score(self._llm, [row[: int(min(len(row), most))] for row in rows])
+        found = internals.score(self._here(), [row[: int(min(len(row), most))] for row in rows])
         return [row[len(prompt) - 1 :] for prompt, row in zip(prompt_ids, found, strict=True)]
 
     def call(self, method: str, *args: Any) -> list[Any]:
@@ -147,7 +155,7 @@ class VllmEngine(PromptEncoder):
         Raises:
             EstuneError: what one of them raised.
         """
-        answers = internals.call(self._llm, method, *args)
+        answers = internals.call(self._here(), method, *args)
         for answer in answers:
             if isinstance(answer, EstuneError):
                 raise answer
@@ -164,7 +172,7 @@ class VllmEngine(PromptEncoder):
         length = max(1, min(8, (self.positions or 8) - 2))
         prompts = [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]
         self.forget()
-        return internals.log_probabilities(self._llm, prompts, 2 if (self.positions or 8) > 2 else 1)
+        return internals.log_probabilities(self._here(), prompts, 2 if (self.positions or 8) > 2 else 1)
 
     def close(self) -> None:
         """End every process that it started."""
