@@ -24,7 +24,7 @@ PLAIN := --color=no
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint types pytest vllm install tiny-model bench bench-page docs picture clean
+.PHONY: help train test lint types pytest vllm install tiny-model bench bench-page docs site picture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,7 @@ help: ## list the targets
 train: $(VENV)/.train-installed ## install, then teach the embedded model Countdown
 	$(BIN)/estune train $(ARGS)
 
-test: lint types pytest vllm ## install, then lint, check types and run the tests
+test: lint types pytest site vllm ## install, then lint, check types, run the tests and build the site
 
 lint: $(VENV)/.test-installed ## check style, format and the generated table of settings
 	$(BIN)/ruff check $(wildcard $(CHECKED))
@@ -43,7 +43,7 @@ types: $(VENV)/.test-installed ## check types
 	$(BIN)/mypy
 
 pytest: $(VENV)/.test-installed ## run the tests alone: make pytest ARGS=tests/test_noise.py
-	$(ONE_THREAD) $(BIN)/python -m pytest $(PLAIN) $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(PLAIN) -n 2 --dist loadfile $(ARGS)
 
 vllm: $(VLLM)/.installed ## install vLLM in an environment of its own and run its tests there
 	$(ONE_THREAD) $(VLLM)/bin/python -m pytest $(PLAIN) -c tests/vllm/pytest.ini --rootdir . tests/vllm $(ARGS)
@@ -64,11 +64,14 @@ bench-page: $(VENV)/.test-installed ## write docs/performance.md from the result
 docs: $(VENV)/.test-installed ## write docs/settings.md from the settings themselves
 	$(BIN)/python docs/generate_settings.py
 
+site: $(VENV)/.test-installed ## build the documentation into site/, strictly and offline
+	$(BIN)/python docs/generate_site.py
+
 picture: $(VENV)/.test-installed ## draw the README's learning curve: make picture RUN=runs/NAME
 	$(BIN)/python -m bench.plot_run $(RUN) -o docs/images/learning-curve.png
 
 clean: ## remove the environment, caches and builds; runs/ stays
-	rm -rf $(VENV) $(VLLM) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests bench recipes docs examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:

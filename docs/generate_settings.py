@@ -1,12 +1,15 @@
-"""Write docs/settings.md from the settings themselves; with --check, only say whether it is up to date."""
+"""Write docs/settings.md from the settings and the commands; with --check, only say whether it is up to date."""
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import typer
 from pydantic.fields import FieldInfo
 
+from estune.cli import app
 from estune.config import Config, embedded_settings
 from estune.tasks import KINDS
 
@@ -51,32 +54,61 @@ def main() -> int:
 def render() -> str:
     """The page."""
     embedded = embedded_settings()
-    own = {name: field for name, field in Config.model_fields.items() if name != "task"}
     parts = [
         HEAD,
-        _table(own, "", embedded),
-        "Options of the tasks follow; see [tasks.md](tasks.md) for what they mean together.\n",
+        _table(Config.model_fields, "", embedded),
+        "Below are the options of each task, for which see [tasks.md](tasks.md), and then those of the\n"
+        "[commands](#commands).\n",
     ]
     for name, options in KINDS.items():
         embedded = {key: value for key, value in embedded_settings(name)["task"].items() if key != "name"}
         parts.append(f"\n## Task: {name}\n\n{options.summary[0].upper()}{options.summary[1:]}.\n")
         parts.append(_table(options.model_fields, "task.", embedded))
+    parts.append(_commands())
     return "\n".join(parts)
+
+
+def _commands() -> str:
+    """What each command takes beside settings."""
+    lines = [
+        "\n## Commands\n",
+        "`train`, `eval`, `estimate`, `probe`, `sweep` and `compare` take settings as well.\n",
+        "| command | option | what it is |",
+        "|---|---|---|",
+    ]
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        lines.append(f"| **{name}** | | {_cell(command.help.split(chr(10) * 2)[0])} |")
+        for option in command.params:
+            if option.param_type_name == "argument":
+                shown = option.name.upper()
+            else:
+                shown = ", ".join(sorted(option.opts, key=len, reverse=True))
+            if option.name != "help":
+                lines.append(f"| | `{shown}` | {_cell(option.help or '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that a cell of a table takes: on one line, outside of code no tags."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    return re.sub(r"(`[^`]*`)|<", lambda match: match[1] or "&lt;", text)
 
 
 def _table(fields: Mapping[str, FieldInfo], prefix: str, embedded: Mapping[str, Any]) -> str:
     lines = ["| setting | default | `tiny` | what it is |", "|---|---|---|---|"]
     for name, field in fields.items():
-        default = _show(field.get_default(call_default_factory=True))
-        other = _show(embedded[name]) if name in embedded else ""
-        description = (field.description or "").replace("|", "\\|")
+        value = field.get_default(call_default_factory=True)
+        default = _show(getattr(value, "name", value) if name == "task" else value)
+        other = _show(embedded[name]) if name in embedded and name != "task" else ""
+        description = _cell(field.description or "")
         lines.append(f"| `{prefix}{name}` | {default} | {'' if other == default else other} | {description} |")
     return "\n".join(lines) + "\n"
 
 
 def _show(value: Any) -> str:
     match value:
-        case None:
+        case None | "":
             return ""
         case bool():
             return f"`{str(value).lower()}`"

@@ -114,7 +114,8 @@ def test_eval_of_a_run_and_of_a_model_agree_with_training(
     assert before == of_training(run, before, step=0)
     capsys.readouterr()
     assert estune("eval", run, "-o", tmp_path / "completions.parquet") == 0
-    assert "eval_accuracy" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{best['eval_accuracy']:.4f}" in next(line for line in out.splitlines() if " accuracy " in line)
     assert (tmp_path / "completions.parquet").exists()
 
 

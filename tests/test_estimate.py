@@ -71,6 +71,13 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
+LLAMA_70B = {
+    **LLAMA_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 MISTRAL_7B = {**LLAMA_8B, "model_type": "mistral", "vocab_size": 32000, "sliding_window": 4096}
 QWEN3_HALF_B = {
     **QWEN_HALF_B,
@@ -143,6 +150,7 @@ def amounts(items: list[Item]) -> dict[str, float]:
         (QWEN_HALF_B, 494_032_768, 2 * 24 * 2 * 64 * 2),
         (QWEN_7B, 7_615_616_512, 57_344),
         (LLAMA_8B, 8_030_261_248, 131_072),
+        (LLAMA_70B, 70_553_706_496, 327_680),
         (MISTRAL_7B, 7_241_732_096, 131_072),
         (QWEN3_HALF_B, 596_049_920, 114_688),
         (GEMMA2_2B, 2_614_341_888, 2 * 26 * 4 * 256 * 2),
@@ -265,6 +273,74 @@ def test_replicas_on_a_gpu_share_its_memory(tmp_path: Path) -> None:
     assert eight.choices[0].needed == 8 * total(eight.memory)
 
 
+def test_an_engine_split_over_gpus_by_hand() -> None:
+    work = make_work(workers=2, parallel=4)
+    assert (work.engines, work.places, work.devices) == (2, 2, 8)
+    assert amounts(memory(ROUND, work, FAST, prefill_tokens=100)) == {
+        "live weights": 0.5e9,
+        "base (weights=master)": 1e9,
+        "noise": 0,
+        "key and value cache": 4 * 151 * 1000 * 2 / 4,
+        "logits": 4 * 1000 * 12,
+        "activations": 100 * (4 * 1000 + 3 * 1000) * 2,
+        "the process": 1e9,
+    }
+    each = total(memory(ROUND, work, FAST, 100))
+    found = {choice.name: choice for choice in choices(ROUND, work, FAST, 100)}
+    as_set, host = found["weights=master base_device=device"], found["weights=master base_device=host"]
+    assert (as_set.needed, as_set.devices, as_set.fits) == (8 * each, 8, True)
+    assert (host.needed, host.host) == (8 * (each - 1e9), 2 * 4e9)
+    assert "weights=inplace" not in found  # which workers cannot
+    # GRPO: 20 GB of weights and optimizer, and less than 1 GB of all else, are on one of the 8.
+    assert (found["GRPO"].devices, found["GRPO"].fits) == (1, True)
+    one, split = (amounts(step_time(ROUND, w, FAST)) for w in (make_work(), work))
+    # Half the members each, at four times the rates; every engine draws the noise of all members for the update.
+    for part, share in (("perturb", 8), ("read the prompts", 8), ("generate", 8), ("update", 4)):
+        assert split[part] == pytest.approx(one[part] / share)
+    on_host = replace(work, base="host")
+    assert amounts(step_time(ROUND, on_host, FAST))["perturb"] == pytest.approx(5 * (0.04 + 0.0005))
+
+
+def test_workers_that_share_gpus_by_hand() -> None:
+    work = make_work(workers=6, at_once=3)
+    assert (work.engines, work.places, work.devices) == (6, 2, 2)
+    assert memory_of_all(ROUND, work, FAST, 100) == 3 * total(memory(ROUND, work, FAST, 100))
+    one, six = (amounts(step_time(ROUND, w, FAST)) for w in (make_work(), work))
+    assert six["generate"] == pytest.approx(one["generate"] / 2)  # two GPUs
+    assert six["update"] == pytest.approx(3 * one["update"])  # three bases on each
+
+
+def test_workers_on_a_cpu_have_a_base_each() -> None:
+    cpu, work = replace(FAST, is_gpu=False), make_work(workers=3, at_once=3)
+    assert memory_of_all(ROUND, work, cpu, 100) == 3 * total(memory(ROUND, work, cpu, 100))
+    assert amounts(step_time(ROUND, work, cpu))["update"] == amounts(step_time(ROUND, make_work(), cpu))["update"]
+
+
+def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_config(tmp_path / "model", LLAMA_70B)
+    settings = [f"model={model}", "engine=vllm", "workers=2", "gpus_per_worker=4", "weights=copy", "batch_size=64"]
+    found = estimate_run(None, settings, gpu="h100")
+    held = amounts(found.memory)
+    # 70.55 billion parameters of 2 B over 4 GPUs, twice; 200 prompts as 4 x 50 rows of 1,536 tokens of 327,680 B.
+    assert held["live weights"] == held["base (weights=copy)"] + 70_553_706_496 / 2 == 70_553_706_496 / 2
+    assert found.work.base == "host"  # beside 35 GB of live weights, half of what is left is for batches
+    assert held["key and value cache"] == 50 * 1536 * 327_680 / 4
+    assert (found.work.devices, found.choices[0].devices, found.choices[0].host) == (8, 8, 2 * 70_553_706_496 * 2)
+    assert "on each of 8 GPUs" in found.advice
+    assert total(found.time) < 3600
+    on_device = estimate_run(None, [*settings, "base_device=device"], gpu="h100")
+    assert amounts(on_device.memory)["base (weights=copy)"] == 70_553_706_496 / 2
+    # 70.6 of weights, 6 of keys and values, 1 of the process, and prompts' activations
+    assert 77e9 < total(on_device.memory) < 80e9
+    assert on_device.choices[0].fits
+    alone = estimate_run(None, [f"model={model}", "weights=copy"], gpu="h100")
+    assert alone.advice.endswith("what does: engine=vllm gpus_per_worker=4")
+    assert estune("estimate", *(f"--{text}" for text in settings), "--gpu", "h100") == 0
+    out = capsys.readouterr().out
+    assert "memory of a worker, on each of its 4 GPUs" in out
+    assert "8 x NVIDIA H100 SXM" in out
+
+
 def test_step_by_hand() -> None:
     found = amounts(step_time(ROUND, make_work(), FAST))
     # A member reads 4 and writes 2 GB, 6 ms, and draws 10^9 numbers, 10 ms. An update draws those of all members.
@@ -379,6 +455,8 @@ def test_the_command_needs_config_json_alone(tmp_path: Path, capsys: pytest.Capt
     assert "what does: weights=inplace, or weights=master base_device=host" in last
 
     assert estune("estimate", "--model", folder, "--gpu", "t4") == 0
+    assert "does not fit: it needs 16.4 of 16 GB; what does: engine=vllm gpus_per_worker=2" in capsys.readouterr().out
+    assert estune("estimate", "--model", folder, "--gpu", "t4", "--replicas", 2) == 0
     assert "no other way to hold the weights fits either" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from estune.checkpoint import Checkpoint
-from estune.cli import _overrides
+from estune.cli.options import overrides_of
 from estune.config import Config, load
 from estune.errors import EstuneError
 from estune.evaluation import write_completions
@@ -319,7 +319,7 @@ def test_the_training_command_gives_the_same_settings(tmp_path: Path) -> None:
     command = next(text for text in page.all("pre", **{"class": "command"}) if "estune train" in text)
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:2] == ["estune", "train"]
-    found = load(None, _overrides(words[2:])).model_dump(mode="json")
+    found = load(None, overrides_of(words[2:])).model_dump(mode="json")
     recorded = lines(run, "header")[0]["config"]
     assert found.pop("output_dir") == "a run-again"
     recorded.pop("output_dir")

@@ -172,12 +172,17 @@ class CallbackMonitor(Monitor):
     def _plain(self, metrics: Metrics) -> dict[str, float]:
         return {key: value for key, value in metrics.items() if key != "step"}
 
-    def _judge(self, metrics: Metrics) -> None:
-        """Note whether this is the best evaluation so far, by `metric_for_best_model`."""
+    def rank(self, metrics: Metrics) -> float:
+        """What evaluations are judged by: `metric_for_best_model`, negative where smaller is better."""
         name = self.args.metric_for_best_model
-        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
-        best, greater = self.state.best_metric, self.args.greater_is_better
-        if value is not None and (best is None or (value > best if greater else value < best)):
+        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}", -math.inf)
+        return value if self.args.greater_is_better or value == -math.inf else -value
+
+    def _judge(self, metrics: Metrics) -> None:
+        """Note whether this is the best evaluation so far."""
+        found, best = self.rank(metrics), self.state.best_metric
+        value = found if self.args.greater_is_better else -found
+        if found > -math.inf and (best is None or (value > best if self.args.greater_is_better else value < best)):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             self.state.best_model_checkpoint = str(self._run / "best")
 
@@ -189,6 +194,7 @@ def attach(run: Trainer, told: CallbackMonitor) -> None:
     if told.args.disable_tqdm:
         run.monitors = [m for m in run.monitors if not isinstance(m, ConsoleMonitor)]
     run.monitors.append(told)
+    run.rank = told.rank
 
 
 def _is_evaluation(metrics: Metrics) -> bool:

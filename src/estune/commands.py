@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -34,34 +35,48 @@ def evaluate_model(
     *,
     task: Task | None = None,
 ) -> dict[str, float]:
-    """Metrics of a run's best checkpoint, or of a model, on the held-out set.
+    """Metrics of a run's best checkpoint, or of a model, on the held-out set and those of the tasks that are watched.
+
+    They are those that training tells of an evaluation, under the same names.
 
     Args:
         model: a run's directory, whose settings are then used, or a model.
         file, overrides: settings, on top of the run's.
-        output: where to write the completions, as parquet.
+        output: where to write the completions, as parquet; its column `task` tells whose they are.
         task: a task of your own; by default the one the settings name.
 
     Raises:
-        EstuneError: where the settings do not give the task and the data that the run was trained on.
+        EstuneError: where the settings do not give the task and the data that the run was trained on, or a task has no
+            held-out set.
     """
-    from estune.evaluation import evaluation_metrics, grade_completions, write_completions
-    from estune.setup import make_sampling, open_encoder, open_local_pool, with_resources
+    from estune.evaluation import write_completions
+    from estune.held_out import HeldOut
+    from estune.setup import open_encoder, open_local_pool, with_resources
 
     given = read(file, overrides or [])
     config = _settings_for(model, given)
     task = task or _task_for(model, config, given)
     config = config.model_copy(update={"model": str(find_checkpoint(model)), "workers": None})
     config = with_resources(config, perturbs=False)
-    ids = open_encoder(config).encode([row["prompt"] for row in task.evaluation])
-    pool = open_local_pool(config, perturbs=False)
-    try:
-        graded = grade_completions(task, task.evaluation, pool.generate(ids, make_sampling(config)))
-    finally:
-        pool.close()
+    encoder, metrics, records = open_encoder(config), dict[str, float](), list[dict[str, Any]]()
+    with ExitStack() as opened:
+        held_out = []
+        for each in (task, *(options.build(config.seed) for options in config.watch)):
+            if not each.evaluation:
+                raise EstuneError(f"task {each.name} has no evaluation set: give it one, or another task")
+            held_out.append(HeldOut(each, config, encoder))
+            opened.callback(held_out[-1].close)
+        pool = open_local_pool(config, perturbs=False)
+        opened.callback(pool.close)
+        for which in held_out:
+            found, graded = which.evaluate(pool)
+            name = which.task.name
+            watched = {f"watch/{name}/{key.removeprefix('eval_')}": value for key, value in found.items()}
+            metrics |= found if which is held_out[0] else watched
+            records += graded.records(task=name)
     if output is not None:
-        write_completions(output, graded.records())
-    return evaluation_metrics(task, graded)
+        write_completions(output, records)
+    return metrics
 
 
 def describe(config: Config) -> str:
@@ -70,8 +85,11 @@ def describe(config: Config) -> str:
     Raises:
         EstuneError: for what `estune train` would refuse, as far as it can be known without reading the weights.
     """
+    from estune.monitors import check_trackers
+
     output = config.output_dir or default_path(config, config.task.name)
     refuse_used(output)
+    check_trackers(config)
     checkpoint = Checkpoint(locate(config.model))
     elements = sum(t.elements for t in checkpoint.tensors.values())
     task = config.task.build(config.seed)
@@ -151,29 +169,33 @@ def estimate_run(
         max_new_tokens=config.max_new_tokens,
         rows=1,
         slots=1,
-        at_once=config.replicas or 1,
+        at_once=min(config.workers, config.workers_per_gpu) if config.workers else config.replicas or 1,
         dtype="float32" if config.dtype == "auto" else config.dtype,
         policy=config.weights,
+        workers=config.workers,
     )
     _check_counts(work)
     shape = read_shape(config.model, config.train_parameters)
     found = (find_gpu(gpu), None) if gpu is not None else this_gpu(config.device)
     if found is None:
-        at_once, threads = _replicas(config, shape)
-        work = replace(work, at_once=at_once, slots=work.longest)
+        replicas, threads = _replicas(config, shape)
+        work = replace(work, at_once=config.workers or replicas, slots=work.longest)
         device = measure_cpu(shape, config.batch_size or work.prompts, work.dtype, threads)
         most, prefill_tokens = transformers.MAX_ROWS["cpu"], decode.PREFILL_TOKENS["cpu"]
     else:
         dtype = (shape.dtype or work.dtype) if config.dtype == "auto" else work.dtype
-        work = replace(work, dtype=dtype, slots=graph.round_up(work.longest, graph.LEAST_SLOTS))
+        slots, parallel = graph.round_up(work.longest, graph.LEAST_SLOTS), config.gpus_per_worker
+        work = replace(work, dtype=dtype, slots=slots, parallel=parallel)
         sheet, size = found
         device = as_device(sheet, dtype, size)
         most, prefill_tokens = transformers.MAX_ROWS_ELSEWHERE, decode.PREFILL_TOKENS_ELSEWHERE
         base, live = base_bytes(shape, work.policy, dtype), shape.parameters * BYTES[dtype]
-        each = device.memory // work.at_once
-        if base and keeps_base_on_host(config.base_device, base=base, live=live, memory=each):
+        if base and keeps_base_on_host(
+            config.base_device, base=base // parallel, live=live // parallel, memory=device.memory // work.at_once
+        ):
             work = replace(work, base="host")
-    most = config.batch_size or fitting_rows(shape, work, device.memory, share=transformers.MEMORY_SHARE, most=most)
+    each = device.memory // work.at_once if device.is_gpu else device.memory
+    most = config.batch_size or fitting_rows(shape, work, each, share=transformers.MEMORY_SHARE, most=most)
     # The engine makes batches of equal size. Those of an evaluation can be larger than a step's.
     sizes = (work.prompts, config.task.eval_size or GENERATED_SIZE)
     rows = max(math.ceil(size / math.ceil(size / most)) for size in sizes)

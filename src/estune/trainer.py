@@ -21,7 +21,7 @@ from estune.errors import EstuneError
 from estune.evaluation import Graded, step_metrics, write_completions
 from estune.held_out import HeldOut, encode_rows
 from estune.journal import EvaluationRecord, Header, Journal, StepRecord
-from estune.monitors import default_monitors
+from estune.monitors import check_trackers, default_monitors
 from estune.monitors.base import Monitor, Plan, Summary
 from estune.monitors.files import rewrite_metrics
 from estune.replay import base_checkpoint
@@ -61,6 +61,8 @@ class Trainer:
         task = task or config.task.build(config.seed)
         path = config.output_dir or default_path(config, task.name)
         refuse_used(path)
+        if monitors is None:
+            check_trackers(config)
         config = with_resources(config)
         parent = parent_of(config)
         self._open(config, task, first_step=0)
@@ -177,9 +179,12 @@ class Trainer:
             preflight(task, self.grading)
             self.watched = {}
             for options in config.watch:
-                watched = HeldOut(options.build(config.seed), config, self.encoder)
-                self.watched[watched.task.name] = watched
-                opened.callback(watched.close)
+                other = options.build(config.seed)
+                empty = next((t.name for t in (task, other) if not t.evaluation), None)
+                if empty is not None:
+                    raise EstuneError(f"watch: task {empty} has no evaluation set; give it one, or leave out watch")
+                self.watched[other.name] = HeldOut(other, config, self.encoder)
+                opened.callback(self.watched[other.name].close)
             self.pool = open_pool(config)
             opened.callback(self.pool.close)
             self._opened = opened.pop_all()
@@ -187,12 +192,13 @@ class Trainer:
     def _inherit(self, parent: Journal) -> str:
         """Bring the weights to where another run ended; return the fingerprint there."""
         for what, here, there in (
+            ("base model is", self.trained.base_hash, parent.header.base_hash),
             ("base weights are", self.trained.dtype, parent.header.dtype),
             ("live weights are", self.trained.live_dtype, parent.header.live_dtype),
             ("trained tensors are", sorted(self.trained.tensors), sorted(parent.header.tensors)),
-            ("last step gives", self.pool.rebuild(parent.history), parent.fingerprint()),
+            ("last step gives", None, parent.fingerprint()),  # found last: it takes the time of all updates
         ):
-            if here != there:
+            if (self.pool.rebuild(parent.history) if here is None else here) != there:
                 raise EstuneError(
                     f"start_from {parent.path.parent}: its {what} {there}, here {here}; go on where it was run, with "
                     "its settings"
@@ -203,6 +209,8 @@ class Trainer:
         self.run, self.journal = run, journal
         self.strategy = make_strategy(self.config, journal.header.fingerprint if journal.header.ancestors else None)
         self.strategy.step = len(journal.steps)
+        self.rank: Callable[[Mapping[str, float]], Any] = _rank
+        """What evaluations are judged by; the largest is the best."""
         self._began_at = len(journal.steps)
         rewrite_metrics(run.metrics, [e.metrics for e in journal.chronicle()])  # a crash may have cost the last lines
         self.monitors = list(default_monitors(run, self.config) if monitors is None else monitors)
@@ -210,6 +218,11 @@ class Trainer:
     def _rebuild(self, run: RunDirectory, journal: Journal) -> None:
         """Bring the weights to the journal's last step, from the latest checkpoint that is there."""
         self.trained = self.pool.describe()
+        if self.trained.base_hash != journal.header.base_hash:
+            raise EstuneError(
+                f"{run.path}: workers have another base model, {self.trained.base_hash}, than the run began with, "
+                f"{journal.header.base_hash}; put the original where they load it from"
+            )
         live, expected = self.trained.live_dtype, journal.header.live_dtype
         if live != expected:
             raise EstuneError(
@@ -230,7 +243,7 @@ class Trainer:
     def _loop(self, interrupted: Callable[[], bool]) -> str:
         while True:
             step, last = self.strategy.step, self.config.steps
-            if interrupted():
+            if step < last and interrupted():
                 return "interrupted"
             if step >= last or self._due(step, self.config.eval_steps):
                 self._evaluate(step)
@@ -312,14 +325,14 @@ class Trainer:
             file = re.sub(r"[^\w.-]", "-", name)
             write_completions(self.run.completions(f"watch-{file}-{step:05d}"), completed.records(step=step))
         best = self._best()
-        if best is None or _rank(metrics) > _rank(best.metrics):
+        if best is None or self.rank(metrics) > self.rank(best.metrics):
             self._save(self.run.best)
         write_completions(self.run.completions(f"evaluation-{step:05d}"), graded.records(step=step))
         self.journal.append_evaluation(EvaluationRecord(step, metrics))
         self._tell(lambda m: m.on_evaluate(metrics, graded.sample()))
 
     def _best(self) -> EvaluationRecord | None:
-        return max(self.journal.evaluations, key=lambda e: _rank(e.metrics), default=None)
+        return max(self.journal.evaluations, key=lambda e: self.rank(e.metrics), default=None)
 
     def _patience_is_over(self) -> bool:
         """Whether so many evaluations brought no new best. Resuming gives new patience."""

@@ -253,6 +253,8 @@ class Weights:
                 part = base[start : start + len(values)]
                 part.copy_(torch.from_numpy(narrow(values, DTYPES[self.dtype])).view(base.dtype))
                 start += len(values)
+        if self.policy == "inplace":
+            self._member, self._watched = None, self._sample()
 
     def show(self, checkpoint: Checkpoint) -> None:
         """Make a checkpoint's tensors the live weights, rounded to their type, until the next `perturb` or `restore`.
@@ -267,7 +269,7 @@ class Weights:
                 start += len(values)
 
     def change(self, checkpoint: Checkpoint) -> tuple[float, float]:
-        """Norm of the base's difference from a checkpoint, and of the checkpoint's tensors themselves."""
+        """Norm of the base's difference from a checkpoint in the base's type, and of the checkpoint's tensors."""
         return as_norms([self.change_sums(checkpoint)])
 
     def change_sums(self, checkpoint: Checkpoint) -> tuple[float, float]:
@@ -275,7 +277,8 @@ class Weights:
         difference = norm = 0.0
         for p, base in zip(self.parameters, self._base, strict=True):
             start = 0
-            for values in _read(checkpoint.tensors[p.name], p.part) if p.counted else ():
+            for stored in _read(checkpoint.tensors[p.name], p.part) if p.counted else ():
+                values = widen(narrow(stored, DTYPES[self.dtype]))
                 now = widen(as_array(base[start : start + len(values)].cpu()))
                 # By dot products, which make no array in float64. A million float32 squares add up well enough.
                 difference += float(np.dot(now - values, now - values))

@@ -8,11 +8,38 @@ from estune.run import RunDirectory
 
 
 def default_monitors(run: RunDirectory, config: Config) -> list[Monitor]:
-    """Console and `metrics.jsonl`, and the trackers named in `report_to`."""
+    """Console and `metrics.jsonl`, and the trackers named in `report_to`.
+
+    Raises:
+        EstuneError: a tracker is not installed, or cannot begin a run.
+    """
     from estune.monitors.console import ConsoleMonitor
     from estune.monitors.files import JsonlMonitor, TensorBoardMonitor
+    from estune.monitors.trackers import TrackioMonitor, WandbMonitor
 
+    check_trackers(config)
     monitors: list[Monitor] = [ConsoleMonitor(), JsonlMonitor(run.metrics)]
     if "tensorboard" in config.report_to:
         monitors.append(TensorBoardMonitor(run.tensorboard))
+    try:
+        for tracker in (WandbMonitor, TrackioMonitor):
+            if tracker.name in config.report_to:
+                monitors.append(tracker(run, config))
+    except BaseException:
+        for monitor in monitors:
+            monitor.close()
+        raise
     return monitors
+
+
+def check_trackers(config: Config) -> None:
+    """Refuse trackers that are not installed.
+
+    Raises:
+        EstuneError: with what to install.
+    """
+    from estune.monitors.trackers import require
+
+    for name in config.report_to:
+        if name != "tensorboard":
+            require(name)

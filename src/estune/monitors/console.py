@@ -155,7 +155,7 @@ def _instruments(now: Metrics, then: Metrics | None = None) -> list[str]:
     for key, value in now.items():
         if key.startswith("watch/") and key.endswith("/accuracy"):
             before = f"{then[key]:.1%} -> " if then and key in then else ""
-            found.append(f"{key.split('/')[1]} {before}{value:.1%}")
+            found.append(f"{key.removeprefix('watch/').removesuffix('/accuracy')} {before}{value:.1%}")
     return found
 
 

@@ -1,0 +1,78 @@
+"""The command line: each command where its group is, and what ends it. Heavy imports wait until a command runs.
+
+- `runs.py`: train, eval, replay
+- `studies.py`: probe, sweep, compare, report
+- `estimate.py`: estimate
+- `lists.py`: tasks, settings
+- `options.py`, `output.py`: what they share
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
+
+from estune.cli import estimate, lists, runs, studies
+from estune.errors import EstuneError
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130  # the exit code of a process that Ctrl-C ended
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+UsageError: Any = typer.BadParameter.__base__  # has no name in typer
+
+app = typer.Typer(
+    help=(
+        "Fine-tune all weights of a language model with Evolution Strategies: for any reward, with inference alone.\n\n"
+        "`estune train` without options teaches the embedded model Countdown in two minutes. Every setting is an "
+        "option (`--sigma 0.01`, `--task.eval_size 500`) and a key of the config file."
+    ),
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("train", context_settings=SETTINGS)(runs.train)
+app.command("eval", context_settings=SETTINGS)(runs.evaluate)
+app.command("replay")(runs.replay)
+app.command("report")(studies.report)
+app.command("probe", context_settings=SETTINGS)(studies.probe)
+app.command("sweep", context_settings=SETTINGS)(studies.sweep)
+app.command("compare", context_settings=SETTINGS)(studies.compare)
+app.command("estimate", context_settings=SETTINGS)(estimate.estimate)
+app.command("tasks")(lists.tasks)
+app.command("settings")(lists.settings)
+
+
+def main() -> None:
+    """Run the command line.
+
+    What the user can mend ends in one line, with exit code 1, or 2 where it is the command line itself.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (EstuneError, OSError) as error:  # OSError: a full disk, a folder that may not be written
+        code = _refuse(str(error), 1)
+    except UsageError as error:
+        code = _refuse(error.format_message(), 2)
+    except typer.Abort:  # the end of an input that was asked for
+        code = 1
+    if code == INTERRUPTED:
+        # A member may still be generating in a thread, which Python would wait for. The journal is whole at any time.
+        _refuse("interrupted", code)
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _refuse(why: str, code: int) -> int:
+    line = Text.assemble(("error: ", "bold red"), " ".join(why.splitlines()))
+    Console(stderr=True).print(line, soft_wrap=True)
+    return code

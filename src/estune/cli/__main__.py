@@ -1,0 +1,5 @@
+"""`python -m estune.cli`, the same as `estune`."""
+
+from estune.cli import main
+
+main()

@@ -1,0 +1,96 @@
+"""Commands about one run: to train, to evaluate, to rebuild."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from estune.cli.options import ConfigFile, overrides_of
+from estune.cli.output import say
+from estune.errors import EstuneError
+
+
+def train(
+    context: typer.Context,
+    config: ConfigFile = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with this run, to the same bits")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check settings, model and data; write nothing")] = False,
+) -> None:
+    """Train a model. Give settings as `--key value`; `estune settings` lists them.
+
+    With `--resume`, only `--steps` (a new total), `--model` (where the base model is now), `--workers` and what belongs
+    to them can be given.
+    """
+    overrides = overrides_of(context.args)
+    if resume is not None:
+        _resume(resume, config, overrides, dry_run)
+        return
+    from estune.config import load
+
+    settings = load(config, overrides)
+    if dry_run:
+        from estune.commands import describe
+
+        say(describe(settings))
+        return
+    from estune.monitors import check_trackers
+    from estune.trainer import Trainer
+
+    check_trackers(settings)  # before anything is written
+    Trainer(settings).train()
+
+
+def _resume(run: Path, config: Path | None, overrides: list[str], dry_run: bool) -> None:
+    """A resumed run keeps its settings; only its length, and where its weights come from and are, may change."""
+    from estune.config import read
+
+    given = read(None, overrides)
+    if config:
+        raise EstuneError(f"--resume keeps the run's settings, found --config {config}; leave it out")
+    if dry_run:
+        from estune.commands import describe_rest
+
+        say(describe_rest(run, given))
+        return
+    from estune.trainer import Trainer
+
+    Trainer.resume(run, **given).train()
+
+
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="a run's directory, a checkpoint directory, a hub id or tiny")],
+    config: ConfigFile = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="write the completions here, parquet")] = None,
+) -> None:
+    """Evaluate a run's best checkpoint, or any model, on a task's held-out set.
+
+    `--eval_samples 8 --eval_temperature 0.8` tells pass@k and mean@k, `--watch math,code` evaluates on these too.
+    """
+    from estune.commands import evaluate_model
+
+    metrics = evaluate_model(model, config, overrides_of(context.args), output)
+    table = Table(title=model)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for key, value in metrics.items():
+        table.add_row(key.removeprefix("eval_"), f"{value:.4f}")
+    Console().print(table)
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="a run's directory")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="directory to write the checkpoint to")],
+    step: Annotated[int | None, typer.Option(help="after how many steps; all by default")] = None,
+    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the run's own by default")] = None,
+) -> None:
+    """Rebuild the checkpoint of any step from base model and journal, bit for bit, without an engine."""
+    from estune.replay import replay as rebuild
+
+    fingerprint = rebuild(run, output, step, model, dtype)
+    say(f"{output}: fingerprint {fingerprint} verified")

@@ -1,0 +1,167 @@
+"""Commands about several runs, or about one before or after it: to probe, to sweep, to compare, to report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from estune.cli.options import ConfigFile, listed, overrides_of
+from estune.cli.output import say, say_table
+from estune.errors import EstuneError
+
+if TYPE_CHECKING:
+    from estune.compare.plan import Plan
+    from estune.sweep import Trial
+
+Folder = Annotated[Path, typer.Option("--output-dir", "--output_dir", help="directory for all of it")]
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="directories of runs")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="file to write")] = Path("report.html"),
+) -> None:
+    """Make one HTML page about runs, finished or not, that opens offline."""
+    from estune.report import write_report
+
+    write_report(runs, output)
+    say(f"{output}: {output.stat().st_size / 1e3:,.0f} KB")
+
+
+def probe(
+    context: typer.Context,
+    config: ConfigFile = None,
+    members: Annotated[int, typer.Option(help="perturbations of each size")] = 8,
+    prompts: Annotated[int, typer.Option(help="training prompts to answer, at most prompts_per_step")] = 100,
+    sigmas: Annotated[
+        str | None, typer.Option(help="sizes to try, with commas between; an eighth to eight times sigma by default")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+) -> None:
+    """Try perturbations of several sizes and say which sigma to train with. Settings are given as to `estune train`."""
+    from estune.config import load
+    from estune.probe import probe as try_sizes
+
+    settings = load(config, overrides_of(context.args))
+    try:
+        sizes = None if sigmas is None else [float(size) for size in listed(sigmas) or ()]
+    except ValueError as error:
+        raise EstuneError(f"--sigmas {sigmas!r}: give numbers with commas between; {error}") from error
+    found = try_sizes(settings, members=members, prompts=prompts, sigmas=sizes)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+        return
+    say(
+        f"{found.task} with {found.model}: {found.members} members a sigma on {found.prompts} prompts; "
+        f"the base model's reward is {found.base:.4f}, its noise floor {found.noise:.2g}\n"
+    )
+    say_table(found.rows())
+    advice = "no sigma to recommend" if found.sigma is None else f"recommended: --sigma {found.sigma:g}"
+    say("\n".join(["", f"{advice}: {found.reason}", *(f"warning: {text}" for text in found.warnings)]))
+
+
+def sweep(
+    context: typer.Context,
+    config: ConfigFile = None,
+    output_dir: Folder = Path("runs/sweep"),
+    jobs: Annotated[int, typer.Option(help="runs at a time")] = 1,
+    search: Annotated[str | None, typer.Option(help="optuna: choose values by the runs before")] = None,
+    trials: Annotated[int | None, typer.Option(help="runs of a search")] = None,
+    metric: Annotated[str, typer.Option(help="of each run's best evaluation: what is compared")] = "eval_accuracy",
+) -> None:
+    """Train with every combination of `--sweep.KEY A,B,C`, and say which setting did what.
+
+    Further settings are those of all runs. The same command again goes on where it was. Exit code 1 if a run failed.
+    """
+    from estune.sweep import sweep as run_all
+    from estune.sweep_report import draw_effects, rows
+
+    if search not in (None, "optuna"):
+        raise EstuneError(f"--search {search!r}: there is optuna alone")
+    if not metric.startswith(("eval_", "watch/")):
+        raise EstuneError(f"--metric {metric!r}: give one of an evaluation, such as eval_accuracy or eval_reward")
+
+    def told(trial: Trial) -> None:
+        value = trial.metrics.get(metric)
+        say(f"{trial.name}: " + (f"failed: {trial.error}" if value is None else f"{metric} {value:.4f}"))
+
+    found = run_all(
+        output_dir,
+        config,
+        overrides_of(context.args),
+        jobs=jobs,
+        search=cast(Literal["optuna"] | None, search),
+        trials=trials,
+        metric=metric,
+        told=told,
+    )
+    lines = rows(found, metric)
+    say("")
+    say_table(lines, names=len(lines[0]) - 5)
+    failed = [trial for trial in found if trial.error is not None]
+    say("\n".join(["", *(f"{trial.name} failed: {trial.error}" for trial in failed)]))
+    done = [trial for trial in found if trial.error is None]
+    if done and not any(metric in trial.metrics for trial in done):
+        raise EstuneError(f"--metric {metric}: no run has it; there are {', '.join(sorted(done[0].metrics))}")
+    picture = output_dir / "effects.png"
+    try:
+        draw_effects(found, picture, metric)
+        say(f"effects of each setting: {picture}")
+    except EstuneError as error:
+        say(f"warning: {error}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def compare(
+    context: typer.Context,
+    config: ConfigFile = None,
+    output_dir: Folder = Path("runs/compare"),
+    methods: Annotated[str | None, typer.Option(help="es,grpo,dr_grpo,dapo,rloo or some of them")] = None,
+    budget: Annotated[float | None, typer.Option(help="tokens that each run generates, such as 1e6")] = None,
+    seeds: Annotated[str | None, typer.Option(help="seeds, with commas between; 0,1,2 by default")] = None,
+    rates: Annotated[str | None, typer.Option(help="learning rates that RL chooses from, with commas between")] = None,
+) -> None:
+    """Train one model by Evolution Strategies and by TRL's reinforcement learning, with one budget.
+
+    Settings are given as to `estune train`. The same command again goes on. Exit code 1 if a run failed.
+    """
+    from estune.config import load
+
+    plan = _plan(methods=listed(methods), budget=budget, seeds=listed(seeds), rates=listed(rates))
+    settings = load(config, overrides_of(context.args))
+    from estune.compare.plan import Job
+    from estune.compare.report import table, write_report
+    from estune.compare.run import compare as run_all
+
+    def told(result: dict[str, Any]) -> None:
+        what = f"failed: {result['error']}" if "error" in result else f"accuracy {result['accuracy']:.4f}"
+        say(f"{Job(**result['job']).name}: {what}")
+
+    results = run_all(plan, settings, output_dir, told)
+    path = write_report(output_dir, results)
+    lines = table(results)
+    say("")
+    say_table(lines, names=1)
+    say(f"\n{path}")
+    if len(lines) == 1 or any("error" in result for result in results if not result["job"]["trial"]):
+        raise typer.Exit(1)
+
+
+def _plan(**given: Any) -> Plan:
+    """What is compared, of what was given.
+
+    Raises:
+        EstuneError: naming each option that cannot be used.
+    """
+    from pydantic import ValidationError
+
+    from estune.compare.plan import Plan
+
+    try:
+        return Plan.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        faults = [f"--{fault['loc'][0]}: {fault['msg']}, found {fault['input']!r}" for fault in error.errors()]
+        raise EstuneError("; ".join(faults)) from error
