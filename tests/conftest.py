@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +34,14 @@ torch.set_num_threads(1)  # two threads on busy cores are many times slower than
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def sandboxes_alone() -> Iterator[None]:
+    """Nobody else who asks for this runs at the same time: sandboxes are counted, and tests run side by side."""
+    with (Path(tempfile.gettempdir()) / "estune-tests-sandbox.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,9 @@ def obey(  # noqa: PLR0911, PLR0912
     elif text == "child":
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)  # left behind"])
         time.sleep(60)
+    elif text == "leave a child":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)  # left behind"])
+        threading.Timer(0.05, lambda: os._exit(3)).start()
     elif text == "die later":
         threading.Timer(0.05, lambda: os._exit(4)).start()
         return [1.0]

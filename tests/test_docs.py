@@ -285,7 +285,7 @@ def test_every_page_is_in_the_navigation() -> None:
         ("estune train --resume runs/x --sigma 0.1", "cannot be changed"),
         ("estune replay runs/x --stepp 3 -o d", "No such option"),
         ("estune replay runs/x --step 3", "output missing"),
-        ("estune train --task gym:sudoku --steps N --worker-timeout 60", None),
+        ("estune train --task gym:sudoku --steps N --workers 2 --worker-timeout 60", None),
     ],
 )
 def test_wrong_commands_are_found(line: str, what: str | None) -> None:

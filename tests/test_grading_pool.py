@@ -20,6 +20,7 @@ from estune.rewards.grade import TrainerState
 from estune.rewards.grading import Grading
 from estune.rewards.isolation import Isolation, isolate, isolated
 from estune.rewards.load import load_reward
+from estune.tasks.mix import Only
 from tests.hostile_rewards import obey, waits
 
 
@@ -99,6 +100,31 @@ def test_a_grader_that_dies_between_calls_costs_no_completion(grading: Grading) 
     assert grades.failures["obey"]["crashes"] == 0
 
 
+def test_what_a_crashed_grader_started_dies_with_it(grading: Grading) -> None:
+    assert grading.grade(*batch(["leave a child"] * 2)).total == [1.0] * 2
+    time.sleep(0.3)
+    assert processes_with("# left behind")
+    assert grading.grade(*batch(["fine"] * 8)).total == [1.0] * 8
+    grading.close()
+    assert within(2, lambda: not processes_with("# left behind"))
+
+
+def test_rows_that_a_function_says_are_not_its_own_reach_no_grader() -> None:
+    """Nor are they too long for it, or counted."""
+    only = isolate(Only("x", obey, (), False), Isolation(max_length=10))
+    rows = [{"prompt": "p", "task": label} for label in "yyyx"]
+    texts = ["fine", "long " * 9, "pid", "fine"]
+    with Grading([only], processes=1) as grading:
+        assert grading.pool is not None
+        asked = []
+        submit = grading.pool.submit
+        grading.pool.submit = lambda call, deadline: asked.append(call) or submit(call, deadline)  # type: ignore
+        grades = grading.grade(rows, [Completion(text, [], True) for text in texts])
+    assert grades.total == [None, None, None, 1.0]
+    assert grades.failures == {"x/obey": {"timeouts": 0, "crashes": 0, "too_long": 0}}
+    assert len(asked) == 1
+
+
 def test_graders_import_nothing_heavy_and_what_they_log_comes_back() -> None:
     with Grading([obey, waits], [1.0, 1.0], processes=1, state=TrainerState(global_step=7)) as grading:
         grades = grading.grade(*batch(["fine", "log", "heavy"]))
@@ -127,7 +153,7 @@ def test_errors_can_be_left_out_up_to_a_number() -> None:
             grades = grading.grade(*batch(["raise", "fine"]))
             assert grades.total == [None, 1.0]
             assert grades.failures["obey"]["errors"] == 1
-        with pytest.raises(EstuneError, match="3 completions are left out .* more than max_reward_errors, 2"):
+        with pytest.raises(EstuneError, match="3 calls of rewards failed, more than max_reward_errors, 2"):
             grading.grade(*batch(["raise", "fine"]))
 
 

@@ -16,8 +16,10 @@ from estune.engines.base import Completion, Sampling
 from estune.errors import EstuneError
 from estune.pool import LocalPool
 from estune.probe import Level, Probe, probe, recommend
+from estune.rewards.grading import Grading
 from estune.setup import open_local_pool
 from estune.strategy import Member
+from estune.tasks.base import Stage
 from tests.runs import make_config, make_task
 
 
@@ -105,6 +107,42 @@ class Watched:
     def generate(self, ids: Any, sampling: Sampling) -> list[Completion]:
         self.prompts.add(len(ids))
         return self.pool.generate(ids, sampling)
+
+
+def test_rewards_are_graded_as_in_the_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Grading] = []
+
+    def close(grading: Grading) -> None:
+        opened.append(grading)
+
+    monkeypatch.setattr(Grading, "close", close)
+
+    def raises_once(completions: list[str], **_: Any) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) == 4:
+            raise ValueError("no")
+        return vowels(completions)
+
+    calls: list[int] = []
+    with pytest.raises(EstuneError, match="raises_once raised ValueError: no"):
+        probe(config, task=make_task(raises_once), sigmas=[0.02], members=2)
+    calls.clear()
+    lenient = config.model_copy(update={"reward_errors": "exclude"})
+    found = probe(lenient, task=make_task(raises_once), sigmas=[0.02], members=2)
+    assert len(found.levels[0].rewards) == 1
+    assert [grading.errors for grading in opened] == ["raise", "exclude"]  # one for all that is graded
+
+
+def test_of_a_curriculum_it_asks_the_first_stages_rows(config: Config) -> None:
+    asked: set[str] = set()
+
+    def note(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        asked.update(prompts)
+        return vowels(completions)
+
+    task = make_task(note, stages=[Stage([3, 5, 7], until_step=2), Stage([0, 1])])
+    assert probe(config, task=task, sigmas=[0.02], members=2).prompts == 3
+    assert asked == {task.train[i]["prompt"] for i in (3, 5, 7)}
 
 
 def test_sampling_has_a_noise_floor(config: Config) -> None:

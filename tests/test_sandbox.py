@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="this system does not al
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(sandboxes_alone: None) -> Iterator[None]:
     before = helpers(), folders()
     yield
     end = time.monotonic() + 2
@@ -188,6 +188,37 @@ def test_a_sandbox_ends_with_the_process_that_wants_its_outcome() -> None:
         folder.rmdir()
 
 
+def is_program(pid: str) -> bool:
+    """Whether a sandbox's process has become the program."""
+    try:
+        return b"-X\0utf8" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the deadline ends it")
+def test_without_namespaces_too_a_program_ends_with_whoever_waits_for_it() -> None:
+    before = folders()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run_code("import time; time.sleep(20)  # sandbox's sleeper", limits=Limits(wall=30), sandbox="none")
+        finally:
+            os._exit(0)
+    end = time.monotonic() + 5
+    while not any(map(is_program, helpers())) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert len(helpers()) >= 3
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    end = time.monotonic() + 2
+    while helpers() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not helpers()
+    for folder in folders() - before:  # nobody was left to remove it
+        shutil.rmtree(folder)
+
+
 def test_tests_are_counted_and_cannot_be_skipped() -> None:
     tests = ["assert double(1) == 2", "assert double(2) == 5", "assert double('a') == 'aa'"]
     outcome = run("def double(x): return 2 * x", tests=tests)
@@ -199,6 +230,8 @@ def test_tests_are_counted_and_cannot_be_skipped() -> None:
         "def double(x): raise SystemExit(0)",
         "import atexit, os; atexit.register(os._exit, 0)\nraise KeyboardInterrupt",
         "print('0 0'); print('passed'); double = None",
+        "import __main__, os\nnames = vars(__main__)\n"
+        "for n in (0, 1, 'end'): os.write(names['report'], f\"{names['job']['secret']} {n}\\n\".encode())\nos._exit(0)",
         "import os\nfor fd in range(1, 20):\n    try: os.write(fd, b'secret 0\\nsecret 1\\nsecret end\\n')\n"
         "    except OSError: pass\ndouble = None",
     ):
@@ -252,6 +285,8 @@ def test_rows_of_the_two_common_data_sets() -> None:
     assert unit_tests(prompts=["..."], completions=program, **columns) == [0.0]
     assert unit_tests(prompts=["..."], completions=program, test_list=[None]) == [None]
     own = {"tests": ["assert f(9) == 3.0"], "setup": ["from math import sqrt\n"]}
+    assert unit_tests(prompts=["..."], completions=["```python\ndef f(x): return sqrt(x)\n```"], **own) == [1.0]
+    own["setup"] = ["from math import sqrt"]  # without an end of line
     assert unit_tests(prompts=["..."], completions=["```python\ndef f(x): return sqrt(x)\n```"], **own) == [1.0]
     with pytest.raises(EstuneError, match="unit tests need the columns"):
         unit_tests(prompts=["..."], completions=program, answer=["x"])

@@ -96,6 +96,23 @@ def test_a_grid_is_run_once_and_cut_runs_are_resumed(tmp_path: Path) -> None:
         sweep(folder, None, [*settings(), "sweep.sigma=0.1,0.2"])
 
 
+def test_a_run_without_its_last_evaluation_goes_on(tmp_path: Path) -> None:
+    """Interrupted, which leaves weights, then resumed, then killed between its last step and its last evaluation."""
+    folder, given = tmp_path / "sweep", [*settings(), "sweep.seed=0"]
+    whole = sweep(folder, None, given)
+    journal = folder / "seed=0" / FILE
+    text = journal.read_bytes()
+    lines = text.splitlines(keepends=True)
+    assert lines[-1].startswith(b'{"kind":"evaluation","step":2,')
+    journal.write_bytes(b"".join(lines[:-1]))
+    weights = folder / "seed=0" / "final" / "model.safetensors"
+    expected = weights.read_bytes()
+    weights.write_bytes(b"of the step before")
+    assert sweep(folder, None, given) == whole
+    assert [e.step for e in Journal.read(folder / "seed=0").evaluations] == [0, 2]
+    assert weights.read_bytes() == expected
+
+
 def test_a_run_that_fails_ends_no_other(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     good, bad = sweep(tmp_path / "sweep", None, [*settings(), f"sweep.model=tiny,{missing}"], jobs=2)
@@ -174,6 +191,13 @@ def test_a_search_goes_on_with_the_trials_it_has(tmp_path: Path) -> None:
     three = sweep(folder, None, given, search="optuna", trials=3, told=told.append)
     assert three[:2] == two
     assert [t.name for t in told] == ["trial-002"]
+
+
+def test_ends_of_a_range_are_checked_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.setattr("estune.sweep._Runner.run", lambda _, name, values: Trial(name, values, {"eval_accuracy": 0.5}))
+    found = sweep(tmp_path / "s", None, [*settings(), "sweep.seed=7..1234567"], search="optuna", trials=1)
+    assert 7 <= int(found[0].values["seed"]) <= 1234567
 
 
 def test_a_search_needs_a_number_of_trials(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from estune.errors import EstuneError
 from estune.tasks.base import Task
 from estune.tasks.code import CodeConfig
 
+pytestmark = pytest.mark.usefixtures("sandboxes_alone")
+
 MBPP = [
     {"task_id": n, "text": f"Write a function that adds {n}.", "code": f"def add(x):\r\n    return x + {n}",
      "test_list": [f"assert add(1) == {n + 1}", f"assert add(OTHER) == {n + 5}"], "test_setup_code": "OTHER = 5"}

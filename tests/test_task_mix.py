@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,6 +118,31 @@ def test_isolated_and_async_functions_stay_so() -> None:
     assert is_async(waiting)
     given = waiting(task=["x", "y"], prompts=["", ""], completions=["", ""])
     assert asyncio.run(given) == [1.0, None]  # type: ignore[arg-type]
+
+
+def test_which_rows_a_function_applies_to() -> None:
+    only = Only("x", slow, (), False)
+    assert only.applies({LABEL: ["y", "x"]})
+    assert not only.applies({LABEL: ["y"]})
+
+
+def test_a_task_that_is_not_evaluated_and_columns_of_one_set_alone() -> None:
+    def bare(train: dict[str, Any], evaluation: list[dict[str, Any]]) -> Task:
+        return Task("t", [train], evaluation, [slow], [1.0], "slow" if evaluation else None)
+
+    assert _only("x", bare({"prompt": "a", "n": 1}, []), slow).columns == ("n",)
+    assert _only("x", bare({"prompt": "a", "n": 1}, [{"prompt": "b", "m": 1}]), slow).columns == ("n", "m")
+    assert _only("x", bare({"prompt": [{"role": "user", "content": "a"}]}, [{"prompt": "b"}]), slow).chat
+
+
+def test_a_mix_without_any_evaluation_set(tmp_path: Path) -> None:
+    path = tmp_path / "bare.py"
+    path.write_text(
+        "from estune import Task\n\ndef zero(completions, **_): return [0.0] * len(completions)\n"
+        "def task(seed): return Task('t', [{'prompt': 'a'}], [], [zero], [1.0], None)\n"
+    )
+    task = MixConfig(tasks={"bare": {"name": str(path)}}).build(0)
+    assert (len(task.train), task.evaluation, task.accuracies) == (1, [], [])
 
 
 def test_stages() -> None:

@@ -13,7 +13,7 @@ import pytest
 from estune.config import Config, load, parse
 from estune.errors import EstuneError
 from estune.tasks import KINDS, catalogue, options_of
-from estune.tasks.options import HELD_OUT_FRACTION, DataOptions, is_held_out
+from estune.tasks.options import HELD_OUT_FRACTION, DataOptions, identity, is_held_out
 
 
 def test_the_catalogue() -> None:
@@ -97,6 +97,17 @@ def test_an_eighth_is_held_out_the_same_for_any_sizes(tmp_path: Path) -> None:
 
 def test_which_rows_are_held_out_never_changes() -> None:
     assert [n for n in range(40) if is_held_out(f"q{n}")] == [0, 5, 30, 33]
+
+
+def test_what_tells_rows_apart() -> None:
+    def turns(*texts: str) -> dict[str, Any]:
+        roles = ("system", "user", "assistant", "user")
+        return {"prompt": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False) if t]}
+
+    assert identity({"prompt": " One\n two"}) == identity(turns("", "one  TWO")) == identity(turns("a", "one two"))
+    assert identity(turns("", "What is 2+2?", "It is")) != identity(turns("", "What is 2+3?", "It is"))
+    assert identity(turns("a", "Is it red?", "No. Big?", "Yes")) == "is it red?\nno. big?\nyes"
+    assert identity(turns("a", "one", "two")) != identity(turns("a", "one two"))
 
 
 def test_sizes_of_several_evaluation_sets(tmp_path: Path) -> None:

@@ -98,6 +98,15 @@ def test_mistakes_name_the_file(tmp_path: Path, text: str, options: dict[str, An
     assert "\n" not in str(caught.value)
 
 
+def test_a_task_may_hold_data_sets(tmp_path: Path) -> None:
+    text = FUNCTION.replace('Task("mine", rows[2:], rows[:2]', 'Task("mine", Dataset.from_list(rows[2:]), rows[:2]')
+    text = text.replace(
+        "    rows =", "    from datasets import Dataset\n    rows ="
+    )  # not at once: graders load such files
+    task = own(tmp_path, text, train_size=4)
+    assert [row["answer"] for row in task.train] == ["2", "3", "4", "5"]
+
+
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(EstuneError, match=r"task nowhere/x\.py: no such file here"):
         OwnConfig(name="nowhere/x.py").build(0)
@@ -142,6 +151,23 @@ def test_custom(tmp_path: Path) -> None:
 def test_mistakes_of_custom(tmp_path: Path, options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(EstuneError, match=complaint):
         custom(tmp_path, **options)
+
+
+def test_gold_answers_may_be_numbers(tmp_path: Path) -> None:
+    data = tmp_path / "numbers.jsonl"
+    data.write_text("".join(json.dumps({"question": f"q{n}", "answer": n}) + "\n" for n in range(60)))
+    task = custom(tmp_path, data=str(data), gold_column="answer")
+    assert task.gold is not None
+    assert task.gold(task.train[0]) == str(task.train[0]["answer"])
+
+
+@pytest.mark.parametrize("text", ["x = (", "raise RuntimeError('two\\nlines')"])
+def test_a_module_of_rewards_that_fails(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_rewards.py").write_text(text)
+    with pytest.raises(EstuneError, match=r"reward broken_rewards\.f: (SyntaxError|RuntimeError: two lines)") as caught:
+        custom(tmp_path, rewards="broken_rewards.f")
+    assert "\n" not in str(caught.value)
 
 
 def test_preference_needs_a_reward_model(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from estune.config import Config
-from estune.data import RowOrder
+from estune.data import StagedOrder
 from estune.engines.base import Completion
 from estune.errors import EstuneError
 from estune.evaluation import Graded, grade_completions
 from estune.pool import Pool
-from estune.setup import make_sampling, open_encoder, open_pool, with_resources
+from estune.rewards.grading import Grading
+from estune.setup import make_grading, make_sampling, open_encoder, open_pool, with_resources
 from estune.strategy import Member, mean_and_std, member_seed
 from estune.tasks.base import Task
 
@@ -143,18 +144,20 @@ def probe(
         config = with_resources(config)
         opened = pool = open_pool(config)
     try:
-        return _Probing(config, task, pool, min(prompts, config.prompts_per_step)).run(tried, members, repeats)
+        with make_grading(config, task) as grading:
+            probing = _Probing(config, task, pool, grading, min(prompts, config.prompts_per_step))
+            return probing.run(tried, members, repeats)
     finally:
         if opened is not None:
             opened.close()
 
 
 class _Probing:
-    """Prompts of the run's first step, and who answers them."""
+    """Prompts of the run's first step, who answers them, and who grades the answers."""
 
-    def __init__(self, config: Config, task: Task, pool: Pool, prompts: int) -> None:
-        self.config, self.task, self.pool = config, task, pool
-        chosen = RowOrder(len(task.train), prompts, config.seed).rows(0)
+    def __init__(self, config: Config, task: Task, pool: Pool, grading: Grading, prompts: int) -> None:
+        self.config, self.task, self.pool, self.grading = config, task, pool, grading
+        chosen = StagedOrder(len(task.train), task.stages, prompts, config.seed).rows(0)
         self.rows = [task.train[i] for i in chosen]
         encoder = open_encoder(config)
         self.ids = encoder.encode([row["prompt"] for row in self.rows])
@@ -191,10 +194,10 @@ class _Probing:
         Repeated with other sampling seeds, if any: a member's completions are another draw too.
         """
         first = self.pool.generate(self.ids, self.sampling)
-        graded = [grade_completions(self.task, self.rows, first)]
+        graded = [self._grade(first)]
         for i in range(1, repeats):
             again = make_sampling(self.config, member_seed(self.config.seed, STEP + i, 1 << 23))
-            graded.append(grade_completions(self.task, self.rows, self.pool.generate(self.ids, again)))
+            graded.append(self._grade(self.pool.generate(self.ids, again)))
         rewards = [g.grades.mean for g in graded]
         if any(r is None for r in rewards):
             raise EstuneError(f"task {self.task.name}: the base model's answers have no reward; mend the reward")
@@ -204,10 +207,13 @@ class _Probing:
 
     def _members(self, members: Sequence[Member], sigma: float) -> list[Graded]:
         graded = {
-            index: grade_completions(self.task, self.rows, done.completions)
+            index: self._grade(done.completions)
             for index, done in self.pool.evaluate(members, sigma, self.ids, self.sampling)
         }
         return [graded[i] for i in range(len(members))]
+
+    def _grade(self, completions: list[Completion]) -> Graded:
+        return grade_completions(self.task, self.rows, completions, self.grading)
 
 
 def _level(

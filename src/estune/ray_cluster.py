@@ -122,15 +122,16 @@ def _guard(folder: str, started: set[int]) -> subprocess.Popen[bytes]:
     """A shell that waits for this process to end, then ends what would outlive it by a minute, and tidies up.
 
     Ray's agents, children of the processes that it started here, notice, and then wait for a server that is no more.
-    Their commands name the folder, which tells them from whoever may have got their numbers since.
+    Their starting times tell them from whoever may have got their numbers since.
     """
-    agents = [pid for child in started for pid in _children(child)]
+    agents = [f"{pid}:{_stat(pid)[19]}" for child in started for pid in _children(child)]
     script = (
-        'cat; folder=$1; shift; for p in "$@"; do grep -q -a -F "$folder" "/proc/$p/cmdline" && kill -9 "$p"; done; '
+        'cat; folder=$1; shift; for a in "$@"; do p=${a%%:*}; '
+        '[ "$(sed "s/.*) //" "/proc/$p/stat" | cut -d " " -f 20)" = "${a#*:}" ] && kill -9 "$p"; done; '
         'sleep 3; rm -rf "$folder"'
     )
     return subprocess.Popen(
-        ["/bin/sh", "-c", script, "sh", folder, *map(str, agents)],
+        ["/bin/sh", "-c", script, "sh", folder, *agents],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -142,13 +143,18 @@ def _children(parent: int) -> list[int]:
     """Processes that a process has started; on other systems than Linux none is found."""
     found = []
     for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = file.read_text().rpartition(")")[2].split()
-        except OSError:  # ended in the meantime
-            continue
-        if int(fields[1]) == parent:
-            found.append(int(file.parent.name))
+        pid = int(file.parent.name)
+        if _stat(pid)[1] == str(parent):
+            found.append(pid)
     return found
+
+
+def _stat(pid: int) -> list[str]:
+    """What the system tells of a process from its state on: its parent second, its starting time twentieth."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it ended in the meantime
+        return [""] * 20
 
 
 def _join(address: str, quiet: dict[str, Any]) -> None:

@@ -211,6 +211,8 @@ class _Runner:
     def _process(self, name: str, values: Values) -> int:
         run = self.folder / name
         if (run / FILE).is_file():
+            # An interruption's, if any: with it, a run that is cut off after its last step passes for a whole one.
+            shutil.rmtree(RunDirectory(run).final, ignore_errors=True)
             arguments = ["--resume", str(run)]
         else:
             shutil.rmtree(run, ignore_errors=True)  # a run that was cut off before its first line
@@ -242,7 +244,9 @@ class _Runner:
 
 
 def _is_done(run: Path, steps: int) -> bool:
-    """Whether a run took its last step, or stopped early, and wrote what it came to. One that was interrupted has not.
+    """Whether a run took its last step and evaluated what it came to, or stopped early, and wrote that.
+
+    One that was interrupted has not, though it may have written something.
 
     Raises:
         EstuneError: its journal was changed.
@@ -251,8 +255,11 @@ def _is_done(run: Path, steps: int) -> bool:
         return False
     journal = Journal.read(run)
     patience = journal.settings.get("early_stopping_patience")
-    if len(journal.steps) >= steps or patience is None or not journal.evaluations:
-        return len(journal.steps) >= steps
+    if len(journal.steps) >= steps:
+        # The first weights are always evaluated, where there is anything to evaluate on.
+        return not journal.evaluations or journal.evaluations[-1].step >= steps
+    if patience is None or not journal.evaluations:
+        return False
     best = _best(journal).step
     return sum(e.step > best for e in journal.evaluations) >= int(patience)
 
@@ -287,9 +294,9 @@ def _search(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
-        raise EstuneError("--search optuna needs Optuna; install it with `pip install 'estune[optuna]'`") from error
+        raise EstuneError("--search optuna needs Optuna; install it with `pip install 'estune[sweep]'`") from error
     for end in (0, 1):
-        ends = {name: f"{found[end]:g}" for name, found in space.ranges.items()}
+        ends = {name: str(found[end]) for name, found in space.ranges.items()}
         for listed in Space(space.grid, {}).points():
             runner.config(listed | ends)
     _claim(runner.folder, {"settings": runner.settings, "grid": space.grid, "ranges": space.ranges})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import signal
 import threading
 import time
@@ -128,6 +129,7 @@ class Trainer:
             raise
         try:
             self._rebuild(directory, journal)
+            shutil.rmtree(directory.final, ignore_errors=True)  # an earlier end's: not where this run will end
             settings = self.config.model_dump(mode="json")
             if other := {k: v for k, v in settings.items() if k != "model" and v != journal.settings.get(k, v)}:
                 journal.append_settings(other)

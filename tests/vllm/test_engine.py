@@ -15,6 +15,7 @@ from estune.checkpoint import Checkpoint
 from estune.config import Config
 from estune.engines import vllm_internals as internals
 from estune.engines.base import Sampling
+from estune.engines.score import log_probabilities
 from estune.errors import EstuneError
 from estune.strategy import Member
 from tests.vllm.pairs import PROMPTS, UPDATE, open_reference, open_weights, settings
@@ -90,6 +91,31 @@ def test_sampled_completions_repeat_for_a_seed(saved: Any, engines: Any) -> None
     assert engine.generate([PROMPTS[0]] * 6, sampling) == found
     assert engine.generate([PROMPTS[0]] * 2, sampling) == found[:2]
     assert engine.generate([PROMPTS[0]] * 6, Sampling(10, temperature=1.0, top_p=0.9, top_k=50, seed=6)) != found
+
+
+def test_completions_are_scored_as_by_transformers(saved: Any, engines: Any) -> None:
+    """Perturbed weights too, though keys and values of the same rows under others have been kept."""
+    path = saved("qwen2")
+    engine, (reference, theirs) = engines(path), open_reference(path, "float32")
+    ours = open_weights(engine, path)
+    completions = [[(11 * row + i) % 330 for i in range(1 + row % 9)] for row in range(len(PROMPTS))]
+    seen = []
+    for member in (None, Member(6), Member(7, -1)):
+        for weights in (ours, theirs):
+            weights.restore() if member is None else weights.perturb(member, 0.05)
+        seen.append(engine.score(PROMPTS, completions))
+        expected = log_probabilities(reference.model, PROMPTS, completions, 0, 10**6)
+        for found, row, completion in zip(seen[-1], expected, completions, strict=True):
+            assert len(found) == len(completion)
+            assert found == pytest.approx(row, abs=1e-3)
+    assert abs(seen[0][0][0] - seen[1][0][0]) > 0.01
+    ours.restore()
+    # To score a row vLLM needs room for a token more: of one that fills up the positions the last is left out.
+    prompt, completion = [5] * 250, [9, 8, 7, 6, 5, 4]
+    (found,) = engine.score([prompt], [completion])
+    theirs.restore()
+    (row,) = log_probabilities(reference.model, [prompt], [completion], 0, 10**6)
+    assert found == pytest.approx(row[:-1], abs=1e-3)
 
 
 def test_prompts_that_do_not_fit_are_refused(saved: Any, engines: Any) -> None:

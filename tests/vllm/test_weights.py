@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from estune.checkpoint import Checkpoint
+from estune.checkpoint import Checkpoint, widen
 from estune.errors import EstuneError
 from estune.strategy import Member
 from tests.vllm.pairs import UPDATE, gathered, live, open_reference, open_weights
@@ -96,6 +96,35 @@ def test_what_is_saved_is_what_transformers_loads(model: Any, tmp_path: Path) ->
     assert ours.fingerprint() == theirs.fingerprint()
     ours.load(Checkpoint(path))
     ours.restore()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_change_and_the_weights_of_another_checkpoint(model: Any, policy: str) -> None:
+    engine, path, dtype = model
+    ours, (_, theirs) = open_weights(engine, path, weights=policy), open_reference(path, dtype, weights=policy)
+    before, base = engine.call("digests"), {name: array.copy() for name, array in theirs.base.items()}
+    assert ours.change(Checkpoint(path))[0] == 0
+    ours.apply(UPDATE)
+    theirs.apply(UPDATE)
+    fingerprint = ours.fingerprint()
+    pairs = [(as_float(theirs.base[name]), as_float(base[name])) for name in base]
+    difference = np.sqrt(sum(np.square(now - then).sum() for now, then in pairs))
+    norm = np.sqrt(sum(np.square(then).sum() for _, then in pairs))
+    assert difference > 0
+    assert ours.change(Checkpoint(path)) == pytest.approx((difference, norm), rel=1e-5)
+    ours.restore()
+    updated = engine.call("digests")
+    ours.show(Checkpoint(path))
+    assert engine.call("digests") == before != updated
+    assert ours.fingerprint() == fingerprint
+    ours.restore()
+    assert engine.call("digests") == updated
+    ours.load(Checkpoint(path))
+    ours.restore()
+
+
+def as_float(stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return widen(stored).astype(np.float64)
 
 
 def test_parameters_are_chosen_by_a_pattern(model: Any) -> None:

@@ -62,7 +62,7 @@ def _scores(completions: Sequence[Text], columns: dict[str, Any]) -> list[float 
         row = {name: columns[name][i] for name in _COLUMNS if name in columns}
         tests: list[str] = [row["tests"]] if isinstance(row.get("tests"), str) else row.get("tests") or []
         if tests:
-            program = (row.get("setup") or "") + program
+            program = f"{row.get('setup') or ''}\n{program}"
         elif row.get("test_list"):
             tests = [f"{row.get('test_setup_code') or ''}\n{test}" for test in row["test_list"]]
         elif row.get("test"):

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import Pipe, spawn
 from typing import Any
 
@@ -129,9 +130,11 @@ class _Grader:
             return Verdict("crashes", text=f"the grader ended with code {self.process.wait()}")
 
     def kill(self) -> None:
-        """End the process and those it started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """End the process and those it started, which a crash of its own leaves running."""
+        # Not `poll`: until the process is waited for, no other group can have its number.
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):  # the latter on macOS, where all of them are dead
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End the process, and release what belongs to it."""

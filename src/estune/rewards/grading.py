@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -59,7 +59,8 @@ class Grading:
         processes: graders for isolated functions; one per core, at most 8, if None. They start when first needed.
         deadline: seconds for one completion, for isolated functions that do not say so themselves.
         errors: what to do where a function raises: end the run, or leave the completion out of the mean.
-        max_errors: completions left out in this way before the run ends after all.
+        max_errors: calls that may fail in this way before the run ends after all. A call of an isolated function is a
+            completion, any other a batch.
         state: what functions are told of the run; the caller keeps it up to date.
 
     Raises:
@@ -141,7 +142,7 @@ class Grading:
         self.close()
 
     def exclude(self, function: RewardFunction, batch: Batch, row: int | None, why: str) -> None:
-        """Note that a function failed on a row (None: on a batch as a whole).
+        """Note that a call of a function failed, on a row (None: on a batch as a whole).
 
         Raises:
             EstuneError: where that ends the run.
@@ -149,11 +150,11 @@ class Grading:
         where = "" if row is None else f" on row {row}, {batch.show(row)}"
         if self.errors == "raise":
             raise EstuneError(f"reward {reward_name(function)} {why}{where}; nothing is lost: mend it and resume")
-        self._excluded += len(batch) if row is None else 1
+        self._excluded += 1
         if self._excluded > self.max_errors:
             raise EstuneError(
-                f"{self._excluded} completions are left out because rewards failed, more than max_reward_errors, "
-                f"{self.max_errors}; the last: reward {reward_name(function)} {why}{where}; mend it and resume"
+                f"{self._excluded} calls of rewards failed, more than max_reward_errors, {self.max_errors}; "
+                f"the last: reward {reward_name(function)} {why}{where}; mend it and resume"
             )
         log.warning("reward %s %s%s: left out", reward_name(function), why, where)
 
@@ -199,12 +200,17 @@ class Grading:
     def _isolated(self, number: int, isolation: Isolation, batch: Batch) -> Callable[[], _Marks]:
         assert self.pool is not None
         deadline = isolation.deadline or self._deadline
+        # A function of one task of a mix says so of other tasks' rows before they are sent anywhere.
+        applies: Callable[[Mapping[str, Sequence[Any]]], bool] | None = getattr(self.functions[number], "applies", None)
         verdicts: list[Future[Verdict] | Verdict] = []
         for row, length in enumerate(batch.lengths):
-            if length > isolation.max_length:
+            columns = batch.row(row)
+            if applies is not None and not applies(columns):
+                verdicts.append(Verdict("score", None))
+            elif length > isolation.max_length:
                 verdicts.append(Verdict("too_long"))
             else:
-                verdicts.append(self.pool.submit(Call(number, batch.row(row), self.state), deadline))
+                verdicts.append(self.pool.submit(Call(number, columns, self.state), deadline))
 
         def collect() -> _Marks:
             marks = _Marks(Log(len(batch)), dict.fromkeys(("timeouts", "crashes", "too_long"), 0))

@@ -32,29 +32,34 @@ _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _SHOWN = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 _NOBODY = 65534
 
-# Runs in the program's process. The job comes on a descriptor that it closes. How many tests passed goes to the real
-# standard output, which the program does not have, each with a secret that the program does not know.
+# Runs in the program's process, from a function, so that `__main__` shows nothing of it. The job comes on a descriptor
+# that it closes. How many tests passed goes to the real standard output, which the program finds only by trying
+# descriptors, each with a secret that it does not know unless it searches the frames or the memory of its own process.
 _HARNESS = """
-import json, os, sys
-with os.fdopen(int(sys.argv[1])) as file:
-    job = json.load(file)
-if job["tests"]:
-    report = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-names = {"__name__": "program" if job["tests"] else "__main__"}
-exec(compile(job["program"], "program.py", "exec"), names)
-error = None
-for number, test in enumerate(job["tests"]):
-    try:
-        exec(compile(test, f"test {number}", "exec"), names)
-    except Exception as caught:
-        error = error or caught
-    else:
-        os.write(report, f"{job['secret']} {number}\\n".encode())
-if error:
-    raise error
-if job["tests"]:
-    os.write(report, f"{job['secret']} end\\n".encode())
+def run():
+    import json, os, sys
+    with os.fdopen(int(sys.argv[1])) as file:
+        job = json.load(file)
+    secret = job.pop("secret")
+    if job["tests"]:
+        report = os.dup(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    names = {"__name__": "program" if job["tests"] else "__main__"}
+    exec(compile(job["program"], "program.py", "exec"), names)
+    error = None
+    for number, test in enumerate(job["tests"]):
+        try:
+            exec(compile(test, f"test {number}", "exec"), names)
+        except Exception as caught:
+            error = error or caught
+        else:
+            os.write(report, f"{secret} {number}\\n".encode())
+    if error:
+        raise error
+    if job["tests"]:
+        os.write(report, f"{secret} end\\n".encode())
+
+run()
 """
 
 
@@ -211,6 +216,8 @@ def _become(libc: Any, job: dict[str, Any], files: dict[str, Any], reading: int)
             resource.setrlimit(which, (limit, highest))
         if sys.platform == "linux":
             libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            # Without namespaces nothing else ends it with whoever waits for it. A change of user would clear this.
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         variables = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
         arguments = [sys.executable, "-I", "-X", "utf8", "-c", _HARNESS, str(reading)]
         os.execve(sys.executable, arguments, variables)

@@ -81,12 +81,13 @@ def _imported(reference: str) -> RewardFunction:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return _attribute(importlib.import_module(module_name), name, reference)
-    except ImportError as error:
+        module = importlib.import_module(module_name)
+    except Exception as error:
         raise EstuneError(
             f"reward {reference}: {_one_line(error)}; give package.module.function of a module that can be imported, "
             "or path/to/file.py:function"
         ) from error
+    return _attribute(module, name, reference)
 
 
 def _attribute(module: ModuleType, name: str, reference: str) -> RewardFunction:

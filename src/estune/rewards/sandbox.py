@@ -2,7 +2,8 @@
 
 What holds them is described in `jail.py`. It is a fence against what a model writes by accident or because it pays, and
 no protection against an attack on the kernel. A program can also see through the tests: it runs in one process with
-them, so an object that equals everything passes. What it cannot do is pass by ending early or by printing something.
+them, so an object that equals everything passes, and one that searches the frames of its own process finds how passed
+tests are reported. What does not pass is to end early, to print something, or to look into `__main__`.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ class Task:
 
     `gold` gives, for a row, a completion that must earn full marks, or None where none is known. `group` names a column
     by whose values accuracies are also told apart. `stages` say which training rows are drawn from, and until when;
-    none: all of them, always. A task without `accuracy` has no evaluation set.
+    none: all of them, always. A task without `accuracy` has no evaluation set. Both sets become lists, whatever kind of
+    sequence they are given as.
 
     Raises:
         EstuneError: an empty set, a prompt in both sets, weights that do not match the functions, an unknown accuracy.
@@ -56,6 +57,9 @@ class Task:
     stages: Sequence[Stage] = field(default=())
 
     def __post_init__(self) -> None:
+        for side in ("train", "evaluation"):
+            # A slice of a data set of the library datasets is no list of rows.
+            object.__setattr__(self, side, list(getattr(self, side)))
         names = [reward_name(function) for function in self.reward_funcs]
         if len(self.reward_weights) != len(names):
             raise EstuneError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import itemgetter
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -56,8 +55,13 @@ class CustomConfig(DataOptions):
             reward_funcs=functions,
             reward_weights=self.reward_weights or [1.0] * len(functions),
             accuracy=self.accuracy or reward_name(functions[0]),
-            gold=None if self.gold_column is None else itemgetter(self.gold_column),
+            gold=None if self.gold_column is None else self._gold,
         )
+
+    def _gold(self, row: Row) -> str | None:
+        """The gold column's text, which may be a number there."""
+        value = row[self.gold_column or ""]
+        return None if value is None else str(value)
 
     def _rows(self, source: str, records: Sequence[Record]) -> Iterator[Row]:
         wanted = [self.prompt_column, *([self.gold_column] if self.gold_column else [])]

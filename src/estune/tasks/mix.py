@@ -89,8 +89,7 @@ class MixConfig(TaskOptions):
             EstuneError: what the tasks raise.
         """
         tasks = {label: options.build(seed) for label, options in self.tasks.items()}
-        columns = dict.fromkeys(key for task in tasks.values() for row in (*task.train[:1], *task.evaluation[:1])
-                                for key in row)  # fmt: skip
+        columns = dict.fromkeys(key for task in tasks.values() for key in _columns(task))
         train = {label: _labelled(label, task.train[: self.train_size], columns) for label, task in tasks.items()}
         rows = [row for part in train.values() for row in part]
         sizes = {label: len(part) for label, part in train.items()}
@@ -107,7 +106,7 @@ class MixConfig(TaskOptions):
             ],
             reward_funcs=[_only(label, task, f) for label, task in tasks.items() for f in task.reward_funcs],
             reward_weights=[weight for task in tasks.values() for weight in task.reward_weights],
-            accuracy=[f"{label}/{name}" for label, task in tasks.items() for name in task.accuracies],
+            accuracy=[f"{label}/{name}" for label, task in tasks.items() for name in task.accuracies] or None,
             gold=lambda row: gold(row) if (gold := tasks[row[LABEL]].gold) else None,
             group=LABEL,
             stages=stages,
@@ -131,6 +130,11 @@ def blend(sizes: Mapping[str, int], weights: Mapping[str, float]) -> list[int]:
         found.extend(first + i % size for i in range(round(length * shares.get(label, 0.0))))
         first += size
     return found
+
+
+def _columns(task: Task) -> list[str]:
+    """Columns of either set."""
+    return list(dict.fromkeys(key for rows in (task.train, task.evaluation) for row in rows[:1] for key in row))
 
 
 def _labelled(label: str, rows: Sequence[Row], columns: Mapping[str, Any]) -> list[Row]:
@@ -161,6 +165,10 @@ class Only:
         """The function's values for its own rows."""
         own = self._own(task)
         return self._spread(self.function(**self._arguments(own, len(task), given)) if own else [], own, len(task))
+
+    def applies(self, columns: Mapping[str, Sequence[Any]]) -> bool:
+        """Whether any of these rows is the task's; where none is, a grader need not be asked."""
+        return bool(self._own(columns[LABEL]))
 
     def _own(self, task: Sequence[str]) -> list[int]:
         return [i for i, label in enumerate(task) if label == self.label]
@@ -196,9 +204,8 @@ class OnlyAsync(Only):
 
 
 def _only(label: str, task: Task, function: RewardFunction) -> Only:
-    row = task.evaluation[0]
     kind = OnlyAsync if is_async(function) else Only
-    columns = tuple(key for key in row if key != "prompt")
-    wrapped = kind(label, function, columns, not isinstance(row["prompt"], str))
+    columns = tuple(key for key in _columns(task) if key != "prompt")
+    wrapped = kind(label, function, columns, not isinstance(task.train[0]["prompt"], str))
     limits = isolation_of(function)
     return isolate(wrapped, limits) if limits else wrapped

@@ -128,8 +128,14 @@ class DataOptions(PromptOptions):
 
 
 def identity(row: Row) -> str:
-    """What makes a row the example that it is: its prompt without a system prompt, in lower case and single spaces."""
-    return " ".join(as_text(row["prompt"]).lower().split())
+    """What makes a row the example that it is: its prompt without a system prompt, in lower case and single spaces.
+
+    A line for each turn of a conversation.
+    """
+    prompt = row["prompt"]
+    turns = [] if isinstance(prompt, str) else [turn for turn in prompt if turn.get("role") != "system"]
+    texts = [as_text([turn]) for turn in turns] or [as_text(prompt)]
+    return "\n".join(" ".join(text.lower().split()) for text in texts)
 
 
 def is_held_out(text: str, fraction: float = HELD_OUT_FRACTION) -> bool:
