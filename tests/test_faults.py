@@ -129,11 +129,12 @@ def test_a_replica_that_is_killed_in_the_middle_of_an_update_loses_nothing(
     changes = {"replicas": 2, "save_steps": save_steps}
     Trainer(make_config(whole, model, **changes), task=make_task(slow_variety), monitors=[]).train()
 
+    others = set(children(os.getpid()))  # of other tests
     trainer = Trainer(make_config(cut, model, **changes), task=make_task(slow_variety), monitors=[])
     pool = trainer.pool
     own = pool.own
     apply_own, apply_all = own.apply, pool.apply
-    (worker,) = children(os.getpid())
+    (worker,) = set(children(os.getpid())) - others
 
     def stop_worker_first(update: Update) -> str:
         if update.step == 3:

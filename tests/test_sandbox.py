@@ -70,7 +70,8 @@ def run(program: str, **more: Any) -> sandbox.Outcome:
 def test_ordinary_programs() -> None:
     assert run("print(input() * 2)", stdin="ab\n").stdout == "abab\n"
     assert run("print(__name__)").stdout == "__main__\n"
-    assert run("import os; print(os.getcwd(), os.listdir())").stdout == "/tmp []\n"
+    there = [Path(sys.prefix).parts[2]] if sys.prefix.startswith("/tmp/") else []  # nothing but Python, if it is there
+    assert run("import os; print(os.getcwd(), os.listdir())").stdout == f"/tmp {there}\n"
     assert run("open('notes', 'w').write('x'); print(open('notes').read())").stdout == "x\n"
     assert (
         run("import subprocess; print(subprocess.run(['echo', 'hi'], capture_output=True).stdout)").status == "passed"

@@ -134,6 +134,9 @@ def _new_root(libc: Any, job: dict[str, Any]) -> None:
     size = job["disk"]
     mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
+    os.mkdir(root + "/tmp")
+    mount("tmpfs", root + "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size},mode=1777")
+    # After /tmp, as Python itself may lie below it.
     for path in sorted({*_SHOWN, os.path.realpath(sys.base_prefix), sys.base_prefix, sys.prefix, *job["visible"]}):
         inside = root + path
         if not os.path.exists(path) or os.path.lexists(inside):
@@ -151,8 +154,6 @@ def _new_root(libc: Any, job: dict[str, Any]) -> None:
         attributes = (ctypes.c_uint64 * 4)(1 | 2, 0, 0, 0)
         if libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, inside.encode(), _AT_RECURSIVE, attributes, 32) != 0:
             raise Unavailable(f"mount_setattr {path}: {os.strerror(ctypes.get_errno())} (it needs Linux 5.12)")
-    os.mkdir(root + "/tmp")
-    mount("tmpfs", root + "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size},mode=1777")
     mount("none", root, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
     # In a chroot the kernel refuses further user namespaces, through which privileges could be had again.
     os.chroot(root)
