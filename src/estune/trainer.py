@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any, Self
 
 from estune.config import Config
@@ -21,6 +17,7 @@ from estune.engines.base import Completion
 from estune.errors import EstuneError
 from estune.evaluation import Graded, step_metrics, write_completions
 from estune.held_out import HeldOut, encode_rows
+from estune.interrupt import interruptible
 from estune.journal import EvaluationRecord, Header, Journal, StepRecord
 from estune.monitors import check_trackers, default_monitors
 from estune.monitors.base import Monitor, Plan, Summary
@@ -42,8 +39,6 @@ from estune.run import (
 from estune.setup import make_grading, make_sampling, make_strategy, open_encoder, open_pool, with_resources
 from estune.strategy import member_seed
 from estune.tasks.base import Task
-
-log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -87,7 +82,9 @@ class Trainer:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             run = RunDirectory.create(path, config)
-            self._start(run, Journal.create(run.path, header, parent), monitors)
+            journal = Journal.create(run.path, header, parent)
+            self._opened.callback(journal.close)
+            self._start(run, journal, monitors)
         except BaseException:
             self._opened.close()
             raise
@@ -129,7 +126,6 @@ class Trainer:
             raise
         try:
             self._rebuild(directory, journal)
-            shutil.rmtree(directory.final, ignore_errors=True)  # an earlier end's: not where this run will end
             settings = self.config.model_dump(mode="json")
             if other := {k: v for k, v in settings.items() if k != "model" and v != journal.settings.get(k, v)}:
                 journal.append_settings(other)
@@ -150,7 +146,8 @@ class Trainer:
         began = time.perf_counter()
         self._tell(lambda m: m.on_train_begin(self.plan()))
         try:
-            with _interruptible() as interrupted:
+            shutil.rmtree(self.run.final, ignore_errors=True)  # an earlier end's, where the run goes on
+            with interruptible() as interrupted:
                 ended = self._loop(interrupted)
             self._save(self.run.final)
             summary = self._summary(ended, time.perf_counter() - began)
@@ -198,14 +195,19 @@ class Trainer:
             ("base weights are", self.trained.dtype, parent.header.dtype),
             ("live weights are", self.trained.live_dtype, parent.header.live_dtype),
             ("trained tensors are", sorted(self.trained.tensors), sorted(parent.header.tensors)),
-            ("last step gives", None, parent.fingerprint()),  # found last: it takes the time of all updates
         ):
-            if (self.pool.rebuild(parent.history) if here is None else here) != there:
+            if here != there:
                 raise EstuneError(
                     f"start_from {parent.path.parent}: its {what} {there}, here {here}; go on where it was run, with "
                     "its settings"
                 )
-        return parent.fingerprint()
+        found = self.pool.rebuild(parent.history)
+        if found != parent.fingerprint():
+            raise EstuneError(
+                f"start_from {parent.path.parent}: its {len(parent.history)} steps give fingerprint {found} here, its "
+                f"journal says {parent.fingerprint()}; go on where it was run"
+            )
+        return found
 
     def _start(self, run: RunDirectory, journal: Journal, monitors: Sequence[Monitor] | None) -> None:
         self.run, self.journal = run, journal
@@ -253,13 +255,15 @@ class Trainer:
                 return "finished"
             if self._patience_is_over() or "stop" in self._requests():
                 return "stopped early"
-            self._tell(lambda m: m.on_step_begin(step))  # noqa: B023
+            for monitor in self.monitors:
+                monitor.on_step_begin(step)
             self._step()
             if "evaluate" in self._requests():
                 self._evaluate(step + 1)
             if self._due(step + 1, self.config.save_steps) or "save" in self._requests():
                 self._save(self.run.checkpoint(step + 1), self.trained.dtype)
-                self._tell(lambda m: m.on_save(step + 1))  # noqa: B023
+                for monitor in self.monitors:
+                    monitor.on_save(step + 1)
 
     def _requests(self) -> set[str]:
         return {request for monitor in self.monitors for request in monitor.requests()}
@@ -382,24 +386,3 @@ class Trainer:
 def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
     """What a run is judged by: accuracy, then reward."""
     return metrics["eval_accuracy"], metrics["eval_reward"]
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within this, the first Ctrl-C sets a flag, which the yielded function tells; the second one raises."""
-    stop = threading.Event()
-
-    def handler(number: int, frame: FrameType | None) -> Any:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        log.warning("stopping after this step; press Ctrl-C again to stop at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop.is_set
-        return
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield stop.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)
