@@ -47,7 +47,10 @@ MODELS: dict[str, tuple[str, dict[str, int], dict[str, float]]] = {
 EMBEDDED = "qwen2-0.87M"
 ORDER = ("qwen2-0.36M", "llama-0.67M", EMBEDDED)
 HABIT_STEPS, CHAT_ROWS = 200, 4
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4)
+BUDGET = 300_000
+# Of an ES step; and tokens of a completion, about.
+POPULATION, PROMPTS, TOKENS = 20, 20, 20.5
 
 
 def pretrain(name: str, output: Path, skill: Path | None) -> None:
@@ -76,12 +79,12 @@ def pretrain(name: str, output: Path, skill: Path | None) -> None:
     train.train(model, words, habit, 1, output)
 
 
-def settings(name: str, model: str) -> list[str]:
+def settings(model: str) -> list[str]:
     """The same for all models: those of the embedded one but for the population and the prompts of a step."""
     return [
         f"model={model}", "task.count=3", "task.numbers=1-12", "task.target=1-60", "task.train_size=8000",
         "task.eval_size=400", "task.seed=0", "max_new_tokens=40", "sigma=0.024", "learning_rate=0.024",
-        "population=20", "prompts_per_step=20",
+        f"population={POPULATION}", f"prompts_per_step={PROMPTS}",
     ]  # fmt: skip
 
 
@@ -97,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in arguments.models.split(","):
         model = "tiny" if name == EMBEDDED else str(FOLDER / "models" / name)
         folder = FOLDER / f"{plan.budget}" / name
-        compare(plan, load(None, settings(name, model)), folder, lambda r: print(json.dumps(r), flush=True))
+        compare(plan, load(None, settings(model)), folder, lambda r: print(json.dumps(r), flush=True))
         collect(name, plan.budget, arguments.results)
 
 
@@ -184,9 +187,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("models", "run", "page"))
     parser.add_argument("--models", default=",".join(ORDER), help="of these")
-    parser.add_argument("--methods", default="es,grpo")
-    parser.add_argument("--budget", type=float, default=100_000, help="generated tokens a run")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--methods", default="es,grpo,dr_grpo,dapo,rloo")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="generated tokens a run")
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="RL learning rates to try")
     parser.add_argument(
         "--skill", action="store_true", help="models: only the second phase, from the first's checkpoint"

@@ -17,6 +17,7 @@ import ray
 from estune.engines.base import Completion, Sampling
 from estune.errors import EstuneError
 from estune.pool import LocalPool
+from estune.probe import probe
 from estune.ray_cluster import _join, connect
 from estune.ray_crew import _compare
 from estune.ray_handle import Deadlines
@@ -25,7 +26,7 @@ from estune.ray_worker import RayWorker, StaleWeights
 from estune.replica import Evaluated, Replica
 from estune.strategy import Member, Update
 from tests.rays import with_workers
-from tests.runs import assert_same_run, make_config
+from tests.runs import assert_same_run, make_config, make_task
 
 SAMPLING = Sampling(8)
 PROMPTS = [[10, 20, 30], [40, 50], [60, 70, 80, 90]]
@@ -161,6 +162,13 @@ def test_weights_are_written_by_a_worker_here_or_by_replay(
     expected = (tmp_path / "expected" / "model.safetensors").read_bytes()
     assert (tmp_path / "worker" / "model.safetensors").read_bytes() == expected
     assert (tmp_path / "replay" / "model.safetensors").read_bytes() == expected
+
+
+def test_workers_probe_as_a_replica_does(cluster: Any, model: Path) -> None:
+    sizes: Any = {"task": make_task(), "sigmas": [1e-7, 0.02, 0.3], "members": 3}
+    found = probe(make_config(Path("unused"), model, replicas=None, workers=2), **sizes)
+    assert found == probe(make_config(Path("unused"), model), **sizes)
+    assert found.levels[1].spread > 0
 
 
 def test_what_a_member_costs_on_the_wire(pool: RayPool) -> None:

@@ -1,7 +1,6 @@
 """The report's page in a real browser: no errors, no requests, no overflow, and its buttons and keys do what they say.
 
-Needs playwright and a Chromium, which playwright brings (`playwright install chromium`) or the system has; skipped
-without them.
+Needs a Chromium, which the system has or playwright brings (`playwright install chromium`); skipped without.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright import sync_api as playwright
 
 from estune.report import write_report
 from tests.test_report import make_run
-
-playwright = pytest.importorskip("playwright.sync_api")
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,19 @@ def test_a_run_that_fails_ends_no_other(tmp_path: Path) -> None:
     assert len(rows([good, bad])) == 2  # the heading, and the one that ran
 
 
+def test_runs_without_an_evaluation_set_are_not_ranked(tmp_path: Path) -> None:
+    task = tmp_path / "blind.py"
+    task.write_text(
+        "from estune.tasks.base import Task\n\n"
+        "def brevity(completions, **_):\n    return [-float(len(c)) for c in completions]\n\n"
+        "def task(seed):\n    return Task('blind', [{'prompt': 'a'}] * 8, [], [brevity], [1.0], None)\n"
+    )
+    given = [s for s in settings() if not s.startswith("task.")]
+    (found,) = sweep(tmp_path / "sweep", None, [*given, f"task.name={task}", "sweep.seed=0"])
+    assert found.metrics == {}
+    assert found.error == "the task has no evaluation set to judge the run by"
+
+
 def test_an_interrupted_sweep_leaves_nothing_running(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     given = [*settings(steps=2000), "sweep.seed=0,1"]

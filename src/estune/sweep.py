@@ -240,7 +240,10 @@ class _Runner:
         return self.folder / f"{name}.log"
 
     def _trial(self, name: str, values: Values) -> Trial:
-        return Trial(name, values, dict(_best(Journal.read(self.folder / name)).metrics))
+        journal = Journal.read(self.folder / name)
+        if not journal.evaluations:
+            return Trial(name, values, {}, "the task has no evaluation set to judge the run by")
+        return Trial(name, values, dict(_best(journal).metrics))
 
 
 def _is_done(run: Path, steps: int) -> bool:

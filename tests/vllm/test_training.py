@@ -11,6 +11,7 @@ import pytest
 
 from estune.journal import Journal
 from estune.monitors.base import Monitor
+from estune.probe import probe
 from estune.ray_cluster import disconnect
 from estune.replay import replay
 from estune.trainer import Trainer
@@ -92,6 +93,14 @@ def test_it_is_the_run_of_the_transformers_engine(alone: Path, tiny: Path, tmp_p
     for record, other in zip(ours.evaluations, theirs.evaluations, strict=True):
         assert record.metrics == pytest.approx(other.metrics, rel=1e-3, abs=1e-6)
     assert ours.evaluations[-1].metrics["eval_kl"] > 1e-4
+
+
+def test_its_probe_is_the_transformers_engine_s(tiny: Path, tmp_path: Path) -> None:
+    given: Any = {"task": make_task(), "sigmas": [1e-7, 0.02, 0.3], "members": 3}
+    vllm = {"engine": "vllm", "replicas": None, "batch_size": 16, "device": "cpu", "threads": 1}
+    found = probe(make_config(tmp_path / "run", tiny, **vllm), **given)
+    assert found.levels[1].spread > 0
+    assert found == probe(make_config(tmp_path / "run", tiny), **given)
 
 
 def test_resumed_it_is_the_undisturbed_run(alone: Path, tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""How much sigma, alpha and the population matter, at one budget of generated tokens: two sweeps on the embedded model.
+
+    python -m bench.sensitivity
+
+The study's task and prompts a step. Accuracy is that of the last weights, whatever a run passed on its way. The runs
+stay in runs/sensitivity, and the script goes on where it was cut off.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import study
+from bench.common import options, settings, write_result
+
+from estune.journal import Journal
+from estune.sweep import Trial, sweep
+
+FOLDER = Path("runs/sensitivity")
+SIZES = (0.006, 0.012, 0.024, 0.048)
+POPULATIONS = (5, 10, 20, 40, 80)
+# Not those of the study, whose settings were chosen by this.
+SEEDS = (1000, 1001, 1002)
+
+
+def steps_of(budget: float, population: int) -> int:
+    """Steps in which so many tokens are generated, by the mean length of the study's completions."""
+    return max(1, round(budget / (population * study.PROMPTS * study.TOKENS)))
+
+
+def run(folder: Path, budget: float, jobs: int, population: int, swept: Sequence[str]) -> list[dict[str, Any]]:
+    """One sweep: a line a run, with its swept settings, its steps and tokens, and the last weights' accuracy."""
+    steps = steps_of(budget, population)
+    shared = [*study.settings("tiny"), f"population={population}", f"steps={steps}"]
+    shared += ["eval_steps=0", "replicas=1", "threads=1", "report_to=none", "log_completions=0"]
+    trials = sweep(folder, None, [*shared, f"sweep.seed={','.join(map(str, SEEDS))}", *swept], jobs=jobs)
+    return [{"population": population, **_figures(folder, trial)} for trial in trials]
+
+
+def _figures(folder: Path, trial: Trial) -> dict[str, Any]:
+    if trial.error is not None:
+        return {**trial.values, "error": trial.error}
+    journal = Journal.read(folder / trial.name)
+    last = journal.evaluations[-1]
+    tokens = journal.history[-1].metrics["num_tokens"]
+    return {**trial.values, "steps": last.step, "tokens": tokens, "accuracy": last.metrics["eval_accuracy"]}
+
+
+def grid_table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Mean accuracy in percent, with the deviation over seeds: a row for each sigma, a column for each alpha."""
+    head = ["sigma \\ alpha", *(f"{alpha:g}" for alpha in SIZES)]
+    return [head, *([f"{s:g}", *(_cell(runs, sigma=f"{s:g}", learning_rate=f"{a:g}") for a in SIZES)] for s in SIZES)]
+
+
+def population_table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The same for each population."""
+    rows = [[str(n), str(steps_of_runs(runs, n)), _cell(runs, population=n)] for n in POPULATIONS]
+    return [["N", "steps", "accuracy %"], *rows]
+
+
+def steps_of_runs(runs: Sequence[Mapping[str, Any]], population: int) -> int:
+    """Steps of the runs with this population."""
+    return next(r["steps"] for r in runs if r["population"] == population and "steps" in r)
+
+
+def _cell(runs: Sequence[Mapping[str, Any]], **values: Any) -> str:
+    found = [100 * r["accuracy"] for r in runs if values.items() <= r.items() and "accuracy" in r]
+    return study.spread(found, 1)
+
+
+def main() -> None:
+    """Sweep both and write the figures."""
+    parser = options(__doc__)
+    parser.add_argument("--budget", type=float, default=study.BUDGET, help="generated tokens a run, about")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    arguments = parser.parse_args()
+    sizes = ",".join(map(str, SIZES))
+    swept = [f"sweep.sigma={sizes}", f"sweep.learning_rate={sizes}"]
+    grid = run(FOLDER / "sizes", arguments.budget, arguments.jobs, study.POPULATION, swept)
+    populations = list(
+        itertools.chain.from_iterable(
+            run(FOLDER / f"population-{n}", arguments.budget, arguments.jobs, n, []) for n in POPULATIONS
+        )
+    )
+    figures = {"settings": settings(arguments), "grid": grid, "populations": populations}
+    write_result("sensitivity", figures, arguments.results)
+
+
+if __name__ == "__main__":
+    main()
