@@ -1,4 +1,4 @@
-"""How much sigma, alpha and the population matter, at one budget of generated tokens: two sweeps on the embedded model.
+"""How much sigma, alpha and the population matter: two sweeps on the embedded model, all of about as many tokens.
 
     python -m bench.sensitivity
 
@@ -8,7 +8,6 @@ stay in runs/sensitivity, and the script goes on where it was cut off.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,29 @@ from typing import Any
 from bench import study
 from bench.common import options, settings, write_result
 
+from estune.compare.report import spread
 from estune.journal import Journal
 from estune.sweep import Trial, sweep
 
 FOLDER = Path("runs/sensitivity")
 SIZES = (0.006, 0.012, 0.024, 0.048)
 POPULATIONS = (5, 10, 20, 40, 80)
+BUDGET, TOKENS = 300_000, 20.5  # to generate in a run; of a completion, about
 # Not those of the study, whose settings were chosen by this.
 SEEDS = (1000, 1001, 1002)
 
 
 def steps_of(budget: float, population: int) -> int:
     """Steps in which so many tokens are generated, by the mean length of the study's completions."""
-    return max(1, round(budget / (population * study.PROMPTS * study.TOKENS)))
+    return max(1, round(budget / (population * study.PROMPTS * TOKENS)))
 
 
-def run(folder: Path, budget: float, jobs: int, population: int, swept: Sequence[str]) -> list[dict[str, Any]]:
+def run(folder: Path, budget: float, jobs: int, population: int, sizes: Sequence[str]) -> list[dict[str, Any]]:
     """One sweep: a line a run, with its swept settings, its steps and tokens, and the last weights' accuracy."""
-    steps = steps_of(budget, population)
-    shared = [*study.settings("tiny"), f"population={population}", f"steps={steps}"]
-    shared += ["eval_steps=0", "replicas=1", "threads=1", "report_to=none", "log_completions=0"]
-    trials = sweep(folder, None, [*shared, f"sweep.seed={','.join(map(str, SEEDS))}", *swept], jobs=jobs)
+    given = [*study.model_and_task(study.EMBEDDED), *sizes, f"sweep.seed={','.join(map(str, SEEDS))}"]
+    given += [f"population={population}", f"prompts_per_step={study.PROMPTS}", f"steps={steps_of(budget, population)}"]
+    given += ["eval_steps=0", "replicas=1", "threads=1", "report_to=none", "log_completions=0"]
+    trials = sweep(folder, None, given, jobs=jobs)
     return [{"population": population, **_figures(folder, trial)} for trial in trials]
 
 
@@ -68,23 +69,20 @@ def steps_of_runs(runs: Sequence[Mapping[str, Any]], population: int) -> int:
 
 def _cell(runs: Sequence[Mapping[str, Any]], **values: Any) -> str:
     found = [100 * r["accuracy"] for r in runs if values.items() <= r.items() and "accuracy" in r]
-    return study.spread(found, 1)
+    return spread(found, 1)
 
 
 def main() -> None:
     """Sweep both and write the figures."""
     parser = options(__doc__)
-    parser.add_argument("--budget", type=float, default=study.BUDGET, help="generated tokens a run, about")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="generated tokens a run, about")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     arguments = parser.parse_args()
     sizes = ",".join(map(str, SIZES))
     swept = [f"sweep.sigma={sizes}", f"sweep.learning_rate={sizes}"]
-    grid = run(FOLDER / "sizes", arguments.budget, arguments.jobs, study.POPULATION, swept)
-    populations = list(
-        itertools.chain.from_iterable(
-            run(FOLDER / f"population-{n}", arguments.budget, arguments.jobs, n, []) for n in POPULATIONS
-        )
-    )
+    budget, jobs = arguments.budget, arguments.jobs
+    grid = run(FOLDER / "sizes", budget, jobs, study.POPULATION, swept)
+    populations = [r for n in POPULATIONS for r in run(FOLDER / f"population-{n}", budget, jobs, n, study.SIZES)]
     figures = {"settings": settings(arguments), "grid": grid, "populations": populations}
     write_result("sensitivity", figures, arguments.results)
 

@@ -2,33 +2,29 @@
 
     python -m bench.study models        pretrain the small ones, minutes each, into runs/study/models
     python -m bench.study run           compare; goes on where it was cut off
-    python -m bench.study page          docs/study.md from bench/results/study-*.jsonl
+    python -m bench.study_page          docs/study.md from bench/results
 
-One set of ES settings for all models. The learning rate of RL is chosen for each model, on a seed of its own, by
-accuracy on the evaluation set: which is in its favour. Every run may generate the same number of tokens, prompts not
-counted. All are evaluated greedily by the same code, `estune.compare.measure`.
+One set of ES settings for all models and both tasks, chosen by `bench.sensitivity` on the largest of the models. The
+learning rate of RL is chosen for each model and task, on a seed of its own, by reward on the evaluation set: which is
+in its favour. Every run may generate the same number of tokens, prompts not counted. All are evaluated greedily by the
+same code, `estune.compare.measure`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import plots
 from bench.common import RESULTS, machine
 
-from estune.compare.plan import Plan, read_results
-from estune.compare.report import NAMES, by_method, markdown, spread, table, trials_table
+from estune.compare.plan import METHODS, Plan, read_results
 from estune.compare.run import compare
 from estune.config import load
 
 FOLDER = Path("runs/study")
-PAGE = Path(__file__).parents[1] / "docs" / "study.md"
 # The recipe of the embedded model, cut short: architecture, its sizes, and skill steps, horizon and learning rate.
 MODELS: dict[str, tuple[str, dict[str, int], dict[str, float]]] = {
     "qwen2-0.36M": (
@@ -45,12 +41,16 @@ MODELS: dict[str, tuple[str, dict[str, int], dict[str, float]]] = {
     ),
 }  # fmt: skip
 EMBEDDED = "qwen2-0.87M"
-ORDER = ("qwen2-0.36M", "llama-0.67M", EMBEDDED)
+COUNTDOWN = ("qwen2-0.36M", "llama-0.67M", EMBEDDED)
+CONCISENESS = f"{EMBEDDED}-conciseness"
+EXPERIMENTS = (*COUNTDOWN, CONCISENESS)
 HABIT_STEPS, CHAT_ROWS = 200, 4
 RATES = (3e-5, 1e-4, 3e-4)
-BUDGET = 300_000
-# Of an ES step; and tokens of a completion, about.
-POPULATION, PROMPTS, TOKENS = 20, 20, 20.5
+BUDGET = 200_000
+# ES's settings.
+SIZES = ("sigma=0.024", "learning_rate=0.012")
+POPULATION, PROMPTS = 20, 20
+STEP = (f"population={POPULATION}", f"prompts_per_step={PROMPTS}")
 
 
 def pretrain(name: str, output: Path, skill: Path | None) -> None:
@@ -79,17 +79,20 @@ def pretrain(name: str, output: Path, skill: Path | None) -> None:
     train.train(model, words, habit, 1, output)
 
 
-def settings(model: str) -> list[str]:
-    """The same for all models: those of the embedded one but for the population and the prompts of a step."""
-    return [
-        f"model={model}", "task.count=3", "task.numbers=1-12", "task.target=1-60", "task.train_size=8000",
-        "task.eval_size=400", "task.seed=0", "max_new_tokens=40", "sigma=0.024", "learning_rate=0.024",
-        f"population={POPULATION}", f"prompts_per_step={PROMPTS}",
+def model_and_task(experiment: str) -> list[str]:
+    """Settings of an experiment, but for those of ES."""
+    model = "tiny" if experiment in (EMBEDDED, CONCISENESS) else str(FOLDER / "models" / experiment)
+    task = [
+        "task.name=countdown", "task.count=3", "task.numbers=1-12", "task.target=1-60", "task.train_size=8000",
+        "task.eval_size=400", "task.seed=0", "max_new_tokens=40",
     ]  # fmt: skip
+    if experiment == CONCISENESS:  # with the paper's reward: length alone, which a wrong answer can have too
+        task = ["task.name=conciseness", "task.correct_weight=0", "task.length_weight=1", "max_new_tokens=64"]
+    return [f"model={model}", *task]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compare on each model, and put what came of it into the results."""
+    """Do each comparison, and put what came of it into the results."""
     plan = Plan(
         methods=arguments.methods.split(","),
         budget=int(arguments.budget),
@@ -97,115 +100,42 @@ def run(arguments: argparse.Namespace) -> None:
         rates=[float(rate) for rate in arguments.rates.split(",")],
         batch=128,
     )
-    for name in arguments.models.split(","):
-        model = "tiny" if name == EMBEDDED else str(FOLDER / "models" / name)
+    for name in arguments.experiments.split(","):
         folder = FOLDER / f"{plan.budget}" / name
-        compare(plan, load(None, settings(model)), folder, lambda r: print(json.dumps(r), flush=True))
+        compare(
+            plan, load(None, [*model_and_task(name), *SIZES, *STEP]), folder, lambda r: print(json.dumps(r), flush=True)
+        )
         collect(name, plan.budget, arguments.results)
 
 
 def collect(name: str, budget: int, results: Path) -> None:
-    """Put what a model's runs came to so far into the results."""
-    common = {"model": name, "budget": budget, "machine": machine()}
+    """Put what an experiment's runs came to so far into the results."""
+    common = {"experiment": name, "budget": budget, "machine": machine()}
     lines = [json.dumps({**common, **result}) for result in read_results(FOLDER / f"{budget}" / name)]
-    (results / f"study-{budget}-{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
-
-
-def page(results: Path, path: Path) -> None:
-    """Write the page and its pictures from all results, leaving what is below its last heading as it is."""
-    found = _read(results)
-    parts = [_introduction(found)]
-    for budget in sorted({r["budget"] for r in found}):
-        of_budget = [r for r in found if r["budget"] == budget]
-        parts.append(f"## {budget:,} tokens a run")
-        image = path.parent / "images" / "study" / f"accuracy-{budget}.svg"
-        _picture(of_budget, image)
-        parts.append(f"![accuracy of each method on each model](images/study/{image.name})")
-        parts.append(markdown(_overview(of_budget)))
-        for name in ORDER:
-            rows = [r for r in of_budget if r["model"] == name]
-            if not rows:
-                continue
-            parts += [f"### {name}", markdown(table(rows))]
-            if any(r["job"]["trial"] for r in rows):
-                parts += ["Learning rates tried on a seed of their own:", markdown(trials_table(rows))]
-    parts.append(_origin(found))
-    conclusion = "## What held and what did not"
-    old = path.read_text().partition(conclusion)[2] if path.is_file() else "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + f"\n\n{conclusion}{old}")
-
-
-def _read(results: Path) -> list[dict[str, Any]]:
-    lines = [line for file in sorted(results.glob("study-*.jsonl")) for line in file.read_text().splitlines()]
-    return [json.loads(line) for line in lines]
-
-
-def _introduction(found: Sequence[Mapping[str, Any]]) -> str:
-    return (
-        "# A study in miniature\n\n<!-- By `python -m bench.study page`; the last section is kept. -->\n\n"
-        f"One set of {(__doc__ or '').partition('One set of ')[2].strip()}\n\n"
-        "The task is Countdown with three numbers. Each model has the skill and seldom uses it, by the\n"
-        "[recipe](../recipes/tiny) of the embedded model, which for the others is cut short. Figures are means over\n"
-        "seeds, with the standard deviation of the sample. [compare.md](compare.md) says what each column is."
-    )
-
-
-def _overview(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Accuracy of each method on each model: the paper's first table."""
-    methods = [m for m in NAMES if any(r["job"]["method"] == m for r in found)]
-    rows = []
-    for name in ORDER:
-        runs = by_method([r for r in found if r["model"] == name])
-        if runs:
-            cells = [spread([100 * r["accuracy"] for r in runs[m]], 1) if m in runs else "" for m in methods]
-            rows.append([name, *cells])
-    return [["accuracy %", *(NAMES[m] for m in methods)], *rows]
-
-
-def _picture(found: Sequence[Mapping[str, Any]], path: Path) -> None:
-    groups: dict[str, dict[str, float]] = {}
-    for name in ORDER:
-        runs = by_method([r for r in found if r["model"] == name])
-        if runs:
-            groups[name] = {NAMES[m]: statistics.fmean(100 * r["accuracy"] for r in rs) for m, rs in runs.items()}
-    figure, (axes,) = plots.panels(1, 1, 3.2, 6)
-    plots.groups(axes, groups, "accuracy %")
-    plots.save(figure, path)
-
-
-def _origin(found: Sequence[Mapping[str, Any]]) -> str:
-    m = found[0]["machine"]
-    return (
-        f"<sub>`python -m bench.study run`; {m['cpu']}, one thread; Python {m['python']}, estune {m['estune']}, torch "
-        f"{m['torch']}, transformers {m['transformers']}</sub>"
-    )
+    (results / f"study-{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 
 def main() -> None:
-    """Do one of the three."""
+    """Do one of the two."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("models", "run", "page"))
-    parser.add_argument("--models", default=",".join(ORDER), help="of these")
-    parser.add_argument("--methods", default="es,grpo,dr_grpo,dapo,rloo")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="generated tokens a run")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rates", default=",".join(map(str, RATES)), help="RL learning rates to try")
+    parser.add_argument("what", choices=("models", "run"))
+    parser.add_argument("--models", default=",".join(MODELS), help="of these")
     parser.add_argument(
         "--skill", action="store_true", help="models: only the second phase, from the first's checkpoint"
     )
+    parser.add_argument("--experiments", default=",".join(EXPERIMENTS), help="run: these")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--budget", type=float, default=BUDGET, help="generated tokens a run")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rates", default=",".join(map(str, RATES)), help="RL learning rates to try")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("-o", "--output", type=Path, default=PAGE)
     arguments = parser.parse_args()
-    if arguments.what == "models":
-        for name in arguments.models.split(","):
-            if name in MODELS:
-                output = FOLDER / "models" / name
-                pretrain(name, output, output.with_name(f"{name}-skill") if arguments.skill else None)
-    elif arguments.what == "run":
+    if arguments.what == "run":
         run(arguments)
-    else:
-        page(arguments.results, arguments.output)
+        return
+    for name in arguments.models.split(","):
+        output = FOLDER / "models" / name
+        pretrain(name, output, output.with_name(f"{name}-skill") if arguments.skill else None)
 
 
 if __name__ == "__main__":

@@ -46,11 +46,11 @@ def test_rates_are_chosen_by_trials_and_runs_use_the_best() -> None:
         f"{method}-{rate}-seed1000-trial" for method in ("grpo", "rloo") for rate in ("0.001", "0.01")
     ]
     trials = [
-        result("grpo", 1000, 1e-3, True, accuracy=0.2),
-        result("grpo", 1000, 1e-2, True, accuracy=0.4),
-        result("grpo", 0, 1e-3, accuracy=0.9),  # no trial: does not choose
+        result("grpo", 1000, 1e-3, True, reward=0.2),
+        result("grpo", 1000, 1e-2, True, reward=0.4),
+        result("grpo", 0, 1e-3, reward=0.9),  # no trial: does not choose
         result("rloo", 1000, 1e-3, True, accuracy=0.2, reward=0.3),
-        result("rloo", 1000, 1e-2, True, accuracy=0.2, reward=0.2),
+        result("rloo", 1000, 1e-2, True, accuracy=0.3, reward=0.2),  # what was trained is the reward
     ]
     runs = [(job.method, job.seed, job.rate) for job in plan.runs(trials)]
     assert runs == [

@@ -27,11 +27,7 @@ PHASES = ("open", "generate", "evaluate", "apply", "rebuild", "save")
 
 
 def test_killed_in_every_phase(
-    cluster: Any,
-    model: Path,
-    tmp_path: Path,
-    undisturbed: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker is stopped before it is asked, and killed when it has been: always in the middle."""
     left = set(PHASES)
@@ -61,11 +57,7 @@ def test_killed_in_every_phase(
 
 
 def test_a_worker_that_hangs_is_killed_and_replaced(
-    cluster: Any,
-    model: Path,
-    tmp_path: Path,
-    undisturbed: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped: list[int] = []
 
@@ -82,10 +74,7 @@ def test_a_worker_that_hangs_is_killed_and_replaced(
 
 
 def test_a_node_that_comes_late_joins_and_one_that_goes_is_not_missed(
-    cluster: Any,
-    model: Path,
-    tmp_path: Path,
-    undisturbed: Path,
+    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     run = tmp_path / "run"
     trainer = with_workers(run, model, 2, threads=3)  # of five CPUs: room for one
@@ -110,11 +99,7 @@ def test_a_node_that_comes_late_joins_and_one_that_goes_is_not_missed(
 
 
 def test_without_any_worker_the_run_stops_and_can_be_resumed(
-    cluster: Any,
-    model: Path,
-    tmp_path: Path,
-    undisturbed: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("estune.ray_crew.MOST_LOSSES", 2)
     run = tmp_path / "run"
@@ -137,12 +122,7 @@ def test_without_any_worker_the_run_stops_and_can_be_resumed(
     assert_same_run(run, undisturbed)
 
 
-def test_no_room_is_said_at_once(
-    cluster: Any,
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_no_room_is_said_at_once(cluster: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("estune.ray_crew.PATIENCE", 1.0)
     with pytest.raises(EstuneError, match="room for no worker: each takes 64 CPU of a node, .* of the cluster 5 CPU"):
         with_workers(tmp_path / "run", model, 1, threads=64)
@@ -155,11 +135,7 @@ def descendants(parent: int) -> list[int]:
 
 @pytest.mark.parametrize("private", [True, False])
 def test_a_killed_run_leaves_nobody_behind(
-    cluster: Any,
-    model: Path,
-    tmp_path: Path,
-    undisturbed: Path,
-    private: bool,
+    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path, private: bool
 ) -> None:
     """On a cluster of its own all processes end; on one that was there before, the run's do."""
     run = tmp_path / "run"

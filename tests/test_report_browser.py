@@ -14,7 +14,7 @@ import pytest
 from playwright import sync_api as playwright
 
 from estune.report import write_report
-from tests.test_report import make_run
+from tests.reports import make_run
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,15 @@ pytestmark = pytest.mark.skipif(not available(), reason="this system does not al
 def nothing_left_behind(sandboxes_alone: None) -> Iterator[None]:
     before = helpers(), folders()
     yield
-    end = time.monotonic() + 2
-    while (helpers(), folders()) != before and time.monotonic() < end:
-        time.sleep(0.02)
+    wait(lambda: (helpers(), folders()) == before, seconds=2)
     assert (helpers(), folders()) == before
+
+
+def wait(condition: Callable[[], bool], seconds: float) -> None:
+    """Until it holds, or so long."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
 
 
 def helpers() -> set[str]:
@@ -167,28 +172,6 @@ time.sleep(0.2)
     assert run(daemon).status == "passed"  # and nothing_left_behind
 
 
-def test_a_sandbox_ends_with_the_process_that_wants_its_outcome() -> None:
-    before = folders()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            run_code("import time; time.sleep(60)  # sandbox's sleeper", limits=Limits(wall=30))
-        finally:
-            os._exit(0)
-    end = time.monotonic() + 5
-    while len(helpers()) < 3 and time.monotonic() < end:
-        time.sleep(0.02)
-    assert len(helpers()) >= 3
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    end = time.monotonic() + 2
-    while helpers() and time.monotonic() < end:
-        time.sleep(0.02)
-    assert not helpers()
-    for folder in folders() - before:  # nobody was left to remove it
-        folder.rmdir()
-
-
 def is_program(pid: str) -> bool:
     """Whether a sandbox's process has become the program."""
     try:
@@ -197,26 +180,35 @@ def is_program(pid: str) -> bool:
         return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the deadline ends it")
-def test_without_namespaces_too_a_program_ends_with_whoever_waits_for_it() -> None:
+def folders_left(begun: Callable[[], bool], **more: Any) -> set[Path]:
+    """Folders that nobody is left to remove, where whoever waits for a program is killed once that has begun.
+
+    All processes must have ended with it.
+    """
     before = folders()
     pid = os.fork()
     if pid == 0:
         try:
-            run_code("import time; time.sleep(20)  # sandbox's sleeper", limits=Limits(wall=30), sandbox="none")
+            run_code("import time; time.sleep(20)  # sandbox's sleeper", limits=Limits(wall=30), **more)
         finally:
             os._exit(0)
-    end = time.monotonic() + 5
-    while not any(map(is_program, helpers())) and time.monotonic() < end:
-        time.sleep(0.02)
+    wait(begun, seconds=5)
     assert len(helpers()) >= 3
     os.kill(pid, 9)
     os.waitpid(pid, 0)
-    end = time.monotonic() + 2
-    while helpers() and time.monotonic() < end:
-        time.sleep(0.02)
+    wait(lambda: not helpers(), seconds=2)
     assert not helpers()
-    for folder in folders() - before:  # nobody was left to remove it
+    return folders() - before
+
+
+def test_a_sandbox_ends_with_the_process_that_wants_its_outcome() -> None:
+    for folder in folders_left(lambda: len(helpers()) >= 3):
+        folder.rmdir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the deadline ends it")
+def test_without_namespaces_too_a_program_ends_with_whoever_waits_for_it() -> None:
+    for folder in folders_left(lambda: any(map(is_program, helpers())), sandbox="none"):
         shutil.rmtree(folder)
 
 

@@ -21,7 +21,8 @@ from estune.run import RESUME_FROM_PYTHON, RunDirectory, default_path, find_chec
 from estune.tasks.base import Task
 
 if TYPE_CHECKING:
-    from estune.estimate import Estimate, Work
+    from estune.estimate import Estimate
+    from estune.needs import Work
     from estune.shapes import Shape
 
 PROMPT_TOKENS, TINY_PROMPT_TOKENS = 120, 9  # of a Countdown prompt: about, and to the embedded model's tokenizer
@@ -154,7 +155,8 @@ def estimate_run(
     """
     from estune.devices import as_device, find_gpu, measure_cpu, this_gpu
     from estune.engines import decode, graph, transformers
-    from estune.estimate import BYTES, Work, base_bytes, fitting_rows, make_estimate
+    from estune.estimate import make_estimate
+    from estune.needs import BYTES, Work, base_bytes, fitting_rows
     from estune.shapes import read_shape
     from estune.storage import keeps_base_on_host
     from estune.tasks.countdown import GENERATED_SIZE
@@ -214,7 +216,7 @@ def _check_counts(work: Work) -> None:
 
 def _replicas(config: Config, shape: Shape) -> tuple[int, int]:
     """Replicas and threads of each on this machine's CPU."""
-    from estune.estimate import BYTES
+    from estune.needs import BYTES
     from estune.setup import share_cores
 
     return share_cores(config, shape.parameters * BYTES[shape.dtype or "float32"])

@@ -14,7 +14,8 @@ from estune.cli.options import ConfigFile, overrides_of
 from estune.cli.output import say, wide_console
 
 if TYPE_CHECKING:
-    from estune.estimate import Estimate, Item
+    from estune.estimate import Estimate
+    from estune.needs import Item
 
 
 def estimate(

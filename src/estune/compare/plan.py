@@ -105,11 +105,11 @@ class Plan(BaseModel):
 
 
 def best_rate(method: str, rates: Sequence[float], trials: Sequence[dict[str, Any]]) -> float | None:
-    """The rate whose trial has the highest accuracy, then the highest reward; None if there is none."""
+    """The rate whose trial has the highest reward, which is what it was trained for; None if there is none."""
     if len(rates) == 1:
         return rates[0]
     done = [r for r in trials if r["job"]["method"] == method and r["job"]["trial"] and "accuracy" in r]
-    best = max(done, key=lambda r: (r["accuracy"], r["reward"]), default=None)
+    best = max(done, key=lambda r: (r["reward"], r["accuracy"]), default=None)
     return None if best is None else float(best["job"]["rate"])
 
 

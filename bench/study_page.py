@@ -1,0 +1,128 @@
+"""docs/study.md and its pictures, from the results of `bench.study` and `bench.sensitivity`.
+
+    python -m bench.study_page
+
+What is below the page's last heading is kept as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import plots, sensitivity, study
+from bench.common import RESULTS
+
+from estune.compare.report import NAMES, by_method, draw, markdown, spread, table, trials_table
+
+PAGE = Path(__file__).parents[1] / "docs" / "study.md"
+CONCLUSION = "## What held and what did not"
+
+Result = Mapping[str, Any]
+
+
+def page(results: Path, path: Path) -> None:
+    """Write the page and its pictures."""
+    found = {name: _read(results / f"study-{name}.jsonl") for name in study.EXPERIMENTS}
+    sizes = json.loads(max(results.glob("sensitivity-*.json")).read_text())
+    images = path.parent / "images" / "study"
+    _picture({name: found[name] for name in study.COUNTDOWN}, images / "accuracy.svg")
+    draw(found[study.CONCISENESS], images / "conciseness.svg")
+    parts = [
+        _introduction(found),
+        "## Countdown",
+        "![accuracy of each method on each model](images/study/accuracy.svg)",
+        markdown(_overview(found)),
+    ]
+    for name in study.COUNTDOWN:
+        parts += [f"### {name}", *_tables(found[name])]
+    parts += [
+        "## Conciseness",
+        "The embedded model, and the paper's reward: minus the difference in characters between an answer's length\n"
+        "and the reference's. It does not ask whether the answer is right, so it can be hacked: by short answers\n"
+        "that are wrong. Accuracy, which nobody is trained for here, is the share of answers with the right word.",
+        "![correct answers, and against the divergence from the base](images/study/conciseness.svg)",
+        *_tables(found[study.CONCISENESS]),
+        "## Sensitivity of ES",
+        f"Accuracy in percent after training {study.EMBEDDED} on Countdown, mean and deviation over "
+        f"{len(sensitivity.SEEDS)} seeds which\nthe comparison does not use. {sizes['grid'][0]['steps']} steps of "
+        f"{study.POPULATION} members and {study.PROMPTS} prompts; sigma down, alpha across:",
+        markdown(sensitivity.grid_table(sizes["grid"])),
+        "Populations at about equal numbers of tokens, so that fewer members make more steps:",
+        markdown(sensitivity.population_table(sizes["populations"])),
+        _origin(found),
+    ]
+    kept = path.read_text().partition(CONCLUSION)[2] if path.is_file() else "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(parts) + f"\n\n{CONCLUSION}{kept}")
+
+
+def _read(path: Path) -> list[Result]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _introduction(found: Mapping[str, Sequence[Result]]) -> str:
+    budget = found[study.EMBEDDED][0]["budget"]
+    _, _, design = (study.__doc__ or "").partition("One set of ")
+    return (
+        "# A study in miniature\n\n<!-- By `python -m bench.study_page`; the last section is kept. -->\n\n"
+        f"One set of {design.strip()}\n\n"
+        f"A run may generate {budget:,} tokens. In Countdown with three numbers each model has the skill and\n"
+        "seldom uses it, by the [recipe](../recipes/tiny) of the embedded model, which for the others is cut short.\n"
+        "Figures are means over seeds, with the standard deviation of the sample. [compare.md](compare.md) says what\n"
+        "each column is."
+    )
+
+
+def _tables(found: Sequence[Result]) -> list[str]:
+    return [
+        markdown(table(found)),
+        "Learning rates tried on a seed of their own:",
+        markdown(trials_table(found)),
+    ]
+
+
+def _accuracies(found: Sequence[Result]) -> dict[str, list[float]]:
+    """Percents of each method's runs, the base model first."""
+    runs = by_method(found)
+    every = [100 * r["base_accuracy"] for rs in runs.values() for r in rs]
+    return {"before": every[:1], **{NAMES[m]: [100 * r["accuracy"] for r in rs] for m, rs in runs.items()}}
+
+
+def _overview(found: Mapping[str, Sequence[Result]]) -> list[list[str]]:
+    """Accuracy of each method on each model: the paper's first table."""
+    rows = {name: _accuracies(found[name]) for name in study.COUNTDOWN}
+    head = ["accuracy %", *rows[study.EMBEDDED]]
+    return [head, *([name, *(spread(by.get(m, []), 1) for m in head[1:])] for name, by in rows.items())]
+
+
+def _picture(found: Mapping[str, Sequence[Result]], path: Path) -> None:
+    groups = {name: {m: statistics.fmean(v) for m, v in _accuracies(runs).items()} for name, runs in found.items()}
+    figure, (axes,) = plots.panels(1, 1, 3.4, 9)
+    plots.groups(axes, groups, "accuracy %")
+    plots.save(figure, path)
+
+
+def _origin(found: Mapping[str, Sequence[Result]]) -> str:
+    m = found[study.EMBEDDED][0]["machine"]
+    return (
+        f"<sub>`python -m bench.study run`, `python -m bench.sensitivity`; {m['cpu']}, one thread a run, two runs at a "
+        f"time; Python {m['python']}, estune {m['estune']}, torch {m['torch']}, transformers {m['transformers']}</sub>"
+    )
+
+
+def main() -> None:
+    """Write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("-o", "--output", type=Path, default=PAGE)
+    arguments = parser.parse_args()
+    page(arguments.results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
