@@ -34,7 +34,7 @@ def steps_of(budget: float, population: int) -> int:
 
 def run(folder: Path, budget: float, jobs: int, population: int, sizes: Sequence[str]) -> list[dict[str, Any]]:
     """One sweep: a line a run, with its swept settings, its steps and tokens, and the last weights' accuracy."""
-    given = [*study.model_and_task(study.EMBEDDED), *sizes, f"sweep.seed={','.join(map(str, SEEDS))}"]
+    given = [*study.model_and_task(study.EMBEDDED), f"sweep.seed={','.join(map(str, SEEDS))}", *sizes]
     given += [f"population={population}", f"prompts_per_step={study.PROMPTS}", f"steps={steps_of(budget, population)}"]
     given += ["eval_steps=0", "replicas=1", "threads=1", "report_to=none", "log_completions=0"]
     trials = sweep(folder, None, given, jobs=jobs)

@@ -221,11 +221,12 @@ def test_compare(
         return results
 
     monkeypatch.setattr("estune.compare.run.compare", fake)
-    options = ["--methods", "es, grpo", "--budget", "1e6", "--seeds", "0,3", "--rates", "3e-4,1e-3", "--sigma", 0.5]
+    options = ["--methods", "es, ppo,rloo", "--budget", "1e6", "--seeds", "0,3", "--rates", "3e-4,1e-3", "--sigma", 0.5]
     assert estune("compare", *options, "--output-dir", tmp_path) == code
-    plan = Plan(methods=["es", "grpo"], budget=1_000_000, seeds=[0, 3], rates=[3e-4, 1e-3])
+    plan = Plan(methods=["es", "rloo"], budget=1_000_000, seeds=[0, 3], rates=[3e-4, 1e-3])
     assert (asked.plan, asked.config.sigma, asked.folder) == (plan, 0.5, tmp_path)
     out = capsys.readouterr().out
+    assert out.startswith("note: TRL has no PPO trainer any more; its nearest kin, rloo, runs in ppo's place\n")
     assert "es-seed0: accuracy 0.5000\n" in out
     assert ("failed: burnt" in out) == ("error" in last)
     assert out.rstrip().endswith("report.md")
@@ -243,9 +244,9 @@ def test_mistakes_of_a_comparison_are_one_line(tmp_path: Path, capsys: pytest.Ca
     def complaint(*options: Any) -> str:
         return refused(capsys, "compare", "--output-dir", tmp_path / "c", *options)
 
-    line = complaint("--methods", "es,ppo", "--budget", 0.5)
+    line = complaint("--methods", "es,sft", "--budget", 0.5)
     assert "--methods: Input should be 'es', 'grpo'" in line
-    assert "found 'ppo'; --budget: " in line
+    assert "found 'sft'; --budget: " in line
     assert "--budget: " in complaint("--budget", "inf")
     assert "--seeds: " in complaint("--seeds", "one")
     assert "--seeds: " in complaint("--seeds", ",")

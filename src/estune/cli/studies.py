@@ -119,7 +119,7 @@ def compare(
     context: typer.Context,
     config: ConfigFile = None,
     output_dir: Folder = Path("runs/compare"),
-    methods: Annotated[str | None, typer.Option(help="es,grpo,dr_grpo,dapo,rloo or some of them")] = None,
+    methods: Annotated[str | None, typer.Option(help="es,grpo,dr_grpo,dapo,rloo or some of them; ppo is rloo")] = None,
     budget: Annotated[float | None, typer.Option(help="tokens that each run generates, such as 1e6")] = None,
     seeds: Annotated[str | None, typer.Option(help="seeds, with commas between; 0,1,2 by default")] = None,
     rates: Annotated[str | None, typer.Option(help="learning rates that RL chooses from, with commas between")] = None,
@@ -130,7 +130,11 @@ def compare(
     """
     from estune.config import load
 
-    plan = _plan(methods=listed(methods), budget=budget, seeds=listed(seeds), rates=listed(rates))
+    chosen = listed(methods)
+    if chosen and "ppo" in chosen:
+        say("note: TRL has no PPO trainer any more; its nearest kin, rloo, runs in ppo's place")
+        chosen = list(dict.fromkeys("rloo" if method == "ppo" else method for method in chosen))
+    plan = _plan(methods=chosen, budget=budget, seeds=listed(seeds), rates=listed(rates))
     settings = load(config, overrides_of(context.args))
     from estune.compare.plan import Job
     from estune.compare.report import table, write_report
