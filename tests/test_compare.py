@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from estune.engines.base import Completion
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from estune.evaluation import Graded
+from estune.files import locked
 from estune.journal import Journal
 from estune.rewards.grade import Grades
-from estune.setup import make_sampling
+from estune.setup import make_grading, make_sampling
 from tests.models import save_model
 from tests.runs import make_config, make_task
 
@@ -78,6 +80,44 @@ def test_what_cannot_be_compared_is_refused(
     with pytest.raises(EstuneError, match=complaint):
         compare(Plan(**plan), load(None, settings), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("CHAT, [{'prompt': 'b'}], [brief], [1.0], 'brief'", "prompts that end with the assistant's words"),
+        ("TEXT, [{'prompt': 'b'}], [brief], [1.0], 'brief', stages=[Stage([0])]", "it has stages"),
+        ("TEXT, [], [brief], [1.0], None", "no evaluation set"),
+    ],
+)
+def test_tasks_that_trl_would_take_otherwise_are_refused(tmp_path: Path, source: str, complaint: str) -> None:
+    task = tmp_path / "own.py"
+    task.write_text(
+        "from estune.tasks.base import Stage, Task\n\n"
+        "TEXT, CHAT = [{'prompt': 'a'}], [{'prompt': [{'role': 'assistant', 'content': 'So'}]}]\n\n"
+        "def brief(completions, **_):\n    return [-float(len(c)) for c in completions]\n\n"
+        f"def task(seed):\n    return Task('x', {source})\n"
+    )
+    with pytest.raises(EstuneError, match=complaint):
+        compare(Plan(methods=["es"]), load(None, [f"task.name={task}"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
+    plan, config = small(methods=["es"], seeds=[0])
+    compare(plan, config, tmp_path / "out")
+    held = closing(locked(tmp_path / "out" / "compare.json", "r+b"))
+    with held, pytest.raises(EstuneError, match="being written by another process"):
+        compare(plan, config, tmp_path / "out")
+    assert len(compare(plan, config, tmp_path / "out")) == 1
+
+
+def test_a_rate_at_an_end_of_those_tried_is_marked() -> None:
+    trials = [result("grpo", 1000, rate, True) for rate in (1e-4, 1e-3, 1e-2)]
+    assert table([*trials, result("grpo", 0, 1e-3)])[1][1] == "0.001"
+    assert table([*trials, result("grpo", 0, 1e-2)])[1][1] == "0.01*"
+    assert table([*trials, result("grpo", 0, 1e-4)])[1][1] == "0.0001*"
+    assert table([result("grpo", 0, 1e-4)])[1][1] == "0.0001"  # nothing was chosen
 
 
 def test_divergence_is_that_of_the_distributions() -> None:
@@ -139,10 +179,12 @@ def test_es_stops_at_the_step_that_spends_the_budget(tmp_path: Path) -> None:
 @needs_trl
 @pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dapo", "rloo"])
 def test_trl_is_told_what_the_plan_says(tmp_path: Path, method: Any) -> None:
-    plan, config = small(temperature=0.9, beta=0.02)
+    plan, config = small(rl_temperature=0.9, beta=0.02, batch=80)
     arguments, trainer = trl_arguments(plan, Job(method=method, seed=5, rate=1e-4), config, tmp_path)
     assert (arguments.learning_rate, arguments.seed, arguments.temperature, arguments.beta) == (1e-4, 5, 0.9, 0.02)
-    assert (arguments.num_generations, arguments.per_device_train_batch_size) == (4, 8)
+    assert (arguments.num_generations, arguments.generation_batch_size) == (4, 80)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (20, 4)
+    assert arguments.model_init_kwargs == {"dtype": "float32"}
     assert arguments.max_completion_length == config.max_new_tokens
     if method == "rloo":
         assert trainer.__name__ == "RLOOTrainer"
@@ -155,9 +197,10 @@ def test_trl_is_told_what_the_plan_says(tmp_path: Path, method: Any) -> None:
 def test_trl_gets_the_rewards_that_es_gets() -> None:
     task = load(None, ["task.train_size=20", "task.eval_size=5"]).task.build(0)
     numbers, target = task.train[3]["numbers"], task.train[3]["target"]
-    reward = TaskReward(task)
     right = f"</think>\n<answer>{' + '.join(map(str, numbers))}</answer>"
-    total = reward(completions=[right, "no"], completion_ids=[[1, 2, 3], [1]], row=[3, 3], trainer_state=None)
+    with make_grading(Config(), task) as grading:
+        reward = TaskReward(task, grading)
+        total = reward(completions=[right, "no"], completion_ids=[[1, 2, 3], [1]], row=[3, 3], trainer_state=None)
     assert total == [1.1 if sum(numbers) == target else 0.1, 0.0]
     assert reward.tokens == 4
 
@@ -210,7 +253,7 @@ def test_the_report_has_means_deviations_and_trials(tmp_path: Path) -> None:
     head, es, grpo = table(found)
     assert head[:5] == ["method", "rate", "seeds", "before %", "accuracy %"]
     assert es[:5] == ["ES", "", "2", "", "50.0 ± 14.1"]
-    assert grpo[:5] == ["GRPO", "0.001", "1", "", "20.0"]
+    assert grpo[:5] == ["GRPO", "0.001*", "1", "", "20.0"]
     assert trials_table(found)[1:] == [
         ["GRPO", "0.001", "30.0", "0.600", "0.100"], ["GRPO", "0.01", "failed", "", ""]
     ]  # fmt: skip

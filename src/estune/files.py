@@ -1,12 +1,16 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files that one process has for itself."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from estune.errors import EstuneError
 
 
 @contextmanager
@@ -27,6 +31,21 @@ def replacing(target: Path) -> Iterator[Path]:
             os.replace(temporary, target)
     finally:
         _tidy(target, temporary, old)
+
+
+def locked(path: Path, mode: str) -> Any:
+    """The file, open for this process alone. Unbuffered: after a failed write nothing is left to be written later.
+
+    Raises:
+        EstuneError: another process has it.
+    """
+    file = path.open(mode, buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise EstuneError(f"{path} is being written by another process; wait for it or stop it") from error
+    return file
 
 
 def _tidy(target: Path, temporary: Path, old: Path) -> None:

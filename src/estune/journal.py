@@ -7,7 +7,6 @@ newline was cut off by a crash and is dropped. `docs/journal.md` describes every
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError
+from estune.files import locked
 from estune.noise.reference import NOISE_VERSION
 from estune.strategy import Member, Update
 
@@ -99,7 +99,7 @@ class Journal:
             _ancestor(run, count).write_bytes(_whole_lines(parent.path))
         journal = cls(run / FILE, header, "")
         journal.inherited = [] if parent is None else parent.history
-        journal._file = _locked(journal.path, "xb")
+        journal._file = locked(journal.path, "xb")
         journal._write("header", vars(header))
         return journal
 
@@ -155,7 +155,7 @@ class Journal:
     def resume(cls, run: Path) -> Journal:
         """Read a run's journal and go on writing it; a cut last line is removed from the file."""
         path = run / FILE
-        lock = _locked(path, "r+b") if path.is_file() else None
+        lock = locked(path, "r+b") if path.is_file() else None
         try:
             journal = cls.read(run)
         except BaseException:
@@ -243,17 +243,6 @@ def _whole_lines(path: Path) -> bytes:
     """A journal's bytes but for a last line that a crash cut off."""
     content = path.read_bytes()
     return content[: content.rfind(b"\n") + 1]
-
-
-def _locked(path: Path, mode: str) -> Any:
-    """The file, open for this process alone. Unbuffered: after a failed write nothing is left to be written later."""
-    file = path.open(mode, buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise EstuneError(f"{path} is being written by another process; wait for it or stop it") from error
-    return file
 
 
 def _sealed(payload: dict[str, Any], previous: str) -> tuple[str, bytes]:

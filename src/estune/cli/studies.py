@@ -123,6 +123,11 @@ def compare(
     budget: Annotated[float | None, typer.Option(help="tokens that each run generates, such as 1e6")] = None,
     seeds: Annotated[str | None, typer.Option(help="seeds, with commas between; 0,1,2 by default")] = None,
     rates: Annotated[str | None, typer.Option(help="learning rates that RL chooses from, with commas between")] = None,
+    batch: Annotated[int | None, typer.Option(help="completions of an RL step")] = None,
+    generations: Annotated[int | None, typer.Option(help="completions of a prompt in a group of RL's")] = None,
+    rl_temperature: Annotated[float | None, typer.Option(help="at which RL draws")] = None,
+    beta: Annotated[float | None, typer.Option(help="weight of RL's KL penalty")] = None,
+    short_tokens: Annotated[int | None, typer.Option(help="an answer of so many tokens is short")] = None,
 ) -> None:
     """Train one model by Evolution Strategies and by TRL's reinforcement learning, with one budget.
 
@@ -134,7 +139,17 @@ def compare(
     if chosen and "ppo" in chosen:
         say("note: TRL has no PPO trainer any more; its nearest kin, rloo, runs in ppo's place")
         chosen = list(dict.fromkeys("rloo" if method == "ppo" else method for method in chosen))
-    plan = _plan(methods=chosen, budget=budget, seeds=listed(seeds), rates=listed(rates))
+    plan = _plan(
+        methods=chosen,
+        budget=budget,
+        seeds=listed(seeds),
+        rates=listed(rates),
+        batch=batch,
+        generations=generations,
+        rl_temperature=rl_temperature,
+        beta=beta,
+        short_tokens=short_tokens,
+    )
     settings = load(config, overrides_of(context.args))
     from estune.compare.plan import Job
     from estune.compare.report import table, write_report

@@ -10,7 +10,7 @@ from estune.config import Config
 from estune.engines.base import Completion, Sampling
 from estune.engines.transformers import TransformersEngine
 from estune.evaluation import Graded, evaluation_metrics, grade_completions
-from estune.setup import make_sampling
+from estune.setup import make_grading, make_sampling
 from estune.tasks.base import Task
 
 # Seed of the completions over which the divergence is taken: the same for all methods.
@@ -43,9 +43,10 @@ def measure(checkpoint: Path, base: Path, config: Config, task: Task, short_toke
     answers = before.generate(ids, greedy)
     if short_tokens is None:
         short_tokens = round(mean_length(answers) / 2)
-    base_metrics = evaluation_metrics(task, grade_completions(task, task.evaluation, answers))
     after = _engine(checkpoint, config)
-    graded = grade_completions(task, task.evaluation, after.generate(ids, greedy))
+    with make_grading(config, task) as grading:
+        base_metrics = evaluation_metrics(task, grade_completions(task, task.evaluation, answers, grading))
+        graded = grade_completions(task, task.evaluation, after.generate(ids, greedy), grading)
     metrics = evaluation_metrics(task, graded)
     drawn = [
         c.token_ids for c in after.generate(ids, Sampling(config.max_new_tokens, temperature=1.0, seed=DIVERGENCE_SEED))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,9 @@ from estune.errors import EstuneError
 
 Method = Literal["es", "grpo", "dr_grpo", "dapo", "rloo"]
 METHODS: tuple[Method, ...] = ("es", "grpo", "dr_grpo", "dapo", "rloo")
-RATES = (1e-6, 3e-6, 1e-5, 3e-5)
+# From what models of billions of parameters are trained with to what very small ones are.
+RATES = (1e-6, 1e-5, 1e-4, 1e-3)
+MICRO_BATCH = 32
 
 
 class Job(BaseModel):
@@ -55,7 +57,7 @@ class Plan(BaseModel):
     trial_seed: int = 1000  # of the runs that choose a learning rate
     generations: int = Field(8, ge=2)  # completions of a prompt in a group
     batch: int = Field(256, ge=2)  # completions of an RL step
-    temperature: float = Field(1.0, gt=0)
+    rl_temperature: float = Field(1.0, gt=0)
     beta: float = Field(0.0, ge=0)  # weight of the KL penalty
     short_tokens: int | None = Field(None, ge=1)  # an answer of so many tokens is short
 
@@ -78,6 +80,11 @@ class Plan(BaseModel):
             raise EstuneError("compare runs each method in one process: leave out engine and workers")
         if config.start_from is not None:
             raise EstuneError("compare begins with a model: export the run of start_from, and give that as the model")
+
+    @property
+    def micro_batch(self) -> int:
+        """Completions in one backward pass: the largest part of a batch, of at most 32."""
+        return max(size for size in range(1, min(self.batch, MICRO_BATCH) + 1) if self.batch % size == 0)
 
     @property
     def learns_rate(self) -> bool:
@@ -111,6 +118,12 @@ def best_rate(method: str, rates: Sequence[float], trials: Sequence[dict[str, An
     done = [r for r in trials if r["job"]["method"] == method and r["job"]["trial"] and "accuracy" in r]
     best = max(done, key=lambda r: (r["reward"], r["accuracy"]), default=None)
     return None if best is None else float(best["job"]["rate"])
+
+
+def at_an_end(job: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the rate of a run is the lowest or the highest that was tried, so that others may be better."""
+    tried = [r["job"]["rate"] for r in results if r["job"]["trial"] and r["job"]["method"] == job["method"]]
+    return len(tried) > 1 and job["rate"] in (min(tried), max(tried))
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

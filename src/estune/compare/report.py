@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from estune.compare.plan import at_an_end
 from estune.errors import EstuneError
 from estune.files import replacing
 
 Result = Mapping[str, Any]
 NAMES = {"es": "ES", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "rloo": "RLOO"}
+END = "*"  # marks a rate at an end of those tried
 # Heading, key, factor, digits.
 COLUMNS = (
     ("before %", "base_accuracy", 100.0, 1),
@@ -21,7 +23,7 @@ COLUMNS = (
     ("KL", "kl", 1.0, 3),
     ("length", "length", 1.0, 1),
     ("short, wrong %", "short_but_wrong", 100.0, 1),
-    ("tokens, M", "tokens", 1e-6, 2),
+    ("tokens", "tokens", 1.0, 0),
     ("seconds", "seconds", 1.0, 0),
     ("peak MB", "memory", 1e-6, 0),
 )
@@ -34,7 +36,10 @@ def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def table(results: Sequence[Result]) -> list[list[str]]:
-    """A heading, then a row a method: the mean over seeds, with the standard deviation of the sample behind it."""
+    """A heading, then a row a method: the mean over seeds, with the standard deviation of the sample behind it.
+
+    A star marks a rate at an end of those tried.
+    """
     head = ["method", "rate", "seeds", *(heading for heading, *_ in COLUMNS)]
     rows = []
     for method, runs in by_method(results).items():
@@ -44,7 +49,8 @@ def table(results: Sequence[Result]) -> list[list[str]]:
             spread([factor * r[key] for r in runs if key in r], digits)
             for _, key, factor, digits in COLUMNS
         ]
-        rows.append([NAMES[method], "" if rate is None else f"{rate:g}", str(len(runs)), *figures])
+        marked = "" if rate is None else f"{rate:g}{END * at_an_end(runs[0]['job'], results)}"
+        rows.append([NAMES[method], marked, str(len(runs)), *figures])
     return [head, *rows]
 
 
@@ -76,6 +82,7 @@ def write_report(folder: Path, results: Sequence[Result]) -> Path:
     """Write `report.md`, and `report.svg` beside it where matplotlib is installed; return the former."""
     parts = ["# Comparison", markdown(table(results))]
     if any(r["job"]["trial"] for r in results):
+        parts += [f"{END} at an end of the rates that were tried: others may be better."]
         parts += ["Learning rates that were tried:", markdown(trials_table(results))]
     failed = [f"- {r['job']}: {r['error']}" for r in results if "error" in r]
     if failed:

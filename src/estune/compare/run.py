@@ -8,16 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from estune.checkpoint import locate
-from estune.compare.plan import Job, Plan, read_results
+from estune.compare.plan import Job, Plan, at_an_end, read_results
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.files import replacing
+from estune.files import locked, replacing
+from estune.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +54,17 @@ def compare(
 
     config = with_resources(config.model_copy(update={"replicas": 1}))
     config = _with_one_training_set(config)
-    _claim(folder, plan, config)
-    results = _work(plan, config, folder, plan.trials(), told)
-    runs = plan.runs(results)
-    missing = [m for m in plan.methods if not any(job.method == m for job in runs)]
-    if missing:
-        log.warning("%s: no trial came to an end, so it is left out", ", ".join(missing))
-    return _work(plan, config, folder, runs, told)
+    _check_task(config.task.build(config.seed))
+    with _claimed(folder, plan, config):
+        results = _work(plan, config, folder, plan.trials(), told)
+        runs = plan.runs(results)
+        missing = [m for m in plan.methods if not any(job.method == m for job in runs)]
+        if missing:
+            log.warning("%s: no trial came to an end, so it is left out", ", ".join(missing))
+        for job in runs:
+            if job.seed == plan.seeds[0] and at_an_end(job.model_dump(), results):
+                log.warning("%s: rate %g is at an end of those tried: others may be better", job.method, job.rate)
+        return _work(plan, config, folder, runs, told)
 
 
 def require_trl() -> None:
@@ -78,8 +84,22 @@ def _with_one_training_set(config: Config) -> Config:
     return config.model_copy(update={"task": config.task.model_copy(update={"seed": config.seed})})
 
 
-def _claim(folder: Path, plan: Plan, config: Config) -> None:
-    """Keep what is compared with the results, and refuse to mix those of two comparisons.
+def _check_task(task: Task) -> None:
+    """Refuse what TRL's trainers would do otherwise than ES."""
+    if task.stages:
+        raise EstuneError(f"task {task.name}: it has stages, which TRL does not know; compare on the task of one stage")
+    if any(not isinstance(p := row["prompt"], str) and p[-1]["role"] == "assistant" for row in task.train):
+        raise EstuneError(
+            f"task {task.name}: prompts that end with the assistant's words, which ES goes on with and TRL ends; take "
+            "those words out"
+        )
+    if not task.evaluation:
+        raise EstuneError(f"task {task.name}: it has no evaluation set to compare on")
+
+
+@contextmanager
+def _claimed(folder: Path, plan: Plan, config: Config) -> Iterator[None]:
+    """Have the folder for this process alone, with what is compared in it; refuse to mix results of two comparisons.
 
     Methods and seeds may be added: runs do not depend on which others there are.
     """
@@ -95,11 +115,13 @@ def _claim(folder: Path, plan: Plan, config: Config) -> None:
             raise EstuneError(
                 f"{folder} holds a comparison with other {', '.join(other)}; give the same, or another --output-dir"
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         raise EstuneError(f"output_dir {folder} is not empty and holds no comparison; give another --output-dir")
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(mine, indent=2))
+    else:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(mine, indent=2))
+    with closing(locked(path, "r+b")):
+        yield
 
 
 def _work(

@@ -12,18 +12,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from estune.checkpoint import locate
 from estune.compare.plan import Job, Plan
 from estune.config import Config
+from estune.errors import EstuneError
 from estune.files import replacing
 from estune.monitors.base import Metrics, Monitor, Sample
 from estune.tasks.base import Task
 
 if TYPE_CHECKING:
     from estune.rewards.grade import Row
+    from estune.rewards.grading import Grading
 
 
 def main() -> None:
@@ -31,7 +34,10 @@ def main() -> None:
     path = Path(sys.argv[1])
     given = json.loads(path.read_text())
     plan, job, config = Plan(**given["plan"]), Job(**given["job"]), Config(**given["config"])
-    result = run(plan, job, config, path.parent)
+    try:
+        result = run(plan, job, config, path.parent)
+    except EstuneError as error:
+        sys.exit(str(error))
     with replacing(path.parent / "result.json") as temporary:
         temporary.write_text(json.dumps(result))
 
@@ -82,8 +88,11 @@ def _evolve(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> t
     most = math.ceil(plan.budget / (config.population * prompts))  # every completion has a token at least
     changes = {"seed": job.seed, "output_dir": folder / "run", "steps": most, "lr_scheduler_type": "constant"}
     changes |= {"eval_steps": 0, "save_steps": 0, "log_completions": 0, "report_to": []}
+    changes |= {"watch": [], "compare_with_base": False}
     budget = _Budget(plan.budget)
-    trainer = Trainer(config.model_copy(update=changes), task=task, monitors=[budget])
+    # Nothing is evaluated on the way: nor does TRL, and seconds are of training.
+    blind = replace(task, evaluation=[], accuracy=None)
+    trainer = Trainer(config.model_copy(update=changes), task=blind, monitors=[budget])
     trainer.train()
     return trainer.run.final, budget.tokens, budget.steps
 
@@ -94,29 +103,29 @@ def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -
     from transformers import AutoTokenizer
     from transformers.trainer_callback import TrainerCallback
 
-    from estune.engines.loading import pick_dtype
+    from estune.setup import make_grading
 
     torch.set_num_threads(config.threads or 1)
-    reward = TaskReward(task)
-
-    class Spent(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop = reward.tokens >= plan.budget
-
-    path, device = locate(config.model), torch.device(config.device)
+    path = locate(config.model)
     arguments, trainer_class = trl_arguments(plan, job, config, folder)
-    arguments.model_init_kwargs = {"dtype": pick_dtype(config.dtype, device)}
     # Rows travel by number: a column of a data set must be of one type, and a task's may be of any.
     rows = [{"prompt": row["prompt"], "row": i} for i, row in enumerate(task.train)]
-    trainer = trainer_class(
-        model=str(path),
-        reward_funcs=reward,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
-        callbacks=[Spent()],
-    )
-    trainer.train()
+    with make_grading(config, task) as grading:
+        reward = TaskReward(task, grading)
+
+        class Spent(TrainerCallback):  # type: ignore[misc]
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                control.should_training_stop = reward.tokens >= plan.budget
+
+        trainer = trainer_class(
+            model=str(path),
+            reward_funcs=reward,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
+            callbacks=[Spent()],
+        )
+        trainer.train()
     trainer.save_model(str(folder / "final"))
     return folder / "final", reward.tokens, trainer.state.global_step
 
@@ -125,22 +134,30 @@ def trl_arguments(plan: Plan, job: Job, config: Config, folder: Path) -> tuple[A
     """TRL's arguments and trainer class for a job: its defaults but for what the plan says.
 
     A constant learning rate, because a schedule would have to know the number of steps, and the budget is in tokens.
+    Weights are float32, as ES's base is, and computing is done in the type that ES generates in.
     """
+    import torch
     import trl
 
+    from estune.engines.loading import pick_dtype
+
+    dtype = pick_dtype(config.dtype, torch.device(config.device))
     common: dict[str, Any] = {
         "output_dir": str(folder / "trl"),
         "seed": job.seed,
         "learning_rate": job.rate,
         "lr_scheduler_type": "constant",
         "max_steps": 1 << 30,
-        "per_device_train_batch_size": plan.batch,
+        "per_device_train_batch_size": plan.micro_batch,
+        "gradient_accumulation_steps": plan.batch // plan.micro_batch,
         "num_generations": plan.generations,
         "max_completion_length": config.max_new_tokens,
-        "temperature": plan.temperature,
+        "temperature": plan.rl_temperature,
         "beta": plan.beta,
         "activation_checkpointing": False,  # slower, and small models have the memory
-        "bf16": False,
+        "model_init_kwargs": {"dtype": "float32"},
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
         "use_cpu": config.device == "cpu",
         "save_strategy": "no",
         "logging_strategy": "no",
@@ -158,8 +175,8 @@ class TaskReward:
 
     __name__ = "task_reward"
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, task: Task, grading: Grading) -> None:
+        self.task, self.grading = task, grading
         self.tokens = 0
 
     def __call__(
@@ -167,13 +184,12 @@ class TaskReward:
     ) -> list[float | None]:
         """The total of each completion; None where no reward applies."""
         from estune.engines.base import Completion
-        from estune.evaluation import grade_completions
 
         self.tokens += sum(map(len, completion_ids))
         rows: list[Row] = [self.task.train[i] for i in row]
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         made = [Completion(text, ids, True) for text, ids in zip(texts, completion_ids, strict=True)]
-        return grade_completions(self.task, rows, made).grades.total
+        return self.grading.grade(rows, made).total
 
 
 def _peak_memory(device: str) -> int:
