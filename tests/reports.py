@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from estune.strategy import Member
 from estune.update import Update
 
 HOSTILE = "</pre></script><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>&amp;\x00\u202e"
+Scores = Callable[[int], list[float]]  # of the prompts at a step
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -80,6 +82,7 @@ def make_run(
     trained_on: str = "countdown",
     ancestors: int = 0,
     more: dict[str, float] | None = None,
+    scores: Scores | None = None,
     **settings: Any,
 ) -> Path:
     """A run as training would have left it, evaluated at every other step."""
@@ -109,7 +112,7 @@ def make_run(
     journal = Journal.create(folder, header, parent)
     for step in range(steps + 1):
         if step % 2 == 0:
-            evaluate(folder, journal, step, **(more or {}))
+            evaluate(folder, journal, step, scores, **(more or {}))
         if step < steps:
             rewards = members(step, population, config.seed)
             update = Update(step, tuple(Member(i, 1) for i in range(population)), (0.0,) * population, 0.0, 0)
@@ -127,9 +130,10 @@ def make_run(
     return folder
 
 
-def evaluate(folder: Path, journal: Journal, step: int, **more: float) -> None:
+def evaluate(folder: Path, journal: Journal, step: int, scored: Scores | None = None, **more: float) -> None:
     """Of eight prompts, 0 is right at the start only, 1 always, and the others one after the other."""
     scores = [float(i == 1 or (i == 0 and step == 0) or (1 < i <= step)) for i in range(8)]
+    scores = scored(step) if scored else scores
     records = [
         {"prompt": f"p{i} {HOSTILE}", "completion": f"c{i} at {step} {HOSTILE}", "reward": s + 0.1, "rewards/right": s}
         for i, s in enumerate(scores)

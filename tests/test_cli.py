@@ -23,6 +23,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from estune import cli
+from estune.config import parse
 from estune.errors import EstuneError
 from estune.journal import Journal
 from estune.run import default_path
@@ -164,6 +165,23 @@ def test_eval_of_a_run_on_other_data_is_refused_unless_they_are_asked_for(
     data.write_text(json.dumps(rows[:-10]))
     assert "are not those that the run was trained on" in refused(capsys, "eval", tmp_path / "r")
     assert estune("eval", tmp_path / "r", "--task.data", data) == 0
+
+
+def test_eval_of_a_run_on_generated_problems_takes_a_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = [{"numbers": [101 + n, 200 + n], "target": 301 + 2 * n} for n in range(5)]
+    data, output = tmp_path / "data.json", tmp_path / "completions.parquet"
+    data.write_text(json.dumps(problems))
+    assert estune("eval", run, "--temperature", 0.7, "--task.eval_data", data, "-o", output) == 0
+    assert len(pyarrow.parquet.read_table(output)) == 5
+
+    config = parse(Journal.read(run).settings)
+    seen = config.task.build(config.seed).train[0]
+    data.write_text(json.dumps([*problems, {key: seen[key] for key in ("numbers", "target")}]))
+    assert "1 of 6 evaluation examples are in the training set too" in refused(
+        capsys, "eval", run, "--task.eval_data", data
+    )
 
 
 @pytest.fixture(scope="module")

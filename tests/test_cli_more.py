@@ -304,6 +304,57 @@ def test_a_tracker_that_is_missing_is_said_before_anything_is_written(
     assert name in refused(capsys, "train", "--dry-run", *SMALL, "--report_to", name)
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    ("command", "journal", "code"),
+    [
+        (["train", "--replicas=2"], "journal.jsonl", -signal.SIGTERM),
+        (["sweep", "--replicas=1", "--sweep.seed=0,1"], "seed=0/journal.jsonl", 128 + signal.SIGTERM),
+        (["compare", "--methods=es", "--seeds=0"], "es-seed0/run/journal.jsonl", 128 + signal.SIGTERM),
+    ],
+)
+def test_sigterm_leaves_nothing_running(command: list[str], journal: str, code: int, tmp_path: Path) -> None:
+    name, *options = command
+    steps = [] if name == "compare" else ["--steps=100000"]
+    given = [*map(str, QUICK), *steps, *options, f"--output-dir={tmp_path / 'r'}"]
+    process = subprocess.Popen([sys.executable, "-m", "estune.cli", name, *given], stdout=subprocess.DEVNULL)
+    children: set[int] = set()
+    try:
+        while not (tmp_path / "r" / journal).is_file():
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = descendants(process.pid)
+        assert children
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == code
+        deadline = time.monotonic() + 20
+        while children & parents().keys() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not children & parents().keys()
+    finally:
+        for pid in {process.pid, *children} & parents().keys():
+            os.kill(pid, signal.SIGKILL)
+
+
+def parents() -> dict[int, int]:
+    """The parent of each process that runs."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, *_ = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if state != "Z":
+            found[int(path.parent.name)] = int(parent)
+    return found
+
+
+def descendants(pid: int) -> set[int]:
+    """Children of a process, theirs, and so on."""
+    children = {child for child, parent in parents().items() if parent == pid}
+    return children.union(*map(descendants, children))
+
+
 def test_ctrl_c_ends_at_once_with_one_line_and_130() -> None:
     command = [sys.executable, "-m", "estune.cli", "probe", "--members", "64", "--prompts", "200"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

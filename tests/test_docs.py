@@ -2,15 +2,19 @@
 
 import ast
 import importlib
+import inspect
 import re
 import shlex
 import tomllib
+import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy.typing
 import pytest
 import typer
 import yaml
@@ -267,6 +271,37 @@ def test_the_reference_has_every_public_name() -> None:
     for path in told:
         module, _, attribute = path.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), path
+
+
+def referenced() -> dict[Any, str]:
+    """What the reference describes, and under which name."""
+    told = re.findall(r"^::: ([\w.]+)", (ROOT / "docs" / "api.md").read_text(), re.M)
+    return {getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2]): path for path in told}
+
+
+def classes_in(hint: Any) -> Iterator[type]:
+    """Classes of ours in a type hint."""
+    if inspect.isclass(hint) and hint.__module__.startswith("estune."):
+        yield hint
+    for part in typing.get_args(hint):
+        yield from classes_in(part)
+
+
+def test_the_reference_has_what_its_functions_take_and_return() -> None:
+    known = referenced()
+    for described, path in known.items():
+        if inspect.isfunction(described) or is_dataclass(described):
+            hints = typing.get_type_hints(described, localns={"np": numpy, "npt": numpy.typing}).values()
+            assert not {found for hint in hints for found in classes_in(hint)} - known.keys(), path
+
+
+@every_page
+def test_the_reference_has_the_functions_that_pages_name(path: Path) -> None:
+    known = referenced()
+    for code in opened(path).spans:
+        if found := re.match(r"(estune(?:\.\w+)+)\.(\w+)", code):
+            named = getattr(importlib.import_module(found[1]), found[2], None)
+            assert not inspect.isfunction(named) or named in known, code
 
 
 def test_every_page_is_in_the_navigation() -> None:

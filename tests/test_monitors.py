@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -11,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.monitors import check_trackers, default_monitors
 from estune.monitors.base import Monitor
+from estune.monitors.console import ConsoleMonitor
 from estune.monitors.trackers import ROWS, WandbMonitor
 from estune.run import RunDirectory
 from estune.trainer import Trainer
@@ -50,6 +54,9 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def offline_runs(folder: Path) -> list[list[Any]]:
+    import wandb
+
+    wandb.teardown()  # which waits for its service: a run that is finished may not be written yet
     return [list(records(path)) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
 
 
@@ -174,6 +181,48 @@ def test_a_tracker_that_cannot_begin_is_one_line(tmp_path: Path, monkeypatch: py
     run = RunDirectory.create(tmp_path / "run", Config())
     with pytest.raises(EstuneError, match="report_to=wandb: it cannot begin a run: No API key configured. Use `wandb"):
         default_monitors(run, Config(report_to=["wandb"]))
+
+
+def test_a_run_whose_tracker_cannot_begin_can_be_begun_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb").teardown()  # it remembers the environment of its first run
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where a key may be kept
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = tmp_path / "run"
+    tracked = make_config(folder, model, report_to=["wandb"])
+    with pytest.raises(EstuneError, match="report_to=wandb: it cannot begin a run"):
+        Trainer(tracked, task=make_task())
+    assert not folder.exists()
+    base = folder / "base" / "config.json"  # a model that was given in memory is there before its run
+    base.parent.mkdir(parents=True)
+    base.touch()
+    with pytest.raises(EstuneError, match="report_to=wandb: it cannot begin a run"):
+        Trainer(tracked, task=make_task())
+    assert sorted(folder.rglob("*")) == [base.parent, base]
+    Trainer(make_config(folder, model, steps=1), task=make_task()).train()
+    before = (folder / "journal.jsonl").read_bytes()
+    with pytest.raises(EstuneError, match="report_to=wandb: it cannot begin a run"):
+        Trainer.resume(folder, steps=2, report_to=["wandb"], task=make_task())
+    assert (folder / "journal.jsonl").read_bytes() == before
+    Trainer.resume(folder, steps=2, report_to="tensorboard", task=make_task()).train()
+    assert any((folder / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_line_of_a_file_is_one_line(width: int, model: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    config = make_config(tmp_path / "run", model, steps=2, eval_samples=2, eval_temperature=1.0)
+    Trainer(config, task=make_task(), monitors=[ConsoleMonitor(console)]).train()
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[0].endswith("sigma 0.02")
+    assert lines[1].endswith(str(tmp_path / "run"))
+    evaluations = [line for line in lines if "held-out accuracy" in line and line.startswith("step")]
+    assert len(evaluations) == 2
+    assert all(re.search(r"pass@2 [\d.]+%.*weights changed by [\d.]+%$", line) for line in evaluations)
 
 
 def test_trackers_are_loaded_by_nobody_else(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from estune.pool import LocalPool
 from estune.probe import Level, Probe, probe, recommend
 from estune.rewards.grading import Grading
 from estune.setup import open_local_pool
-from estune.strategy import Member
+from estune.strategy import Member, mean_and_std
 from estune.tasks.base import Stage
 from tests.runs import make_config, make_task
 
@@ -143,6 +143,15 @@ def test_of_a_curriculum_it_asks_the_first_stages_rows(config: Config) -> None:
     task = make_task(note, stages=[Stage([3, 5, 7], until_step=2), Stage([0, 1])])
     assert probe(config, task=task, sigmas=[0.02], members=2).prompts == 3
     assert asked == {task.train[i]["prompt"] for i in (3, 5, 7)}
+
+
+def test_equal_rewards_are_no_noise_though_their_deviation_is_rounded(config: Config) -> None:
+    def same(completions: list[str], **_: Any) -> list[float]:
+        return [0.00019] * len(completions)
+
+    found = probe(config, task=make_task(same), sigmas=[0.02], members=2, prompts=1)
+    assert mean_and_std([0.00019] * 3)[1] > 0
+    assert found.noise == 0.0
 
 
 def test_sampling_has_a_noise_floor(config: Config) -> None:

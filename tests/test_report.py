@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from estune.config import load
 from estune.errors import EstuneError
 from estune.journal import Header, Journal
 from estune.report import write_report
-from tests.reports import HOSTILE, evaluate, lines, make_run, report
+from estune.report.curves import DRAWN_ELSEWHERE, PARTS, RATIOS, TITLES
+from estune.trainer import Trainer
+from tests.reports import HOSTILE, Parsed, evaluate, lines, make_run, report
+from tests.runs import make_config, make_task
 
 
 def test_learning_curves_are_the_journals(tmp_path: Path) -> None:
@@ -70,14 +75,35 @@ def test_distribution_shows_every_member(tmp_path: Path) -> None:
     assert page.count('class="heat ') >= 1
 
 
+def counts(page: Parsed) -> dict[str, int]:
+    """How many prompts turned, stayed, gained or lost."""
+    texts = [
+        text for text in page.all("li") if re.fullmatch(r"((turned|stayed) \w+|gained|lost|unchanged, \w+) \d+", text)
+    ]
+    return {name: int(count) for name, count in (text.rsplit(" ", 1) for text in texts)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        ([0.0] * 3, [0.0] * 3, {"stayed wrong": 3}),
+        ([1.0] * 3, [1.0] * 3, {"stayed right": 3}),
+        ([0.0, 1.0, 0.0], [0.0, 1.0, 1.0], {"stayed wrong": 1, "stayed right": 1, "turned right": 1}),
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 0.1], {"unchanged, low": 2, "gained": 1}),
+        ([0.0, 0.0, 0.1, 1.0], [0.0, 0.0, 0.0, 1.0], {"unchanged, low": 2, "lost": 1, "unchanged, high": 1}),
+        ([-1.0, -1.0, 1.0], [-1.0, -1.0, 1.0], {"unchanged, low": 2, "unchanged, high": 1}),
+    ],
+)
+def test_only_full_marks_are_right(
+    before: list[float], after: list[float], found: dict[str, int], tmp_path: Path
+) -> None:
+    _, page = report(make_run(tmp_path / "run", scores=lambda step: after if step else before))
+    assert {name: count for name, count in counts(page).items() if count} == found
+
+
 def test_completions_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
     _, page = report(make_run(tmp_path / "run"))
-    counts = {
-        text.rsplit(" ", 1)[0]: int(text.rsplit(" ", 1)[1])
-        for text in page.all("li")
-        if re.search(r"ed \w+ \d+$", text)
-    }
-    assert counts == {"turned right": 5, "stayed right": 1, "stayed wrong": 1, "turned wrong": 1}
+    assert counts(page) == {"turned right": 5, "stayed right": 1, "stayed wrong": 1, "turned wrong": 1}
     shown = " ".join(page.all("pre"))
     assert "c0 at 0" in shown
     assert "c0 at 6" in shown  # the best evaluation
@@ -85,16 +111,54 @@ def test_completions_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
 
 
 def test_metrics_are_shown_where_they_are(tmp_path: Path) -> None:
-    _, page = report(
-        make_run(tmp_path / "run", more={"eval_kl": 0.5, "eval_weights/change_norm": 2.0, "eval_new": 1.0})
-    )
+    _, page = report(make_run(tmp_path / "run", more={"eval_kl": 0.5, "eval_weights/change": 2.0, "eval_new": 1.0}))
     assert page.chart("kl-0")["held out"][4] == "4.5"
-    assert page.chart("weights-change-norm-0")["held out"][6] == "8"
+    assert page.chart("weights-change-0")["held out"][6] == "8"
     assert page.chart("new-0")["held out"][2] == "3"
     assert page.chart("completions-mean-length-0")["training"][6] == "15"
-    titles = page.all("h4")
+    titles = page.all("h3")
     assert "KL divergence to the base model" in titles
     assert "Cut off at the longest length" not in titles
+
+
+def test_every_metric_with_a_title_or_a_place_of_its_own_is_recorded(model: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", model, steps=2, eval_samples=2, eval_temperature=1.0)
+    Trainer(config, task=make_task(), monitors=[]).train()
+    records = [*lines(tmp_path / "run", "step"), *lines(tmp_path / "run", "evaluation")]
+    recorded = {key.removeprefix("eval_") for record in records for key in record["metrics"]}
+    assert TITLES.keys() | DRAWN_ELSEWHERE | {f"time/{part}" for part in PARTS} <= recorded
+    assert all(any(key.startswith(ratio) for key in recorded) for ratio in RATIOS)
+    _, page = report(tmp_path / "run")
+    distinct = records[0]["metrics"]["completions/distinct"]
+    assert page.chart("completions-distinct-0")["training"][1] == f"{distinct:.1%}"
+    change = records[-1]["metrics"]["eval_weights/relative_change"]
+    shown = page.chart("weights-relative-change-0")["held out"][2]
+    assert shown.endswith("%")
+    assert float(shown[:-1]) / 100 == pytest.approx(change, rel=0.05)
+
+
+def test_metrics_beyond_those_drawn_are_named(tmp_path: Path) -> None:
+    more = {f"eval_metric{i:02d}": 1.0 for i in range(30)}
+    runs = [make_run(tmp_path / str(i), seed=i, more=more) for i in range(2)]
+    for given, times in (runs[:1], 1), (runs, 3):
+        _, page = report(*given)
+        drawn = [title for title in page.all("figcaption") if "metric" in title]
+        texts = [text for text in page.all("details", **{"class": "figures"}) if "more metrics, not drawn" in text]
+        assert len(texts) == times
+        for text in texts:
+            named = re.findall(r"metric\d\d", text)
+            assert text.startswith(f"{len(named)} more metrics")
+            assert len(set(named)) + len(set(drawn)) == 30
+
+
+def test_headings_go_down_one_level_at_a_time(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)]
+    for given in (runs[:1], runs):
+        _, page = report(*given)
+        levels = [int(tag[1]) for tag, *_ in page.elements if re.fullmatch(r"h\d", tag)]
+        assert levels[0] == 1
+        assert max(levels) >= 4
+        assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
 def test_time_adds_up_to_the_steps(tmp_path: Path) -> None:
@@ -121,6 +185,30 @@ def test_change_of_layers_is_that_of_the_checkpoints(kept: str, tmp_path: Path, 
         assert re.search(rf"\s{label}\s+{100 * change / norm:.3g}%", table)
     name = "model.layers.1.mlp.up_proj.weight"
     assert f"{100 * ((changed[name] - base[name]).norm() / base[name].norm()).item():.3g}%" in table
+
+
+def test_a_run_that_never_was_better_shows_where_it_led(tmp_path: Path, model: Path) -> None:
+    run = make_run(tmp_path / "run", model, scores=lambda step: [1.0, 1.0] if step in (0, 2) else [0.0, 1.0])
+    base = load_file(model / "model.safetensors")
+    shutil.copytree(model, run / "best")
+    _, page = report(run)
+    assert "Not shown: the best checkpoint so far is the base model, and there is no final one yet." in page.all("p")
+    shutil.copytree(model, run / "final")
+    save_file({n: 1.5 * t for n, t in base.items()}, run / "final" / "model.safetensors")
+    _, page = report(run)
+    (text,) = (text for text in page.all("p") if "all trained weights together" in text)
+    assert "to final/, the weights after step 6 (" in text
+    assert "moved by 50%" in text
+    assert any("beside those of step 6," in text for text in page.all("p"))
+
+
+def test_weights_of_another_step_than_the_completions_say_so(tmp_path: Path, model: Path) -> None:
+    run = make_run(tmp_path / "run", model, scores=lambda step: [0.0, 1.0] if step != 2 else [1.0, 1.0])
+    for kept in ("best", "final"):
+        shutil.copytree(model, run / kept)
+    _, page = report(run)
+    (text,) = (text for text in page.all("p") if "all trained weights together" in text)
+    assert "the weights after step 6 (stored as F32), while the completions above are of step 2;" in text
 
 
 def test_what_is_missing_is_a_line_on_the_page(tmp_path: Path, model: Path) -> None:

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from estune.errors import EstuneError
 from estune.journal import FILE, Journal
-from estune.sweep import Trial, split, sweep
+from estune.sweep import Space, Trial, split, sweep
 from estune.sweep_report import draw_effects, effects, groups, rows
 
 
@@ -42,6 +43,8 @@ def test_swept_settings_are_told_from_shared_ones() -> None:
     _, space = split(["sweep.sigma=1e-3..1e-1", "sweep.population=4..16"])
     assert space.ranges == {"sigma": (0.001, 0.1), "population": (4, 16)}
     assert [type(low) for low, _ in space.ranges.values()] == [float, int]
+    _, space = split(["sweep.model=../m1,../m2", "sweep.start_from=../run"])
+    assert space == Space({"model": ["../m1", "../m2"], "start_from": ["../run"]}, {})
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,7 @@ def test_swept_settings_are_told_from_shared_ones() -> None:
         (["sweep.sigma="], "list different values"),
         (["sweep.sigma=2..1"], "the lower one first"),
         (["sweep.sigma=a..b"], "two numbers"),
+        (["sweep.sigma=1..x"], "two numbers"),
         (["sweep.sigma=0.1..0.2"], "a range, which a grid cannot take"),
         (["sweep.sigmo=0.1,0.2"], "did you mean sigma"),
         (["sweep.sigma=0.1,-1"], "greater than 0"),
@@ -191,6 +195,26 @@ def test_seeds_are_averaged_and_settings_ranked(tmp_path: Path) -> None:
         draw_effects(found[:1], tmp_path / "none.png")
 
 
+def test_few_numbers_are_labelled_and_many_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: (drawn.append(self), save(self, path)))
+    rates = [f"{0.001 * 1.2**i:.4g}" for i in range(20)]
+    found = [
+        trial(0.1 + i / 40, sigma=rate, population=str(10 + i % 8), mirrored=("true", "false")[i % 2])
+        for i, rate in enumerate(rates)
+    ]
+    draw_effects(found, tmp_path / "effects.png")
+    many, few, named = drawn[0].axes
+    assert not many.lines
+    assert len(many.get_xticklabels()) < 10
+    assert len(many.collections) == 20
+    assert [len(axes.lines) for axes in (few, named)] == [1, 1]
+    assert [label.get_text() for label in few.get_xticklabels()] == [str(10 + i) for i in range(8)]
+    assert [label.get_text() for label in named.get_xticklabels()] == ["true", "false"]
+
+
 def test_a_search_goes_on_with_the_trials_it_has(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     folder, given = (
@@ -204,6 +228,9 @@ def test_a_search_goes_on_with_the_trials_it_has(tmp_path: Path) -> None:
     three = sweep(folder, None, given, search="optuna", trials=3, told=told.append)
     assert three[:2] == two
     assert [t.name for t in told] == ["trial-002"]
+    with pytest.raises(EstuneError, match="holds a search over other values of mirrored; give the same"):
+        sweep(folder, None, [*given[:-1], "sweep.mirrored=true"], search="optuna", trials=4)
+    assert sweep(folder, None, given, search="optuna", trials=3) == three
 
 
 def test_ends_of_a_range_are_checked_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,10 @@ from estune.tasks.options import refuse_switch
 
 RESUMABLE = (
     *("steps", "model", "workers", "workers_per_gpu", "ray_address", "worker_timeout"),
-    *("graders", "reward_timeout", "reward_errors", "max_reward_errors"),
+    *("graders", "reward_timeout", "reward_errors", "max_reward_errors", "report_to"),
 )
-"""What a run that is resumed may change: its length, where its weights come from and are, and what may fail."""
+"""What a run that is resumed may change: its length, where its weights come from and are, what may fail, and who is
+told."""
 EMBEDDED_SETTINGS = Path(__file__).parent / "models" / "tiny" / "estune.yaml"
 
 

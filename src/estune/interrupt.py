@@ -1,9 +1,10 @@
-"""Ctrl-C that lets a step end first."""
+"""Signals that end a command in good order: Ctrl-C that lets a step end first, SIGTERM that lets it clean up."""
 
 from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,3 +33,17 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield stop.is_set
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within this, SIGTERM raises SystemExit, so that what started child processes ends them on its way out."""
+
+    def handler(number: int, frame: FrameType | None) -> Any:
+        sys.exit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

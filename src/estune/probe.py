@@ -28,6 +28,8 @@ KEPT = 0.5
 COLLAPSED = 0.1
 # So many times the spread of repeated evaluations is a spread over members that tells good directions from bad ones.
 ABOVE_NOISE = 2.0
+# So much of a mean, the deviation of equal numbers from it is rounding.
+ROUNDING = 1e-12
 # Members' seeds are those of a step that no run gets to.
 STEP = 1 << 39
 
@@ -202,6 +204,8 @@ class _Probing:
         if any(r is None for r in rewards):
             raise EstuneError(f"task {self.task.name}: the base model's answers have no reward; mend the reward")
         mean, spread = mean_and_std([r for r in rewards if r is not None])
+        if spread <= ROUNDING * abs(mean):
+            return first, mean, 0.0
         # Of few repeats the standard deviation of the sample is the less wrong.
         return first, mean, spread * math.sqrt(repeats / (repeats - 1))
 
@@ -265,7 +269,7 @@ def recommend(levels: Sequence[Level], base: float, noise: float) -> tuple[float
 
 
 def _tells(level: Level, noise: float) -> bool:
-    return level.spread > ABOVE_NOISE * noise and level.spread > 1e-12 * abs(level.mean)
+    return level.spread > ABOVE_NOISE * noise and level.spread > ROUNDING * abs(level.mean)
 
 
 def _warnings(levels: Sequence[Level], base: float, noise: float, members: int) -> list[str]:

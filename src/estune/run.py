@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,6 +79,14 @@ class RunDirectory:
         run = cls(path)
         run.write_settings(config)
         return run
+
+    def discard(self) -> None:
+        """Remove what `create` made and all that came after, of a run that could not begin."""
+        for path in self.path.iterdir():
+            if path.name != BASE:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def write_settings(self, config: Config) -> None:
         """Keep the settings, for people and for `--config`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -94,7 +93,7 @@ def split(overrides: Sequence[str]) -> tuple[list[str], Space]:
             shared.append(override)
             continue
         name = key.removeprefix(PREFIX).replace("-", "_")
-        if DOTS in text:
+        if DOTS in text and "/" not in text:  # no path, such as ../model
             ranges[name] = _range(name, text)
             continue
         grid[name] = [value.strip() for value in text.split(",") if value.strip()]
@@ -221,12 +220,8 @@ class _Runner:
                 temporary.write_text(yaml.safe_dump(self._settings(values), sort_keys=False))
             arguments = ["--config", str(config), "--output-dir", str(run)]
         command = [sys.executable, "-m", "estune.cli", "train", *arguments]
-        # Errors are to be found in the log as the one line that they are.
-        environment = {**os.environ, "COLUMNS": "1000"}
         with self._log(name).open("a") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-            )
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
             self._running.add(process)
             try:
                 return process.wait()
@@ -277,7 +272,7 @@ def _last_line(path: Path) -> str:
 
 
 def _claim(folder: Path, mine: Mapping[str, Any]) -> None:
-    """Keep what is swept with the runs, and refuse to mix the runs of two sweeps. A grid may grow."""
+    """Keep what is swept with the runs, and refuse to mix those of two sweeps. A grid may grow, a search may not."""
     path, mine = folder / SETTINGS, json.loads(json.dumps(mine, default=str))
     if path.is_file():
         there = json.loads(path.read_text())
@@ -285,6 +280,12 @@ def _claim(folder: Path, mine: Mapping[str, Any]) -> None:
             raise EstuneError(f"{folder} holds a sweep with other settings; give the same, or another --output-dir")
         if list(there.get("grid", {})) != list(mine.get("grid", {})) or there.get("ranges") != mine.get("ranges"):
             raise EstuneError(f"{folder} holds a sweep of other settings; sweep the same, or give another --output-dir")
+        other = [name for name, listed in mine.get("grid", {}).items() if listed != there["grid"][name]]
+        if "ranges" in mine and other:  # Optuna's choices cannot change
+            raise EstuneError(
+                f"{folder} holds a search over other values of {', '.join(other)}; give the same, or another "
+                "--output-dir"
+            )
     elif folder.exists() and any(folder.iterdir()):
         raise EstuneError(f"output_dir {folder} is not empty and holds no sweep; give another --output-dir")
     with replacing(path) as temporary:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from estune.errors import EstuneError
 from estune.sweep import METRICS, Trial, Values, name_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LABELLED = 8
+"""So many numbers are told apart on an axis, each with its label; more are a search's, each with a run of its own."""
 
 
 def groups(trials: Sequence[Trial], metric: str = METRICS[0]) -> list[tuple[Values, list[float]]]:
@@ -52,7 +59,9 @@ def effects(trials: Sequence[Trial], metric: str = METRICS[0]) -> dict[str, dict
 
 
 def draw_effects(trials: Sequence[Trial], path: Path, metric: str = METRICS[0]) -> None:
-    """Draw the effect of each swept setting: a point a trial, a line through the means. The ending names the format.
+    """Draw the effect of each swept setting: a point a trial. The ending names the format.
+
+    Where a setting has few values, each is labelled, and a line goes through the means.
 
     Raises:
         EstuneError: matplotlib is not installed, or nothing varies.
@@ -66,16 +75,7 @@ def draw_effects(trials: Sequence[Trial], path: Path, metric: str = METRICS[0]) 
         raise EstuneError("no setting of the sweep has two values with finished runs: there is no effect to draw")
     figure = Figure(figsize=(3.4 * len(found), 3), layout="constrained")
     for axes, (name, by) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        places, logarithmic = _places(list(by))
-        order = sorted(range(len(by)), key=lambda i: places[i])
-        listed = list(by.values())
-        for place, values in zip(places, listed, strict=True):
-            axes.scatter([place] * len(values), values, color="#8db4de", s=18)
-        axes.plot([places[i] for i in order], [statistics.fmean(listed[i]) for i in order], color="#2f6db3", marker="o")
-        if logarithmic:
-            axes.set_xscale("log")
-        axes.set_xticks(places, list(by), minor=False)
-        axes.set_xticks([], minor=True)
+        _draw_effect(axes, by)
         axes.set_xlabel(name)
         axes.set_ylabel(metric)
         axes.spines[["top", "right"]].set_visible(False)
@@ -84,10 +84,25 @@ def draw_effects(trials: Sequence[Trial], path: Path, metric: str = METRICS[0]) 
     figure.savefig(path)
 
 
-def _places(values: Sequence[str]) -> tuple[list[float], bool]:
-    """Where values stand on an axis: numbers where they are, on a logarithmic axis if spread so; names side by side."""
+def _draw_effect(axes: Axes, by: dict[str, list[float]]) -> None:
+    from matplotlib.ticker import LogLocator
+
     try:
-        numbers = [float(value) for value in values]
+        places, numbers = [float(value) for value in by], True
     except ValueError:
-        return list(map(float, range(len(values)))), False
-    return numbers, min(numbers) > 0 and max(numbers) / min(numbers) >= 4
+        places, numbers = [float(i) for i in range(len(by))], False  # names stand side by side
+    for place, values in zip(places, by.values(), strict=True):
+        axes.scatter([place] * len(values), values, color="#8db4de", s=18)
+    many = numbers and len(by) > LABELLED
+    if numbers and min(places) > 0 and max(places) / min(places) >= (10 if many else 4):
+        axes.set_xscale("log")
+    if many:
+        if axes.get_xscale() == "log" and max(places) / min(places) < 1000:  # too few powers of ten to go by
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+        return
+    means = sorted(zip(places, map(statistics.fmean, by.values()), strict=True))
+    axes.plot(*zip(*means, strict=True), color="#2f6db3", marker="o")
+    axes.set_xticks(places, list(by), minor=False)
+    axes.set_xticks([], minor=True)

@@ -82,9 +82,13 @@ class Trainer:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             run = RunDirectory.create(path, config)
-            journal = Journal.create(run.path, header, parent)
-            self._opened.callback(journal.close)
-            self._start(run, journal, monitors)
+            try:
+                journal = Journal.create(run.path, header, parent)
+                self._opened.callback(journal.close)
+                self._start(run, journal, monitors)
+            except BaseException:
+                run.discard()  # so that the same command can be given again
+                raise
         except BaseException:
             self._opened.close()
             raise
@@ -104,7 +108,7 @@ class Trainer:
             run: the run's directory.
             task, monitors: as for a new run.
             changed: settings of `RESUMABLE`: `steps`, a new total; `model`, where the base model lies now; `workers`
-                and what belongs to them.
+                and what belongs to them; `report_to`.
 
         Raises:
             EstuneError: where journal, base model or data are not what the run began with, nothing is left to do, or
@@ -126,14 +130,15 @@ class Trainer:
             raise
         try:
             self._rebuild(directory, journal)
+            self._start(directory, journal, monitors)
             settings = self.config.model_dump(mode="json")
             if other := {k: v for k, v in settings.items() if k != "model" and v != journal.settings.get(k, v)}:
                 journal.append_settings(other)
                 directory.write_settings(self.config)
-            self._start(directory, journal, monitors)
         except BaseException:
             journal.close()
             self._opened.close()
+            self._tell(lambda m: m.close())
             raise
         return self
 

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from estune.cli import estimate, lists, runs, studies
 from estune.errors import EstuneError
+from estune.interrupt import terminable
 
 __all__ = ["app", "main"]
 
@@ -43,8 +44,9 @@ app.command("eval", context_settings=SETTINGS)(runs.evaluate)
 app.command("replay")(runs.replay)
 app.command("report")(studies.report)
 app.command("probe", context_settings=SETTINGS)(studies.probe)
-app.command("sweep", context_settings=SETTINGS)(studies.sweep)
-app.command("compare", context_settings=SETTINGS)(studies.compare)
+# The children of these two, unlike those of training, do not end with their parent.
+app.command("sweep", context_settings=SETTINGS)(terminable()(studies.sweep))
+app.command("compare", context_settings=SETTINGS)(terminable()(studies.compare))
 app.command("estimate", context_settings=SETTINGS)(estimate.estimate)
 app.command("tasks")(lists.tasks)
 app.command("settings")(lists.settings)

@@ -23,7 +23,7 @@ def train(
     """Train a model. Give settings as `--key value`; `estune settings` lists them.
 
     With `--resume`, only `--steps` (a new total), `--model` (where the base model is now), `--workers` and what belongs
-    to them can be given.
+    to them, how rewards may fail and `--report_to` can be given.
     """
     overrides = overrides_of(context.args)
     if resume is not None:
@@ -45,7 +45,7 @@ def train(
 
 
 def _resume(run: Path, config: Path | None, overrides: list[str], dry_run: bool) -> None:
-    """A resumed run keeps its settings; only its length, and where its weights come from and are, may change."""
+    """A resumed run keeps its settings; only those of `RESUMABLE` may change."""
     from estune.config import read
 
     given = read(None, overrides)

@@ -57,6 +57,7 @@ class ConsoleMonitor(Monitor):
             f"sigma {plan.config['sigma']:g}{again}\n"
             f"train {plan.train_size:,} problems, held out {plan.eval_size:,}; everything goes to {plan.run}",
             highlight=False,
+            soft_wrap=not self.console.is_terminal,
         )
         self._steps = self._progress.add_task("steps", total=plan.steps, completed=plan.first_step)
         self._members = self._progress.add_task("members", total=plan.population)
@@ -104,7 +105,7 @@ class ConsoleMonitor(Monitor):
             self._live = None
 
     def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))

@@ -163,7 +163,9 @@ class Chart:
         return f"{self._value(s.low[i])} to {self._value(s.y[i])}" if s.low else self._value(s.y[i])
 
     def _value(self, value: float) -> str:
-        return f"{value:.1%}" if self.percent else figure(value)
+        if not self.percent:
+            return figure(value)
+        return f"{100 * value:.2g}%" if 0 < abs(value) < 0.01 else f"{value:.1%}"
 
     def _tick(self, value: float) -> str:
         value = 0.0 if abs(value) < 1e-12 else value

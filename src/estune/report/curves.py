@@ -7,6 +7,7 @@ step k is of the weights after k steps. Long runs are thinned: neighbouring step
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -21,15 +22,17 @@ BINS = 24  # of the distribution's rewards
 TITLES = {
     "completions/mean_length": "Mean length, tokens",
     "completions/clipped_ratio": "Cut off at the longest length",
-    "completions/distinct_ratio": "Distinct completions",
+    "completions/distinct": "Distinct completions",
     "kl": "KL divergence to the base model",
-    "weights/change_norm": "Norm of the change of all weights",
+    "weights/change": "Norm of the change of all weights",
+    "weights/relative_change": "Change of all weights, of the base model's norm",
     "failed_members": "Members without a reward",
     "learning_rate": "Learning rate",
 }
 """Titles of metrics, with or without `eval_` before them; others appear under their own names after these."""
 DRAWN_ELSEWHERE = {"step", "reward", "reward_std", "reward_min", "reward_max", "accuracy", "step_time", "num_tokens"}
 PARTS = ("perturb", "generate", "grade", "update")
+RATIOS = ("accuracy", "pass@", "mean@", "completions/clipped_ratio", "completions/distinct", "weights/relative_change")
 MOST_METRICS = 24
 
 Bucket = list[StepRecord]
@@ -103,7 +106,7 @@ def distribution(run: Run) -> Chart | None:
 def metrics(run: Run) -> list[Chart]:
     """Whatever else was recorded: in training as a line, in evaluation as dots."""
     charts = []
-    for key in metric_keys([run]):
+    for key in metric_keys([run])[:MOST_METRICS]:
         drawn, owner = [], f"r{run.index}-{key}-"
         points = _points(buckets(run), key)
         if points:
@@ -114,7 +117,10 @@ def metrics(run: Run) -> list[Chart]:
 
 
 def metric_keys(runs: Sequence[Run]) -> list[str]:
-    """Metrics worth a chart, known ones first: those that are not drawn elsewhere and do not stay the same."""
+    """Metrics worth a chart, known ones first: those that are not drawn elsewhere and do not stay the same.
+
+    Only the first `MOST_METRICS` are drawn.
+    """
     values: dict[str, set[float]] = {}
     for run in runs:
         for entry in run.journal.chronicle():
@@ -125,7 +131,12 @@ def metric_keys(runs: Sequence[Run]) -> list[str]:
     dull |= DRAWN_ELSEWHERE | {key for key in values if key.startswith("time/")}
     dull |= set(rewards) if len(rewards) == 1 else set()
     known = [key for key in TITLES if key in values.keys() - dull]
-    return [*known, *sorted(values.keys() - dull - set(known))][:MOST_METRICS]
+    return [*known, *sorted(values.keys() - dull - set(known))]
+
+
+def left_out(runs: Sequence[Run]) -> list[str]:
+    """Metrics worth a chart for which the page has no room."""
+    return metric_keys(runs)[MOST_METRICS:]
 
 
 def parts_of_time(run: Run) -> dict[str, list[float]]:
@@ -169,7 +180,7 @@ def overlays(groups: Sequence[Group]) -> list[Chart]:
         _overlay(groups, "all-accuracy", "Held-out accuracy", lambda run: _eval(run, "eval_accuracy"), percent=True),
         _overlay(groups, "all-eval-reward", "Held-out reward", lambda run: _eval(run, "eval_reward")),
     ]
-    for key in metric_keys(runs):
+    for key in metric_keys(runs)[:MOST_METRICS]:
         # Held out, unless all are the same there: then the difference is in training.
         held_out = len({y for run in runs for _, y in _eval(run, f"eval_{key}")}) > 1
 
@@ -256,7 +267,7 @@ def _title(key: str) -> str:
 
 
 def _percent(key: str) -> bool:
-    return key.startswith("accuracy") or key.endswith("_ratio")
+    return re.sub("^watch/[^/]*/", "", key).startswith(RATIOS)
 
 
 def _id(key: str) -> str:

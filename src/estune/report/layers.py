@@ -22,7 +22,8 @@ _IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)"
 class LayerTable:
     """Relative change, ||difference|| / ||base||, of each layer (or tensor outside the layers) and kind of tensor."""
 
-    checkpoint: str  # the one compared with the base
+    checkpoint: str  # the folder of the one compared with the base
+    step: int | None  # after which it was saved; None of the best, which its folder does not tell
     dtype: str
     kinds: list[str]
     rows: list[tuple[str, list[float | None], float]]  # layer, by kind (None where it has none), and in all
@@ -35,12 +36,13 @@ class LayerTable:
 
 
 def layer_table(run: Run) -> LayerTable:
-    """Compare the base with the run's best checkpoint, or its final one, a million elements at a time.
+    """Compare the base with the run's final checkpoint, or its best so far, a million elements at a time.
 
     Raises:
         EstuneError: where base model or checkpoint are not there, or are others.
     """
-    target = next((p for p in (run.directory.best, run.directory.final) if p.is_dir()), None)
+    final, best = run.directory.final, run.directory.best
+    target = next((p for p in (final, best) if p.is_dir()), None)
     if target is None:
         raise EstuneError("no checkpoint yet")
     header = run.journal.header
@@ -59,8 +61,10 @@ def layer_table(run: Run) -> LayerTable:
     for layer in layers:
         values = [_ratio(squares[layer, k]) if (layer, k) in squares else None for k in kinds]
         rows.append((layer, values, _ratio(sum(s for (name, _), s in squares.items() if name == layer))))
-    stored = trained.tensors[next(iter(header.tensors))].dtype
-    return LayerTable(target.name, stored, _short(kinds), rows, _ratio(sum(squares.values())))
+    stored, total = trained.tensors[next(iter(header.tensors))].dtype, _ratio(sum(squares.values()))
+    if target == best and total == 0.0:
+        raise EstuneError("the best checkpoint so far is the base model, and there is no final one yet")
+    return LayerTable(target.name, run.done if target == final else None, stored, _short(kinds), rows, total)
 
 
 def _local_base(header: Header) -> Checkpoint:

@@ -42,6 +42,7 @@ class Section:
     learning: list[Chart]
     distribution: Chart | None
     metrics: list[Chart]
+    left_out: list[str]  # metrics beyond those
     completions: Comparison | Skipped
     layers: LayerTable | Skipped
     time: Chart | None
@@ -101,6 +102,7 @@ def _render(runs: list[Run]) -> str:
         sections=[_section(run) for run in runs],
         groups=groups,
         overlays=curves.overlays(groups) if len(runs) > 1 else [],
+        left_out=curves.left_out(runs),
         results=_results(groups),
         differing=differences([group.runs[0] for group in groups]),
         colours=COLOURS,
@@ -117,6 +119,7 @@ def _section(run: Run) -> Section:
         learning=curves.learning(run),
         distribution=curves.distribution(run),
         metrics=curves.metrics(run),
+        left_out=curves.left_out([run]),
         completions=_or_skipped(compare, run),
         layers=_or_skipped(layer_table, run),
         time=curves.time_chart(run),

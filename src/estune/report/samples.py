@@ -12,6 +12,7 @@ from typing import Any
 from estune.errors import EstuneError
 from estune.journal import EvaluationRecord
 from estune.report.runs import Run
+from estune.rewards.preflight import FULL_MARKS
 
 Row = dict[str, Any]
 SHOWN = {"better": 4, "low": 2, "worse": 2, "high": 1}
@@ -61,8 +62,11 @@ def compare(run: Run) -> Comparison:
     if not pairs:
         raise EstuneError("the two evaluations have no prompt in common")
     values = {row[score] for pair in pairs for row in pair}
-    right = max(values) if len(values) == 2 else statistics.median(a[score] for _, a in pairs)
-    kinds = [_kind(b[score], a[score], right) for b, a in pairs]
+    right_or_wrong = values <= {0.0, FULL_MARKS}
+    high = FULL_MARKS if right_or_wrong else statistics.median(a[score] for _, a in pairs)
+    if high == min(values):
+        high = max(values)  # most have the lowest score, which is not high
+    kinds = [_kind(b[score], a[score], high) for b, a in pairs]
     prompts = [str(b["prompt"]) for b, _ in pairs]
     opening, ending = _shared(prompts)
     chosen: list[Sample] = []
@@ -73,7 +77,7 @@ def compare(run: Run) -> Comparison:
             chosen.append(Sample(kind, readable(middle), _shown(pairs[i][0]), _shown(pairs[i][1])))
     names = (
         {"better": "turned right", "low": "stayed wrong", "worse": "turned wrong", "high": "stayed right"}
-        if len(values) <= 2
+        if right_or_wrong
         else {"better": "gained", "low": "unchanged, low", "worse": "lost", "high": "unchanged, high"}
     )
     counts = {kind: kinds.count(kind) for kind in ("better", "high", "low", "worse")}
@@ -121,10 +125,10 @@ def _score(tables: Sequence[list[Row]], evaluations: Sequence[EvaluationRecord])
     return "reward"
 
 
-def _kind(before: float, after: float, right: float) -> str:
+def _kind(before: float, after: float, high: float) -> str:
     if after != before:
         return "better" if after > before else "worse"
-    return "high" if after >= right else "low"
+    return "high" if after >= high else "low"
 
 
 def _choose(members: list[int], pairs: Sequence[tuple[Row, Row]], score: str, count: int) -> list[int]:

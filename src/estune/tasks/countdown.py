@@ -73,8 +73,6 @@ class CountdownConfig(TaskOptions):
     def _check(self) -> "CountdownConfig":
         if self.count[0] < 2:
             raise ValueError(f"count starts at {self.count[0]}, and a problem needs at least 2 numbers")
-        if self.eval_data and not self.data:
-            raise ValueError("eval_data is given without data; give both, or neither to generate problems")
         return self
 
     def build(self, seed: int) -> Task:
@@ -86,7 +84,7 @@ class CountdownConfig(TaskOptions):
         Raises:
             EstuneError: data that is missing, malformed or overlapping, or ranges that hold too few problems.
         """
-        train, evaluation = self._from_data() if self.data else self._generated(seed)
+        train, evaluation = self._sets(seed)
         return Task(
             name=self.name,
             train=train,
@@ -96,34 +94,30 @@ class CountdownConfig(TaskOptions):
             accuracy=answer_reward.__name__,
         )
 
-    def _generated(self, seed: int) -> tuple[list[Row], list[Row]]:
-        def rows(side: Side, size: int | None, seed: int) -> list[Row]:
-            problems = generate_problems(
-                size or GENERATED_SIZE,
-                side,
-                seed,
-                count=self.count,
-                numbers=self.numbers,
-                target=self.target,
-                rational=self.rational,
-            )
-            return [_row(problem.numbers, problem.target) for problem in problems]
-
-        return (
-            rows("train", self.train_size, seed if self.seed is None else self.seed),
-            rows("evaluation", self.eval_size, self.eval_seed),
-        )
-
-    def _from_data(self) -> tuple[list[Row], list[Row]]:
-        assert self.data is not None
-        rows = countdown_rows(self.data, load_records(self.data, self.split))
+    def _sets(self, seed: int) -> tuple[list[Row], list[Row]]:
+        if self.data and not self.eval_data:
+            return self._split_by_hash(_read(self.data, self.split))
+        if self.data:
+            train = list(islice(_read(self.data, self.split), self.train_size))
+        else:
+            train = self._generated("train", self.train_size, seed if self.seed is None else self.seed)
         if not self.eval_data:
-            return self._split_by_hash(rows)
-        train = list(islice(rows, self.train_size))
-        held_out = countdown_rows(self.eval_data, load_records(self.eval_data, self.eval_split))
-        evaluation = list(islice(held_out, self.eval_size))
+            return train, self._generated("evaluation", self.eval_size, self.eval_seed)
+        evaluation = list(islice(_read(self.eval_data, self.eval_split), self.eval_size))
         refuse_overlap(self.name, map(_identity, train), map(_identity, evaluation))
         return train, evaluation
+
+    def _generated(self, side: Side, size: int | None, seed: int) -> list[Row]:
+        problems = generate_problems(
+            size or GENERATED_SIZE,
+            side,
+            seed,
+            count=self.count,
+            numbers=self.numbers,
+            target=self.target,
+            rational=self.rational,
+        )
+        return [_row(problem.numbers, problem.target) for problem in problems]
 
     def _split_by_hash(self, rows: Iterator[Row]) -> tuple[list[Row], list[Row]]:
         train: list[Row] = []
@@ -136,6 +130,10 @@ class CountdownConfig(TaskOptions):
             if (len(train), len(evaluation)) == sizes:
                 break
         return train, evaluation
+
+
+def _read(source: str, split: str) -> Iterator[Row]:
+    return countdown_rows(source, load_records(source, split))
 
 
 def countdown_rows(source: str, records: Sequence[Record]) -> Iterator[Row]:
