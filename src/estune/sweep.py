@@ -173,6 +173,7 @@ class _Runner:
     def __init__(self, folder: Path, settings: Mapping[str, Any], told: Callable[[Trial], None]) -> None:
         self.folder, self.settings, self.told = folder, settings, told
         self._running: set[subprocess.Popen[bytes]] = set()
+        self._interrupted = False
 
     def config(self, values: Values) -> Config:
         """The settings of a trial.
@@ -188,6 +189,7 @@ class _Runner:
             try:
                 return list(threads.map(work, items))
             except BaseException:
+                self._interrupted = True
                 threads.shutdown(wait=False, cancel_futures=True)
                 for process in list(self._running):
                     process.terminate()
@@ -223,6 +225,8 @@ class _Runner:
         with self._log(name).open("a") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
             self._running.add(process)
+            if self._interrupted:  # between two runs
+                process.terminate()
             try:
                 return process.wait()
             finally:
