@@ -88,9 +88,10 @@ def test_what_cannot_be_compared_is_refused(
         ("CHAT, [{'prompt': 'b'}], [brief], [1.0], 'brief'", "prompts that end with the assistant's words"),
         ("TEXT, [{'prompt': 'b'}], [brief], [1.0], 'brief', stages=[Stage([0])]", "it has stages"),
         ("TEXT, [], [brief], [1.0], None", "no evaluation set"),
+        ("TEXT, [{'prompt': 'b'}], [brief], [1.0], 'brief', gold=str", "gold answer of training row 0 should get 1"),
     ],
 )
-def test_tasks_that_trl_would_take_otherwise_are_refused(tmp_path: Path, source: str, complaint: str) -> None:
+def test_tasks_that_cannot_be_compared_are_refused(tmp_path: Path, source: str, complaint: str) -> None:
     task = tmp_path / "own.py"
     task.write_text(
         "from estune.tasks.base import Stage, Task\n\n"

@@ -7,6 +7,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,7 @@ def test_preflight_grades_gold_answers() -> None:
         assert preflight(good, grading) == 6
         assert preflight(good, grading, rows=1) == 2
         assert preflight(task_of([right]), grading) == 0
+        assert preflight(replace(good, evaluation=[], accuracy=None), grading) == 0  # nothing says what is right
         some = task_of([right], gold=lambda row: "3" if row["answer"] == 3 else None)
         assert preflight(some, grading) == 2
         bad = task_of([right], gold=lambda row: f"#### {row['answer']}")

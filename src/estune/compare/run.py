@@ -50,11 +50,15 @@ def compare(
     if any(method != "es" for method in plan.methods):
         require_trl()
     locate(config.model)
-    from estune.setup import with_resources
+    from estune.rewards.preflight import preflight
+    from estune.setup import make_grading, with_resources
 
     config = with_resources(config.model_copy(update={"replicas": 1}))
     config = _with_one_training_set(config)
-    _check_task(config.task.build(config.seed))
+    task = config.task.build(config.seed)
+    _check_task(task)
+    with make_grading(config, task) as grading:
+        preflight(task, grading)
     with _claimed(folder, plan, config):
         results = _work(plan, config, folder, plan.trials(), told)
         runs = plan.runs(results)

@@ -14,7 +14,7 @@ def preflight(task: Task, grading: Grading, rows: int = 8) -> int:
     """Grade the gold completions of the first rows of both sets by the rewards that tell accuracy.
 
     Args:
-        task: what is to be trained; without `gold` nothing is checked.
+        task: what is to be trained; without `gold` or `accuracy` nothing is checked.
         grading: grades by the task's rewards.
         rows: how many rows of each set to grade.
 
@@ -24,7 +24,7 @@ def preflight(task: Task, grading: Grading, rows: int = 8) -> int:
     Raises:
         EstuneError: one of them does not get 1.0; with the row, the score and the completion.
     """
-    if task.gold is None:
+    if task.gold is None or not task.accuracies:
         return 0
     checked = 0
     for side, data in (("training", task.train), ("evaluation", task.evaluation)):
