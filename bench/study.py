@@ -105,14 +105,15 @@ def run(arguments: argparse.Namespace) -> None:
         compare(
             plan, load(None, [*model_and_task(name), *SIZES, *STEP]), folder, lambda r: print(json.dumps(r), flush=True)
         )
-        collect(name, plan.budget, arguments.results)
+        collect(name, arguments.results)
 
 
-def collect(name: str, budget: int, results: Path) -> None:
-    """Put what an experiment's runs came to so far into the results."""
-    common = {"experiment": name, "budget": budget, "machine": machine()}
-    lines = [json.dumps({**common, **result}) for result in read_results(FOLDER / f"{budget}" / name)]
-    (results / f"study-{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+def collect(name: str, results: Path) -> None:
+    """Put what an experiment's runs came to so far, at every budget, into the results."""
+    with (results / f"study-{name}.jsonl").open("w") as file:
+        for folder in sorted(FOLDER.glob(f"[0-9]*/{name}"), key=lambda folder: int(folder.parent.name)):
+            common = {"experiment": name, "budget": int(folder.parent.name), "machine": machine()}
+            file.writelines(f"{json.dumps({**common, **result})}\n" for result in read_results(folder))
 
 
 def main() -> None:
