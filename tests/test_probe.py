@@ -24,7 +24,7 @@ from tests.runs import make_config, make_task
 
 
 def level(sigma: float, mean: float, spread: float, kept: float = 1.0, *, collapsed: bool = False) -> Level:
-    return Level(sigma, [mean - spread, mean + spread], mean, spread, mean + spread, kept, 0.5, 0.0, collapsed)
+    return Level(sigma, [mean - spread, mean + spread], mean, spread, mean + spread, 0.3, kept, 0.5, 0.0, collapsed)
 
 
 def test_the_largest_sigma_that_keeps_half_and_tells_members_apart_is_recommended() -> None:
@@ -73,6 +73,29 @@ def test_it_measures_what_perturbations_do(config: Config, tmp_path: Path) -> No
     assert not (tmp_path / "never").exists()  # it writes nothing
     assert json.loads(json.dumps(found.as_json()))["levels"][1]["sigma"] == 0.02
     assert [row[0] for row in found.rows()] == ["sigma", "1e-07", "0.02", "0.3"]
+
+
+def test_what_is_no_longer_right_is_lost_whatever_it_earns(config: Config) -> None:
+    """A reward that any text earns tells nothing of a model that has forgotten all; its accuracy does."""
+    said: list[str] = []
+
+    def right(completions: list[str], **_: Any) -> list[float]:
+        said.extend([] if said else completions)  # what the base says comes first
+        return [float(text in said) for text in completions]
+
+    def brief(completions: list[str], **_: Any) -> list[float]:
+        return [-float(len(text)) for text in completions]
+
+    task = replace(make_task(right, brief), reward_weights=[0.0, 1.0])
+    kind, cruel = probe(config, task=task, sigmas=[1e-7, 0.3], members=4).levels
+    assert (kind.accuracy, kind.kept, kind.collapsed) == (1.0, 1.0, False)
+    assert cruel.changed == 1.0
+    assert cruel.accuracy < 0.1
+    assert cruel.kept <= cruel.accuracy
+    assert cruel.collapsed
+    blind = replace(task, evaluation=[], accuracy=None)
+    cruel = probe(config, task=blind, sigmas=[1e-7, 0.3], members=4).levels[1]
+    assert math.isnan(cruel.accuracy)
 
 
 def test_members_are_those_that_a_pool_evaluates(config: Config) -> None:

@@ -7,6 +7,7 @@ the same prompts and the same directions, so that they differ by nothing but sig
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,8 +44,10 @@ class Level:
         rewards: mean reward of each member that has one.
         mean, spread: of these; population standard deviation.
         best: the largest of these.
+        accuracy: mean over members of what the task calls accuracy; NaN where it calls nothing so.
         kept: how much of the base's reward the mean keeps: 1 all of it or more, 0 as little as the worst member of all
-            sizes; NaN where the base is no better than that.
+            sizes; or how much of its accuracy, if that is less: a reward can be earned by what nobody meant. NaN where
+            the base has neither.
         changed: share of completions that are not the base's, token for token.
         clipped: share of completions that did not end.
         collapsed: whether hardly anything is left of what the base can do.
@@ -55,6 +58,7 @@ class Level:
     mean: float
     spread: float
     best: float
+    accuracy: float
     kept: float
     changed: float
     clipped: float
@@ -93,7 +97,7 @@ class Probe:
 
     def rows(self) -> list[list[str]]:
         """A table: a heading, then a row for each sigma."""
-        head = ["sigma", "mean", "spread", "best", "kept", "changed", "clipped", ""]
+        head = ["sigma", "mean", "spread", "best", "accuracy", "kept", "changed", "clipped", ""]
         return [head, *([*_cells(level), self._note(level)] for level in self.levels)]
 
     def _note(self, level: Level) -> str:
@@ -167,13 +171,13 @@ class _Probing:
         self.sampling = make_sampling(config, member_seed(config.seed, STEP, 1 << 23))
 
     def run(self, sigmas: Sequence[float], count: int, repeats: int) -> Probe:
-        completions, base, noise = self._base(repeats)
+        first, base, noise = self._base(repeats)
         members = [Member(member_seed(self.config.seed, STEP, i)) for i in range(count)]
         tried = {sigma: self._members(members, sigma) for sigma in sigmas}
         found = [[r for g in graded if (r := g.grades.mean) is not None] for graded in tried.values()]
         worst = min([base, *(reward for rewards in found for reward in rewards)])
         levels = [
-            _level(sigma, graded, rewards, completions, base, worst)
+            self._level(sigma, graded, rewards, first, base, worst)
             for (sigma, graded), rewards in zip(tried.items(), found, strict=True)
         ]
         sigma, reason = recommend(levels, base, noise)
@@ -190,24 +194,23 @@ class _Probing:
             warnings=_warnings(levels, base, noise, count),
         )
 
-    def _base(self, repeats: int) -> tuple[list[Completion], float, float]:
-        """Completions of the base, as members would draw them; its mean reward over repeats, and their spread.
+    def _base(self, repeats: int) -> tuple[Graded, float, float]:
+        """Answers of the base, as members would draw them; its mean reward over repeats, and their spread.
 
         Repeated with other sampling seeds, if any: a member's completions are another draw too.
         """
-        first = self.pool.generate(self.ids, self.sampling)
-        graded = [self._grade(first)]
-        for i in range(1, repeats):
-            again = make_sampling(self.config, member_seed(self.config.seed, STEP + i, 1 << 23))
-            graded.append(self._grade(self.pool.generate(self.ids, again)))
+        graded = []
+        for i in range(repeats):
+            sampling = make_sampling(self.config, member_seed(self.config.seed, STEP + i, 1 << 23))
+            graded.append(self._grade(self.pool.generate(self.ids, sampling)))
         rewards = [g.grades.mean for g in graded]
         if any(r is None for r in rewards):
             raise EstuneError(f"task {self.task.name}: the base model's answers have no reward; mend the reward")
         mean, spread = mean_and_std([r for r in rewards if r is not None])
         if spread <= ROUNDING * abs(mean):
-            return first, mean, 0.0
+            return graded[0], mean, 0.0
         # Of few repeats the standard deviation of the sample is the less wrong.
-        return first, mean, spread * math.sqrt(repeats / (repeats - 1))
+        return graded[0], mean, spread * math.sqrt(repeats / (repeats - 1))
 
     def _members(self, members: Sequence[Member], sigma: float) -> list[Graded]:
         graded = {
@@ -219,27 +222,35 @@ class _Probing:
     def _grade(self, completions: list[Completion]) -> Graded:
         return grade_completions(self.task, self.rows, completions, self.grading)
 
+    def _level(
+        self, sigma: float, graded: Sequence[Graded], rewards: list[float], base: Graded, reward: float, worst: float
+    ) -> Level:
+        pairs = [(c, b) for g in graded for c, b in zip(g.completions, base.completions, strict=True)]
+        clipped = sum(not c.finished for c, _ in pairs) / len(pairs)
+        before = sum(not c.finished for c in base.completions) / len(base.completions)
+        mean, spread = mean_and_std(rewards)
+        accuracy, right = statistics.fmean(map(self._accuracy, graded)), self._accuracy(base)
+        kept = [1.0]
+        if reward > worst:
+            kept.append((mean - worst) / (reward - worst))
+        if right > 0:
+            kept.append(accuracy / right)
+        return Level(
+            sigma=sigma,
+            rewards=rewards,
+            mean=mean,
+            spread=spread,
+            best=max(rewards, default=math.nan),
+            accuracy=accuracy,
+            kept=min(kept) if len(kept) > 1 else math.nan,
+            changed=sum(c.token_ids != b.token_ids for c, b in pairs) / len(pairs),
+            clipped=clipped,
+            # A base that earns nothing cannot fall: what is left to see is that it no longer ends its answers.
+            collapsed=not rewards or min(kept) < COLLAPSED or clipped - before > 1 - COLLAPSED,
+        )
 
-def _level(
-    sigma: float, graded: Sequence[Graded], rewards: list[float], base: list[Completion], reward: float, worst: float
-) -> Level:
-    pairs = [(c, b) for g in graded for c, b in zip(g.completions, base, strict=True)]
-    clipped = sum(not c.finished for c, _ in pairs) / len(pairs)
-    before = sum(not c.finished for c in base) / len(base)
-    mean, spread = mean_and_std(rewards)
-    kept = min(1.0, (mean - worst) / (reward - worst)) if reward > worst else math.nan
-    return Level(
-        sigma=sigma,
-        rewards=rewards,
-        mean=mean,
-        spread=spread,
-        best=max(rewards, default=math.nan),
-        kept=kept,
-        changed=sum(c.token_ids != b.token_ids for c, b in pairs) / len(pairs),
-        clipped=clipped,
-        # A base that earns nothing cannot fall: what is left to see is that it no longer ends its answers.
-        collapsed=not rewards or kept < COLLAPSED or clipped - before > 1 - COLLAPSED,
-    )
+    def _accuracy(self, graded: Graded) -> float:
+        return self.task.accuracy_of(graded.rows, graded.grades.scores).get("", math.nan)
 
 
 def recommend(levels: Sequence[Level], base: float, noise: float) -> tuple[float | None, str]:
@@ -255,16 +266,17 @@ def recommend(levels: Sequence[Level], base: float, noise: float) -> tuple[float
     if not sound:
         mildest = telling[0]
         return mildest.sigma, (
-            f"the smallest at which members differ, though they keep only {mildest.kept:.0%} of the base's reward: try "
-            "smaller ones"
+            f"the smallest at which members differ, though they keep only {mildest.kept:.0%} of what the base does: "
+            "try smaller ones"
         )
     if all(math.isnan(level.kept) for level in sound):
         widest = max(sound, key=lambda level: level.spread)
         return widest.sigma, f"the base earns {base:.3g}, no more than any member, and here members differ most"
     chosen = sound[-1]
     return chosen.sigma, (
-        f"the largest at which members keep at least {KEPT:.0%} of the base's reward ({chosen.kept:.0%}: mean "
-        f"{chosen.mean:.3g}, base {base:.3g}) and differ by more than chance ({chosen.spread:.2g} against {noise:.2g})"
+        f"the largest at which members keep at least {KEPT:.0%} of the base's reward and accuracy "
+        f"({chosen.kept:.0%}: mean {chosen.mean:.3g}, base {base:.3g}) and differ by more than chance "
+        f"({chosen.spread:.2g} against {noise:.2g})"
     )
 
 
@@ -291,13 +303,14 @@ def _warnings(levels: Sequence[Level], base: float, noise: float, members: int) 
 
 
 def _cells(level: Level) -> list[str]:
-    share = "" if math.isnan(level.kept) else f"{level.kept:.0%}"
+    accuracy, kept = ("" if math.isnan(share) else f"{share:.0%}" for share in (level.accuracy, level.kept))
     return [
         f"{level.sigma:.3g}",
         f"{level.mean:.4f}",
         f"{level.spread:.4f}",
         f"{level.best:.4f}",
-        share,
+        accuracy,
+        kept,
         f"{level.changed:.0%}",
         f"{level.clipped:.0%}",
     ]
