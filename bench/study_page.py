@@ -27,9 +27,7 @@ Result = Mapping[str, Any]
 
 def page(results: Path, path: Path) -> None:
     """Write the page and its pictures."""
-    every = {name: _read(results / f"study-{name}.jsonl") for name in study.EXPERIMENTS}
-    found = {name: [r for r in rs if r["budget"] == study.BUDGET] for name, rs in every.items()}
-    longer = [r for r in every[study.CONCISENESS] if r["budget"] > study.BUDGET]
+    found = {name: _read(results / f"study-{name}.jsonl") for name in study.EXPERIMENTS}
     sizes = json.loads(max(results.glob("sensitivity-*.json")).read_text())
     images = path.parent / "images" / "study"
     _picture({name: found[name] for name in study.COUNTDOWN}, images / "accuracy.svg")
@@ -49,8 +47,6 @@ def page(results: Path, path: Path) -> None:
         "that are wrong. Accuracy, which nobody is trained for here, is the share of answers with the right word.",
         "![correct answers, and against the divergence from the base](images/study/conciseness.svg)",
         *_tables(found[study.CONCISENESS]),
-        f"ES with a budget of {longer[0]['budget']:,} tokens:",
-        markdown(table(longer)),
         "## Sensitivity of ES",
         f"Accuracy in percent after training {study.EMBEDDED} on Countdown, mean and deviation over "
         f"{len(sensitivity.SEEDS)} seeds which\nthe comparison does not use. {sizes['grid'][0]['steps']} steps of "
@@ -66,7 +62,8 @@ def page(results: Path, path: Path) -> None:
 
 
 def _read(path: Path) -> list[Result]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Runs of the study's budget."""
+    return [r for line in path.read_text().splitlines() if (r := json.loads(line))["budget"] == study.BUDGET]
 
 
 def _introduction(found: Mapping[str, Sequence[Result]]) -> str:

@@ -105,7 +105,7 @@ def test_probe_says_what_it_recommends_and_warns_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: dict[str, Any] = {}
-    level = Level(0.5, [1.0, 0.0], 0.5, 0.5, 1.0, 1.0, 0.5, 0.0, collapsed=False)
+    level = Level(0.5, [1.0, 0.0], 0.5, 0.5, 1.0, 0.3, 1.0, 0.5, 0.0, collapsed=False)
 
     def fake(config: Any, **given: Any) -> Probe:
         asked.update(given, sigma=config.sigma)
