@@ -102,9 +102,11 @@ def _overview(found: Mapping[str, Sequence[Result]]) -> list[list[str]]:
 
 
 def _picture(found: Mapping[str, Sequence[Result]], path: Path) -> None:
-    groups = {name: {m: statistics.fmean(v) for m, v in _accuracies(runs).items()} for name, runs in found.items()}
+    """Bars of the methods that ran on all models."""
+    means = {name: {m: statistics.fmean(v) for m, v in _accuracies(runs).items()} for name, runs in found.items()}
+    shared = [m for m in means[study.EMBEDDED] if all(m in by for by in means.values())]
     figure, (axes,) = plots.panels(1, 1, 3.4, 9)
-    plots.groups(axes, groups, "accuracy %")
+    plots.groups(axes, {name: {m: by[m] for m in shared} for name, by in means.items()}, "accuracy %")
     plots.save(figure, path)
 
 
