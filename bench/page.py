@@ -31,10 +31,10 @@ exactly, and what makes a comparison fair, is said at the top of the script that
 
 
 def newest(results: Path) -> dict[str, Result]:
-    """The newest result of each name."""
+    """The newest result of each name, but for those that `bench.study_page` shows."""
     found: dict[str, Result] = {}
     for path in results.glob("*.json"):
-        if named := DATED.fullmatch(path.name):
+        if (named := DATED.fullmatch(path.name)) and named[1] != "sensitivity":
             result = json.loads(path.read_text())
             if named[1] not in found or found[named[1]]["date"] < result["date"]:
                 found[named[1]] = result

@@ -112,9 +112,10 @@ def _picture(found: Mapping[str, Sequence[Result]], path: Path) -> None:
 
 def _origin(found: Mapping[str, Sequence[Result]]) -> str:
     m = found[study.EMBEDDED][0]["machine"]
+    versions = ", ".join(f"{name} {m[name]}" for name in ("python", "estune", "torch", "transformers"))
     return (
         f"<sub>`python -m bench.study run`, `python -m bench.sensitivity`; {m['cpu']}, one thread a run, two runs at a "
-        f"time; Python {m['python']}, estune {m['estune']}, torch {m['torch']}, transformers {m['transformers']}</sub>"
+        f"time and at times other work beside, so that seconds are rough; {versions}</sub>"
     )
 
 
