@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from bench import study_page
 from bench.common import RESULTS, fit_line
 from bench.page import build, newest
 
@@ -22,6 +24,11 @@ def test_the_page_shows_every_newest_result_with_its_command(tmp_path: Path) -> 
     assert pictures
     for picture in pictures:
         assert (tmp_path / picture).read_text().endswith("</svg>\n")
+
+
+def test_the_page_in_the_documentation_is_of_these_results(tmp_path: Path) -> None:
+    build(RESULTS, tmp_path / "performance.md")
+    assert (tmp_path / "performance.md").read_text() == Path("docs/performance.md").read_text()
 
 
 def test_the_same_results_give_the_same_page(tmp_path: Path) -> None:
@@ -45,3 +52,12 @@ def test_a_line_of_least_squares() -> None:
     assert fit_line([1, 2, 3], [3, 5, 7]) == pytest.approx({"slope": 2, "intercept": 1, "r2": 1})
     assert fit_line([0, 1, 2, 3], [0, 1, 1, 0])["r2"] == pytest.approx(0)
     assert fit_line([1, 2], [3, 5])["r2"] is None
+
+
+def test_the_study_s_page_is_what_its_results_give(tmp_path: Path) -> None:
+    shutil.copy("docs/study.md", tmp_path / "study.md")  # for its last section, which is written by hand
+    study_page.page(RESULTS, tmp_path / "study.md")
+    assert (tmp_path / "study.md").read_text() == Path("docs/study.md").read_text()
+    pictures = re.findall(r"\]\((images/.+?)\)", (tmp_path / "study.md").read_text())
+    assert len(pictures) == 2
+    assert all((tmp_path / picture).is_file() for picture in pictures)

@@ -121,7 +121,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         right.scatter([r["kl"] for r in runs], accuracy, color=color, label=NAMES[method], alpha=0.8)
     left.set_xticks(range(len(groups)), [NAMES[m] for m in groups])
     left.set_ylabel("accuracy %")
-    left.set_ylim(0, 1.05 * max(100 * r["accuracy"] for runs in groups.values() for r in runs))
+    left.set_ylim(0, 1.05 * max(1.0, *(100 * r["accuracy"] for runs in groups.values() for r in runs)))
     right.set_xlabel("KL to the base, nats a token")
     right.set_ylim(left.get_ylim())
     if all(r["kl"] > 0 and math.isfinite(r["kl"]) for runs in groups.values() for r in runs):
