@@ -45,7 +45,7 @@ COUNTDOWN = ("qwen2-0.36M", "llama-0.67M", EMBEDDED)
 CONCISENESS = f"{EMBEDDED}-conciseness"
 EXPERIMENTS = (*COUNTDOWN, CONCISENESS)
 HABIT_STEPS, CHAT_ROWS = 200, 4
-RATES = (3e-5, 1e-4, 3e-4)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 BUDGET = 200_000
 # ES's settings.
 SIZES = ("sigma=0.024", "learning_rate=0.012")

@@ -114,10 +114,10 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_rate_at_an_end_of_those_tried_is_marked() -> None:
-    trials = [result("grpo", 1000, rate, True) for rate in (1e-4, 1e-3, 1e-2)]
-    assert table([*trials, result("grpo", 0, 1e-3)])[1][1] == "0.001"
-    assert table([*trials, result("grpo", 0, 1e-2)])[1][1] == "0.01*"
-    assert table([*trials, result("grpo", 0, 1e-4)])[1][1] == "0.0001*"
+    tried = (1e-4, 1e-3, 1e-2)
+    for best, shown in zip(tried, ("0.0001*", "0.001", "0.01*"), strict=True):
+        trials = [result("grpo", 1000, rate, True, reward=float(rate == best)) for rate in tried]
+        assert table([*trials, result("grpo", 0, best)])[1][1] == shown
     assert table([result("grpo", 0, 1e-4)])[1][1] == "0.0001"  # nothing was chosen
 
 
@@ -229,6 +229,13 @@ def test_a_comparison_runs_both_kinds_and_goes_on_where_it_was(tmp_path: Path) -
         compare(plan.model_copy(update={"budget": 500}), config, folder)
     with pytest.raises(EstuneError, match="other sigma"):
         compare(plan, config.model_copy(update={"sigma": 0.5}), folder)
+    with pytest.raises(EstuneError, match=r"learning rates 0\.001; give those as well"):
+        compare(plan.model_copy(update={"rates": [1e-4]}), config, folder)
+    told.clear()
+    found = compare(plan.model_copy(update={"rates": [1e-3, 1e-30]}), config, folder, told.append)
+    assert [(r["job"]["rate"], r["job"]["trial"]) for r in told[:2]] == [(1e-3, True), (1e-30, True)]
+    best = max(told[:2], key=lambda r: (r["reward"], r["accuracy"]))["job"]["rate"]
+    assert [r["job"]["rate"] for r in by_method(found)["grpo"]] == [best]
 
 
 def test_a_run_that_fails_is_recorded_and_tried_again(tmp_path: Path) -> None:
@@ -240,6 +247,16 @@ def test_a_run_that_fails_is_recorded_and_tried_again(tmp_path: Path) -> None:
     record(tmp_path, failed)
     record(tmp_path, result("es", 0))
     assert read_results(tmp_path) == [result("es", 0)]
+
+
+def test_runs_at_a_rate_that_is_no_longer_the_best_are_left_out() -> None:
+    found = [result("grpo", 1000, 1e-3, True, reward=0.3), result("grpo", 0, 1e-3), result("es", 0)]
+    assert [len(runs) for runs in by_method(found).values()] == [1, 1]
+    found += [result("grpo", 1000, 1e-4, True, reward=0.4)]
+    assert list(by_method(found)) == ["es"]
+    found += [result("grpo", 0, 1e-4, accuracy=0.8)]
+    assert table(found)[2][:5] == ["GRPO", "0.0001*", "1", "", "80.0"]
+    assert [row[1] for row in trials_table(found)[1:]] == ["0.0001", "0.001"]
 
 
 def test_the_report_has_means_deviations_and_trials(tmp_path: Path) -> None:

@@ -112,10 +112,15 @@ class Plan(BaseModel):
 
 
 def best_rate(method: str, rates: Sequence[float], trials: Sequence[dict[str, Any]]) -> float | None:
-    """The rate whose trial has the highest reward, which is what it was trained for; None if there is none."""
+    """The rate to compare a method at: the only one, or the best of its trials; None if there is none."""
     if len(rates) == 1:
         return rates[0]
-    done = [r for r in trials if r["job"]["method"] == method and r["job"]["trial"] and "accuracy" in r]
+    return best_tried(method, trials)
+
+
+def best_tried(method: str, results: Sequence[Mapping[str, Any]]) -> float | None:
+    """The rate whose trial has the highest reward, which is what it was trained for; None if there is none."""
+    done = [r for r in results if r["job"]["method"] == method and r["job"]["trial"] and "accuracy" in r]
     best = max(done, key=lambda r: (r["reward"], r["accuracy"]), default=None)
     return None if best is None else float(best["job"]["rate"])
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from estune.compare.plan import at_an_end
+from estune.compare.plan import at_an_end, best_tried
 from estune.errors import EstuneError
 from estune.files import replacing
 
@@ -30,8 +30,16 @@ COLUMNS = (
 
 
 def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Compared runs of each method, in the order of `NAMES`; trials and failures are left out."""
-    done = [r for r in results if not r["job"]["trial"] and "error" not in r]
+    """Compared runs of each method, in the order of `NAMES`.
+
+    Left out: trials, failures, and runs at a rate that was the best until more were tried.
+    """
+    best = {method: best_tried(method, results) for method in NAMES}
+    done = [
+        r
+        for r in results
+        if not r["job"]["trial"] and "error" not in r and best[r["job"]["method"]] in (None, r["job"]["rate"])
+    ]
     return {m: runs for m in NAMES if (runs := [r for r in done if r["job"]["method"] == m])}
 
 
@@ -55,9 +63,10 @@ def table(results: Sequence[Result]) -> list[list[str]]:
 
 
 def trials_table(results: Sequence[Result]) -> list[list[str]]:
-    """A heading, then a row for each run that served to choose a learning rate."""
+    """A heading, then a row for each run that served to choose a learning rate, by method and rate."""
     rows = []
-    for r in (r for r in results if r["job"]["trial"]):
+    trials = [r for r in results if r["job"]["trial"]]
+    for r in sorted(trials, key=lambda r: (list(NAMES).index(r["job"]["method"]), r["job"]["rate"])):
         figures = [f"{100 * r['accuracy']:.1f}", f"{r['reward']:.3f}", f"{r['kl']:.3f}"] if "error" not in r else []
         rows.append([NAMES[r["job"]["method"]], f"{r['job']['rate']:g}", *(figures or ["failed", "", ""])])
     return [["method", "rate", "accuracy %", "reward", "KL"], *rows]

@@ -105,10 +105,11 @@ def _check_task(task: Task) -> None:
 def _claimed(folder: Path, plan: Plan, config: Config) -> Iterator[None]:
     """Have the folder for this process alone, with what is compared in it; refuse to mix results of two comparisons.
 
-    Methods and seeds may be added: runs do not depend on which others there are.
+    Methods, seeds and learning rates may be added: runs do not depend on which others there are. A rate that was tried
+    stays, or the best of all would not be what the table shows.
     """
     settings = config.model_dump(mode="json", exclude={"seed", "output_dir"})
-    mine = {"plan": plan.model_dump(exclude={"methods", "seeds"}), "config": settings}
+    mine = {"plan": plan.model_dump(exclude={"methods", "seeds", "rates"}), "config": settings}
     path = folder / SETTINGS
     if path.is_file():
         there = json.loads(path.read_text())
@@ -125,6 +126,10 @@ def _claimed(folder: Path, plan: Plan, config: Config) -> Iterator[None]:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(mine, indent=2))
     with closing(locked(path, "r+b")):
+        tried = {r["job"]["rate"] for r in read_results(folder)} - {None, *plan.rates}
+        if tried:
+            rates = ", ".join(f"{rate:g}" for rate in sorted(tried))
+            raise EstuneError(f"{folder} holds runs at learning rates {rates}; give those as well")
         yield
 
 
