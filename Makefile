@@ -61,8 +61,9 @@ bench: $(VENV)/.test-installed ## take all measurements; results go to bench/res
 	for script in noise train step "step --model 25M" train_speed decode scaling memory rounding; do \
 		$(BIN)/python -m bench.$$script || exit 1; done
 
-bench-page: $(VENV)/.test-installed ## write docs/performance.md from the results in bench/results
+bench-page: $(VENV)/.test-installed ## write docs/performance.md and docs/study.md from the results in bench/results
 	$(BIN)/python -m bench.page
+	$(BIN)/python -m bench.study_page
 
 docs: $(VENV)/.test-installed ## write docs/settings.md from the settings themselves
 	$(BIN)/python docs/generate_settings.py

@@ -1,9 +1,10 @@
-"""How much sigma, alpha and the population matter: two sweeps on the embedded model, all of about as many tokens.
+"""How much sigma, alpha and the population matter: sweeps on the embedded model.
 
     python -m bench.sensitivity
 
-The study's task and prompts a step. Accuracy is that of the last weights, whatever a run passed on its way. The runs
-stay in runs/sensitivity, and the script goes on where it was cut off.
+The study's tasks and prompts a step. On Countdown all runs generate about as many tokens; on conciseness, where the
+answers' length is what is trained, they make as many steps. Accuracy is that of the last weights, whatever a run passed
+on its way. The runs stay in runs/sensitivity, and the script goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from estune.sweep import Trial, sweep
 FOLDER = Path("runs/sensitivity")
 SIZES = (0.006, 0.012, 0.024, 0.048)
 POPULATIONS = (5, 10, 20, 40, 80)
-BUDGET, TOKENS = 300_000, 20.5  # to generate in a run; of a completion, about
+BUDGET, TOKENS = 300_000, 20.5  # to generate in a run of Countdown; of a completion, about
+# On conciseness.
+SPREADS, STEPS = (0.006, 0.012, 0.024), 100
+METRICS = {"accuracy": "accuracy", "reward": "reward", "kl": "kl", "length": "completions/mean_length"}
 # Not those of the study, whose settings were chosen by this.
 SEEDS = (1000, 1001, 1002)
 
@@ -32,10 +36,13 @@ def steps_of(budget: float, population: int) -> int:
     return max(1, round(budget / (population * study.PROMPTS * TOKENS)))
 
 
-def run(folder: Path, budget: float, jobs: int, population: int, sizes: Sequence[str]) -> list[dict[str, Any]]:
-    """One sweep: a line a run, with its swept settings, its steps and tokens, and the last weights' accuracy."""
-    given = [*study.model_and_task(study.EMBEDDED), f"sweep.seed={','.join(map(str, SEEDS))}", *sizes]
-    given += [f"population={population}", f"prompts_per_step={study.PROMPTS}", f"steps={steps_of(budget, population)}"]
+def run(
+    folder: Path, jobs: int, sizes: Sequence[str], steps: int, population: int = study.POPULATION,
+    experiment: str = study.EMBEDDED,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One sweep: a line a run, with its swept settings, its steps and tokens, and what the last weights came to."""
+    given = [*study.model_and_task(experiment), f"sweep.seed={','.join(map(str, SEEDS))}", *sizes]
+    given += [f"population={population}", f"prompts_per_step={study.PROMPTS}", f"steps={steps}"]
     given += ["eval_steps=0", "replicas=1", "threads=1", "report_to=none", "log_completions=0"]
     trials = sweep(folder, None, given, jobs=jobs)
     return [{"population": population, **_figures(folder, trial)} for trial in trials]
@@ -47,7 +54,8 @@ def _figures(folder: Path, trial: Trial) -> dict[str, Any]:
     journal = Journal.read(folder / trial.name)
     last = journal.evaluations[-1]
     tokens = journal.history[-1].metrics["num_tokens"]
-    return {**trial.values, "steps": last.step, "tokens": tokens, "accuracy": last.metrics["eval_accuracy"]}
+    metrics = {key: last.metrics[f"eval_{name}"] for key, name in METRICS.items()}
+    return {**trial.values, "steps": last.step, "tokens": tokens, **metrics}
 
 
 def grid_table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -60,6 +68,17 @@ def population_table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The same for each population."""
     rows = [[str(n), str(steps_of_runs(runs, n)), _cell(runs, population=n)] for n in POPULATIONS]
     return [["N", "steps", "accuracy %"], *rows]
+
+
+def conciseness_table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Accuracy, reward, length and divergence on conciseness for each sigma."""
+    columns = (("accuracy %", "accuracy", 100.0, 1), ("reward", "reward", 1.0, 1), ("length", "length", 1.0, 1),
+               ("KL", "kl", 1.0, 3))  # fmt: skip
+    rows = []
+    for sigma in (f"{s:g}" for s in SPREADS):
+        found = [r for r in runs if r["sigma"] == sigma and "error" not in r]
+        rows.append([sigma, *(spread([factor * r[key] for r in found], digits) for _, key, factor, digits in columns)])
+    return [["sigma", *(heading for heading, *_ in columns)], *rows]
 
 
 def steps_of_runs(runs: Sequence[Mapping[str, Any]], population: int) -> int:
@@ -75,15 +94,23 @@ def _cell(runs: Sequence[Mapping[str, Any]], **values: Any) -> str:
 def main() -> None:
     """Sweep both and write the figures."""
     parser = options(__doc__)
-    parser.add_argument("--budget", type=float, default=BUDGET, help="generated tokens a run, about")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="generated tokens a run on Countdown, about")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     arguments = parser.parse_args()
     sizes = ",".join(map(str, SIZES))
     swept = [f"sweep.sigma={sizes}", f"sweep.learning_rate={sizes}"]
     budget, jobs = arguments.budget, arguments.jobs
-    grid = run(FOLDER / "sizes", budget, jobs, study.POPULATION, swept)
-    populations = [r for n in POPULATIONS for r in run(FOLDER / f"population-{n}", budget, jobs, n, study.SIZES)]
-    figures = {"settings": settings(arguments), "grid": grid, "populations": populations}
+    grid = run(FOLDER / "sizes", jobs, swept, steps_of(budget, study.POPULATION))
+    populations = [
+        r
+        for n in POPULATIONS
+        for r in run(FOLDER / f"population-{n}", jobs, study.SIZES, steps_of(budget, n), population=n)
+    ]
+    spreads = [f"sweep.sigma={','.join(map(str, SPREADS))}", *study.SIZES[1:]]
+    conciseness = run(FOLDER / "conciseness", jobs, spreads, STEPS, experiment=study.CONCISENESS)
+    figures = {
+        "settings": settings(arguments), "grid": grid, "populations": populations, "conciseness": conciseness,
+    }  # fmt: skip
     write_result("sensitivity", figures, arguments.results)
 
 

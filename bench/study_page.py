@@ -39,14 +39,21 @@ def page(results: Path, path: Path) -> None:
         markdown(_overview(found)),
     ]
     for name in study.COUNTDOWN:
-        parts += [f"### {name}", *_tables(found[name])]
+        parts += [
+            f"### {name}",
+            markdown(table(found[name])),
+            "Accuracy in percent, and KL, at the learning rates tried, on a seed of their own:",
+            markdown(_by_rate(found[name])),
+        ]
     parts += [
         "## Conciseness",
         "The embedded model, and the paper's reward: minus the difference in characters between an answer's length\n"
         "and the reference's. It does not ask whether the answer is right, so it can be hacked: by short answers\n"
         "that are wrong. Accuracy, which nobody is trained for here, is the share of answers with the right word.",
         "![correct answers, and against the divergence from the base](images/study/conciseness.svg)",
-        *_tables(found[study.CONCISENESS]),
+        markdown(table(found[study.CONCISENESS])),
+        "Learning rates tried on a seed of their own:",
+        markdown(trials_table(found[study.CONCISENESS])),
         "## Sensitivity of ES",
         f"Accuracy in percent after training {study.EMBEDDED} on Countdown, mean and deviation over "
         f"{len(sensitivity.SEEDS)} seeds which\nthe comparison does not use. {sizes['grid'][0]['steps']} steps of "
@@ -54,6 +61,9 @@ def page(results: Path, path: Path) -> None:
         markdown(sensitivity.grid_table(sizes["grid"])),
         "Populations at about equal numbers of tokens, so that fewer members make more steps:",
         markdown(sensitivity.population_table(sizes["populations"])),
+        "The paper's reward for conciseness, "
+        f"{max(r['steps'] for r in sizes['conciseness'])} steps at the alpha of the other runs:",
+        markdown(sensitivity.conciseness_table(sizes["conciseness"])),
         _origin(found),
     ]
     kept = path.read_text().partition(CONCLUSION)[2] if path.is_file() else "\n"
@@ -79,12 +89,17 @@ def _introduction(found: Mapping[str, Sequence[Result]]) -> str:
     )
 
 
-def _tables(found: Sequence[Result]) -> list[str]:
-    return [
-        markdown(table(found)),
-        "Learning rates tried on a seed of their own:",
-        markdown(trials_table(found)),
-    ]
+def _by_rate(found: Sequence[Result]) -> list[list[str]]:
+    """Accuracy and KL of the runs that chose a learning rate: a row a method, a column a rate."""
+    cells = {
+        (r["job"]["method"], r["job"]["rate"]): f"{100 * r['accuracy']:.1f} ({r['kl']:.3f})"
+        for r in found
+        if r["job"]["trial"]
+    }
+    rates = sorted({rate for _, rate in cells})
+    methods = [m for m in NAMES if any(m == method for method, _ in cells)]
+    return [["", *(f"{rate:g}" for rate in rates)],
+            *([NAMES[m], *(cells.get((m, rate), "") for rate in rates)] for m in methods)]  # fmt: skip
 
 
 def _accuracies(found: Sequence[Result]) -> dict[str, list[float]]:

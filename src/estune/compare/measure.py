@@ -29,8 +29,8 @@ def measure(checkpoint: Path, base: Path, config: Config, task: Task, short_toke
 
     Returns:
         base_accuracy, that of the base; accuracy, reward, length (mean, in tokens) and clipped (share) of greedy
-        completions; short_but_wrong, the
-        share of them that are short without being right, which a reward for brevity can be won with; and kl.
+        completions; short_but_wrong, the share of them that are short without being right, which a reward for brevity
+        can be won with; and kl.
 
         kl is the divergence of the trained from the base model in nats a token, over one completion a prompt that the
         trained model draws at temperature 1: the mean of r - 1 - log r with r = p_base / p_trained (Schulman's k3),
