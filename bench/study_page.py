@@ -94,7 +94,7 @@ def _by_rate(found: Sequence[Result]) -> list[list[str]]:
     cells = {
         (r["job"]["method"], r["job"]["rate"]): f"{100 * r['accuracy']:.1f} ({r['kl']:.3f})"
         for r in found
-        if r["job"]["trial"]
+        if r["job"]["trial"] and "error" not in r
     }
     rates = sorted({rate for _, rate in cells})
     methods = [m for m in NAMES if any(m == method for method, _ in cells)]
