@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from estune.rewards.isolation import isolated
@@ -59,6 +60,16 @@ def obey(  # noqa: PLR0911, PLR0912
         return [float(os.getpid())]
     elif text == "heavy":
         return [float("torch" in sys.modules or "numpy" in sys.modules)]
+    return [1.0]
+
+
+@isolated(deadline=60.0)
+def once_there(completions: list[str], **_: Any) -> list[float]:
+    """1 as soon as the file that the completion names is there; no signal that can be ignored ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while not Path(completions[0]).exists():
+        time.sleep(0.01)
     return [1.0]
 
 

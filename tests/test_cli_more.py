@@ -48,7 +48,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
 
 
-def test_help_is_quick_and_loads_nothing_heavy() -> None:
+def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['estune', '--help']\n"
         "from estune.cli import main\n"
@@ -60,10 +60,6 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for command in ("train", "eval", "replay", "report", "probe", "sweep", "compare", "estimate", "tasks", "settings"):
         assert f" {command} " in done.stdout
-    began, user = time.monotonic(), os.times().children_user
-    subprocess.run([sys.executable, "-m", "estune.cli", "--help"], capture_output=True, check=True)
-    # Of the processor: a busy machine makes everything late.
-    assert min(os.times().children_user - user, time.monotonic() - began) < 1.0
 
 
 def test_no_command_is_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,11 +351,30 @@ def descendants(pid: int) -> set[int]:
     return children.union(*map(descendants, children))
 
 
-def test_ctrl_c_ends_at_once_with_one_line_and_130() -> None:
+@pytest.mark.parametrize("seconds", [0.7, 1.2, 1.8, 5.0])
+def test_ctrl_c_ends_with_one_line_and_130(seconds: float) -> None:
+    """While it loads, too."""
     command = [sys.executable, "-m", "estune.cli", "probe", "--members", "64", "--prompts", "200"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(2)
+    time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error.strip() == "error: interrupted"
+    assert (process.returncode, error.strip()) == (130, "error: interrupted")
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(2, 1), (600, 2)])
+def test_ctrl_c_is_not_lost_in_an_import_which_a_second_one_ends(tmp_path: Path, seconds: int, times: int) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import sys, time\nprint('importing', file=sys.stderr, flush=True)\n"
+        f"try:\n    time.sleep({seconds})\nexcept KeyboardInterrupt:\n    {'pass' if times == 1 else 'raise'}\n"
+        "train = [{'prompt': '1'}] * 4\ndef reward(completions, **_): return [0.0] * len(completions)\n"
+    )
+    command = [sys.executable, "-m", "estune.cli", "probe", "--task", str(tmp_path / "slow.py"), "--prompts", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "importing\n"
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error.strip()) == (130, "error: interrupted")

@@ -21,7 +21,7 @@ from estune.rewards.grading import Grading
 from estune.rewards.isolation import Isolation, isolate, isolated
 from estune.rewards.load import load_reward
 from estune.tasks.mix import Only
-from tests.hostile_rewards import obey, waits
+from tests.hostile_rewards import obey, once_there, waits
 
 
 def batch(texts: Sequence[str]) -> tuple[list[dict[str, Any]], list[Completion]]:
@@ -157,28 +157,27 @@ def test_errors_can_be_left_out_up_to_a_number() -> None:
             grading.grade(*batch(["raise", "fine"]))
 
 
-def test_batches_overlap(grading: Grading) -> None:
+def test_batches_overlap(tmp_path: Path) -> None:
     """Submitting does not wait, and a later batch may be collected first."""
-    grading.grade(*batch(["fine"] * 4))
-    began = time.monotonic()
-    slow = grading.submit(*batch(["sleep", "fine"]))
-    fast = grading.submit(*batch(["fine"] * 20))
-    assert time.monotonic() - began < 0.5
-    assert fast.result().total == [1.0] * 20
-    assert time.monotonic() - began < 0.9  # of the first one's deadline of 1 s
-    assert slow.result().total == [0.0, 1.0]
+    there, later = str(tmp_path), tmp_path / "later"
+    with Grading([once_there], processes=2) as grading:
+        slow = grading.submit(*batch([str(later), there]))
+        fast = grading.submit(*batch([there] * 20))
+        assert fast.result().total == [1.0] * 20
+        later.touch()
+        assert slow.result().total == [1.0, 1.0]
 
 
-def test_closing_ends_graders_at_once_even_in_a_call() -> None:
-    grading = Grading([obey], processes=2)
+def test_closing_ends_graders_at_once_even_in_a_call(tmp_path: Path) -> None:
+    grading = Grading([once_there], processes=2)
     assert grading.pool is not None
-    grading.grade(*batch(["fine"] * 8))
+    grading.grade(*batch([str(tmp_path)] * 8))
     pids = grading.pool.pids()
-    grading.submit(*batch(["ignore"] * 6))
+    grading.submit(*batch([str(tmp_path / "never")] * 6))
     time.sleep(0.1)
     began = time.monotonic()
     grading.close()
-    assert time.monotonic() - began < 0.8
+    assert time.monotonic() - began < 30  # not the minute that a call may take
     assert not any(map(alive, pids))
     assert not grading.pool.pids()
 

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from estune.cli import estimate, lists, runs, studies
 from estune.errors import EstuneError
-from estune.interrupt import terminable
+from estune.interrupt import spared_imports, terminable
 
 __all__ = ["app", "main"]
 
@@ -59,7 +59,8 @@ def main() -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        with spared_imports():
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (EstuneError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         code = _refuse(str(error), 1)
     except UsageError as error:
