@@ -351,11 +351,14 @@ def descendants(pid: int) -> set[int]:
     return children.union(*map(descendants, children))
 
 
-@pytest.mark.parametrize("seconds", [0.7, 1.2, 1.8, 5.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 5.0])
 def test_ctrl_c_ends_with_one_line_and_130(seconds: float) -> None:
-    """While it loads, too."""
+    """So long after it began to load torch, which takes it longer than half a second."""
     command = [sys.executable, "-m", "estune.cli", "probe", "--members", "64", "--prompts", "200"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
@@ -367,7 +370,7 @@ def test_ctrl_c_is_not_lost_in_an_import_which_a_second_one_ends(tmp_path: Path,
     (tmp_path / "slow.py").write_text(
         "import sys, time\nprint('importing', file=sys.stderr, flush=True)\n"
         f"try:\n    time.sleep({seconds})\nexcept KeyboardInterrupt:\n    {'pass' if times == 1 else 'raise'}\n"
-        "train = [{'prompt': '1'}] * 4\ndef reward(completions, **_): return [0.0] * len(completions)\n"
+        "train = [{'prompt': '1'}] * 4\ndef rewards(completions, **_): return [0.0] * len(completions)\n"
     )
     command = [sys.executable, "-m", "estune.cli", "probe", "--task", str(tmp_path / "slow.py"), "--prompts", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -375,6 +378,6 @@ def test_ctrl_c_is_not_lost_in_an_import_which_a_second_one_ends(tmp_path: Path,
     assert process.stderr.readline() == "importing\n"
     for _ in range(times):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        time.sleep(1)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error.strip()) == (130, "error: interrupted")

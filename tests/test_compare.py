@@ -113,6 +113,21 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
     assert len(compare(plan, config, tmp_path / "out")) == 1
 
 
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"plan": {}}'])
+def test_a_folder_whose_plan_is_damaged_is_refused(damaged: str, tmp_path: Path) -> None:
+    plan, config = small(methods=["es"], seeds=[0])
+    (tmp_path / "compare.json").write_text(damaged)
+    with pytest.raises(EstuneError, match=r"compare\.json is damaged; put it back"):
+        compare(plan, config, tmp_path)
+    assert (tmp_path / "compare.json").read_text() == damaged
+
+
+def test_a_damaged_result_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text(f"{json.dumps(result('es', 0))}\n\n{json.dumps(result('es', 1))[:30]}")
+    with pytest.raises(EstuneError, match=r"results\.jsonl:2 is damaged; take that line out"):
+        read_results(tmp_path)
+
+
 def test_a_rate_at_an_end_of_those_tried_is_marked() -> None:
     tried = (1e-4, 1e-3, 1e-2)
     for best, shown in zip(tried, ("0.0001*", "0.001", "0.01*"), strict=True):

@@ -215,6 +215,14 @@ def test_few_numbers_are_labelled_and_many_are_not(tmp_path: Path, monkeypatch: 
     assert [label.get_text() for label in named.get_xticklabels()] == ["true", "false"]
 
 
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"settings": {}}'])
+def test_a_folder_whose_sweep_is_damaged_is_refused(damaged: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(damaged)
+    with pytest.raises(EstuneError, match=r"sweep\.json is damaged; put it back"):
+        sweep(tmp_path, None, [*settings(), "sweep.seed=0,1"])
+    assert (tmp_path / "sweep.json").read_text() == damaged
+
+
 def test_a_search_goes_on_with_the_trials_it_has(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     folder, given = (

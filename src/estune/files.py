@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -46,6 +47,21 @@ def locked(path: Path, mode: str) -> Any:
         file.close()
         raise EstuneError(f"{path} is being written by another process; wait for it or stop it") from error
     return file
+
+
+def read_claim(path: Path, *keys: str) -> dict[str, Any]:
+    """What a sweep or a comparison wrote of itself into its folder, an object with these keys.
+
+    Raises:
+        EstuneError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in keys):
+        raise EstuneError(f"{path} is damaged; put it back as it was, or give another --output-dir")
+    return found
 
 
 def _tidy(target: Path, temporary: Path, old: Path) -> None:

@@ -22,7 +22,7 @@ import yaml
 
 from estune.config import Config, merge, parse, read
 from estune.errors import EstuneError
-from estune.files import replacing
+from estune.files import read_claim, replacing
 from estune.journal import FILE, EvaluationRecord, Journal
 from estune.run import RunDirectory
 
@@ -279,7 +279,7 @@ def _claim(folder: Path, mine: Mapping[str, Any]) -> None:
     """Keep what is swept with the runs, and refuse to mix those of two sweeps. A grid may grow, a search may not."""
     path, mine = folder / SETTINGS, json.loads(json.dumps(mine, default=str))
     if path.is_file():
-        there = json.loads(path.read_text())
+        there = read_claim(path, "settings", "grid")
         if there["settings"] != mine["settings"] or there.keys() != mine.keys():
             raise EstuneError(f"{folder} holds a sweep with other settings; give the same, or another --output-dir")
         if list(there.get("grid", {})) != list(mine.get("grid", {})) or there.get("ranges") != mine.get("ranges"):

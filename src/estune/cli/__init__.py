@@ -65,6 +65,8 @@ def main() -> None:
         code = _refuse(str(error), 1)
     except UsageError as error:
         code = _refuse(error.format_message(), 2)
+    except KeyboardInterrupt:  # at the very end: what comes before typer has made a code of
+        code = INTERRUPTED
     except typer.Abort:  # the end of an input that was asked for
         code = 1
     if code == INTERRUPTED:

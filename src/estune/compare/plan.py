@@ -132,9 +132,19 @@ def at_an_end(job: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> b
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All results so far; a last line that was cut off is left out."""
+    """All results so far; a last line that was cut off is left out.
+
+    Raises:
+        EstuneError: another line is damaged.
+    """
     path = folder / "results.jsonl"
     if not path.is_file():
         return []
     *whole, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in whole]
+    results = []
+    for number, line in enumerate(whole, 1):
+        try:
+            results.append(json.loads(line))
+        except ValueError as error:
+            raise EstuneError(f"{path}:{number} is damaged; take that line out, and its run is made again") from error
+    return results

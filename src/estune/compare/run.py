@@ -18,7 +18,7 @@ from estune.checkpoint import locate
 from estune.compare.plan import Job, Plan, at_an_end, read_results
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.files import locked, replacing
+from estune.files import locked, read_claim, replacing
 from estune.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def _claimed(folder: Path, plan: Plan, config: Config) -> Iterator[None]:
     mine = {"plan": plan.model_dump(exclude={"methods", "seeds", "rates"}), "config": settings}
     path = folder / SETTINGS
     if path.is_file():
-        there = json.loads(path.read_text())
+        there = read_claim(path, "plan", "config")
         other = [
             key for part in mine for key in mine[part] | there[part] if mine[part].get(key) != there[part].get(key)
         ]
