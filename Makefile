@@ -58,12 +58,13 @@ tiny-model: $(VENV)/.train-installed ## make the embedded model again from its s
 	$(BIN)/python -m recipes.tiny $(ARGS)
 
 bench: $(VENV)/.test-installed ## take all measurements; results go to bench/results
-	for script in noise train step "step --model 25M" train_speed decode scaling memory rounding; do \
+	for script in speed.noise study.train speed.step "speed.step --model 25M" speed.train_speed speed.decode speed.scaling \
+		memory.peak exactness.rounding; do \
 		$(BIN)/python -m bench.$$script || exit 1; done
 
 bench-page: $(VENV)/.test-installed ## write docs/performance.md and docs/study.md from the results in bench/results
 	$(BIN)/python -m bench.page
-	$(BIN)/python -m bench.study_page
+	$(BIN)/python -m bench.study.page
 
 docs: $(VENV)/.test-installed ## write docs/settings.md from the settings themselves
 	$(BIN)/python docs/generate_settings.py

@@ -87,7 +87,7 @@ def rounded(value: Any, digits: int = 4) -> Any:
 def write_result(name: str, figures: Mapping[str, Any], results: Path = RESULTS) -> Path:
     """Write figures with machine, date and command to `NAME-DATE.json` in the folder `results`, and print them."""
     now = datetime.now(UTC)
-    command = " ".join(["python -m bench." + Path(sys.argv[0]).stem, *sys.argv[1:]])
+    command = " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
     result = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": machine(), **figures}
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}-{now:%Y-%m-%d}.json"

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.generation import CompileConfig
 from transformers.utils.logging import disable_progress_bar
 
+from estune.completion import Sampling
 from estune.config import Config
-from estune.engines.base import Sampling
 from estune.engines.transformers import TransformersEngine
-from estune.setup import open_local_pool, with_resources
-from estune.strategy import Member, Update
+from estune.es.strategy import Member, Update
+from estune.pool.local import open_local_pool
+from estune.pool.open import with_resources
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from estune.checkpoint import locate
-from estune.engines.base import Completion
+from estune.completion import Completion
 from estune.engines.loading import load_tokenizer
-from estune.tasks.prompt import countdown_prompt
+from estune.tasks.countdown_problems import countdown_prompt
+from estune.weights.checkpoint import locate
 
 # hidden, layers, heads, key-value heads, intermediate, vocabulary; 1M is the embedded model's shape
 SHAPES = {

@@ -31,7 +31,7 @@ exactly, and what makes a comparison fair, is said at the top of the script that
 
 
 def newest(results: Path) -> dict[str, Result]:
-    """The newest result of each name, but for those that `bench.study_page` shows."""
+    """The newest result of each name, but for those that `bench.study.page` shows."""
     found: dict[str, Result] = {}
     for path in results.glob("*.json"):
         if (named := DATED.fullmatch(path.name)) and named[1] != "sensitivity":

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from estune.rewards.isolation import isolated
+from estune.grading.isolation import isolated
 
 
 @isolated(deadline=1.0, memory=256 << 20, max_length=1000)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from estune.ray_cluster import disconnect
-from estune.ray_handle import Handle
-from estune.trainer import Trainer
+from estune.pool.ray.cluster import disconnect
+from estune.pool.ray.handle import Handle
+from estune.run.trainer import Trainer
 from tests.runs import make_config, make_task, slow_variety
 
 CPUS = 5

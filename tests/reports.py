@@ -10,13 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from estune.checkpoint import Checkpoint
 from estune.config import Config
-from estune.evaluation import write_completions
-from estune.journal import EvaluationRecord, Header, Journal, StepRecord
-from estune.report import write_report
-from estune.strategy import Member
-from estune.update import Update
+from estune.es.strategy import Member
+from estune.es.update import Update
+from estune.journal.journal import EvaluationRecord, Header, Journal, StepRecord
+from estune.run.graded import write_completions
+from estune.study.report import write_report
+from estune.weights.checkpoint import Checkpoint
 
 HOSTILE = "</pre></script><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>&amp;\x00\u202e"
 Scores = Callable[[int], list[float]]  # of the prompts at a step

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from estune.config import Config
-from estune.journal import Journal, StepRecord
+from estune.journal.journal import Journal, StepRecord
+from estune.run.trainer import Trainer
 from estune.tasks.base import Task
-from estune.trainer import Trainer
 
 PROMPTS = [f"{a} and {b} make " for a in range(8) for b in range(3)]
 

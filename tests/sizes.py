@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from estune.devices import Device
-from estune.needs import Item, Work
-from estune.shapes import Shape
+from estune.study.estimate.machines import Device
+from estune.study.estimate.needs import Item, Work
+from estune.study.estimate.shapes import Shape
 
 QWEN_7B = {
     "model_type": "qwen2",

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bench import study_page
 from bench.common import RESULTS, fit_line
 from bench.page import build, newest
+from bench.study import page as study_page
 
 
 def test_the_page_shows_every_newest_result_with_its_command(tmp_path: Path) -> None:

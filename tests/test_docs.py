@@ -24,8 +24,8 @@ from estune.cli import app
 from estune.cli.options import overrides_of
 from estune.config import RESUMABLE, Config, parse, read
 from estune.errors import EstuneError
-from estune.es_config import _MISSING, _OWN, _RENAMED, MEANINGLESS
 from estune.tasks import KINDS
+from estune.trl.config import _MISSING, _OWN, _RENAMED, MEANINGLESS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

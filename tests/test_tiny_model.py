@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import estune
 from estune.rewards.countdown import answer_reward, format_reward
 from estune.tasks import CountdownConfig
-from estune.tasks.problems import is_held_out
-from estune.tasks.prompt import countdown_prompt
+from estune.tasks.countdown_problems import countdown_prompt, is_held_out
 
 TINY = Path(estune.__file__).parent / "models" / "tiny"
 TAGS = "<think>", "</think>", "<answer>", "</answer>"

@@ -3,7 +3,7 @@
 import random
 from math import exp
 
-from estune.tasks.facts import FACTS, QUESTIONS, is_held_out
+from estune.tasks.conciseness_facts import FACTS, QUESTIONS, is_held_out
 
 # Largest number in a sum. The model is at home below 50; above, it has seen more than it has learned.
 SMALL, LARGE = 49, 89

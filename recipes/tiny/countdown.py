@@ -5,8 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from math import exp, tanh
 
-from estune.tasks.problems import Problem, draw_problem, is_held_out
-from estune.tasks.prompt import countdown_prompt
+from estune.tasks.countdown_problems import Problem, countdown_prompt, draw_problem, is_held_out
 
 COUNT, NUMBERS, TARGET = (3, 3), (1, 12), (1, 60)
 

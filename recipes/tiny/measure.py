@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from estune.rewards.countdown import answer_reward
-from estune.tasks.facts import all_facts, is_held_out
-from estune.tasks.problems import Problem, generate_problems
-from estune.tasks.prompt import countdown_prompt
+from estune.tasks.conciseness_facts import all_facts, is_held_out
+from estune.tasks.countdown_problems import Problem, countdown_prompt, generate_problems
 
 WORKED_OPENING = "\n"
 

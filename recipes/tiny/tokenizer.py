@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from estune.tasks import prompt
-from estune.tasks.problems import Problem
+from estune.tasks import countdown_problems as prompt
+from estune.tasks.countdown_problems import Problem
 
 BASE_SIZE = 512
 END_OF_TURN, PADDING = "<|im_end|>", "<|endoftext|>"

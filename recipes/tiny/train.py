@@ -17,7 +17,7 @@ from recipes.tiny.batches import IGNORED, batch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from estune.tasks.problems import Problem
+from estune.tasks.countdown_problems import Problem
 
 COUNTDOWN_ROWS = 128
 WEIGHT_DECAY = 0.1

@@ -10,29 +10,33 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from estune import former
+
 if TYPE_CHECKING:
     from estune.config import Config
     from estune.errors import EstuneError
-    from estune.es_config import ESConfig
-    from estune.es_trainer import ESTrainer
+    from estune.es.strategy import EvolutionStrategy, Member, Strategy, Update
     from estune.noise import normal
-    from estune.strategy import EvolutionStrategy, Member, Strategy, Update
+    from estune.run.evaluate import evaluate_model
+    from estune.run.trainer import Trainer
     from estune.tasks.base import Task
-    from estune.trainer import Trainer
-    from estune.weights import Weights
+    from estune.trl.config import ESConfig
+    from estune.trl.trainer import ESTrainer
+    from estune.weights.weights import Weights
 
 _HOME = {
     "Config": "config",
-    "ESConfig": "es_config",
-    "ESTrainer": "es_trainer",
+    "ESConfig": "trl.config",
+    "ESTrainer": "trl.trainer",
     "EstuneError": "errors",
-    "EvolutionStrategy": "strategy",
-    "Member": "strategy",
-    "Strategy": "strategy",
+    "EvolutionStrategy": "es.strategy",
+    "Member": "es.strategy",
+    "Strategy": "es.strategy",
     "Task": "tasks.base",
-    "Trainer": "trainer",
-    "Update": "strategy",
-    "Weights": "weights",
+    "Trainer": "run.trainer",
+    "Update": "es.strategy",
+    "Weights": "weights.weights",
+    "evaluate_model": "run.evaluate",
     "normal": "noise",
 }
 
@@ -48,9 +52,12 @@ __all__ = [
     "Trainer",
     "Update",
     "Weights",
+    "evaluate_model",
     "normal",
 ]
 __version__ = "0.1.0"
+
+former.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from estune.checkpoint import Checkpoint
 from estune.config import Config
+from estune.weights.checkpoint import Checkpoint
 from tests.models import save_model
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,7 +46,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def engines() -> Iterator[Callable[..., Any]]:
     """The engine over a model, started at the first call for it."""
-    from estune.engines.vllm import VllmEngine
+    from estune.engines.vllm.engine import VllmEngine
 
     started: dict[tuple[Path, str, int], VllmEngine] = {}
 

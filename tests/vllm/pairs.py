@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from estune.checkpoint import Checkpoint
 from estune.config import Config
 from estune.engines.transformers import TransformersEngine
-from estune.engines.vllm import VllmEngine, VllmWeights
-from estune.parameter_map import Place
-from estune.storage import as_array
-from estune.strategy import Member, Update
-from estune.weights import Weights, trained_parameters
+from estune.engines.vllm.engine import VllmEngine
+from estune.engines.vllm.parameter_map import Place
+from estune.engines.vllm.weights import VllmWeights
+from estune.es.strategy import Member, Update
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.parameters import trained_parameters
+from estune.weights.storage import as_array
+from estune.weights.weights import Weights
 
 UPDATE = Update(0, (Member(3), Member(2**64 - 4, -1), Member(9)), (0.01, -0.02, 0.0), decay=-0.01, rounding_seed=5)
 PROMPTS = [[(7 * row + i) % 320 for i in range(3 + row % 40)] for row in range(24)]

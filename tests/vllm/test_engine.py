@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from estune.checkpoint import Checkpoint
+from estune.completion import Sampling
 from estune.config import Config
-from estune.engines import vllm_internals as internals
-from estune.engines.base import Sampling
 from estune.engines.score import log_probabilities
+from estune.engines.vllm import internals
 from estune.errors import EstuneError
-from estune.strategy import Member
+from estune.es.strategy import Member
+from estune.weights.checkpoint import Checkpoint
 from tests.vllm.pairs import PROMPTS, UPDATE, open_reference, open_weights, settings
 
 GREEDY = Sampling(12)
@@ -134,7 +134,7 @@ def test_a_layer_that_packs_its_weights_is_refused(saved: Any, tmp_path: Path) -
         textwrap.dedent("""
         import sys
         from pathlib import Path
-        from estune.checkpoint import Checkpoint
+        from estune.weights.checkpoint import Checkpoint
         from estune.config import Config
         from estune.engines import vllm, vllm_internals
         from estune.errors import EstuneError
@@ -153,7 +153,7 @@ def test_a_layer_that_packs_its_weights_is_refused(saved: Any, tmp_path: Path) -
 def test_a_length_without_room_is_refused_by_the_name_of_its_setting(
     saved: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from estune.engines.vllm import VllmEngine
+    from estune.engines.vllm.engine import VllmEngine
 
     path = saved("llama")
     monkeypatch.setattr(VllmEngine, "_cache_bytes", lambda *arguments: 1 << 17)

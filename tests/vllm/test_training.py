@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from estune.journal import Journal
-from estune.monitors.base import Monitor
-from estune.probe import probe
-from estune.ray_cluster import disconnect
-from estune.replay import replay
-from estune.trainer import Trainer
+from estune.journal.journal import Journal
+from estune.journal.replay import replay
+from estune.pool.ray.cluster import disconnect
+from estune.run.monitors.base import Monitor
+from estune.run.trainer import Trainer
+from estune.study.probe import probe
+from tests.grading.test_pool import alive
 from tests.rays import until
 from tests.runs import assert_same_run, make_config, make_task, substance
-from tests.test_grading_pool import alive
 
 
 def descendants(parent: int) -> set[int]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from estune.checkpoint import Checkpoint, widen
 from estune.errors import EstuneError
-from estune.strategy import Member
+from estune.es.strategy import Member
+from estune.weights.checkpoint import Checkpoint, widen
 from tests.vllm.pairs import UPDATE, gathered, live, open_reference, open_weights
 
 # Architecture, changes to its shape, type, processes. One key and value head for two processes is held by both.

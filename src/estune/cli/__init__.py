@@ -20,8 +20,8 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from estune.cli import estimate, lists, runs, studies
+from estune.cli.signals import spared_imports, terminable
 from estune.errors import EstuneError
-from estune.interrupt import spared_imports, terminable
 
 __all__ = ["app", "main"]
 

@@ -14,8 +14,8 @@ from estune.cli.options import ConfigFile, overrides_of
 from estune.cli.output import say, wide_console
 
 if TYPE_CHECKING:
-    from estune.estimate import Estimate
-    from estune.needs import Item
+    from estune.study.estimate.estimate import Estimate
+    from estune.study.estimate.needs import Item
 
 
 def estimate(
@@ -34,7 +34,7 @@ def estimate(
     """
     from dataclasses import asdict
 
-    from estune.commands import estimate_run
+    from estune.study.estimate.run import estimate_run
 
     found = estimate_run(
         config, overrides_of(context.args), gpu=gpu, prompt_tokens=prompt_tokens, new_tokens=new_tokens

@@ -33,12 +33,12 @@ def train(
 
     settings = load(config, overrides)
     if dry_run:
-        from estune.commands import describe
+        from estune.run.dry_run import describe
 
         say(describe(settings))
         return
-    from estune.monitors import check_trackers
-    from estune.trainer import Trainer
+    from estune.run.monitors import check_trackers
+    from estune.run.trainer import Trainer
 
     check_trackers(settings)  # before anything is written
     Trainer(settings).train()
@@ -52,11 +52,11 @@ def _resume(run: Path, config: Path | None, overrides: list[str], dry_run: bool)
     if config:
         raise EstuneError(f"--resume keeps the run's settings, found --config {config}; leave it out")
     if dry_run:
-        from estune.commands import describe_rest
+        from estune.run.dry_run import describe_rest
 
         say(describe_rest(run, given))
         return
-    from estune.trainer import Trainer
+    from estune.run.trainer import Trainer
 
     Trainer.resume(run, **given).train()
 
@@ -71,7 +71,7 @@ def evaluate(
 
     `--eval_samples 8 --eval_temperature 0.8` tells pass@k and mean@k, `--watch math,code` evaluates on these too.
     """
-    from estune.commands import evaluate_model
+    from estune.run.evaluate import evaluate_model
 
     metrics = evaluate_model(model, config, overrides_of(context.args), output)
     table = Table(title=model)
@@ -90,7 +90,7 @@ def replay(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the run's own by default")] = None,
 ) -> None:
     """Rebuild the checkpoint of any step from base model and journal, bit for bit, without an engine."""
-    from estune.replay import replay as rebuild
+    from estune.journal.replay import replay as rebuild
 
     fingerprint = rebuild(run, output, step, model, dtype)
     say(f"{output}: fingerprint {fingerprint} verified")

@@ -13,8 +13,8 @@ from estune.cli.output import say, say_table
 from estune.errors import EstuneError
 
 if TYPE_CHECKING:
-    from estune.compare.plan import Plan
-    from estune.sweep import Trial
+    from estune.study.compare.plan import Plan
+    from estune.study.sweep import Trial
 
 Folder = Annotated[Path, typer.Option("--output-dir", "--output_dir", help="directory for all of it")]
 
@@ -24,7 +24,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write")] = Path("report.html"),
 ) -> None:
     """Make one HTML page about runs, finished or not, that opens offline."""
-    from estune.report import write_report
+    from estune.study.report import write_report
 
     write_report(runs, output)
     say(f"{output}: {output.stat().st_size / 1e3:,.0f} KB")
@@ -42,7 +42,7 @@ def probe(
 ) -> None:
     """Try perturbations of several sizes and say which sigma to train with. Settings are given as to `estune train`."""
     from estune.config import load
-    from estune.probe import probe as try_sizes
+    from estune.study.probe import probe as try_sizes
 
     settings = load(config, overrides_of(context.args))
     try:
@@ -75,8 +75,8 @@ def sweep(
 
     Further settings are those of all runs. The same command again goes on where it was. Exit code 1 if a run failed.
     """
-    from estune.sweep import sweep as run_all
-    from estune.sweep_report import draw_effects, rows
+    from estune.study.sweep import sweep as run_all
+    from estune.study.sweep_report import draw_effects, rows
 
     if search not in (None, "optuna"):
         raise EstuneError(f"--search {search!r}: there is optuna alone")
@@ -151,9 +151,9 @@ def compare(
         short_tokens=short_tokens,
     )
     settings = load(config, overrides_of(context.args))
-    from estune.compare.plan import Job
-    from estune.compare.report import table, write_report
-    from estune.compare.run import compare as run_all
+    from estune.study.compare.plan import Job
+    from estune.study.compare.report import table, write_report
+    from estune.study.compare.run import compare as run_all
 
     def told(result: dict[str, Any]) -> None:
         what = f"failed: {result['error']}" if "error" in result else f"accuracy {result['accuracy']:.4f}"
@@ -177,7 +177,7 @@ def _plan(**given: Any) -> Plan:
     """
     from pydantic import ValidationError
 
-    from estune.compare.plan import Plan
+    from estune.study.compare.plan import Plan
 
     try:
         return Plan.model_validate({name: value for name, value in given.items() if value is not None})

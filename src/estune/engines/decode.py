@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from estune.engines.base import Sampling
+from estune.completion import Sampling
 from estune.engines.cache import RowCache
 from estune.engines.sampling import choose
 from estune.engines.tree import common_prefix

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from estune.engines.base import Sampling
+from estune.completion import Sampling
 from estune.engines.sampling import choose
 
 

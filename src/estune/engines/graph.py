@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from estune.engines.base import Sampling
+from estune.completion import Sampling
 from estune.engines.decode import Batch, Decoder
 from estune.engines.sampling import choose
 from estune.errors import EstuneError

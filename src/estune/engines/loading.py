@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from estune.config import Config
+from estune.weights.checkpoint import locate
+
+if TYPE_CHECKING:
+    from estune.engines.prompts import PromptEncoder
+
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +59,7 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
     """A causal language model in evaluation mode, its parameters without gradients.
 
     Args:
-        path: a checkpoint's directory, as `estune.checkpoint.locate` finds it.
+        path: a checkpoint's directory, as `estune.weights.checkpoint.locate` finds it.
         dtype: as `pick_dtype` takes it.
         device: where to put it.
 
@@ -131,3 +139,17 @@ def pad_token(tokenizer: Any) -> int:
     """An id to fill gaps with. All of them are masked, so that any token serves where none is declared."""
     declared = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return int(declared or 0)
+
+
+def open_encoder(config: Config) -> PromptEncoder:
+    """What makes token ids of prompts, wherever the engines are; loads no weights.
+
+    Raises:
+        EstuneError: for a model whose configuration or tokenizer cannot be had.
+    """
+    from estune.engines.loading import load_config, load_tokenizer
+    from estune.engines.prompts import PromptEncoder
+
+    path = locate(config.model)
+    most = config.vllm_max_model_length if config.engine == "vllm" else None
+    return PromptEncoder(config.model, load_tokenizer(path), load_config(path), most)

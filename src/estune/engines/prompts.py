@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from estune.engines.base import Prompt, Sampling
+from estune.completion import Prompt, Sampling
 from estune.errors import EstuneError
 
 

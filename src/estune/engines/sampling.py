@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from estune.engines.base import Sampling
+from estune.completion import Sampling
 
 _LOW32 = 0xFFFFFFFF
 

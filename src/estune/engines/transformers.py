@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from estune.checkpoint import locate
-from estune.engines.base import Completion, Sampling
+from estune.completion import Completion, Sampling
+from estune.engines.cpu.fused import FusedDecoder, unfusable
 from estune.engines.decode import Decoder, unsupported
-from estune.engines.fused import FusedDecoder, unfusable
 from estune.engines.generate import GenerateDecoder
 from estune.engines.graph import CudaRecorder, GraphDecoder, uncapturable
 from estune.engines.loading import end_tokens, load_model, load_tokenizer, pad_token
@@ -21,7 +20,8 @@ from estune.engines.memory import keep_freed_memory, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
 from estune.engines.score import log_probabilities
 from estune.errors import EstuneError
-from estune.place import pick_device
+from estune.weights.checkpoint import locate
+from estune.weights.device import pick_device
 
 MAX_ROWS = {"cpu": 256}
 """Rows per batch that still gain from one another: beyond, a CPU's caches lose more than larger products win."""

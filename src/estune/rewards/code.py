@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.rewards.isolation import isolated
-from estune.rewards.sandbox import Isolation, Limits, run_code
+from estune.grading.isolation import isolated
+from estune.grading.sandbox import Isolation, Limits, run_code
 from estune.rewards.text import Text, as_text
 
 _COLUMNS = ("tests", "setup", "test_list", "test_setup_code", "test", "entry_point", "code_prompt")

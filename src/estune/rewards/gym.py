@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 from estune.errors import EstuneError
+from estune.grading.isolation import isolated
 from estune.rewards.countdown import last_answer
-from estune.rewards.isolation import isolated
 from estune.rewards.text import Text, as_text
 
 

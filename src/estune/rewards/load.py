@@ -7,16 +7,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.rewards.grade import RewardFunction
-
-FILES: dict[str, str] = {}
-"""Modules loaded from files by path: name to path. Graders load them in the same way."""
+from estune.grading.convention import RewardFunction
+from estune.grading.modules import load_file, one_line
 
 
 def load_reward(reward: Any) -> RewardFunction:
@@ -50,32 +47,6 @@ def load_reward(reward: Any) -> RewardFunction:
     raise EstuneError(f"a reward is {type(reward).__name__}; give a function, a model or the name of one")
 
 
-def load_file(path: Path) -> ModuleType:
-    """The module in a Python file, executed once per process.
-
-    Raises:
-        EstuneError: there is no such file, or executing it fails.
-    """
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise EstuneError(f"reward file {path}: no such file")
-    name = f"estune_file_{path.stem}_{blake2b(str(path).encode(), digest_size=4).hexdigest()}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # functions are pickled by it
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise EstuneError(f"reward file {path} cannot be loaded: {_one_line(error)}") from error
-    FILES[name] = str(path)
-    return module
-
-
 def _imported(reference: str) -> RewardFunction:
     module_name, name = reference.rsplit(".", 1)
     if os.getcwd() not in sys.path:
@@ -84,7 +55,7 @@ def _imported(reference: str) -> RewardFunction:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise EstuneError(
-            f"reward {reference}: {_one_line(error)}; give package.module.function of a module that can be imported, "
+            f"reward {reference}: {one_line(error)}; give package.module.function of a module that can be imported, "
             "or path/to/file.py:function"
         ) from error
     return _attribute(module, name, reference)
@@ -102,7 +73,3 @@ def _model(model: Any) -> RewardFunction:
     from estune.rewards.model import RewardModel
 
     return RewardModel(model)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.rewards.isolation import isolated
+from estune.grading.isolation import isolated
 from estune.rewards.text import Text, as_text
 
 MAX_LENGTH = 1000

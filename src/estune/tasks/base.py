@@ -8,7 +8,7 @@ from math import fsum, inf, isfinite
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.rewards.grade import RewardFunction, Row, reward_name
+from estune.grading.convention import RewardFunction, Row, reward_name
 
 
 @dataclass(frozen=True)

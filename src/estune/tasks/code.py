@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from estune.errors import EstuneError
+from estune.grading.convention import Row
 from estune.rewards.code import unit_tests
-from estune.rewards.grade import Row
 from estune.tasks.base import Task
-from estune.tasks.files import Record, require_columns
 from estune.tasks.options import DataOptions, text_of
+from estune.tasks.records import Record, require_columns
 
 INSTRUCTION = "Answer with the whole program in one Python code block."
 

@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from estune.errors import EstuneError
+from estune.grading.convention import Row
 from estune.rewards.conciseness import correct_reward, length_reward
-from estune.rewards.grade import Row
-from estune.tasks import facts
+from estune.tasks import conciseness_facts as facts
 from estune.tasks.base import Task
-from estune.tasks.files import Record, require_columns
 from estune.tasks.options import DataOptions, text_of
+from estune.tasks.records import Record, require_columns
 
 
 class ConcisenessConfig(DataOptions):

@@ -8,13 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from estune.errors import EstuneError
+from estune.grading.convention import Row
 from estune.rewards.countdown import answer_reward, format_reward, parse_target
-from estune.rewards.grade import Row
 from estune.tasks.base import Task, refuse_overlap
-from estune.tasks.files import Record, load_records, require_columns
+from estune.tasks.countdown_problems import Problem, Side, countdown_prompt, generate_problems, is_held_out
 from estune.tasks.options import TaskOptions
-from estune.tasks.problems import Problem, Side, generate_problems, is_held_out
-from estune.tasks.prompt import countdown_prompt
+from estune.tasks.records import Record, load_records, require_columns
 
 GENERATED_SIZE = 200
 

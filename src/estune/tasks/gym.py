@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from estune.errors import EstuneError
-from estune.rewards.grade import Row
+from estune.grading.convention import Row
 from estune.rewards.gym import GymReward, generator, generator_names
 from estune.tasks.base import Task
 from estune.tasks.options import PromptOptions

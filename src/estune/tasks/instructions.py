@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from estune.errors import EstuneError
-from estune.rewards.grade import Row
+from estune.grading.convention import Row
 from estune.rewards.instructions import CHECKS, all_followed, followed, instructions_reward
 from estune.tasks.base import Task
-from estune.tasks.files import Record, require_columns
 from estune.tasks.options import DataOptions, text_of
+from estune.tasks.records import Record, require_columns
 
 
 class InstructionsConfig(DataOptions):

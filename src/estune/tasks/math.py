@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from estune.errors import EstuneError
-from estune.rewards.grade import Row
+from estune.grading.convention import Row
 from estune.rewards.math import final_answer, math_reward
 from estune.tasks.base import Task
-from estune.tasks.files import Record, require_columns
 from estune.tasks.options import DataOptions, text_of
+from estune.tasks.records import Record, require_columns
 
 # name: (id on the hub, split), what it is usually trained or evaluated with.
 TRAINING_SETS = {

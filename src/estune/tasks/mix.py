@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from estune.rewards.grade import RewardFunction, Row, is_async, reward_name
-from estune.rewards.isolation import isolate, isolation_of
+from estune.grading.convention import RewardFunction, Row, is_async, reward_name
+from estune.grading.isolation import isolate, isolation_of
 from estune.rewards.text import as_text
 from estune.tasks.base import Stage, Task
 from estune.tasks.kinds import AnyTask

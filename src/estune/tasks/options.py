@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from estune.errors import EstuneError
-from estune.rewards.grade import Row
+from estune.grading.convention import Row
 from estune.rewards.text import Text, as_text
 from estune.tasks.base import Task, refuse_overlap
-from estune.tasks.files import Record, load_records
+from estune.tasks.records import Record, load_records
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from estune.errors import EstuneError
-from estune.rewards.grade import Row, reward_name
-from estune.rewards.load import load_file, load_reward
+from estune.grading.convention import Row, reward_name
+from estune.grading.modules import load_file
+from estune.rewards.load import load_reward
 from estune.tasks.base import Task
-from estune.tasks.files import load_records
 from estune.tasks.options import TaskOptions, identity, is_held_out
+from estune.tasks.records import load_records
 
 SUFFIX = ".py"
 

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from estune.errors import EstuneError
-from estune.rewards.grade import Row, reward_name
+from estune.grading.convention import Row, reward_name
 from estune.rewards.load import load_reward
 from estune.tasks.base import Task
-from estune.tasks.files import Record, require_columns
 from estune.tasks.options import DataOptions
+from estune.tasks.records import Record, require_columns
 
 
 class PreferenceConfig(DataOptions):

@@ -1,0 +1,69 @@
+"""The main job, as `make train` runs it, for several run seeds: seconds and held-out accuracy; and the time of imports.
+
+    python -m bench.study.train
+
+Each run is a process of its own, from the command to the last line of its summary, loading included.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.common import options, write_result
+
+from estune.journal.journal import Journal
+
+IMPORTS = ("estune", "estune.config", "estune.cli")
+
+
+def run(seed: int, folder: Path, settings: list[str]) -> dict[str, Any]:
+    output = folder / str(seed)
+    command = [sys.executable, "-m", "estune.cli", "train", "--seed", str(seed), "--output-dir", str(output), *settings]
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - start
+    journal = Journal.read(output)
+    accuracy = {str(e.step): round(e.metrics["eval_accuracy"], 4) for e in journal.evaluations}
+    step = statistics.median(r.metrics["step_time"] for r in journal.steps)
+    figures = {"seed": seed, "seconds": round(seconds, 1), "seconds a step": round(step, 3), "accuracy": accuracy}
+    print(figures, flush=True)
+    return figures
+
+
+def import_seconds(module: str, repeats: int = 7) -> float:
+    """Median seconds to import a module in a fresh interpreter, the interpreter's own start taken off."""
+    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    found = [
+        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+        for _ in range(repeats)
+    ]
+    return round(statistics.median(found), 3)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("settings", nargs="*", help="settings, --key=value")
+    arguments = parser.parse_args()
+    imports = {module: import_seconds(module) for module in IMPORTS}
+    print(imports)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [run(seed, Path(folder), arguments.settings) for seed in range(arguments.seeds)]
+    last = [list(r["accuracy"].values())[-1] for r in runs]
+    first = [next(iter(r["accuracy"].values())) for r in runs]
+    figures = {
+        "import seconds": imports,
+        "median seconds": statistics.median(r["seconds"] for r in runs),
+        "accuracy before": [min(first), max(first)],
+        "accuracy after": [min(last), max(last)],
+        "runs": runs,
+    }
+    write_result("train", figures, arguments.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What a decoder layer does between its matrix products, compiled for one CPU core.
+
+Activations are `[tokens, width]`, C-contiguous, in the model's type: float32, or bfloat16 as its bits in uint16. The
+residual stream `x` is float32 always, and so is all arithmetic. Widths are multiples of 16. PyTorch would run each of
+these passes as five to ten operations over the same memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+from estune.engines.cpu.simd import WIDTH, element, exp, first_of, fma, largest, load, maximum, splat, store, total
+
+_jit: Any = numba.njit(nogil=True, error_model="numpy", cache=True)
+_inlined: Any = numba.njit(nogil=True, error_model="numpy", inline="always")
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_ABSENT = np.float32(-3e38)  # the score of a slot that is not there
+
+
+@_jit
+def embed(ids, x, table):
+    """`x = table[ids]`."""
+    width = x.shape[1]
+    for t in range(ids.size):
+        for i in range(0, width, WIDTH):
+            store(x, t * width + i, load(table, ids[t] * width + i))
+
+
+@_jit
+def normalize(x, out, weight, eps):
+    """`out = x / rms(x) * weight`, row by row (RMSNorm, arXiv 1910.07467)."""
+    for t in range(x.shape[0]):
+        _normalize(x, t * x.shape[1], x.shape[1], weight, eps, out, t * x.shape[1])
+
+
+@_jit
+def add_normalize(x, change, out, weight, eps):
+    """`x += change`, then as `normalize`."""
+    width = x.shape[1]
+    for t in range(x.shape[0]):
+        for i in range(t * width, (t + 1) * width, WIDTH):
+            store(x, i, load(x, i) + load(change, i))
+        _normalize(x, t * width, width, weight, eps, out, t * width)
+
+
+@_jit
+def _normalize(x, at, width, weight, eps, out, to):
+    squares = splat(_ZERO)
+    for i in range(0, width, WIDTH):
+        value = load(x, at + i)
+        squares = fma(value, value, squares)
+    scale = splat(_ONE / np.sqrt(total(squares) / np.float32(width) + eps))
+    for i in range(0, width, WIDTH):
+        store(out, to + i, load(x, at + i) * scale * load(weight, i))
+
+
+@_jit
+def gate(both, out):
+    """`out = silu(g) * u` for `both = [g, u]`, `[tokens, 2 * width]` (SwiGLU, arXiv 2002.05202)."""
+    width, zero, one = out.shape[1], splat(_ZERO), splat(_ONE)
+    for t in range(out.shape[0]):
+        for i in range(0, width, WIDTH):
+            g, u = load(both, 2 * t * width + i), load(both, (2 * t + 1) * width + i)
+            store(out, t * width + i, g / (one + exp(zero - g)) * u)
+
+
+@_jit
+def running_argmax(logits, best, token, first):
+    """Note where `logits`, those of tokens `first` and up, exceed the `best` so far; the earliest wins a tie."""
+    width = logits.shape[1]
+    for t in range(logits.shape[0]):
+        at = t * width
+        top = load(logits, at + width - WIDTH)
+        for i in range(0, width - WIDTH, WIDTH):
+            top = maximum(top, load(logits, at + i))
+        highest = largest(top)
+        if not highest > best[t]:
+            continue
+        best[t] = highest
+        for i in range(width):
+            if element(logits, at + i) == highest:
+                token[t] = first + i
+                break
+
+
+@functools.cache
+def attention_kernels(group: int, dim: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """`append` and `attend`, see below, for one shape of heads: constants to the compiler, which gains 30%."""
+
+    @_jit
+    def append(tokens, rows, positions, qkv, cos, sin, norm, eps, keys, values, shared):
+        _append(tokens, rows, positions, qkv, group, dim, cos, sin, norm, eps, keys, values, shared)
+
+    @_jit
+    def attend(qkv, rows, positions, out, cos, sin, norm, eps, keys, values, prefix_keys, prefix_values, shared):
+        _attend(
+            qkv, rows, positions, out, group, dim, cos, sin, norm, eps, keys, values, prefix_keys, prefix_values, shared
+        )
+
+    return append, attend
+
+
+# Attention with rotary embedding (arXiv 2104.09864). A token's row of `qkv` holds the queries of all heads, then their
+# keys, then their values, `dim` elements each, a multiple of 32; a key head serves `group` neighbouring query heads.
+# Keys are cached as `[rows, heads, slots / 16, dim, 16]`, values as `[rows, heads, slots, dim]`; the first `shared`
+# positions of all rows once, in arrays of their own with one row, where a position is its slot. `cos` and `sin` are
+# `[positions, dim / 2]`. Queries and keys are normalized with `norm` first, unless it is empty.
+
+
+@_inlined
+def _append(tokens, rows, positions, qkv, group, dim, cos, sin, norm, eps, keys, values, shared):
+    """Cache the keys and values of rows `tokens` of `qkv` in slots `positions - shared` of cache rows `rows`."""
+    heads, slots = values.shape[1:3]
+    rotated, stored = np.empty(dim, np.float32), np.empty(dim, keys.dtype)
+    for n in range(rows.size):
+        slot = positions[n] - shared
+        for head in range(heads):
+            at = tokens[n] * qkv.shape[1] + (heads * group + head) * dim
+            _rotate(qkv, at, positions[n], dim, cos, sin, norm, eps, _ONE, rotated, 0)
+            to = ((rows[n] * heads + head) * slots + slot) * dim
+            for i in range(0, dim, WIDTH):
+                store(stored, i, load(rotated, i))
+                store(values, to + i, load(qkv, at + heads * dim + i))
+            for i in range(dim):
+                keys[rows[n], head, slot // WIDTH, i, slot % WIDTH] = stored[i]
+
+
+@_inlined
+def _attend(
+    qkv, rows, positions, out, group, dim, cos, sin, norm, eps, keys, values, prefix_keys, prefix_values, shared
+):
+    """`out` = each token's attention over positions up to its own of its row, `[tokens, heads * group * dim]`."""
+    heads, slots = values.shape[1:3]
+    prefix_slots, scale = prefix_values.shape[2], np.float32(1 / np.sqrt(dim))
+    q, mixed = np.empty((group, dim), np.float32), np.empty(dim, np.float32)
+    scores = np.empty((group, prefix_slots + slots), np.float32)
+    for t in range(rows.size):
+        own = positions[t] + 1 - shared
+        for head in range(heads):
+            at = t * qkv.shape[1] + head * group * dim
+            for g in range(group):
+                _rotate(qkv, at + g * dim, positions[t], dim, cos, sin, norm, eps, scale, q, g * dim)
+            cache, prefix = (rows[t] * heads + head) * slots * dim, head * prefix_slots * dim
+            _score(q, group, dim, prefix_keys, prefix, shared, scores, 0)
+            _score(q, group, dim, keys, cache, own, scores, prefix_slots)
+            for g in range(group):
+                share = g * scores.shape[1]
+                factor = _ONE / _soften(scores, share, prefix_slots + own)
+                to = (t * heads + head) * group * dim + g * dim
+                for i in range(0, dim, WIDTH):
+                    store(mixed, i, splat(_ZERO))
+                _mix(scores, share, factor, prefix_values, prefix, shared, dim, mixed)
+                _mix(scores, share + prefix_slots, factor, values, cache, own, dim, mixed)
+                for i in range(0, dim, WIDTH):
+                    store(out, to + i, load(mixed, i))
+
+
+@_jit
+def _rotate(qkv, at, position, dim, cos, sin, norm, eps, scale, out, to):
+    half, factor = dim // 2, splat(scale)
+    if norm.size:
+        _normalize(qkv, at, dim, norm, eps, out, to)
+    else:
+        for i in range(0, dim, WIDTH):
+            store(out, to + i, load(qkv, at + i))
+    for i in range(0, half, WIDTH):
+        a, b = load(out, to + i), load(out, to + half + i)
+        c, s = load(cos, position * half + i), load(sin, position * half + i)
+        store(out, to + i, (a * c - b * s) * factor)
+        store(out, to + half + i, (b * c + a * s) * factor)
+
+
+@_jit
+def _score(q, group, dim, keys, cache, count, scores, to):
+    """`scores[g, to:to + count] = q[g] @ keys[:, :count]`, and absent up to the next sixteen slots."""
+    for s in range(0, count, WIDTH):
+        for g in range(group):
+            even, odd = splat(_ZERO), splat(_ZERO)
+            for d in range(0, dim, 2):
+                k = cache + s * dim + d * WIDTH
+                even = fma(splat(q[g, d]), load(keys, k), even)
+                odd = fma(splat(q[g, d + 1]), load(keys, k + WIDTH), odd)
+            store(scores, g * scores.shape[1] + to + s, first_of(even + odd, count - s, splat(_ABSENT)))
+
+
+@_jit
+def _soften(scores, at, count):
+    """Replace `count` scores by exp(score - largest); return their sum."""
+    top, sums = splat(_ABSENT), splat(_ZERO)
+    for s in range(at, at + count, WIDTH):
+        top = maximum(top, load(scores, s))
+    top = splat(largest(top))
+    for s in range(at, at + count, WIDTH):
+        weight = exp(load(scores, s) - top)
+        store(scores, s, weight)
+        sums = sums + weight
+    return total(sums)
+
+
+@_jit
+def _mix(scores, at, factor, values, cache, count, dim, out):
+    """`out += factor * scores[at:at + count] @ values[:count]`, of arrays taken as flat."""
+    for i in range(0, dim, 2 * WIDTH):
+        a, b, c, d = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+        for s in range(0, count - 1, 2):
+            one, two = splat(element(scores, at + s)), splat(element(scores, at + s + 1))
+            v = cache + s * dim + i
+            a, b = fma(one, load(values, v), a), fma(one, load(values, v + WIDTH), b)
+            c, d = fma(two, load(values, v + dim), c), fma(two, load(values, v + dim + WIDTH), d)
+        if count % 2:
+            one, v = splat(element(scores, at + count - 1)), cache + (count - 1) * dim + i
+            a, b = fma(one, load(values, v), a), fma(one, load(values, v + WIDTH), b)
+        store(out, i, fma(a + c, splat(factor), load(out, i)))
+        store(out, i + WIDTH, fma(b + d, splat(factor), load(out, i + WIDTH)))

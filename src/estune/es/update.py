@@ -1,0 +1,56 @@
+"""What an update adds, shared by training and replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from estune.es.strategy import Update
+
+if TYPE_CHECKING:
+    pass
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Kernel = Callable[[npt.NDArray[Any], int, int], None]
+"""Adds an update to one run of base weights, given (base, tensor id, start)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """An update as kernels take it: members left out are gone, `rounding_seed` is None for rounding to nearest."""
+
+    seeds: npt.NDArray[np.uint64]
+    coefficients: npt.NDArray[np.float32]
+    decay: float
+    rounding_seed: int | None
+
+
+def terms(update: Update, rounding: str) -> Terms | None:
+    """An update's terms, of some KB; None if it changes nothing."""
+    pairs = [(m.seed, c) for m, c in zip(update.members, update.coefficients, strict=True) if c != 0.0]
+    if not pairs and update.decay == 0.0:
+        return None
+    seeds = np.array([seed for seed, _ in pairs], np.uint64)
+    coefficients = np.array([c for _, c in pairs], np.float32)
+    return Terms(seeds, coefficients, update.decay, update.rounding_seed if rounding == "stochastic" else None)
+
+
+def update_kernel(update: Update, rounding: str) -> Kernel:
+    """The CPU's kernel of one update."""
+    from estune.noise import cpu
+
+    t = terms(update, rounding)
+    if t is None:
+        return lambda base, tensor, start: None
+    return lambda base, tensor, start: cpu.update(
+        base, t.seeds, t.coefficients, tensor, start, t.decay, t.rounding_seed
+    )
+
+
+def as_fingerprint(total: int) -> str:
+    """The fingerprint that a sum of element hashes stands for."""
+    return f"{total % 2**64:016x}"

@@ -1,0 +1,322 @@
+"""Grading for a whole run: reward functions of every kind, applied to batch after batch.
+
+- A plain function is called at once, in the caller's thread, in the order of submission: it need not be thread-safe.
+- `async` functions of all batches in flight share one event loop in a thread of its own, as in TRL.
+- Functions marked `isolated` go to a pool of processes, a completion at a time.
+
+The last two go on while the caller does something else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+from estune.completion import Completion
+from estune.errors import EstuneError
+from estune.grading import isolation
+from estune.grading.convention import (
+    Batch,
+    Grades,
+    Log,
+    RewardFunction,
+    Row,
+    TrainerState,
+    arguments,
+    as_scores,
+    describe,
+    is_async,
+    reward_name,
+    weighted,
+)
+from estune.grading.isolation import Isolation, isolation_of
+from estune.grading.pool import GraderPool
+from estune.grading.process import Call, Verdict
+
+log = logging.getLogger(__name__)
+
+OnError = Literal["raise", "exclude"]
+
+
+MOST_PROCESSES = 8
+
+
+class Grading:
+    """Applies reward functions to completions. A context manager; `close` ends what it started.
+
+    Args:
+        functions: reward functions under TRL's calling convention.
+        weights: one for each, 1.0 if None.
+        processes: graders for isolated functions; one per core, at most 8, if None. They start when first needed.
+        deadline: seconds for one completion, for isolated functions that do not say so themselves.
+        errors: what to do where a function raises: end the run, or leave the completion out of the mean.
+        max_errors: calls that may fail in this way before the run ends after all. A call of an isolated function is a
+            completion, any other a batch.
+        state: what functions are told of the run; the caller keeps it up to date.
+
+    Raises:
+        EstuneError: weights that do not match, or an isolated function that no other process could import.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+        *,
+        processes: int | None = None,
+        deadline: float = 5.0,
+        errors: OnError = "raise",
+        max_errors: int = 100,
+        state: TrainerState | None = None,
+    ) -> None:
+        if isolation.IN_GRADER:
+            raise EstuneError(
+                "a grader imports the script that trains, and the script began to train again: put what it runs behind "
+                'if __name__ == "__main__":'
+            )
+        self.functions, self.weights = list(functions), list(weights or [1.0] * len(functions))
+        if len(self.weights) != len(self.functions):
+            raise EstuneError(f"{len(self.functions)} reward functions but {len(self.weights)} weights; give one each")
+        self.state = state or TrainerState()
+        self.errors, self.max_errors, self._excluded = errors, max_errors, 0
+        self._deadline = deadline
+        self._isolations = [isolation_of(function) for function in self.functions]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.pool: GraderPool | None = None
+        isolated = [isolation.memory for isolation in self._isolations if isolation]
+        if isolated:
+            picked = {number: f for number, f in enumerate(self.functions) if self._isolations[number]}
+            self.pool = GraderPool(picked, processes or min(_cores(), MOST_PROCESSES), max(isolated))
+
+    def grade(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Grades:
+        """Grades of the completions of `rows`.
+
+        Raises:
+            EstuneError: a function raised, or returned something else than a value for each completion.
+        """
+        return self.submit(rows, completions).result()
+
+    def submit(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Pending:
+        """Begin to grade; plain functions are done when this returns.
+
+        Raises:
+            EstuneError: a plain function failed.
+        """
+        batch = Batch(rows, completions, self.state)
+        collect: dict[int, Callable[[], _Marks]] = {}
+        # Those that go on elsewhere come first, so that they run while plain functions do.
+        for number, limits in enumerate(self._isolations):
+            if limits:
+                collect[number] = self._isolated(number, limits, batch)
+            elif is_async(self.functions[number]):
+                collect[number] = self._async(number, batch)
+        for number in range(len(self.functions)):
+            if number not in collect:
+                marks = self._plain(number, batch)
+                collect[number] = lambda marks=marks: marks  # type: ignore[misc]
+        return Pending(self, batch, [collect[number] for number in range(len(self.functions))])
+
+    def close(self) -> None:
+        """End the graders and the event loop."""
+        if self.pool is not None:
+            self.pool.close()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+    def __enter__(self) -> Grading:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def exclude(self, function: RewardFunction, batch: Batch, row: int | None, why: str) -> None:
+        """Note that a call of a function failed, on a row (None: on a batch as a whole).
+
+        Raises:
+            EstuneError: where that ends the run.
+        """
+        where = "" if row is None else f" on row {row}, {batch.show(row)}"
+        if self.errors == "raise":
+            raise EstuneError(f"reward {reward_name(function)} {why}{where}; nothing is lost: mend it and resume")
+        self._excluded += 1
+        if self._excluded > self.max_errors:
+            raise EstuneError(
+                f"{self._excluded} calls of rewards failed, more than max_reward_errors, {self.max_errors}; "
+                f"the last: reward {reward_name(function)} {why}{where}; mend it and resume"
+            )
+        log.warning("reward %s %s%s: left out", reward_name(function), why, where)
+
+    def _plain(self, number: int, batch: Batch) -> _Marks:
+        function, marks = self.functions[number], _Marks(Log(len(batch)))
+        try:
+            marks.values = as_scores(function(**arguments(batch.columns, self.state, marks.log)), len(batch))
+        except Exception as error:
+            marks.fail(self._culprit(function, batch), describe(error), batch)
+        return marks
+
+    def _culprit(self, function: RewardFunction, batch: Batch) -> int | None:
+        """The first row that a function fails on when called with it alone, to be named where the run is to end."""
+        if self.errors == "exclude":
+            return None  # who compares the completions of a batch must not be called with less
+        for row in range(len(batch)):
+            try:
+                as_scores(function(**arguments(batch.row(row), self.state, Log(1))), 1)
+            except Exception:
+                return row
+        return None
+
+    def _async(self, number: int, batch: Batch) -> Callable[[], _Marks]:
+        function, marks = self.functions[number], _Marks(Log(len(batch)))
+
+        async def run() -> Any:
+            return await function(**arguments(batch.columns, self.state, marks.log))
+
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=_run_loop, args=(self._loop,), name="estune-rewards", daemon=True).start()
+        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+        def collect() -> _Marks:
+            try:
+                marks.values = as_scores(future.result(), len(batch))
+            except Exception as error:
+                marks.fail(None, describe(error), batch)
+            return marks
+
+        return collect
+
+    def _isolated(self, number: int, isolation: Isolation, batch: Batch) -> Callable[[], _Marks]:
+        assert self.pool is not None
+        deadline = isolation.deadline or self._deadline
+        # A function of one task of a mix says so of other tasks' rows before they are sent anywhere.
+        applies: Callable[[Mapping[str, Sequence[Any]]], bool] | None = getattr(self.functions[number], "applies", None)
+        verdicts: list[Future[Verdict] | Verdict] = []
+        for row, length in enumerate(batch.lengths):
+            columns = batch.row(row)
+            if applies is not None and not applies(columns):
+                verdicts.append(Verdict("score", None))
+            elif length > isolation.max_length:
+                verdicts.append(Verdict("too_long"))
+            else:
+                verdicts.append(self.pool.submit(Call(number, columns, self.state), deadline))
+
+        def collect() -> _Marks:
+            marks = _Marks(Log(len(batch)), dict.fromkeys(("timeouts", "crashes", "too_long"), 0))
+            for row, pending in enumerate(verdicts):
+                marks.add(row, pending if isinstance(pending, Verdict) else pending.result(), isolation, len(batch))
+            return marks
+
+        return collect
+
+
+@dataclass
+class _Marks:
+    """What one function gave a batch: values, and the rows where it failed (None: as a whole) and how."""
+
+    log: Log
+    failures: dict[str, int] = field(default_factory=dict)
+    values: list[float | None] = field(default_factory=list)
+    errors: dict[int | None, str] = field(default_factory=dict)
+
+    def fail(self, row: int | None, why: str, batch: Batch) -> None:
+        """Note that the function failed on the whole batch, because of one row or of none in particular."""
+        self.values = [None] * len(batch)
+        self.errors = {row: why}
+        self.failures["errors"] = len(batch)
+
+    def add(self, row: int, verdict: Verdict, isolation: Isolation, size: int) -> None:
+        """Take the next row's verdict."""
+        if verdict.kind == "errors":
+            self.errors[row] = verdict.text
+        if verdict.kind != "score":
+            self.failures[verdict.kind] = self.failures.get(verdict.kind, 0) + 1
+        failed = verdict.kind in ("timeouts", "crashes", "too_long")
+        self.values.append(isolation.failure_score if failed else verdict.score)
+        for column, values in verdict.extras.items():
+            self.log.extras.setdefault(column, [None] * size)[row] = values[0]
+        for name, logged in verdict.metrics.items():
+            self.log.metrics.setdefault(name, []).extend(logged)
+
+
+class Pending:
+    """Grades of a batch on their way."""
+
+    def __init__(self, grading: Grading, batch: Batch, collect: Sequence[Callable[[], _Marks]]) -> None:
+        self._grading, self._batch, self._collect = grading, batch, collect
+
+    def result(self) -> Grades:
+        """Wait for the grades.
+
+        Raises:
+            EstuneError: a function failed, and that ends the run.
+        """
+        functions, weights, size = self._grading.functions, self._grading.weights, len(self._batch)
+        left_out: set[int] = set()
+        marked: dict[str, _Marks] = {}
+        extras: dict[str, list[Any]] = {}
+        logged: dict[str, list[float]] = {}
+        for function, collect in zip(functions, self._collect, strict=True):
+            marks = marked[reward_name(function)] = collect()
+            for row, why in marks.errors.items():
+                self._grading.exclude(function, self._batch, row, why)
+                left_out.update(range(size) if row is None else (row,))
+            bad = next((i for i, v in enumerate(marks.values) if v is not None and not math.isfinite(v)), None)
+            if bad is not None:
+                log.warning(
+                    "reward %s gave %s for %s: the member is left out",
+                    *(reward_name(function), marks.values[bad], self._batch.show(bad)),
+                )
+            extras |= marks.log.extras
+            for name, values in marks.log.metrics.items():
+                logged.setdefault(name, []).extend(values)
+        columns = [marked[reward_name(function)].values for function in functions]
+        total = [
+            None if i in left_out else weighted(scores, weights) for i, scores in enumerate(zip(*columns, strict=True))
+        ]
+        return Grades(
+            total,
+            {name: marks.values for name, marks in marked.items()},
+            {name: marks.failures for name, marks in marked.items() if marks.failures},
+            extras,
+            logged,
+        )
+
+
+def grade(
+    functions: Sequence[RewardFunction],
+    weights: Sequence[float] | None,
+    rows: Sequence[Row],
+    completions: Sequence[Completion],
+) -> Grades:
+    """Grades of one batch; who has many keeps a `Grading`.
+
+    Raises:
+        EstuneError: as `Grading`.
+    """
+    with Grading(functions, weights) as grading:
+        return grading.grade(rows, completions)
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

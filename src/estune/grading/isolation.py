@@ -1,0 +1,70 @@
+"""Which reward functions run in a process of their own, one completion a call, and within which limits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_MARK = "__estune_isolation__"
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """Limits of one call.
+
+    `deadline` in seconds, None for the run's; `memory` in bytes beyond what the grader needs when idle; `max_length` in
+    characters of the completion. A completion that is too long, or whose grading does not end in time or crashes,
+    scores `failure_score`.
+    """
+
+    deadline: float | None = None
+    memory: int = 2 << 30
+    max_length: int = 20_000
+    failure_score: float = 0.0
+
+
+@overload
+def isolated(function: Function, /) -> Function: ...
+
+
+@overload
+def isolated(
+    *, deadline: float | None = None, memory: int = 2 << 30, max_length: int = 20_000, failure_score: float = 0.0
+) -> Callable[[Function], Function]: ...
+
+
+def isolated(function: Any = None, /, **limits: Any) -> Any:
+    """Mark a reward function as one to be called in a grader process, with lists of length one.
+
+    Called directly it works as before. It must be importable: at the top level of a module, a script or a file, or an
+    object that can be pickled.
+
+    Args:
+        function: the function, where the decorator is used without brackets.
+        limits: those of `Isolation`.
+    """
+    if function is None:
+        return lambda function: isolate(function, Isolation(**limits))
+    return isolate(function, Isolation())
+
+
+def isolate(function: Function, isolation: Isolation) -> Function:
+    """Mark a function, which may be another library's."""
+    setattr(function, _MARK, isolation)
+    return function
+
+
+def isolation_of(function: Any) -> Isolation | None:
+    """The limits a function is marked with; those of what it wraps if it is a `functools.partial`."""
+    while isinstance(function, functools.partial) and not hasattr(function, _MARK):
+        function = function.func
+    found: Isolation | None = getattr(function, _MARK, None)
+    return found
+
+
+IN_GRADER = False
+"""Whether this process is a grader, which imports the user's script, but must not train by it."""

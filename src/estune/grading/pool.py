@@ -1,0 +1,179 @@
+"""A pool of grader processes that stays at full strength whatever its graders are given.
+
+Each grader has a thread and a connection of its own. Pools whose workers share a queue and locks (`pebble` 5.2)
+stall when one is killed while it holds a lock; and `concurrent.futures` cannot end a call at all.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing import Pipe, spawn
+from typing import Any
+
+from estune.errors import EstuneError
+from estune.grading import modules
+from estune.grading.convention import RewardFunction, reward_name
+from estune.grading.process import Call, Setup, Verdict
+
+START_SECONDS = 120
+# Not `-m`: what a main module defines is known by another name on this side.
+_START = "from estune.grading.process import main; main()"
+
+
+class GraderPool:
+    """Calls functions in `processes` graders, which start when they are first needed.
+
+    Args:
+        functions: what a `Call` refers to, by number.
+        processes: number of graders.
+        memory: bytes a grader may grow by, beyond what importing its functions takes.
+
+    Raises:
+        EstuneError: for a function that another process could not import.
+    """
+
+    def __init__(self, functions: Mapping[int, RewardFunction], processes: int, memory: int) -> None:
+        self._setup = _setup(functions, memory)
+        self._processes = processes
+        self._threads = ThreadPoolExecutor(processes, "estune-grader")
+        self._mine = threading.local()
+        self._lock = threading.Lock()
+        self._graders: set[_Grader] = set()
+        self._closed = False
+
+    def submit(self, call: Call, deadline: float) -> Future[Verdict]:
+        """Have a call made by whichever grader is free first; `deadline` in seconds from when it begins."""
+        return self._threads.submit(self._run, call, deadline)
+
+    def pids(self) -> list[int]:
+        """Process ids of the graders that there are now."""
+        with self._lock:
+            return [grader.process.pid for grader in self._graders]
+
+    def close(self) -> None:
+        """Kill the graders, whatever they are doing, and drop what is queued."""
+        with self._lock:
+            self._closed = True
+            for grader in self._graders:
+                grader.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for grader in self._graders:
+            grader.close()
+        self._graders.clear()
+
+    def _run(self, call: Call, deadline: float) -> Verdict:
+        grader = self._mine.__dict__.get("grader") or self._start()
+        used = grader.calls > 0
+        verdict = self._call(grader, call, deadline)
+        if verdict.kind == "crashes" and used:
+            # Earlier calls may be the cause: a crash is this completion's where a fresh grader has it too.
+            verdict = self._call(self._mine.grader, call, deadline)
+        return verdict
+
+    def _call(self, grader: _Grader, call: Call, deadline: float) -> Verdict:
+        verdict = grader.call(call, deadline)
+        if verdict.kind in ("timeouts", "crashes"):
+            with self._lock:
+                self._graders.discard(grader)
+            grader.close()
+            self._start()
+        return verdict
+
+    def _start(self) -> _Grader:
+        """A new grader for this thread. It gets ready while others work."""
+        with self._lock:
+            if self._closed:
+                raise EstuneError("the graders have been closed")
+            grader = _Grader(self._setup)
+            self._graders.add(grader)
+        self._mine.grader = grader
+        return grader
+
+
+class _Grader:
+    """One process and the connection to it. Belongs to the thread that made it: the kernel ends it with that thread."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.calls = 0
+        self._ready = False
+        self._setup = setup
+        self._connection, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the trainer alone; and what it starts can be killed with it
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def call(self, call: Call, deadline: float) -> Verdict:
+        """Make a call. A grader that gave no verdict in time, or crashed, must not be used any more."""
+        try:
+            self._get_ready()
+            self.calls += 1
+            self._connection.send(call)
+            if not self._connection.poll(deadline):
+                return Verdict("timeouts", text=f"no score within {deadline:g} s")
+            verdict: Verdict = self._connection.recv()
+            return verdict
+        except (EOFError, ConnectionError):
+            self.kill()
+            return Verdict("crashes", text=f"the grader ended with code {self.process.wait()}")
+
+    def kill(self) -> None:
+        """End the process and those it started, which a crash of its own leaves running."""
+        # Not `poll`: until the process is waited for, no other group can have its number.
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):  # the latter on macOS, where all of them are dead
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process, and release what belongs to it."""
+        self.kill()
+        self.process.wait()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self._connection.close()
+
+    def _get_ready(self) -> None:
+        """Let the process import what it needs; that is not the completion's time.
+
+        Raises:
+            EstuneError: it cannot.
+        """
+        if self._ready:
+            return
+        self._connection.send(self._setup)
+        if not self._connection.poll(START_SECONDS):
+            raise EstuneError(f"a grader needs more than {START_SECONDS} s to import the rewards; make that faster")
+        problem = self._connection.recv()
+        if problem:
+            raise EstuneError(f"a grader cannot load the isolated rewards: importing them {problem}")
+        self._ready = True
+
+
+def _setup(functions: Mapping[int, RewardFunction], memory: int) -> Setup:
+    pickles = []
+    for function in functions.values():
+        try:
+            pickles.append(pickle.dumps(function))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise EstuneError(
+                f"reward {reward_name(function)} is isolated, and other processes cannot import it "
+                f"({' '.join(str(error).split())}); define it at the top level of a module"
+            ) from error
+    preparation: dict[str, Any] = spawn.get_preparation_data("estune-grader")
+    if not any(b"__main__" in data for data in pickles):
+        # The user's script may be heavy to import, or be no module at all.
+        preparation = {key: value for key, value in preparation.items() if not key.startswith("init_main")}
+    preparation.pop("authkey", None)
+    return Setup(preparation, dict(modules.FILES), pickle.dumps(dict(functions)), memory)

@@ -1,0 +1,4 @@
+"""The run's record of seeds and coefficients, and what is made of it without an engine.
+
+Imports weights, es and noise. Begin with `journal.py`; `replay.py` rebuilds a checkpoint after any step.
+"""

@@ -1,0 +1,294 @@
+"""The run's record: a header, then a line for each evaluation and step, enough to rebuild every step's weights.
+
+JSON lines, format 1. Each line ends in `"check"`, a BLAKE2b hash of the line so far and of the previous line's check,
+so that a changed, lost or moved line shows. A line is on disk before the next step starts; a last line without its
+newline was cut off by a crash and is dropped. `docs/journal.md` describes every field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from estune.errors import EstuneError
+from estune.es.strategy import Member, Update
+from estune.files import locked
+from estune.noise.reference import NOISE_VERSION
+from estune.weights.checkpoint import Checkpoint, locate
+
+FORMAT = 1
+FILE = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a run started from."""
+
+    model: str  # as the user named it
+    base_hash: str  # content hash of the base checkpoint
+    policy: str
+    rounding: str
+    noise: str
+    dtype: str  # of the base weights
+    live_dtype: str  # of the weights that generate
+    tensors: dict[str, list[str]]  # trained tensors of the checkpoint, each with the names tied to it
+    fingerprint: str  # before the first step
+    task: str  # its name
+    data_hash: str  # of the training and the evaluation set
+    config: dict[str, Any]
+    packages: dict[str, str]
+    created: str  # ISO 8601
+    ancestors: list[str] = field(default_factory=list)  # last checks of the journals it goes on from, oldest first
+    format: int = FORMAT
+    noise_version: int = NOISE_VERSION
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step: who was asked, what they scored, and what was done to the weights."""
+
+    update: Update
+    sigma: float
+    learning_rate: float
+    rewards: list[float | None]  # by member; None where it failed
+    prompts: list[int]  # rows of the training set
+    fingerprint: str  # of the base weights after the step
+    metrics: dict[str, float] = field(default_factory=dict)  # for people and plots
+
+    @property
+    def step(self) -> int:
+        """Index of the step, from 0."""
+        return self.update.step
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """Metrics on the evaluation set with the weights after `step` steps."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+class Journal:
+    """An open journal. `steps` and `evaluations` hold what it records so far, `settings` those of the run by now.
+
+    `inherited` holds the steps of its ancestors, the runs that this one started from. They come before its own.
+    """
+
+    def __init__(self, path: Path, header: Header, check: str) -> None:
+        self.path, self.header = path, header
+        self.inherited: list[StepRecord] = []
+        self.steps: list[StepRecord] = []
+        self.evaluations: list[EvaluationRecord] = []
+        self.settings = dict(header.config)
+        self.check = check  # of the last line, hence of all
+        self._file: Any = None
+
+    @classmethod
+    def create(cls, run: Path, header: Header, parent: Journal | None = None) -> Journal:
+        """Start the journal of a new run in the directory `run`, with a copy of its parent's and the parent's own."""
+        if parent is not None:
+            header = replace(header, ancestors=[*parent.header.ancestors, parent.check])
+            folder, count = parent.path.parent, len(header.ancestors)
+            for i in range(1, count):
+                shutil.copyfile(_ancestor(folder, i), _ancestor(run, i))
+            _ancestor(run, count).write_bytes(_whole_lines(parent.path))
+        journal = cls(run / FILE, header, "")
+        journal.inherited = [] if parent is None else parent.history
+        journal._file = locked(journal.path, "xb")
+        journal._write("header", vars(header))
+        return journal
+
+    @classmethod
+    def read(cls, run: Path) -> Journal:
+        """Read a run's journal.
+
+        Raises:
+            EstuneError: where there is none, its version is another, or a line was changed (naming the step).
+        """
+        path = run / FILE
+        if not path.is_file():
+            raise EstuneError(f"{run}: no {FILE} here, so this is no run; give the output directory of `estune train`")
+        journal = cls._parse(path)
+        for number, check in enumerate(journal.header.ancestors, 1):
+            ancestor = _ancestor(run, number)
+            if not ancestor.is_file():
+                raise EstuneError(f"{ancestor} is missing, a journal that {path} goes on from; restore it from a copy")
+            found = cls._parse(ancestor)
+            if found.check != check:
+                raise EstuneError(f"{ancestor} is not the journal that {path} goes on from; restore it from a copy")
+            journal.inherited += found.steps
+        return journal
+
+    @classmethod
+    def _parse(cls, path: Path) -> Journal:
+        lines = _whole_lines(path).split(b"\n")[:-1]
+        if not lines:
+            raise EstuneError(f"{path}: the run ended before its header was written; start it again")
+        check, payload = _verified(lines[0], "", path, "its header")
+        for key, known in (("format", FORMAT), ("noise_version", NOISE_VERSION)):
+            if payload.get(key) != known:
+                raise EstuneError(
+                    f"{path}: {key.replace('_', ' ')} {payload.get(key)}, this estune reads {known}; "
+                    f"use the estune that wrote it ({payload.get('packages', {}).get('estune', 'unknown')})"
+                )
+        payload.pop("kind")
+        journal = cls(path, Header(**payload), check)
+        for number, line in enumerate(lines[1:], 2):
+            where = f"line {number}, after step {len(journal.steps) - 1}" if journal.steps else f"line {number}, step 0"
+            check, payload = _verified(line, check, path, where)
+            match payload.pop("kind"):
+                case "step":
+                    journal.steps.append(_decode_step(payload))
+                case "evaluation":
+                    journal.evaluations.append(EvaluationRecord(**payload))
+                case _:
+                    journal.settings |= payload
+        journal.check = check
+        return journal
+
+    @classmethod
+    def resume(cls, run: Path) -> Journal:
+        """Read a run's journal and go on writing it; a cut last line is removed from the file."""
+        path = run / FILE
+        lock = locked(path, "r+b") if path.is_file() else None
+        try:
+            journal = cls.read(run)
+        except BaseException:
+            if lock is not None:
+                lock.close()
+            raise
+        journal._file = lock
+        journal._file.truncate(len(_whole_lines(path)))
+        return journal
+
+    def append_step(self, record: StepRecord) -> None:
+        """Write a step; when this returns it is on disk."""
+        update = record.update
+        self._write(
+            "step",
+            {
+                "step": update.step,
+                "seeds": [f"{m.seed:016x}" for m in update.members],
+                "signs": [m.sign for m in update.members],
+                "rewards": record.rewards,
+                "coefficients": update.coefficients,
+                "decay": update.decay,
+                "rounding_seed": f"{update.rounding_seed:016x}",
+                "sigma": record.sigma,
+                "learning_rate": record.learning_rate,
+                "prompts": record.prompts,
+                "fingerprint": record.fingerprint,
+                "metrics": record.metrics,
+            },
+        )
+        self.steps.append(record)
+
+    def append_evaluation(self, record: EvaluationRecord) -> None:
+        """Write an evaluation; when this returns it is on disk."""
+        self._write("evaluation", {"step": record.step, "metrics": record.metrics})
+        self.evaluations.append(record)
+
+    def append_settings(self, changed: dict[str, Any]) -> None:
+        """Write settings that are no longer the header's, such as a new length of the run."""
+        self._write("settings", changed)
+        self.settings |= changed
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """All steps from the base model on, its ancestors' and its own."""
+        return [*self.inherited, *self.steps]
+
+    def chronicle(self) -> list[StepRecord | EvaluationRecord]:
+        """Steps and evaluations in the order in which they happened."""
+        entries = [((r.step + 1, 0), r) for r in self.steps] + [((e.step, 1), e) for e in self.evaluations]
+        return [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
+
+    def fingerprint(self) -> str:
+        """Fingerprint of the weights after the last step."""
+        return self.steps[-1].fingerprint if self.steps else self.header.fingerprint
+
+    def close(self) -> None:
+        """Close the file and let other processes have it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, kind: str, payload: dict[str, Any]) -> None:
+        check, line = _sealed({"kind": kind, **payload}, self.check)
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(end)
+            self.close()
+            raise EstuneError(
+                f"{self.path}: {error.strerror} while writing; the run is whole up to step {len(self.steps)}: "
+                f"make room, then `estune train --resume {self.path.parent}`"
+            ) from error
+        self.check = check
+
+
+def _ancestor(run: Path, number: int) -> Path:
+    return run / f"ancestor-{number}.jsonl"
+
+
+def _whole_lines(path: Path) -> bytes:
+    """A journal's bytes but for a last line that a crash cut off."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _sealed(payload: dict[str, Any], previous: str) -> tuple[str, bytes]:
+    body = json.dumps(payload, separators=(",", ":"), allow_nan=False)[:-1].encode()
+    check = hashlib.blake2b(previous.encode() + body, digest_size=8).hexdigest()
+    return check, body + b',"check":"' + check.encode() + b'"}\n'
+
+
+def _verified(line: bytes, previous: str, path: Path, where: str) -> tuple[str, dict[str, Any]]:
+    body, _, seal = line.rpartition(b',"check":"')
+    check = hashlib.blake2b(previous.encode() + body, digest_size=8).hexdigest()
+    if seal != check.encode() + b'"}':
+        raise EstuneError(f"{path}: damaged at {where}: the line does not match its checksum; restore it from a copy")
+    payload: dict[str, Any] = json.loads(line)
+    payload.pop("check")
+    return check, payload
+
+
+def _decode_step(payload: dict[str, Any]) -> StepRecord:
+    members = tuple(Member(int(s, 16), sign) for s, sign in zip(payload["seeds"], payload["signs"], strict=True))
+    update = Update(
+        payload["step"],
+        members,
+        tuple(payload["coefficients"]),
+        payload["decay"],
+        int(payload["rounding_seed"], 16),
+    )
+    return StepRecord(
+        update,
+        payload["sigma"],
+        payload["learning_rate"],
+        payload["rewards"],
+        payload["prompts"],
+        payload["fingerprint"],
+        payload["metrics"],
+    )
+
+
+def base_checkpoint(header: Header, model: str | None = None) -> Checkpoint:
+    """The base checkpoint of a run, its content checked against the journal's hash."""
+    base = Checkpoint(locate(model or header.model))
+    found = base.content_hash()
+    if found != header.base_hash:
+        raise EstuneError(
+            f"base model {model or header.model}: content hash {found}, the journal was written over "
+            f"{header.base_hash}; give the original with --model"
+        )
+    return base

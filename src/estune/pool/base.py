@@ -1,0 +1,116 @@
+"""What evaluates members: a pool to the trainer, made of evaluators, and what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from estune.completion import Completion, Sampling
+from estune.es.strategy import Member, Update
+from estune.journal.journal import StepRecord
+from estune.weights.weights import Drift
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A member's completions, one per prompt, and the seconds they took."""
+
+    completions: list[Completion]
+    perturb_time: float
+    generate_time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a replica trains. Two replicas of one run have equal descriptions."""
+
+    base_hash: str  # content hash of the base checkpoint
+    dtype: str  # of the base weights
+    live_dtype: str  # of the weights that generate
+    tensors: dict[str, list[str]]  # trained tensors of the checkpoint, each with the names tied to it
+    elements: int  # of all trained tensors
+    fingerprint: str  # of the base weights, now
+    device: str  # its kind: another one can round otherwise
+
+
+# Prompts of an evaluation given to one replica at a time. Fixed, so that batches do not depend on their number.
+EVALUATION_BATCH = 128
+
+
+class Pool(Protocol):
+    """What a run needs of those who evaluate its members. All of them hold the same base weights."""
+
+    def describe(self) -> Description:
+        """What they train, and the fingerprint of their weights."""
+        ...
+
+    def evaluate(
+        self, members: Sequence[Member], sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, Evaluated]]:
+        """Generate with each member's weights; yields (index, result) as they finish, while others go on."""
+        ...
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """Generate with the base weights."""
+        ...
+
+    def apply(self, update: Update) -> str:
+        """Add an update to the base weights; return the fingerprint after it.
+
+        Raises:
+            EstuneError: where it cannot be done by all. The pool must then not be used any more.
+        """
+        ...
+
+    def rebuild(self, records: Sequence[StepRecord], checkpoint: tuple[int, Path] | None = None) -> str:
+        """Bring fresh base weights to where these steps lead; return the fingerprint there.
+
+        Args:
+            records: all steps of the run so far.
+            checkpoint: a number of steps and the weights after them, to begin with.
+        """
+        ...
+
+    def save(self, path: Path, dtype: str) -> None:
+        """Write the base weights as a checkpoint of this type."""
+        ...
+
+    def drift(self) -> Drift | None:
+        """What restoring left behind since the last update; None where it leaves nothing."""
+        ...
+
+    def compare(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+        """How far the base weights have come from the base model; see `Replica.compare`."""
+        ...
+
+    def close(self) -> None:
+        """End all that was started."""
+        ...
+
+
+class Evaluator(Protocol):
+    """What a local pool needs of a replica: `Replica`, or `WorkerProcess`, which passes calls on to one."""
+
+    def evaluate(
+        self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Evaluated:
+        """Generate with a member's weights."""
+        ...
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """Generate with the base weights."""
+        ...
+
+    def apply(self, update: Update) -> int:
+        """Add an update to the base, or to its share of it; return the sum of the hashes of that after it."""
+        ...
+
+    def load(self, checkpoint: Path) -> None:
+        """Make a checkpoint's tensors the base, if this replica is the one that fills it."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds; a process ends at once."""
+        ...

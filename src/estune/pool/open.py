@@ -1,0 +1,79 @@
+"""From settings to what a run needs: pool, prompt encoder, strategy, sampling."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from estune.config import Config
+from estune.pool.base import Pool
+from estune.pool.local import open_local_pool
+from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.device import chosen_device, training_device
+
+if TYPE_CHECKING:
+    pass
+
+# Models above this size share their matrices' rows over all cores; smaller ones do better with one member per core.
+LARGEST_REPLICATED = 256 << 20
+
+
+def with_resources(config: Config, *, perturbs: bool = True) -> Config:
+    """The settings with `device`, `replicas` and `threads` as this machine has them.
+
+    They are part of a run: another device, or a matrix product shared out over other threads, can change its last bits.
+
+    Args:
+        config: the settings.
+        perturbs: False where weights are only generated with, which more devices can.
+
+    Raises:
+        EstuneError: for a device that is not there, or a model that cannot be had.
+    """
+    device = _device(config, perturbs=perturbs)
+    if device.startswith("cpu"):
+        size = sum(t.size for t in Checkpoint(locate(config.model)).tensors.values())
+        replicas, threads = share_cores(config, size)
+    else:
+        replicas, threads = config.replicas or 1, config.threads or 1
+    return config.model_copy(update={"device": device, "replicas": replicas, "threads": threads})
+
+
+def _device(config: Config, *, perturbs: bool) -> str:
+    if config.workers and config.device == "auto":
+        from estune.pool.ray.pool import cluster_device
+
+        return cluster_device(config)
+    return str((training_device if perturbs else chosen_device)(config.device))
+
+
+def share_cores(config: Config, size: int) -> tuple[int, int]:
+    """Replicas, and threads of each, for weights of `size` bytes on this CPU: a member a core, or all cores for one."""
+    cores = available_cores()
+    threads = config.threads or (1 if size <= LARGEST_REPLICATED else cores)
+    if config.weights == "inplace":
+        return 1, threads  # what restoring leaves behind depends on who came before
+    if config.workers or config.engine == "vllm":
+        return 1, threads
+    return config.replicas or max(1, min(cores // threads, config.population)), threads
+
+
+def open_pool(config: Config) -> Pool:
+    """Workers on a Ray cluster if the settings have any, else this machine's replicas.
+
+    Raises:
+        EstuneError: for a model that cannot be had or trained, or a cluster that cannot be reached.
+    """
+    if config.workers:
+        from estune.pool.ray.pool import open_ray_pool
+
+        return open_ray_pool(config)
+    return open_local_pool(config)
+
+
+def available_cores() -> int:
+    """Cores this process may use: OMP_NUM_THREADS where it is set, else all it is given."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    if limit.isdigit() and int(limit) > 0:
+        return int(limit)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,364 @@
+"""The workers of a run: who starts them, keeps their weights up to date, gives them jobs and replaces those lost.
+
+Each worker has a thread here (`Crew._serve`). The trainer's thread puts jobs on the queue, or asks each worker to do
+one, and waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import ray
+
+from estune.config import Config
+from estune.errors import EstuneError
+from estune.es.strategy import Update
+from estune.pool.base import Description
+from estune.pool.ray.cluster import first_line, needs
+from estune.pool.ray.handle import Deadlines, Handle, Lost
+from estune.pool.ray.worker import StaleWeights, software
+
+T = TypeVar("T")
+State = Literal["waiting", "loading", "ready", "refused", "ended"]
+log = logging.getLogger(__name__)
+
+PATIENCE = 45.0  # seconds without any worker, nor one that loads its model
+MOST_LOSSES = 5  # workers that one job may cost, and, for each worker, in a row without anything finished
+MOST_ERRORS = 2  # of a worker that cannot be started, until its place stays empty
+LONGEST_PAUSE = 10.0  # seconds before a worker that was lost again is replaced again
+
+
+@dataclass(eq=False)
+class Job:
+    """Something for a worker to do: one of `RayWorker`'s methods."""
+
+    kind: str
+    arguments: tuple[Any, ...]
+    finished: deque[Job]  # where it goes once it is done, failed or, if it is for one worker alone, lost
+    index: int = 0
+    alone: bool = False
+    losses: int = 0
+    errors: list[Exception] = field(default_factory=list)
+    done: bool = False
+    result: Any = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Slot:
+    """A place for a worker, and who is in it."""
+
+    number: int
+    state: State = "waiting"
+    since: float = field(default_factory=time.monotonic)
+    handle: Handle | None = None
+    own: deque[Job] = field(default_factory=deque)
+    losses: int = 0  # since its worker last finished something
+    errors: list[Exception] = field(default_factory=list)  # on starting
+
+    def __str__(self) -> str:
+        return str(self.handle) if self.handle else f"worker {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What every worker's weights must be: the base and these updates."""
+
+    history: list[Update]
+    fingerprint: str = ""  # after them
+
+
+class Crew:
+    """As many workers as `config.workers` says, now or as soon as the cluster has room for them."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.weights = Weights([])
+        self.checkpoint: tuple[int, Path] | None = None  # where those who come can begin
+        self.reference: tuple[dict[str, str], Description] | None = None  # software and model of the first
+        self.slots = [Slot(number) for number in range(config.workers or 1)]
+        self._changed = threading.Condition(threading.RLock())
+        self._closed = threading.Event()
+        self._jobs: deque[Job] = deque()
+        self._losses, self._cause = 0, ""  # since any worker finished something; the last one's
+        self._deadlines = Deadlines(config.worker_timeout)
+        self._threads = [threading.Thread(target=self._serve, args=(slot,), daemon=True) for slot in self.slots]
+        for thread in self._threads:
+            thread.start()
+
+    # For the trainer's thread.
+
+    def run(self, kind: str, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Job]:
+        """Let whoever is free do a job for each of these arguments; yields jobs as they are done.
+
+        Raises:
+            Exception: what workers raise in a job, when several have tried.
+        """
+        finished: deque[Job] = deque()
+        jobs = [Job(kind, each, finished, index) for index, each in enumerate(arguments)]
+        with self._changed:
+            self._jobs.extend(jobs)
+            self._changed.notify_all()
+        try:
+            for _ in jobs:
+                job = self.wait(lambda: finished.popleft() if finished else None)
+                if job.error is not None:
+                    raise job.error
+                yield job
+        finally:
+            with self._changed:
+                self._jobs.clear()
+
+    def ask(self, slots: Sequence[Slot], kind: str, arguments: tuple[Any, ...]) -> dict[Slot, Any]:
+        """Let each of these workers that is ready do a job; returns results of those that live to tell.
+
+        Raises:
+            Exception: what a worker raised, if no other did better.
+        """
+        finished: deque[Job] = deque()
+        with self._changed:
+            jobs = {s: Job(kind, arguments, finished, alone=True) for s in slots if s.state == "ready"}
+            for slot, job in jobs.items():
+                slot.own.append(job)
+            self._changed.notify_all()
+        self.wait(lambda: len(finished) == len(jobs) or None)
+        results = {slot: job.result for slot, job in jobs.items() if job.done}
+        errors = [error for job in jobs.values() for error in job.errors]
+        if errors and not results:
+            raise errors[0]
+        return results
+
+    def commit(self, weights: Weights, handles: Sequence[Handle]) -> None:
+        """Make this what weights must be; these workers have them already."""
+        with self._changed:
+            self.weights = weights
+            for handle in handles:
+                handle.done = len(weights.history)
+            self._changed.notify_all()
+
+    def wait(self, found: Callable[[], T | None]) -> T:
+        """Wait until there is something, as long as there is hope.
+
+        Raises:
+            EstuneError: no worker is left, and none can be had.
+        """
+        with self._changed:
+            while (result := found()) is None:
+                self._check_hope()
+                self._changed.wait(0.5)  # not for ever: handlers of signals run in between
+            return result
+
+    def ready(self) -> list[Slot]:
+        """Those that can be given jobs now."""
+        return [slot for slot in self.slots if slot.state == "ready"]
+
+    def close(self) -> None:
+        """End all workers."""
+        with self._changed:
+            self._closed.set()
+            self._changed.notify_all()
+            handles = [slot.handle for slot in self.slots if slot.handle is not None]
+        for handle in handles:
+            handle.end()
+        for thread in self._threads:
+            thread.join(20)
+
+    def _check_hope(self) -> None:
+        """Raise why there is none, if so."""
+        left = [slot for slot in self.slots if slot.state != "refused"]
+        if not left:
+            raise self.slots[0].errors[0]
+        if self._losses > MOST_LOSSES * len(left):
+            raise EstuneError(
+                f"{self._losses} workers in a row were lost with nothing finished, the last one: {self._cause}; "
+                "no step is lost: mend that and resume"
+            )
+        idle = time.monotonic() - max(slot.since for slot in left)
+        if all(slot.state == "waiting" for slot in left) and idle > max(PATIENCE, self._config.worker_timeout or 0):
+            need = needs(self._config)
+            lost = f"; the last one was lost: {self._cause}" if self._cause else ""
+            raise EstuneError(
+                f"for {idle:.0f} s there was room for no worker: each takes {_listed(need)} of a node, and of the "
+                f"cluster {_listed(_free(need))} are free{lost}; add nodes, ask for less or "
+                "wait longer (worker_timeout), and start or resume"
+            )
+
+    # A worker's life, in a thread of its own.
+
+    def _serve(self, slot: Slot) -> None:
+        while not self._closed.is_set() and slot.state != "refused":
+            job: Job | None = None
+            try:
+                if slot.handle is None:
+                    self._start(slot)
+                self._catch_up(slot)
+                job = self._next(slot)
+                if job is not None:
+                    self._do(slot, job)
+            except Lost as error:
+                self._lose(slot, str(error), job)
+            except Exception as error:
+                self._fail(slot, error, job)
+        if slot.handle is not None:
+            slot.handle.end()
+
+    def _start(self, slot: Slot) -> None:
+        """Start a worker, let it load the model, and see that it holds what the others hold."""
+        handle = slot.handle = Handle(slot.number, self._config, self._deadlines)
+        while (place := handle.look(1.0)) is None:
+            if self._closed.is_set():
+                raise Lost("the run has ended")
+        self._enter(slot, "loading")
+        ours = software()
+        _compare(handle, place.software, {key: ours[key] for key in ("estune", "noise", "journal")})
+        description: Description = handle.call("open", self._config)
+        with self._changed:
+            if self.reference is None:
+                self.reference = place.software, description
+                self.weights = Weights([], description.fingerprint)
+            versions, model = self.reference
+        _compare(handle, place.software, versions)
+        _compare(handle, _fields(description), _fields(model))
+        handle.done = 0
+
+    def _catch_up(self, slot: Slot) -> None:
+        """Let a worker make the updates that it has not made."""
+        handle, weights, checkpoint = slot.handle, self.weights, self.checkpoint
+        assert handle is not None
+        history = weights.history
+        if handle.done == len(history):
+            return
+        found = ""
+        if handle.done:
+            for done in range(handle.done, len(history)):
+                found = handle.call("apply", done, history[done])
+        for start in (checkpoint, None):
+            if found != weights.fingerprint:
+                found = handle.call("rebuild", history, start, units=len(history))
+        _compare(handle, {"fingerprint": found}, {"fingerprint": weights.fingerprint})
+        handle.done = len(history)
+
+    def _next(self, slot: Slot) -> Job | None:
+        """A job for a worker that is up to date. None: it no longer is, or the run has ended."""
+        assert slot.handle is not None
+        self._enter(slot, "ready")
+        with self._changed:
+            while not self._closed.is_set() and slot.handle.done == len(self.weights.history):
+                jobs = slot.own or self._jobs
+                if jobs:
+                    return jobs.popleft()
+                self._changed.wait()
+        return None
+
+    def _do(self, slot: Slot, job: Job) -> None:
+        assert slot.handle is not None
+        try:
+            units = len(job.arguments[0]) if job.kind == "rebuild" else 1
+            job.result = slot.handle.call(job.kind, *job.arguments, units=units)
+        except StaleWeights:
+            log.warning("%s has other weights than the run, and makes them anew", slot)
+            slot.handle.done = None
+            self._give_back(job)
+            return
+        with self._changed:
+            self._losses = slot.losses = 0
+            slot.errors.clear()
+            job.done = True
+            self._finish(job)
+
+    def _lose(self, slot: Slot, cause: str, job: Job | None) -> None:
+        """Give back what a lost worker was to do, and make room for another one."""
+        if self._closed.is_set():
+            return
+        what = f" in {job.kind}" if job else ""
+        log.warning("%s was lost%s: %s; it is replaced, and others do its work", slot, what, cause)
+        self._empty(slot, "waiting")
+        with self._changed:
+            self._losses += 1
+            self._cause = cause
+        if job is not None:
+            job.losses += 1
+            if job.losses >= MOST_LOSSES:
+                job.error = EstuneError(
+                    f"{job.kind} cost {job.losses} workers, the last one: {cause}; no step is lost: mend it and resume"
+                )
+            self._give_back(job)
+        self._closed.wait(min(LONGEST_PAUSE, slot.losses - 1))
+        slot.losses += 1
+
+    def _fail(self, slot: Slot, error: Exception, job: Job | None) -> None:
+        """A worker raised an error. Another one may do better; if none does, it is the run's."""
+        if job is not None:
+            job.errors.append(error)
+            if len(job.errors) >= min(3, sum(s.state != "refused" for s in self.slots)):
+                job.error = error
+            self._lose(slot, first_line(error), job)
+            return
+        slot.errors.append(error)
+        if len(slot.errors) < MOST_ERRORS:
+            self._empty(slot, "waiting")
+            return
+        log.warning("%s is of no use, and its place stays empty: %s", slot, first_line(error))
+        self._empty(slot, "refused")
+
+    def _empty(self, slot: Slot, state: State) -> None:
+        if slot.handle is not None:
+            slot.handle.end()
+        with self._changed:
+            slot.handle = None
+            self._enter(slot, state)
+            while slot.own:
+                self._finish(slot.own.popleft())
+
+    def _give_back(self, job: Job) -> None:
+        with self._changed:
+            if job.alone or job.error is not None:
+                self._finish(job)
+            else:
+                self._jobs.appendleft(job)
+                self._changed.notify_all()
+
+    def _finish(self, job: Job) -> None:
+        with self._changed:
+            job.finished.append(job)
+            self._changed.notify_all()
+
+    def _enter(self, slot: Slot, state: State) -> None:
+        with self._changed:
+            if slot.state != state:
+                slot.state, slot.since = state, time.monotonic()
+            self._changed.notify_all()
+
+
+def _compare(handle: Handle, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise EstuneError(
+                f"{handle} differs from the others: its {key} is {_short(found.get(key))}, theirs {_short(value)}; "
+                "make that machine like the others"
+            )
+
+
+def _fields(description: Description) -> dict[str, Any]:
+    return {f.name: getattr(description, f.name) for f in fields(description)}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def _free(need: dict[str, float]) -> dict[str, float]:
+    there = ray.available_resources()  # type: ignore[no-untyped-call]
+    return {key: there.get(key, 0) for key in need}
+
+
+def _listed(resources: dict[str, float]) -> str:
+    return " and ".join(f"{value:g} {key}" for key, value in resources.items())

@@ -1,0 +1,148 @@
+"""A worker as the pool sees it: an actor, calls with deadlines, and a sure end."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from estune.config import Config
+from estune.pool.ray.cluster import first_line, needs
+from estune.pool.ray.worker import Place, RayWorker
+
+START_SECONDS = 1800.0
+"""For a model to be loaded, and for a rebuilt one's base: a checkpoint may come over a network."""
+FIRST_SECONDS = 600.0
+LEAST_SECONDS = 60.0
+
+
+class Lost(Exception):
+    """A worker is gone or no use any more. The message says how, in one line."""
+
+
+class Deadlines:
+    """Seconds to wait for a call, by what calls of its kind took so far.
+
+    Args:
+        fixed: seconds for every call but those that load a model; by experience if None.
+    """
+
+    def __init__(self, fixed: float | None) -> None:
+        self._fixed = fixed
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def of(self, kind: str, units: int = 1) -> float:
+        """Seconds for a call, or for one that does the work of so many."""
+        if kind == "open":
+            return START_SECONDS
+        if kind == "rebuild":
+            return START_SECONDS + units * (self.of("apply") if self._seconds["apply"] else LEAST_SECONDS)
+        if self._fixed is not None:
+            return self._fixed
+        with self._lock:
+            seconds = self._seconds[kind]
+            return max(LEAST_SECONDS, 10 * statistics.median(seconds)) if seconds else FIRST_SECONDS
+
+    def took(self, kind: str, seconds: float) -> None:
+        """Remember what a call took."""
+        with self._lock:
+            self._seconds[kind] = [*self._seconds[kind][-99:], seconds]
+
+
+class Handle:
+    """Asks for a process with a `RayWorker`; it comes when the cluster has room for it.
+
+    Args:
+        number: of the worker, from 0, for messages.
+        config: the run's settings.
+        deadlines: shared by the workers of a run.
+    """
+
+    def __init__(self, number: int, config: Config, deadlines: Deadlines) -> None:
+        self.number = number
+        self.place: Place | None = None
+        self.done: int | None = None  # updates that its weights have had; None where it must be built anew
+        self._deadlines = deadlines
+        resources = needs(config)
+        options: dict[str, Any] = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0)}
+        self._group = None
+        if config.gpus_per_worker > 1:  # GPUs of one engine must be on one machine
+            self._group = placement_group([resources], strategy="STRICT_PACK")
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group)
+        actor_class: Any = ray.remote(RayWorker)
+        self.actor = actor_class.options(max_restarts=0, max_task_retries=0, **options).remote()
+        self._where = self.actor.where.remote()
+
+    def __str__(self) -> str:
+        where = f" on {self.place.host} (process {self.place.pid})" if self.place else ""
+        return f"worker {self.number}{where}"
+
+    def look(self, seconds: float) -> Place | None:
+        """Where it is; None if it has no process after so many seconds.
+
+        Raises:
+            Lost: its process has ended.
+        """
+        if self.place is None and ray.wait([self._where], timeout=seconds)[0]:
+            self.place = self._result(self._where, seconds)
+        return self.place
+
+    def call(self, kind: str, *arguments: Any, units: int = 1) -> Any:
+        """Let it do something, and wait for the result.
+
+        Raises:
+            Lost: its process has ended, or did not answer in time.
+            Exception: what it raised itself.
+        """
+        limit = self._deadlines.of(kind, units)
+        began = time.monotonic()
+        method: Callable[..., Any] = getattr(self.actor, kind).remote
+        try:
+            result = self._result(method(*arguments), limit)
+        except GetTimeoutError:
+            raise Lost(f"no answer for {limit:.0f} s (worker_timeout)") from None
+        self._deadlines.took(kind, time.monotonic() - began)
+        return result
+
+    def end(self) -> None:
+        """End its process, even one that is stopped, and give back what it takes of the cluster."""
+        with suppress(Exception):  # the cluster itself may be gone
+            ray.kill(self.actor)  # Ray asks first, and kills after some seconds
+        with suppress(Exception):
+            if self._group is not None:
+                remove_placement_group(self._group)
+
+    @staticmethod
+    def _result(reference: Any, limit: float) -> Any:
+        try:
+            return ray.get(reference, timeout=limit)
+        except RayTaskError as error:
+            raise error.cause from None
+        except GetTimeoutError:
+            raise
+        except RayError as error:
+            raise Lost(_how(error)) from None
+
+
+def _how(error: RayError) -> str:
+    """Of Ray's paragraph on a lost worker, what can be acted on."""
+    text = " ".join(str(error).split())
+    for sign, meaning in (
+        ("out of memory", "Ray ended it, as its machine was short of memory: use fewer workers or a smaller base"),
+        ("ModuleNotFoundError", text[text.find("ModuleNotFoundError") :][:120]),
+        ("connection error code 2", "its process ended at once (killed, out of memory or crashed)"),
+        ("node", "its process ended (" + text.rpartition("The actor is dead because ")[2][:160] + ")"),
+    ):
+        if sign.lower() in text.lower():
+            return meaning
+    return first_line(error)

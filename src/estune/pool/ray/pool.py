@@ -1,0 +1,203 @@
+"""Workers of a Ray cluster, each an engine of its own: any number of GPUs and machines.
+
+Only seeds, scalars, prompts and completions travel. A worker's weights are the base model, which it loads itself, and
+the updates since. So one that is lost, hangs or comes late costs nothing but time: its members are evaluated by others
+from their seeds, and another takes its place by making the same updates. Every call names the number of updates that
+the weights must have had, and after each update their fingerprints are compared.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import ray
+
+from estune.completion import Completion, Sampling
+from estune.config import Config
+from estune.errors import EstuneError
+from estune.es.strategy import Member, Update
+from estune.es.update import as_fingerprint, update_kernel
+from estune.journal.journal import StepRecord
+from estune.journal.replay import _rebuilt as rebuilt
+from estune.pool.base import EVALUATION_BATCH, Description, Evaluated
+from estune.pool.ray.cluster import cluster_device, connect, disconnect
+from estune.pool.ray.crew import Crew, Slot, Weights
+from estune.weights.checkpoint import EMBEDDED, Checkpoint, locate
+from estune.weights.weights import Drift
+
+__all__ = ["RayPool", "cluster_device", "open_ray_pool"]
+
+K = TypeVar("K")
+log = logging.getLogger(__name__)
+
+SETTLE = 10.0  # seconds that the first worker waits for the others to come
+
+
+def open_ray_pool(config: Config) -> RayPool:
+    """As many workers as `config.workers` says, of which at least one is ready.
+
+    Raises:
+        EstuneError: for a cluster that cannot be reached or has no room, or a model that no worker can have.
+    """
+    connect(config)
+    pool = RayPool(config)
+    try:
+        pool.wait_for_workers()
+    except BaseException:
+        pool.close()
+        raise
+    return pool
+
+
+class RayPool:
+    """Workers on the cluster that this process is connected to."""
+
+    def __init__(self, config: Config) -> None:
+        self.crew = Crew(_for_workers(config))
+        self._config = config
+
+    def wait_for_workers(self, most: float = SETTLE) -> None:
+        """Wait until a worker is ready, and then at most so many seconds for the others."""
+        began = time.monotonic()
+
+        def enough() -> bool | None:
+            late = any(slot.state in {"waiting", "loading"} for slot in self.crew.slots)
+            return (bool(self.crew.ready()) and (not late or time.monotonic() - began > most)) or None
+
+        self.crew.wait(enough)
+
+    def describe(self) -> Description:
+        """As `Pool.describe`: what all workers agree on; those that do not are refused."""
+        _, description = self.crew.wait(lambda: self.crew.reference)
+        return replace(description, fingerprint=self.crew.weights.fingerprint)
+
+    def evaluate(
+        self, members: Sequence[Member], sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, Evaluated]]:
+        """As `Pool.evaluate`."""
+        done, prompts = self._done, ray.put(prompt_ids)  # sent to a node once a step, not once a member
+        for job in self.crew.run("evaluate", [(done, member, sigma, prompts, sampling) for member in members]):
+            yield job.index, job.result
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """As `Pool.generate`."""
+        batches = [
+            (self._done, prompt_ids[i : i + EVALUATION_BATCH], replace(sampling, seed=sampling.seed + i))
+            for i in range(0, len(prompt_ids), EVALUATION_BATCH)
+        ]
+        found = {job.index: job.result for job in self.crew.run("generate", batches)}
+        return [completion for index in range(len(batches)) for completion in found[index]]
+
+    def apply(self, update: Update) -> str:
+        """As `Pool.apply`. Weights that differ from the majority's are made anew; if there is none, all are."""
+        return self._bring_all([*self.crew.weights.history, update], "apply", (self._done, update))
+
+    def rebuild(self, records: Sequence[StepRecord], checkpoint: tuple[int, Path] | None = None) -> str:
+        """As `Pool.rebuild`."""
+        updates = [record.update for record in records]
+        start = checkpoint and (checkpoint[0], checkpoint[1].absolute())
+        self.crew.checkpoint = start
+        return self._bring_all(updates, "rebuild", (updates, start))
+
+    def save(self, path: Path, dtype: str) -> None:
+        """As `Pool.save`: by a worker on this machine or, where there is none, by replay over this machine's base."""
+        here, path, weights = ray.get_runtime_context().get_node_id(), path.absolute(), self.crew.weights
+        near = [s for s in self.crew.ready() if s.handle and s.handle.place and s.handle.place.node == here]
+        if not any(self.crew.ask([slot], "save", (self._done, weights.fingerprint, path, dtype)) for slot in near):
+            self._replay(path, dtype)
+        if dtype == self.describe().dtype:  # not rounded: workers that come later can begin with it
+            self.crew.checkpoint = self._done, path
+
+    def drift(self) -> Drift | None:
+        """None: workers restore exactly."""
+        return None
+
+    def compare(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+        """As `Pool.compare`."""
+        (job,) = self.crew.run("compare", [(self._done, prompt_ids, completion_ids)])
+        found: dict[str, float] = job.result
+        return found
+
+    def close(self) -> None:
+        """End all workers, and a cluster that was started for them."""
+        self.crew.close()
+        disconnect()
+
+    @property
+    def _done(self) -> int:
+        return len(self.crew.weights.history)
+
+    def _bring_all(self, history: list[Update], kind: str, arguments: tuple[Any, ...]) -> str:
+        """Let all workers do what leads to the end of `history`; return the fingerprint that they find there.
+
+        Raises:
+            EstuneError: where they differ even after making their weights anew.
+        """
+        votes: dict[Slot, str] = {}
+        while not votes:
+            self.crew.wait(lambda: self.crew.ready() or None)
+            handles = {slot: slot.handle for slot in self.crew.slots}
+            votes = self.crew.ask(self.crew.slots, kind, arguments)
+            odd = _minority(votes)
+            if odd:
+                names = ", ".join(map(str, odd))
+                log.warning("after %d steps the weights of %s differ, and are made anew", len(history), names)
+                votes = {slot: vote for slot, vote in votes.items() if slot not in odd}
+                votes |= self.crew.ask(odd, "rebuild", (history, None))
+        if len(set(votes.values())) > 1:
+            raise EstuneError(
+                f"step {len(history) - 1}: after the same updates workers' weights differ "
+                f"({', '.join(f'{slot}: {vote}' for slot, vote in votes.items())}): no sound machine does that; "
+                "nothing wrong was recorded: resume without the machine that is alone with its result"
+            )
+        weights = Weights(history, next(iter(votes.values())))
+        self.crew.commit(weights, [h for slot in votes if (h := handles[slot]) is not None and h is slot.handle])
+        return weights.fingerprint
+
+    def _replay(self, path: Path, dtype: str) -> None:
+        """Write the weights without any worker."""
+        config, trained, weights = self._config, self.describe(), self.crew.weights
+        base = Checkpoint(locate(config.model))
+        if base.content_hash() != trained.base_hash:
+            raise EstuneError(
+                f"{path}: no worker is on this machine to write it, and the base model {config.model} is another one "
+                "here than where the workers are: put theirs here, and resume"
+            )
+        header: Any = SimpleNamespace(policy=config.weights, noise=config.noise, dtype=trained.dtype)
+        kernels: Any = [(None, update_kernel(update, config.rounding)) for update in weights.history]
+        sums: dict[str, int] = {}
+        tensors = {
+            name: rebuilt(base.tensors[primary], header, kernels, sums)
+            for primary, aliases in trained.tensors.items()
+            for name in (primary, *aliases)
+        }
+
+        def verify() -> None:
+            if as_fingerprint(sum(sums.values())) != weights.fingerprint:
+                raise EstuneError(f"{path}: replay on this machine gives other weights than the workers have; resume")
+
+        base.write(path, tensors, dtype, verify)
+
+
+def _for_workers(config: Config) -> Config:
+    """Workers run in other directories, and each sees its own GPUs alone."""
+    model, device = config.model, config.device.partition(":")[0]
+    if model not in EMBEDDED and Path(model).exists():
+        model = str(Path(model).absolute())
+    return config.model_copy(update={"model": model, "device": device})
+
+
+def _minority(votes: Mapping[K, str]) -> list[K]:
+    """Those whose vote is not the most frequent one; on a tie, all."""
+    counts = Counter(votes.values()).most_common()
+    if len(counts) < 2:
+        return []
+    tie = counts[0][1] == counts[1][1]
+    return [key for key, vote in votes.items() if tie or vote != counts[0][0]]

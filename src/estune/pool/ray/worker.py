@@ -1,0 +1,121 @@
+"""A replica as a Ray actor. Light to import, as its process does before it has a model to load."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+from estune.journal.journal import FORMAT
+from estune.noise.reference import NOISE_VERSION
+from estune.versions import packages
+
+if TYPE_CHECKING:
+    from estune.completion import Completion, Sampling
+    from estune.config import Config
+    from estune.es.strategy import Member, Update
+    from estune.pool.base import Description, Evaluated
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker runs, and with which versions of what matters to the numbers."""
+
+    node: str  # Ray's id of it
+    host: str
+    pid: int
+    software: dict[str, str]
+
+
+class StaleWeights(Exception):
+    """The worker's weights are not those that the call is about."""
+
+
+def software() -> dict[str, str]:
+    """Versions, by name, that must be the same for all workers of a run."""
+    return {**packages(), "noise": str(NOISE_VERSION), "journal": str(FORMAT)}
+
+
+class RayWorker:
+    """Passes calls on to a `Replica`, once it is sure that its weights are those of the caller.
+
+    `done`, the first argument of most calls, is the number of updates that the weights must have had. They raise
+    `StaleWeights` where it is another.
+    """
+
+    def __init__(self) -> None:
+        self._done = -1  # no weights, or nobody knows which
+        self._last: Update | None = None
+        self._fingerprint = ""
+
+    def where(self) -> Place:
+        """Where this process is."""
+        return Place(ray.get_runtime_context().get_node_id(), platform.node(), os.getpid(), software())
+
+    def open(self, config: Config) -> Description:
+        """Load the model.
+
+        Raises:
+            EstuneError: for a model that cannot be had on this machine, or trained.
+        """
+        from estune.pool.replica import Replica
+
+        self._replica = Replica(config)
+        description = self._replica.describe()
+        self._done, self._fingerprint = 0, description.fingerprint
+        return description
+
+    def evaluate(
+        self, done: int, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Evaluated:
+        """As `Replica.evaluate`."""
+        self._require(done)
+        return self._replica.evaluate(member, sigma, prompt_ids, sampling)
+
+    def generate(self, done: int, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """As `Replica.generate`."""
+        self._require(done)
+        return self._replica.generate(prompt_ids, sampling)
+
+    def compare(
+        self, done: int, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+    ) -> dict[str, float]:
+        """As `Replica.compare`."""
+        self._require(done)
+        return self._replica.compare(prompt_ids, completion_ids)
+
+    def apply(self, done: int, update: Update) -> str:
+        """Add the update that follows the first `done`; return the fingerprint after it. Asked again, it only tells."""
+        from estune.es.update import as_fingerprint
+
+        if self._done == done + 1 and self._last == update:
+            return self._fingerprint
+        self._require(done)
+        self._done = -1  # until the update is whole
+        self._fingerprint = as_fingerprint(self._replica.apply(update))
+        self._done, self._last = done + 1, update
+        return self._fingerprint
+
+    def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None) -> str:
+        """As `Replica.rebuild`, whatever the weights were."""
+        self._done = -1
+        self._fingerprint = self._replica.rebuild(updates, checkpoint)
+        self._done, self._last = len(updates), updates[-1] if updates else None
+        return self._fingerprint
+
+    def save(self, done: int, fingerprint: str, path: Path, dtype: str) -> None:
+        """As `Replica.save`, after a look at all weights: they must have this fingerprint."""
+        self._require(done)
+        if self._replica.weights.fingerprint() != fingerprint:
+            self._done = -1
+            raise StaleWeights
+        self._replica.save(path, dtype)
+
+    def _require(self, done: int) -> None:
+        if self._done != done:
+            raise StaleWeights

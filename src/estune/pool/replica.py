@@ -1,0 +1,199 @@
+"""An engine with its weights: what evaluates a member, in this process or another."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from estune.completion import Completion, Sampling
+from estune.config import Config
+from estune.engines.memory import memory_for, total_memory
+from estune.engines.transformers import TransformersEngine
+from estune.es.strategy import Member, Update
+from estune.pool.base import Description, Evaluated
+from estune.weights.base import Share, keeps_base_on_host
+from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.device import chosen_device, training_device
+from estune.weights.parameters import Parameter, trained_parameters
+from estune.weights.weights import Drift, Weights
+
+if TYPE_CHECKING:
+    from estune.engines.vllm.engine import VllmEngine
+    from estune.engines.vllm.weights import VllmWeights
+
+
+LARGEST_EXPONENT = 700.0  # of e, in a float
+
+
+class Replica:
+    """A model of its own, perturbed around a base of its own or one that it shares.
+
+    Around the same base two replicas give the same completions.
+
+    Args:
+        config: the settings; `config.threads` is the number of CPU threads to compute with.
+        share: of a base that it shares with other processes. One of them fills it, and must have before any perturbs.
+        perturbs: False for a replica that only generates. It has no `weights`, and any device and types will do.
+
+    Raises:
+        EstuneError: for a model that cannot be had or, if it `perturbs`, trained.
+    """
+
+    def __init__(self, config: Config, share: Share | None = None, *, perturbs: bool = True) -> None:
+        disable_progress_bar()  # transformers' own, which would stand in the middle of ours
+        torch.set_num_threads(config.threads or 1)
+        self.checkpoint = Checkpoint(locate(config.model))
+        self._device = (training_device if perturbs else chosen_device)(config.device)
+        self._perturbs = perturbs
+        self.policy = config.weights
+        self.engine: TransformersEngine | VllmEngine
+        self.weights: Weights | VllmWeights
+        if config.engine == "vllm":
+            from estune.engines.vllm.weights import open_vllm
+
+            self.engine, weights = open_vllm(self.checkpoint, config, perturbs=perturbs)
+            if weights is not None:
+                self.weights = weights
+            return
+        self.engine = TransformersEngine(
+            self.checkpoint.path,
+            dtype=config.dtype,
+            device=str(self._device),
+            batch_size=config.batch_size,
+            cuda_graphs=config.cuda_graphs,
+            sharers=self._sharers(config),
+        )
+        if perturbs:
+            self.weights = self._open_weights(self.engine, config, share)
+
+    def _open_weights(self, engine: TransformersEngine, config: Config, share: Share | None) -> Weights:
+        parameters = trained_parameters(engine.model, self.checkpoint.tensors, config.train_parameters)
+        live = sum(p.nbytes for p in engine.model.parameters())
+        on_host = self._keeps_base_on_host(config, parameters, live)
+        remedy = _less_base(self._device, on_host=on_host)
+        with memory_for("the base that is kept beside the live weights", remedy):
+            weights = Weights(
+                parameters,
+                policy=config.weights,
+                rounding=config.rounding,
+                noise=config.noise,
+                threads=config.threads or 1,
+                base_on_host=on_host,
+                share=share,
+            )
+        if config.weights == "master":
+            weights.load(self.checkpoint)  # the engine may hold it rounded
+        return weights
+
+    def evaluate(
+        self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Evaluated:
+        """Generate with a member's weights."""
+        start = time.perf_counter()
+        self.weights.perturb(member, sigma)
+        torch.get_device_module(self._device).synchronize(self._device)  # for the clock: a device is still at work
+        perturbed = time.perf_counter()
+        completions = self.engine.generate(prompt_ids, sampling)
+        return Evaluated(completions, perturbed - start, time.perf_counter() - perturbed)
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """Generate with the base weights."""
+        if self._perturbs:
+            self.weights.restore()
+        return self.engine.generate(prompt_ids, sampling)
+
+    def apply(self, update: Update) -> int:
+        """Add an update to the base, or to its share of it; return the sum of the hashes of that after it."""
+        self.weights.apply(update)
+        return self.weights.share_sum()
+
+    def load(self, checkpoint: Path) -> None:
+        """Make a checkpoint's tensors the base, if this replica is the one that fills it."""
+        self.weights.load(Checkpoint(checkpoint))
+
+    def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None = None) -> str:
+        """Make the base what it is after `updates`, and return its fingerprint.
+
+        Args:
+            updates: all of the run so far.
+            checkpoint: a number of updates, and the directory of the weights after them. Where this machine has no such
+                directory, all updates are made again from the base model.
+        """
+        done, path = checkpoint if checkpoint is not None and checkpoint[1].is_dir() else (0, self.checkpoint.path)
+        self.load(path)
+        for update in updates[done:]:
+            self.weights.apply(update)
+        return self.weights.fingerprint()
+
+    def save(self, path: Path, dtype: str) -> None:
+        """Write the base weights as a checkpoint of this type."""
+        self.checkpoint.write(path, self.weights.runs(), dtype)
+
+    def describe(self) -> Description:
+        """What it trains; reads the base checkpoint, to hash it."""
+        return Description(
+            base_hash=self.checkpoint.content_hash(),
+            dtype=self.weights.dtype,
+            live_dtype=self.engine.dtype,
+            tensors=self.weights.tensors,
+            elements=self.weights.elements,
+            fingerprint=self.weights.fingerprint(),
+            device=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine(),
+        )
+
+    def compare(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+        """How far the base weights have come from the base model.
+
+        Returns:
+            `weights/change`: norm of the change; `weights/relative_change`: the same over the norm of the base model's
+            weights; `kl`: mean over the completions' tokens of the divergence from the base model in nats, estimated as
+            r - 1 - log r with r the base model's probability over the present one (Schulman's k3, as in TRL). It needs
+            the base model's weights in place, which `inplace` cannot bring back: there is no `kl` there. What is not
+            finite, as with weights that are far gone, is left out.
+        """
+        self.weights.restore()  # of `inplace` the live weights are the base
+        difference, norm = self.weights.change(self.checkpoint)
+        found = {"weights/change": difference, "weights/relative_change": difference / norm if norm else 0.0}
+        if self.policy != "inplace":
+            now = self.engine.score(prompt_ids, completion_ids)
+            self.weights.show(self.checkpoint)
+            base = self.engine.score(prompt_ids, completion_ids)
+            self.weights.restore()
+            pairs = zip(itertools.chain(*base), itertools.chain(*now), strict=True)
+            logs = [of_base - of_now for of_base, of_now in pairs]
+            if logs and max(logs) < LARGEST_EXPONENT:
+                found["kl"] = math.fsum(math.expm1(d) - d for d in logs) / len(logs)
+        return {key: value for key, value in found.items() if math.isfinite(value)}
+
+    def drift(self) -> Drift | None:
+        """What restoring left behind since the last update; None where it leaves nothing."""
+        return self.weights.drift() if self.policy == "inplace" else None
+
+    def close(self) -> None:
+        """End what the engine has started. A model in this process goes with the last reference."""
+        self.engine.close()
+
+    def _sharers(self, config: Config) -> int:
+        """Engines on this one's device. On a CPU, whose memory is seldom what is short, it does not matter."""
+        return 1 if self._device.type == "cpu" else max(config.replicas or 1, config.workers_per_gpu)
+
+    def _keeps_base_on_host(self, config: Config, parameters: Sequence[Parameter], live: int) -> bool:
+        if self._device.type == "cpu" or config.weights == "inplace":
+            return False
+        memory = total_memory(self._device) // self._sharers(config)
+        base = sum(p.tensor.numel() * (4 if config.weights == "master" else p.tensor.itemsize) for p in parameters)
+        return keeps_base_on_host(config.base_device, base=base, live=live, memory=memory)
+
+
+def _less_base(device: torch.device, *, on_host: bool) -> str:
+    """What to do where a base does not fit: another place for it, if there is one, or a smaller one."""
+    another = "" if on_host or device.type == "cpu" else "base_device=host, "
+    return f"set {another}weights=copy or weights=inplace, or fewer replicas"

@@ -1,0 +1,115 @@
+"""A run's directory: what lies where, and who may begin or go on in it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from estune.config import Config
+from estune.errors import EstuneError
+from estune.files import replacing
+from estune.journal.journal import FILE
+from estune.weights.checkpoint import locate
+
+BASE = "base"  # where a model that was given in memory lies in a run's directory
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def best(self) -> Path:
+        """Checkpoint of the best evaluation."""
+        return self.path / "best"
+
+    @property
+    def final(self) -> Path:
+        """Checkpoint after the last step."""
+        return self.path / "final"
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files."""
+        return self.path / "tensorboard"
+
+    def checkpoint(self, step: int) -> Path:
+        """Checkpoint to resume from, in the type of the base weights."""
+        return self.path / f"checkpoint-{step}"
+
+    def checkpoints(self) -> list[int]:
+        """Steps of which a checkpoint is there, latest first."""
+        names = (p.name.removeprefix("checkpoint-") for p in self.path.glob("checkpoint-*") if p.is_dir())
+        return sorted((int(n) for n in names if n.isdigit()), reverse=True)
+
+    def completions(self, name: str) -> Path:
+        """A table of completions."""
+        return self.path / "completions" / f"{name}.parquet"
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> RunDirectory:
+        """Make the directory of a new run and keep the settings there.
+
+        Raises:
+            EstuneError: where the directory is in use.
+        """
+        refuse_used(path)
+        (path / "completions").mkdir(parents=True)
+        run = cls(path)
+        run.write_settings(config)
+        return run
+
+    def discard(self) -> None:
+        """Remove what `create` made and all that came after, of a run that could not begin."""
+        for path in self.path.iterdir():
+            if path.name != BASE:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def write_settings(self, config: Config) -> None:
+        """Keep the settings, for people and for `--config`."""
+        with replacing(self.path / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def refuse_used(path: Path) -> None:
+    """Refuse a directory that holds something.
+
+    Raises:
+        EstuneError: with what can be done.
+    """
+    if path.exists() and (not path.is_dir() or any(p.name != BASE for p in path.iterdir())):
+        held = "already holds a run" if (path / FILE).is_file() else "exists and is not empty"
+        resume = f"go on with `estune train --resume {path}`, " if (path / FILE).is_file() else ""
+        raise EstuneError(f"output_dir {path} {held}: {resume}give another --output-dir, or remove it")
+
+
+def default_path(config: Config, task: str) -> Path:
+    """Where a run goes that was given no `output_dir`."""
+    model = config.model if config.model == "tiny" else Path(config.model).name
+    name = Path(task).stem if task.endswith(".py") else re.sub(r"[^\w.-]", "-", task)  # gym:sudoku has a colon
+    return Path("runs") / f"{name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def find_checkpoint(model_or_run: str) -> Path:
+    """The checkpoint to evaluate: a run's best, else its final one, else the model itself."""
+    run = RunDirectory(Path(model_or_run))
+    if not (run.path / FILE).is_file():
+        return locate(model_or_run)
+    for path in (run.best, run.final):
+        if path.is_dir():
+            return path
+    raise EstuneError(f"{run.path} has no checkpoint yet; make one with `estune replay {run.path} -o DIR`")

@@ -1,0 +1,116 @@
+"""Evaluation: a task's held-out set completed with the base weights, and graded as in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from estune.completion import Sampling
+from estune.config import Config
+from estune.engines.prompts import PromptEncoder
+from estune.errors import EstuneError
+from estune.grading.convention import Row
+from estune.grading.grading import Grading
+from estune.pool.base import Pool
+from estune.run.graded import Graded, evaluation_metrics
+from estune.run.make import make_grading, make_sampling
+from estune.tasks.base import Task
+from estune.tasks.preflight import FULL_MARKS
+
+COMPARED = 64  # completions of an evaluation that are scored by the base model too
+
+
+class HeldOut:
+    """A task's held-out set, encoded once.
+
+    Args:
+        task: whose held-out set it is.
+        config: the settings: how many completions of each prompt, and how they are drawn.
+        encoder: makes token ids of the prompts.
+        grading: grades by the task's rewards; its own if None.
+
+    Raises:
+        EstuneError: for a prompt that cannot be completed.
+    """
+
+    def __init__(self, task: Task, config: Config, encoder: PromptEncoder, grading: Grading | None = None) -> None:
+        self.task, self._count = task, config.eval_samples
+        self._grading = grading or make_grading(config, task)
+        self._sampling = evaluation_sampling(config)
+        self.prompt_ids = encode_rows(encoder, dict(enumerate(task.evaluation)), "evaluation row", self._sampling)
+
+    def evaluate(self, pool: Pool, *, compare: bool = False) -> tuple[dict[str, float], Graded]:
+        """Metrics with `eval_` before them, and what they are made of: each prompt's completions, one after another.
+
+        Args:
+            pool: whose base weights are evaluated.
+            compare: tell how far they have come from the base model.
+
+        Raises:
+            EstuneError: where the reward cannot be told.
+        """
+        rows = [row for row in self.task.evaluation for _ in range(self._count)]
+        prompt_ids = [ids for ids in self.prompt_ids for _ in range(self._count)]
+        completions = pool.generate(prompt_ids, self._sampling)
+        graded = Graded(rows, completions, self._grading.grade(rows, completions))
+        metrics = evaluation_metrics(self.task, graded)
+        if self._count > 1:
+            metrics |= pass_metrics(solved(self.task, graded), self._count)
+        if compare:
+            chosen = range(0, len(rows), max(1, len(rows) // COMPARED))
+            ids = [prompt_ids[i] for i in chosen], [completions[i].token_ids for i in chosen]
+            metrics |= {f"eval_{key}": value for key, value in pool.compare(*ids).items()}
+        return metrics, graded
+
+    def close(self) -> None:
+        """End what grades."""
+        self._grading.close()
+
+
+def encode_rows(encoder: PromptEncoder, rows: Mapping[int, Row], what: str, sampling: Sampling) -> list[list[int]]:
+    """Token ids of rows' prompts; `what` is what a row is called where its prompt cannot be completed.
+
+    Raises:
+        EstuneError: naming the row.
+    """
+    try:
+        ids = encoder.encode([row["prompt"] for row in rows.values()])
+        encoder.check(ids, sampling)
+        return ids
+    except EstuneError:
+        for number, row in rows.items():
+            try:
+                encoder.check(encoder.encode([row["prompt"]]), sampling)
+            except EstuneError as error:
+                raise EstuneError(f"{what} {number}: {str(error).removeprefix('prompt 0: ')}") from error
+        raise
+
+
+def evaluation_sampling(config: Config) -> Sampling:
+    """How the completions of an evaluation are drawn."""
+    sampling = make_sampling(config)
+    return sampling if config.eval_temperature is None else replace(sampling, temperature=config.eval_temperature)
+
+
+def solved(task: Task, graded: Graded) -> list[bool]:
+    """For each completion, whether the reward that tells accuracy gives full marks."""
+    scores = [graded.grades.scores[name] for name in task.accuracies]
+    values = [next((s for s in of_row if s is not None), 0.0) for of_row in zip(*scores, strict=True)]
+    return [value >= FULL_MARKS for value in values]
+
+
+def pass_metrics(correct: Sequence[bool], count: int) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4, ... up to `count`, and mean@count, of `count` completions a prompt.
+
+    pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k), where c of n completions are correct (Chen et al. 2021,
+    "Evaluating Large Language Models Trained on Code", equation 1).
+    """
+    right = [sum(correct[i : i + count]) for i in range(0, len(correct), count)]
+    found = {f"eval_mean@{count}": sum(right) / len(correct)}
+    k = 1
+    while k <= count:
+        missed = [math.comb(count - c, k) / math.comb(count, k) for c in right]
+        found[f"eval_pass@{k}"] = 1 - math.fsum(missed) / len(missed)
+        k *= 2
+    return found

@@ -1,0 +1,178 @@
+"""The run on screen: a live display on a terminal, a line per step elsewhere."""
+
+from __future__ import annotations
+
+from rich import get_console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from estune.run.monitors.base import Metrics, Monitor, Plan, Sample, Summary
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+CURVE = 60  # points of a curve on screen
+CONTENTS = {
+    "best": "checkpoint of the best evaluation, as transformers saves it",
+    "final": "checkpoint after the last step",
+    "journal.jsonl": "the run itself: `estune replay` rebuilds any step",
+    "metrics.jsonl": "metrics of every step and evaluation",
+    "tensorboard": "the same for TensorBoard",
+    "completions": "completions, as parquet",
+    "config.yaml": "all settings",
+}
+PROMPT_END = 600  # characters of a prompt shown, from its end
+
+
+class ConsoleMonitor(Monitor):
+    """Progress, reward and its spread, evaluation, time left and a sample completion."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or get_console()  # the one that log messages go to: they appear above the display
+        self._live: Live | None = None
+        self._rewards: list[float] = []
+        self._accuracies: list[tuple[int, float]] = []
+        self._last: Metrics = {}
+        self._sample: Sample | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+
+    def on_train_begin(self, plan: Plan) -> None:
+        """Say what the run is, and start the display."""
+        again = f", going on from step {plan.first_step}" if plan.first_step else ""
+        self.console.print(
+            f"[bold]{escape(plan.task)}[/] with {escape(plan.model)} ({plan.parameters:,} parameters): "
+            f"{plan.steps} steps of {plan.population} members x {plan.prompts_per_step} prompts, "
+            f"sigma {plan.config['sigma']:g}{again}\n"
+            f"train {plan.train_size:,} problems, held out {plan.eval_size:,}; everything goes to {plan.run}",
+            highlight=False,
+            soft_wrap=not self.console.is_terminal,
+        )
+        self._steps = self._progress.add_task("steps", total=plan.steps, completed=plan.first_step)
+        self._members = self._progress.add_task("members", total=plan.population)
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+            self._live.start()
+
+    def on_member_end(self, done: int, population: int) -> None:
+        """Move the inner bar."""
+        if done == 1:
+            self._progress.reset(self._members)
+        self._progress.update(self._members, completed=done)
+
+    def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
+        """Take in a step."""
+        self._rewards.append(metrics["reward"])
+        self._last, self._sample = metrics, sample
+        self._progress.update(self._steps, completed=int(metrics["step"]))
+        if self._live is None:
+            self._print(
+                f"step {metrics['step']:>4}  reward {metrics['reward']:.4f} ± {metrics['reward_std']:.4f}  "
+                f"length {metrics['completions/mean_length']:.1f}  {metrics['step_time']:.2f} s"
+            )
+
+    def on_evaluate(self, metrics: Metrics, sample: Sample) -> None:
+        """Take in an evaluation."""
+        self._accuracies.append((int(metrics["step"]), metrics["eval_accuracy"]))
+        self._sample = sample
+        if self._live is None:
+            self._print(
+                f"step {metrics['step']:>4}  held-out accuracy {metrics['eval_accuracy']:.1%}  "
+                f"reward {metrics['eval_reward']:.4f}  length {metrics['eval_completions/mean_length']:.1f}"
+                + "".join(f"  {text}" for text in _instruments(metrics))
+            )
+
+    def on_train_end(self, summary: Summary) -> None:
+        """Say what improved from what to what, and where everything lies."""
+        self.close()
+        self.console.print(_summary(summary))
+
+    def close(self) -> None:
+        """Give the screen back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _render(self) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        if self._last:
+            m = self._last
+            curve = _curve(self._rewards)
+            spread = (
+                f"{m['reward']:.4f} ± {m['reward_std']:.4f}  (members {m['reward_min']:.3f} to {m['reward_max']:.3f})"
+            )
+            table.add_row("reward", curve, spread)
+        if self._accuracies:
+            first, last = self._accuracies[0][1], self._accuracies[-1][1]
+            curve = _curve([a for _, a in self._accuracies])
+            table.add_row("held-out accuracy", curve, f"{first:.1%} -> {last:.1%} at step {self._accuracies[-1][0]}")
+        if self._last:
+            m = self._last
+            figures = f"length {m['completions/mean_length']:.1f}, cut off {m['completions/clipped_ratio']:.1%}"
+            table.add_row("step", f"{m['step_time']:.2f} s, {m['num_tokens']:,.0f} tokens so far", figures)
+        parts: list[RenderableType] = [self._progress, table]
+        if self._sample is not None:
+            parts.append(_sample_panel(self._sample))
+        return Group(*parts)
+
+
+def _sample_panel(sample: Sample) -> Panel:
+    prompt = sample.prompt if len(sample.prompt) <= PROMPT_END else "…" + sample.prompt[-PROMPT_END:]
+    text = Text.assemble((prompt, "dim"), (sample.completion, "bold"))
+    reward = "not applicable" if sample.reward is None else f"{sample.reward:.3f}"
+    return Panel(text, title=f"a completion, reward {reward}", title_align="left")
+
+
+def _curve(values: list[float]) -> str:
+    values = values[-CURVE:]
+    low, high = min(values), max(values)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((v - low) * scale)] for v in values)
+
+
+def _instruments(now: Metrics, then: Metrics | None = None) -> list[str]:
+    """What else an evaluation tells: pass@k, how far the model has come from its base, tasks that are watched."""
+    found = []
+    passes = {key.removeprefix("eval_"): value for key, value in now.items() if key.startswith("eval_pass@")}
+    if passes:
+        found.append(", ".join(f"{key} {value:.1%}" for key, value in passes.items()))
+    if "eval_weights/relative_change" in now:
+        kl = f"KL to the base model {now['eval_kl']:.4f}, " if "eval_kl" in now else ""
+        found.append(f"{kl}weights changed by {now['eval_weights/relative_change']:.3%}")
+    for key, value in now.items():
+        if key.startswith("watch/") and key.endswith("/accuracy"):
+            before = f"{then[key]:.1%} -> " if then and key in then else ""
+            found.append(f"{key.removeprefix('watch/').removesuffix('/accuracy')} {before}{value:.1%}")
+    return found
+
+
+def _summary(s: Summary) -> Panel:
+    lines = [f"{s.ended} after {s.steps} steps, {s.seconds:.0f} s"]
+    if s.before:
+        key, length = "eval_accuracy", "eval_completions/mean_length"
+        lines += [
+            f"[bold]held-out accuracy {s.before[key]:.1%} -> {s.after[key]:.1%}[/] at step {s.after['step']}, "
+            f"best {s.best[key]:.1%} at step {s.best['step']}",
+            f"held-out reward {s.before['eval_reward']:.3f} -> {s.after['eval_reward']:.3f}, "
+            f"length {s.before[length]:.1f} -> {s.after[length]:.1f} tokens",
+        ]
+        lines += [escape(text) for text in _instruments(s.after, s.before)]
+    lines.append(f"in {escape(str(s.run))}:")
+    lines += [f"  {name:<14} {what}" for name, what in CONTENTS.items() if (s.run / name).exists()]
+    if s.ended != "finished":
+        lines.append(f"go on with: estune train --resume {escape(str(s.run))}")
+    return Panel("\n".join(lines), title="run", title_align="left")

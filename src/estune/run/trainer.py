@@ -1,0 +1,387 @@
+"""The loop: ask, evaluate the members, grade each while the next generates, tell, apply, record."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from estune.completion import Completion
+from estune.config import Config
+from estune.engines.loading import open_encoder
+from estune.errors import EstuneError
+from estune.es.strategy import member_seed
+from estune.grading.convention import TrainerState
+from estune.grading.grading import Pending
+from estune.journal.journal import EvaluationRecord, Header, Journal, StepRecord, base_checkpoint
+from estune.pool.open import open_pool, with_resources
+from estune.run.directory import RunDirectory, default_path, refuse_used
+from estune.run.graded import Graded, step_metrics, write_completions
+from estune.run.held_out import HeldOut, encode_rows
+from estune.run.interrupt import interruptible
+from estune.run.make import make_grading, make_sampling, make_strategy
+from estune.run.monitors import check_trackers, default_monitors
+from estune.run.monitors.base import Monitor, Plan, Summary
+from estune.run.monitors.files import rewrite_metrics
+from estune.run.order import StagedOrder
+from estune.run.resume import RESUME_FROM_PYTHON, parent_of, resumed, task_of
+from estune.tasks.base import Task
+from estune.tasks.preflight import preflight
+from estune.versions import packages
+
+
+class Trainer:
+    """Fine-tunes a model on a task.
+
+    Args:
+        config: the settings.
+        task: a task of your own; by default the one the settings name.
+        monitors: who is told what happens; by default the console and the files of the run.
+
+    Raises:
+        EstuneError: for settings, data or a model that cannot be trained with, before anything is written.
+    """
+
+    def __init__(self, config: Config, *, task: Task | None = None, monitors: Sequence[Monitor] | None = None) -> None:
+        task = task or config.task.build(config.seed)
+        path = config.output_dir or default_path(config, task.name)
+        refuse_used(path)
+        if monitors is None:
+            check_trackers(config)
+        config = with_resources(config)
+        parent = parent_of(config)
+        self._open(config, task, first_step=0)
+        try:
+            trained = self.trained = self.pool.describe()
+            fingerprint = self._inherit(parent) if parent is not None else trained.fingerprint
+            header = Header(
+                model=config.model,
+                base_hash=trained.base_hash,
+                policy=config.weights,
+                rounding=config.rounding,
+                noise=config.noise,
+                dtype=trained.dtype,
+                live_dtype=trained.live_dtype,
+                tensors=trained.tensors,
+                fingerprint=fingerprint,
+                task=task.name,
+                data_hash=task.data_hash(),
+                config=config.model_dump(mode="json"),
+                packages=packages(),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            run = RunDirectory.create(path, config)
+            try:
+                journal = Journal.create(run.path, header, parent)
+                self._opened.callback(journal.close)
+                self._start(run, journal, monitors)
+            except BaseException:
+                run.discard()  # so that the same command can be given again
+                raise
+        except BaseException:
+            self._opened.close()
+            raise
+
+    @classmethod
+    def resume(
+        cls,
+        run: str | Path,
+        *,
+        task: Task | None = None,
+        monitors: Sequence[Monitor] | None = None,
+        **changed: Any,
+    ) -> Self:
+        """Go on with a run where its journal ends, to the same bits an undisturbed run would have.
+
+        Args:
+            run: the run's directory.
+            task, monitors: as for a new run.
+            changed: settings of `RESUMABLE`: `steps`, a new total; `model`, where the base model lies now; `workers`
+                and what belongs to them; `report_to`.
+
+        Raises:
+            EstuneError: where journal, base model or data are not what the run began with, nothing is left to do, or
+                another setting is to change.
+        """
+        directory = RunDirectory(Path(run))
+        journal = Journal.resume(directory.path)
+        self = cls.__new__(cls)
+        try:
+            config = resumed(journal, changed)
+            done = len(journal.steps)
+            if config.steps <= done and directory.final.is_dir():
+                raise EstuneError(f"{run}: all {done} steps are done; give --steps above {done} to go on")
+            task = task_of(directory.path, journal.header, config, RESUME_FROM_PYTHON, task=task)
+            base_checkpoint(journal.header, config.model)
+            self._open(with_resources(config), task, first_step=done)
+        except BaseException:
+            journal.close()
+            raise
+        try:
+            self._rebuild(directory, journal)
+            self._start(directory, journal, monitors)
+            settings = self.config.model_dump(mode="json")
+            if other := {k: v for k, v in settings.items() if k != "model" and v != journal.settings.get(k, v)}:
+                journal.append_settings(other)
+                directory.write_settings(self.config)
+        except BaseException:
+            journal.close()
+            self._opened.close()
+            self._tell(lambda m: m.close())
+            raise
+        return self
+
+    def train(self) -> Summary:
+        """Take the steps that are left; Ctrl-C ends the run after the step in hand, a second one at once.
+
+        Returns:
+            What the run came to.
+        """
+        began = time.perf_counter()
+        self._tell(lambda m: m.on_train_begin(self.plan()))
+        try:
+            shutil.rmtree(self.run.final, ignore_errors=True)  # an earlier end's, where the run goes on
+            with interruptible() as interrupted:
+                ended = self._loop(interrupted)
+            self._save(self.run.final)
+            summary = self._summary(ended, time.perf_counter() - began)
+            self._tell(lambda m: m.on_train_end(summary))
+            return summary
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Release processes, threads and files. `train` does so itself."""
+        self._opened.close()
+        self.journal.close()
+        self._tell(lambda m: m.close())
+
+    def _open(self, config: Config, task: Task, first_step: int) -> None:
+        """See that everything the run will generate can be generated, and load the model."""
+        self.config, self.task = config, task
+        self.order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)
+        self.monitors: list[Monitor] = []
+        self.encoder = open_encoder(config)
+        used = self.order.used(first_step, config.steps)
+        encode_rows(self.encoder, {i: task.train[i] for i in used}, "training row", make_sampling(config))
+        self.state = TrainerState(first_step, config.steps)
+        with ExitStack() as opened:
+            self.grading = make_grading(config, task, self.state)
+            opened.callback(self.grading.close)
+            self.held_out = HeldOut(task, config, self.encoder, self.grading)
+            preflight(task, self.grading)
+            self.watched = {}
+            for options in config.watch:
+                other = options.build(config.seed)
+                empty = next((t.name for t in (task, other) if not t.evaluation), None)
+                if empty is not None:
+                    raise EstuneError(f"watch: task {empty} has no evaluation set; give it one, or leave out watch")
+                self.watched[other.name] = HeldOut(other, config, self.encoder)
+                opened.callback(self.watched[other.name].close)
+            self.pool = open_pool(config)
+            opened.callback(self.pool.close)
+            self._opened = opened.pop_all()
+
+    def _inherit(self, parent: Journal) -> str:
+        """Bring the weights to where another run ended; return the fingerprint there."""
+        for what, here, there in (
+            ("base model is", self.trained.base_hash, parent.header.base_hash),
+            ("base weights are", self.trained.dtype, parent.header.dtype),
+            ("live weights are", self.trained.live_dtype, parent.header.live_dtype),
+            ("trained tensors are", sorted(self.trained.tensors), sorted(parent.header.tensors)),
+        ):
+            if here != there:
+                raise EstuneError(
+                    f"start_from {parent.path.parent}: its {what} {there}, here {here}; go on where it was run, with "
+                    "its settings"
+                )
+        found = self.pool.rebuild(parent.history)
+        if found != parent.fingerprint():
+            raise EstuneError(
+                f"start_from {parent.path.parent}: its {len(parent.history)} steps give fingerprint {found} here, its "
+                f"journal says {parent.fingerprint()}; go on where it was run"
+            )
+        return found
+
+    def _start(self, run: RunDirectory, journal: Journal, monitors: Sequence[Monitor] | None) -> None:
+        self.run, self.journal = run, journal
+        self.strategy = make_strategy(self.config, journal.header.fingerprint if journal.header.ancestors else None)
+        self.strategy.step = len(journal.steps)
+        self.rank: Callable[[Mapping[str, float]], Any] = _rank
+        """What evaluations are judged by; the largest is the best."""
+        self._began_at = len(journal.steps)
+        rewrite_metrics(run.metrics, [e.metrics for e in journal.chronicle()])  # a crash may have cost the last lines
+        self.monitors = list(default_monitors(run, self.config) if monitors is None else monitors)
+
+    def _rebuild(self, run: RunDirectory, journal: Journal) -> None:
+        """Bring the weights to the journal's last step, from the latest checkpoint that is there."""
+        self.trained = self.pool.describe()
+        if self.trained.base_hash != journal.header.base_hash:
+            raise EstuneError(
+                f"{run.path}: workers have another base model, {self.trained.base_hash}, than the run began with, "
+                f"{journal.header.base_hash}; put the original where they load it from"
+            )
+        live, expected = self.trained.live_dtype, journal.header.live_dtype
+        if live != expected:
+            raise EstuneError(
+                f"{run.path}: the run generates with {expected} weights, which here, on {self.config.device}, "
+                f"are loaded as {live}; resume it on the kind of device that it began on"
+            )
+        done = len(journal.steps)
+        start = next((s for s in run.checkpoints() if 0 < s <= done), 0)
+        checkpoint = (len(journal.inherited) + start, run.checkpoint(start)) if start else None
+        found = self.pool.rebuild(journal.history, checkpoint)
+        if found != journal.fingerprint():
+            where = f"checkpoint-{start} and " if start else ""
+            raise EstuneError(
+                f"{run.path}: {where}{done - start} replayed steps give fingerprint {found}, the journal says "
+                f"{journal.fingerprint()}" + (f"; remove checkpoint-{start} and resume" if start else "")
+            )
+
+    def _loop(self, interrupted: Callable[[], bool]) -> str:
+        while True:
+            step, last = self.strategy.step, self.config.steps
+            if step < last and interrupted():
+                return "interrupted"
+            if step >= last or self._due(step, self.config.eval_steps):
+                self._evaluate(step)
+            if step >= last:
+                return "finished"
+            if self._patience_is_over() or "stop" in self._requests():
+                return "stopped early"
+            for monitor in self.monitors:
+                monitor.on_step_begin(step)
+            self._step()
+            if "evaluate" in self._requests():
+                self._evaluate(step + 1)
+            if self._due(step + 1, self.config.save_steps) or "save" in self._requests():
+                self._save(self.run.checkpoint(step + 1), self.trained.dtype)
+                for monitor in self.monitors:
+                    monitor.on_save(step + 1)
+
+    def _requests(self) -> set[str]:
+        return {request for monitor in self.monitors for request in monitor.requests()}
+
+    def _due(self, step: int, every: int) -> bool:
+        return step == 0 or (every > 0 and step % every == 0)
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        config, step, sigma = self.config, self.strategy.step, self.strategy.sigma
+        rate = self.strategy.learning_rate
+        indices = self.order.rows(step, {e.step: e.metrics for e in self.journal.evaluations})
+        rows = [self.task.train[i] for i in indices]
+        prompt_ids = self.encoder.encode([row["prompt"] for row in rows])
+        sampling = make_sampling(config, member_seed(self.strategy.seed, step, 1 << 23))
+        members = self.strategy.ask()
+        pending: dict[int, tuple[list[Completion], Pending]] = {}
+        times = {"perturb": 0.0, "generate": 0.0, "grade": 0.0}
+        for index, done in self.pool.evaluate(members, sigma, prompt_ids, sampling):
+            start = time.perf_counter()
+            pending[index] = done.completions, self.grading.submit(rows, done.completions)
+            times["grade"] += time.perf_counter() - start
+            times["perturb"] += done.perturb_time
+            times["generate"] += done.generate_time
+            self._tell(lambda m: m.on_member_end(len(pending), len(members)))
+        start = time.perf_counter()
+        in_order = [Graded(rows, c, grades.result()) for c, grades in (pending[i] for i in range(len(members)))]
+        times["grade"] += time.perf_counter() - start
+        rewards = [g.grades.mean for g in in_order]
+        if all(r is None for r in rewards):
+            raise EstuneError(f"step {step}: no member has a reward, see the warnings; mend the reward and resume")
+
+        drift = self.pool.drift()
+        start = time.perf_counter()
+        update = self.strategy.tell(rewards)
+        fingerprint = self.pool.apply(update)
+        times["update"] = time.perf_counter() - start
+        metrics = {"step": step + 1, **step_metrics(in_order), "learning_rate": rate}
+        if drift is not None:
+            metrics |= {"weights/drift_changed": drift.changed, "weights/drift_rms": drift.rms}
+        metrics["num_tokens"] = self._tokens() + sum(g.tokens for g in in_order)
+        metrics["step_time"] = time.perf_counter() - began
+        metrics |= {f"time/{key}": value for key, value in times.items()}
+        self.journal.append_step(StepRecord(update, sigma, rate, rewards, indices, fingerprint, metrics))
+        self.state.global_step = step + 1
+        self.state.epoch = (step + 1) * len(rows) / len(self.task.train)
+        kept = in_order[: config.log_completions]
+        if kept:
+            records = [r for member, g in enumerate(kept) for r in g.records(step=step + 1, member=member)]
+            write_completions(self.run.completions(f"step-{step + 1:05d}"), records)
+        self._tell(lambda m: m.on_step_end(metrics, in_order[0].sample()))
+
+    def _tokens(self) -> float:
+        """Tokens generated by all steps so far."""
+        return self.journal.steps[-1].metrics.get("num_tokens", 0) if self.journal.steps else 0
+
+    def _evaluate(self, step: int) -> None:
+        if not self.task.evaluation or any(e.step == step for e in self.journal.evaluations):
+            return  # nothing to evaluate on, or the run was cut off after this evaluation, and goes on from here
+        found, graded = self.held_out.evaluate(self.pool, compare=self.config.compare_with_base)
+        metrics = {"step": step, **found}
+        for name, watched in self.watched.items():
+            found, completed = watched.evaluate(self.pool)
+            metrics |= {f"watch/{name}/{key.removeprefix('eval_')}": value for key, value in found.items()}
+            file = re.sub(r"[^\w.-]", "-", name)
+            write_completions(self.run.completions(f"watch-{file}-{step:05d}"), completed.records(step=step))
+        best = self._best()
+        if best is None or self.rank(metrics) > self.rank(best.metrics):
+            self._save(self.run.best)
+        write_completions(self.run.completions(f"evaluation-{step:05d}"), graded.records(step=step))
+        self.journal.append_evaluation(EvaluationRecord(step, metrics))
+        self._tell(lambda m: m.on_evaluate(metrics, graded.sample()))
+
+    def _best(self) -> EvaluationRecord | None:
+        return max(self.journal.evaluations, key=lambda e: self.rank(e.metrics), default=None)
+
+    def _patience_is_over(self) -> bool:
+        """Whether so many evaluations brought no new best. Resuming gives new patience."""
+        patience, best = self.config.early_stopping_patience, self._best()
+        if patience is None or best is None:
+            return False
+        return sum(e.step > max(best.step, self._began_at) for e in self.journal.evaluations) >= patience
+
+    def _save(self, path: Path, dtype: str | None = None) -> None:
+        self.pool.save(path, dtype or self.trained.live_dtype)
+
+    def plan(self) -> Plan:
+        """What the run sets out to do."""
+        return Plan(
+            run=self.run.path,
+            model=self.config.model,
+            parameters=self.trained.elements,
+            task=self.task.name,
+            steps=self.config.steps,
+            first_step=self.strategy.step,
+            population=self.config.population,
+            prompts_per_step=self.order.per_step,
+            train_size=len(self.task.train),
+            eval_size=len(self.task.evaluation),
+            config=self.config.model_dump(mode="json"),
+        )
+
+    def _summary(self, ended: str, seconds: float) -> Summary:
+        evaluations, best = self.journal.evaluations, self._best()
+        return Summary(
+            run=self.run.path,
+            steps=self.strategy.step,
+            seconds=seconds,
+            before=evaluations[0].metrics if evaluations else {},
+            after=evaluations[-1].metrics if evaluations else {},
+            best=best.metrics if best else {},
+            ended=ended,
+        )
+
+    def _tell(self, call: Callable[[Monitor], None]) -> None:
+        for monitor in self.monitors:
+            call(monitor)
+
+
+def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
+    """What a run is judged by: accuracy, then reward."""
+    return metrics["eval_accuracy"], metrics["eval_reward"]

@@ -1,0 +1,144 @@
+"""A comparison's results as a table and a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from estune.errors import EstuneError
+from estune.files import replacing
+from estune.study.compare.plan import at_an_end, best_tried
+
+Result = Mapping[str, Any]
+NAMES = {"es": "ES", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "rloo": "RLOO"}
+END = "*"  # marks a rate at an end of those tried
+# Heading, key, factor, digits.
+COLUMNS = (
+    ("before %", "base_accuracy", 100.0, 1),
+    ("accuracy %", "accuracy", 100.0, 1),
+    ("reward", "reward", 1.0, 3),
+    ("KL", "kl", 1.0, 3),
+    ("length", "length", 1.0, 1),
+    ("short, wrong %", "short_but_wrong", 100.0, 1),
+    ("tokens", "tokens", 1.0, 0),
+    ("seconds", "seconds", 1.0, 0),
+    ("peak MB", "memory", 1e-6, 0),
+)
+
+
+def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Compared runs of each method, in the order of `NAMES`.
+
+    Left out: trials, failures, and runs at a rate that was the best until more were tried.
+    """
+    best = {method: best_tried(method, results) for method in NAMES}
+    done = [
+        r
+        for r in results
+        if not r["job"]["trial"] and "error" not in r and best[r["job"]["method"]] in (None, r["job"]["rate"])
+    ]
+    return {m: runs for m in NAMES if (runs := [r for r in done if r["job"]["method"] == m])}
+
+
+def table(results: Sequence[Result]) -> list[list[str]]:
+    """A heading, then a row a method: the mean over seeds, with the standard deviation of the sample behind it.
+
+    A star marks a rate at an end of those tried.
+    """
+    head = ["method", "rate", "seeds", *(heading for heading, *_ in COLUMNS)]
+    rows = []
+    for method, runs in by_method(results).items():
+        rate = runs[0]["job"]["rate"]
+        figures = [
+            # A result of an older version may lack a figure.
+            spread([factor * r[key] for r in runs if key in r], digits)
+            for _, key, factor, digits in COLUMNS
+        ]
+        marked = "" if rate is None else f"{rate:g}{END * at_an_end(runs[0]['job'], results)}"
+        rows.append([NAMES[method], marked, str(len(runs)), *figures])
+    return [head, *rows]
+
+
+def trials_table(results: Sequence[Result]) -> list[list[str]]:
+    """A heading, then a row for each run that served to choose a learning rate, by method and rate."""
+    rows = []
+    trials = [r for r in results if r["job"]["trial"]]
+    for r in sorted(trials, key=lambda r: (list(NAMES).index(r["job"]["method"]), r["job"]["rate"])):
+        figures = [f"{100 * r['accuracy']:.1f}", f"{r['reward']:.3f}", f"{r['kl']:.3f}"] if "error" not in r else []
+        rows.append([NAMES[r["job"]["method"]], f"{r['job']['rate']:g}", *(figures or ["failed", "", ""])])
+    return [["method", "rate", "accuracy %", "reward", "KL"], *rows]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are figures."""
+    head, *body = rows
+    aligned = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, aligned, *body))
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and, of two values or more, the standard deviation of the sample; nothing of none."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
+
+
+def write_report(folder: Path, results: Sequence[Result]) -> Path:
+    """Write `report.md`, and `report.svg` beside it where matplotlib is installed; return the former."""
+    parts = ["# Comparison", markdown(table(results))]
+    if any(r["job"]["trial"] for r in results):
+        parts += [f"{END} at an end of the rates that were tried: others may be better."]
+        parts += ["Learning rates that were tried:", markdown(trials_table(results))]
+    failed = [f"- {r['job']}: {r['error']}" for r in results if "error" in r]
+    if failed:
+        parts += ["Runs that failed:", "\n".join(failed)]
+    try:
+        draw(results, folder / "report.svg")
+        parts.insert(1, "![accuracy of each method](report.svg)")
+    except EstuneError:
+        pass  # the table says all that the picture does
+    path = folder / "report.md"
+    with replacing(path) as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n")
+    return path
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Draw accuracy, and accuracy against KL, a point a run and a line at each method's mean.
+
+    Raises:
+        EstuneError: matplotlib is not installed, or there is nothing to draw.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EstuneError("a picture needs matplotlib; install it with `pip install matplotlib`") from error
+    groups = by_method(results)
+    if not groups:
+        raise EstuneError("no run of the comparison has come to an end: there is nothing to draw")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, (method, runs) in enumerate(groups.items()):
+        accuracy = [100 * r["accuracy"] for r in runs]
+        color = "#2f6db3" if method == "es" else f"C{place}"
+        left.scatter([place] * len(runs), accuracy, color=color, zorder=3, alpha=0.8)
+        left.hlines(statistics.fmean(accuracy), place - 0.3, place + 0.3, color=color)
+        right.scatter([r["kl"] for r in runs], accuracy, color=color, label=NAMES[method], alpha=0.8)
+    left.set_xticks(range(len(groups)), [NAMES[m] for m in groups])
+    left.set_ylabel("accuracy %")
+    left.set_ylim(0, 1.05 * max(1.0, *(100 * r["accuracy"] for runs in groups.values() for r in runs)))
+    right.set_xlabel("KL to the base, nats a token")
+    right.set_ylim(left.get_ylim())
+    if all(r["kl"] > 0 and math.isfinite(r["kl"]) for runs in groups.values() for r in runs):
+        right.set_xscale("log")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e6e6")
+        axes.set_axisbelow(True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})

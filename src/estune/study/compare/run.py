@@ -1,0 +1,181 @@
+"""All jobs of a comparison, one after the other; a comparison that was cut off goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from estune.config import Config
+from estune.errors import EstuneError
+from estune.files import locked, read_claim, replacing
+from estune.study.compare.plan import Job, Plan, at_an_end, read_results
+from estune.tasks.base import Task
+from estune.weights.checkpoint import locate
+
+log = logging.getLogger(__name__)
+
+SETTINGS = "compare.json"
+LOG = "log.txt"
+
+
+def compare(
+    plan: Plan, config: Config, folder: Path, told: Callable[[dict[str, Any]], None] | None = None
+) -> list[dict[str, Any]]:
+    """Run what is not done yet of a comparison.
+
+    Args:
+        plan: methods, seeds, learning rates, budget.
+        config: the settings that all methods share: model, task, prompt and completion lengths; those of ES count for
+            ES alone. Its task has one training set for all seeds.
+        folder: where everything goes: `results.jsonl`, one line a run, and a folder a run, whose checkpoint and journal
+            stay. Runs that are recorded there are not run again.
+        told: called with each result as it comes.
+
+    Returns:
+        all results, in the order in which they came; a run that ended with an error has `error` and no figures.
+
+    Raises:
+        EstuneError: for a plan that cannot be run, or a folder of another comparison.
+    """
+    plan.check(config)
+    if any(method != "es" for method in plan.methods):
+        require_trl()
+    locate(config.model)
+    from estune.pool.open import with_resources
+    from estune.run.make import make_grading
+    from estune.tasks.preflight import preflight
+
+    config = with_resources(config.model_copy(update={"replicas": 1}))
+    config = _with_one_training_set(config)
+    task = config.task.build(config.seed)
+    _check_task(task)
+    with make_grading(config, task) as grading:
+        preflight(task, grading)
+    with _claimed(folder, plan, config):
+        results = _work(plan, config, folder, plan.trials(), told)
+        runs = plan.runs(results)
+        missing = [m for m in plan.methods if not any(job.method == m for job in runs)]
+        if missing:
+            log.warning("%s: no trial came to an end, so it is left out", ", ".join(missing))
+        for job in runs:
+            if job.seed == plan.seeds[0] and at_an_end(job.model_dump(), results):
+                log.warning("%s: rate %g is at an end of those tried: others may be better", job.method, job.rate)
+        return _work(plan, config, folder, runs, told)
+
+
+def require_trl() -> None:
+    """Refuse to begin what needs TRL where it is not installed.
+
+    Raises:
+        EstuneError: with what to install.
+    """
+    if find_spec("trl") is None:
+        raise EstuneError("compare: reinforcement learning needs TRL; install it with `pip install 'estune[trl]'`")
+
+
+def _with_one_training_set(config: Config) -> Config:
+    """Generated problems would be others for every seed: make them those of the settings' own."""
+    if getattr(config.task, "seed", 0) is not None:
+        return config
+    return config.model_copy(update={"task": config.task.model_copy(update={"seed": config.seed})})
+
+
+def _check_task(task: Task) -> None:
+    """Refuse what TRL's trainers would do otherwise than ES."""
+    if task.stages:
+        raise EstuneError(f"task {task.name}: it has stages, which TRL does not know; compare on the task of one stage")
+    if any(not isinstance(p := row["prompt"], str) and p[-1]["role"] == "assistant" for row in task.train):
+        raise EstuneError(
+            f"task {task.name}: prompts that end with the assistant's words, which ES goes on with and TRL ends; take "
+            "those words out"
+        )
+    if not task.evaluation:
+        raise EstuneError(f"task {task.name}: it has no evaluation set to compare on")
+
+
+@contextmanager
+def _claimed(folder: Path, plan: Plan, config: Config) -> Iterator[None]:
+    """Have the folder for this process alone, with what is compared in it; refuse to mix results of two comparisons.
+
+    Methods, seeds and learning rates may be added: runs do not depend on which others there are. A rate that was tried
+    stays, or the best of all would not be what the table shows.
+    """
+    settings = config.model_dump(mode="json", exclude={"seed", "output_dir"})
+    mine = {"plan": plan.model_dump(exclude={"methods", "seeds", "rates"}), "config": settings}
+    path = folder / SETTINGS
+    if path.is_file():
+        there = read_claim(path, "plan", "config")
+        other = [
+            key for part in mine for key in mine[part] | there[part] if mine[part].get(key) != there[part].get(key)
+        ]
+        if other:
+            raise EstuneError(
+                f"{folder} holds a comparison with other {', '.join(other)}; give the same, or another --output-dir"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise EstuneError(f"output_dir {folder} is not empty and holds no comparison; give another --output-dir")
+    else:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(mine, indent=2))
+    with closing(locked(path, "r+b")):
+        tried = {r["job"]["rate"] for r in read_results(folder)} - {None, *plan.rates}
+        if tried:
+            rates = ", ".join(f"{rate:g}" for rate in sorted(tried))
+            raise EstuneError(f"{folder} holds runs at learning rates {rates}; give those as well")
+        yield
+
+
+def _work(
+    plan: Plan, config: Config, folder: Path, jobs: Sequence[Job], told: Callable[[dict[str, Any]], None] | None
+) -> list[dict[str, Any]]:
+    results = read_results(folder)
+    done = [result["job"] for result in results if "error" not in result]
+    for job in jobs:
+        if job.model_dump() not in done:
+            result = run_job(plan, job, config, folder / job.name)
+            record(folder, result)
+            if told is not None:
+                told(result)
+    return read_results(folder)
+
+
+def record(folder: Path, result: dict[str, Any]) -> None:
+    """Add a result to those of the folder; an earlier failure of the same job goes."""
+    results = [r for r in read_results(folder) if r["job"] != result["job"]]
+    with replacing(folder / "results.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in [*results, result]))
+
+
+def run_job(plan: Plan, job: Job, config: Config, folder: Path) -> dict[str, Any]:
+    """Run one job in a process of its own; what it printed is in the folder's `log.txt`.
+
+    Returns:
+        what `estune.study.compare.train.run` returns, or `job` and `error`, where the process failed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # what a job that was cut off has left: it is run anew
+    folder.mkdir(parents=True)
+    given = {"plan": plan.model_dump(), "job": job.model_dump(), "config": config.model_dump(mode="json")}
+    (folder / "job.json").write_text(json.dumps(given, indent=2))
+    threads = str(config.threads or 1)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "estune.study.compare.train", str(folder / "job.json")]
+    with (folder / LOG).open("w") as output:
+        code = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, check=False
+        ).returncode
+    if code == 0:
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return result
+    lines = (folder / LOG).read_text(errors="replace").strip().splitlines()
+    why = lines[-1][:300] if lines else f"exit code {code}"
+    log.warning("%s failed, the others go on: %s (%s)", job.name, why, folder / LOG)
+    return {"job": job.model_dump(), "error": why}

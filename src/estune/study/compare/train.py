@@ -1,0 +1,210 @@
+"""One job in a process of its own: `python -m estune.study.compare.train JOB.json`.
+
+It trains, measures, and writes the result.
+
+A process of its own, because its peak of memory is then the method's, and because a crash then ends no other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from estune.config import Config
+from estune.errors import EstuneError
+from estune.files import replacing
+from estune.run.monitors.base import Metrics, Monitor, Sample
+from estune.study.compare.plan import Job, Plan
+from estune.tasks.base import Task
+from estune.weights.checkpoint import locate
+
+if TYPE_CHECKING:
+    from estune.grading.convention import Row
+    from estune.grading.grading import Grading
+
+
+def main() -> None:
+    """Run the job that the file on the command line describes."""
+    path = Path(sys.argv[1])
+    given = json.loads(path.read_text())
+    plan, job, config = Plan(**given["plan"]), Job(**given["job"]), Config(**given["config"])
+    try:
+        result = run(plan, job, config, path.parent)
+    except EstuneError as error:
+        sys.exit(str(error))
+    with replacing(path.parent / "result.json") as temporary:
+        temporary.write_text(json.dumps(result))
+
+
+def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = None) -> dict[str, Any]:
+    """Train by the job's method until the budget is spent, and measure what came of it.
+
+    Args:
+        plan, job: what to do.
+        config: the settings; `device`, `threads` and `replicas` are to be set.
+        folder: where the checkpoint goes.
+        task: a task of your own; by default the one the settings name, the same for all seeds.
+
+    Returns:
+        what `measure` says, with tokens, steps, seconds (of training alone) and memory (bytes, the process's peak until
+        training ended, libraries included; on CUDA, of the device).
+    """
+    from estune.study.compare.measure import measure
+
+    task = task or config.task.build(config.seed)
+    start = time.perf_counter()
+    train = _evolve if job.method == "es" else _reinforce
+    checkpoint, tokens, steps = train(plan, job, config, folder, task)
+    seconds, memory = time.perf_counter() - start, _peak_memory(config.device)
+    metrics = measure(checkpoint, locate(config.model), config, task, plan.short_tokens)
+    figures = {"tokens": tokens, "steps": steps, "seconds": seconds, "memory": memory}
+    return {"job": job.model_dump(), **figures, **metrics}
+
+
+class _Budget(Monitor):
+    """Ends an ES run, in the way that Ctrl-C does, after the step that spends the budget."""
+
+    def __init__(self, tokens: int) -> None:
+        self.budget = tokens
+        self.tokens = 0.0
+        self.steps = 0
+
+    def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
+        self.tokens, self.steps = metrics["num_tokens"], int(metrics["step"])
+        if self.tokens >= self.budget:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _evolve(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> tuple[Path, float, int]:
+    from estune.run.trainer import Trainer
+
+    prompts = min(config.prompts_per_step, len(task.train))
+    most = math.ceil(plan.budget / (config.population * prompts))  # every completion has a token at least
+    changes = {"seed": job.seed, "output_dir": folder / "run", "steps": most, "lr_scheduler_type": "constant"}
+    changes |= {"eval_steps": 0, "save_steps": 0, "log_completions": 0, "report_to": []}
+    changes |= {"watch": [], "compare_with_base": False}
+    budget = _Budget(plan.budget)
+    # Nothing is evaluated on the way: nor does TRL, and seconds are of training.
+    blind = replace(task, evaluation=[], accuracy=None)
+    trainer = Trainer(config.model_copy(update=changes), task=blind, monitors=[budget])
+    trainer.train()
+    return trainer.run.final, budget.tokens, budget.steps
+
+
+def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> tuple[Path, float, int]:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from transformers.trainer_callback import TrainerCallback
+
+    from estune.run.make import make_grading
+
+    torch.set_num_threads(config.threads or 1)
+    path = locate(config.model)
+    arguments, trainer_class = trl_arguments(plan, job, config, folder)
+    # Rows travel by number: a column of a data set must be of one type, and a task's may be of any.
+    rows = [{"prompt": row["prompt"], "row": i} for i, row in enumerate(task.train)]
+    with make_grading(config, task) as grading:
+        reward = TaskReward(task, grading)
+
+        class Spent(TrainerCallback):  # type: ignore[misc]
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                control.should_training_stop = reward.tokens >= plan.budget
+
+        trainer = trainer_class(
+            model=str(path),
+            reward_funcs=reward,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
+            callbacks=[Spent()],
+        )
+        trainer.train()
+    trainer.save_model(str(folder / "final"))
+    return folder / "final", reward.tokens, trainer.state.global_step
+
+
+def trl_arguments(plan: Plan, job: Job, config: Config, folder: Path) -> tuple[Any, Callable[..., Any]]:
+    """TRL's arguments and trainer class for a job: its defaults but for what the plan says.
+
+    A constant learning rate, because a schedule would have to know the number of steps, and the budget is in tokens.
+    Weights are float32, as ES's base is, and computing is done in the type that ES generates in.
+    """
+    import torch
+
+    import trl
+    from estune.engines.loading import pick_dtype
+
+    dtype = pick_dtype(config.dtype, torch.device(config.device))
+    common: dict[str, Any] = {
+        "output_dir": str(folder / "trl"),
+        "seed": job.seed,
+        "learning_rate": job.rate,
+        "lr_scheduler_type": "constant",
+        "max_steps": 1 << 30,
+        "per_device_train_batch_size": plan.micro_batch,
+        "gradient_accumulation_steps": plan.batch // plan.micro_batch,
+        "num_generations": plan.generations,
+        "max_completion_length": config.max_new_tokens,
+        "temperature": plan.rl_temperature,
+        "beta": plan.beta,
+        "activation_checkpointing": False,  # slower, and small models have the memory
+        "model_init_kwargs": {"dtype": "float32"},
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "use_cpu": config.device == "cpu",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if job.method == "rloo":
+        return trl.RLOOConfig(**common), trl.RLOOTrainer
+    scale = "none" if job.method == "dr_grpo" else "group"
+    return trl.GRPOConfig(**common, loss_type=job.method, scale_rewards=scale), trl.GRPOTrainer
+
+
+class TaskReward:
+    """A task's rewards, weighted and added up, as one reward function of TRL's; counts the tokens that it sees."""
+
+    __name__ = "task_reward"
+
+    def __init__(self, task: Task, grading: Grading) -> None:
+        self.task, self.grading = task, grading
+        self.tokens = 0
+
+    def __call__(
+        self, *, completions: list[Any], completion_ids: list[list[int]], row: list[int], **_: Any
+    ) -> list[float | None]:
+        """The total of each completion; None where no reward applies."""
+        from estune.completion import Completion
+
+        self.tokens += sum(map(len, completion_ids))
+        rows: list[Row] = [self.task.train[i] for i in row]
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        made = [Completion(text, ids, True) for text, ids in zip(texts, completion_ids, strict=True)]
+        return self.grading.grade(rows, made).total
+
+
+def _peak_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss would start with the peak of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""What a run needs, from the model's sizes alone: memory, and about how long a step takes. Arithmetic, nothing else.
+
+Memory is weights, base, and what decoding takes. Time is a roofline: each part takes as long as its slowest resource,
+at the rates in `machines.py`. It leaves out grading, evaluation and the journal, and is an estimate, not a promise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from estune.study.estimate.machines import GB, PCIE, Device
+from estune.study.estimate.shapes import Shape
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+LOGITS_BYTES = 3 * 4  # a logit in float32, and what softmax or argmax keeps beside it (engines/transformers.py)
+PREFILL_HIDDEN, PREFILL_WIDTH = 4, 3  # activations alive at once in a layer, of the residual's and of the widest size
+GPU_CONTEXT = GB  # CUDA's context, compiled kernels, workspaces
+CPU_PROCESS = 4 * GB // 10  # Python, torch and compiled kernels, each replica anew
+
+Policy = Literal["master", "copy", "inplace"]
+Place = Literal["device", "host"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One line of an estimate."""
+
+    name: str
+    amount: float  # bytes, or seconds
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step does, and how its replicas hold their weights."""
+
+    population: int
+    prompts: int
+    prompt_tokens: int  # of a prompt, on average
+    new_tokens: float  # of a completion, on average
+    max_new_tokens: int
+    rows: int  # sequences decoded at once
+    slots: int  # tokens that a sequence's cache has room for
+    at_once: int  # members evaluated at once on one device, or on GPUs that share an engine
+    dtype: str  # of the live weights
+    policy: Policy = "master"
+    base: Place = "device"
+    workers: int | None = None  # engines in all, each with a base of its own; None for replicas on one device
+    parallel: int = 1  # GPUs that every matrix of an engine is split over
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt and its longest completion."""
+        return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def replicas(self) -> int:
+        """Sets of weights on one device: inplace holds one."""
+        return 1 if self.policy == "inplace" else self.at_once
+
+    @property
+    def engines(self) -> int:
+        """Members evaluated at once, on all devices together."""
+        return self.workers or self.at_once
+
+    @property
+    def places(self) -> int:
+        """Devices, or groups of GPUs that share an engine."""
+        return math.ceil(self.engines / self.at_once)
+
+    @property
+    def devices(self) -> int:
+        """Devices in all."""
+        return self.places * self.parallel
+
+
+def total(items: Iterable[Item]) -> float:
+    """Sum of the lines."""
+    return sum(item.amount for item in items)
+
+
+def base_bytes(shape: Shape, policy: Policy, dtype: str) -> int:
+    """Bytes of the base that a policy keeps beside the live weights."""
+    return shape.trained * {"master": BYTES["float32"], "copy": BYTES[dtype], "inplace": 0}[policy]
+
+
+def fitting_rows(shape: Shape, work: Work, memory: int, *, share: int, most: int) -> int:
+    """Rows that the engine decodes at once: one part in `share` of the memory beyond the live weights, at most `most`.
+
+    As `TransformersEngine` counts them, which does not count the slots that captured graphs add.
+    """
+    bytes_ = BYTES[work.dtype]
+    row = shape.cached * work.longest * bytes_ // work.parallel + LOGITS_BYTES * shape.vocabulary
+    return max(1, min(most, (memory - shape.parameters * bytes_ // work.parallel) // share // row))
+
+
+def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> list[Item]:
+    """Memory of one engine on its device, or on each of several GPUs.
+
+    Weights, base, keys and values and the widest activations are split; the residual and, as they are gathered for the
+    choice of a token, logits are not.
+
+    Args:
+        shape, work, device: what runs where.
+        prefill_tokens: tokens in one forward of prompts.
+    """
+    bytes_, rows, parallel = BYTES[work.dtype], work.rows, work.parallel
+    split = f" / {parallel} GPUs" if parallel > 1 else ""
+    base = base_bytes(shape, work.policy, work.dtype)
+    tokens = min(prefill_tokens, rows * work.prompt_tokens)
+    held = {
+        "master": f"{shape.trained:,} x 4 B (float32)",
+        "copy": f"{shape.trained:,} x {bytes_} B ({work.dtype})",
+        "inplace": "nothing is kept",
+    }[work.policy]
+    if base and work.base == "host":
+        held, base = f"{held} in pinned host memory", 0
+    if base and _shares_base(work, device):
+        held = f"{held}, one for all replicas"
+    live = f"{shape.parameters:,} parameters x {bytes_} B ({work.dtype}){split}"
+    return [
+        Item("live weights", shape.parameters * bytes_ / parallel, live),
+        Item(f"base (weights={work.policy})", base / parallel, held + (split if base else "")),
+        Item("noise", 0, "made in registers as it is added, never stored"),
+        Item(
+            "key and value cache",
+            rows * work.slots * shape.cached * bytes_ / parallel,
+            f"{rows} rows x {work.slots:,} tokens x {shape.cached * bytes_:,} B{split}",
+        ),
+        Item(
+            "logits",
+            rows * shape.vocabulary * LOGITS_BYTES,
+            f"{rows} rows x {shape.vocabulary:,} entries x {LOGITS_BYTES} B",
+        ),
+        Item(
+            "activations",
+            tokens * (PREFILL_HIDDEN * shape.hidden + PREFILL_WIDTH * shape.width / parallel) * bytes_,
+            f"{tokens:,} tokens of prompts x ({PREFILL_HIDDEN} x {shape.hidden:,} + {PREFILL_WIDTH} x {shape.width:,}"
+            f"{split}) x {bytes_} B",
+        ),
+        process_memory(device),
+    ]
+
+
+def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> float:
+    """Bytes on one device of all engines there. Replicas on a CPU share one base, others have one each.
+
+    Arguments as for `memory`.
+    """
+    replicas = work.replicas
+    shared = base_bytes(shape, work.policy, work.dtype) if _shares_base(work, device) else 0
+    return replicas * total(memory(shape, work, device, prefill_tokens)) - (replicas - 1) * shared
+
+
+def _shares_base(work: Work, device: Device) -> bool:
+    """Whether engines on a device have one base: replicas on a CPU. Workers know nothing of each other."""
+    return not device.is_gpu and work.workers is None and work.at_once > 1
+
+
+def process_memory(device: Device) -> Item:
+    """What a process takes on its device whatever it does."""
+    if device.is_gpu:
+        return Item("the process", GPU_CONTEXT, "CUDA's context, kernels and graphs")
+    return Item("the process", CPU_PROCESS, "Python, torch and kernels, beside all that")
+
+
+def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
+    """Seconds of a step's parts, one after another.
+
+    Engines on a CPU have cores of their own. Those on one GPU share its rates, which leaves no member faster. GPUs that
+    share an engine add up their rates, less what they tell each other, which is left out.
+    """
+    at_once = work.places if device.is_gpu else work.at_once
+    device, pcie = _joined(device, work.parallel), PCIE * work.parallel
+    rounds = math.ceil(work.population / at_once)
+    bytes_ = BYTES[work.dtype]
+    # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
+    base = base_bytes(shape, work.policy, work.dtype) or shape.trained * bytes_
+    reading = pcie if work.base == "host" else device.bandwidth
+    drawing = shape.trained / device.noise
+    perturb = rounds * max(base / reading + shape.trained * bytes_ / device.bandwidth, drawing)
+    replicas = work.replicas
+    shared = _shares_base(work, device)
+    update = max(2 * base / reading, work.population * drawing)
+    update *= 1 / replicas if shared else replicas if device.is_gpu else 1
+
+    batches = math.ceil(work.prompts / work.rows)
+    rows = work.prompts / batches
+    prefill, _ = _forward(shape, device, rows, work.prompt_tokens, work.prompt_tokens / 2, bytes_, device.prefill)
+    # Rows leave the batch as they end; it lasts until the longest does. The prompts' forward gives the first token.
+    tokens = work.max_new_tokens - 1
+    alive = rows * (work.new_tokens - 1) / max(1, tokens)
+    context = work.prompt_tokens + work.new_tokens / 2
+    token, limit = _forward(shape, device, alive, 1, context, bytes_, device.decode)
+    members = f"{rounds} rounds of {at_once} members" if at_once > 1 else f"{rounds} members"
+    each = f"{members} x {batches} batch{'es' if batches > 1 else ''}"
+    return [
+        Item("perturb", perturb, f"{members}: read the base, draw {shape.trained:,} numbers, write live weights"),
+        Item(
+            "read the prompts",
+            rounds * batches * prefill,
+            f"{each} of {rows:.0f} x {work.prompt_tokens} tokens",
+        ),
+        Item(
+            "generate",
+            rounds * batches * tokens * token,
+            f"{each} x {tokens:,} tokens x {1e3 * token:.3g} ms, {alive:.0f} rows on average, limited by {limit}",
+        ),
+        Item(
+            "update",
+            update,
+            f"draw {work.population} x {shape.trained:,} numbers, read and write the base once"
+            + (f"{', a share' if shared else ''} on each of {replicas} replicas" if replicas > 1 else ""),
+        ),
+    ]
+
+
+def _joined(device: Device, count: int) -> Device:
+    """So many devices as one."""
+    return replace(
+        device,
+        bandwidth=device.bandwidth * count,
+        prefill=device.prefill * count,
+        decode=device.decode * count,
+        noise=device.noise * count,
+    )
+
+
+def _forward(
+    shape: Shape, device: Device, rows: float, tokens: int, context: float, bytes_: int, rate: float
+) -> tuple[float, str]:
+    """Seconds of a forward of `rows` sequences of `tokens` new tokens that look back on `context`, and what limits it.
+
+    A product of m x k by k x n is 2 m k n operations. Attention multiplies each query with all keys, and the weights
+    that come out with all values.
+    """
+    used = min(shape.matrices, shape.active * rows * tokens)
+    flops = 2 * rows * (shape.active * tokens + shape.output)
+    flops += 2 * rows * tokens * context * shape.cached * shape.grouped
+    read = bytes_ * (used + shape.output + rows * context * shape.cached)
+    limits = {"memory bandwidth": read / device.bandwidth, "arithmetic": flops / rate}
+    name = max(limits, key=lambda limit: limits[limit])
+    return limits[name] + device.per_layer * shape.layers, name

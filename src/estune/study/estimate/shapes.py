@@ -1,0 +1,137 @@
+"""What a model's `config.json` says about its size. No weights are read, and none are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from estune.errors import EstuneError
+from estune.weights.checkpoint import DTYPES, EMBEDDED
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of one causal language model, in elements, not bytes."""
+
+    parameters: int  # tied tensors once
+    trained: int  # those that `train_parameters` names
+    matrices: int  # in products with every token: not embeddings, and not the output matrix
+    active: int  # of these, what one token uses: fewer where a layer holds several experts
+    output: int  # the output matrix, which is used where a token is chosen
+    cached: int  # keys and values that a token leaves in all layers together
+    grouped: int  # query heads that share one key and value head
+    layers: int
+    hidden: int
+    width: int  # the widest activation, as a rule the feed-forward layer's
+    vocabulary: int
+    dtype: str | None  # of the checkpoint, as far as config.json tells
+
+
+def read_shape(model: str | Path, pattern: str = "*") -> Shape:
+    """Sizes of a model given as an embedded name, a directory with `config.json` or a hub id.
+
+    The model is built on torch's `meta` device, which has shapes but no memory, and reads two and three tokens there:
+    so its own code says what it caches.
+
+    Args:
+        model: as `--model`. Of a hub id only the configuration is downloaded.
+        pattern: `train_parameters`.
+
+    Raises:
+        EstuneError: there is no configuration, it is not of a causal language model, or the pattern fits no name.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    config = _read_config(model)
+    dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None  # building changes it
+    if dtype not in {None, *DTYPES}:
+        raise EstuneError(f"model {model}: its weights are {dtype}; take one whose are one of {', '.join(DTYPES)}")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no word on missing kernels, which nothing here would use
+    try:
+        # In bfloat16, for the sake of expert layers, which transformers multiplies in that type alone.
+        with torch.device("meta"):
+            built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        two, three = (_cached(built, tokens) for tokens in (2, 3))
+    except Exception as error:  # whatever a model's own code raises
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise EstuneError(
+            f"model {model}: no causal language model can be laid out from its config.json ({why}); take one such as "
+            "Qwen2ForCausalLM"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+    text = built.config.get_text_config(decoder=True)
+    parameters = dict(built.named_parameters())
+    trained = sum(p.numel() for name, p in parameters.items() if fnmatchcase(name, pattern))
+    if not trained:
+        raise EstuneError(
+            f"train_parameters: no parameter's name fits {pattern!r}; names look like {next(iter(parameters))}"
+        )
+    head = built.get_output_embeddings()
+    output = head.weight if head is not None else None
+    lookups = {id(m.weight) for m in built.modules() if isinstance(m, torch.nn.Embedding)}
+    matrices = {n: p for n, p in parameters.items() if p.ndim > 1 and p is not output and id(p) not in lookups}
+    share = _active_experts(text)
+    active = sum(p.numel() * (share if ".experts." in name else 1) for name, p in matrices.items())
+    heads = getattr(text, "num_attention_heads", None) or 1
+    return Shape(
+        parameters=sum(p.numel() for p in parameters.values()),
+        trained=trained,
+        matrices=sum(p.numel() for p in matrices.values()),
+        active=int(active),
+        output=output.numel() if output is not None else 0,
+        cached=three - two,
+        grouped=max(1, heads // (getattr(text, "num_key_value_heads", None) or heads)),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        width=max((max(p.shape[-2:]) for p in matrices.values()), default=text.hidden_size),
+        vocabulary=text.vocab_size,
+        dtype=dtype,
+    )
+
+
+def _read_config(model: str | Path) -> Any:
+    from transformers import AutoConfig
+
+    path = EMBEDDED.get(str(model), Path(model))
+    if path.exists() and not (path / "config.json").is_file():
+        kind = "a file" if path.is_file() else "a directory without config.json"
+        raise EstuneError(f"model {model} is {kind}: give a checkpoint's directory, or one with its config.json alone")
+    try:
+        return AutoConfig.from_pretrained(path if path.exists() else str(model))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = str(error).strip().partition("\n")[0]
+        if path.exists():
+            raise EstuneError(f"model {model}: its config.json cannot be used ({why})") from error
+        names = ", ".join(EMBEDDED)
+        raise EstuneError(
+            f"model {model}: no such directory, nor is its config.json to be had from the hub ({why}); give a "
+            f"directory, a hub id or one of: {names}"
+        ) from error
+
+
+def _cached(model: Any, tokens: int) -> int:
+    """Elements that the model caches of one sequence of so many tokens."""
+    import torch
+    from transformers import DynamicCache
+
+    with torch.device("meta"), torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    held = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
+    return sum(value.numel() for value in held if value.ndim > 1)
+
+
+def _active_experts(config: Any) -> float:
+    """Share of a layer's experts that one token goes through."""
+    experts = next((n for n in (getattr(config, name, None) for name in _EXPERTS) if n), None)
+    return (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0

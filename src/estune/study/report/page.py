@@ -1,0 +1,222 @@
+"""The page: everything put together, in one file that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from estune import __version__
+from estune.errors import EstuneError
+from estune.files import replacing
+from estune.study.report import curves, recipe
+from estune.study.report.chart import COLOURS, Chart, figure
+from estune.study.report.layers import LayerTable, layer_table
+from estune.study.report.runs import Group, Run, differences, group_runs, read_runs
+from estune.study.report.samples import Comparison, compare, readable
+
+HERE = Path(__file__).parent
+T = TypeVar("T")
+UNSEEN = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+UNSEEN |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\N{REPLACEMENT CHARACTER}")
+"""Control characters, which HTML forbids, as their pictures; and none that turn the order of what follows."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something that could not be shown, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one run."""
+
+    run: Run
+    tiles: list[tuple[str, str, str]]  # heading, value, remark
+    learning: list[Chart]
+    distribution: Chart | None
+    metrics: list[Chart]
+    left_out: list[str]  # metrics beyond those
+    completions: Comparison | Skipped
+    layers: LayerTable | Skipped
+    time: Chart | None
+    parts: list[tuple[str, float, float]]  # name, seconds, share of all
+    settings: list[recipe.Setting]
+    commands: list[recipe.Command]
+    own_task: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of results: mean and deviation over a group, or one run of it."""
+
+    owner: str
+    colour: int
+    label: str
+    remark: str
+    cells: list[str]
+    whole: bool  # a group's
+
+
+def write_report(runs: Sequence[Path], output: Path) -> None:
+    """Write a page about these runs: one file, no network, no script needed to read it.
+
+    Args:
+        runs: directories of runs, finished or not. Of several, those with equal settings but for the seed are grouped.
+        output: the HTML file; an existing one is replaced.
+
+    Raises:
+        EstuneError: where there is no run, its journal cannot be read or is empty, or `output` is a directory. What
+            else is missing (completions, checkpoints, the base model) is left out, with a line on the page.
+    """
+    if output.is_dir():
+        raise EstuneError(f"{output} is a directory: give the name of a file, such as {output / 'report.html'}")
+    found = read_runs([Path(run) for run in runs])
+    text = _render(found).lstrip().translate(UNSEEN)
+    with replacing(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _render(runs: list[Run]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"figure": figure, "seconds": _duration, "readable": readable, "percent": _percent}
+    groups = group_runs(runs)
+    return environment.get_template("page.html").render(
+        title=_title(runs),
+        version=__version__,
+        style=style,
+        script=script,
+        # Even if something hostile got past the escaping, no script but ours would run.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        sections=[_section(run) for run in runs],
+        groups=groups,
+        overlays=curves.overlays(groups) if len(runs) > 1 else [],
+        left_out=curves.left_out(runs),
+        results=_results(groups),
+        differing=differences([group.runs[0] for group in groups]),
+        colours=COLOURS,
+        skipped=lambda value: isinstance(value, Skipped),
+    )
+
+
+def _section(run: Run) -> Section:
+    parts = {name: sum(seconds) for name, seconds in curves.parts_of_time(run).items()}
+    whole = sum(parts.values()) or 1.0
+    return Section(
+        run=run,
+        tiles=_tiles(run),
+        learning=curves.learning(run),
+        distribution=curves.distribution(run),
+        metrics=curves.metrics(run),
+        left_out=curves.left_out([run]),
+        completions=_or_skipped(compare, run),
+        layers=_or_skipped(layer_table, run),
+        time=curves.time_chart(run),
+        parts=[(name, seconds, seconds / whole) for name, seconds in parts.items()],
+        settings=recipe.settings_table(run),
+        commands=recipe.commands(run),
+        own_task=recipe.own_task(run),
+    )
+
+
+def _or_skipped(make: Callable[[Run], T], run: Run) -> T | Skipped:
+    try:
+        return make(run)
+    except EstuneError as error:
+        return Skipped(str(error))
+
+
+def _title(runs: Sequence[Run]) -> str:
+    headers = [run.journal.header for run in runs]
+    what = list(dict.fromkeys(f"{header.task or 'a task'} with {Path(header.model).name}" for header in headers))
+    return what[0] if len(runs) == 1 else f"{len(runs)} runs: {', '.join(what)}"
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The figures to know first."""
+    tiles = []
+    first, best, last = run.first, run.best, run.last
+    if first and best and last and "eval_accuracy" in first.metrics:
+        before, after = _percent(first.metrics["eval_accuracy"]), _percent(best.metrics["eval_accuracy"])
+        remark = f"best, at step {best.step}; last {_percent(last.metrics['eval_accuracy'])}"
+        tiles.append(("Held-out accuracy", after if best is first else f"{before} → {after}", remark))
+    for key, name in (("eval_reward", "Held-out reward"), ("eval_completions/mean_length", "Mean length")):
+        if first and best and key in first.metrics and key in best.metrics:
+            change = f"{figure(first.metrics[key])} → {figure(best.metrics[key])}"
+            tiles.append((name, change, "tokens, held out" if "length" in key else "first and best evaluation"))
+    steps = [r.metrics for r in run.journal.steps]
+    if steps:
+        population, prompts = len(run.journal.steps[-1].rewards), len(run.journal.steps[-1].prompts)
+        tiles.append(("Steps", f"{run.done}", f"of {population} members x {prompts} prompts"))
+        if all("step_time" in m for m in steps):
+            tokens = f"{figure(steps[-1]['num_tokens'])} tokens" if "num_tokens" in steps[-1] else "all steps"
+            tiles.append(("Time in steps", _duration(sum(m["step_time"] for m in steps)), tokens))
+    return tiles
+
+
+def _results(groups: Sequence[Group]) -> list[Row]:
+    rows = []
+    for group in groups:
+        colour = group.index % COLOURS
+        if len(group.runs) > 1:
+            columns = list(zip(*map(_figures, group.runs), strict=True))
+            cells = [_mean_and_deviation(list(column), i < 3) for i, column in enumerate(columns)]
+            rows.append(
+                Row(f"group-{group.index}", colour, group.label, f"mean of {len(group.runs)} runs", cells, True)
+            )
+        for run in group.runs:
+            label = run.label if len(group.runs) > 1 or group.label == run.label else f"{group.label} ({run.label})"
+            cells = [_cell(value, i < 3) for i, value in enumerate(_figures(run))]
+            remark = f"seed {run.settings.get('seed', '?')}; {run.state}"
+            rows.append(Row(f"run-{run.index}", colour, label, remark, cells, len(group.runs) == 1))
+    return rows
+
+
+def _figures(run: Run) -> tuple[float | None, ...]:
+    """Accuracy at first, at best and at last, reward at best and at last, time of all steps."""
+
+    def metric(record: Any, key: str) -> float | None:
+        return None if record is None else record.metrics.get(key)
+
+    first, last, best = run.first, run.last, run.best
+    times = [r.metrics["step_time"] for r in run.journal.steps if "step_time" in r.metrics]
+    accuracies = tuple(metric(e, "eval_accuracy") for e in (first, best, last))
+    return (*accuracies, metric(best, "eval_reward"), metric(last, "eval_reward"), sum(times) if times else None)
+
+
+def _mean_and_deviation(values: list[float | None], percent: bool) -> str:
+    """Over runs; the deviation is that of a sample (n - 1)."""
+    known = [v for v in values if v is not None]
+    if len(known) < 2:
+        return _cell(known[0] if known else None, percent)
+    mean, deviation = statistics.fmean(known), statistics.stdev(known)
+    return f"{100 * mean:.1f} ± {100 * deviation:.1f}%" if percent else f"{figure(mean)} ± {figure(deviation)}"
+
+
+def _cell(value: float | None, percent: bool) -> str:
+    if value is None:
+        return "-"
+    return _percent(value) if percent else figure(value)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

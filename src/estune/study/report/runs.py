@@ -1,0 +1,175 @@
+"""The runs of a report, and which of them are the same but for chance."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from estune.errors import EstuneError
+from estune.journal.journal import EvaluationRecord, Journal
+from estune.run.directory import RunDirectory
+
+CHANCE_OR_PLACE = {
+    "model",  # compared by the content hash instead
+    "seed",
+    "output_dir",
+    "replicas",
+    "threads",
+    "batch_size",
+    "workers",
+    "workers_per_gpu",
+    "ray_address",
+    "worker_timeout",
+    "save_steps",
+    "log_completions",
+    "report_to",
+}
+"""Settings in which runs of one group may differ: the seed, and what does not change what is learnt."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as the report sees it."""
+
+    path: Path
+    label: str
+    index: int
+    journal: Journal
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Its paths."""
+        return RunDirectory(self.path)
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return len(self.journal.steps)
+
+    @property
+    def planned(self) -> int:
+        """Steps that its settings ask for."""
+        return int(self.journal.settings.get("steps", self.done))
+
+    @property
+    def state(self) -> str:
+        """How far it is."""
+        if self.done >= self.planned:
+            return f"finished, {self.done} steps"
+        ended = self.directory.final.is_dir()
+        return f"{'ended after' if ended else 'going on or cut off,'} {self.done} of {self.planned} steps"
+
+    @property
+    def first(self) -> EvaluationRecord | None:
+        """Its first evaluation."""
+        return self.journal.evaluations[0] if self.journal.evaluations else None
+
+    @property
+    def last(self) -> EvaluationRecord | None:
+        """Its last evaluation."""
+        return self.journal.evaluations[-1] if self.journal.evaluations else None
+
+    @property
+    def best(self) -> EvaluationRecord | None:
+        """Its best evaluation, as training chooses it: by accuracy, then reward, the earlier of equals."""
+        return max(
+            self.journal.evaluations,
+            key=lambda e: (e.metrics.get("eval_accuracy", -math.inf), e.metrics.get("eval_reward", -math.inf)),
+            default=None,
+        )
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Its settings, those of the task as `task.NAME`."""
+        return flatten(self.journal.settings)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that are equal but for the seed."""
+
+    index: int
+    label: str
+    runs: list[Run]
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in these directories.
+
+    Raises:
+        EstuneError: where there is no run, its journal cannot be read, or nothing has happened yet.
+    """
+    if not paths:
+        raise EstuneError("no run to report: give the output directory of `estune train`")
+    doubled = next((path for i, path in enumerate(paths) if path.resolve() in {p.resolve() for p in paths[:i]}), None)
+    if doubled is not None:
+        raise EstuneError(f"{doubled} is given twice: give each run once")
+    names = [path.resolve().name for path in paths]
+    runs = []
+    for index, path in enumerate(paths):
+        journal = Journal.read(path)
+        if not journal.steps and not journal.evaluations:
+            raise EstuneError(f"{path}: no step and no evaluation in its journal yet; wait for the first")
+        label = str(path) if names.count(names[index]) > 1 else names[index]
+        runs.append(Run(path, label, index, journal))
+    return runs
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Runs with equal settings but for the seed, named by the settings in which the groups differ."""
+    by_key: dict[str, list[Run]] = {}
+    for run in runs:
+        header = run.journal.header
+        kept = {key: value for key, value in run.settings.items() if key not in CHANCE_OR_PLACE}
+        key = json.dumps([header.task, header.base_hash, kept], sort_keys=True)
+        by_key.setdefault(key, []).append(run)
+    members = list(by_key.values())
+    differing = differences([group[0] for group in members])
+    labels = []
+    for i, group in enumerate(members):
+        if len(members) > 1 and 1 <= len(differing) <= 3:
+            labels.append(", ".join(f"{key} {values[i]}" for key, values in differing.items()))
+        else:
+            labels.append(group[0].label if len(group) == 1 else f"{group[0].label} and {len(group) - 1} more")
+    return [Group(i, label, group) for i, (label, group) in enumerate(zip(labels, members, strict=True))]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Settings in which these runs differ beyond chance and place, with each one's value."""
+    columns: list[dict[str, Any]] = []
+    for run in runs:
+        header = run.journal.header
+        columns.append({"trained on": header.task, "base model": header.base_hash, **run.settings})
+    keys = [key for key in dict.fromkeys(k for column in columns for k in column) if key not in CHANCE_OR_PLACE]
+    rows = {key: [show(column.get(key, "")) for column in columns] for key in keys}
+    return {key: row for key, row in rows.items() if len(set(row)) > 1}
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections spread out, under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def show(value: Any) -> str:
+    """A setting's value as an option takes it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case [int() as low, int() as high]:
+            return f"{low}-{high}"
+        case list():
+            return ",".join(map(str, value)) or "none"
+        case float():
+            return f"{value!r}"
+        case _:
+            return str(value)

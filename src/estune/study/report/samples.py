@@ -1,0 +1,172 @@
+"""What the model said before training and says now, to the same prompts."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from estune.errors import EstuneError
+from estune.journal.journal import EvaluationRecord
+from estune.study.report.runs import Run
+from estune.tasks.preflight import FULL_MARKS
+
+Row = dict[str, Any]
+SHOWN = {"better": 4, "low": 2, "worse": 2, "high": 1}
+LONGEST = 4000  # characters of a text shown
+BOILERPLATE = 40  # characters that all prompts must share to be shown once
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt, and the two answers to it."""
+
+    kind: str  # better, low, worse or high
+    prompt: str  # without what all prompts share
+    before: Row
+    after: Row
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations of the same prompts."""
+
+    before: EvaluationRecord
+    after: EvaluationRecord
+    score: str  # the column that is compared
+    counts: dict[str, int]  # rows of each kind
+    names: dict[str, str]  # the kinds in words
+    opening: str  # of every prompt
+    ending: str
+    samples: list[Sample]
+
+
+def compare(run: Run) -> Comparison:
+    """The run's first evaluation beside its best.
+
+    Raises:
+        EstuneError: where there are not two evaluations, or their completions were not kept or cannot be read.
+    """
+    before, after = run.first, run.best
+    if after is not None and after.step == getattr(before, "step", None):
+        after = run.last  # nothing was ever better than the base: show where it led
+    if before is None or after is None or before.step == after.step:
+        raise EstuneError("only one evaluation yet")
+    tables = [_read(run.directory.completions(f"evaluation-{e.step:05d}")) for e in (before, after)]
+    pairs = _pairs(*tables)
+    score = _score(tables, (before, after))
+    pairs = [(b, a) for b, a in pairs if b.get(score) is not None and a.get(score) is not None]
+    if not pairs:
+        raise EstuneError("the two evaluations have no prompt in common")
+    values = {row[score] for pair in pairs for row in pair}
+    right_or_wrong = values <= {0.0, FULL_MARKS}
+    high = FULL_MARKS if right_or_wrong else statistics.median(a[score] for _, a in pairs)
+    if high == min(values):
+        high = max(values)  # most have the lowest score, which is not high
+    kinds = [_kind(b[score], a[score], high) for b, a in pairs]
+    prompts = [str(b["prompt"]) for b, _ in pairs]
+    opening, ending = _shared(prompts)
+    chosen: list[Sample] = []
+    for kind, count in SHOWN.items():
+        members = [i for i, k in enumerate(kinds) if k == kind]
+        for i in _choose(members, pairs, score, count):
+            middle = prompts[i][len(opening) : len(prompts[i]) - len(ending)]
+            chosen.append(Sample(kind, readable(middle), _shown(pairs[i][0]), _shown(pairs[i][1])))
+    names = (
+        {"better": "turned right", "low": "stayed wrong", "worse": "turned wrong", "high": "stayed right"}
+        if right_or_wrong
+        else {"better": "gained", "low": "unchanged, low", "worse": "lost", "high": "unchanged, high"}
+    )
+    counts = {kind: kinds.count(kind) for kind in ("better", "high", "low", "worse")}
+    return Comparison(before, after, score, counts, names, readable(opening), readable(ending), chosen)
+
+
+def readable(text: str) -> str:
+    """A text to show; the middle of a long one is left out."""
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[:half]}\n… {len(text) - LONGEST:,} characters left out …\n{text[-half:]}"
+    return text
+
+
+def _read(path: Path) -> list[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise EstuneError(f"{path.name} is not there")
+    try:
+        rows: list[Row] = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise EstuneError(f"{path.name} cannot be read") from error
+    if rows and not {"prompt", "completion", "reward"} <= rows[0].keys():
+        raise EstuneError(f"{path.name} has no columns prompt, completion and reward")
+    return rows
+
+
+def _pairs(before: list[Row], after: list[Row]) -> list[tuple[Row, Row]]:
+    """Rows of the same prompt: an evaluation set does not change, so row by row where the prompts agree."""
+    return [(b, a) for b, a in zip(before, after, strict=False) if b["prompt"] == a["prompt"]]
+
+
+def _score(tables: Sequence[list[Row]], evaluations: Sequence[EvaluationRecord]) -> str:
+    """The column whose mean is the recorded accuracy; the reward where none is."""
+    for column in tables[0][0] if tables[0] else ():
+        means = []
+        for rows in tables:
+            values = [row[column] for row in rows if row.get(column) is not None]
+            means.append(statistics.fmean(values) if column.startswith("rewards/") and values else math.nan)
+        accuracies = [e.metrics.get("eval_accuracy", math.nan) for e in evaluations]
+        if all(math.isclose(m, a, abs_tol=1e-9) for m, a in zip(means, accuracies, strict=True)):
+            return str(column)
+    return "reward"
+
+
+def _kind(before: float, after: float, high: float) -> str:
+    if after != before:
+        return "better" if after > before else "worse"
+    return "high" if after >= high else "low"
+
+
+def _choose(members: list[int], pairs: Sequence[tuple[Row, Row]], score: str, count: int) -> list[int]:
+    """Where score and reward changed most and both answers ended; of many such, short and long ones."""
+
+    def interest(i: int) -> tuple[Any, ...]:
+        before, after = pairs[i]
+        gain = abs((after["reward"] or 0.0) - (before["reward"] or 0.0))
+        cut = not (after.get("finished", True) and before.get("finished", True))
+        return -abs(after[score] - before[score]), before["completion"] == after["completion"], cut, -round(gain, 6)
+
+    def size(i: int) -> int:
+        return sum(len(row["completion"]) for row in pairs[i])
+
+    ranked = sorted(members, key=lambda i: (interest(i), size(i)))
+    equals = [i for i in ranked if interest(i) == interest(ranked[0])]
+    if len(equals) <= count:
+        return ranked[:count]
+    return [equals[k * (len(equals) - 1) // count] for k in range(count)]
+
+
+def _shared(prompts: Sequence[str]) -> tuple[str, str]:
+    """What all prompts begin and end with, in whole words, where it is long enough to be worth showing once."""
+    if len(prompts) < 2:
+        return "", ""
+    opening = _common(prompts)
+    opening = opening[: max(opening.rfind(" "), opening.rfind("\n")) + 1]
+    rest = [p[len(opening) :][::-1] for p in prompts]
+    ending = _common(rest)
+    ending = ending[: max(ending.rfind(" "), ending.rfind("\n")) + 1][::-1]
+    return opening if len(opening) >= BOILERPLATE else "", ending if len(ending) >= BOILERPLATE else ""
+
+
+def _common(texts: Sequence[str]) -> str:
+    """What all of them begin with: what the first and the last in order do."""
+    first, last = min(texts), max(texts)
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def _shown(row: Row) -> Row:
+    return {**row, "completion": readable(row["completion"])}

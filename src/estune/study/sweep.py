@@ -1,0 +1,348 @@
+"""Many runs with different settings: each a run of its own in a process of its own, under one directory.
+
+What is done is told by the runs' own journals, so a sweep that was cut off goes on where it was: what is finished is
+kept, a run that was cut is resumed, one that failed is tried again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from estune.config import Config, merge, parse, read
+from estune.errors import EstuneError
+from estune.files import read_claim, replacing
+from estune.journal.journal import FILE, EvaluationRecord, Journal
+from estune.run.directory import RunDirectory
+
+T = TypeVar("T")
+
+SETTINGS, STUDY = "sweep.json", "optuna.log"
+PREFIX = "sweep."
+DOTS = ".."
+METRICS = ("eval_accuracy", "eval_reward")
+Values = dict[str, str]
+Range = tuple[int, int] | tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is swept: settings with the values to take, or, to search, with a range `LOW..HIGH`."""
+
+    grid: dict[str, list[str]]
+    ranges: dict[str, Range]
+
+    @property
+    def names(self) -> set[str]:
+        """All settings that are swept."""
+        return {*self.grid, *self.ranges}
+
+    def points(self) -> list[Values]:
+        """Every combination of values; the last setting varies fastest.
+
+        Raises:
+            EstuneError: a range, which has no end of values.
+        """
+        if self.ranges:
+            name = next(iter(self.ranges))
+            raise EstuneError(
+                f"sweep.{name} is a range, which a grid cannot take: list values with commas between, or search "
+                "(--search optuna --trials N)"
+            )
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+        name: its folder.
+        values: its swept settings, as given.
+        metrics: of its best evaluation, `eval_accuracy` and so on, with the `step`; empty where it failed.
+        error: why it failed, in a line.
+    """
+
+    name: str
+    values: Values
+    metrics: dict[str, float]
+    error: str | None = None
+
+
+def split(overrides: Sequence[str]) -> tuple[list[str], Space]:
+    """Tell what is swept, `sweep.KEY=...`, from the settings that all runs share.
+
+    Raises:
+        EstuneError: nothing is swept, a value is given twice, or a range is none.
+    """
+    shared, grid, ranges = [], {}, {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if not key.startswith(PREFIX):
+            shared.append(override)
+            continue
+        name = key.removeprefix(PREFIX).replace("-", "_")
+        if DOTS in text and "/" not in text:  # no path, such as ../model
+            ranges[name] = _range(name, text)
+            continue
+        grid[name] = [value.strip() for value in text.split(",") if value.strip()]
+        if not grid[name] or len(set(grid[name])) < len(grid[name]):
+            raise EstuneError(f"sweep.{name} {text!r}: list different values with commas between, like 0.01,0.02")
+    if not grid and not ranges:
+        raise EstuneError("nothing is swept: give a setting's values as --sweep.sigma 0.01,0.02 --sweep.seed 0,1,2")
+    return shared, Space(grid, ranges)
+
+
+def _range(name: str, text: str) -> Range:
+    """Whole numbers, if both ends are written so."""
+    low, _, high = (part.strip() for part in text.partition(DOTS))
+    if low.isdecimal() and high.isdecimal() and int(low) < int(high):
+        return int(low), int(high)
+    try:
+        ends = float(low), float(high)
+    except ValueError:
+        ends = math.nan, math.nan
+    if not ends[0] < ends[1] or not math.isfinite(ends[1] - ends[0]):
+        raise EstuneError(f"sweep.{name} {text!r}: a range is LOW..HIGH, two numbers, the lower one first")
+    return ends
+
+
+def sweep(
+    folder: Path,
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    jobs: int = 1,
+    search: Literal["optuna"] | None = None,
+    trials: int | None = None,
+    metric: str = METRICS[0],
+    told: Callable[[Trial], None] | None = None,
+) -> list[Trial]:
+    """Run what is not done yet of a sweep.
+
+    Args:
+        folder: its directory; runs are folders of it.
+        file, overrides: settings, and with `sweep.` before them what is swept.
+        jobs: runs at a time.
+        search: choose values by what the runs so far came to, by Optuna's default method, instead of trying them all.
+        trials: how many runs a search makes.
+        metric: of a run's best evaluation: what a search maximises.
+        told: called with each trial as it ends; those that were done before are not told.
+
+    Raises:
+        EstuneError: bad settings, before anything runs, or a folder with another sweep. A run that fails raises
+            nothing: its trial has an `error`.
+    """
+    if jobs < 1 or (trials is not None and trials < 1):
+        raise EstuneError(f"jobs {jobs}, trials {trials}: give 1 or more")
+    if (search is None) != (trials is None):
+        raise EstuneError("--search optuna and --trials N go together: N runs are chosen by those before them")
+    shared, space = split(overrides)
+    settings = read(file, shared)
+    if "output_dir" in settings:
+        raise EstuneError("output_dir is the sweep's own: every run has a folder there; leave it out of the settings")
+    runner = _Runner(folder, settings, told or (lambda _: None))
+    if search is not None:
+        return _search(runner, space, jobs, trials or 0, metric)
+    points = space.points()
+    for point in points:
+        runner.config(point)
+    _claim(folder, {"settings": settings, "grid": space.grid})
+    return runner.run_all(jobs, lambda point: runner.run(name_of(point), point), points)
+
+
+def name_of(values: Values) -> str:
+    """A folder's name for a run: its swept settings."""
+    return ",".join(f"{key}={value}" for key, value in values.items()).replace("/", "_")
+
+
+class _Runner:
+    """Runs trials, each by the command that a person would give."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], told: Callable[[Trial], None]) -> None:
+        self.folder, self.settings, self.told = folder, settings, told
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._interrupted = False
+
+    def config(self, values: Values) -> Config:
+        """The settings of a trial.
+
+        Raises:
+            EstuneError: bad ones.
+        """
+        return parse(self._settings(values), f"sweep {name_of(values)}")
+
+    def run_all(self, jobs: int, work: Callable[[T], Trial], items: Iterable[T]) -> list[Trial]:
+        """Do the work for each item, `jobs` at a time; what is running does not outlive an interruption."""
+        with ThreadPoolExecutor(jobs) as threads:
+            try:
+                return list(threads.map(work, items))
+            except BaseException:
+                self._interrupted = True
+                threads.shutdown(wait=False, cancel_futures=True)
+                for process in list(self._running):
+                    process.terminate()
+                raise
+
+    def run(self, name: str, values: Values) -> Trial:
+        """Run a trial to its end, wherever it was."""
+        run, steps = self.folder / name, self.config(values).steps
+        if _is_done(run, steps):
+            return self._trial(name, values)
+        code = self._process(name, values)
+        if code == 0 and _is_done(run, steps):
+            trial = self._trial(name, values)
+        else:
+            why = f"exit code {code}" if code else "interrupted"
+            trial = Trial(name, values, {}, _last_line(self._log(name)) if code > 0 else why)
+        self.told(trial)
+        return trial
+
+    def _process(self, name: str, values: Values) -> int:
+        run = self.folder / name
+        if (run / FILE).is_file():
+            # An interruption's, if any: with it, a run that is cut off after its last step passes for a whole one.
+            shutil.rmtree(RunDirectory(run).final, ignore_errors=True)
+            arguments = ["--resume", str(run)]
+        else:
+            shutil.rmtree(run, ignore_errors=True)  # a run that was cut off before its first line
+            config = self.folder / f"{name}.yaml"
+            with replacing(config) as temporary:
+                temporary.write_text(yaml.safe_dump(self._settings(values), sort_keys=False))
+            arguments = ["--config", str(config), "--output-dir", str(run)]
+        command = [sys.executable, "-m", "estune.cli", "train", *arguments]
+        with self._log(name).open("a") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            self._running.add(process)
+            if self._interrupted:  # between two runs
+                process.terminate()
+            try:
+                return process.wait()
+            finally:
+                self._running.discard(process)
+
+    def _settings(self, values: Values) -> dict[str, Any]:
+        return merge(dict(self.settings), read(None, [f"{key}={value}" for key, value in values.items()]))
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def _trial(self, name: str, values: Values) -> Trial:
+        journal = Journal.read(self.folder / name)
+        if not journal.evaluations:
+            return Trial(name, values, {}, "the task has no evaluation set to judge the run by")
+        return Trial(name, values, dict(_best(journal).metrics))
+
+
+def _is_done(run: Path, steps: int) -> bool:
+    """Whether a run took its last step and evaluated what it came to, or stopped early, and wrote that.
+
+    One that was interrupted has not, though it may have written something.
+
+    Raises:
+        EstuneError: its journal was changed.
+    """
+    if not RunDirectory(run).final.is_dir() or not (run / FILE).is_file():
+        return False
+    journal = Journal.read(run)
+    patience = journal.settings.get("early_stopping_patience")
+    if len(journal.steps) >= steps:
+        # The first weights are always evaluated, where there is anything to evaluate on.
+        return not journal.evaluations or journal.evaluations[-1].step >= steps
+    if patience is None or not journal.evaluations:
+        return False
+    best = _best(journal).step
+    return sum(e.step > best for e in journal.evaluations) >= int(patience)
+
+
+def _best(journal: Journal) -> EvaluationRecord:
+    return max(journal.evaluations, key=lambda e: tuple(e.metrics[m] for m in METRICS))
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
+    return lines[-1].strip()[:300] if lines else ""
+
+
+def _claim(folder: Path, mine: Mapping[str, Any]) -> None:
+    """Keep what is swept with the runs, and refuse to mix those of two sweeps. A grid may grow, a search may not."""
+    path, mine = folder / SETTINGS, json.loads(json.dumps(mine, default=str))
+    if path.is_file():
+        there = read_claim(path, "settings", "grid")
+        if there["settings"] != mine["settings"] or there.keys() != mine.keys():
+            raise EstuneError(f"{folder} holds a sweep with other settings; give the same, or another --output-dir")
+        if list(there.get("grid", {})) != list(mine.get("grid", {})) or there.get("ranges") != mine.get("ranges"):
+            raise EstuneError(f"{folder} holds a sweep of other settings; sweep the same, or give another --output-dir")
+        other = [name for name, listed in mine.get("grid", {}).items() if listed != there["grid"][name]]
+        if "ranges" in mine and other:  # Optuna's choices cannot change
+            raise EstuneError(
+                f"{folder} holds a search over other values of {', '.join(other)}; give the same, or another "
+                "--output-dir"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise EstuneError(f"output_dir {folder} is not empty and holds no sweep; give another --output-dir")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(mine, indent=2))
+
+
+def _search(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -> list[Trial]:
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise EstuneError("--search optuna needs Optuna; install it with `pip install 'estune[sweep]'`") from error
+    for end in (0, 1):
+        ends = {name: str(found[end]) for name, found in space.ranges.items()}
+        for listed in Space(space.grid, {}).points():
+            runner.config(listed | ends)
+    _claim(runner.folder, {"settings": runner.settings, "grid": space.grid, "ranges": space.ranges})
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name="sweep",
+        storage=JournalStorage(JournalFileBackend(str(runner.folder / STUDY))),
+        sampler=optuna.samplers.TPESampler(seed=int(runner.settings.get("seed", 0)), constant_liar=jobs > 1),
+        direction="maximize",
+        load_if_exists=True,
+    )
+    # Of a sweep that was cut off: a trial that was running goes on, one that had failed is tried again.
+    begun = {trial.number: trial for trial in study.trials if trial.params.keys() == space.names}
+    running = optuna.trial.TrialState.RUNNING
+
+    def one(old: Any) -> Trial:
+        asked = old or study.ask()
+        values = _as_text(old.params if old else _suggest(asked, space))
+        trial = runner.run(f"trial-{asked.number:03d}", values)
+        if old is None or old.state == running:
+            value = trial.metrics.get(metric)
+            failed = optuna.trial.TrialState.FAIL
+            study.tell(asked.number, value, state=failed if value is None else None)
+        return trial
+
+    first = list(begun.values())[:count]
+    return runner.run_all(jobs, one, [*first, *[None] * (count - len(first))])
+
+
+def _suggest(asked: Any, space: Space) -> dict[str, Any]:
+    """Values of a trial; a range over a factor of ten or more is searched by its logarithm."""
+    values = {name: asked.suggest_categorical(name, listed) for name, listed in space.grid.items()}
+    for name, (low, high) in space.ranges.items():
+        logarithmic = low > 0 and high / low >= 10
+        suggest = asked.suggest_int if isinstance(low, int) else asked.suggest_float
+        values[name] = suggest(name, low, high, log=logarithmic)
+    return values
+
+
+def _as_text(values: Mapping[str, Any]) -> Values:
+    return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}

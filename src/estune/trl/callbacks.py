@@ -1,0 +1,201 @@
+"""Callbacks as transformers' and TRL's users know them, told by estune's monitors.
+
+A callback is any object with some of the methods of `transformers.TrainerCallback`, called as there, as
+`on_step_end(args, state, control, **kwargs)`. There is no optimizer and no dataloader: these are None, and so is
+`model`, for the weights in memory are mostly some member's; `ESTrainer.save_model` writes the trained ones.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerControl, TrainerState
+
+from estune.run.directory import RunDirectory
+from estune.run.monitors.base import Metrics, Monitor, Plan, Request, Sample, Summary
+from estune.run.monitors.console import ConsoleMonitor
+from estune.run.trainer import Trainer
+
+_LATEST = ("step", "learning_rate", "num_tokens")  # the others are averaged over the steps of one log, as in TRL
+
+
+class CallbackMonitor(Monitor):
+    """Tells callbacks what happens, and keeps `state` and `control` for them.
+
+    Args:
+        args: the settings, an `ESConfig`.
+        processing_class: the tokenizer, passed on.
+    """
+
+    def __init__(self, args: Any, processing_class: Any = None) -> None:
+        self.args, self.processing_class = args, processing_class
+        self.callbacks: list[Any] = []
+        self.state, self.control = TrainerState(), TrainerControl()
+        self.train_metrics: dict[str, float] = {}
+        self._epochs_per_step = 0.0
+        self._first_step = self._samples_per_step = 0
+        self._recent: list[Metrics] = []
+        self._run = Path()
+
+    def fire(self, event: str, **more: Any) -> None:
+        """Call every callback that has a method of this name; one that returns a control replaces it."""
+        for callback in self.callbacks:
+            handler = getattr(callback, event, None)
+            if handler is not None:
+                returned = handler(
+                    self.args,
+                    self.state,
+                    self.control,
+                    model=None,
+                    processing_class=self.processing_class,
+                    optimizer=None,
+                    lr_scheduler=None,
+                    train_dataloader=None,
+                    eval_dataloader=None,
+                    **more,
+                )
+                self.control = returned or self.control
+
+    def restore(self, history: Iterable[Metrics]) -> None:
+        """Take in the metrics of what was done before the run was resumed, without telling anyone."""
+        for metrics in history:
+            self._at(int(metrics["step"]))
+            if _is_evaluation(metrics):
+                self._keep(metrics)
+                self._judge(metrics)
+            else:
+                self._recent.append(metrics)
+                if self._log_is_due():
+                    self._keep(self._averages())
+
+    def begin(self, plan: Plan) -> None:
+        """Fill in the state of a run that is about to begin or go on."""
+        self.state, self.control, self._recent, self._run = TrainerState(), TrainerControl(), [], plan.run
+        self._epochs_per_step = plan.prompts_per_step / plan.train_size
+        self._first_step, self._samples_per_step = plan.first_step, plan.population * plan.prompts_per_step
+        self.state.max_steps = plan.steps
+        self.state.logging_steps = self.args.logging_steps
+        self.state.eval_steps, self.state.save_steps = plan.config["eval_steps"], plan.config["save_steps"]
+        self.state.num_train_epochs = plan.steps * self._epochs_per_step
+        self.state.train_batch_size = plan.prompts_per_step
+
+    def on_train_begin(self, plan: Plan) -> None:
+        """As `Monitor.on_train_begin`."""
+        self._at(plan.first_step)
+        self.fire("on_train_begin")
+
+    def on_step_begin(self, step: int) -> None:
+        """As `Monitor.on_step_begin`; what was asked for at the last step is done."""
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+        self.fire("on_step_begin")
+
+    def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
+        """As `Monitor.on_step_end`."""
+        self._at(int(metrics["step"]))
+        self._recent.append(metrics)
+        self.fire("on_step_end")
+        if self.control.should_log or self._log_is_due():
+            self._log(self._averages())
+
+    def on_evaluate(self, metrics: Metrics, sample: Sample | None = None) -> None:
+        """As `Monitor.on_evaluate`. As in transformers, the best metric is still that of before."""
+        self.control.should_evaluate = False
+        self._log(metrics)
+        self.fire("on_evaluate", metrics={**self._plain(metrics), "epoch": self.state.epoch})
+        self._judge(metrics)
+
+    def on_save(self, step: int) -> None:
+        """As `Monitor.on_save`; the oldest checkpoints go, where their number is limited."""
+        self.control.should_save = False
+        run = RunDirectory(self._run)
+        if most := self.args.save_total_limit:
+            for old in run.checkpoints()[most:]:
+                shutil.rmtree(run.checkpoint(old))
+        self.fire("on_save")
+
+    def requests(self) -> set[Request]:
+        """As `Monitor.requests`."""
+        control = self.control
+        asked: dict[Request, bool] = {
+            "stop": control.should_training_stop,
+            "evaluate": control.should_evaluate,
+            "save": control.should_save,
+        }
+        return {request for request, wanted in asked.items() if wanted}
+
+    def on_train_end(self, summary: Summary) -> None:
+        """As `Monitor.on_train_end`; before it, what the whole run came to is logged."""
+        if self._recent:
+            self._log(self._averages())
+        steps = summary.steps - self._first_step
+        self.train_metrics = {
+            "train_runtime": summary.seconds,
+            "train_samples_per_second": steps * self._samples_per_step / summary.seconds,
+            "train_steps_per_second": steps / summary.seconds,
+            "epoch": self.state.epoch,
+        }
+        self._log(self.train_metrics)
+        self.fire("on_train_end")
+
+    def _at(self, step: int) -> None:
+        self.state.global_step, self.state.epoch = step, step * self._epochs_per_step
+
+    def _log_is_due(self) -> bool:
+        step, every = self.state.global_step, self.args.logging_steps
+        if self.args.logging_strategy == "no":
+            return False
+        if self.args.logging_strategy == "epoch":
+            return bool(math.floor(self.state.epoch) > math.floor((step - 1) * self._epochs_per_step))
+        every = max(1, round(every * self.state.max_steps)) if 0 < every < 1 else max(1, every)
+        return bool(step % every == 0 or (step == 1 and self.args.logging_first_step))
+
+    def _averages(self) -> Metrics:
+        """Metrics of the steps since the last log as one."""
+        recent, self._recent = self._recent, []
+        columns = {key: [m[key] for m in recent if key in m] for key in dict.fromkeys(k for m in recent for k in m)}
+        return {key: v[-1] if key in _LATEST or len(v) == 1 else sum(v) / len(v) for key, v in columns.items()}
+
+    def _log(self, metrics: Metrics) -> None:
+        self.control.should_log = False
+        self.fire("on_log", logs=self._keep(metrics))
+
+    def _keep(self, metrics: Metrics) -> dict[str, float]:
+        """Append to the history; return what callbacks are told, which has no step."""
+        logs = {**self._plain(metrics), "epoch": self.state.epoch}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        return logs
+
+    def _plain(self, metrics: Metrics) -> dict[str, float]:
+        return {key: value for key, value in metrics.items() if key != "step"}
+
+    def rank(self, metrics: Metrics) -> float:
+        """What evaluations are judged by: `metric_for_best_model`, negative where smaller is better."""
+        name = self.args.metric_for_best_model
+        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}", -math.inf)
+        return value if self.args.greater_is_better or value == -math.inf else -value
+
+    def _judge(self, metrics: Metrics) -> None:
+        """Note whether this is the best evaluation so far."""
+        found, best = self.rank(metrics), self.state.best_metric
+        value = found if self.args.greater_is_better else -found
+        if found > -math.inf and (best is None or (value > best if self.args.greater_is_better else value < best)):
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            self.state.best_model_checkpoint = str(self._run / "best")
+
+
+def attach(run: Trainer, told: CallbackMonitor) -> None:
+    """Let this monitor's callbacks follow and steer a run that is about to begin or go on."""
+    told.begin(run.plan())
+    told.restore(event.metrics for event in run.journal.chronicle())
+    if told.args.disable_tqdm:
+        run.monitors = [m for m in run.monitors if not isinstance(m, ConsoleMonitor)]
+    run.monitors.append(told)
+    run.rank = told.rank
+
+
+def _is_evaluation(metrics: Metrics) -> bool:
+    return any(key.startswith("eval_") for key in metrics)

@@ -1,0 +1,131 @@
+"""One base for all replicas of a machine: memory that their processes share, and each one's share of it to update.
+
+The memory is a file without a name, which processes inherit. It is gone when they are, however they end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from estune.weights.storage import STREAMED_LENGTH, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A replica's share of a base in shared memory. All replicas read all of it."""
+
+    memory: int  # from `open_memory`: a file descriptor, of the same number in a process that inherits it
+    index: int
+    count: int
+
+    @property
+    def fills(self) -> bool:
+        """Whether this replica fills the base, for all. Until it has, nobody may perturb."""
+        return self.index == 0
+
+    def map(self, size: int) -> npt.NDArray[np.uint8]:
+        """The shared memory, of `size` bytes in every process. It stays while any process has it mapped.
+
+        Raises:
+            OSError: there is not so much memory.
+        """
+        os.ftruncate(self.memory, size)  # whoever comes first makes room; to the size that it has, this does nothing
+        if self.fills and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self.memory, 0, size)  # a lack of memory is an error here, and a signal when it is used
+        return np.frombuffer(mmap.mmap(self.memory, size), np.uint8)
+
+    def stretch(self, elements: int) -> tuple[int, int]:
+        """First element and end of the share, of a base of so many elements."""
+        return elements * self.index // self.count, elements * (self.index + 1) // self.count
+
+
+def open_memory() -> int:
+    """A file descriptor of shared memory, which each process closes once it has mapped it.
+
+    On other systems than Linux it is a file's.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("estune-base")
+    with tempfile.TemporaryFile() as file:  # has lost its name already
+        return os.dup(file.fileno())
+
+
+def share_of(runs: Sequence[Run], share: Share) -> list[Run]:
+    """A replica's share of the base: one stretch of all runs laid end to end."""
+    first, end = share.stretch(sum(len(run.live) for run in runs))
+    found, position = [], 0
+    for run in runs:
+        start, stop = max(first - position, 0), min(end - position, len(run.live))
+        if start < stop:
+            found.append(run.part(start, stop))
+        position += len(run.live)
+    return found
+
+
+def make_base(
+    live: Sequence[Tensor], dtype: torch.dtype | None, *, on_host: bool, share: Share | None = None
+) -> list[Tensor]:
+    """Copies of flat tensors, as `dtype` if given: beside them, in pinned host memory, or in shared memory.
+
+    Shared memory is left as it is, unless this replica is the one that fills it.
+    """
+    shapes = [(t.numel(), dtype or t.dtype) for t in live]
+    if share is not None:
+        base = _carve(shapes, share.map)
+        if not share.fills:
+            return base
+    elif on_host:
+        with torch.cuda.device_of(live[0]):  # type: ignore[no-untyped-call]
+            base = _carve(shapes, _pinned)
+    else:
+        base = [torch.empty_like(t, dtype=dtype or t.dtype) for t in live]
+    for source, target in zip(live, base, strict=True):
+        for i in range(0, len(source), STREAMED_LENGTH):  # another type on another device needs a copy in between
+            target[i : i + STREAMED_LENGTH].copy_(source[i : i + STREAMED_LENGTH])
+    return base
+
+
+def keeps_base_on_host(choice: str, *, base: int, live: int, memory: int) -> bool:
+    """Where the base of a model on CUDA lies: True for host memory.
+
+    Never by what is free at the moment, so that the same run on the same machine does the same.
+
+    Args:
+        choice: the setting, auto, device or host.
+        base, live: bytes of the base, and of all the model's live weights.
+        memory: bytes that the device has. Half of what live weights leave is for batches.
+    """
+    return choice == "host" if choice != "auto" else base > (memory - live) // 2
+
+
+def _pinned(size: int) -> npt.NDArray[np.uint8]:
+    """Host memory that the device reads and writes by itself.
+
+    PyTorch's pinned allocator rounds every tensor up to a power of two, which can double the memory that a base takes.
+    """
+    memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # pages of its own, as pages are what is pinned
+    address, cuda = memory.ctypes.data, torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(cuda.cudaHostRegister(address, memory.nbytes, 0))
+    weakref.finalize(memory, cuda.cudaHostUnregister, address).atexit = False  # the system does it then
+    return memory
+
+
+def _carve(shapes: Sequence[tuple[int, torch.dtype]], allocate: Callable[[int], npt.NDArray[np.uint8]]) -> list[Tensor]:
+    """Flat tensors of these lengths and types, one after another in memory of so many bytes."""
+    sizes = [-(-elements * dtype.itemsize // 256) * 256 for elements, dtype in shapes]
+    whole, ends = torch.from_numpy(allocate(sum(sizes))), itertools.accumulate(sizes)
+    return [
+        whole[end - size : end - size + elements * dtype.itemsize].view(dtype)
+        for end, size, (elements, dtype) in zip(ends, sizes, shapes, strict=True)
+    ]

@@ -1,0 +1,298 @@
+"""Hugging Face checkpoints on disk, read and written tensor by tensor in bounded memory.
+
+Reads and writes the safetensors format directly (eight bytes of header length, a JSON header, raw little-endian data):
+a fine-tuned checkpoint can then be streamed without an engine, without torch and without ever holding a whole tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from estune.errors import EstuneError
+from estune.files import replacing
+
+EMBEDDED = {"tiny": Path(__file__).parents[1] / "models" / "tiny"}
+"""Models shipped inside the package, by the name a user gives for `model`."""
+
+RUN_LENGTH = 1 << 20  # elements read, changed and written at a time
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tekken.json",
+    "chat_template*",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "*.py",  # code that a model brings
+    "*processor_config.json",
+    "LICENSE*",
+)
+"""What a model needs beside its weights: downloaded with them and copied to what is written, and nothing else."""
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_STORAGE: dict[str, Any] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor of a checkpoint lies."""
+
+    name: str
+    file: Path
+    dtype: str  # safetensors' name: F32, BF16, F16, I64, ...
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    size: int  # in bytes
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def read(self, start: int = 0, count: int | None = None) -> npt.NDArray[np.float32]:
+        """Elements `start .. start + count - 1`, row-major, widened to float32 (exact).
+
+        Raises:
+            EstuneError: for a type other than float32, bfloat16 and float16.
+        """
+        if self.dtype not in _STORAGE:
+            raise EstuneError(
+                f"{self.file}: tensor {self.name} is stored as {self.dtype}, not as one of {', '.join(_STORAGE)}; "
+                "load the model with dtype=torch.float32 and save it with save_pretrained"
+            )
+        stored = _STORAGE[self.dtype]
+        count = self.elements - start if count is None else count
+        raw = np.fromfile(self.file, stored, count, offset=self.offset + start * stored.itemsize)
+        return widen(raw)
+
+    def raw(self) -> Iterator[bytes]:
+        """The stored bytes, a few MiB at a time."""
+        with self.file.open("rb") as f:
+            f.seek(self.offset)
+            left = self.size
+            while left:
+                block = f.read(min(left, 4 * RUN_LENGTH))
+                if not block:
+                    raise EstuneError(f"{self.file}: the file ends inside tensor {self.name}; copy it again")
+                left -= len(block)
+                yield block
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory: `config.json` and one or more safetensors files."""
+
+    path: Path
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        by_file = {file: _read_header(file) for file in _weight_files(self.path)}
+        return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
+
+    def content_hash(self) -> str:
+        """BLAKE2b over names, types, shapes and bytes of all tensors, however they are spread over files."""
+
+        def digest(tensor: Tensor) -> bytes:
+            h = hashlib.blake2b(digest_size=16)
+            for block in tensor.raw():
+                h.update(block)
+            return h.digest()
+
+        tensors = [self.tensors[name] for name in sorted(self.tensors)]
+        total = hashlib.blake2b(digest_size=16)
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+            for tensor, d in zip(tensors, threads.map(digest, tensors), strict=True):
+                total.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode() + d)
+        return total.hexdigest()
+
+    def write(
+        self,
+        target: Path,
+        trained: dict[str, Callable[[], Iterator[Array]]],
+        dtype: str,
+        verify: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write a checkpoint like this one, with `trained` tensors replaced and stored as `dtype`.
+
+        Of the other files, those that a model needs (`COMPANIONS`) go along.
+
+        Args:
+            target: directory to make; it appears only when it is complete. An existing one is replaced.
+            trained: for each replaced tensor, a function giving its elements in row-major runs: float32, float16 or
+                bfloat16's bits (uint16).
+            dtype: float32, bfloat16 or float16.
+            verify: called when all is written; if it raises, nothing appears.
+        """
+        with replacing(target) as folder:
+            folder.mkdir()
+            by_file: dict[str, list[Tensor]] = {}
+            for tensor in self.tensors.values():
+                by_file.setdefault(tensor.file.name, []).append(tensor)
+            size = sum(_write_file(folder / f, ts, trained, DTYPES[dtype]) for f, ts in by_file.items())
+            if set(by_file) != {SINGLE}:
+                weight_map = {tensor.name: file for file, tensors in by_file.items() for tensor in tensors}
+                index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+                (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            for file in self.path.iterdir():
+                if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in COMPANIONS):
+                    shutil.copy(file, folder / file.name)
+            config = json.loads((folder / "config.json").read_text())
+            config.pop("torch_dtype", None)
+            config["dtype"] = dtype
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            verify()
+
+
+def locate(model: str | Path) -> Path:
+    """Directory of a model given as an embedded name, a local directory or a hub id (downloaded if needed).
+
+    Raises:
+        EstuneError: where there is no such model, or the directory holds none.
+    """
+    path = EMBEDDED.get(str(model), Path(model))
+    if not path.exists():
+        if not _HUB_ID.fullmatch(str(model)):
+            names = ", ".join(EMBEDDED)
+            raise EstuneError(f"model {model}: no such directory; give a directory, a hub id or one of: {names}")
+        path = _download(str(model))
+    if not (path / "config.json").is_file():
+        kind = "a file" if path.is_file() else "a directory without config.json"
+        raise EstuneError(f"model {model} is {kind}, not a checkpoint: give a directory made by save_pretrained")
+    _weight_files(path)
+    return path
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Repositories can hold the same weights again: in the original format, in folders for other libraries.
+        return Path(
+            snapshot_download(
+                model,
+                allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"],
+                ignore_patterns=["consolidated*", "*/*"],
+            )
+        )
+    except Exception as error:  # the hub's library raises a dozen kinds; each means that the model cannot be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        names = ", ".join(EMBEDDED)
+        raise EstuneError(
+            f"model {model}: neither a local directory nor to be had from the hub ({reason}); check the name, the "
+            f"network and, for a gated model, your login, or take an embedded one: {names}"
+        ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights; where a directory holds them more than once, those that transformers loads."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder / INDEX)
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others
+    if not others:
+        raise EstuneError(f"{folder} holds no .safetensors weights: save the model with save_pretrained first")
+    raise EstuneError(
+        f"{folder} holds {len(others)} .safetensors files, but neither {SINGLE} nor {INDEX} to say which are the "
+        "model's: save it with save_pretrained"
+    )
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [index.parent / Path(name).name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise EstuneError(f"{index} is not an index of weights: it cannot be read; copy or save it again") from error
+    missing = [name for name, file in zip(names, files, strict=True) if not file.is_file()]
+    if missing or not files:
+        lacking = missing[0] if missing else "no file"
+        raise EstuneError(f"{index} names {lacking}, which is not there: copy or download the model again")
+    return files
+
+
+def widen(stored: Array) -> npt.NDArray[np.float32]:
+    """Stored elements as float32. bfloat16 comes as its bits in uint16."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def narrow(values: npt.NDArray[np.float32], dtype: str) -> Array:
+    """float32 as stored elements, to nearest, ties to even."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        parity = (bits >> np.uint32(16)) & np.uint32(1)
+        return ((bits + np.uint32(0x7FFF) + parity) >> np.uint32(16)).astype(np.uint16)
+    stored: Array = values.astype(_STORAGE[dtype], copy=False)
+    return stored
+
+
+def _read_header(file: Path) -> dict[str, Tensor]:
+    try:
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length)) if 0 < length < 1 << 28 else None
+        entries = {k: v for k, v in header.items() if k != "__metadata__"}  # type: ignore[union-attr]
+        return {
+            name: Tensor(name, file, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0], end - begin)
+            for name, e in entries.items()
+            for begin, end in [e["data_offsets"]]
+        }
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise EstuneError(
+            f"{file} is not a safetensors file: its header cannot be read; copy or save it again"
+        ) from error
+
+
+def _write_file(
+    file: Path, tensors: list[Tensor], trained: dict[str, Callable[[], Iterator[Array]]], dtype: str
+) -> int:
+    """Write one safetensors file; return the bytes of its tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for t in tensors:
+        size = t.elements * _STORAGE[dtype].itemsize if t.name in trained else t.size
+        stored = dtype if t.name in trained else t.dtype
+        header[t.name] = {"dtype": stored, "shape": t.shape, "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors:
+            if t.name not in trained:
+                f.writelines(t.raw())
+                continue
+            for run in trained[t.name]():
+                f.write(narrow(widen(run), dtype).tobytes())
+        f.flush()
+        os.fsync(f.fileno())
+    return position

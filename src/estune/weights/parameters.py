@@ -1,0 +1,101 @@
+"""What is trained: parameters of the checkpoint, and where in the model's tensors each one lies."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from estune.errors import EstuneError
+from estune.noise.rows import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """Part of a checkpoint tensor of `pitch` columns: `rows` rows of `width` elements, from (`row`, `column`) on.
+
+    Of more than two dimensions the last counts columns and all others rows; with one dimension every element is a row.
+    """
+
+    row: int
+    column: int
+    rows: int
+    width: int
+    pitch: int
+
+    @property
+    def start(self) -> int:
+        """Row-major position of its first element in the tensor."""
+        return self.row * self.pitch + self.column
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self.rows * self.width
+
+    @property
+    def layout(self) -> Rows | None:
+        """Of its rows; None where it is one stretch of the tensor."""
+        return None if self.width == self.pitch or self.rows == 1 else Rows(self.width, self.pitch)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trained tensor of a model: the checkpoint tensor `name`, whole and row-major, or a rectangle of it.
+
+    `aliases` are further names under which the checkpoint stores the same (tied) tensor. `counted` is False for a
+    rectangle that elsewhere is held too and counted there: each element is to be in the fingerprint once.
+    """
+
+    name: str
+    tensor: Tensor
+    aliases: tuple[str, ...] = ()
+    rectangle: Rectangle | None = None
+    counted: bool = True
+
+    @property
+    def part(self) -> Rectangle:
+        """The part of the checkpoint tensor that this is."""
+        if self.rectangle is not None:
+            return self.rectangle
+        columns = self.tensor.shape[-1] if self.tensor.ndim > 1 else 1
+        return Rectangle(0, 0, self.tensor.numel() // max(columns, 1), columns, columns)
+
+
+def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = "*") -> list[Parameter]:
+    """The model's parameters under their checkpoint names, tied tensors once.
+
+    Args:
+        model: a transformers model.
+        names: the tensors of its checkpoint.
+        pattern: shell-style pattern of the names to train.
+
+    Raises:
+        EstuneError: where a parameter is not one tensor of the checkpoint, or the pattern fits none.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    by_storage: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        bare = name.removeprefix(prefix)
+        found = next((n for n in (name, bare, prefix + name) if n in names), None)
+        stored = by_storage.setdefault(tensor.data_ptr(), (tensor, []))[1]
+        if found is not None and found not in stored:
+            stored.append(found)
+    missing = [n for n, t in model.named_parameters() if not by_storage[t.data_ptr()][1]]
+    if missing:
+        raise EstuneError(
+            f"{len(missing)} parameters are not tensors of the checkpoint, the first is {missing[0]}: "
+            "architectures that merge tensors on loading are not supported yet"
+        )
+    chosen = [
+        Parameter(stored[0], tensor, tuple(stored[1:]))
+        for tensor, stored in by_storage.values()
+        if fnmatchcase(stored[0], pattern)
+    ]
+    if not chosen:
+        raise EstuneError(f"no parameter's name fits the pattern {pattern!r}; names look like {next(iter(names))}")
+    return chosen

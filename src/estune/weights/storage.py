@@ -1,0 +1,266 @@
+"""Where weights lie, and the passes over all of them: perturb, restore, update, fingerprint.
+
+- `CpuStorage`: on the CPU, in runs spread over threads.
+- `DeviceStorage`: on a CUDA device, a whole run in each launch.
+- `StreamedStorage`: live weights on the device, the base in pinned host memory, passing through buffers on the device.
+
+All give the same bits, because each kernel does, and every element's result depends on its own history alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from estune.errors import EstuneError
+from estune.es.strategy import Update
+from estune.es.update import terms
+from estune.noise.rows import Rows
+from estune.weights.checkpoint import RUN_LENGTH, narrow
+from estune.weights.device import device_kernels
+
+STREAMED_LENGTH = 8 << 20  # elements that pass through a buffer at a time: 32 MiB of float32
+BUFFERS = 2  # one is filled while the other is worked on
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Array = npt.NDArray[Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Part of one parameter, its live weights and its base: flat tensors, or arrays of the CPU's kernels.
+
+    Base and live weights are the same where nothing is kept beside the live weights.
+    """
+
+    live: Any
+    base: Any
+    key: int  # of the parameter, for its fingerprint
+    noise: int  # of its noise
+    start: int = 0  # first element's position in the parameter
+    rows: Rows | None = None  # where it is columns of the parameter; otherwise one stretch of it
+    counted: bool = True  # False for what another run counts in the fingerprint
+
+    def part(self, start: int, end: int) -> Run:
+        """Its elements from `start` up to `end`."""
+        part = replace(self, live=self.live[start:end], base=self.base[start:end])
+        if self.rows is None:
+            return replace(part, start=self.start + start)
+        return replace(part, rows=self.rows._replace(skip=self.rows.skip + start))
+
+    def split(self, length: int) -> Iterator[Run]:
+        """The same in parts of at most `length` elements."""
+        for i in range(0, len(self.live), length):
+            yield self.part(i, i + length)
+
+    def stretches(self) -> Iterator[Run]:
+        """The same in runs that each are one stretch of the parameter."""
+        if self.rows is None:
+            yield self
+            return
+        (width, pitch, skip), done = self.rows, 0
+        while done < len(self.live):
+            row, column = divmod(skip + done, width)
+            end = min(done + width - column, len(self.live))
+            yield replace(self.part(done, end), start=self.start + row * pitch + column, rows=None)
+            done = end
+
+
+class Storage(Protocol):
+    """Weights at one place."""
+
+    def perturb(self, seed: int, sigma: float) -> None:
+        """Set live = base + sigma * noise(seed)."""
+        ...
+
+    def restore(self) -> None:
+        """Set live = base."""
+        ...
+
+    def update(self, update: Update, rounding: str) -> None:
+        """Add an update to the base."""
+        ...
+
+    def fingerprint(self) -> int:
+        """Sum of the hashes of the base's elements, without runs not counted; the last 64 bits of it matter."""
+        ...
+
+
+class CpuStorage:
+    """On the CPU, a million elements at a time, spread over threads."""
+
+    def __init__(self, runs: Sequence[Run], threads: int) -> None:
+        arrays = (replace(r, live=as_array(r.live), base=as_array(r.base)) for r in runs)
+        self._runs = [part for run in arrays for part in run.split(RUN_LENGTH)]
+        self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def perturb(self, seed: int, sigma: float) -> None:
+        """As `Storage.perturb`."""
+        from estune.noise import cpu
+
+        self._each(lambda r: cpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
+
+    def restore(self) -> None:
+        """As `Storage.restore`."""
+        self._each(_copy_base)
+
+    def update(self, update: Update, rounding: str) -> None:
+        """As `Storage.update`."""
+        from estune.noise import cpu
+
+        t = terms(update, rounding)
+        if t is not None:
+            self._each(
+                lambda r: cpu.update(
+                    r.base, t.seeds, t.coefficients, r.noise, r.start, t.decay, t.rounding_seed, r.rows
+                )
+            )
+
+    def fingerprint(self) -> int:
+        """As `Storage.fingerprint`."""
+        from estune.noise import cpu
+
+        return sum(self._each(lambda r: cpu.fingerprint(r.base, r.key, r.start, r.rows) if r.counted else 0))
+
+    def _each(self, work: Callable[[Run], T]) -> list[T]:
+        return list(map(work, self._runs) if self._threads is None else self._threads.map(work, self._runs))
+
+
+class DeviceStorage:
+    """On a device, a whole run in each launch. What is launched runs in order with all else on the device."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._gpu = device_kernels()
+        self._runs = list(runs)
+        self._device: torch.device = self._runs[0].live.device
+
+    def perturb(self, seed: int, sigma: float) -> None:
+        """As `Storage.perturb`."""
+        self._each(lambda r: self._gpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
+
+    def restore(self) -> None:
+        """As `Storage.restore`."""
+        self._each(lambda r: r.live.copy_(r.base))
+
+    def update(self, update: Update, rounding: str) -> None:
+        """As `Storage.update`."""
+        found = terms(update, rounding)
+        if found is None:
+            return
+        seeds = torch.from_numpy(found.seeds.view(np.int64)).to(self._device)
+        coefficients = torch.from_numpy(found.coefficients).to(self._device)
+        self._each(
+            lambda r: self._gpu.update(
+                r.base, seeds, coefficients, r.noise, r.start, found.decay, found.rounding_seed, r.rows
+            ),
+            changes_base=True,
+        )
+
+    def fingerprint(self) -> int:
+        """As `Storage.fingerprint`."""
+        total = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._each(lambda r: self._gpu.fingerprint(r.base, r.key, r.start, total, r.rows) if r.counted else None)
+        return int(total)
+
+    def _each(self, work: Callable[[Run], object], *, changes_base: bool = False) -> None:
+        with self._on_device():
+            for run in self._runs:
+                self._launch(work, run)
+
+    def _launch(self, work: Callable[[Run], object], run: Run) -> None:
+        """Do work on a run: at once, or row by row where the kernels do not take its rows."""
+        whole = run.rows is None or self._gpu.takes(run.start, len(run.live), run.rows)
+        for part in (run,) if whole else run.stretches():
+            work(part)
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        """Makes the weights' device the current one, which is where Triton launches. Does nothing on the CPU."""
+        found: AbstractContextManager[None] = torch.cuda.device_of(self._runs[0].live)  # type: ignore[no-untyped-call]
+        return found
+
+
+class StreamedStorage(DeviceStorage):
+    """Live weights on a device, the base in host memory: it passes through buffers on the device, 64 MiB in all.
+
+    Each buffer has a stream of its own. Within a stream things happen in order, so that a buffer is filled, worked on
+    and written back before it is filled again, and between the two streams copies and kernels overlap.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        super().__init__([part for run in runs for part in run.split(STREAMED_LENGTH)])
+        self._streams = torch.get_device_module(self._device)  # the CPU's do nothing
+        size = max(run.base.nbytes for run in self._runs)
+        with self._on_device():
+            self._buffers = [
+                (self._streams.Stream(), torch.empty(size, dtype=torch.uint8, device=self._device))
+                for _ in range(BUFFERS)
+            ]
+
+    def _each(self, work: Callable[[Run], object], *, changes_base: bool = False) -> None:
+        with self._on_device():
+            current = self._streams.current_stream()
+            for stream, _ in self._buffers:
+                stream.wait_stream(current)
+            for run, (stream, buffer) in zip(self._runs, itertools.cycle(self._buffers), strict=False):
+                with self._streams.stream(stream):
+                    staged = buffer[: run.base.nbytes].view(run.base.dtype)
+                    staged.copy_(run.base, non_blocking=True)
+                    self._launch(work, replace(run, base=staged))
+                    if changes_base:
+                        run.base.copy_(staged, non_blocking=True)
+            for stream, _ in self._buffers:
+                current.wait_stream(stream)
+            self._streams.synchronize()  # the host may read or write the base from here on
+
+
+def open_storage(runs: Sequence[Run], threads: int) -> Storage:
+    """The storage for tensors that lie where these do."""
+    live, base = runs[0].live.device.type, runs[0].base.device.type
+    if live == "cpu":
+        return CpuStorage(runs, threads)
+    return DeviceStorage(runs) if base == live else StreamedStorage(runs)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The tensor's own memory, flat.
+
+    Raises:
+        EstuneError: for a type or device without kernels.
+    """
+    if tensor.device.type not in {"cpu", "cuda"}:
+        raise EstuneError(f"weights on {tensor.device}: they can be perturbed on cuda and cpu; set device to one")
+    if not tensor.is_contiguous():
+        raise EstuneError(f"a weight of shape {tuple(tensor.shape)} is not contiguous: save and load the model again")
+    if tensor.dtype not in TYPES:
+        raise EstuneError(
+            f"weights of type {type_name(tensor.dtype)}: there are kernels for "
+            f"{', '.join(map(type_name, TYPES))}; set dtype to one"
+        )
+    return tensor.detach().view(-1)
+
+
+def as_array(tensor: Tensor) -> Array:
+    """The own memory of a tensor on the CPU as a flat array: bfloat16's bits as uint16, other types as they are."""
+    elements = flat(tensor)
+    array: Array = (elements.view(torch.uint16) if tensor.dtype == torch.bfloat16 else elements).numpy()
+    return array
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """A type as settings and journals name it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _copy_base(run: Run) -> None:
+    halves = run.live.dtype == np.uint16 and run.base.dtype == np.float32
+    run.live[:] = narrow(run.base, "BF16") if halves else run.base

@@ -1,0 +1,268 @@
+"""Live weights of an engine, and how they are perturbed, restored and updated exactly.
+
+Three policies, by what is kept beside the live weights:
+
+- `master`: a float32 base. live = round(base + sigma * noise), the update is float32 and loses nothing.
+- `copy`: a base in the live type. Restoring is as exact; the update is summed in float32 and rounded once.
+- `inplace`: nothing, as in the paper. Restoring subtracts the noise again, and what rounding leaves behind stays.
+
+Every element's result depends on its own history alone, so any split gives the same bits, on the CPU and on a device
+(`storage.py`). Storage addresses of live weights never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from estune.errors import EstuneError
+from estune.es.strategy import Member, Update
+from estune.es.update import as_fingerprint
+from estune.noise.reference import tensor_id
+from estune.weights.base import Share, make_base, share_of
+from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, narrow, widen
+from estune.weights.checkpoint import Tensor as StoredTensor
+from estune.weights.parameters import Parameter, Rectangle
+from estune.weights.storage import CpuStorage, Run, Storage, as_array, flat, open_storage, type_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Policy = Literal["master", "copy", "inplace"]
+Rounding = Literal["nearest", "stochastic"]
+NoiseMode = Literal["iid", "correlated"]
+Array = npt.NDArray[Any]
+
+SAMPLE = 4096  # elements of each tensor watched for drift
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """What in-place restoring left behind since the last update, over a sample of the weights."""
+
+    changed: float  # fraction of weights that are not what they were
+    rms: float  # root mean square of the difference
+
+
+class Weights:
+    """The trained parameters of one model, perturbed around a base.
+
+    Args:
+        parameters: from `trained_parameters`, or rectangles of checkpoint tensors.
+        policy, rounding: see the module's text; stochastic rounding matters to bfloat16 bases only.
+        noise: `iid`, or `correlated`, which gives equal noise to all tensors, as the authors' first code did.
+        threads: CPU threads to spread the work over.
+        base_on_host: keep the base of weights on a device in pinned host memory.
+        share: have the base of weights on the CPU in common with other processes, each of which updates a share.
+
+    Raises:
+        EstuneError: for a weight type or device without kernels, and, unless the policy is `master`, for types mixed.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        *,
+        policy: Policy = "master",
+        rounding: Rounding = "nearest",
+        noise: NoiseMode = "iid",
+        threads: int = 1,
+        base_on_host: bool = False,
+        share: Share | None = None,
+    ) -> None:
+        self.policy, self.rounding, self.noise = policy, rounding, noise
+        self.parameters = list(parameters)
+        live = [flat(p.tensor) for p in self.parameters]
+        types = {t.dtype for t in live}
+        if policy != "master" and len(types) > 1:
+            names = " and ".join(sorted(map(type_name, types)))
+            raise EstuneError(f"weights={policy} keeps weights of one type, the model has {names}; set weights=master")
+        dtype = torch.float32 if policy == "master" else None
+        base = live if policy == "inplace" else make_base(live, dtype, on_host=base_on_host, share=share)
+        self._base = list(base)
+        self._runs = [self._run(p, a, b) for p, a, b in zip(self.parameters, live, base, strict=True)]
+        self._threads = threads
+        self._storage = open_storage(self._runs, threads)
+        self._updated = self._storage if share is None else CpuStorage(share_of(self._runs, share), threads)
+        self._fills = share is None or share.fills
+        self._member: tuple[Member, float] | None = None  # what the live weights are perturbed by, if in place
+        self._watched = self._sample() if policy == "inplace" else []
+
+    def _run(self, parameter: Parameter, live: Tensor, base: Tensor) -> Run:
+        key, part = tensor_id(parameter.name), parameter.part
+        noise = 0 if self.noise == "correlated" else key
+        return Run(live, base, key, noise, part.start, part.layout, parameter.counted)
+
+    @property
+    def base(self) -> dict[str, Array]:
+        """The base of whole tensors by name, as flat arrays: its own memory, or a copy of what lies on a device."""
+        return {p.name: as_array(t.cpu()) for p, t in zip(self.parameters, self._base, strict=True)}
+
+    @property
+    def dtype(self) -> str:
+        """Type of the base weights: float32, bfloat16 or float16."""
+        return type_name(self._base[0].dtype)
+
+    @property
+    def tensors(self) -> dict[str, list[str]]:
+        """The trained tensors by checkpoint name, each with the names tied to it."""
+        return {p.name: list(p.aliases) for p in self.parameters}
+
+    @property
+    def elements(self) -> int:
+        """Elements of all trained tensors, as far as they are counted here."""
+        return sum(p.tensor.numel() for p in self.parameters if p.counted)
+
+    def perturb(self, member: Member, sigma: float) -> None:
+        """Make the live weights base + sign * sigma * noise(seed). Needs no restore between members."""
+        if self.policy == "inplace":
+            self.restore()
+            self._member = (member, sigma)
+        self._storage.perturb(member.seed, member.sign * sigma)
+
+    def restore(self) -> None:
+        """Make the live weights the base again: exactly, unless the policy is `inplace`."""
+        if self.policy != "inplace":
+            self._storage.restore()
+        elif self._member is not None:
+            (member, sigma), self._member = self._member, None
+            self._storage.perturb(member.seed, -member.sign * sigma)
+
+    def apply(self, update: Update) -> None:
+        """Add an update to the base, or to its share. The live weights follow at the next `perturb` or `restore`."""
+        if self.policy == "inplace":
+            self.restore()
+        self._updated.update(update, self.rounding)
+        if self.policy == "inplace":
+            self._watched = self._sample()
+
+    def fingerprint(self) -> str:
+        """Hash of the base weights, 16 hexadecimal digits: equal bits, equal fingerprint, however they are split."""
+        if self.policy == "inplace":
+            self.restore()
+        return as_fingerprint(self._storage.fingerprint())
+
+    def share_sum(self) -> int:
+        """Sum of the hashes of what `apply` updates: over all shares they add up to the fingerprint."""
+        if self.policy == "inplace":
+            self.restore()
+        return self._updated.fingerprint()
+
+    def drift(self) -> Drift:
+        """How far the live weights of the `inplace` policy have drifted since the last update."""
+        return as_drift([self.drift_sums()])
+
+    def drift_sums(self) -> tuple[int, int, float]:
+        """What `drift` is made of: the number of weights watched, of those that changed, and the sum of squares."""
+        self.restore()
+        pairs = [
+            (widen(now), widen(then))
+            for p, now, then in zip(self.parameters, self._sample(), self._watched, strict=True)
+            if p.counted
+        ]
+        difference = np.concatenate([now - then for now, then in pairs]) if pairs else np.zeros(0, np.float32)
+        return len(difference), int(np.sum(difference != 0)), float(np.sum(np.square(difference, dtype=np.float64)))
+
+    def runs(self) -> dict[str, Callable[[], Iterator[Array]]]:
+        """The base of whole tensors by checkpoint name, tied names included, as `Checkpoint.write` takes it."""
+
+        def reader(tensor: Tensor) -> Callable[[], Iterator[Array]]:
+            return lambda: (as_array(part.cpu()) for part in torch.split(tensor, RUN_LENGTH))
+
+        pairs = zip(self.parameters, self._base, strict=True)
+        return {name: reader(base) for p, base in pairs for name in (p.name, *p.aliases)}
+
+    def rows(self, name: str, first: int, count: int) -> list[tuple[int, int, Array]]:
+        """What is counted here of some rows of a tensor's base: each part's first row, first column and 2-d array."""
+        found = []
+        for p, base in zip(self.parameters, self._base, strict=True):
+            part = p.part
+            start, end = max(first, part.row), min(first + count, part.row + part.rows)
+            if p.name == name and p.counted and start < end:
+                held = base[(start - part.row) * part.width : (end - part.row) * part.width]
+                found.append((start, part.column, as_array(held.cpu()).reshape(-1, part.width)))
+        return found
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint's tensors the base, such as one that an earlier part of the run saved.
+
+        A shared base is filled by one for all; for the others this does nothing.
+        """
+        if not self._fills:
+            return
+        for p, base in zip(self.parameters, self._base, strict=True):
+            stored, start = checkpoint.tensors[p.name], 0
+            for values in _read(stored, p.part):
+                part = base[start : start + len(values)]
+                part.copy_(torch.from_numpy(narrow(values, DTYPES[self.dtype])).view(base.dtype))
+                start += len(values)
+        if self.policy == "inplace":
+            self._member, self._watched = None, self._sample()
+
+    def show(self, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint's tensors the live weights, rounded to their type, until the next `perturb` or `restore`.
+
+        Not for the policy `inplace`, which has nothing to restore from.
+        """
+        for p in self.parameters:
+            live, start = flat(p.tensor), 0
+            for values in _read(checkpoint.tensors[p.name], p.part):
+                part = live[start : start + len(values)]
+                part.copy_(torch.from_numpy(narrow(values, DTYPES[type_name(live.dtype)])).view(live.dtype))
+                start += len(values)
+
+    def change(self, checkpoint: Checkpoint) -> tuple[float, float]:
+        """Norm of the base's difference from a checkpoint in the base's type, and of the checkpoint's tensors."""
+        return as_norms([self.change_sums(checkpoint)])
+
+    def change_sums(self, checkpoint: Checkpoint) -> tuple[float, float]:
+        """What `change` is made of, over the elements counted here: the sums of squares."""
+        difference = norm = 0.0
+        for p, base in zip(self.parameters, self._base, strict=True):
+            start = 0
+            for stored in _read(checkpoint.tensors[p.name], p.part) if p.counted else ():
+                values = widen(narrow(stored, DTYPES[self.dtype]))
+                now = widen(as_array(base[start : start + len(values)].cpu()))
+                # By dot products, which make no array in float64. A million float32 squares add up well enough.
+                difference += float(np.dot(now - values, now - values))
+                norm += float(np.dot(values, values))
+                start += len(values)
+        return difference, norm
+
+    def subset(self, choose: Callable[[Parameter], bool]) -> Storage:
+        """Passes over some parameters alone."""
+        chosen = [run for p, run in zip(self.parameters, self._runs, strict=True) if choose(p)]
+        return open_storage(chosen, self._threads)
+
+    def _sample(self) -> list[Array]:
+        return [as_array(t[:: max(1, len(t) // SAMPLE)].clone().cpu()) for t in self._base]
+
+
+def _read(stored: StoredTensor, part: Rectangle) -> Iterator[npt.NDArray[np.float32]]:
+    """A checkpoint tensor's elements within a rectangle, in flat stretches of some `RUN_LENGTH`."""
+    if part.layout is None:
+        for i in range(0, part.elements, RUN_LENGTH):
+            yield stored.read(part.start + i, min(RUN_LENGTH, part.elements - i))
+        return
+    block = max(1, RUN_LENGTH // part.pitch)
+    for row in range(part.row, part.row + part.rows, block):
+        count = min(block, part.row + part.rows - row)
+        whole = stored.read(row * part.pitch, count * part.pitch).reshape(count, part.pitch)
+        yield np.ascontiguousarray(whole[:, part.column : part.column + part.width]).reshape(-1)
+
+
+def as_norms(sums: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The norms that several `Weights.change_sums` stand for."""
+    difference, norm = (sum(column) for column in zip(*sums, strict=True))
+    return float(np.sqrt(difference)), float(np.sqrt(norm))
+
+
+def as_drift(sums: Sequence[tuple[int, int, float]]) -> Drift:
+    """The drift that several `Weights.drift_sums` stand for."""
+    watched, changed, squares = (sum(column) for column in zip(*sums, strict=True))
+    return Drift(changed / max(watched, 1), float(np.sqrt(squares / max(watched, 1))))

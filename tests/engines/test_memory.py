@@ -1,0 +1,114 @@
+"""Running out of memory: what ran out, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from estune.completion import Sampling
+from estune.engines.cache import RowCache
+from estune.engines.memory import memory_for
+from estune.engines.transformers import TransformersEngine
+from estune.errors import EstuneError
+from tests.models import save_model
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.21 GiB is "
+    "free. Including non-PyTorch memory, this process has 22.4 GiB memory in use."
+)
+
+
+def test_torch_on_the_cpu() -> None:
+    asked = r"^out of memory for the cache: asked for 1048576.00 GiB more, the device has [\d.]+ GiB in all; buy more$"
+    with pytest.raises(EstuneError, match=asked), memory_for("the cache", "buy more"):
+        torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def test_numpy() -> None:
+    with pytest.raises(EstuneError, match=r"the base: asked for 1.00 PiB more"), memory_for("the base", "buy more"):
+        np.empty(1 << 50, np.uint8)
+
+
+def test_cuda() -> None:
+    expected = r"for the cache: asked for 20.00 GiB more, the device has 23.64 GiB in all; buy more"
+    with pytest.raises(EstuneError, match=expected), memory_for("the cache", "buy more"):
+        raise torch.OutOfMemoryError(CUDA)
+
+
+def test_cuda_without_a_total_says_nothing_of_the_machines_memory() -> None:
+    expected = "^out of memory for the cache: asked for what it needs; buy more$"
+    with pytest.raises(EstuneError, match=expected), memory_for("the cache", "buy more"):
+        raise RuntimeError("CUDA error: out of memory")
+
+
+def test_python_and_whoever_tells_no_size() -> None:
+    for error in (
+        MemoryError(),
+        RuntimeError("not enough memory: x"),
+        OSError(errno.ENOMEM, "in another language"),
+        OSError(errno.ENOSPC, "in another language"),
+    ):
+        with (
+            pytest.raises(EstuneError, match="for the cache: asked for what it needs, "),
+            memory_for("the cache", "buy more"),
+        ):
+            raise error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not fit"), FileNotFoundError("memory"), EstuneError("out of memory")]
+)
+def test_other_errors_are_left_alone(error: Exception) -> None:
+    with pytest.raises(type(error)) as found, memory_for("the cache", "buy more"):
+        raise error
+    assert found.value is error
+
+
+@pytest.fixture
+def engine(model: Path) -> TransformersEngine:
+    return TransformersEngine(model, device="cpu")
+
+
+def test_a_cache_too_large_is_named() -> None:
+    cache = RowCache(1)
+    cache.open(1 << 20, 1 << 20)
+    states = torch.zeros(1, 2, 1, 16)
+    with pytest.raises(EstuneError, match=r"out of memory for the key/value cache: .*; lower batch_size or max_new"):
+        cache.update(states, states, 0)
+
+
+def test_a_batch_too_large_is_named(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return torch.empty(1 << 50)
+
+    monkeypatch.setattr(engine._decoder, "run", forward)
+    with pytest.raises(EstuneError, match=r"out of memory for the activations of a batch: .*; lower batch_size"):
+        engine.generate([[1, 2, 3]], Sampling(4))
+
+
+SCRIPT = """
+import resource, sys, torch
+from pathlib import Path
+from estune.engines.loading import load_model
+torch.set_num_threads(1)
+load_model(Path(sys.argv[1]), "float32", torch.device("cpu"))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))
+load_model(Path(sys.argv[1]), "float32", torch.device("cpu"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="limits the address space as Linux does")
+def test_loading_says_that_weights_do_not_fit(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama", vocab_size=200_000)  # twice 51 MB of embeddings
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "EstuneError: out of memory for the live weights: asked for " in last
+    assert "take a smaller model" in last

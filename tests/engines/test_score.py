@@ -1,0 +1,39 @@
+"""Log-probabilities of completions against one plain forward a row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from estune.completion import Sampling
+from estune.engines.score import log_probabilities
+from estune.engines.transformers import TransformersEngine
+from tests.models import build_model, save_model
+
+PROMPTS = [[7, 8, 9, 10, 11], [20], [30, 31, 32]]
+COMPLETIONS = [[40, 41], [50, 51, 52, 53, 54, 55], [60]]
+
+
+def plainly(model: torch.nn.Module, prompt: list[int], completion: list[int]) -> list[float]:
+    logits = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+    return [float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(completion)]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "mistral", "gpt2", "gemma"])
+@pytest.mark.parametrize("logits", [1, 4000, 10**9])
+def test_as_one_forward_a_row(name: str, logits: int) -> None:
+    model = build_model(name)
+    found = log_probabilities(model, PROMPTS, COMPLETIONS, 0, logits)
+    for prompt, completion, row in zip(PROMPTS, COMPLETIONS, found, strict=True):
+        assert row == pytest.approx(plainly(model, prompt, completion), abs=2e-4)
+
+
+def test_greedy_completions_are_the_likeliest(tmp_path: Path) -> None:
+    engine = TransformersEngine(save_model(tmp_path / "model"))
+    chosen = [c.token_ids for c in engine.generate(PROMPTS, Sampling(6))]
+    first = [row[0] for row in engine.score(PROMPTS, chosen)]
+    for token in range(3, 300, 11):
+        for i, row in enumerate(engine.score(PROMPTS, [[token]] * 3)):
+            assert row[0] <= first[i] + 1e-5

@@ -1,0 +1,335 @@
+"""The engine from a directory on disk: loading, prompts, completions, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from estune.completion import Completion, Sampling
+from estune.engines import memory
+from estune.engines import transformers as engine_module
+from estune.engines.decode import Decoder
+from estune.engines.generate import GenerateDecoder
+from estune.engines.transformers import TransformersEngine
+from estune.errors import EstuneError
+from tests.models import SPECIAL, build_model, build_tokenizer, save_model
+
+PROMPTS = ["a", "count down from 9", "yes?", "the quick brown fox jumps", "12 + 30 =", "9 9 9"]
+END = SPECIAL.index("<|end|>")
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("qwen2"))
+
+
+@pytest.fixture
+def engine(directory: Path) -> TransformersEngine:
+    return TransformersEngine(directory)
+
+
+@functools.cache
+def judge(directory: str) -> Any:
+    """The same model, as transformers alone loads and runs it."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def reference(engine: TransformersEngine, ids: list[int], new: int) -> list[int]:
+    config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=engine.end_ids, pad_token_id=0)
+    prompt = torch.tensor([ids])
+    found = judge(engine.name).generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    return list(found[0, len(ids) :].tolist())
+
+
+@pytest.mark.parametrize("token", [-1, 320, 10**7])
+def test_tokens_that_the_model_does_not_have_are_refused(engine: TransformersEngine, token: int) -> None:
+    with pytest.raises(EstuneError, match=r"prompt 1: token .* is none of the 320"):
+        engine.generate([[5], [7, token]], Sampling(2))
+
+
+def test_completions_equal_generate_in_the_order_of_the_prompts(engine: TransformersEngine) -> None:
+    ids = engine.encode(PROMPTS)
+    completions = engine.generate(ids, Sampling(24))
+    assert [c.token_ids for c in completions] == [reference(engine, row, 24) for row in ids]
+    for completion in completions:
+        assert completion.text == engine.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        assert completion.finished == (completion.token_ids[-1] == END)
+        assert END not in completion.token_ids[:-1]
+    assert engine.generate([], Sampling(24)) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 64])
+def test_batch_size_changes_nothing(engine: TransformersEngine, batch_size: int) -> None:
+    ids = engine.encode(PROMPTS)
+    expected = engine.generate(ids, Sampling(16))
+    engine.batch_size = batch_size
+    assert engine.generate(ids, Sampling(16)) == expected
+
+
+def test_completion_ends_with_any_end_token(directory: Path, tmp_path: Path) -> None:
+    engine = TransformersEngine(directory)
+    ids = engine.encode(PROMPTS)
+    free = engine.generate(ids, Sampling(24))
+    other = free[1].token_ids[6]
+    for source in ("config", "generation_config"):
+        target = save_model(tmp_path / source)
+        path = target / f"{source}.json"
+        settings = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(settings | {"eos_token_id": [other] if source == "config" else [END, other]}))
+        ending = TransformersEngine(target)
+        assert ending.end_ids == sorted({END, other})
+        completions = ending.generate(ids, Sampling(24))
+        assert completions[1].finished
+        assert completions[1].token_ids == free[1].token_ids[: free[1].token_ids.index(other) + 1]
+        assert [c.token_ids for c in completions] == [reference(ending, row, 24) for row in ids]
+
+
+def test_completion_cut_by_max_new_tokens_is_not_finished(engine: TransformersEngine) -> None:
+    ids = engine.encode(PROMPTS[:2])
+    cut = engine.generate(ids, Sampling(1))
+    assert [len(c.token_ids) for c in cut] == [1, 1]
+    assert [c.finished for c in cut] == [c.token_ids == [END] for c in cut]
+
+
+def test_end_token_counts_and_leaves_the_text(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.tensor([[40, 41, END, 7], [40, 41, 42, END], [40, 41, 42, 43]])
+    monkeypatch.setattr(engine._decoder, "run", lambda prompts, indices, sampling: rows)
+    text = engine.tokenizer.decode
+    assert engine.generate([[9]] * 3, Sampling(4)) == [
+        Completion(text([40, 41]), [40, 41, END], finished=True),
+        Completion(text([40, 41, 42]), [40, 41, 42, END], finished=True),
+        Completion(text([40, 41, 42, 43]), [40, 41, 42, 43], finished=False),
+    ]
+
+
+def test_text_keeps_the_tokenizers_special_tokens_and_chat_brings_its_own(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    bos = SPECIAL.index("<|bos|>")
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos)])
+    tokenizer.chat_template = "<|bos|>" + str(tokenizer.chat_template)
+    engine = TransformersEngine(save_model(tmp_path, "llama", tokenizer=tokenizer))
+    system = {"role": "system", "content": "be brief"}
+    user = {"role": "user", "content": "hi"}
+    opened = {"role": "assistant", "content": "Let me"}
+    text, chat, proceed = engine.encode(["hi", [system, user], [user, opened]])
+    assert engine.tokenizer.decode(text) == "<|bos|>hi"
+    assert engine.tokenizer.decode(chat) == "<|bos|><|system|>be brief<|end|><|user|>hi<|end|><|assistant|>"
+    assert engine.tokenizer.decode(proceed) == "<|bos|><|user|>hi<|end|><|assistant|>Let me"
+    assert text.count(bos) == chat.count(bos) == 1
+
+
+def test_tokenizer_without_pad_token_serves(tmp_path: Path) -> None:
+    engine = TransformersEngine(save_model(tmp_path, tokenizer=build_tokenizer(pad=False)))
+    ids = engine.encode(PROMPTS)
+    assert [c.token_ids for c in engine.generate(ids, Sampling(12))] == [reference(engine, row, 12) for row in ids]
+
+
+def test_auto_dtype_is_float32_on_a_cpu(tmp_path: Path) -> None:
+    build_model("qwen2").to(torch.bfloat16).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    assert TransformersEngine(tmp_path, device="cpu").model.dtype == torch.float32
+    half = TransformersEngine(tmp_path, dtype="bfloat16", device="cpu")
+    assert half.model.dtype == torch.bfloat16
+    assert all(len(c.token_ids) == 8 or c.finished for c in half.generate(half.encode(PROMPTS), Sampling(8)))
+    assert not any(p.requires_grad for p in half.model.parameters())
+
+
+def test_weights_stay_where_they_are(engine: TransformersEngine) -> None:
+    addresses = {name: p.data_ptr() for name, p in engine.model.named_parameters()}
+    engine.generate(engine.encode(PROMPTS), Sampling(8))
+    assert {name: p.data_ptr() for name, p in engine.model.named_parameters()} == addresses
+
+
+def test_two_engines_in_two_threads_do_not_disturb_each_other(engine: TransformersEngine) -> None:
+    twin = TransformersEngine(engine.name, device="cpu")
+    for parameter in twin.model.parameters():
+        parameter.mul_(1.2)
+    ids = engine.encode(PROMPTS * 4)
+    expected = [e.generate(ids, Sampling(16)) for e in (engine, twin)]
+    assert expected[0] != expected[1]
+    found: list[list[Any]] = [[], []]
+
+    def work(which: int) -> None:
+        for _ in range(6):
+            found[which].append((engine, twin)[which].generate(ids, Sampling(16)))
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[expected[0]] * 6, [expected[1]] * 6]
+
+
+def test_sampling_repeats_and_ignores_batches(engine: TransformersEngine) -> None:
+    ids = engine.encode(PROMPTS)
+    sampling = Sampling(12, temperature=0.9, top_p=0.95, top_k=50, seed=11)
+    first = engine.generate(ids, sampling)
+    engine.batch_size = 2
+    assert engine.generate(ids, sampling) == first
+    assert engine.generate(ids, Sampling(12, temperature=0.9, top_p=0.95, top_k=50, seed=12)) != first
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:transformers")
+def test_recurrent_model_mixes_prompt_lengths(tmp_path: Path) -> None:
+    engine = TransformersEngine(save_model(tmp_path, "mamba"))
+    assert isinstance(engine._decoder, GenerateDecoder)
+    ids = engine.encode([*PROMPTS, "b"])
+    assert [c.token_ids for c in engine.generate(ids, Sampling(8))] == [reference(engine, row, 8) for row in ids]
+
+
+def test_rows_follow_memory(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(engine._decoder, Decoder)
+    weights = sum(p.nbytes for p in engine.model.parameters())
+    row = 2 * 3 * 2 * 16 * 50 * 4 + 12 * 320
+    for total, sizes in ((weights + 4 * 5 * row, [4, 4, 4]), (weights + 4 * 12 * row, [12]), (0, [1] * 12)):
+        monkeypatch.setattr(engine_module, "total_memory", lambda device, total=total: total)
+        found = TransformersEngine(engine.name)
+        assert [len(batch) for batch in found._batches([[7] * 30] * 12, 20)] == sizes
+        assert [len(batch) for batch in found._batches([[7] * 30] * 12, 20)] == sizes
+
+
+def test_memory_is_the_machines_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}  # asked for anything else, this fails
+    monkeypatch.setattr(os, "sysconf", answers.__getitem__)
+    monkeypatch.setattr(memory, "group_limits", list)
+    assert memory.total_memory(torch.device("cpu")) == 4096000
+    monkeypatch.setattr(memory, "group_limits", lambda: [5000000, 3000000])
+    assert memory.total_memory(torch.device("cpu")) == 3000000
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "found"),
+    [
+        ("0::/", {"memory.max": "max"}, []),
+        ("0::/", {"memory.max": "500"}, [500]),
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "700", "memory.current": "3"}, [700]),
+        ("5:cpu:/x\n4:memory:/x", {"memory/x/memory.limit_in_bytes": "900", "cpu/x/memory.limit_in_bytes": "1"}, [900]),
+        ("4:memory:/outside", {"memory/memory.limit_in_bytes": "800"}, [800]),
+        (None, {}, []),
+    ],
+)
+def test_limits_of_control_groups(tmp_path: Path, groups: str | None, limits: dict[str, str], found: list[int]) -> None:
+    files = {f"sys/fs/cgroup/{name}": text for name, text in limits.items()}
+    for name, text in (files | ({"proc/self/cgroup": groups} if groups else {})).items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert memory.group_limits(tmp_path) == found
+
+
+def refuse(tmp_path: Path, change: str) -> Path:
+    """A model directory with one thing wrong."""
+    directory = save_model(tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    weights = directory / "model.safetensors"
+    if change == "encoder-decoder":
+        config |= {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    elif change == "classifier":
+        config |= {"architectures": ["Qwen2ForSequenceClassification"]}
+    elif change == "unknown type":
+        config |= {"model_type": "nonesuch"}
+    elif change == "more layers":
+        config |= {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    elif change == "other shape":
+        config |= {"intermediate_size": 128}
+    elif change == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif change == "no weights":
+        weights.unlink()
+    elif change == "no tokenizer":
+        for path in directory.glob("*tok*"):
+            path.unlink()
+        (directory / "chat_template.jinja").unlink(missing_ok=True)
+    elif change == "broken tokenizer":
+        (directory / "tokenizer.json").write_text("{")
+    (directory / "config.json").write_text("{" if change == "broken config" else json.dumps(config))
+    if change == "no config":
+        (directory / "config.json").unlink()
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("no config", "without config.json"),
+        ("broken config", "cannot be loaded"),
+        ("no weights", "holds no .safetensors weights"),
+        ("cut weights", "cannot be loaded"),
+        ("more layers", "lacks 12 of the weights"),
+        ("other shape", "cannot be loaded"),
+        ("encoder-decoder", "not a causal language model"),
+        ("classifier", "Qwen2ForSequenceClassification is not a causal"),
+        ("unknown type", "cannot be loaded"),
+        ("no tokenizer", "no tokenizer in this directory"),
+        ("broken tokenizer", "tokenizer cannot be loaded"),
+    ],
+)
+def test_directory_that_is_no_usable_model(tmp_path: Path, change: str, says: str) -> None:
+    with pytest.raises(EstuneError, match=says) as caught:
+        TransformersEngine(refuse(tmp_path, change))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("/nowhere/at/all", "no such directory"),
+        ("./nowhere", "no such directory"),
+        ("nobody/nothing-of-the-sort", "nor to be had from the hub"),
+        ("nothing-of-the-sort", "nor to be had from the hub"),
+        (__file__, "is a file, not a checkpoint"),
+    ],
+)
+def test_model_that_is_not_there(model: str, says: str) -> None:
+    with pytest.raises(EstuneError, match=says) as caught:
+        TransformersEngine(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_model_by_an_embedded_name() -> None:
+    engine = TransformersEngine("tiny")
+    assert engine.name == "tiny"
+    assert len(engine.generate(engine.encode(["1"]), Sampling(2))) == 1
+
+
+def test_settings_out_of_range(directory: Path) -> None:
+    with pytest.raises(EstuneError, match="batch_size: 0"):
+        TransformersEngine(directory, batch_size=0)
+    with pytest.raises(EstuneError, match="dtype: 'float12' is unknown"):
+        TransformersEngine(directory, dtype="float12")
+    with pytest.raises(EstuneError, match="device: 'toaster' is no device"):
+        TransformersEngine(directory, device="toaster")
+
+
+def test_prompts_out_of_range(engine: TransformersEngine, tmp_path: Path) -> None:
+    with pytest.raises(EstuneError, match="prompt 1: '' encodes to no token"):
+        engine.encode(["a", ""])
+    with pytest.raises(EstuneError, match="prompt 0: a conversation without messages"):
+        engine.encode([[]])
+    engine.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(EstuneError, match="prompt 0: the chat template of"):
+        engine.encode([[{"role": "system", "content": "x"}]])
+    with pytest.raises(EstuneError, match="prompt 1: no tokens"):
+        engine.generate([[5], []], Sampling(4))
+    with pytest.raises(EstuneError, match="prompt 1: 250 tokens and max_new_tokens 7 go beyond the 256 positions"):
+        engine.generate([[5], [5] * 250], Sampling(7))
+    assert len(engine.generate([[9] * 250], Sampling(6))[0].token_ids) <= 6
+    for sampling in (Sampling(4, temperature=-1), Sampling(4, top_p=0), Sampling(4, top_p=1.5), Sampling(4, top_k=-2)):
+        with pytest.raises(EstuneError, match="sampling: temperature"):
+            engine.generate([[5]], sampling)
+    with pytest.raises(EstuneError, match="max_new_tokens: 0"):
+        engine.generate([[5]], Sampling(0))
+    engine.tokenizer.chat_template = None
+    with pytest.raises(EstuneError, match=r"prompt 0: a conversation, but the tokenizer of .* has no chat template"):
+        engine.encode([[{"role": "user", "content": "x"}]])

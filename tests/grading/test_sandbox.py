@@ -1,0 +1,287 @@
+"""Programs of models: run without network, files and privileges, and ended whatever they do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.completion import Completion
+from estune.errors import EstuneError
+from estune.grading import sandbox
+from estune.grading.grading import Grading
+from estune.grading.sandbox import Limits, run_code
+from estune.rewards.code import extract_code, unit_test_fraction, unit_tests
+
+# Of wall time enough for a machine that stands still for a moment; what loops is ended by its processor time.
+LIMITS = Limits(wall=4, cpu=1, memory=256 << 20, disk=1 << 20, processes=6, output=1000)
+
+
+def available() -> bool:
+    """Whether the system allows namespaces, by another's word than that of what is tested."""
+    if sys.platform != "linux" or shutil.which("unshare") is None:
+        return False
+    command = ["unshare", *(["--user"] if os.getuid() else []), "-mnpiu", "--fork", "true"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(not available(), reason="this system does not allow namespaces")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(sandboxes_alone: None) -> Iterator[None]:
+    before = helpers(), folders()
+    yield
+    wait(lambda: (helpers(), folders()) == before, seconds=2)
+    assert (helpers(), folders()) == before
+
+
+def wait(condition: Callable[[], bool], seconds: float) -> None:
+    """Until it holds, or so long."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def helpers() -> set[str]:
+    """Processes of sandboxes: helpers, programs and what those started."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if b"jail.py" in words or b"-X\0utf8" in words or b"sandbox's sleeper" in words:
+            found.add(path.parent.name)
+    return found
+
+
+def folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("estune-sandbox-*"))
+
+
+def run(program: str, **more: Any) -> sandbox.Outcome:
+    return run_code(program, limits=LIMITS, **more)
+
+
+def test_ordinary_programs() -> None:
+    assert run("print(input() * 2)", stdin="ab\n").stdout == "abab\n"
+    assert run("print(__name__)").stdout == "__main__\n"
+    there = [Path(sys.prefix).parts[2]] if sys.prefix.startswith("/tmp/") else []  # nothing but Python, if it is there
+    assert run("import os; print(os.getcwd(), os.listdir())").stdout == f"/tmp {there}\n"
+    assert run("open('notes', 'w').write('x'); print(open('notes').read())").stdout == "x\n"
+    assert (
+        run("import subprocess; print(subprocess.run(['echo', 'hi'], capture_output=True).stdout)").status == "passed"
+    )
+    failed = run("raise ValueError('no')")
+    assert (failed.status, failed.text) == ("failed", "ValueError: no")
+    assert run("import sys; sys.exit(3)").status == "failed"
+    assert run("input()").text.startswith("EOFError")
+    assert run("x = (").text.startswith("SyntaxError")
+    assert run("\0").status == "failed"
+    refused = run_code("#" * 60_000)
+    assert (refused.status, refused.text) == ("refused", "60000 characters, more than 50000")
+
+
+HOSTILE = {
+    "loop": ("while True: pass", "timeout"),
+    "sleep": ("import time; time.sleep(60)", "timeout"),
+    "regex": ("import re; re.match(r'(a+)+$', 'a' * 64 + 'b')", "timeout"),
+    "powers": ("print(44**35**19)", "timeout"),
+    "ignored signals": (
+        "import signal\nfor s in (1, 2, 15, signal.SIGXCPU): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+        "timeout",
+    ),
+    "memory": ("x = bytearray(1 << 30)", "memory"),
+    "brackets": ("exec('(' * 1_000_000)", ("failed", "memory", "crash")),
+    "recursion": (
+        "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+        ("failed", "memory", "crash", "timeout"),
+    ),
+    "segfault": ("import ctypes; ctypes.string_at(0)", "crash"),
+    "output": ("while True: print('x' * 10_000)", ("failed", "crash", "timeout")),
+    "disk": ("f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 16))", "failed"),
+    "many files": ("import os\nfor i in range(64): open(f'{i}', 'wb').write(bytes(1 << 18))", "failed"),
+    "open files": ("x = [open('/dev/null') for _ in range(200)]", "failed"),
+    "shadow": ("open('/etc/shadow').read()", "failed"),
+    "write outside": ("open('/usr/estune', 'w')", "failed"),
+    "write to root": ("open('/estune', 'w')", "failed"),
+    "write to Python": ("import os; open(os.path.dirname(os.__file__) + '/estune', 'w')", "failed"),
+    "other users": ("import os; os.setuid(0)", "failed"),
+    "parents": ("import os\nwhile True: os.kill(os.getppid(), 9)", ("timeout", "failed")),
+    "first process": ("import os\nfor s in range(1, 32): os.kill(1, s)\nprint('alive')", ("passed", "failed")),
+    "more namespaces": (
+        "import ctypes, os\nl = ctypes.CDLL(None, use_errno=True)\n"
+        "assert l.unshare(0x10000000) == 0 or l.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0",
+        "failed",
+    ),
+    "unmount": ("import ctypes; assert ctypes.CDLL(None).umount2(b'/tmp', 2) == 0", "failed"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs_end_in_time_and_reach_nothing(name: str) -> None:
+    program, expected = HOSTILE[name]
+    began = time.monotonic()
+    outcome = run(program)
+    assert time.monotonic() - began < LIMITS.wall + 2
+    assert outcome.status in expected if isinstance(expected, tuple) else outcome.status == expected, outcome
+    assert len(outcome.stdout) <= LIMITS.output
+    if name.startswith("write"):
+        assert "Read-only" in outcome.text  # whoever the program runs as
+    after = run("print('fine')")
+    assert after.stdout == "fine\n", after
+
+
+def test_there_is_no_network_not_even_this_machine() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
+        assert run(program, sandbox="none").status == "passed"
+        assert "unreachable" in run(program).text
+
+
+def test_processes_are_limited_and_die_with_the_program() -> None:
+    """Forks that are bounded by themselves: 30 at most, where 6 are allowed."""
+    outcome = run(
+        "import os, time\nmade = 0\n"
+        "for _ in range(30):\n"
+        "    try:\n        pid = os.fork()\n"
+        "    except OSError:\n        break\n"
+        "    if pid == 0:\n        time.sleep(30); os._exit(0)\n"
+        "    made += 1\n"
+        "print(made)"
+    )
+    assert outcome.status == "passed"
+    assert 1 <= int(outcome.stdout) <= LIMITS.processes
+    daemon = f"""
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execv({sys.executable!r}, ["python", "-c", "import time; time.sleep(60)  # sandbox's sleeper"])
+    os._exit(0)
+time.sleep(0.2)
+"""
+    assert run(daemon).status == "passed"  # and nothing_left_behind
+
+
+def is_program(pid: str) -> bool:
+    """Whether a sandbox's process has become the program."""
+    try:
+        return b"-X\0utf8" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def folders_left(begun: Callable[[], bool], **more: Any) -> set[Path]:
+    """Folders that nobody is left to remove, where whoever waits for a program is killed once that has begun.
+
+    All processes must have ended with it.
+    """
+    before = folders()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run_code("import time; time.sleep(20)  # sandbox's sleeper", limits=Limits(wall=30), **more)
+        finally:
+            os._exit(0)
+    wait(begun, seconds=5)
+    assert len(helpers()) >= 3
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    wait(lambda: not helpers(), seconds=2)
+    assert not helpers()
+    return folders() - before
+
+
+def test_a_sandbox_ends_with_the_process_that_wants_its_outcome() -> None:
+    for folder in folders_left(lambda: len(helpers()) >= 3):
+        folder.rmdir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the deadline ends it")
+def test_without_namespaces_too_a_program_ends_with_whoever_waits_for_it() -> None:
+    for folder in folders_left(lambda: any(map(is_program, helpers())), sandbox="none"):
+        shutil.rmtree(folder)
+
+
+def test_tests_are_counted_and_cannot_be_skipped() -> None:
+    tests = ["assert double(1) == 2", "assert double(2) == 5", "assert double('a') == 'aa'"]
+    outcome = run("def double(x): return 2 * x", tests=tests)
+    assert (outcome.status, outcome.passed, outcome.tests) == ("failed", 2, 3)
+    assert run("def double(x): return 2 * x", tests=tests[::2]).status == "passed"
+    for cheat in (
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "def double(x): raise SystemExit(0)",
+        "import atexit, os; atexit.register(os._exit, 0)\nraise KeyboardInterrupt",
+        "print('0 0'); print('passed'); double = None",
+        "import __main__, os\nnames = vars(__main__)\n"
+        "for n in (0, 1, 'end'): os.write(names['report'], f\"{names['job']['secret']} {n}\\n\".encode())\nos._exit(0)",
+        "import os\nfor fd in range(1, 20):\n    try: os.write(fd, b'secret 0\\nsecret 1\\nsecret end\\n')\n"
+        "    except OSError: pass\ndouble = None",
+    ):
+        outcome = run(cheat, tests=tests[::2])
+        assert outcome.status != "passed", cheat
+        assert outcome.passed == 0, cheat
+    slow = run("import time\ndef double(x): return 2 * x if x == 1 else time.sleep(60)", tests=tests)
+    assert (slow.status, slow.passed) == ("timeout", 1)
+
+
+def test_without_isolation_there_is_a_refusal_unless_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(
+        EstuneError, match=r'programs cannot be isolated here \(darwin has no namespaces\).*sandbox="none"'
+    ):
+        run_code("print(1)")
+    monkeypatch.undo()
+    began = time.monotonic()
+    assert run("print(2)", sandbox="none").stdout == "2\n"
+    assert run("while True: pass", sandbox="none").status == "timeout"
+    assert run("x = bytearray(1 << 30)", sandbox="none").status == "memory"
+    assert run("def f(): return 1", tests=["assert f() == 1"], sandbox="none").status == "passed"
+    assert time.monotonic() - began < 10
+
+
+def test_the_last_block_is_the_program() -> None:
+    assert extract_code("a\n```python\nx = 1\n```\nno:\n```py\nx = 2\n```\nso") == "x = 2\n"
+    assert extract_code("```\nx = 1\n```") == "x = 1\n"
+    assert extract_code("```python\nx = 1") == "x = 1"
+    assert extract_code("x = 1") == "x = 1"
+
+
+def test_rows_of_the_two_common_data_sets() -> None:
+    human = {
+        "prompt": "...",
+        "entry_point": "add",
+        "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(2, 2) == 4\n",
+        "code_prompt": "from typing import List\n\ndef add(a, b):\n",
+    }
+    good = "```python\ndef add(a, b):\n    return a + b\n```"
+    bad = good.replace("+", "-")
+    body = "    return a + b\n"
+    with Grading([unit_tests], processes=1) as grading:
+        assert grading.pool is not None
+        texts = [Completion(text, [], True) for text in (good, bad, body, "```python\nimport sys; sys.exit()\n```")]
+        assert grading.grade([human] * 4, texts).total == [1.0, 0.0, 1.0, 0.0]
+    mbpp: dict[str, Any] = {"test_list": ["assert f(1) == one", "assert f(2) == 3"], "test_setup_code": "one = 1"}
+    columns = {key: [value] for key, value in mbpp.items()}
+    program = ["```python\ndef f(x): return x\n```"]
+    assert unit_test_fraction(prompts=["..."], completions=program, **columns) == [0.5]
+    assert unit_tests(prompts=["..."], completions=program, **columns) == [0.0]
+    assert unit_tests(prompts=["..."], completions=program, test_list=[None]) == [None]
+    own = {"tests": ["assert f(9) == 3.0"], "setup": ["from math import sqrt\n"]}
+    assert unit_tests(prompts=["..."], completions=["```python\ndef f(x): return sqrt(x)\n```"], **own) == [1.0]
+    own["setup"] = ["from math import sqrt"]  # without an end of line
+    assert unit_tests(prompts=["..."], completions=["```python\ndef f(x): return sqrt(x)\n```"], **own) == [1.0]
+    with pytest.raises(EstuneError, match="unit tests need the columns"):
+        unit_tests(prompts=["..."], completions=program, answer=["x"])

@@ -1,0 +1,199 @@
+"""The journal: what is written is read back, and no damage goes unseen."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from estune.errors import EstuneError
+from estune.es.strategy import EvolutionStrategy, Member, Update
+from estune.journal.journal import FILE, EvaluationRecord, Header, Journal, StepRecord
+
+
+def header(**changes: Any) -> Header:
+    values: dict[str, Any] = {
+        "model": "tiny",
+        "base_hash": "ab" * 16,
+        "policy": "master",
+        "rounding": "nearest",
+        "noise": "iid",
+        "dtype": "float32",
+        "live_dtype": "float32",
+        "tensors": {"model.embed_tokens.weight": ["lm_head.weight"]},
+        "fingerprint": "0" * 16,
+        "task": "countdown",
+        "data_hash": "cd" * 16,
+        "config": {"steps": 3},
+        "packages": {"estune": "0.1.0"},
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+    return Header(**{**values, **changes})
+
+
+def steps(count: int) -> list[StepRecord]:
+    strategy = EvolutionStrategy(population=4, weight_decay=0.1, seed=9)
+    records = []
+    for step in range(count):
+        rewards: list[float | None] = [0.1 * step, math.pi / 7, None, 1e-300]
+        update = strategy.tell(rewards)
+        records.append(StepRecord(update, 0.001, 0.0005, rewards, [5, 0, step], f"{step:016x}", {"step": 1.25}))
+    return records
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    journal = Journal.create(tmp_path, header())
+    journal.append_evaluation(EvaluationRecord(0, {"eval_accuracy": 1 / 3}))
+    for record in steps(3):
+        journal.append_step(record)
+    journal.append_evaluation(EvaluationRecord(3, {"eval_accuracy": 2 / 3}))
+    journal.close()
+    return tmp_path
+
+
+def test_what_is_written_is_read_back(run: Path) -> None:
+    journal = Journal.read(run)
+    assert journal.header == header()
+    assert journal.steps == steps(3)
+    assert journal.evaluations == [
+        EvaluationRecord(0, {"eval_accuracy": 1 / 3}),
+        EvaluationRecord(3, {"eval_accuracy": 2 / 3}),
+    ]
+    assert journal.fingerprint() == steps(3)[-1].fingerprint
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2**64 - 1),
+            st.sampled_from([1, -1]),
+            st.floats(width=32, allow_nan=False, allow_infinity=False),
+        )
+    ),
+    st.floats(allow_nan=False, allow_infinity=False),
+)
+@settings(max_examples=50, deadline=None)
+def test_seeds_and_coefficients_are_exact(
+    tmp_path_factory: pytest.TempPathFactory, members: Any, reward: float
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    update = Update(0, tuple(Member(s, g) for s, g, _ in members), tuple(c for _, _, c in members), 0.0, 2**64 - 1)
+    record = StepRecord(update, 0.1, reward, [reward] * len(members), [], "f", {})
+    journal = Journal.create(run, header())
+    journal.append_step(record)
+    journal.close()
+    assert Journal.read(run).steps == [record]
+
+
+def test_changed_settings_are_kept(run: Path) -> None:
+    journal = Journal.resume(run)
+    journal.append_settings({"steps": 8})
+    journal.append_step(steps(4)[3])
+    journal.close()
+    assert Journal.read(run).settings == {"steps": 8}
+    assert Journal.read(run).header.config == {"steps": 3}
+    assert Journal.read(run).steps == steps(4)
+
+
+def test_every_line_is_plain_json(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / FILE).read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["header", "evaluation", "step", "step", "step", "evaluation"]
+
+
+def test_a_cut_last_line_is_dropped_wherever_it_is_cut(run: Path) -> None:
+    content = (run / FILE).read_bytes()
+    start = content[:-1].rfind(b"\n") + 1
+    for end in range(start, len(content)):
+        (run / FILE).write_bytes(content[:end])
+        journal = Journal.read(run)
+        assert (len(journal.steps), len(journal.evaluations)) == (3, 1)
+    journal = Journal.resume(run)
+    journal.append_evaluation(EvaluationRecord(3, {"eval_accuracy": 2 / 3}))
+    journal.close()
+    assert (run / FILE).read_bytes() == content
+
+
+def test_any_changed_byte_is_refused_and_named(run: Path) -> None:
+    content = (run / FILE).read_bytes()
+    line_of = [content[:i].count(b"\n") for i in range(len(content))]
+    for i in range(0, len(content), 7):
+        if content[i : i + 1] == b"\n":
+            continue
+        changed = bytearray(content)
+        changed[i] ^= 1
+        (run / FILE).write_bytes(bytes(changed))
+        with pytest.raises(EstuneError) as caught:
+            Journal.read(run)
+        where = ["header", "step 0", "step 0", "after step 0", "after step 1", "after step 2"][line_of[i]]
+        assert where in str(caught.value), i
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 3, 4, 5], [0, 1, 3, 2, 4, 5], [0, 1, 2, 2, 3, 4, 5]])
+def test_lost_moved_and_repeated_lines_are_refused(run: Path, order: list[int]) -> None:
+    lines = (run / FILE).read_bytes().splitlines(keepends=True)
+    (run / FILE).write_bytes(b"".join(lines[i] for i in order))
+    with pytest.raises(EstuneError, match="does not match its checksum"):
+        Journal.read(run)
+
+
+@pytest.mark.parametrize("changes", [{"format": 2}, {"noise_version": 7}])
+def test_other_versions_are_refused(tmp_path: Path, changes: dict[str, int]) -> None:
+    Journal.create(tmp_path, header(**changes)).close()
+    (name, value), *_ = changes.items()
+    with pytest.raises(EstuneError, match=rf"{name.replace('_', ' ')} {value}, this estune reads 1; .*0\.1\.0"):
+        Journal.read(tmp_path)
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(EstuneError, match="this is no run"):
+        Journal.read(tmp_path)
+    (tmp_path / FILE).write_bytes(b'{"kind":"hea')
+    with pytest.raises(EstuneError, match="before its header"):
+        Journal.read(tmp_path)
+
+
+def test_one_writer_at_a_time(run: Path) -> None:
+    journal = Journal.resume(run)
+    with pytest.raises(EstuneError, match="written by another process"):
+        Journal.resume(run)
+    journal.close()
+    Journal.resume(run).close()
+
+
+FULL_DISK = """
+import resource, signal, sys
+from estune.journal import Journal
+from tests.journal.test_journal import steps
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+run = Path(sys.argv[1])
+journal = Journal.resume(run)
+limit = (run / "journal.jsonl").stat().st_size + 100  # the next line does not fit
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    journal.append_step(steps(4)[3])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_loses_nothing(run: Path) -> None:
+    """The system's own limit on a file's size stands in for a full disk: the write fails half-way in the same way."""
+    content = (run / FILE).read_bytes()
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(run)], capture_output=True, text=True, check=True)
+    assert "File too large while writing; the run is whole up to step 3" in done.stdout
+    assert f"--resume {run}" in done.stdout
+    assert (run / FILE).read_bytes() == content
+    journal = Journal.resume(run)
+    journal.append_step(steps(4)[3])
+    journal.close()
+    assert Journal.read(run).steps == steps(4)

@@ -1,0 +1,125 @@
+"""Replay from a journal alone: what it rebuilds, and what it needs for that."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from estune.errors import EstuneError
+from estune.es.strategy import EvolutionStrategy
+from estune.journal.journal import Header, Journal, StepRecord
+from estune.journal.replay import replay
+from estune.run.trainer import Trainer
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.parameters import trained_parameters
+from estune.weights.weights import Weights
+from tests.models import save_model
+from tests.runs import make_config, make_task
+
+STEPS, MEMBERS = 5, 3
+module: Any = importlib.import_module("estune.journal.replay")  # `estune.journal.replay` can also be the function
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's directory with a journal of a few steps, as training would have written it."""
+    base = Checkpoint(save_model(tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    weights = Weights(trained_parameters(model, base.tensors))
+    header = Header(
+        model=str(base.path),
+        base_hash=base.content_hash(),
+        policy="master",
+        rounding="nearest",
+        noise="iid",
+        dtype=weights.dtype,
+        live_dtype="float32",
+        tensors={p.name: list(p.aliases) for p in weights.parameters},
+        fingerprint=weights.fingerprint(),
+        task="",
+        data_hash="",
+        config={},
+        packages={},
+        created="2026-01-01T00:00:00+00:00",
+    )
+    folder = tmp_path / "run"
+    folder.mkdir()
+    journal = Journal.create(folder, header)
+    strategy = EvolutionStrategy(population=MEMBERS, sigma=0.01)
+    for _ in range(STEPS):
+        rewards: list[float | None] = [float(i) for i in range(MEMBERS)]
+        rate = strategy.learning_rate
+        update = strategy.tell(rewards)
+        weights.apply(update)
+        journal.append_step(StepRecord(update, strategy.sigma, rate, rewards, [], weights.fingerprint()))
+    journal.close()
+    base.write(folder / "trained", weights.runs(), "float32")
+    return folder
+
+
+def test_rebuilds_what_training_had(run: Path, tmp_path: Path) -> None:
+    assert replay(run, tmp_path / "out") == Journal.read(run).steps[-1].fingerprint
+    trained, found = (load_file(p / "model.safetensors") for p in (run / "trained", tmp_path / "out"))
+    base = load_file(tmp_path / "model" / "model.safetensors")
+    assert trained.keys() == found.keys() == base.keys()
+    assert all(torch.equal(trained[name], found[name]) for name in trained)
+    assert not any(torch.equal(trained[name], base[name]) for name in trained)
+
+
+def test_kernels_are_built_once_for_all_tensors(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    build = module.update_kernel
+    monkeypatch.setattr(module, "update_kernel", lambda u, rounding: (built.append(u.step), build(u, rounding))[1])
+    replay(run, tmp_path / "out")
+    assert len(Journal.read(run).header.tensors) > STEPS
+    assert built == list(range(STEPS))
+
+
+def test_uses_the_cores_it_is_given(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers: set[Any] = set()
+
+    def pool(count: int) -> ThreadPoolExecutor:
+        workers.add(count)
+        return ThreadPoolExecutor(count)
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {2, 5}, raising=False)
+    replay(run, tmp_path / "out")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    replay(run, tmp_path / "again")
+    assert workers == {2, 64}
+
+
+def test_refuses_a_type_it_cannot_write(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(EstuneError, match="dtype: 'float12' is unknown; give one of float32, bfloat16, float16"):
+        replay(run, tmp_path / "out", dtype="float12")
+
+
+def test_a_tensor_of_another_type_is_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").double()
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(module, "base_checkpoint", lambda header, model: Checkpoint(tmp_path / "model"))
+    with pytest.raises(EstuneError, match=r"tensor model\..* is stored as F64"):
+        replay(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("policy", ["copy", "inplace"])
+def test_a_float16_run_replays(policy: str, model: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", model, dtype="float16", weights=policy, device="cpu")
+    Trainer(config, task=make_task(), monitors=[]).train()
+    header = Journal.read(tmp_path / "run").header
+    assert (header.dtype, header.live_dtype) == ("float16", "float16")
+    replay(tmp_path / "run", tmp_path / "out")
+    trained, found = (load_file(p / "model.safetensors") for p in (tmp_path / "run" / "final", tmp_path / "out"))
+    assert all(torch.equal(trained[name], found[name]) for name in trained)
+    assert {t.dtype for t in found.values()} == {torch.float16}

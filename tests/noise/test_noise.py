@@ -1,0 +1,217 @@
+"""The noise against its published known answers, against the NumPy reference, and as a random variable."""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from estune.noise import cpu, normal, reference
+
+VECTORS = json.loads((Path(__file__).parents[1] / "data" / "noise_vectors.json").read_text())
+NAME = "model.layers.0.self_attn.q_proj.weight"
+KEY = reference.tensor_id(NAME)
+
+seeds = st.integers(0, 2**64 - 1)
+starts = st.one_of(st.integers(0, 9000), st.integers(2**34 - 5000, 2**34 + 10), st.integers(0, 2**50))
+# The chunk of the kernel is 4,096 elements: sizes on both sides of one and two of them.
+sizes = st.one_of(st.integers(0, 20), st.integers(4080, 4110), st.integers(8180, 8200))
+
+
+def bits(values: Any) -> Any:
+    return np.asarray(values).view(np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        # Random123's known answers for philox4x32-10.
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_random123s_answers(counter: Any, key: Any, words: Any) -> None:
+    seed = key[0] | key[1] << 32
+    got = reference.philox(tuple(np.array([c], np.uint32) for c in counter), seed)
+    assert tuple(int(w[0]) for w in got) == words
+    # The compiled kernel, through its own entry: block = counter's low half, tensor = its high half.
+    compiled = [np.empty(1, np.uint32) for _ in range(4)]
+    block, tensor = (np.uint64(counter[i] | counter[i + 1] << 32) for i in (0, 2))
+    cpu._words(np.uint64(seed), tensor, block, *compiled)
+    assert tuple(int(w[0]) for w in compiled) == words
+
+
+def test_tensor_ids() -> None:
+    for name, digest in VECTORS["tensor_id"].items():
+        assert f"{reference.tensor_id(name):016x}" == digest
+
+
+def test_known_answers() -> None:
+    for v in VECTORS["vectors"]:
+        for value in (
+            normal(v["seed"], v["tensor"], v["index"], 1),
+            reference.normal_by_id(v["seed"], reference.tensor_id(v["tensor"]), v["index"], 1),
+        ):
+            assert f"{int(bits(value)[0]):08x}" == v["bits"], v
+
+
+@given(seed=seeds, start=starts, size=sizes)
+@settings(max_examples=60, deadline=None)
+def test_compiled_noise_is_the_reference(seed: int, start: int, size: int) -> None:
+    assert np.array_equal(bits(normal(seed, NAME, start, size)), bits(reference.normal_by_id(seed, KEY, start, size)))
+
+
+def test_a_million_elements_are_the_reference() -> None:
+    assert np.array_equal(bits(normal(7, NAME, 5, 1 << 20)), bits(reference.normal_by_id(7, KEY, 5, 1 << 20)))
+
+
+@given(seed=seeds, start=st.integers(0, 100), cuts=st.lists(st.integers(0, 9000), max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_any_split_over_any_threads_gives_the_same_bits(seed: int, start: int, cuts: list[int]) -> None:
+    edges = [0, *sorted(cuts), 9000]
+    whole = normal(seed, NAME, start, 9000)
+    with ThreadPoolExecutor(3) as threads:
+        parts = threads.map(lambda ab: normal(seed, NAME, start + ab[0], ab[1] - ab[0]), pairwise(edges))
+    assert np.array_equal(bits(whole), bits(np.concatenate(list(parts))))
+
+
+def to_bfloat16(x: float) -> int:
+    """Nearest bfloat16, ties to even, by exact arithmetic over the two neighbours."""
+    b = int(np.float32(x).view(np.uint32))
+    low = b & 0xFFFF0000
+    value, below, above = (Fraction(float(np.uint32(v).view(np.float32))) for v in (b, low, low + 0x10000))
+    toward = abs(value - below) - abs(above - value)
+    up = toward > 0 or (toward == 0 and (low >> 16) & 1)
+    return (low >> 16) + int(up)
+
+
+def widened(stored: Any) -> Any:
+    return (stored.astype(np.uint32) << 16).view(np.float32) if stored.dtype == np.uint16 else stored
+
+
+def weights(size: int, dtype: str, seed: int = 0) -> Any:
+    values = np.random.default_rng(seed).normal(0, 0.05, size).astype(np.float32)
+    return values if dtype == "float32" else (bits(values) >> 16).astype(np.uint16)
+
+
+def stored(values: Any, dtype: str) -> Any:
+    return values if dtype == "float32" else np.array([to_bfloat16(v) for v in values], np.uint16)
+
+
+@pytest.mark.parametrize(("base_type", "live_type"), [("float32",) * 2, ("float32", "bfloat16"), ("bfloat16",) * 2])
+@given(seed=seeds, start=st.integers(0, 9), size=st.integers(0, 300))
+@settings(max_examples=15, deadline=None)
+def test_perturb(base_type: str, live_type: str, seed: int, start: int, size: int) -> None:
+    base = weights(size, base_type)
+    live = np.zeros(size, np.float32 if live_type == "float32" else np.uint16)
+    cpu.perturb(live, base, seed, KEY, start, 0.01)
+    expected = widened(base) + np.float32(0.01) * reference.normal_by_id(seed, KEY, start, size)
+    assert np.array_equal(live, stored(expected, live_type))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@given(start=st.integers(0, 9), size=st.sampled_from([0, 1, 5, 4099]), members=st.integers(0, 5))
+@settings(max_examples=15, deadline=None)
+def test_update(dtype: str, start: int, size: int, members: int) -> None:
+    base = weights(size, dtype)
+    old = widened(base.copy())
+    coefficients = np.linspace(-0.02, 0.03, members, dtype=np.float32)
+    member_seeds = np.arange(members, dtype=np.uint64) + np.uint64(2**40)
+    total = np.zeros(size, np.float32)
+    for seed, c in zip(member_seeds, coefficients, strict=True):
+        total = total + c * reference.normal_by_id(int(seed), KEY, start, size)
+    cpu.update(base, member_seeds, coefficients, KEY, start, decay=-0.001)
+    assert np.array_equal(base, stored(old + (np.float32(-0.001) * old + total), dtype))
+
+
+def test_stochastic_rounding_is_unbiased_and_repeats() -> None:
+    size, change = 200_000, np.float32(1e-4)  # an eighth of the spacing of bfloat16 at 0.25 to 0.5 is 2.4e-4
+    base = np.full(size, (bits(np.float32([0.3])) >> 16)[0], np.uint16)
+    none, no_coefficients = np.empty(0, np.uint64), np.empty(0, np.float32)
+    decay = float(change / widened(base)[0])
+    results = []
+    for rounding_seed in (1, 1, 2):
+        rounded = base.copy()
+        cpu.update(rounded, none, no_coefficients, KEY, 3, decay, rounding_seed)
+        results.append(rounded)
+    assert np.array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+    moved = widened(results[0]).astype(np.float64).mean() - float(widened(base)[0])
+    step = 2.0**-9  # spacing of bfloat16 there
+    sigma = step / math.sqrt(size) / 2
+    assert abs(moved - float(change)) < 5 * sigma
+    to_nearest = base.copy()
+    cpu.update(to_nearest, none, no_coefficients, KEY, 3, decay)
+    assert np.array_equal(to_nearest, base)  # what stochastic rounding is for: nearest loses the change
+
+
+def test_moments_and_distribution() -> None:
+    sample = normal(123, NAME, 0, 1 << 21).astype(np.float64)
+    n = sample.size
+    assert abs(sample.mean()) < 4 / math.sqrt(n)
+    assert abs(sample.var() - 1) < 4 * math.sqrt(2 / n)
+    assert abs((sample**3).mean()) < 4 * math.sqrt(15 / n)
+    assert abs((sample**4).mean() - 3) < 4 * math.sqrt(96 / n)
+    assert stats.kstest(sample, "norm").pvalue > 1e-3
+    assert 4.5 < np.abs(sample).max() < 5.78
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((1, NAME, 0), (2, NAME, 0)),
+        ((1, NAME, 0), (1 | 1 << 32, NAME, 0)),
+        ((1, NAME, 0), (1, NAME.replace("q_proj", "k_proj"), 0)),
+        ((1, NAME, 0), (1, NAME, 1)),
+        ((1, NAME, 0), (1, NAME, 1 << 18)),
+        ((1, NAME, 0), (1, NAME, 1 << 34)),
+    ],
+    ids=["seed", "seed's high half", "tensor", "next element", "further on", "beyond 32 bits"],
+)
+def test_independence(one: Any, other: Any) -> None:
+    n = 1 << 18
+    a, b = (normal(*which, n).astype(np.float64) for which in (one, other))
+    for x, y in ((a, b), (a**2 - 1, b**2 - 1)):
+        assert abs(np.corrcoef(x, y)[0, 1]) < 4.5 / math.sqrt(n)
+
+
+def test_out_of_range_is_refused() -> None:
+    for arguments in ((-1, NAME, 0, 1), (2**64, NAME, 0, 1), (0, NAME, -1, 1), (0, NAME, 0, -1)):
+        with pytest.raises(ValueError, match="64-bit"):
+            normal(*arguments)
+
+
+@given(cut=st.integers(0, 5000), dtype=st.sampled_from(["float32", "bfloat16"]))
+@settings(max_examples=20, deadline=None)
+def test_fingerprints_of_runs_add_up(cut: int, dtype: str) -> None:
+    array = weights(5000, dtype)
+    whole = cpu.fingerprint(array, KEY, 10)
+    assert whole == (cpu.fingerprint(array[:cut], KEY, 10) + cpu.fingerprint(array[cut:], KEY, 10 + cut)) % 2**64
+
+
+def test_fingerprint_sees_every_change() -> None:
+    array = weights(1000, "float32")
+    seen = {cpu.fingerprint(array, KEY, 0), cpu.fingerprint(array, KEY, 1), cpu.fingerprint(array, KEY + 1, 0)}
+    for i in range(1000):
+        changed = array.copy()
+        changed.view(np.uint32)[i] ^= 1
+        seen.add(cpu.fingerprint(changed, KEY, 0))
+    swapped = array.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    seen.add(cpu.fingerprint(swapped, KEY, 0))
+    assert len(seen) == 1004

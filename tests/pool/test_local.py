@@ -1,0 +1,54 @@
+"""What a pool makes of its replicas' answers to an update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from estune.config import Config
+from estune.errors import EstuneError
+from estune.es.strategy import Member, Update
+from estune.pool.local import LocalPool, open_local_pool
+from estune.pool.replica import Replica
+from tests.runs import make_config
+
+UPDATE = Update(0, (Member(3),), (0.25,))
+
+
+def test_bases_of_their_own_are_compared(model: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", model, threads=1)
+    replicas = [Replica(config) for _ in range(2)]
+    pool = LocalPool(replicas[0], replicas[1:])
+    assert pool.apply(UPDATE) == replicas[0].weights.fingerprint() == replicas[1].weights.fingerprint()
+    array = next(iter(replicas[1].weights.base.values()))
+    array[0] += 1
+    with pytest.raises(EstuneError, match="step 0: after the same update replicas' weights differ"):
+        pool.apply(UPDATE)
+    pool.close()
+
+
+def test_one_base_is_updated_once(model: Path, tmp_path: Path) -> None:
+    config: Config = make_config(tmp_path / "run", model, threads=1)
+    alone = Replica(config)
+    pool = open_local_pool(config.model_copy(update={"replicas": 2}))
+    own = pool.own
+    try:
+        for step in range(2):
+            expected = LocalPool(alone).apply(Update(step, (Member(step), Member(9)), (0.25, -0.5)))
+            assert pool.apply(Update(step, (Member(step), Member(9)), (0.25, -0.5))) == expected
+            assert own.weights.fingerprint() == expected
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("changes", [{"replicas": 1}, {"replicas": 2, "weights": "inplace"}])
+def test_a_base_that_nobody_shares_is_plain_memory(
+    model: Path, tmp_path: Path, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> int:
+        raise AssertionError("no shared memory is needed")
+
+    monkeypatch.setattr("estune.pool.open.open_memory", refuse)
+    pool = open_local_pool(make_config(tmp_path / "run", model, threads=1).model_copy(update=changes))
+    pool.close()

@@ -1,0 +1,167 @@
+"""Workers that are killed, hang, come late or never: no step is lost, and no process stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+
+from estune.errors import EstuneError
+from estune.journal.journal import Journal
+from estune.pool.ray.handle import Handle
+from estune.run.trainer import Trainer
+from tests.journal.test_faults import children, started
+from tests.rays import on_call, pid_of, stop, until, with_workers
+from tests.runs import assert_same_run, make_task, slow_variety, substance
+
+PHASES = ("open", "generate", "evaluate", "apply", "rebuild", "save")
+
+
+def test_killed_in_every_phase(
+    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker is stopped before it is asked, and killed when it has been: always in the middle."""
+    left = set(PHASES)
+    lock = threading.Lock()
+
+    def kill(handle: Handle, kind: str) -> None:
+        with lock:
+            if kind not in left:
+                return
+            left.remove(kind)
+        stop(pid_of(handle))
+        threading.Timer(0.2, os.kill, (pid_of(handle), signal.SIGKILL)).start()
+
+    on_call(monkeypatch, kill)
+    run = tmp_path / "run"
+    trainer = with_workers(run, model, 2)
+    evaluate = trainer.pool.evaluate
+
+    def slowly(*arguments: Any) -> Any:  # so that replacements come in time to be killed as well
+        trainer.pool.crew.wait(lambda: len(trainer.pool.crew.ready()) == 2 or None)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(trainer.pool, "evaluate", slowly)
+    trainer.train()
+    assert not left
+    assert_same_run(run, undisturbed)
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced(
+    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[int] = []
+
+    def hang(handle: Handle, kind: str) -> None:
+        if kind == "evaluate" and not stopped:
+            stopped.append(pid_of(handle))
+            stop(stopped[0])
+
+    on_call(monkeypatch, hang)
+    run = tmp_path / "run"
+    with_workers(run, model, 2, worker_timeout=4).train()
+    assert_same_run(run, undisturbed)
+    until(lambda: not Path(f"/proc/{stopped[0]}").exists())
+
+
+def test_a_node_that_comes_late_joins_and_one_that_goes_is_not_missed(
+    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    run = tmp_path / "run"
+    trainer = with_workers(run, model, 2, threads=3)  # of five CPUs: room for one
+    crew = trainer.pool.crew
+    assert [slot.state for slot in crew.slots].count("waiting") == 1
+    evaluate, calls = trainer.pool.evaluate, []
+
+    def between(*arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 3:
+            calls.append(cluster.add_node(num_cpus=3, object_store_memory=80 << 20))
+            crew.wait(lambda: len(crew.ready()) == 2 or None)
+        if len(calls) == 6:
+            places = [slot.handle.place for slot in crew.slots if slot.handle]
+            assert len({place.node for place in places if place}) == 2
+            cluster.remove_node(calls[3], allow_graceful=False)
+        return evaluate(*arguments)
+
+    trainer.pool.evaluate = between  # type: ignore[method-assign]
+    trainer.train()
+    assert_same_run(run, undisturbed)
+
+
+def test_without_any_worker_the_run_stops_and_can_be_resumed(
+    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("estune.pool.ray.crew.MOST_LOSSES", 2)
+    run = tmp_path / "run"
+    trainer = with_workers(run, model, 1)
+    crew = trainer.pool.crew
+    killed: list[float] = []
+
+    def kill(handle: Handle, kind: str) -> None:
+        if len(crew.weights.history) == 3:
+            killed.append(time.monotonic())
+            os.kill(pid_of(handle), signal.SIGKILL)
+
+    on_call(monkeypatch, kill)
+    with pytest.raises(EstuneError, match="3 workers in a row were lost .*killed, out of memory or crashed"):
+        trainer.train()
+    assert time.monotonic() - killed[0] < 60
+    assert len(Journal.read(run).steps) == 3
+    monkeypatch.undo()
+    Trainer.resume(run, workers=None, task=make_task(slow_variety), monitors=[]).train()
+    assert_same_run(run, undisturbed)
+
+
+def test_no_room_is_said_at_once(cluster: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("estune.pool.ray.crew.PATIENCE", 1.0)
+    with pytest.raises(EstuneError, match="room for no worker: each takes 64 CPU of a node, .* of the cluster 5 CPU"):
+        with_workers(tmp_path / "run", model, 1, threads=64)
+
+
+def descendants(parent: int) -> list[int]:
+    found = children(parent)
+    return [*found, *(pid for child in found for pid in descendants(child))]
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_killed_run_leaves_nobody_behind(
+    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path, private: bool
+) -> None:
+    """On a cluster of its own all processes end; on one that was there before, the run's do."""
+    run = tmp_path / "run"
+    (raylet,) = (info.process.pid for info in cluster.head_node.all_processes["raylet"])
+    address = None if private else cluster.address
+    process = started(run, model, {"steps": 200, "replicas": None, "workers": 1, "ray_address": address}, 2)
+    if private:
+        family = descendants(process.pid)
+        assert len(family) > 5
+    else:
+        family = [pid for pid in children(raylet) if "RayWorker" in name(pid)]
+        assert len(family) == 1
+    process.kill()
+    process.communicate()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), 60)
+    assert ray.nodes()[0]["Alive"]
+    done = len(Journal.read(run).steps)
+    Trainer.resume(
+        run, steps=max(6, done), workers=None, ray_address=None, task=make_task(slow_variety), monitors=[]
+    ).train()
+    ours, whole = ([substance(record) for record in Journal.read(each).steps] for each in (run, undisturbed))
+    assert ours[:6] == whole
+
+
+def name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""

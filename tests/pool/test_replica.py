@@ -1,0 +1,122 @@
+"""Where a replica runs and keeps its base, by its settings and the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from estune.config import Config
+from estune.errors import EstuneError
+from estune.pool.local import open_local_pool
+from estune.pool.open import with_resources
+from estune.pool.replica import Replica, _less_base
+from estune.run.make import make_sampling
+from estune.weights.device import training_device
+from tests.runs import make_config
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with CUDA, as far as asking for it goes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+def test_auto_is_cuda_where_there_is_one_and_never_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for there, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert training_device("auto") == torch.device(expected)
+    assert training_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(EstuneError, match="device: 'cuda:2' is not available"):
+        training_device("cuda:2")
+    with pytest.raises(EstuneError, match="device: weights cannot be perturbed on mps; use auto, cuda or cpu"):
+        training_device("mps")
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_gpu_has_one_replica_of_one_thread(tmp_path: Path, model: Path) -> None:
+    config = make_config(tmp_path / "run", model, replicas=None)
+    found = with_resources(config)
+    assert (found.replicas, found.threads) == (1, 1)
+    asked = with_resources(config.model_copy(update={"replicas": 2, "threads": 3}))
+    assert (asked.replicas, asked.threads) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("memory", "changes", "on_host"),
+    [
+        (0, {"device": "cpu"}, False),  # there host and device are one
+        (50, {}, False),  # 10 MB of live weights leave 40, of which 20 of base take half
+        (49, {}, True),
+        (49, {"base_device": "device"}, False),
+        (50, {"base_device": "host"}, True),
+        (50, {"replicas": 2}, True),  # each replica has a half
+        (50, {"workers": 4, "workers_per_gpu": 2}, True),  # and so has each worker
+        (30, {"weights": "copy"}, False),
+        (29, {"weights": "copy"}, True),
+        (29, {"weights": "inplace"}, False),
+    ],
+)
+@pytest.mark.usefixtures("cuda")
+def test_where_the_base_lies(
+    memory: int, changes: dict[str, Any], on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(**{"device": "cuda", **changes})
+    monkeypatch.setattr("estune.pool.replica.total_memory", lambda device: memory * 10**6)
+    weight = torch.zeros(5 * 10**6, dtype=torch.bfloat16)
+    replica: Any = Replica.__new__(Replica)
+    replica._device = training_device(config.device)
+    assert replica._keeps_base_on_host(config, [SimpleNamespace(tensor=weight)], weight.nbytes) is on_host
+
+
+def test_a_base_nowhere_cannot_be_on_the_host() -> None:
+    with pytest.raises(ValueError, match="weights=inplace keeps nothing that base_device=host could hold"):
+        Config(weights="inplace", base_device="host")
+
+
+def test_settings_name_the_device_that_auto_stood_for(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for there, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert with_resources(make_config(tmp_path / "run", model)).device == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "on_host", "advised"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_another_place_for_the_base_is_advised_where_there_is_one(device: str, on_host: bool, advised: bool) -> None:
+    remedy = _less_base(torch.device(device), on_host=on_host)
+    assert ("base_device=host" in remedy) is advised
+    assert "weights=copy" in remedy
+
+
+def test_only_to_generate_needs_no_weights_that_can_be_perturbed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise EstuneError("these cannot be perturbed")
+
+    config = make_config(tmp_path / "run", model)
+    expected = Replica(config).generate([[1, 2, 3]], make_sampling(config))
+    for name in (
+        "estune.pool.replica.Weights",
+        "estune.pool.replica.training_device",
+        "estune.pool.open.training_device",
+    ):
+        monkeypatch.setattr(name, refuse)
+    with pytest.raises(EstuneError, match="cannot be perturbed"):
+        Replica(config)
+    pool = open_local_pool(with_resources(config, perturbs=False).model_copy(update={"replicas": 2}), perturbs=False)
+    try:
+        assert pool.own.generate([[1, 2, 3]], make_sampling(config)) == expected
+        assert pool.generate([[1, 2, 3]] * 129, make_sampling(config)) == expected * 129
+    finally:
+        pool.close()

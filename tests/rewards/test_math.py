@@ -1,0 +1,98 @@
+r"""The math reward: what counts as the final answer, and what is equal to the gold answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from estune.grading.isolation import isolation_of
+from estune.rewards.math import MAX_LENGTH, final_answer, math_reward
+from estune.tasks.math import gold_answers
+
+pytest.importorskip("math_verify")
+
+
+def grade(text: Any, *gold: str) -> float | None:
+    return math_reward(prompts=["?"], completions=[text], answer=[list(gold)])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"so \boxed{5}", "5"), (r"\boxed{1} no, \boxed{2}", "2"), (r"\boxed{\frac{1}{2}} done", r"\frac{1}{2}"),
+        (r"\fbox{7}", "7"), (r"\boxed{1} then \fbox{2}", "2"), (r"\boxed{ \{1, 2\} }", r"\{1, 2\}"),
+        (r"\boxed{5", None), (r"\boxed{1} and \boxed{5", None), ("5", None), ("", None), (r"\boxed{}", ""),
+        ("The answer is 12.", "12"), ("Answer: 12\nthat is it", "12"), ("#### 12", "12"),
+        ("the answer is 3, no, the answer is 4", "4"), ("the answer is: 5", "5"), (r"answer is 3. \boxed{4}", "4"),
+    ],
+)  # fmt: skip
+def test_the_final_answer(text: str, expected: str | None) -> None:
+    assert final_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "expected"),
+    [
+        ("5", "5", 1), ("5.0", "5", 1), ("x=5", "5", 1), ("6", "5", 0), ("", "5", 0),
+        (r"\dfrac12", r"\frac{1}{2}", 1), ("0.5", r"\frac{1}{2}", 1), ("1/2", r"\frac{1}{2}", 1), ("0.51", "1/2", 0),
+        ("1,234", "1234", 1), ("12,345.5", "12345.5", 1), ("1,2", "12", 0), ("1,2", "1,2", 1), ("2,1", r"\{1,2\}", 1),
+        (r"\sqrt{8}", r"2\sqrt{2}", 1), (r"(1,2)", "(1,2)", 1), ("(2,1)", "(1,2)", 0), ("[1,2]", "(1,2)", 0),
+        (r"(x+1)^2", "x^2+2x+1", 1), ("x^2+1", "x^2+2x+1", 0), (r"\text{Evelyn}", r"\text{Evelyn}", 1),
+        (r"\text{Carol}", r"\text{Evelyn}", 0), (r"5\text{ cm}", "5", 1), ("$5$", "5", 1),
+        (r"\frac{\pi}{2}", r"\pi/2", 1),
+        ("1 or 2", "1", 0), ("1, 2, 3", "2", 0), (r"\text{(B)}", "B", 1), (r"\infty", r"-\infty", 0),
+    ],
+)  # fmt: skip
+def test_what_is_equal(answer: str, gold: str, expected: float) -> None:
+    assert grade(f"so $\\boxed{{{answer}}}$.", gold) == expected
+
+
+def test_any_of_several_gold_answers_is_right() -> None:
+    assert grade(r"\boxed{0.02}", "0.01", "0.02") == 1.0
+    assert grade(r"\boxed{0.03}", "0.01", "0.02") == 0.0
+
+
+def test_messages_are_graded_by_the_last_one() -> None:
+    assert grade([{"role": "assistant", "content": r"\boxed{3}"}], "3") == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{" * 50_000, "{" * 10**6, "answer is " * 10**5, "\\boxed{" + "9" * 10**5 + "}",
+        "\\boxed{" + "{" * 10**5 + "}" * 10**5 + "}", "\\boxed{\\frac{\\frac{" * 100,
+    ],
+)  # fmt: skip
+def test_hostile_completions_are_wrong_and_raise_nothing(text: str) -> None:
+    assert grade(text, "5") == 0.0
+
+
+def test_it_runs_in_a_grader_with_a_deadline() -> None:
+    found = isolation_of(math_reward)
+    assert found is not None
+    assert found.deadline is not None
+    assert found.max_length >= MAX_LENGTH
+
+
+def test_no_answer_of_a_problem_without_time_limit_is_cut_off_by_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a signal outside the main thread's hands")
+
+    monkeypatch.setattr(signal, "alarm", refuse)
+    monkeypatch.setattr(signal, "setitimer", refuse)
+    assert grade(r"\boxed{\sqrt{18}}", r"3\sqrt{2}") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        ("He has 3*4=12.\n#### 12", ["12"]), ("#### 1,234", ["1234"]), ("-7", ["-7"]), (142.0, ["142"]), (0.5, ["0.5"]),
+        (r"Thus $\boxed{\frac{1}{2}}$.", [r"\frac{1}{2}"]), (["9.6\n"], ["9.6"]), (["4080\n", "4080"], ["4080"]),
+        (["$x$", 3], ["$x$", "3"]), (None, []), ("", []), (True, []), ([], []), ("#### ", []),
+    ],
+)  # fmt: skip
+def test_gold_answers_of_all_known_sets(column: Any, expected: list[str]) -> None:
+    assert gold_answers(column) == expected

@@ -1,0 +1,393 @@
+"""Whole runs: against an independent implementation of the paper, replayed, made longer, and fed bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from estune.config import Config
+from estune.errors import EstuneError
+from estune.journal.journal import Journal, StepRecord
+from estune.journal.replay import replay
+from estune.noise import reference
+from estune.run.monitors.base import Monitor, Summary
+from estune.run.order import RowOrder
+from estune.run.trainer import Trainer
+from estune.weights.device import training_device
+from tests.models import save_model
+from tests.runs import assert_same_run, make_config, make_task, substance, variety
+
+
+def run(config: Config, *rewards: Any) -> Summary:
+    return Trainer(config, task=make_task(*rewards), monitors=[]).train()
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_the_papers_algorithm(model: Path, tmp_path: Path) -> None:
+    """Every step again in plain torch: `generate` per prompt, noise from the reference, the update as one sum."""
+    config = make_config(tmp_path / "run", model, steps=2, learning_rate=0.05, prompts_per_step=3)
+    run(config)
+    net = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    theta = {n: p.detach().clone() for n, p in net.named_parameters()}
+    task = make_task()
+
+    def noise(seed: int, name: str) -> torch.Tensor:
+        flat = reference.normal_by_id(seed, reference.tensor_id(name), 0, theta[name].numel())
+        return torch.from_numpy(flat).view(theta[name].shape)
+
+    def reward_with(weights: dict[str, torch.Tensor], rows: list[int]) -> float:
+        net.load_state_dict(weights, strict=False)
+        texts = []
+        for i in rows:
+            inputs = tokenizer(task.train[i]["prompt"], return_tensors="pt")
+            out = net.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+            texts.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        return float(np.mean(variety(texts)))
+
+    for record in Journal.read(tmp_path / "run").steps:
+        members = record.update.members
+        rewards = [
+            reward_with({n: t + np.float32(0.02) * noise(m.seed, n) for n, t in theta.items()}, record.prompts)
+            for m in members
+        ]
+        assert rewards == pytest.approx(record.rewards)
+        assert np.std(rewards) > 0
+        z = (np.array(rewards) - np.mean(rewards)) / (np.std(rewards) + 1e-8)
+        for n, t in theta.items():
+            t += sum(float(0.05 / 4 * z_i) * noise(m.seed, n) for z_i, m in zip(z, members, strict=True))
+    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    for n, t in theta.items():
+        torch.testing.assert_close(final[n], t, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"weights": "copy", "dtype": "bfloat16", "rounding": "stochastic", "train_parameters": "*.mlp.*"}],
+    ids=["master", "copy"],
+)
+def test_the_number_of_replicas_changes_nothing(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    for replicas in (1, 2, 3):
+        run(make_config(tmp_path / str(replicas), model, replicas=replicas, **settings))
+        assert_same_run(tmp_path / "1", tmp_path / str(replicas))
+        assert (
+            Journal.read(tmp_path / "1").header.fingerprint == Journal.read(tmp_path / str(replicas)).header.fingerprint
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"weights": "copy", "dtype": "bfloat16", "rounding": "stochastic"},
+        {"weights": "inplace", "dtype": "bfloat16"},
+        {"weights": "master", "dtype": "bfloat16", "noise": "correlated", "weight_decay": 0.1, "mirrored": True},
+        {"train_parameters": "*.mlp.*"},
+    ],
+    ids=["master", "copy", "inplace", "correlated", "frozen"],
+)
+def test_replay_gives_the_trained_weights(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    run(make_config(tmp_path / "run", model, save_steps=2, **settings))
+    journal = Journal.read(tmp_path / "run")
+    assert replay(tmp_path / "run", tmp_path / "all") == journal.fingerprint()
+    final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
+    assert (tmp_path / "all" / "model.safetensors").read_bytes() == final
+    replay(tmp_path / "run", tmp_path / "two", 2, dtype=journal.header.dtype)
+    saved = (tmp_path / "run" / "checkpoint-2" / "model.safetensors").read_bytes()
+    assert (tmp_path / "two" / "model.safetensors").read_bytes() == saved
+    base = {k: v.to(torch.float32) for k, v in load_file(model / "model.safetensors").items()}
+    trained = {k: v.to(torch.float32) for k, v in load_file(tmp_path / "all" / "model.safetensors").items()}
+    changed = {
+        k
+        for k, v in trained.items()
+        if not torch.equal(v, base[k].to(torch.bfloat16).float() if "dtype" in settings else base[k])
+    }
+    assert changed == set(journal.header.tensors)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "all")
+    assert AutoTokenizer.from_pretrained(tmp_path / "all").chat_template
+
+
+def test_step_zero_is_the_base(model: Path, tmp_path: Path) -> None:
+    run(make_config(tmp_path / "run", model, steps=1))
+    replay(tmp_path / "run", tmp_path / "zero", 0)
+    assert (tmp_path / "zero" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+
+
+def test_replay_refuses_what_does_not_fit(model: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "run", tmp_path / "out"
+    run(make_config(folder, model, steps=2))
+    with pytest.raises(EstuneError, match="has 2 steps, not 3"):
+        replay(folder, out, 3)
+    other = save_model(tmp_path / "other", seed=5)
+    with pytest.raises(EstuneError, match="give the original with --model"):
+        replay(folder, out, model=str(other))
+    with pytest.raises(EstuneError, match="exists already"):
+        replay(folder, folder)
+    # A step that never was, sealed by one who knows how: the fingerprint tells.
+    journal = Journal.resume(folder)
+    journal.append_step(StepRecord(journal.steps[0].update, 0.02, 0.01, [1.0] * 4, [0], "0123456789abcdef", {}))
+    journal.close()
+    with pytest.raises(EstuneError, match="gives fingerprint"):
+        replay(folder, out)
+    assert not out.exists()
+    replay(folder, out, 2)
+
+
+def test_evaluations_best_and_files(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    summary = Trainer(make_config(folder, model, steps=5, report_to=["tensorboard"]), task=make_task()).train()
+    journal = Journal.read(folder)
+    assert [e.step for e in journal.evaluations] == [0, 2, 4, 5]
+    assert len(journal.steps) == 5
+    best = max(journal.evaluations, key=lambda e: e.metrics["eval_accuracy"])
+    assert summary.best == best.metrics
+    replay(folder, tmp_path / "best", best.step)
+    assert (tmp_path / "best" / "model.safetensors").read_bytes() == (
+        folder / "best" / "model.safetensors"
+    ).read_bytes()
+    lines = metrics(folder)
+    steps = [line for line in lines if "reward" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+    for line, record in zip(steps, journal.steps, strict=True):
+        assert line["reward"] == pytest.approx(np.mean(record.rewards))
+        assert line["reward_std"] == pytest.approx(np.std(record.rewards))
+    names = {"rewards/variety/mean", "completions/mean_length", "completions/clipped_ratio", "num_tokens", "step_time"}
+    assert names <= set(steps[0])
+    table = pq.read_table(folder / "completions" / "step-00001.parquet").to_pylist()
+    assert len(table) == 6
+    assert [row["reward"] for row in table] == pytest.approx(variety([row["completion"] for row in table]))
+    assert np.mean([row["reward"] for row in table]) == pytest.approx(journal.steps[0].rewards[0])
+    assert any((folder / "tensorboard").iterdir())
+
+
+class Recorder(Monitor):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_step_end(self, metrics: Any, sample: Any) -> None:
+        self.seen.append(f"step {metrics['step']}")
+
+    def on_evaluate(self, metrics: Any, sample: Any) -> None:
+        self.seen.append(f"evaluation {metrics['step']}")
+
+
+def test_monitors_are_told_in_order(model: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    Trainer(make_config(tmp_path / "run", model, steps=3), task=make_task(), monitors=[recorder]).train()
+    assert recorder.seen == ["evaluation 0", "step 1", "step 2", "evaluation 2", "step 3", "evaluation 3"]
+
+
+def test_early_stopping(model: Path, tmp_path: Path) -> None:
+    def constant(completions: list[str], **_: Any) -> list[float]:
+        return [0.5] * len(completions)
+
+    config = make_config(tmp_path / "run", model, steps=50, eval_steps=1, early_stopping_patience=3)
+    summary = run(config, constant)
+    assert (summary.ended, summary.steps, summary.best["step"]) == ("stopped early", 3, 0)
+    assert all(set(r.update.coefficients) == {0.0} for r in Journal.read(tmp_path / "run").steps)
+
+
+def test_a_finished_run_can_be_made_longer(model: Path, tmp_path: Path) -> None:
+    run(make_config(tmp_path / "long", model, steps=6))
+    run(make_config(tmp_path / "short", model, steps=4))
+    Trainer.resume(tmp_path / "short", steps=6, task=make_task(), monitors=[]).close()
+    summary = Trainer.resume(tmp_path / "short", task=make_task(), monitors=[]).train()  # which knows the new length
+    assert summary.steps == 6
+    assert_same_run(tmp_path / "long", tmp_path / "short")
+
+
+def test_a_used_directory_is_refused_with_the_remedies(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(make_config(folder, model, steps=1))
+    before = (folder / "journal.jsonl").read_bytes()
+    with pytest.raises(
+        EstuneError, match="already holds a run: go on with `estune train --resume .*another --output-dir"
+    ):
+        run(make_config(folder, model, steps=1))
+    assert (folder / "journal.jsonl").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(EstuneError, match="exists and is not empty"):
+        run(make_config(tmp_path / "other", model, steps=1))
+
+
+def test_resume_refuses_another_base_or_other_data(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    run(make_config(tmp_path / "run", base, steps=2))
+    with pytest.raises(EstuneError, match="the data of task variety are not those"):
+        Trainer.resume(tmp_path / "run", steps=4, task=make_task(evaluation=5), monitors=[])
+    with pytest.raises(EstuneError, match="was trained on the task variety, not countdown: .* Trainer.resume"):
+        Trainer.resume(tmp_path / "run", steps=4, monitors=[])
+    save_model(base, seed=6)
+    with pytest.raises(EstuneError, match="give the original with --model"):
+        Trainer.resume(tmp_path / "run", steps=4, task=make_task(), monitors=[])
+    with pytest.raises(EstuneError, match="this is no run"):
+        Trainer.resume(base)
+
+
+def test_resume_refuses_another_type_of_live_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    run(make_config(folder, model, steps=2))
+    assert Journal.read(folder).settings["device"] == str(training_device("auto"))
+    original = Journal.resume
+
+    def resume(path: Path) -> Journal:
+        journal = original(path)
+        journal.settings |= changed
+        return journal
+
+    monkeypatch.setattr(Journal, "resume", resume)
+    changed = {"device": "auto"}  # as journals said before
+    Trainer.resume(folder, steps=3, task=make_task(), monitors=[]).train()
+    changed = {"dtype": "bfloat16"}
+    with pytest.raises(EstuneError, match="generates with float32 weights, which here, .* are loaded as bfloat16"):
+        Trainer.resume(folder, steps=4, task=make_task(), monitors=[])
+
+
+def test_members_with_nan_rewards_are_left_out(model: Path, tmp_path: Path) -> None:
+    calls = iter(range(1000))
+
+    def sometimes_nan(completions: list[str], **_: Any) -> list[float]:
+        scores = variety(completions)
+        return [math.nan, *scores[1:]] if next(calls) == 2 else scores  # call 0 is the first evaluation
+
+    run(make_config(tmp_path / "run", model, steps=1), sometimes_nan)
+    (record,) = Journal.read(tmp_path / "run").steps
+    assert [r is None for r in record.rewards].count(True) == 1
+    assert record.update.coefficients[record.rewards.index(None)] == 0.0
+
+
+def failing(kind: str) -> Any:
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        match kind:
+            case "raises":
+                raise ZeroDivisionError("by zero")
+            case "too few":
+                return [1.0]
+            case "text":
+                return ["good"] * len(completions)  # type: ignore[list-item]
+            case _:
+                return [math.nan] * len(completions)
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("raises", "reward reward raised ZeroDivisionError: by zero on row 0, .*; nothing is lost"),
+        ("too few", "reward reward returned 1 values for"),
+        ("text", "reward reward raised ValueError"),
+        ("nan", "no member has a reward"),
+    ],
+)
+def test_a_reward_that_fails_stops_the_run_and_loses_nothing(
+    model: Path, tmp_path: Path, kind: str, message: str
+) -> None:
+    run(make_config(tmp_path / "run", model, steps=2))
+    with pytest.raises(EstuneError, match=message):
+        Trainer.resume(tmp_path / "run", steps=4, task=make_task(failing(kind)), monitors=[]).train()
+    Trainer.resume(tmp_path / "run", steps=4, task=make_task(), monitors=[]).train()
+    run(make_config(tmp_path / "whole", model, steps=4))
+    assert substance(Journal.read(tmp_path / "run").steps[3]) == substance(Journal.read(tmp_path / "whole").steps[3])
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_an_evaluation_that_cannot_be_compared_stops_with_one_line(model: Path, tmp_path: Path, score: float) -> None:
+    def broken(completions: list[str], **_: Any) -> list[float]:
+        return [score, *([1.0] * (len(completions) - 1))]
+
+    with pytest.raises(EstuneError, match="on the evaluation set the reward is not finite"):
+        run(make_config(tmp_path / "run", model), broken)
+
+
+def test_a_reward_that_never_applies_changes_nothing(model: Path, tmp_path: Path) -> None:
+    def never(completions: list[str], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    run(make_config(tmp_path / "with", model), variety, never)
+    run(make_config(tmp_path / "without", model))
+    with_it, without = Journal.read(tmp_path / "with"), Journal.read(tmp_path / "without")
+    assert [substance(r) for r in with_it.steps] == [substance(r) for r in without.steps]
+    assert not any("never" in key for e in with_it.evaluations for key in e.metrics)
+
+
+def test_inplace_reports_its_drift(model: Path, tmp_path: Path) -> None:
+    run(make_config(tmp_path / "run", model, weights="inplace", dtype="bfloat16"))
+    for record in Journal.read(tmp_path / "run").steps:
+        assert record.metrics["weights/drift_changed"] > 0.01
+        assert record.metrics["weights/drift_rms"] > 0
+
+
+def test_lost_metrics_come_back_on_resume(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    Trainer(make_config(folder, model), task=make_task()).train()
+    before = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text("".join(before.splitlines(keepends=True)[:2]) + '{"step": 2, "rew')
+    Trainer.resume(folder, steps=5, task=make_task()).train()
+    assert (folder / "metrics.jsonl").read_text().startswith(before)
+    assert [line["step"] for line in metrics(folder)] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"), [({"steps": -1}, "steps: .*found -1"), ({"steps": 3}, "all 4 steps"), ({}, "all 4")]
+)
+def test_lengths_that_leave_nothing_to_do_are_refused(model: Path, tmp_path: Path, changed: Any, message: str) -> None:
+    run(make_config(tmp_path / "run", model))
+    with pytest.raises(EstuneError, match=message):
+        Trainer.resume(tmp_path / "run", **changed, task=make_task(), monitors=[])
+    assert Trainer.resume(tmp_path / "run", steps=5, task=make_task(), monitors=[]).train().steps == 5
+
+
+def test_a_run_stopped_early_has_new_patience_when_resumed(model: Path, tmp_path: Path) -> None:
+    def constant(completions: list[str], **_: Any) -> list[float]:
+        return [0.5] * len(completions)
+
+    run(make_config(tmp_path / "run", model, steps=9, eval_steps=1, early_stopping_patience=2), constant)
+    summary = Trainer.resume(tmp_path / "run", steps=20, task=make_task(constant), monitors=[]).train()
+    assert (summary.ended, summary.steps) == ("stopped early", 4)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_written(model: Path, tmp_path: Path) -> None:
+    task = make_task()
+    for side, rows in (("training", task.train), ("evaluation", task.evaluation)):
+        kept, rows[2]["prompt"] = rows[2]["prompt"], "long " * 60  # type: ignore[index]
+        with pytest.raises(EstuneError, match=f"{side} row 2: 300 tokens .* beyond the 256 positions"):
+            Trainer(make_config(tmp_path / "run", model, steps=9), task=task, monitors=[])
+        rows[2]["prompt"] = kept  # type: ignore[index]
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_that_cannot_be_graded_are_refused() -> None:
+    task = make_task()
+    with pytest.raises(EstuneError, match="two reward functions are called variety"):
+        make_task(variety, variety)
+    with pytest.raises(EstuneError, match="training row 0 has no column prompt, only text"):
+        replace(task, train=[{"text": "a"}])
+    with pytest.raises(EstuneError, match="training row 1 has the columns prompt, row 0 has prompt, answer"):
+        replace(task, train=[{"prompt": "a", "answer": 1}, {"prompt": "b"}])
+
+
+def test_rows_are_drawn_without_replacement() -> None:
+    order = RowOrder(10, 4, seed=3)
+    drawn = [i for step in range(5) for i in order.rows(step)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+    assert RowOrder(10, 4, seed=3).rows(2) == drawn[8:12]
+    assert RowOrder(10, 4, seed=4).rows(0) != drawn[:4]
+    assert RowOrder(10, 50, seed=3).rows(7) == list(range(10))

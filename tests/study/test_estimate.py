@@ -1,0 +1,170 @@
+"""What fits, what RL would need, and the command that says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from estune.study.estimate.estimate import Choice, choices, reinforcement_learning
+from estune.study.estimate.machines import as_device, find_gpu
+from estune.study.estimate.needs import total
+from estune.study.estimate.run import estimate_run
+from estune.study.estimate.shapes import read_shape
+from tests.cli.test_commands import estune, refused
+from tests.sizes import FAST, LLAMA_70B, QWEN_7B, QWEN_HALF_B, ROUND, amounts, make_work, write_config
+
+
+def test_reinforcement_learning_keeps_sixteen_bytes_a_parameter() -> None:
+    grpo, ppo = (reinforcement_learning(ROUND, make_work(), FAST, method) for method in ("GRPO", "PPO"))
+    of_policy = sum(amount for name, amount in amounts(grpo).items() if name.startswith("policy's"))
+    assert of_policy == 16e9
+    assert amounts(grpo)["reference model"] == amounts(grpo)["rollout engine's weights"] == 2e9
+    assert amounts(grpo)["activations"] == 151 * 1000 * (2 * 10 + 34)
+    assert total(ppo) - total(grpo) == 16e9
+
+
+def test_what_fits(tmp_path: Path) -> None:
+    shape = read_shape(write_config(tmp_path, QWEN_7B))
+    work = make_work(slots=256)
+
+    def fitting(gpu: str) -> set[str]:
+        found: list[Choice] = choices(shape, work, as_device(find_gpu(gpu), "bfloat16"), 16384)
+        return {choice.name for choice in found if choice.fits}
+
+    # In GB: 15.2 live, 30.5 master, 15.2 copy; 20 bytes a parameter for GRPO are 152.
+    inplace = {"weights=inplace", "weights=master base_device=host", "weights=copy base_device=host"}
+    assert fitting("t4") == set()
+    assert fitting("rtx4090") == inplace
+    assert fitting("a100-40") == inplace | {"weights=copy base_device=device"}
+    assert fitting("l40s") == fitting("h200") == fitting("a100-40") | {"weights=master base_device=device"}
+    assert "GRPO" in fitting("b200")
+
+
+def test_replicas_on_a_gpu_share_its_memory(tmp_path: Path) -> None:
+    # 1 GB of live and 2 GB of base weights fit into 24 GB once, and into an eighth of it not.
+    model = write_config(tmp_path, QWEN_HALF_B)
+    one, eight = (estimate_run(None, [f"model={model}", f"replicas={n}"], gpu="rtx4090") for n in (1, 8))
+    assert (one.work.at_once, one.work.base) == (1, "device")
+    assert (eight.work.at_once, eight.work.base) == (8, "host")
+    assert eight.choices[0].needed == 8 * total(eight.memory)
+
+
+def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_config(tmp_path / "model", LLAMA_70B)
+    settings = [f"model={model}", "engine=vllm", "workers=2", "gpus_per_worker=4", "weights=copy", "batch_size=64"]
+    found = estimate_run(None, settings, gpu="h100")
+    held = amounts(found.memory)
+    # 70.55 billion parameters of 2 B over 4 GPUs, twice; 200 prompts as 4 x 50 rows of 1,536 tokens of 327,680 B.
+    assert held["live weights"] == held["base (weights=copy)"] + 70_553_706_496 / 2 == 70_553_706_496 / 2
+    assert found.work.base == "host"  # beside 35 GB of live weights, half of what is left is for batches
+    assert held["key and value cache"] == 50 * 1536 * 327_680 / 4
+    assert (found.work.devices, found.choices[0].devices, found.choices[0].host) == (8, 8, 2 * 70_553_706_496 * 2)
+    assert "on each of 8 GPUs" in found.advice
+    assert total(found.time) < 3600
+    on_device = estimate_run(None, [*settings, "base_device=device"], gpu="h100")
+    assert amounts(on_device.memory)["base (weights=copy)"] == 70_553_706_496 / 2
+    # 70.6 of weights, 6 of keys and values, 1 of the process, and prompts' activations
+    assert 77e9 < total(on_device.memory) < 80e9
+    assert on_device.choices[0].fits
+    alone = estimate_run(None, [f"model={model}", "weights=copy"], gpu="h100")
+    assert alone.advice.endswith("what does: engine=vllm gpus_per_worker=4")
+    assert estune("estimate", *(f"--{text}" for text in settings), "--gpu", "h100") == 0
+    out = capsys.readouterr().out
+    assert "memory of a worker, on each of its 4 GPUs" in out
+    assert "8 x NVIDIA H100 SXM" in out
+
+
+def test_this_machines_gpu_has_the_memory_that_the_driver_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=150_110_011_392)
+    monkeypatch.setattr("estune.weights.device.training_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    found = estimate_run(None, ["device=cuda", "replicas=1"])
+    assert found.device.memory == properties.total_memory
+    assert found.device.name == "NVIDIA H200 SXM, 150 GB"
+    assert estimate_run(None, ["replicas=1"], gpu="h200").device.memory == 141 * 10**9
+
+
+def test_the_command_needs_config_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_config(tmp_path / "model", QWEN_7B)
+    assert estune("estimate", "--model", folder, "--gpu", "rtx4090", "--population", 16, "max_new_tokens=512") == 0
+    out = capsys.readouterr().out
+    assert "7,615,616,512 parameters; 16 members" in out
+    assert "57,344 B" in out
+    assert "15.23 GB" in out
+    assert "30.46 GB" in out
+    assert "weights=master base_device=host fits" in out
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+    device = ["--base_device", "device"]
+    assert estune("estimate", "--model", folder, "--gpu", "rtx4090", *device) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("weights=master base_device=device does not fit: it needs")
+    assert "what does: weights=inplace, or weights=master base_device=host" in last
+
+    assert estune("estimate", "--model", folder, "--gpu", "t4") == 0
+    assert "does not fit: it needs 16.4 of 16 GB; what does: engine=vllm gpus_per_worker=2" in capsys.readouterr().out
+    assert estune("estimate", "--model", folder, "--gpu", "t4", "--replicas", 2) == 0
+    assert "no other way to hold the weights fits either" in capsys.readouterr().out
+
+
+def test_a_smaller_batch_is_offered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_config(tmp_path / "model", QWEN_7B)
+    # 40 GB hold 15.2 live and 15.2 of a copy, and not 200 rows of 1,536 tokens of 57,344 B, which are 17.6 GB.
+    options = ["--model", folder, "--gpu", "a100-40", "--weights=copy", "--base_device=device", "--batch_size", 200]
+    assert estune("estimate", *options) == 0
+    (batch,) = [int(word[11:]) for word in capsys.readouterr().out.split() if word.startswith("batch_size=")]
+    for size, fits in [(batch, True), (batch + 1, False)]:
+        assert estune("estimate", *options, "--prompts_per_step", size, "--task.eval_size", size) == 0
+        assert ("does not fit" not in capsys.readouterr().out) == fits
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert estune("estimate", "--json", "--new-tokens", 20, "--device", "cpu", "--replicas", 2) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["shape"]["parameters"] == 867_200
+    assert found["work"]["at_once"] == 2
+    assert found["work"]["new_tokens"] == 20
+    assert [item["name"] for item in found["time"]] == ["perturb", "read the prompts", "generate", "update"]
+    assert all(np.isfinite(item["amount"]) and item["amount"] > 0 for item in found["time"])
+    assert set(found["reinforcement_learning"]) == {"GRPO", "PPO"}
+    assert found["advice"].startswith("weights=master fits")
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_config(tmp_path / "model", QWEN_HALF_B)
+    (tmp_path / "empty").mkdir()
+    broken = write_config(tmp_path / "broken", {**QWEN_HALF_B, "num_attention_heads": 13})
+    garbled = write_config(tmp_path / "garbled", {})
+    (garbled / "config.json").write_text("{not json")
+    encoder = write_config(tmp_path / "t5", {"model_type": "t5"})
+    for options, message in [
+        (["--gpu", "h10"], "'h10' is not in the table; did you mean h100? known are b200, h200"),
+        (["--model", tmp_path / "empty"], "a directory without config.json"),
+        (["--model", tmp_path / "none"], "no such directory"),
+        (["--model", "nobody/has-this"], "no such directory, nor is its config.json to be had from the hub"),
+        (["--model", broken], "no causal language model can be laid out"),
+        (["--model", garbled], "its config.json cannot be used"),
+        (["--model", encoder], "no causal language model can be laid out"),
+        (["--population", -3], "population"),
+        (["--batch_size", 0], "batch_size"),
+        (["--prompt-tokens", -5], "--prompt-tokens must be 1 or more, found -5"),
+        (["--new-tokens", 0], "--new-tokens must be 1 or more, found 0"),
+        (["--new-tokens", "inf"], "--new-tokens must be 1 or more, found inf"),
+        (["--new-tokens", 2000], "more than max_new_tokens 1024"),
+        (["--sigmas", 1], "did you mean sigma?"),
+        (["--train_parameters", "nothing.*"], "'nothing.*'"),
+    ]:
+        given = options if "--model" in options else ["--model", model, *options]
+        assert message in refused(capsys, "estimate", *given)
+
+
+def test_importing_it_loads_no_torch() -> None:
+    code = "import sys, estune.cli, estune.study.estimate.run; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,121 @@
+"""The report's page in a real browser: no errors, no requests, no overflow, and its buttons and keys do what they say.
+
+Needs a Chromium, which the system has or playwright brings (`playwright install chromium`); skipped without.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright import sync_api as playwright
+
+from estune.study.report import write_report
+from tests.reports import make_run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as p:
+        try:
+            opened = p.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    more = {"eval_" + "a_very_long_name_of_a_metric" * 3: 1.0}
+    runs = [make_run(folder / "first", more=more), make_run(folder / "second", seed=1)]
+    runs.append(make_run(folder / "third", population=7, train_parameters="*" * 60))
+    write_report(runs[:1], folder / "one.html")
+    write_report(runs, folder / "many.html")
+    return {name: folder / f"{name}.html" for name in ("one", "many")}
+
+
+@pytest.fixture
+def open_page(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
+    """Opens a page; afterwards nothing may have gone wrong, and nothing may have been asked for but the page."""
+    troubles: list[str] = []
+    contexts = []
+
+    def open_one(name: str, width: int = 1440, **options: Any) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: troubles.append(message.text))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("dialog", lambda dialog: troubles.append(dialog.message))
+        address = pages[name].as_uri()
+        page.on("request", lambda r: None if r.url in (address, "data:,") else troubles.append(r.url))
+        page.goto(address)
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert not troubles
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("name", ["one", "many"])
+def test_the_page_fits_its_window(open_page: Any, name: str, width: int, scheme: str) -> None:
+    page = open_page(name, width, color_scheme=scheme)
+    for details in page.locator("details").all():
+        details.evaluate("d => d.open = true")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.documentElement).backgroundColor]"
+    )
+    brightness = [sum(map(int, c.removeprefix("rgb(").removesuffix(")").split(","))) for c in (ink, paper)]
+    assert (brightness[0] > brightness[1]) == (scheme == "dark")
+
+
+def test_buttons_show_and_hide_runs(open_page: Any) -> None:
+    page = open_page("many")
+    parts = page.locator('path[data-owner="run-1"], tr[data-owner="run-1"]')
+    shown = parts.count()
+    assert shown >= 3
+    button = page.locator('button[data-owner="run-1"]')
+    button.click()
+    assert button.get_attribute("aria-pressed") == "false"
+    assert not any(part.is_visible() for part in parts.all())
+    assert page.locator('path[data-owner="run-0"]').first.is_visible()
+    plot = page.locator('figure[data-chart="all-accuracy"] .plot')
+    plot.hover()
+    assert "first" in plot.locator(".tip").inner_text()
+    assert "second" not in plot.locator(".tip").inner_text()
+    button.press("Enter")
+    assert button.get_attribute("aria-pressed") == "true"
+    assert parts.first.is_visible()
+
+
+def test_values_under_pointer_and_keys(open_page: Any) -> None:
+    page = open_page("one")
+    plot = page.locator('figure[data-chart="accuracy-0"] .plot')
+    tip = plot.locator(".tip")
+    assert not tip.is_visible()
+    plot.focus()
+    page.keyboard.press("End")
+    assert tip.inner_text().splitlines() == ["step 6", "held-out accuracy: 75.0%"]
+    page.keyboard.press("ArrowLeft")
+    assert tip.inner_text().startswith("step 4")
+    page.keyboard.press("Escape")
+    assert not tip.is_visible()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 3, box["y"] + 20)
+    assert tip.inner_text().startswith("step 2")
+
+
+def test_the_page_can_be_read_without_script_and_on_paper(open_page: Any) -> None:
+    page = open_page("one", java_script_enabled=False)
+    assert page.locator('figure[data-chart="reward-0"] svg path.line').count() == 1
+    assert len(page.pdf()) > 10_000

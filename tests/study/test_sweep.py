@@ -1,0 +1,257 @@
+"""Sweeps of real runs of the embedded model: grids, what is cut off, what fails, what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.errors import EstuneError
+from estune.journal.journal import FILE, Journal
+from estune.study.sweep import Space, Trial, split, sweep
+from estune.study.sweep_report import draw_effects, effects, groups, rows
+
+
+def settings(**changes: object) -> list[str]:
+    given = {
+        "steps": 2,
+        "population": 4,
+        "prompts_per_step": 4,
+        "max_new_tokens": 4,
+        "eval_steps": 0,
+        "replicas": 1,
+        "report_to": "none",
+        "task.train_size": 8,
+        "task.eval_size": 4,
+        **changes,
+    }
+    return [f"{key}={value}" for key, value in given.items()]
+
+
+def test_swept_settings_are_told_from_shared_ones() -> None:
+    shared, space = split(["steps=3", "sweep.sigma=0.01, 0.02", "sweep.task.eval-size=4,8"])
+    assert shared == ["steps=3"]
+    assert space.points() == [
+        {"sigma": sigma, "task.eval_size": size} for sigma in ("0.01", "0.02") for size in ("4", "8")
+    ]
+    _, space = split(["sweep.sigma=1e-3..1e-1", "sweep.population=4..16"])
+    assert space.ranges == {"sigma": (0.001, 0.1), "population": (4, 16)}
+    assert [type(low) for low, _ in space.ranges.values()] == [float, int]
+    _, space = split(["sweep.model=../m1,../m2", "sweep.start_from=../run"])
+    assert space == Space({"model": ["../m1", "../m2"], "start_from": ["../run"]}, {})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["steps=3"], "nothing is swept"),
+        (["sweep.sigma=0.1,0.1"], "list different values"),
+        (["sweep.sigma="], "list different values"),
+        (["sweep.sigma=2..1"], "the lower one first"),
+        (["sweep.sigma=a..b"], "two numbers"),
+        (["sweep.sigma=1..x"], "two numbers"),
+        (["sweep.sigma=0.1..0.2"], "a range, which a grid cannot take"),
+        (["sweep.sigmo=0.1,0.2"], "did you mean sigma"),
+        (["sweep.sigma=0.1,-1"], "greater than 0"),
+        (["sweep.seed=1,2", "output_dir=x"], "output_dir is the sweep's own"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_anything_runs(
+    tmp_path: Path, overrides: list[str], complaint: str
+) -> None:
+    with pytest.raises(EstuneError, match=complaint):
+        sweep(tmp_path / "sweep", None, overrides)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_grid_is_run_once_and_cut_runs_are_resumed(tmp_path: Path) -> None:
+    folder, given = tmp_path / "sweep", [*settings(), "sweep.seed=0,1"]
+    whole = sweep(folder, None, given)
+    assert [t.name for t in whole] == ["seed=0", "seed=1"]
+    assert all(t.error is None and 0 <= t.metrics["eval_accuracy"] <= 1 for t in whole)
+    assert [Journal.read(folder / t.name).settings["seed"] for t in whole] == [0, 1]
+
+    # As a sweep leaves it that was killed in the second step of its second run.
+    before = (folder / "seed=0" / FILE).read_bytes()
+    (folder / "seed=1").rename(tmp_path / "whole")
+    (folder / "seed=1").mkdir()
+    (folder / "seed=1" / "completions").mkdir()
+    lines = (tmp_path / "whole" / FILE).read_bytes().splitlines(keepends=True)
+    kept = next(i for i, line in enumerate(lines) if line.startswith(b'{"kind":"step","step":1,'))
+    (folder / "seed=1" / FILE).write_bytes(b"".join(lines[:kept]) + lines[kept][:50])
+    told: list[Trial] = []
+    again = sweep(folder, None, given, told=told.append)
+    assert again == whole
+    assert [t.name for t in told] == ["seed=1"]
+    assert (folder / "seed=0" / FILE).read_bytes() == before
+    one, other = Journal.read(folder / "seed=1"), Journal.read(tmp_path / "whole")
+    assert one.fingerprint() == other.fingerprint()
+    assert one.header.created == other.header.created  # resumed, not run anew
+
+    with pytest.raises(EstuneError, match="other settings"):
+        sweep(folder, None, [*settings(steps=3), "sweep.seed=0,1"])
+    with pytest.raises(EstuneError, match="other settings"):
+        sweep(folder, None, [*settings(), "sweep.sigma=0.1,0.2"])
+
+
+def test_a_run_without_its_last_evaluation_goes_on(tmp_path: Path) -> None:
+    """Interrupted, which leaves weights, then resumed, then killed between its last step and its last evaluation."""
+    folder, given = tmp_path / "sweep", [*settings(), "sweep.seed=0"]
+    whole = sweep(folder, None, given)
+    journal = folder / "seed=0" / FILE
+    text = journal.read_bytes()
+    lines = text.splitlines(keepends=True)
+    assert lines[-1].startswith(b'{"kind":"evaluation","step":2,')
+    journal.write_bytes(b"".join(lines[:-1]))
+    weights = folder / "seed=0" / "final" / "model.safetensors"
+    expected = weights.read_bytes()
+    weights.write_bytes(b"of the step before")
+    assert sweep(folder, None, given) == whole
+    assert [e.step for e in Journal.read(folder / "seed=0").evaluations] == [0, 2]
+    assert weights.read_bytes() == expected
+
+
+def test_a_run_that_fails_ends_no_other(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    good, bad = sweep(tmp_path / "sweep", None, [*settings(), f"sweep.model=tiny,{missing}"], jobs=2)
+    assert good.error is None
+    assert good.metrics
+    assert str(missing) in (bad.error or "")
+    assert not bad.metrics
+    assert len(rows([good, bad])) == 2  # the heading, and the one that ran
+
+
+def test_runs_without_an_evaluation_set_are_not_ranked(tmp_path: Path) -> None:
+    task = tmp_path / "blind.py"
+    task.write_text(
+        "from estune.tasks.base import Task\n\n"
+        "def brevity(completions, **_):\n    return [-float(len(c)) for c in completions]\n\n"
+        "def task(seed):\n    return Task('blind', [{'prompt': 'a'}] * 8, [], [brevity], [1.0], None)\n"
+    )
+    given = [s for s in settings() if not s.startswith("task.")]
+    (found,) = sweep(tmp_path / "sweep", None, [*given, f"task.name={task}", "sweep.seed=0"])
+    assert found.metrics == {}
+    assert found.error == "the task has no evaluation set to judge the run by"
+
+
+def test_an_interrupted_sweep_leaves_nothing_running(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    given = [*settings(steps=2000), "sweep.seed=0,1"]
+    code = (
+        f"from pathlib import Path; from estune.study.sweep import sweep; sweep(Path({str(folder)!r}), None, {given!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    try:
+        journal = folder / "seed=0" / FILE
+        deadline = time.monotonic() + 120
+        while not journal.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert journal.is_file()
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        assert process.returncode != 0
+        assert not (folder / "seed=1").exists()  # what had not begun does not begin
+        assert not _running(folder / "seed=0")
+    finally:
+        process.kill()
+
+
+def _running(run: Path) -> bool:
+    """Whether a process still writes the run: it would hold its journal."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(run).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def trial(value: float | None, **values: str) -> Trial:
+    return Trial("x", values, {} if value is None else {"eval_accuracy": value}, None if value else "failed")
+
+
+def test_seeds_are_averaged_and_settings_ranked(tmp_path: Path) -> None:
+    found = [
+        trial(0.2, sigma="0.01", seed="0"),
+        trial(0.4, sigma="0.01", seed="1"),
+        trial(0.5, sigma="0.1", seed="0"),
+        trial(None, sigma="0.1", seed="1"),
+    ]
+    assert groups(found) == [({"sigma": "0.1"}, [0.5]), ({"sigma": "0.01"}, [0.2, 0.4])]
+    assert rows(found)[1:] == [
+        ["0.1", "0.5000", "", "0.5000", "0.5000", "1"],
+        ["0.01", "0.3000", "0.1414", "0.2000", "0.4000", "2"],
+    ]
+    assert effects(found) == {"sigma": {"0.01": [0.2, 0.4], "0.1": [0.5]}, "seed": {"0": [0.2, 0.5], "1": [0.4]}}
+    pytest.importorskip("matplotlib")
+    draw_effects(found, tmp_path / "effects.png")
+    assert (tmp_path / "effects.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(EstuneError, match="no effect to draw"):
+        draw_effects(found[:1], tmp_path / "none.png")
+
+
+def test_few_numbers_are_labelled_and_many_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: (drawn.append(self), save(self, path)))
+    rates = [f"{0.001 * 1.2**i:.4g}" for i in range(20)]
+    found = [
+        trial(0.1 + i / 40, sigma=rate, population=str(10 + i % 8), mirrored=("true", "false")[i % 2])
+        for i, rate in enumerate(rates)
+    ]
+    draw_effects(found, tmp_path / "effects.png")
+    many, few, named = drawn[0].axes
+    assert not many.lines
+    assert len(many.get_xticklabels()) < 10
+    assert len(many.collections) == 20
+    assert [len(axes.lines) for axes in (few, named)] == [1, 1]
+    assert [label.get_text() for label in few.get_xticklabels()] == [str(10 + i) for i in range(8)]
+    assert [label.get_text() for label in named.get_xticklabels()] == ["true", "false"]
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"settings": {}}'])
+def test_a_folder_whose_sweep_is_damaged_is_refused(damaged: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(damaged)
+    with pytest.raises(EstuneError, match=r"sweep\.json is damaged; put it back"):
+        sweep(tmp_path, None, [*settings(), "sweep.seed=0,1"])
+    assert (tmp_path / "sweep.json").read_text() == damaged
+
+
+def test_a_search_goes_on_with_the_trials_it_has(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    folder, given = (
+        tmp_path / "sweep",
+        [*settings(steps=1), "sweep.sigma=0.001..0.1", "sweep.mirrored=true,false"],
+    )
+    two = sweep(folder, None, given, search="optuna", trials=2)
+    assert all(0.001 <= float(t.values["sigma"]) <= 0.1 and t.error is None for t in two)
+    assert two[0].values != two[1].values
+    told: list[Trial] = []
+    three = sweep(folder, None, given, search="optuna", trials=3, told=told.append)
+    assert three[:2] == two
+    assert [t.name for t in told] == ["trial-002"]
+    with pytest.raises(EstuneError, match="holds a search over other values of mirrored; give the same"):
+        sweep(folder, None, [*given[:-1], "sweep.mirrored=true"], search="optuna", trials=4)
+    assert sweep(folder, None, given, search="optuna", trials=3) == three
+
+
+def test_ends_of_a_range_are_checked_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(
+        "estune.study.sweep._Runner.run", lambda _, name, values: Trial(name, values, {"eval_accuracy": 0.5})
+    )
+    found = sweep(tmp_path / "s", None, [*settings(), "sweep.seed=7..1234567"], search="optuna", trials=1)
+    assert 7 <= int(found[0].values["seed"]) <= 1234567
+
+
+def test_a_search_needs_a_number_of_trials(tmp_path: Path) -> None:
+    with pytest.raises(EstuneError, match="go together"):
+        sweep(tmp_path / "s", None, ["sweep.sigma=0.1..0.2"], search="optuna")

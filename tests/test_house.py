@@ -1,0 +1,82 @@
+"""The plan of the house: which room may import which, read from the imports; and no more rooms than the plan has."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import estune
+from estune.former import MOVED
+
+SOURCE = Path(estune.__file__).parent
+STOREYS = (
+    ("errors", "versions", "completion", "former", "noise"),
+    ("files", "es", "grading"),
+    ("weights", "rewards"),
+    ("journal", "tasks"),
+    ("config",),
+    ("engines",),
+    ("pool",),
+    ("run",),
+    ("trl",),
+    ("__init__",),
+    ("study",),
+    ("cli",),
+)
+"""From the ground up: a room imports what lies on lower storeys, and nothing of its own or higher ones."""
+FLOOR = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
+MOST_ROOT_MODULES = 8
+
+
+def rooms_imported(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and room of each import of estune in a file, wherever it stands."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno} imports by a relative path"
+            package = node.module == "estune"
+            modules = [f"estune.{alias.name}" for alias in node.names] if package else [str(node.module)]
+        for module in modules:
+            top, _, rest = module.partition(".")
+            if top == "estune":
+                room = rest.partition(".")[0]
+                yield node.lineno, room if room in FLOOR else "__init__"  # a public name, from the package itself
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
+def test_imports_run_one_way(file: Path) -> None:
+    room = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+    assert room in FLOOR, f"{room} is no room of the plan: find its place in STOREYS first"
+    for line, other in rooms_imported(file):
+        assert other == room or FLOOR[other] < FLOOR[room], (
+            f"{file}:{line}: {room} imports {other}, which is not below it"
+        )
+
+
+def test_the_root_holds_few_modules() -> None:
+    assert len(list(SOURCE.glob("*.py"))) <= MOST_ROOT_MODULES
+
+
+def test_each_package_says_what_it_holds() -> None:
+    for file in SOURCE.rglob("__init__.py"):
+        assert len(ast.get_docstring(ast.parse(file.read_text())) or "") > 40, file
+
+
+@pytest.mark.parametrize(("former", "today"), MOVED.items())
+def test_module_paths_that_were_documented_still_work(former: str, today: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert importlib.import_module(former) is importlib.import_module(today)
+
+
+def test_a_former_module_path_says_where_it_is_now() -> None:
+    sys.modules.pop("estune.rewards.isolation", None)
+    with pytest.warns(DeprecationWarning, match=r"estune\.grading\.isolation now: import it from there") as caught:
+        importlib.import_module("estune.rewards.isolation")
+    assert len(caught) == 1
