@@ -2,3 +2,7 @@
 
 Imports weights, es and noise. Begin with `journal.py`; `replay.py` rebuilds a checkpoint after any step.
 """
+
+from estune.journal.journal import Journal
+
+__all__ = ["Journal"]

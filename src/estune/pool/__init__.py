@@ -2,3 +2,7 @@
 
 Imports engines, weights and journal. Begin with `base.py`, the protocol; `open.py` chooses.
 """
+
+from estune.pool.base import Pool
+
+__all__ = ["Pool"]
