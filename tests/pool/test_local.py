@@ -49,6 +49,6 @@ def test_a_base_that_nobody_shares_is_plain_memory(
     def refuse() -> int:
         raise AssertionError("no shared memory is needed")
 
-    monkeypatch.setattr("estune.pool.open.open_memory", refuse)
+    monkeypatch.setattr("estune.pool.local.open_memory", refuse)
     pool = open_local_pool(make_config(tmp_path / "run", model, threads=1).model_copy(update=changes))
     pool.close()
