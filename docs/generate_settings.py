@@ -10,7 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from estune.cli import app
-from estune.config import Config, embedded_settings
+from estune.config import SECTIONS, embedded_settings
 from estune.tasks import KINDS
 
 TARGET = Path(__file__).with_name("settings.md")
@@ -56,7 +56,10 @@ def render() -> str:
     embedded = embedded_settings()
     parts = [
         HEAD,
-        _table(Config.model_fields, "", embedded),
+        *(
+            f"## {section.__name__}\n\n{section.__doc__}\n\n{_table(section.model_fields, '', embedded)}"
+            for section in SECTIONS
+        ),
         "Below are the options of each task, for which see [tasks.md](tasks.md), and then those of the\n"
         "[commands](#commands).\n",
     ]

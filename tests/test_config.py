@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from estune.config import EMBEDDED_SETTINGS, Config, load, parse, read
+from estune.config import EMBEDDED_SETTINGS, SECTIONS, Config, embedded_settings, load, parse, read
 from estune.errors import EstuneError
+from estune.tasks import KINDS
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_defaults_are_the_papers_for_any_model_but_the_embedded_one() -> None:
@@ -115,7 +118,6 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
         (["gpus_per_worker=2"], "which engine=vllm does"),
         (["engine=vllm", "workers=2", "gpus_per_worker=2", "workers_per_gpu=2"], "cannot both be more than 1"),
         (["workers_per_gpu=2"], "say how many"),
-        (["worker_timeout=5"], "say how many"),
         (["vllm_max_model_length=512"], "are about engine=vllm"),
         (["ray_address=auto"], "say how many"),
         (["task=chess"], "task.*countdown"),
@@ -150,6 +152,26 @@ def test_settings_survive_a_round_trip() -> None:
     config = Config(output_dir=Path("somewhere"), task={"count": "3-4"})
     assert parse(config.model_dump(mode="json")) == config
     assert parse(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+SHIPPED = [file for folder in ("examples", "recipes") for file in (ROOT / folder).rglob("*.[yt]*ml")]
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED), ids=lambda file: file.name)
+def test_shipped_settings_are_right(file: Path) -> None:
+    assert load(file).model_dump()
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_the_embedded_model_s_settings_are_right(task: str) -> None:
+    settings = embedded_settings(task)
+    assert settings["task"]["name"] == task
+    unknown = settings.keys() - Config.model_fields.keys()
+    assert not unknown
+
+
+def test_settings_are_flat_in_the_order_of_their_sections() -> None:
+    assert [name for section in SECTIONS for name in section.model_fields] == list(Config.model_fields)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""All settings of a run, from defaults, a file and overrides. Imports no torch.
+
+The embedded model is a thousand times smaller than the paper's, and comes with settings of its own
+(`models/tiny/estune.yaml`), which stand in for the defaults whenever it is the model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+
+from estune.config.sections import Evaluation, Generation, Grading, Logging, Run, Search, Section, Weights, Workers
+from estune.errors import EstuneError
+from estune.tasks import DEFAULT, KINDS
+
+RESUMABLE = (
+    *("steps", "model", "workers", "workers_per_gpu", "ray_address", "worker_timeout"),
+    *("graders", "reward_timeout", "reward_errors", "max_reward_errors", "report_to"),
+)
+"""What a run that is resumed may change: its length, where its weights come from and are, what may fail, and who is
+told."""
+EMBEDDED_SETTINGS = Path(__file__).parents[1] / "models" / "tiny" / "estune.yaml"
+
+SECTIONS: tuple[type[Section], ...] = (Run, Search, Generation, Workers, Weights, Grading, Evaluation, Logging)
+"""In the order in which people read them."""
+
+
+class Config(Logging, Evaluation, Grading, Weights, Workers, Generation, Search, Run):
+    """All settings of `estune train`. Every field is a command-line option of the same name.
+
+    Of several bases pydantic takes the last one's fields first, hence their order.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_settings_of_the_embedded_model(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("model", "tiny") != "tiny":
+            return values
+        return merge(embedded_settings(_task_name(values.get("task"))), dict(values))
+
+    @model_validator(mode="after")
+    def _check_engines(self) -> Config:
+        if self.weights == "inplace" and self.workers:
+            raise ValueError("weights=inplace holds one set of weights, in this process: leave out workers")
+        if self.weights == "inplace" and (self.replicas or 1) > 1:
+            raise ValueError("weights=inplace holds one set of weights: replicas must be 1")
+        if (self.workers or self.engine == "vllm") and (self.replicas or 1) > 1:
+            raise ValueError("replicas are processes of this machine's transformers engine: give workers instead")
+        if self.gpus_per_worker > 1 and self.engine != "vllm":
+            raise ValueError("gpus_per_worker splits a model over GPUs, which engine=vllm does: set it")
+        if self.engine != "vllm" and (self.vllm_gpu_memory_utilization or self.vllm_max_model_length):
+            raise ValueError("vllm_gpu_memory_utilization and vllm_max_model_length are about engine=vllm: set it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sampled_evaluations(self) -> Config:
+        if self.eval_samples > 1 and not (self.temperature if self.eval_temperature is None else self.eval_temperature):
+            raise ValueError("eval_samples draws several completions of a prompt: give eval_temperature above 0")
+        stages = getattr(self.task, "stages", [])
+        if not self.eval_steps and any(s.until_accuracy and s.until_step is None for s in stages[:-1]):
+            raise ValueError("a stage ends by accuracy, and eval_steps 0 makes no evaluation on the way")
+        return self
+
+
+def load(file: Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Settings from a YAML or TOML file and `key=value` overrides; dots reach into sections (`task.eval_size=100`).
+
+    Raises:
+        EstuneError: for a file that cannot be read, an unknown key (with the nearest known one) or a bad value.
+    """
+    return parse(read(file, overrides), str(file) if file else "settings")
+
+
+def read(file: Path | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What file and overrides say, and nothing else: not yet checked, no defaults.
+
+    An override's value stays text, which the setting's type converts; `null` is None, and a key alone is True.
+
+    Raises:
+        EstuneError: for a file that cannot be read or an override without key.
+    """
+    values = _read(file) if file else {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not key:
+            raise EstuneError(f"override {override!r} is not of the form key=value")
+        value: Any = True if not separator else None if text == "null" else text
+        for part in reversed(key.replace("-", "_").split(".")):
+            value = {part: value}
+        values = merge(values, value)
+    return values
+
+
+def parse(values: Mapping[str, Any], source: str = "settings") -> Config:
+    """Settings from a mapping, every complaint in one `EstuneError`."""
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise EstuneError("; ".join(_complaint(e, source) for e in error.errors())) from error
+
+
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` on top, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if key == "task":  # a bare name is short for {name: ...}, and another task has other options
+            old, value = _section(old), _section(value)  # noqa: PLW2901
+            old = old if _task_name(value, None) in (None, _task_name(old)) else None
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def embedded_settings(task: str = DEFAULT) -> dict[str, Any]:
+    """The embedded model's settings for a task: those for all, with the task's own on top."""
+    settings: dict[str, Any] = yaml.safe_load(EMBEDDED_SETTINGS.read_text())
+    own = settings.pop("tasks").get(task, {})
+    return merge(settings, {**own, "task": {"name": task, **own.get("task", {})}})
+
+
+def _section(task: Any) -> Any:
+    return {"name": task} if isinstance(task, str) else task
+
+
+def _task_name(task: Any, default: Any = DEFAULT) -> Any:
+    """The name in a task's section, or of its options."""
+    task = _section(task)
+    return task.get("name", default) if isinstance(task, Mapping) else getattr(task, "name", default)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise EstuneError(f"config {file}: no such file")
+    try:
+        values = tomllib.loads(file.read_text()) if file.suffix == ".toml" else yaml.safe_load(file.read_text())
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EstuneError(f"config {file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise EstuneError(f"config {file} holds {type(values).__name__}, not settings: write one `key: value` a line")
+    return values
+
+
+def _complaint(error: Any, source: str) -> str:
+    # Of several kinds of options, pydantic puts between which it tried, in angle brackets.
+    parts = [str(part) for part in error["loc"]]
+    path = [part for part in parts if not part.startswith("<")]
+    where = ".".join(path)
+    if error["type"] != "extra_forbidden":
+        found = f", found {error['input']!r}" if where and not isinstance(error["input"], dict) else ""
+        return f"{source}: {where + ': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{found}"
+    *section, key = path
+    tried = parts[-2].strip("<>") if len(parts) > 1 else ""
+    model: type[BaseModel] | None = KINDS.get(tried) or (None if section else Config)
+    known = model.model_fields if model else {}
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    hint = f"did you mean {'.'.join([*section, near[0]])}?" if near else "see `estune train --help`"
+    return f"{source}: unknown setting {where}; {hint}"

@@ -1,0 +1,220 @@
+"""The settings in sections, one class each. For users they are flat: `Config` is all of them at once.
+
+Defaults are those of the paper (arXiv 2509.24372).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from estune.tasks import CountdownConfig, TaskConfig
+from estune.tasks.options import refuse_switch
+
+
+def _names(value: Any) -> Any:
+    """A list as TRL's users write it too: `tensorboard`, `none`, or names with commas between."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
+    return [] if value == ["none"] else value
+
+
+Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_names)]
+
+
+class Section(BaseModel):
+    """Settings that belong together."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        refuse_switch(cls, info.field_name or "", value)
+        return value
+
+
+class Run(Section):
+    """What is trained, on what, and where the run goes."""
+
+    model: str = Field(
+        "tiny", description="the embedded model (tiny), a checkpoint directory or a hub id, NAME or NAME@REVISION"
+    )
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="what generates")
+    start_from: Path | None = Field(
+        None, description="a run to go on from, over the same model: its journal is replayed, then comes this run's"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of the weights that generate; auto is float32 on a CPU, else the checkpoint's"
+    )
+    device: str = Field("auto", description="where the model runs: cuda, cuda:1, cpu; auto is CUDA where there is one")
+    task: TaskConfig = Field(
+        default_factory=CountdownConfig, description="what to learn (`estune tasks`); its options are task.NAME"
+    )
+    output_dir: Path | None = Field(None, description="directory of the run; runs/TASK-MODEL-TIME if not given")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the run: perturbations and order of the prompts")
+
+
+class Search(Section):
+    """The strategy."""
+
+    steps: int = Field(500, ge=0, description="ES steps")
+    population: int = Field(30, ge=2, description="members evaluated a step (N)")
+    sigma: float = Field(0.001, gt=0, description="standard deviation of the perturbations")
+    learning_rate: float | None = Field(
+        None, ge=0, description="alpha, 1/sigma digested into it; sigma / 2 if not given"
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rate over the run: constant, or falling to zero"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decay toward zero a step, times the learning rate")
+    mirrored: bool = Field(False, description="evaluate each perturbation with both signs")
+    noise: Literal["iid", "correlated"] = Field(
+        "iid", description="correlated: equal noise for all tensors, as in the authors' first code"
+    )
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Search:
+        if self.mirrored and self.population % 2:
+            raise ValueError(f"population {self.population} is odd, and mirrored members come in pairs")
+        return self
+
+
+class Generation(Section):
+    """How completions are drawn."""
+
+    prompts_per_step: int = Field(
+        200, ge=1, description="training prompts a step, the same for all members; drawn afresh from the training set"
+    )
+    max_new_tokens: int = Field(1024, ge=1, description="longest completion")
+    temperature: float = Field(0.0, ge=0, description="0 decodes greedily")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus, when sampling")
+    top_k: int = Field(0, ge=0, description="most likely tokens kept, when sampling; 0 keeps all")
+    batch_size: int | None = Field(
+        None, ge=1, description="prompts decoded at once; by the machine's memory if not given"
+    )
+    cuda_graphs: bool = Field(
+        True, description="on CUDA, replay decoding steps from CUDA graphs, which start all kernels of a step at once"
+    )
+
+
+class Workers(Section):
+    """Who evaluates members."""
+
+    replicas: int | None = Field(
+        None,
+        ge=1,
+        description="members evaluated at once, each in a process of its own; by cores, one on CUDA, if not given",
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of a replica; 1 for a small model or on CUDA, else all cores, if not given"
+    )
+    workers: int | None = Field(
+        None, ge=1, description="engines on several GPUs or machines, as Ray actors; this machine's, if not given"
+    )
+    workers_per_gpu: int = Field(1, ge=1, description="workers that share a GPU, which hides what a token costs each")
+    gpus_per_worker: int = Field(
+        1, ge=1, description="GPUs of one engine; vLLM splits every matrix over them (tensor parallelism)"
+    )
+    ray_address: str | None = Field(
+        None, description="a running Ray cluster for the workers, HOST:PORT or auto; a private one if not given"
+    )
+    worker_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which a worker, or a replica's process, that does not answer is replaced; ten times "
+        "what is usual, at least 60, if not given",
+    )
+    vllm_gpu_memory_utilization: float | None = Field(
+        None, gt=0, le=1, description="part of a GPU's memory for vLLM; what the base leaves, if not given"
+    )
+    vllm_max_model_length: int | None = Field(
+        None, ge=2, description="most tokens of a prompt and its completion with vLLM; the model's own if not given"
+    )
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Workers:
+        if self.gpus_per_worker > 1 and self.workers_per_gpu > 1:
+            raise ValueError("gpus_per_worker and workers_per_gpu cannot both be more than 1")
+        if not self.workers and (self.workers_per_gpu > 1 or self.ray_address):
+            raise ValueError("workers_per_gpu and ray_address are about workers: say how many, workers=8")
+        return self
+
+
+class Weights(Section):
+    """What is kept beside the live weights, and what of them is trained."""
+
+    weights: Literal["master", "copy", "inplace"] = Field(
+        "master", description="what is kept beside the live weights: float32, a copy, or nothing (restores inexactly)"
+    )
+    base_device: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description="on CUDA, where that is kept: on the device, or in pinned host memory and streamed; auto is the "
+        "device if it takes at most half of the memory that live weights leave there",
+    )
+    rounding: Literal["nearest", "stochastic"] = Field("nearest", description="of updates to bfloat16 weights")
+    train_parameters: str = Field("*", description="shell pattern of the parameters to train")
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Weights:
+        if self.weights == "inplace" and self.base_device == "host":
+            raise ValueError("weights=inplace keeps nothing that base_device=host could hold: leave out one")
+        return self
+
+
+class Grading(Section):
+    """How rewards are called."""
+
+    graders: int | None = Field(
+        None,
+        ge=1,
+        description="processes for rewards that run in one of their own; one a core, at most 8, if not given",
+    )
+    reward_timeout: float = Field(5.0, gt=0, description="seconds for one completion there, unless the reward says")
+    reward_errors: Literal["raise", "exclude"] = Field(
+        "raise", description="where a reward raises: end the run, or leave the completion out and count it"
+    )
+    max_reward_errors: int = Field(100, ge=0, description="failed calls left out so before the run ends after all")
+
+
+class Evaluation(Section):
+    """When and how the held-out set is evaluated."""
+
+    eval_steps: int = Field(10, ge=0, description="steps between evaluations; 0 evaluates at the start and the end")
+    eval_samples: int = Field(
+        1, ge=1, description="completions of each held-out prompt; of several, pass@k and mean@k are told"
+    )
+    eval_temperature: float | None = Field(
+        None, ge=0, description="temperature of evaluations; that of training if not given"
+    )
+    watch: Annotated[list[TaskConfig], BeforeValidator(_names)] = Field(
+        [], description="further tasks to evaluate on, with commas between: what is forgotten on the way shows"
+    )
+    compare_with_base: bool = Field(
+        True, description="at evaluations, tell KL divergence from the base model and norm of the change of weights"
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="evaluations without a new best before stopping"
+    )
+
+    @model_validator(mode="after")
+    def _check_evaluations(self) -> Evaluation:
+        watched = [task.name for task in self.watch]
+        double = next((name for name in watched if watched.count(name) > 1), None)
+        if double is not None:
+            raise ValueError(f"watch: two tasks are called {double}; give one of them the data of both (eval_data=A,B)")
+        if self.early_stopping_patience and not self.eval_steps:
+            raise ValueError("early_stopping_patience counts evaluations, and eval_steps 0 makes none on the way")
+        return self
+
+
+class Logging(Section):
+    """What is kept, and who is told."""
+
+    save_steps: int = Field(0, ge=0, description="steps between checkpoints, which make resuming faster; 0 saves none")
+    log_completions: int = Field(1, ge=0, description="members whose completions are kept each step, as parquet")
+    report_to: Trackers = Field(
+        ["tensorboard"], description="trackers: tensorboard, wandb, trackio, with commas between; none for none"
+    )
