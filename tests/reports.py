@@ -126,6 +126,7 @@ def make_run(
                 "time/update": 0.125,
             }
             journal.append_step(StepRecord(update, 0.1, 0.1, rewards, [0, 1], f"{step:016x}", metrics))
+    journal.append_end("finished")
     journal.close()
     return folder
 

@@ -1,11 +1,14 @@
-"""Files that appear whole or not at all, and files that one process has for itself."""
+"""Files that appear whole or not at all and outlive a power cut, and files that one process has for itself."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,25 +16,141 @@ from typing import Any
 
 from estune.errors import EstuneError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
+_HELD: dict[Path, int] = {}  # temporary folders of this process, each with the descriptor that locks it
+
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on success it takes the target's place, on failure it is removed.
 
-    A target has one writer at a time. What a killed one leaves lies under the same names, and the next one clears it.
+    Whenever the power is cut, there is the old content or the new, whole: all of the new is on disk before it gets its
+    name. A target has one writer at a time. What a killed one leaves lies under the same names, and the next one clears
+    it, as `clear_leftovers` does.
+
+    Raises:
+        EstuneError: it cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
-    _tidy(target, temporary, old)
-    try:
-        yield temporary
-        if target.is_dir():  # a directory cannot be replaced in one call: set the old one aside first
-            os.rename(target, old)
-            os.rename(temporary, target)
-        else:
-            os.replace(temporary, target)
-    finally:
+    make_folder(target.parent)
+    temporary, old = _beside(target)
+    with writing(target):
         _tidy(target, temporary, old)
+        try:
+            yield temporary
+            _sync_tree(temporary)
+            if not target.is_dir():
+                os.replace(temporary, target)
+            elif not _exchange(temporary, target):  # then there is a moment at which only the old one is there, aside
+                os.rename(target, old)
+                os.rename(temporary, target)
+            sync(target.parent)
+        finally:
+            _tidy(target, temporary, old)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say of a full disk, or one that cannot be written to, where it is and what to do.
+
+    Raises:
+        EstuneError: with that; other errors pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and not _near(Path(os.fsdecode(error.filename)), target):
+            raise  # of something that is read meanwhile
+        if error.errno in _FULL:
+            remedy = "make room there"
+        elif error.errno in _CLOSED:
+            remedy = "make it writable, or give another directory"
+        else:
+            raise
+        raise EstuneError(
+            f"{target}: {os.strerror(error.errno)} while writing; what was there is untouched: {remedy}, and go on"
+        ) from error
+
+
+def write_text(target: Path, text: str) -> None:
+    """Make a file hold this text, as `replacing` does it."""
+    with replacing(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    """Make a directory and those that it lies in, if they are not there; they outlive a power cut.
+
+    Raises:
+        EstuneError: it cannot be made.
+    """
+    with writing(path):
+        missing = [p for p in (path, *path.parents) if not p.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            sync(made.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or the names in a directory, on disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that keeps nothing, such as some networks'
+            raise
+    finally:
+        os.close(opened)
+
+
+def remove(target: Path) -> None:
+    """Remove a file or a directory: whenever the process is killed, it is there as it was, or gone."""
+    if os.path.lexists(target):
+        temporary, _ = _beside(target)
+        _remove(temporary)
+        os.rename(target, temporary)
+        _remove(temporary)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Clear what killed writers of this folder's files have left. An old directory that was set aside is put back."""
+    for path in folder.glob(".*.*") if folder.is_dir() else ():
+        name, _, kind = path.name[1:].rpartition(".")
+        if kind in ("tmp", "old") and path.exists():
+            _tidy(folder / name, *_beside(folder / name))
+
+
+def make_temporary(kind: str, parent: Path | None = None) -> Path:
+    """A folder `estune-KIND-...` for this process, in the system's temporary directory or `parent`.
+
+    Those of this kind that processes of this user have left when they were killed are removed: a folder is locked for
+    as long as the process lives that made it.
+
+    Raises:
+        EstuneError: it cannot be made.
+    """
+    place = parent or Path(tempfile.gettempdir())
+    for path in place.glob(f"estune-{kind}-*"):
+        _remove_dead(path)
+    while True:
+        with writing(place):
+            folder = Path(tempfile.mkdtemp(prefix=f"estune-{kind}-", dir=place))
+        try:
+            _HELD[folder] = os.open(folder, os.O_RDONLY)
+            fcntl.flock(_HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileNotFoundError, BlockingIOError):  # another process found it before it was locked
+            remove_temporary(folder)
+            continue
+        if folder.is_dir():
+            return folder
+        remove_temporary(folder)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove a folder of `make_temporary`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder in _HELD:
+        os.close(_HELD.pop(folder))
 
 
 def locked(path: Path, mode: str) -> Any:
@@ -40,7 +159,8 @@ def locked(path: Path, mode: str) -> Any:
     Raises:
         EstuneError: another process has it.
     """
-    file = path.open(mode, buffering=0)
+    with writing(path):
+        file = path.open(mode, buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -64,12 +184,59 @@ def read_claim(path: Path, *keys: str) -> dict[str, Any]:
     return found
 
 
+def _near(path: Path, target: Path) -> bool:
+    """Whether a path is a part of writing the target: in its directory, or one that this lies in."""
+    return path.is_relative_to(target.parent) or target.is_relative_to(path)
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Where a target's new content is made, and where an old directory waits until the new one has its name."""
+    return target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change their names in one call, where system and file system can do that."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # not Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+def _sync_tree(path: Path) -> None:
+    """Have a file, or a directory with all that it holds, on disk. Where links lead is not its own."""
+    if path.is_symlink():
+        return
+    if path.is_dir():
+        for inner in path.iterdir():
+            _sync_tree(inner)
+    sync(path)
+
+
 def _tidy(target: Path, temporary: Path, old: Path) -> None:
     """Remove what is left over; an old directory whose place was not taken goes back there."""
     if old.exists() and not target.exists():
         os.rename(old, target)
     _remove(temporary)
     _remove(old)
+
+
+def _remove_dead(folder: Path) -> None:
+    """Remove a folder of `make_temporary` if it is this user's and nobody has it locked."""
+    try:
+        if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
+            return
+        opened = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        pass  # its process lives
+    finally:
+        os.close(opened)
 
 
 def _remove(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from estune.errors import EstuneError
 from estune.es.strategy import EvolutionStrategy, Member, Update
 from estune.journal.journal import FILE, EvaluationRecord, Header, Journal, StepRecord
+from estune.journal.replay import replay
 
 
 def header(**changes: Any) -> Header:
@@ -145,12 +147,53 @@ def test_lost_moved_and_repeated_lines_are_refused(run: Path, order: list[int]) 
         Journal.read(run)
 
 
-@pytest.mark.parametrize("changes", [{"format": 2}, {"noise_version": 7}])
-def test_other_versions_are_refused(tmp_path: Path, changes: dict[str, int]) -> None:
-    Journal.create(tmp_path, header(**changes)).close()
-    (name, value), *_ = changes.items()
-    with pytest.raises(EstuneError, match=rf"{name.replace('_', ' ')} {value}, this estune reads 1; .*0\.1\.0"):
+@pytest.mark.parametrize(("name", "reads"), [("format", "1 and 2"), ("noise_version", "1")])
+def test_other_versions_are_refused(tmp_path: Path, name: str, reads: str) -> None:
+    Journal.create(tmp_path, header(**{name: 7})).close()
+    with pytest.raises(EstuneError, match=rf"{name.replace('_', ' ')} 7, this estune reads {reads}; .*0\.1\.0"):
         Journal.read(tmp_path)
+
+
+def test_the_end_of_a_run_is_recorded_and_gone_beyond(run: Path) -> None:
+    assert Journal.read(run).ended is None
+    journal = Journal.resume(run)
+    journal.append_end("finished")
+    assert journal.ended == "finished"
+    journal.close()
+    journal = Journal.resume(run)
+    assert journal.ended == "finished"
+    journal.append_settings({"steps": 8})
+    assert journal.ended is None
+    journal.close()
+    assert Journal.read(run).ended is None
+
+
+@pytest.mark.parametrize(
+    "line", [{"kind": "step", "step": 3}, {"kind": "evaluation"}, {"kind": "song"}, {"kind": "end"}]
+)
+def test_a_line_with_other_fields_is_refused_in_one_line(run: Path, line: dict[str, Any]) -> None:
+    journal = Journal.resume(run)
+    journal._write(line.pop("kind"), line)
+    journal.close()
+    with pytest.raises(EstuneError, match="line 7, after step 2 has other fields than it should"):
+        Journal.read(run)
+
+
+def test_format_1_is_read_replayed_and_gone_on_with(tmp_path: Path) -> None:
+    """A journal of three steps as format 1 wrote it; it stays in that format, which cannot say that the run ended."""
+    run = shutil.copytree(Path(__file__).parent / "data" / "format-1", tmp_path / "run")
+    content = (run / FILE).read_bytes()
+    fingerprints = ["05c2fd84b802fae9", "6b1871b091b39b90", "033809fb929f7a97"]
+    journal = Journal.resume(run)
+    assert (journal.header.format, [r.fingerprint for r in journal.steps]) == (1, fingerprints)
+    assert [e.step for e in journal.evaluations] == [0, 2, 3]
+    assert (journal.header.config["steps"], journal.settings["steps"], journal.ended) == (2, 3, None)
+    assert replay(run, tmp_path / "out") == fingerprints[-1]
+    journal.append_end("finished")
+    journal.append_settings({"steps": 4})
+    journal.close()
+    assert (run / FILE).read_bytes().startswith(content)
+    assert Journal.read(run).settings["steps"] == 4
 
 
 def test_no_run(tmp_path: Path) -> None:
@@ -197,3 +240,36 @@ def test_a_full_disk_loses_nothing(run: Path) -> None:
     journal.append_step(steps(4)[3])
     journal.close()
     assert Journal.read(run).steps == steps(4)
+
+
+def test_what_was_cut_off_shows(run: Path) -> None:
+    """All lines that are left match their checksums: only what the run set out to be, and `final`, tell."""
+    journal = Journal.resume(run)
+    ended = len((run / FILE).read_bytes())
+    assert journal.shortfall() == (
+        "the journal ends after 3 of 3 steps: the run goes on, or it or its journal was cut off"
+    )
+    journal.append_end("finished")
+    assert journal.shortfall() == "ended after 3 of 3 steps, but final/ is missing"
+    (run / "final").mkdir()
+    assert journal.shortfall() is None
+    journal.append_end("interrupted")
+    assert journal.shortfall() == "interrupted after 3 of 3 steps"
+    journal.close()
+    lines = (run / FILE).read_bytes()[:ended].splitlines(keepends=True)
+    for left, steps in ((6, 3), (5, 3), (4, 2), (3, 1), (2, 0)):
+        (run / FILE).write_bytes(b"".join(lines[:left]))
+        expected = f"the journal ends after {steps} of 3 steps, though final/ is there: lines are missing"
+        assert Journal.read(run).shortfall() == expected
+
+
+@pytest.mark.parametrize(("steps", "found"), [(3, None), (4, "its format does not say"), (0, None)])
+def test_a_format_1_run_is_whole_with_all_its_steps(tmp_path: Path, steps: int, found: str | None) -> None:
+    run = shutil.copytree(Path(__file__).parent / "data" / "format-1", tmp_path / "run")
+    (run / "final").mkdir()
+    if steps != 3:
+        journal = Journal.resume(run)
+        journal.append_settings({"steps": steps})
+        journal.close()
+    missing = Journal.read(run).shortfall()
+    assert missing is None if found is None else found in str(missing)

@@ -128,7 +128,7 @@ def test_long_evaluations_are_cut(tmp_path: Path) -> None:
     from estune.run.graded import write_completions
     from estune.run.monitors.base import Sample
 
-    run = RunDirectory.create(tmp_path / "run", Config())
+    run = RunDirectory.create(tmp_path / "run")
     write_completions(run.completions("evaluation-00003"), [{"prompt": str(i), "secret": i} for i in range(ROWS + 9)])
     monitor = WandbMonitor(run, Config())
     monitor.on_evaluate({"step": 3, "eval_reward": 0.5}, Sample("p", "c", 0.5))
@@ -167,7 +167,7 @@ def test_a_tracker_that_is_not_there_is_one_line(
     with pytest.raises(EstuneError, match=message):
         check_trackers(config)
     with pytest.raises(EstuneError, match=message):
-        default_monitors(RunDirectory.create(tmp_path / "run", config), config)
+        default_monitors(RunDirectory.create(tmp_path / "run"), config)
 
 
 @pytest.mark.usefixtures("_offline")
@@ -178,7 +178,7 @@ def test_a_tracker_that_cannot_begin_is_one_line(tmp_path: Path, monkeypatch: py
         raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    run = RunDirectory.create(tmp_path / "run", Config())
+    run = RunDirectory.create(tmp_path / "run")
     with pytest.raises(EstuneError, match="report_to=wandb: it cannot begin a run: No API key configured. Use `wandb"):
         default_monitors(run, Config(report_to=["wandb"]))
 
@@ -227,6 +227,6 @@ def test_a_line_of_a_file_is_one_line(width: int, model: Path, tmp_path: Path) -
 
 def test_trackers_are_loaded_by_nobody_else(tmp_path: Path) -> None:
     before = {"wandb", "trackio"} & sys.modules.keys()
-    for monitor in default_monitors(RunDirectory.create(tmp_path / "run", Config()), Config(report_to=[])):
+    for monitor in default_monitors(RunDirectory.create(tmp_path / "run"), Config(report_to=[])):
         monitor.close()
     assert {"wandb", "trackio"} & sys.modules.keys() == before

@@ -318,7 +318,7 @@ def test_a_run_still_going_on(tmp_path: Path) -> None:
     whole = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(whole[:5]) + whole[5][:40])
     _, page = report(run)
-    assert "going on or cut off, 2 of 6 steps" in page.all("dd")
+    assert "the journal ends after 2 of 6 steps: the run goes on, or it or its journal was cut off" in page.all("dd")
     assert set(page.chart("reward-0")["mean of the population"]) == {1, 2}
     journal.write_bytes(b"".join(whole[:2]))  # nothing but the evaluation of the base
     assert page.chart("accuracy-0")

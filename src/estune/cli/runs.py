@@ -90,7 +90,12 @@ def replay(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the run's own by default")] = None,
 ) -> None:
     """Rebuild the checkpoint of any step from base model and journal, bit for bit, without an engine."""
+    from estune.journal.journal import Journal
     from estune.journal.replay import replay as rebuild
 
     fingerprint = rebuild(run, output, step, model, dtype)
-    say(f"{output}: fingerprint {fingerprint} verified")
+    missing = Journal.read(run).shortfall() if step is None else None
+    say(
+        f"{output}: fingerprint {fingerprint} "
+        + (f"is that of its last step, but {missing}" if missing else "verified")
+    )

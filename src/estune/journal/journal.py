@@ -1,28 +1,33 @@
 """The run's record: a header, then a line for each evaluation and step, enough to rebuild every step's weights.
 
-JSON lines, format 1. Each line ends in `"check"`, a BLAKE2b hash of the line so far and of the previous line's check,
+JSON lines, format 2. Each line ends in `"check"`, a BLAKE2b hash of the line so far and of the previous line's check,
 so that a changed, lost or moved line shows. A line is on disk before the next step starts; a last line without its
-newline was cut off by a crash and is dropped. `docs/journal.md` describes every field.
+newline was cut off by a crash and is dropped. A run that ends says so in a last line: where it is lacking, lines are.
+`docs/journal.md` describes every field.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
-from estune.files import locked
+from estune.files import locked, replacing, sync
 from estune.noise.reference import NOISE_VERSION
 from estune.weights.checkpoint import Checkpoint, locate
 
-FORMAT = 1
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+FORMATS = (1, 2)  # those that can be read and gone on with; a journal stays in the one that its header names
 FILE = "journal.jsonl"
+TEMPORARY = f".{FILE}.tmp"  # until its header is whole
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,9 @@ class EvaluationRecord:
 class Journal:
     """An open journal. `steps` and `evaluations` hold what it records so far, `settings` those of the run by now.
 
+    `ended` says how the run ended ("finished", "stopped early" or "interrupted"). It is None where the last line is
+    another: the run goes on, or was cut off, or the journal was.
+
     `inherited` holds the steps of its ancestors, the runs that this one started from. They come before its own.
     """
 
@@ -86,22 +94,40 @@ class Journal:
         self.steps: list[StepRecord] = []
         self.evaluations: list[EvaluationRecord] = []
         self.settings = dict(header.config)
+        self.ended: str | None = None
         self.check = check  # of the last line, hence of all
         self._file: Any = None
 
     @classmethod
     def create(cls, run: Path, header: Header, parent: Journal | None = None) -> Journal:
-        """Start the journal of a new run in the directory `run`, with a copy of its parent's and the parent's own."""
+        """Start the journal of a new run in the directory `run`, with a copy of its parent's and the parent's own.
+
+        It appears with its header whole, or not at all.
+
+        Raises:
+            EstuneError: it cannot be written, another process is about to, or there is one.
+        """
         if parent is not None:
             header = replace(header, ancestors=[*parent.header.ancestors, parent.check])
             folder, count = parent.path.parent, len(header.ancestors)
-            for i in range(1, count):
-                shutil.copyfile(_ancestor(folder, i), _ancestor(run, i))
-            _ancestor(run, count).write_bytes(_whole_lines(parent.path))
+            for i in range(1, count + 1):
+                with replacing(_ancestor(run, i)) as copy:
+                    copy.write_bytes(_whole_lines(parent.path if i == count else _ancestor(folder, i)))
         journal = cls(run / FILE, header, "")
         journal.inherited = [] if parent is None else parent.history
-        journal._file = locked(journal.path, "xb")
-        journal._write("header", vars(header))
+        temporary = run / TEMPORARY
+        journal._file = locked(temporary, "ab")  # the lock stays when the file gets its name
+        try:
+            if journal.path.exists():
+                raise EstuneError(f"{run} already holds a run; give another directory")
+            journal._file.truncate(0)  # what a killed process has left
+            journal._write("header", vars(header))
+            os.rename(temporary, journal.path)
+            sync(run)
+        except BaseException:
+            journal.close()
+            temporary.unlink(missing_ok=True)
+            raise
         return journal
 
     @classmethod
@@ -129,12 +155,16 @@ class Journal:
     def _parse(cls, path: Path) -> Journal:
         lines = _whole_lines(path).split(b"\n")[:-1]
         if not lines:
-            raise EstuneError(f"{path}: the run ended before its header was written; start it again")
+            raise EstuneError(
+                f"{path}: the run ended before its header was written, so nothing is lost: remove {path.parent} and "
+                "start it again"
+            )
         check, payload = _verified(lines[0], "", path, "its header")
-        for key, known in (("format", FORMAT), ("noise_version", NOISE_VERSION)):
-            if payload.get(key) != known:
+        for key, known in (("format", FORMATS), ("noise_version", (NOISE_VERSION,))):
+            if payload.get(key) not in known:
                 raise EstuneError(
-                    f"{path}: {key.replace('_', ' ')} {payload.get(key)}, this estune reads {known}; "
+                    f"{path}: {key.replace('_', ' ')} {payload.get(key)}, this estune reads "
+                    f"{' and '.join(map(str, known))}; "
                     f"use the estune that wrote it ({payload.get('packages', {}).get('estune', 'unknown')})"
                 )
         payload.pop("kind")
@@ -142,15 +172,27 @@ class Journal:
         for number, line in enumerate(lines[1:], 2):
             where = f"line {number}, after step {len(journal.steps) - 1}" if journal.steps else f"line {number}, step 0"
             check, payload = _verified(line, check, path, where)
-            match payload.pop("kind"):
-                case "step":
-                    journal.steps.append(_decode_step(payload))
-                case "evaluation":
-                    journal.evaluations.append(EvaluationRecord(**payload))
-                case _:
-                    journal.settings |= payload
+            try:
+                journal._take(payload.pop("kind"), payload)
+            except (KeyError, TypeError, ValueError) as error:
+                raise EstuneError(f"{path}: {where} has other fields than it should; restore it from a copy") from error
         journal.check = check
         return journal
+
+    def _take(self, kind: str, payload: dict[str, Any]) -> None:
+        """Take in a line that was read."""
+        self.ended = None
+        match kind:
+            case "step":
+                self.steps.append(_decode_step(payload))
+            case "evaluation":
+                self.evaluations.append(EvaluationRecord(**payload))
+            case "settings":
+                self.settings |= payload
+            case "end":
+                self.ended = payload["ended"]
+            case _:
+                raise ValueError(kind)
 
     @classmethod
     def resume(cls, run: Path) -> Journal:
@@ -199,6 +241,12 @@ class Journal:
         self._write("settings", changed)
         self.settings |= changed
 
+    def append_end(self, ended: str) -> None:
+        """Write how the run ended, as its last line until it goes on. Format 1 has no such line."""
+        if self.header.format > 1:
+            self._write("end", {"step": len(self.steps), "ended": ended})
+            self.ended = ended
+
     @property
     def history(self) -> list[StepRecord]:
         """All steps from the base model on, its ancestors' and its own."""
@@ -208,6 +256,28 @@ class Journal:
         """Steps and evaluations in the order in which they happened."""
         entries = [((r.step + 1, 0), r) for r in self.steps] + [((e.step, 1), e) for e in self.evaluations]
         return [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
+
+    def shortfall(self) -> str | None:
+        """What is missing of the run that it set out to be, or None: it ended as it was to, or stopped early.
+
+        The checksums tell that no line was changed. That the last ones were taken away, only this tells.
+        """
+        done, final = len(self.steps), (self.path.parent / "final").is_dir()
+        of = f"{done} of {self.settings.get('steps', done)} steps"
+        over = self.ended is not None or (self.header.format == 1 and done >= self.settings.get("steps", done))
+        if self.ended == "interrupted":
+            return f"interrupted after {of}"
+        if over:
+            return None if final else f"ended after {of}, but final/ is missing"
+        if not final:
+            return f"the journal ends after {of}: the run goes on, or it or its journal was cut off"
+        why = "whether the run ended there, its format does not say" if self.header.format == 1 else "lines are missing"
+        return f"the journal ends after {of}, though final/ is there: {why}"
+
+    def warn_of_shortfall(self) -> None:
+        """Log a warning where something is missing."""
+        if missing := self.shortfall():
+            log.warning("%s: %s", self.path.parent, missing)
 
     def fingerprint(self) -> str:
         """Fingerprint of the weights after the last step."""
@@ -229,11 +299,10 @@ class Journal:
         except OSError as error:
             self._file.truncate(end)
             self.close()
-            raise EstuneError(
-                f"{self.path}: {error.strerror} while writing; the run is whole up to step {len(self.steps)}: "
-                f"make room, then `estune train --resume {self.path.parent}`"
-            ) from error
-        self.check = check
+            whole = f"; the run is whole up to step {len(self.steps)}" if self.check else ""
+            then = f"`estune train --resume {self.path.parent}`" if self.check else "start it again"
+            raise EstuneError(f"{self.path}: {error.strerror} while writing{whole}: make room, then {then}") from error
+        self.check, self.ended = check, None
 
 
 def _ancestor(run: Path, number: int) -> Path:

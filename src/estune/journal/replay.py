@@ -19,7 +19,9 @@ from estune.es.update import Kernel, update_kernel
 from estune.journal.journal import Header, Journal, StepRecord, base_checkpoint
 from estune.noise import cpu
 from estune.noise.reference import tensor_id
-from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Tensor, narrow
+from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, Tensor, narrow, widen
+
+PROBED_TENSORS, PROBED_ELEMENTS = 16, 256  # about so many, to tell one step's checkpoint from another's
 
 Array = npt.NDArray[Any]
 
@@ -45,15 +47,22 @@ def replay(run: Path, output: Path, step: int | None = None, model: str | None =
     header = journal.header
     step = len(journal.steps) if step is None else step
     if not 0 <= step <= len(journal.steps):
+        missing = journal.shortfall()
         raise EstuneError(
             f"{run} has {len(journal.steps)} steps, not {step}: give --step from 0 to {len(journal.steps)}"
+            + (f" ({missing})" if missing else "")
         )
     dtype = dtype or header.live_dtype
     if dtype not in DTYPES:
         raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(DTYPES)}")
     if output.exists():
         raise EstuneError(f"{output} exists already: give another directory or remove it")
-    base = base_checkpoint(header, model)
+    return rebuild(journal, base_checkpoint(header, model), output, step, dtype)
+
+
+def rebuild(journal: Journal, base: Checkpoint, output: Path, step: int, dtype: str) -> str:
+    """As `replay`, of a journal that is open, over a base checkpoint that is known to be its own."""
+    header, run = journal.header, journal.path.parent
     steps = [*journal.inherited, *journal.steps[:step]]
     expected = journal.steps[step - 1].fingerprint if step else header.fingerprint
     fingerprints: dict[str, int] = {}
@@ -76,21 +85,37 @@ def replay(run: Path, output: Path, step: int | None = None, model: str | None =
     return expected
 
 
+def holds(folder: Path, base: Checkpoint, journal: Journal, dtype: str, step: int | None = None) -> bool:
+    """Whether a directory is a checkpoint of the run, stored as `dtype`, as far as a look tells that costs little.
+
+    All files are there and of their size, those beside the weights are the base's, and the first elements of some
+    tensors are what the journal makes of the base's in `step` steps, if that is given.
+    """
+    header = journal.header
+    trained = {name: primary for primary, aliases in header.tensors.items() for name in (primary, *aliases)}
+    if not base.wrote(folder, trained, dtype):
+        return False
+    if step is None:
+        return True
+    found = Checkpoint(folder).tensors
+    names = sorted(name for name in found if name in trained)
+    kernels = [(r, update_kernel(r.update, header.rounding)) for r in [*journal.inherited, *journal.steps[:step]]]
+    for name in names[:: max(1, len(names) // PROBED_TENSORS)]:
+        tensor = base.tensors[trained[name]]
+        count = min(PROBED_ELEMENTS, tensor.elements)
+        expected = narrow(widen(_piece(tensor, header, kernels, 0, count)), DTYPES[dtype])
+        if found[name].read(0, count).tobytes() != widen(expected).tobytes():
+            return False
+    return True
+
+
 def _rebuilt(
     tensor: Tensor, header: Header, kernels: Sequence[tuple[StepRecord, Kernel]], fingerprints: dict[str, int]
 ) -> Callable[[], Iterator[Array]]:
     key = tensor_id(tensor.name)
-    noise_key = 0 if header.noise == "correlated" else key
 
     def run(start: int) -> tuple[Array, int]:
-        values = tensor.read(start, min(RUN_LENGTH, tensor.elements - start))
-        weights = narrow(values, DTYPES[header.dtype])
-        for record, apply in kernels:
-            if header.policy == "inplace":  # what rounding left behind at each restore is part of the run
-                for member in record.update.members:
-                    for sigma in (member.sign * record.sigma, -member.sign * record.sigma):
-                        cpu.perturb(weights, weights, member.seed, noise_key, start, sigma)
-            apply(weights, noise_key, start)
+        weights = _piece(tensor, header, kernels, start, min(RUN_LENGTH, tensor.elements - start))
         return weights, cpu.fingerprint(weights, key, start)
 
     def runs() -> Iterator[Array]:
@@ -104,6 +129,21 @@ def _rebuilt(
         fingerprints[tensor.name] = total
 
     return runs
+
+
+def _piece(
+    tensor: Tensor, header: Header, kernels: Sequence[tuple[StepRecord, Kernel]], start: int, count: int
+) -> Array:
+    """Elements `start .. start + count - 1` of a tensor of the base after these steps, in the base's type."""
+    noise_key = 0 if header.noise == "correlated" else tensor_id(tensor.name)
+    weights = narrow(tensor.read(start, count), DTYPES[header.dtype])
+    for record, apply in kernels:
+        if header.policy == "inplace":  # what rounding left behind at each restore is part of the run
+            for member in record.update.members:
+                for sigma in (member.sign * record.sigma, -member.sign * record.sigma):
+                    cpu.perturb(weights, weights, member.seed, noise_key, start, sigma)
+        apply(weights, noise_key, start)
+    return weights
 
 
 def _cores() -> int:

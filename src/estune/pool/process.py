@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
+from estune.files import make_temporary, remove_temporary
 from estune.pool.base import Evaluated
 from estune.pool.replica import Replica
 from estune.weights.base import Share
@@ -57,7 +56,7 @@ class WorkerProcess:
 
     def __init__(self, share: Share | None = None) -> None:
         self._share = share
-        self._folder = Path(tempfile.mkdtemp(prefix="estune-"))
+        self._folder = make_temporary("replica")
         self._key = secrets.token_bytes(16)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "estune.pool.process", str(self._folder / "socket")],
@@ -111,7 +110,7 @@ class WorkerProcess:
         self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_temporary(self._folder)
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         try:

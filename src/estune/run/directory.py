@@ -12,8 +12,8 @@ import yaml
 
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.files import replacing
-from estune.journal.journal import FILE
+from estune.files import make_folder, write_text
+from estune.journal.journal import FILE, TEMPORARY
 from estune.weights.checkpoint import locate
 
 BASE = "base"  # where a model that was given in memory lies in a run's directory
@@ -41,6 +41,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def settings(self) -> Path:
+        """The settings, as YAML."""
+        return self.path / "config.yaml"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's files."""
         return self.path / "tensorboard"
@@ -59,17 +64,15 @@ class RunDirectory:
         return self.path / "completions" / f"{name}.parquet"
 
     @classmethod
-    def create(cls, path: Path, config: Config) -> RunDirectory:
-        """Make the directory of a new run and keep the settings there.
+    def create(cls, path: Path) -> RunDirectory:
+        """Make the directory of a new run.
 
         Raises:
             EstuneError: where the directory is in use.
         """
         refuse_used(path)
-        (path / "completions").mkdir(parents=True)
-        run = cls(path)
-        run.write_settings(config)
-        return run
+        make_folder(path)
+        return cls(path)
 
     def discard(self) -> None:
         """Remove what `create` made and all that came after, of a run that could not begin."""
@@ -81,8 +84,7 @@ class RunDirectory:
 
     def write_settings(self, config: Config) -> None:
         """Keep the settings, for people and for `--config`."""
-        with replacing(self.path / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_text(self.settings, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def refuse_used(path: Path) -> None:
@@ -91,10 +93,15 @@ def refuse_used(path: Path) -> None:
     Raises:
         EstuneError: with what can be done.
     """
-    if path.exists() and (not path.is_dir() or any(p.name != BASE for p in path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not _precedes(p.name) for p in path.iterdir())):
         held = "already holds a run" if (path / FILE).is_file() else "exists and is not empty"
         resume = f"go on with `estune train --resume {path}`, " if (path / FILE).is_file() else ""
         raise EstuneError(f"output_dir {path} {held}: {resume}give another --output-dir, or remove it")
+
+
+def _precedes(name: str) -> bool:
+    """Whether a file can be there before there is a run: the model, or what a start that was cut off has left."""
+    return name in (BASE, f".{BASE}.tmp", TEMPORARY) or name.lstrip(".").startswith("ancestor-")
 
 
 def default_path(config: Config, task: str) -> Path:

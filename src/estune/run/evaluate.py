@@ -75,7 +75,9 @@ def evaluate_model(
 def _settings_for(model: str, given: Mapping[str, Any]) -> Config:
     if not (Path(model) / FILE).is_file():
         return parse({**given, "model": model})
-    settings = Journal.read(Path(model)).settings
+    journal = Journal.read(Path(model))
+    journal.warn_of_shortfall()
+    settings = journal.settings
     return parse(merge({**settings, "device": _device_of(settings)}, given), model)
 
 

@@ -23,6 +23,7 @@ def parent_of(config: Config) -> Journal | None:
     if config.start_from is None:
         return None
     parent = Journal.read(config.start_from)
+    parent.warn_of_shortfall()
     for key in ("weights", "rounding", "noise", "train_parameters"):
         if parent.settings[key] != getattr(config, key):
             raise EstuneError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,9 +15,11 @@ from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import member_seed
+from estune.files import clear_leftovers, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.journal.journal import EvaluationRecord, Header, Journal, StepRecord, base_checkpoint
+from estune.journal.replay import holds, rebuild
 from estune.pool.open import open_pool, with_resources
 from estune.run.directory import RunDirectory, default_path, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
@@ -33,6 +34,7 @@ from estune.run.resume import RESUME_FROM_PYTHON, parent_of, resumed, task_of
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
 from estune.versions import packages
+from estune.weights.checkpoint import Checkpoint
 
 
 class Trainer:
@@ -46,6 +48,8 @@ class Trainer:
     Raises:
         EstuneError: for settings, data or a model that cannot be trained with, before anything is written.
     """
+
+    base: Checkpoint  # that a resumed run began with
 
     def __init__(self, config: Config, *, task: Task | None = None, monitors: Sequence[Monitor] | None = None) -> None:
         task = task or config.task.build(config.seed)
@@ -75,10 +79,11 @@ class Trainer:
                 packages=packages(),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
-            run = RunDirectory.create(path, config)
+            run = RunDirectory.create(path)
+            journal = Journal.create(run.path, header, parent)  # one of two that begin here at once gets no further
+            self._opened.callback(journal.close)
             try:
-                journal = Journal.create(run.path, header, parent)
-                self._opened.callback(journal.close)
+                run.write_settings(config)
                 self._start(run, journal, monitors)
             except BaseException:
                 run.discard()  # so that the same command can be given again
@@ -98,6 +103,8 @@ class Trainer:
     ) -> Self:
         """Go on with a run where its journal ends, to the same bits an undisturbed run would have.
 
+        What a kill or a power cut has taken of `best`, `final` and checkpoints is made again.
+
         Args:
             run: the run's directory.
             task, monitors: as for a new run.
@@ -114,10 +121,12 @@ class Trainer:
         try:
             config = resumed(journal, changed)
             done = len(journal.steps)
-            if config.steps <= done and directory.final.is_dir():
-                raise EstuneError(f"{run}: all {done} steps are done; give --steps above {done} to go on")
             task = task_of(directory.path, journal.header, config, RESUME_FROM_PYTHON, task=task)
-            base_checkpoint(journal.header, config.model)
+            self.base = base_checkpoint(journal.header, config.model)
+            clear_leftovers(directory.path)
+            clear_leftovers(directory.path / "completions")
+            if config.steps <= done and self._is_whole(directory, journal):
+                raise EstuneError(f"{run}: all {done} steps are done; give --steps above {done} to go on")
             self._open(with_resources(config), task, first_step=done)
         except BaseException:
             journal.close()
@@ -128,6 +137,7 @@ class Trainer:
             settings = self.config.model_dump(mode="json")
             if other := {k: v for k, v in settings.items() if k != "model" and v != journal.settings.get(k, v)}:
                 journal.append_settings(other)
+            if other or not directory.settings.is_file():
                 directory.write_settings(self.config)
         except BaseException:
             journal.close()
@@ -145,12 +155,15 @@ class Trainer:
         began = time.perf_counter()
         self._tell(lambda m: m.on_train_begin(self.plan()))
         try:
-            shutil.rmtree(self.run.final, ignore_errors=True)  # an earlier end's, where the run goes on
+            remove(self.run.final)  # an earlier end's, where the run goes on
+            if self.journal.steps or self.journal.evaluations:
+                self._catch_up()
             with interruptible() as interrupted:
                 ended = self._loop(interrupted)
             self._save(self.run.final)
             summary = self._summary(ended, time.perf_counter() - began)
             self._tell(lambda m: m.on_train_end(summary))
+            self.journal.append_end(ended)  # last: it says that all is there
             return summary
         finally:
             self.close()
@@ -233,7 +246,9 @@ class Trainer:
                 f"are loaded as {live}; resume it on the kind of device that it began on"
             )
         done = len(journal.steps)
-        start = next((s for s in run.checkpoints() if 0 < s <= done), 0)
+        dtype = journal.header.dtype
+        sound = (s for s in run.checkpoints() if s <= done and holds(run.checkpoint(s), self.base, journal, dtype))
+        start = next(sound, 0)
         checkpoint = (len(journal.inherited) + start, run.checkpoint(start)) if start else None
         found = self.pool.rebuild(journal.history, checkpoint)
         if found != journal.fingerprint():
@@ -242,6 +257,34 @@ class Trainer:
                 f"{run.path}: {where}{done - start} replayed steps give fingerprint {found}, the journal says "
                 f"{journal.fingerprint()}" + (f"; remove checkpoint-{start} and resume" if start else "")
             )
+
+    def _is_whole(self, run: RunDirectory, journal: Journal) -> bool:
+        """Whether a run that took all its steps says so and has what it ends with."""
+        dtype, done = journal.header.live_dtype, len(journal.steps)
+        return (
+            (journal.ended is not None or journal.header.format == 1)
+            and holds(run.final, self.base, journal, dtype, done)
+            and (not journal.evaluations or holds(run.best, self.base, journal, dtype))
+        )
+
+    def _catch_up(self) -> None:
+        """Do what the run was about to do when it was cut off, and make again what it has lost of its checkpoints."""
+        run, journal, step = self.run, self.journal, self.strategy.step
+        if step >= self.config.steps or self._due(step, self.config.eval_steps):
+            self._evaluate(step)
+        if step and self._due(step, self.config.save_steps) and step not in run.checkpoints():
+            self._save_checkpoint(step)
+        for saved in run.checkpoints():
+            if saved <= step and not holds(run.checkpoint(saved), self.base, journal, journal.header.dtype):
+                self._remake(run.checkpoint(saved), saved, journal.header.dtype)
+        best, dtype = self._best(), journal.header.live_dtype
+        if best is not None and not holds(run.best, self.base, journal, dtype, best.step):
+            self._remake(run.best, best.step, dtype)
+
+    def _remake(self, path: Path, step: int, dtype: str) -> None:
+        """Write the checkpoint of a step that the run has left behind."""
+        remove(path)
+        rebuild(self.journal, self.base, path, step, dtype)
 
     def _loop(self, interrupted: Callable[[], bool]) -> str:
         while True:
@@ -260,9 +303,7 @@ class Trainer:
             if "evaluate" in self._requests():
                 self._evaluate(step + 1)
             if self._due(step + 1, self.config.save_steps) or "save" in self._requests():
-                self._save(self.run.checkpoint(step + 1), self.trained.dtype)
-                for monitor in self.monitors:
-                    monitor.on_save(step + 1)
+                self._save_checkpoint(step + 1)
 
     def _requests(self) -> set[str]:
         return {request for monitor in self.monitors for request in monitor.requests()}
@@ -306,13 +347,13 @@ class Trainer:
         metrics["num_tokens"] = self._tokens() + sum(g.tokens for g in in_order)
         metrics["step_time"] = time.perf_counter() - began
         metrics |= {f"time/{key}": value for key, value in times.items()}
+        kept = in_order[: config.log_completions]
+        if kept:  # before the journal says that the step is done: a step cut off in between is taken again
+            records = [r for member, g in enumerate(kept) for r in g.records(step=step + 1, member=member)]
+            write_completions(self.run.completions(f"step-{step + 1:05d}"), records)
         self.journal.append_step(StepRecord(update, sigma, rate, rewards, indices, fingerprint, metrics))
         self.state.global_step = step + 1
         self.state.epoch = (step + 1) * len(rows) / len(self.task.train)
-        kept = in_order[: config.log_completions]
-        if kept:
-            records = [r for member, g in enumerate(kept) for r in g.records(step=step + 1, member=member)]
-            write_completions(self.run.completions(f"step-{step + 1:05d}"), records)
         self._tell(lambda m: m.on_step_end(metrics, in_order[0].sample()))
 
     def _tokens(self) -> float:
@@ -348,6 +389,10 @@ class Trainer:
 
     def _save(self, path: Path, dtype: str | None = None) -> None:
         self.pool.save(path, dtype or self.trained.live_dtype)
+
+    def _save_checkpoint(self, step: int) -> None:
+        self._save(self.run.checkpoint(step), self.trained.dtype)
+        self._tell(lambda m: m.on_save(step))
 
     def plan(self) -> Plan:
         """What the run sets out to do."""

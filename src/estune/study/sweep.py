@@ -22,7 +22,7 @@ import yaml
 
 from estune.config import Config, merge, parse, read
 from estune.errors import EstuneError
-from estune.files import read_claim, replacing
+from estune.files import read_claim, write_text
 from estune.journal.journal import FILE, EvaluationRecord, Journal
 from estune.run.directory import RunDirectory
 
@@ -218,8 +218,7 @@ class _Runner:
         else:
             shutil.rmtree(run, ignore_errors=True)  # a run that was cut off before its first line
             config = self.folder / f"{name}.yaml"
-            with replacing(config) as temporary:
-                temporary.write_text(yaml.safe_dump(self._settings(values), sort_keys=False))
+            write_text(config, yaml.safe_dump(self._settings(values), sort_keys=False))
             arguments = ["--config", str(config), "--output-dir", str(run)]
         command = [sys.executable, "-m", "estune.cli", "train", *arguments]
         with self._log(name).open("a") as output:
@@ -292,8 +291,7 @@ def _claim(folder: Path, mine: Mapping[str, Any]) -> None:
             )
     elif folder.exists() and any(folder.iterdir()):
         raise EstuneError(f"output_dir {folder} is not empty and holds no sweep; give another --output-dir")
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(mine, indent=2))
+    write_text(path, json.dumps(mine, indent=2))
 
 
 def _search(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -> list[Trial]:

@@ -8,13 +8,13 @@ A callback is any object with some of the methods of `transformers.TrainerCallba
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerControl, TrainerState
 
+from estune.files import remove
 from estune.run.directory import RunDirectory
 from estune.run.monitors.base import Metrics, Monitor, Plan, Request, Sample, Summary
 from estune.run.monitors.console import ConsoleMonitor
@@ -114,7 +114,7 @@ class CallbackMonitor(Monitor):
         run = RunDirectory(self._run)
         if most := self.args.save_total_limit:
             for old in run.checkpoints()[most:]:
-                shutil.rmtree(run.checkpoint(old))
+                remove(run.checkpoint(old))
         self.fire("on_save")
 
     def requests(self) -> set[Request]:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers.trainer_utils import TrainOutput
@@ -15,7 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from estune.config import RESUMABLE
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
-from estune.files import replacing
+from estune.files import make_temporary, remove, remove_temporary, replacing, write_text
 from estune.grading.convention import reward_name
 from estune.journal.journal import FILE
 from estune.pool.local import open_local_pool
@@ -231,13 +230,12 @@ class ESTrainer:
         """
         target = Path(output_dir or self.directory.path)
         if self._run is not None:
-            target.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=target) as folder:
-                now = Path(folder) / "model"
-                self._run.pool.save(now, self._run.trained.live_dtype)
-                shutil.copytree(now, target, dirs_exist_ok=True)
+            now = target / ".model.tmp"
+            self._run.pool.save(now, self._run.trained.live_dtype)
+            _copy(now, target)
+            remove(now)
             return
-        shutil.copytree(self._trained() or locate(self._base()), target, dirs_exist_ok=True)
+        _copy(self._trained() or locate(self._base()), target)
 
     def push_to_hub(
         self,
@@ -264,17 +262,20 @@ class ESTrainer:
         """
         self._refuse_running("push_to_hub", "wait for its end")
         name = repo_id or self.args.hub_model_id or self.directory.path.name
-        with TemporaryDirectory() as folder:
+        folder = make_temporary("hub")
+        try:
             self.save_model(folder)
-            (Path(folder) / "README.md").write_text(self.model_card(name, dataset_name), encoding="utf-8")
+            write_text(folder / "README.md", self.model_card(name, dataset_name))
             return upload(
-                Path(folder),
+                folder,
                 name,
                 commit_message,
                 token=token or self.args.hub_token,
                 revision=revision or self.args.hub_revision,
                 private=self.args.hub_private_repo,
             )
+        finally:
+            remove_temporary(folder)
 
     def model_card(self, name: str, dataset_name: str | None = None) -> str:
         """A model card for the hub: what was trained, on what, with which settings and to what end."""
@@ -321,3 +322,11 @@ class ESTrainer:
         if other := [key for key in here if here[key] != there[key]]:
             log.warning("%s keeps its settings: not used here are %s", self.directory.path, ", ".join(other))
         return run
+
+
+def _copy(folder: Path, target: Path) -> None:
+    """Copy a checkpoint's files, each whole or not at all, into a directory that may hold others."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            with replacing(target / file.relative_to(folder)) as copy:
+                shutil.copyfile(file, copy)

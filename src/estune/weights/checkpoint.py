@@ -6,13 +6,14 @@ a fine-tuned checkpoint can then be streamed without an engine, without torch an
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -158,14 +159,47 @@ class Checkpoint:
                 weight_map = {tensor.name: file for file, tensors in by_file.items() for tensor in tensors}
                 index = {"metadata": {"total_size": size}, "weight_map": weight_map}
                 (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-            for file in self.path.iterdir():
-                if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in COMPANIONS):
-                    shutil.copy(file, folder / file.name)
-            config = json.loads((folder / "config.json").read_text())
-            config.pop("torch_dtype", None)
-            config["dtype"] = dtype
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            for file in self._companions():
+                shutil.copy(file, folder / file.name)
+            (folder / "config.json").write_text(self._config(dtype))
             verify()
+
+    def wrote(self, target: Path, trained: Collection[str], dtype: str) -> bool:
+        """Whether a directory holds all that `write` puts there, but for the values of its tensors.
+
+        Args:
+            target, dtype: as for `write`.
+            trained: names of the tensors that were replaced.
+        """
+        try:
+            found = Checkpoint(target).tensors
+            ends: dict[Path, int] = {}
+            for tensor in found.values():
+                ends[tensor.file] = max(ends.get(tensor.file, 0), tensor.offset + tensor.size)
+            stored = {
+                name: (t.file.name, DTYPES[dtype] if name in trained else t.dtype, t.shape)
+                for name, t in self.tensors.items()
+            }
+            return (
+                {name: (t.file.name, t.dtype, t.shape) for name, t in found.items()} == stored
+                and all(file.stat().st_size == end for file, end in ends.items())
+                and (target / "config.json").read_text() == self._config(dtype)
+                and all(filecmp.cmp(file, target / file.name, shallow=False) for file in self._companions())
+            )
+        except (OSError, ValueError):  # EstuneError is a ValueError
+            return False
+
+    def _companions(self) -> list[Path]:
+        """What goes along as it is: all companions but `config.json`."""
+        files = (file for file in self.path.iterdir() if file.is_file() and file.name != "config.json")
+        return [file for file in files if any(fnmatchcase(file.name, pattern) for pattern in COMPANIONS)]
+
+    def _config(self, dtype: str) -> str:
+        """Text of `config.json` of a checkpoint that is stored as `dtype`."""
+        config = json.loads((self.path / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+        return json.dumps(config, indent=2) + "\n"
 
 
 def locate(model: str | Path) -> Path:
@@ -293,6 +327,4 @@ def _write_file(
                 continue
             for run in trained[t.name]():
                 f.write(narrow(widen(run), dtype).tobytes())
-        f.flush()
-        os.fsync(f.fileno())
     return position

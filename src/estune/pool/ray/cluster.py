@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from estune.config import Config
 from estune.errors import EstuneError
+from estune.files import make_temporary, remove_temporary
 
 OBJECT_STORE = 128 << 20  # bytes; it holds the prompts of a step
 CONNECT_SECONDS = 10.0
@@ -67,7 +66,7 @@ def disconnect() -> None:
         ray.shutdown()
         _connection.made = False
     if _connection.folder is not None:
-        shutil.rmtree(_connection.folder, ignore_errors=True)
+        remove_temporary(Path(_connection.folder))
         _connection.folder = None
 
 
@@ -100,7 +99,7 @@ def _start_private(config: Config, quiet: dict[str, Any]) -> None:
     import ray
 
     before = set(_children(os.getpid()))
-    _connection.folder = tempfile.mkdtemp(prefix="estune-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    _connection.folder = str(make_temporary("ray", Path("/tmp") if os.path.isdir("/tmp") else None))
     resources = needs(config)
     try:
         ray.init(
@@ -113,7 +112,7 @@ def _start_private(config: Config, quiet: dict[str, Any]) -> None:
             **quiet,
         )
     except Exception as error:  # of a dozen kinds
-        shutil.rmtree(_connection.folder, ignore_errors=True)
+        remove_temporary(Path(_connection.folder))
         raise EstuneError(f"Ray cannot be started on this machine: {first_line(error)}") from error
     _connection.guard = _guard(_connection.folder, set(_children(os.getpid())) - before)
 

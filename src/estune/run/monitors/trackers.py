@@ -11,6 +11,7 @@ from typing import Any
 
 from estune.config import Config
 from estune.errors import EstuneError
+from estune.files import write_text
 from estune.run.directory import RunDirectory
 from estune.run.monitors.base import Metrics, Monitor, Sample, Summary
 
@@ -112,8 +113,7 @@ def _identity(folder: Path) -> str:
     """What the tracker knows this run by, kept in the folder."""
     path = folder / "run-id"
     if not path.is_file():
-        folder.mkdir(exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:12])
+        write_text(path, uuid.uuid4().hex[:12])
     return path.read_text()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.files import replacing
+from estune.files import replacing, write_text
 from estune.study.compare.plan import at_an_end, best_tried
 
 Result = Mapping[str, Any]
@@ -102,8 +102,7 @@ def write_report(folder: Path, results: Sequence[Result]) -> Path:
     except EstuneError:
         pass  # the table says all that the picture does
     path = folder / "report.md"
-    with replacing(path) as temporary:
-        temporary.write_text("\n\n".join(parts) + "\n")
+    write_text(path, "\n\n".join(parts) + "\n")
     return path
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.files import locked, read_claim, replacing
+from estune.files import locked, make_folder, read_claim, write_text
 from estune.study.compare.plan import Job, Plan, at_an_end, read_results
 from estune.tasks.base import Task
 from estune.weights.checkpoint import locate
@@ -124,8 +124,7 @@ def _claimed(folder: Path, plan: Plan, config: Config) -> Iterator[None]:
     elif folder.exists() and any(folder.iterdir()):
         raise EstuneError(f"output_dir {folder} is not empty and holds no comparison; give another --output-dir")
     else:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(mine, indent=2))
+        write_text(path, json.dumps(mine, indent=2))
     with closing(locked(path, "r+b")):
         tried = {r["job"]["rate"] for r in read_results(folder)} - {None, *plan.rates}
         if tried:
@@ -151,8 +150,7 @@ def _work(
 def record(folder: Path, result: dict[str, Any]) -> None:
     """Add a result to those of the folder; an earlier failure of the same job goes."""
     results = [r for r in read_results(folder) if r["job"] != result["job"]]
-    with replacing(folder / "results.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in [*results, result]))
+    write_text(folder / "results.jsonl", "".join(json.dumps(r) + "\n" for r in [*results, result]))
 
 
 def run_job(plan: Plan, job: Job, config: Config, folder: Path) -> dict[str, Any]:
@@ -162,9 +160,9 @@ def run_job(plan: Plan, job: Job, config: Config, folder: Path) -> dict[str, Any
         what `estune.study.compare.train.run` returns, or `job` and `error`, where the process failed.
     """
     shutil.rmtree(folder, ignore_errors=True)  # what a job that was cut off has left: it is run anew
-    folder.mkdir(parents=True)
+    make_folder(folder)
     given = {"plan": plan.model_dump(), "job": job.model_dump(), "config": config.model_dump(mode="json")}
-    (folder / "job.json").write_text(json.dumps(given, indent=2))
+    write_text(folder / "job.json", json.dumps(given, indent=2))
     threads = str(config.threads or 1)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "estune.study.compare.train", str(folder / "job.json")]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.files import replacing
+from estune.files import write_text
 from estune.run.monitors.base import Metrics, Monitor, Sample
 from estune.study.compare.plan import Job, Plan
 from estune.tasks.base import Task
@@ -40,8 +40,7 @@ def main() -> None:
         result = run(plan, job, config, path.parent)
     except EstuneError as error:
         sys.exit(str(error))
-    with replacing(path.parent / "result.json") as temporary:
-        temporary.write_text(json.dumps(result))
+    write_text(path.parent / "result.json", json.dumps(result))
 
 
 def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from estune import __version__
 from estune.errors import EstuneError
-from estune.files import replacing
+from estune.files import write_text
 from estune.study.report import curves, recipe
 from estune.study.report.chart import COLOURS, Chart, figure
 from estune.study.report.layers import LayerTable, layer_table
@@ -79,8 +79,7 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
         raise EstuneError(f"{output} is a directory: give the name of a file, such as {output / 'report.html'}")
     found = read_runs([Path(run) for run in runs])
     text = _render(found).lstrip().translate(UNSEEN)
-    with replacing(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(output, text)
 
 
 def _render(runs: list[Run]) -> str:

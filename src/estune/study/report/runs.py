@@ -59,10 +59,8 @@ class Run:
     @property
     def state(self) -> str:
         """How far it is."""
-        if self.done >= self.planned:
-            return f"finished, {self.done} steps"
-        ended = self.directory.final.is_dir()
-        return f"{'ended after' if ended else 'going on or cut off,'} {self.done} of {self.planned} steps"
+        missing, ended = self.journal.shortfall(), self.journal.ended or "finished"
+        return missing or f"{ended} after {self.done}{'' if self.done == self.planned else f' of {self.planned}'} steps"
 
     @property
     def first(self) -> EvaluationRecord | None:

@@ -1,0 +1,98 @@
+"""Runs that are killed at chosen file events, and whose power is cut: nothing is lost, and what is left is usable.
+
+The event is told by its kind, its file, and the how manieth of its kind it is. `bench.file_kills` and
+`bench.power_cuts` go through all of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from estune.config import Config
+from tests.disks import Disk
+from tests.kills import broken_promises, differences, killed_at, power_cut_at
+from tests.runs import make_config
+
+
+def config(output: Path, model: Path) -> Config:
+    return make_config(output, model, steps=3, save_steps=2)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run that was left alone, and its file events."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    events = killed_at(None, config(run, model))
+    assert events is not None
+    return run, events
+
+
+def number(events: list[str], event: str, which: int = 0) -> int:
+    return [i for i, each in enumerate(events) if each == event][which]
+
+
+@pytest.mark.parametrize(
+    ("event", "which"),
+    [
+        ("os.rename .journal.jsonl.tmp", 0),  # the header is whole, and nobody knows
+        ("os.rename .config.yaml.tmp", 0),
+        ("fsync journal.jsonl", 1),  # of the first step: its completions are there, and perhaps its line
+        ("open .checkpoint-2.tmp/tokenizer.json", 0),
+        ("open .best.tmp/config.json", 1),
+        ("os.rmdir .best.tmp", 0),  # the new one has its name, the old one is being removed
+        ("fsync journal.jsonl", -1),  # all is there but the line that says so
+    ],
+)
+def test_killed_at(event: str, which: int, model: Path, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
+    left_alone, events = whole
+    run = config(tmp_path / "run", model)
+    assert killed_at(number(events, event, which), run) is None
+    assert not broken_promises(tmp_path / "run")
+    killed_at(None, run)
+    assert not differences(tmp_path / "run", left_alone)
+
+
+def test_killed_while_it_goes_on(model: Path, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
+    left_alone, events = whole
+    run = config(tmp_path / "run", model)
+    assert killed_at(number(events, "open .best.tmp/config.json", 1), run) is None
+    assert (tmp_path / "run" / ".best.tmp").is_dir()
+    for event in (0, 6):
+        assert killed_at(event, run) is None
+    killed_at(None, run)
+    assert not differences(tmp_path / "run", left_alone)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    try:
+        disk = Disk(tmp_path / "own", mib=16)
+    except OSError as error:
+        pytest.skip(str(error))
+    yield disk
+    disk.close()
+
+
+def test_power_cut(model: Path, whole: tuple[Path, list[str]], disk: Disk) -> None:
+    """Just before the line that says that the run ended: all else is promised by then, or about to be."""
+    left_alone, events = whole
+    run = config(disk.path / "run", model)
+    power_cut_at(number(events, "fsync journal.jsonl", -1), run, disk)
+    assert not broken_promises(disk.path / "run")
+    killed_at(None, run)
+    assert not differences(disk.path / "run", left_alone)
+
+
+def test_what_is_damaged_or_gone_is_made_again(model: Path, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """As after a power cut of a run that was written without syncs: files of no bytes, a directory that is gone."""
+    left_alone = whole[0]
+    run = config(shutil.copytree(left_alone, tmp_path / "run"), model)
+    for damage in ("best/tokenizer.json", "checkpoint-2/model.safetensors", "final/config.json"):
+        (tmp_path / "run" / damage).write_bytes(b"")
+    assert broken_promises(tmp_path / "run")
+    killed_at(None, run)
+    assert not differences(tmp_path / "run", left_alone)
