@@ -1,7 +1,7 @@
 """Runs that are killed at chosen file events, and whose power is cut: nothing is lost, and what is left is usable.
 
-The event is told by its kind, its file, and the how manieth of its kind it is. `bench.file_kills` and
-`bench.power_cuts` go through all of them.
+The event is told by its kind, its file, and the how manieth of its kind it is. `bench.faults.file_kills` and
+`bench.faults.power_cuts` go through all of them.
 """
 
 from __future__ import annotations
