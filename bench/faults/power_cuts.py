@@ -3,9 +3,9 @@
     python -m bench.faults.power_cuts [--cuts 10] [--steps 6]
 
 The run lies on a file system of its own, ext4 on a loop device that writes nothing to its disk but what is synced. Just
-before a file event (`bench.faults.file_kills`) it is stopped, and comes back with what is on the disk at that moment. The
-moments are spread over all of its events. Records what the journal then says that there is and cannot be used, and what
-differs in the end, after the run went on.
+before a file event (`bench.faults.file_kills`) it is stopped, and comes back with what is on the disk at that moment.
+The moments are spread over all of its events. Records what the journal then says that there is and cannot be
+used, and what differs in the end, after the run went on.
 """
 
 from __future__ import annotations

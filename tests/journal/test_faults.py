@@ -8,13 +8,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from estune.errors import EstuneError
 from estune.es.strategy import Update
 from estune.journal.journal import Journal
 from estune.journal.replay import replay
@@ -107,53 +107,47 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(model: Path, tmp_path: P
     Trainer.resume(folder, steps=len(journal.steps) + 1, task=make_task(slow_variety), monitors=[]).train()
 
 
-def test_a_replica_that_is_killed_stops_the_run_and_loses_nothing(model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process = started(folder, model, {"steps": 500, "replicas": 2}, 2)
-    (worker,) = children(process.pid)
-    os.kill(worker, signal.SIGKILL)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "a replica's process ended with code -9" in error
-    done = len(Journal.read(folder).steps)
-    summary = Trainer.resume(folder, steps=done + 1, task=make_task(slow_variety), monitors=[]).train()
-    assert summary.steps == done + 1
-
-
-@pytest.mark.parametrize("save_steps", [0, 2])
-def test_a_replica_that_is_killed_in_the_middle_of_an_update_loses_nothing(
-    model: Path, tmp_path: Path, save_steps: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "save_steps"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 2)], ids=["killed", "stopped"])
+def test_a_replica_that_is_lost_changes_nothing(
+    model: Path, tmp_path: Path, kind: int, save_steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base is shared: after the kill one half of it has the update, and the other has not."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    changes = {"replicas": 2, "save_steps": save_steps}
+    """At a random moment, and at the worst one: in the middle of an update, of whose base it has a share."""
+    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
+    changes = {"steps": 4, "replicas": 2, "save_steps": save_steps, "dtype": "bfloat16", "weights": "copy"}
     Trainer(make_config(whole, model, **changes), task=make_task(slow_variety), monitors=[]).train()
 
-    others = set(children(os.getpid()))  # of other tests
-    trainer = Trainer(make_config(cut, model, **changes), task=make_task(slow_variety), monitors=[])
+    trainer = Trainer(make_config(hurt, model, worker_timeout=3, **changes), task=make_task(slow_variety), monitors=[])
     pool = trainer.pool
-    own = pool.own
-    apply_own, apply_all = own.apply, pool.apply
-    (worker,) = set(children(os.getpid())) - others
+    worker: Any = pool.replicas[1]
+    lost: list[int] = []
+    evaluate, apply_own = pool.evaluate, pool.own.apply
 
-    def stop_worker_first(update: Update) -> str:
-        if update.step == 3:
-            os.kill(worker, signal.SIGSTOP)
-            wait_until(lambda: " T " in Path(f"/proc/{worker}/stat").read_text())
-        return apply_all(update)
+    def hurt_it() -> None:
+        lost.append(worker._process.pid)
+        os.kill(lost[-1], kind)
 
-    def then_kill_it(update: Update) -> int:
-        done = apply_own(update)
-        if update.step == 3:
-            os.kill(worker, signal.SIGKILL)
-        return done
+    def meanwhile(*arguments: Any) -> Any:
+        if not lost:
+            threading.Timer(random.Random(kind).uniform(0, 0.1), hurt_it).start()
+        return evaluate(*arguments)
 
-    monkeypatch.setattr(pool, "apply", stop_worker_first)
-    monkeypatch.setattr(own, "apply", then_kill_it)
-    with pytest.raises(EstuneError, match="a replica's process ended with code -9 .*; nothing is lost: resume"):
-        trainer.train()
-    recorded = [r.fingerprint for r in Journal.read(whole).steps]
-    assert own.weights.fingerprint() not in recorded  # neither that of step 3 nor that of step 4
-    assert [r.fingerprint for r in Journal.read(cut).steps] == recorded[:3]
-    Trainer.resume(cut, task=make_task(slow_variety), monitors=[]).train()
-    assert_same_run(whole, cut)
+    def in_the_middle(update: Update) -> int:
+        if update.step == 2 and len(lost) == 1:
+            hurt_it()
+        return apply_own(update)
+
+    monkeypatch.setattr(pool, "evaluate", meanwhile)
+    monkeypatch.setattr(pool.own, "apply", in_the_middle)
+    trainer.train()
+    assert len(lost) == 2
+    assert_same_run(whole, hurt)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in lost)
+
+
+def test_a_stopped_replica_ends_with_a_parent_that_is_killed(model: Path, tmp_path: Path) -> None:
+    process = started(tmp_path / "run", model, {"steps": 500, "replicas": 2}, 1)
+    (worker,) = children(process.pid)
+    os.kill(worker, signal.SIGSTOP)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not Path(f"/proc/{worker}").exists())

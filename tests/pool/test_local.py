@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.pool.local import LocalPool, open_local_pool
+from estune.pool.process import WorkerProcess
 from estune.pool.replica import Replica
 from tests.runs import make_config
 
@@ -51,4 +54,43 @@ def test_a_base_that_nobody_shares_is_plain_memory(
 
     monkeypatch.setattr("estune.pool.local.open_memory", refuse)
     pool = open_local_pool(make_config(tmp_path / "run", model, threads=1).model_copy(update=changes))
+    pool.close()
+
+
+def test_bases_of_their_own_are_made_anew_where_a_process_is(model: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", model, threads=1)
+    other = WorkerProcess(config)
+    threads = ThreadPoolExecutor(2)
+    threads.submit(other.open).result()
+    pool = LocalPool(Replica(config), [other], threads=threads)
+    alone = LocalPool(Replica(config))
+    try:
+        for step in range(4):
+            update = Update(step, (Member(step), Member(9)), (0.25, -0.5))
+            if step in {0, 2}:
+                assert other._process is not None
+                other._process.kill()
+            assert pool.apply(update) == alone.apply(update)
+            if step == 1:
+                pool.save(tmp_path / "checkpoint", "float32")
+    finally:
+        pool.close()
+        alone.close()
+
+
+def test_processes_that_are_lost_again_and_again_end_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = open_local_pool(make_config(tmp_path / "run", model, threads=1, replicas=2))
+    worker: Any = pool.replicas[1]
+    call = worker._call
+
+    def kill_first(*arguments: Any) -> Any:
+        if arguments[0] == "apply":
+            worker._process.kill()
+        return call(*arguments)
+
+    monkeypatch.setattr(worker, "_call", kill_first)
+    with pytest.raises(EstuneError, match=r"the replica of process \d+ was lost, the last of 3 .*code -9.*resume"):
+        pool.apply(UPDATE)
     pool.close()

@@ -18,10 +18,10 @@ from estune.completion import Completion, Sampling
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.pool.base import Evaluated
+from estune.pool.deadlines import Deadlines
 from estune.pool.local import LocalPool
 from estune.pool.ray.cluster import _join, connect
 from estune.pool.ray.crew import _compare
-from estune.pool.ray.handle import Deadlines
 from estune.pool.ray.pool import RayPool, _minority, cluster_device
 from estune.pool.ray.worker import RayWorker, StaleWeights
 from estune.pool.replica import Replica

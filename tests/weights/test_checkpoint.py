@@ -271,6 +271,7 @@ def test_hub_ids_with_and_without_owner_are_downloaded(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert [locate(name) for name in ("gpt2", "mistralai/Mistral-7B-v0.3", "model", "tiny")][:2] == [source] * 2
     assert [a.pop("model") for a in asked] == ["gpt2", "mistralai/Mistral-7B-v0.3"]
+    assert [a.pop("revision") for a in asked] == [None, None]
     needed = [p.name for p in source.iterdir()] + ["model-00001-of-00002.safetensors", INDEX]
     other = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "params.json", "README.md"]
     other += ["pytorch_model.bin", "original/model.safetensors", "onnx/config.json"]

@@ -11,6 +11,16 @@ from estune.errors import EstuneError
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML or TOML file of settings")]
 
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes", help="take the model's configuration and tokenizer and the task's code as they are now"
+    ),
+]
+TrustTask = Annotated[
+    bool, typer.Option("--trust-task", help="run the code that the run's journal names; read it first")
+]
+
 
 def overrides_of(arguments: list[str]) -> list[str]:
     """`--key value`, `--key=value` and `key=value` as `key=value`; a switch alone, `--key`, as `key`."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from estune.cli.options import ConfigFile, overrides_of
+from estune.cli.options import AcceptChanges, ConfigFile, TrustTask, overrides_of
 from estune.cli.output import say
 from estune.errors import EstuneError
 
@@ -19,6 +19,8 @@ def train(
     config: ConfigFile = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this run, to the same bits")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check settings, model and data; write nothing")] = False,
+    accept_changes: AcceptChanges = False,
+    trust_task: TrustTask = False,
 ) -> None:
     """Train a model. Give settings as `--key value`; `estune settings` lists them.
 
@@ -27,8 +29,12 @@ def train(
     """
     overrides = overrides_of(context.args)
     if resume is not None:
-        _resume(resume, config, overrides, dry_run)
+        _resume(resume, config, overrides, dry_run, accept_changes=accept_changes, trust_task=trust_task)
         return
+    if accept_changes or trust_task:
+        raise EstuneError(
+            "--accept-changes and --trust-task are about a run that there is: give --resume RUN with them"
+        )
     from estune.config import load
 
     settings = load(config, overrides)
@@ -44,7 +50,7 @@ def train(
     Trainer(settings).train()
 
 
-def _resume(run: Path, config: Path | None, overrides: list[str], dry_run: bool) -> None:
+def _resume(run: Path, config: Path | None, overrides: list[str], dry_run: bool, **insists: Any) -> None:
     """A resumed run keeps its settings; only those of `RESUMABLE` may change."""
     from estune.config import read
 
@@ -54,11 +60,11 @@ def _resume(run: Path, config: Path | None, overrides: list[str], dry_run: bool)
     if dry_run:
         from estune.run.dry_run import describe_rest
 
-        say(describe_rest(run, given))
+        say(describe_rest(run, given, **insists))
         return
     from estune.run.trainer import Trainer
 
-    Trainer.resume(run, **given).train()
+    Trainer.resume(run, **insists, **given).train()
 
 
 def evaluate(
@@ -66,6 +72,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="a run's directory, a checkpoint directory, a hub id or tiny")],
     config: ConfigFile = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write the completions here, parquet")] = None,
+    accept_changes: AcceptChanges = False,
+    trust_task: TrustTask = False,
 ) -> None:
     """Evaluate a run's best checkpoint, or any model, on a task's held-out set.
 
@@ -73,7 +81,8 @@ def evaluate(
     """
     from estune.run.evaluate import evaluate_model
 
-    metrics = evaluate_model(model, config, overrides_of(context.args), output)
+    insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}
+    metrics = evaluate_model(model, config, overrides_of(context.args), output, **insists)
     table = Table(title=model)
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -88,12 +97,13 @@ def replay(
     step: Annotated[int | None, typer.Option(help="after how many steps; all by default")] = None,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the run's own by default")] = None,
+    accept_changes: AcceptChanges = False,
 ) -> None:
     """Rebuild the checkpoint of any step from base model and journal, bit for bit, without an engine."""
     from estune.journal.journal import Journal
     from estune.journal.replay import replay as rebuild
 
-    fingerprint = rebuild(run, output, step, model, dtype)
+    fingerprint = rebuild(run, output, step, model, dtype, accept_changes=accept_changes)
     missing = Journal.read(run).shortfall() if step is None else None
     say(
         f"{output}: fingerprint {fingerprint} "

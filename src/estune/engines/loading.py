@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from estune.engines.memory import memory_for
 from estune.errors import EstuneError
+from estune.study.estimate.shapes import check_sizes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHTS, _LESS = "the live weights", "take a smaller model, dtype=bfloat16, or fewer replicas"
@@ -48,8 +48,10 @@ def load_config(path: Path) -> Any:
         EstuneError: it cannot be read, or it is another kind of model's.
     """
     try:
+        values, _ = PretrainedConfig.get_config_dict(path)
+        check_sizes(values)
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged file, or one made to do harm, makes transformers raise
         raise _unreadable(path, error) from error
     _check_causal(path, config)
     return config
@@ -76,7 +78,7 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
             )
     except EstuneError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # as for the configuration
         raise _unreadable(path, error) from error
     finally:
         if bars:
@@ -108,7 +110,7 @@ def _check_causal(path: Path, config: Any) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> EstuneError:
-    why = str(error).strip().partition("\n")[0]
+    why = str(error).strip().partition("\n")[0] or type(error).__name__
     return EstuneError(f"model {path}: cannot be loaded ({why}); check that the directory is complete")
 
 
@@ -121,8 +123,8 @@ def load_tokenizer(path: Path) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        why = str(error).strip().partition("\n")[0]
+    except Exception as error:  # as for the configuration; the tokenizers' library raises this very class
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise EstuneError(f"model {path}: its tokenizer cannot be loaded ({why}); save it again") from error
 
 
@@ -152,4 +154,5 @@ def open_encoder(config: Config) -> PromptEncoder:
 
     path = locate(config.model)
     most = config.vllm_max_model_length if config.engine == "vllm" else None
-    return PromptEncoder(config.model, load_tokenizer(path), load_config(path), most)
+    settings = load_config(path)  # first: transformers' tokenizers look at it too, and at no size of it
+    return PromptEncoder(config.model, load_tokenizer(path), settings, most)

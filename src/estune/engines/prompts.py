@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from estune.completion import Prompt, Sampling
+from estune.engines.render import RENDERER, Refused
 from estune.errors import EstuneError
 
 
@@ -60,16 +59,15 @@ class PromptEncoder:
             )
         proceed = prompt[-1].get("role") == "assistant"
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=not proceed, continue_final_message=proceed
-            )
-        except (TemplateError, ValueError, KeyError, TypeError) as error:
+            return RENDERER.render(self.tokenizer, prompt, begin=not proceed, proceed=proceed)
+        except EstuneError:
+            raise
+        except (Refused, ValueError, TypeError, AttributeError, RecursionError) as error:
             why = str(error).strip().partition("\n")[0]
             raise EstuneError(
                 f"prompt {index}: the chat template of {self.name!r} refuses it ({why}); messages need a role and a "
                 "content that the template knows"
             ) from error
-        return text
 
     def check(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Refuse, as `generate` would, what cannot be generated; for those who want to know before they begin."""

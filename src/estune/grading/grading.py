@@ -148,12 +148,15 @@ class Grading:
         """
         where = "" if row is None else f" on row {row}, {batch.show(row)}"
         if self.errors == "raise":
-            raise EstuneError(f"reward {reward_name(function)} {why}{where}; nothing is lost: mend it and resume")
+            raise EstuneError(
+                f"reward {reward_name(function)} {why}{where}; nothing is lost: mend it, then resume with "
+                "--accept-changes"
+            )
         self._excluded += 1
         if self._excluded > self.max_errors:
             raise EstuneError(
                 f"{self._excluded} calls of rewards failed, more than max_reward_errors, {self.max_errors}; "
-                f"the last: reward {reward_name(function)} {why}{where}; mend it and resume"
+                f"the last: reward {reward_name(function)} {why}{where}; mend it, then resume with --accept-changes"
             )
         log.warning("reward %s %s%s: left out", reward_name(function), why, where)
 

@@ -49,6 +49,8 @@ class Header:
     packages: dict[str, str]
     created: str  # ISO 8601
     ancestors: list[str] = field(default_factory=list)  # last checks of the journals it goes on from, oldest first
+    files: dict[str, str] = field(default_factory=dict)  # hashes of the base model's configuration, tokenizer, ...
+    code: dict[str, str] = field(default_factory=dict)  # hashes of the task's file and its reward functions
     format: int = FORMAT
     noise_version: int = NOISE_VERSION
 
@@ -80,7 +82,9 @@ class EvaluationRecord:
 
 
 class Journal:
-    """An open journal. `steps` and `evaluations` hold what it records so far, `settings` those of the run by now.
+    """An open journal. `steps` and `evaluations` hold what it records so far.
+
+    `settings`, `files` and `code` are those of the run by now: the header's, with what has changed since.
 
     `ended` says how the run ended ("finished", "stopped early" or "interrupted"). It is None where the last line is
     another: the run goes on, or was cut off, or the journal was.
@@ -94,6 +98,7 @@ class Journal:
         self.steps: list[StepRecord] = []
         self.evaluations: list[EvaluationRecord] = []
         self.settings = dict(header.config)
+        self.files, self.code = header.files, header.code
         self.ended: str | None = None
         self.check = check  # of the last line, hence of all
         self._file: Any = None
@@ -189,6 +194,8 @@ class Journal:
                 self.evaluations.append(EvaluationRecord(**payload))
             case "settings":
                 self.settings |= payload
+            case "accepted":
+                self.files, self.code = payload["files"], payload["code"]
             case "end":
                 self.ended = payload["ended"]
             case _:
@@ -240,6 +247,12 @@ class Journal:
         """Write settings that are no longer the header's, such as a new length of the run."""
         self._write("settings", changed)
         self.settings |= changed
+
+    def append_accepted(self, files: dict[str, str], code: dict[str, str]) -> None:
+        """Write what the run depends on from here on, where the user insisted on going on with it. Not in format 1."""
+        if self.header.format > 1:
+            self._write("accepted", {"files": files, "code": code})
+            self.files, self.code = files, code
 
     def append_end(self, ended: str) -> None:
         """Write how the run ended, as its last line until it goes on. Format 1 has no such line."""

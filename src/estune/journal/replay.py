@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from estune.errors import EstuneError
 from estune.es.update import Kernel, update_kernel
+from estune.journal.identity import changed_settings, model_files, refuse_changes
 from estune.journal.journal import Header, Journal, StepRecord, base_checkpoint
 from estune.noise import cpu
 from estune.noise.reference import tensor_id
@@ -26,7 +27,15 @@ PROBED_TENSORS, PROBED_ELEMENTS = 16, 256  # about so many, to tell one step's c
 Array = npt.NDArray[Any]
 
 
-def replay(run: Path, output: Path, step: int | None = None, model: str | None = None, dtype: str | None = None) -> str:
+def replay(
+    run: Path,
+    output: Path,
+    step: int | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+    *,
+    accept_changes: bool = False,
+) -> str:
     """Write the weights after `step` steps as a Hugging Face checkpoint.
 
     Args:
@@ -35,6 +44,7 @@ def replay(run: Path, output: Path, step: int | None = None, model: str | None =
         step: how many of the run's steps to take, all by default; 0 gives the weights that it started from.
         model: the base model, where it now lies elsewhere than the journal says.
         dtype: type to store, by default the one the run generated with.
+        accept_changes: take the base model's configuration and tokenizer as they are now.
 
     Returns:
         The fingerprint, which equals the one recorded.
@@ -57,7 +67,9 @@ def replay(run: Path, output: Path, step: int | None = None, model: str | None =
         raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(DTYPES)}")
     if output.exists():
         raise EstuneError(f"{output} exists already: give another directory or remove it")
-    return rebuild(journal, base_checkpoint(header, model), output, step, dtype)
+    base = base_checkpoint(header, model)
+    refuse_changed_model(journal, base.path, accept=accept_changes)
+    return rebuild(journal, base, output, step, dtype)
 
 
 def rebuild(journal: Journal, base: Checkpoint, output: Path, step: int, dtype: str) -> str:
@@ -107,6 +119,25 @@ def holds(folder: Path, base: Checkpoint, journal: Journal, dtype: str, step: in
         if found[name].read(0, count).tobytes() != widen(expected).tobytes():
             return False
     return True
+
+
+def refuse_changed_model(journal: Journal, folder: Path, *, accept: bool) -> dict[str, str]:
+    """Refuse a base model whose configuration, tokenizer or chat template is not what the run began with.
+
+    Returns:
+        Hashes of the files that are there now, if they are others and the user accepts them; empty otherwise.
+
+    Raises:
+        EstuneError: naming the file.
+    """
+    run = journal.path.parent
+    return refuse_changes(
+        f"model {folder}",
+        journal.files,
+        model_files(folder),
+        accept=accept,
+        details=changed_settings(folder, (run / "best", run / "final")),
+    )
 
 
 def _rebuilt(

@@ -27,6 +27,7 @@ class Description:
     """What a replica trains. Two replicas of one run have equal descriptions."""
 
     base_hash: str  # content hash of the base checkpoint
+    files: dict[str, str]  # and hashes of the files beside its tensors, by name
     dtype: str  # of the base weights
     live_dtype: str  # of the weights that generate
     tensors: dict[str, list[str]]  # trained tensors of the checkpoint, each with the names tied to it
@@ -91,7 +92,10 @@ class Pool(Protocol):
 
 
 class Evaluator(Protocol):
-    """What a local pool needs of a replica: `Replica`, or `WorkerProcess`, which passes calls on to one."""
+    """What a local pool needs of a replica: `Replica`, or `WorkerProcess`, which passes calls on to one.
+
+    The latter raises `Lost` where its process is gone or does not answer, and can be opened again.
+    """
 
     def evaluate(
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
@@ -109,6 +113,10 @@ class Evaluator(Protocol):
 
     def load(self, checkpoint: Path) -> None:
         """Make a checkpoint's tensors the base, if this replica is the one that fills it."""
+        ...
+
+    def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None = None) -> str:
+        """Make a base of its own what it is after these updates; return its fingerprint."""
         ...
 
     def close(self) -> None:

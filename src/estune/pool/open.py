@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from estune.config import Config
 from estune.pool.base import Pool
 from estune.pool.local import open_local_pool
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.checkpoint import Checkpoint, locate, pinned
 from estune.weights.device import chosen_device, training_device
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ LARGEST_REPLICATED = 256 << 20
 
 
 def with_resources(config: Config, *, perturbs: bool = True) -> Config:
-    """The settings with `device`, `replicas` and `threads` as this machine has them.
+    """The settings with `device`, `replicas` and `threads` as this machine has them, and a hub id's commit.
 
     They are part of a run: another device, or a matrix product shared out over other threads, can change its last bits.
 
@@ -36,7 +36,8 @@ def with_resources(config: Config, *, perturbs: bool = True) -> Config:
         replicas, threads = share_cores(config, size)
     else:
         replicas, threads = config.replicas or 1, config.threads or 1
-    return config.model_copy(update={"device": device, "replicas": replicas, "threads": threads})
+    found = {"model": pinned(config.model), "device": device, "replicas": replicas, "threads": threads}
+    return config.model_copy(update=found)
 
 
 def _device(config: Config, *, perturbs: bool) -> str:

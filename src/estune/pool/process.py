@@ -7,27 +7,29 @@ our own, instead of `multiprocessing`'s, leaves the user's main module alone, an
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.managers import BaseManager
 from pathlib import Path
 from typing import Any
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
-from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.files import make_temporary, remove_temporary
 from estune.pool.base import Evaluated
+from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.replica import Replica
 from estune.weights.base import Share
 
-START_SECONDS = 120
+_PR_SET_PDEATHSIG = 1
 
 
 class _Manager(BaseManager):
@@ -39,95 +41,159 @@ def _open(config: Config, share: Share | None, perturbs: bool) -> Replica:
         return Replica(config, share, perturbs=perturbs)
     finally:
         if share is not None:
-            os.close(share.memory)  # as the parent does: it is mapped, or never will be
+            os.close(share.memory)  # it is mapped, or never will be
 
 
-_Manager.register("Replica", _open, exposed=("evaluate", "generate", "apply", "load"))
+_Manager.register("Replica", _open, exposed=("evaluate", "generate", "apply", "load", "rebuild"))
 
 
 class WorkerProcess:
-    """Starts a process with a `Replica`, and passes calls on to it. The process ends with this one, however it ends.
+    """A process with a `Replica`, to which calls are passed on; one that is lost can be opened again.
 
-    Every call raises what the replica raised, or `EstuneError` if the process is gone.
+    The process ends with this one, however it ends, and with the thread that opened it. Every call raises what the
+    replica raised, or `Lost` if the process is gone or does not answer in time; it has been killed then.
 
     Args:
+        config: the settings of its replica.
         share: of a base that it shares with other processes; the process inherits the memory.
+        perturbs: as for `Replica`.
+        deadlines: how long to wait for answers; shared by the replicas of a pool.
     """
 
-    def __init__(self, share: Share | None = None) -> None:
-        self._share = share
-        self._folder = make_temporary("replica")
-        self._key = secrets.token_bytes(16)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "estune.pool.process", str(self._folder / "socket")],
-            stdin=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the trainer alone
-            pass_fds=() if share is None else (share.memory,),
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(self._key.hex().encode() + b"\n")
-        self._process.stdin.flush()
+    def __init__(
+        self,
+        config: Config,
+        share: Share | None = None,
+        *,
+        perturbs: bool = True,
+        deadlines: Deadlines | None = None,
+    ) -> None:
+        self._config, self._share, self._perturbs = config, share, perturbs
+        self._deadlines = deadlines or Deadlines(config.worker_timeout)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+        self._late: float | None = None  # seconds that it was waited for in vain
         self._replica: Any = None
 
-    def open(self, config: Config, perturbs: bool = True) -> None:
-        """Wait for the process and let it load the model."""
-        manager = _Manager(str(self._folder / "socket"), self._key)
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                manager.connect()
-                break
-            except OSError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    raise self._gone() from None
-                time.sleep(0.02)
-        self._replica = self._call(manager.Replica, config, self._share, perturbs)  # type: ignore[attr-defined]
+    def __str__(self) -> str:
+        return f"the replica of process {self._process.pid}" if self._process else "a replica"
+
+    def open(self) -> None:
+        """Start a process, in place of one that there was, and let it load the model.
+
+        Raises:
+            Lost: it ended before it was ready.
+        """
+        manager = self._start()
+
+        def load() -> Any:
+            while True:
+                try:
+                    manager.connect()
+                    break
+                except OSError:
+                    if self._process is None or self._process.poll() is not None:
+                        raise ConnectionError from None
+                    time.sleep(0.02)
+            return manager.Replica(self._config, self._share, self._perturbs)  # type: ignore[attr-defined]
+
+        self._replica = self._call("open", load)
 
     def evaluate(
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
     ) -> Evaluated:
         """As `Replica.evaluate`."""
-        found: Evaluated = self._call(self._replica.evaluate, member, sigma, prompt_ids, sampling)
+        found: Evaluated = self._call("evaluate", lambda: self._replica.evaluate(member, sigma, prompt_ids, sampling))
         return found
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """As `Replica.generate`."""
-        found: list[Completion] = self._call(self._replica.generate, prompt_ids, sampling)
+        found: list[Completion] = self._call("generate", lambda: self._replica.generate(prompt_ids, sampling))
         return found
 
     def apply(self, update: Update) -> int:
         """As `Replica.apply`."""
-        found: int = self._call(self._replica.apply, update)
+        found: int = self._call("apply", lambda: self._replica.apply(update))
         return found
 
     def load(self, checkpoint: Path) -> None:
         """As `Replica.load`."""
-        self._call(self._replica.load, checkpoint)
+        self._call("open", lambda: self._replica.load(checkpoint))
+
+    def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None = None) -> str:
+        """As `Replica.rebuild`."""
+        found: str = self._call("rebuild", lambda: self._replica.rebuild(updates, checkpoint), len(updates))
+        return found
 
     def close(self) -> None:
-        """End the process at once."""
-        self._process.kill()
-        self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        remove_temporary(self._folder)
+        """End the process at once, for good."""
+        with self._lock:
+            self._closed = True
+            self._end()
 
-    def _call(self, function: Any, *arguments: Any) -> Any:
+    def _start(self) -> _Manager:
+        with self._lock:
+            self._end()
+            if self._closed:
+                raise Lost("the run has ended")
+            self._late, self._folder = None, make_temporary("replica")
+            key, socket = secrets.token_bytes(16), str(self._folder / "socket")
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "estune.pool.process", socket],
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the trainer alone
+                pass_fds=() if self._share is None else (self._share.memory,),
+            )
+            assert self._process.stdin is not None
+            self._process.stdin.write(key.hex().encode() + b"\n")
+            self._process.stdin.flush()
+            return _Manager(socket, key)
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()  # also one that is stopped
+            self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        if self._folder is not None:
+            remove_temporary(self._folder)
+            self._folder = None
+
+    def _call(self, kind: str, work: Callable[[], Any], units: int = 1) -> Any:
+        limit, began = self._deadlines.of(kind, units), time.monotonic()
+        # The connection itself knows no deadline. Its other end closes when the process is killed.
+        watchdog = threading.Timer(limit, self._give_up, (self._process, limit))
+        watchdog.daemon = True
+        watchdog.start()
         try:
-            return function(*arguments)
+            result = work()
         except (EOFError, ConnectionError) as error:
-            raise self._gone() from error
+            raise Lost(self._how()) from error
+        finally:
+            watchdog.cancel()
+        self._deadlines.took(kind, time.monotonic() - began)
+        return result
 
-    def _gone(self) -> EstuneError:
+    def _give_up(self, process: subprocess.Popen[bytes], limit: float) -> None:
+        self._late = limit
+        process.kill()
+
+    def _how(self) -> str:
+        if self._late is not None:
+            return f"it did not answer for {self._late:.0f} s (worker_timeout)"
+        assert self._process is not None
         try:
-            how = f"ended with code {self._process.wait(2)} (-9 is often a lack of memory)"
+            return f"its process ended with code {self._process.wait(2)} (-9 is often a lack of memory)"
         except subprocess.TimeoutExpired:
-            how = "does not answer"
-        return EstuneError(f"a replica's process {how}; nothing is lost: resume, or use fewer --replicas")
+            return "its process broke the connection"
 
 
 def main() -> None:
     """Serve a replica at the socket named on the command line until standard input ends."""
+    if sys.platform == "linux":  # even if it is stopped then, and no thread of its own could notice
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     key = bytes.fromhex(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _Manager(sys.argv[1], key).get_server().serve_forever()

@@ -18,6 +18,7 @@ from estune.config import Config
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.transformers import TransformersEngine
 from estune.es.strategy import Member, Update
+from estune.journal.identity import model_files
 from estune.pool.base import Description, Evaluated
 from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint, locate
@@ -141,6 +142,7 @@ class Replica:
         """What it trains; reads the base checkpoint, to hash it."""
         return Description(
             base_hash=self.checkpoint.content_hash(),
+            files=model_files(self.checkpoint.path),
             dtype=self.weights.dtype,
             live_dtype=self.engine.dtype,
             tensors=self.weights.tensors,

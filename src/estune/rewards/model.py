@@ -73,5 +73,11 @@ class RewardModel:
     def _text(self, prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str):
             return prompt + str(completion)
-        text: str = self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-        return text
+        from estune.engines.render import RENDERER, Refused
+
+        try:
+            return RENDERER.render(self.tokenizer, [*prompt, *completion])
+        except Refused as error:
+            raise EstuneError(
+                f"reward model {self.__name__}: its chat template refuses a conversation ({error})"
+            ) from error

@@ -14,7 +14,7 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import make_folder, write_text
 from estune.journal.journal import FILE, TEMPORARY
-from estune.weights.checkpoint import locate
+from estune.weights.checkpoint import hub_name, locate
 
 BASE = "base"  # where a model that was given in memory lies in a run's directory
 
@@ -106,7 +106,7 @@ def _precedes(name: str) -> bool:
 
 def default_path(config: Config, task: str) -> Path:
     """Where a run goes that was given no `output_dir`."""
-    model = config.model if config.model == "tiny" else Path(config.model).name
+    model = config.model if config.model == "tiny" else Path(hub_name(config.model)[0]).name
     name = Path(task).stem if task.endswith(".py") else re.sub(r"[^\w.-]", "-", task)  # gym:sudoku has a colon
     return Path("runs") / f"{name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
 

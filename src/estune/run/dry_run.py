@@ -12,6 +12,7 @@ import yaml
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.replay import refuse_changed_model
 from estune.run.directory import RunDirectory, default_path, refuse_used
 from estune.run.resume import RESUME_FROM_PYTHON, resumed, task_of
 from estune.tasks.base import Task
@@ -50,12 +51,14 @@ def describe(config: Config) -> str:
     )
 
 
-def describe_rest(run: Path, changed: Mapping[str, Any]) -> str:
+def describe_rest(
+    run: Path, changed: Mapping[str, Any], *, accept_changes: bool = False, trust_task: bool = False
+) -> str:
     """What `estune train --resume` would do: checks journal, base model and data, writes nothing.
 
     Args:
         run: the run's directory.
-        changed: settings of `RESUMABLE`, as `Trainer.resume` takes them.
+        changed, accept_changes, trust_task: as `Trainer.resume` takes them.
 
     Raises:
         EstuneError: where journal, base model or data are not what the run began with.
@@ -64,7 +67,9 @@ def describe_rest(run: Path, changed: Mapping[str, Any]) -> str:
     done = len(journal.steps)
     config = resumed(journal, changed)
     base = base_checkpoint(journal.header, config.model)
-    task = task_of(run, journal.header, config, RESUME_FROM_PYTHON)
+    refuse_changed_model(journal, base.path, accept=accept_changes)
+    insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}
+    task, _ = task_of(journal, config, changed, RESUME_FROM_PYTHON, **insists)
     start = next((step for step in RunDirectory(run).checkpoints() if step <= done), 0)
     return (
         f"run {run}: {done} of {config.steps} steps done, {max(0, config.steps - done)} to go\n"

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from estune.config import Config, merge, parse, read
 from estune.errors import EstuneError
 from estune.journal.journal import FILE, Journal
+from estune.journal.replay import refuse_changed_model
 from estune.run.directory import find_checkpoint
 from estune.run.resume import task_of
+from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ def evaluate_model(
     output: Path | None = None,
     *,
     task: Task | None = None,
+    accept_changes: bool = False,
+    trust_task: bool = False,
 ) -> dict[str, float]:
     """Metrics of a run's best checkpoint, or of a model, on the held-out set and those of the tasks that are watched.
 
@@ -35,10 +39,12 @@ def evaluate_model(
         file, overrides: settings, on top of the run's.
         output: where to write the completions, as parquet; its column `task` tells whose they are.
         task: a task of your own; by default the one the settings name.
+        accept_changes: evaluate with the run's code, configuration and tokenizer as they are now, changed or not.
+        trust_task: run the code that the run's journal names, which you have not run before.
 
     Raises:
-        EstuneError: where the settings do not give the task and the data that the run was trained on, or a task has no
-            held-out set.
+        EstuneError: where the settings do not give the task and the data that the run was trained on, its journal names
+            code of others, or a task has no held-out set.
     """
     from estune.engines.loading import open_encoder
     from estune.pool.local import open_local_pool
@@ -48,7 +54,15 @@ def evaluate_model(
 
     given = read(file, overrides or [])
     config = _settings_for(model, given)
-    task = task or _task_for(model, config, given)
+    run = Path(model)
+    if (run / FILE).is_file():
+        journal = Journal.read(run)
+        if task is None:
+            task = _task_for(journal, config, given, accept_changes=accept_changes, trust_task=trust_task)
+        else:
+            refuse_foreign(model, config, given, has_task=True, trust=trust_task, accept=accept_changes)
+        refuse_changed_model(journal, find_checkpoint(model), accept=accept_changes)
+    task = task or config.task.build(config.seed)
     config = config.model_copy(update={"model": str(find_checkpoint(model)), "workers": None})
     config = with_resources(config, perturbs=False)
     encoder, metrics, records = open_encoder(config), dict[str, float](), list[dict[str, Any]]()
@@ -92,10 +106,9 @@ def _device_of(settings: Mapping[str, Any]) -> str:
     return str(settings["device"])
 
 
-def _task_for(model: str, config: Config, given: Mapping[str, Any]) -> Task:
-    run = Path(model)
-    if not (run / FILE).is_file():
-        return config.task.build(config.seed)
-    remedy = f"evaluate it from Python, with estune.evaluate_model({model!r}, task=...)"
+def _task_for(journal: Journal, config: Config, given: Mapping[str, Any], **insists: Any) -> Task:
+    run = str(journal.path.parent)
+    remedy = f"evaluate it from Python, with estune.evaluate_model({run!r}, task=...)"
     other_data = not given.keys().isdisjoint(("task", "seed"))
-    return task_of(run, Journal.read(run).header, config, remedy, other_data=other_data)
+    task, _ = task_of(journal, config, given, remedy, other_data=other_data, **insists)
+    return task

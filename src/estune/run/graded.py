@@ -94,7 +94,7 @@ def evaluation_metrics(task: Task, graded: Graded) -> dict[str, float]:
     if "" not in accuracy or "eval_reward" not in metrics:
         raise EstuneError(
             f"task {task.name}: on the evaluation set the reward is not finite, or {' and '.join(task.accuracies)} "
-            "applies to no row; mend the reward and resume"
+            "applies to no row; mend the reward, then resume with --accept-changes"
         )
     return metrics | {f"eval_accuracy/{group}" if group else "eval_accuracy": a for group, a in accuracy.items()}
 

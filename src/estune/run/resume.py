@@ -8,8 +8,12 @@ from typing import Any
 
 from estune.config import RESUMABLE, Config, parse
 from estune.errors import EstuneError
-from estune.journal.journal import Header, Journal, base_checkpoint
+from estune.journal.identity import refuse_changes
+from estune.journal.journal import Journal, base_checkpoint
+from estune.run.code import code_of
+from estune.run.trust import refuse_foreign, remember
 from estune.tasks.base import Task
+from estune.weights.checkpoint import hub_name
 
 RESUME_FROM_PYTHON = "resume it from Python, with Trainer.resume(run, task=...)"
 
@@ -44,32 +48,58 @@ def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:
     if other is not None:
         raise EstuneError(f"--resume keeps the run's settings, found {other}; only {', '.join(RESUMABLE)} may change")
     settings = {**journal.settings, **changed}
+    name, commit = hub_name(str(journal.settings.get("model")))
+    if commit and changed.get("model") == name and not Path(name).exists():
+        settings["model"] = f"{name}@{commit}"  # the one that the run began with
     if "workers" in changed:
         settings["replicas"] = None  # as many as there is room for beside workers, or instead of them
     return parse(settings, str(journal.path))
 
 
 def task_of(
-    run: Path, header: Header, config: Config, remedy: str, *, task: Task | None = None, other_data: bool = False
-) -> Task:
-    """The task that a run was trained on.
+    journal: Journal,
+    config: Config,
+    given: Mapping[str, Any],
+    remedy: str,
+    *,
+    task: Task | None = None,
+    other_data: bool = False,
+    accept_changes: bool = False,
+    trust_task: bool = False,
+) -> tuple[Task, dict[str, str]]:
+    """The task that a run was trained on, and hashes of its code if they are others than the run's.
 
     Args:
-        run, header, config: the run, its journal's header, and its settings.
+        journal: the run's.
+        config, given: its settings, and what the user gave of them.
         remedy: what to do where the task is one of the user's own, which settings cannot name.
         task: the user's own, if given.
         other_data: accept other data, which the user asked for.
+        accept_changes: accept another state of the task's code, on which the user insists.
+        trust_task: run the code that the journal names, wherever it comes from.
 
     Raises:
-        EstuneError: where task or data are not the run's.
+        EstuneError: where task, its code or its data are not the run's, or the journal names code of others.
     """
+    run, header = journal.path.parent, journal.header
     name = task.name if task else config.task.name
     if header.task != name:
         raise EstuneError(f"{run} was trained on the task {header.task}, not {name}: if it is your own, {remedy}")
+    has_task = task is not None
+    refuse_foreign(str(run), config, given, has_task=has_task, trust=trust_task, accept=accept_changes)
     task = task or config.task.build(config.seed)
+    code = code_of(task.reward_funcs, None if has_task else config.task)
+    changed = refuse_changes(str(run), journal.code, code, accept=accept_changes or _names_task(given))
+    remember(config)
     if not other_data and task.data_hash() != header.data_hash:
         raise EstuneError(
             f"{run}: the data of task {name} are not those that the run was trained on; put them back, or, if it is a "
             f"task of your own, {remedy}"
         )
-    return task
+    return task, changed
+
+
+def _names_task(given: Mapping[str, Any]) -> bool:
+    """Whether the user said which task, and not only changed its options."""
+    task = given.get("task")
+    return task is not None and (not isinstance(task, Mapping) or "name" in task)

@@ -19,8 +19,9 @@ from estune.files import clear_leftovers, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.journal.journal import EvaluationRecord, Header, Journal, StepRecord, base_checkpoint
-from estune.journal.replay import holds, rebuild
+from estune.journal.replay import holds, rebuild, refuse_changed_model
 from estune.pool.open import open_pool, with_resources
+from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
 from estune.run.held_out import HeldOut, encode_rows
@@ -31,6 +32,7 @@ from estune.run.monitors.base import Monitor, Plan, Summary
 from estune.run.monitors.files import rewrite_metrics
 from estune.run.order import StagedOrder
 from estune.run.resume import RESUME_FROM_PYTHON, parent_of, resumed, task_of
+from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
 from estune.versions import packages
@@ -52,6 +54,7 @@ class Trainer:
     base: Checkpoint  # that a resumed run began with
 
     def __init__(self, config: Config, *, task: Task | None = None, monitors: Sequence[Monitor] | None = None) -> None:
+        options = config.task if task is None else None
         task = task or config.task.build(config.seed)
         path = config.output_dir or default_path(config, task.name)
         refuse_used(path)
@@ -78,6 +81,8 @@ class Trainer:
                 config=config.model_dump(mode="json"),
                 packages=packages(),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
+                files=trained.files,
+                code=code_of(task.reward_funcs, options),
             )
             run = RunDirectory.create(path)
             journal = Journal.create(run.path, header, parent)  # one of two that begin here at once gets no further
@@ -85,6 +90,7 @@ class Trainer:
             try:
                 run.write_settings(config)
                 self._start(run, journal, monitors)
+                remember(config)
             except BaseException:
                 run.discard()  # so that the same command can be given again
                 raise
@@ -99,6 +105,8 @@ class Trainer:
         *,
         task: Task | None = None,
         monitors: Sequence[Monitor] | None = None,
+        accept_changes: bool = False,
+        trust_task: bool = False,
         **changed: Any,
     ) -> Self:
         """Go on with a run where its journal ends, to the same bits an undisturbed run would have.
@@ -108,6 +116,9 @@ class Trainer:
         Args:
             run: the run's directory.
             task, monitors: as for a new run.
+            accept_changes: go on with the model's configuration and tokenizer and the task's code as they are now,
+                where they are not what the run began with; the journal says so from here on.
+            trust_task: run the code that the journal names, which you have not run before.
             changed: settings of `RESUMABLE`: `steps`, a new total; `model`, where the base model lies now; `workers`
                 and what belongs to them; `report_to`.
 
@@ -121,8 +132,10 @@ class Trainer:
         try:
             config = resumed(journal, changed)
             done = len(journal.steps)
-            task = task_of(directory.path, journal.header, config, RESUME_FROM_PYTHON, task=task)
+            insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}
+            task, code = task_of(journal, config, changed, RESUME_FROM_PYTHON, task=task, **insists)
             self.base = base_checkpoint(journal.header, config.model)
+            files = refuse_changed_model(journal, self.base.path, accept=accept_changes)
             clear_leftovers(directory.path)
             clear_leftovers(directory.path / "completions")
             if config.steps <= done and self._is_whole(directory, journal):
@@ -139,6 +152,8 @@ class Trainer:
                 journal.append_settings(other)
             if other or not directory.settings.is_file():
                 directory.write_settings(self.config)
+            if files or code:
+                journal.append_accepted(files or journal.files, code or journal.code)
         except BaseException:
             journal.close()
             self._opened.close()
@@ -334,7 +349,10 @@ class Trainer:
         times["grade"] += time.perf_counter() - start
         rewards = [g.grades.mean for g in in_order]
         if all(r is None for r in rewards):
-            raise EstuneError(f"step {step}: no member has a reward, see the warnings; mend the reward and resume")
+            raise EstuneError(
+                f"step {step}: no member has a reward, see the warnings; mend the reward, then resume with "
+                "--accept-changes"
+            )
 
         drift = self.pool.drift()
         start = time.perf_counter()

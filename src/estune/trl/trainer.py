@@ -160,12 +160,13 @@ class ESTrainer:
         """True: other processes only generate."""
         return True
 
-    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> Any:
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None, *, accept_changes: bool = False) -> Any:
         """Train, from the beginning or where an earlier run ended.
 
         Args:
             resume_from_checkpoint: True for the run in `output_dir`, or a run's directory, or a checkpoint in it. A run
                 goes on where its journal ends, whichever checkpoint is named.
+            accept_changes: go on with it although reward functions, configuration or tokenizer are no longer the same.
 
         Returns:
             transformers' `TrainOutput`. There is no loss: `training_loss` is NaN.
@@ -174,7 +175,8 @@ class ESTrainer:
             EstuneError: as `Trainer` and `Trainer.resume`.
         """
         if resume_from_checkpoint:
-            run = self._resume(None if resume_from_checkpoint is True else Path(resume_from_checkpoint))
+            given = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            run = self._resume(given, accept_changes=accept_changes)
         else:
             refuse_used(self.directory.path)
             run = Trainer(self.config.model_copy(update={"model": self._base()}), task=self.task)
@@ -309,14 +311,14 @@ class ESTrainer:
         self._saved = base
         return str(base)
 
-    def _resume(self, given: Path | None) -> Trainer:
+    def _resume(self, given: Path | None, *, accept_changes: bool) -> Trainer:
         """The run to go on with, which keeps its settings."""
         if given is not None:
             inside = not (given / FILE).is_file() and (given.parent / FILE).is_file()
             self.config = self.config.model_copy(update={"output_dir": given.parent if inside else given})
         changed = {key: getattr(self.config, key) for key in RESUMABLE if key in self.args.settings()}
         changed |= {"model": self._base(), "steps": self.config.steps}
-        run = Trainer.resume(self.directory.path, task=self.task, **changed)
+        run = Trainer.resume(self.directory.path, task=self.task, accept_changes=accept_changes, **changed)
         own = (*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size")
         here, there = (c.model_dump(exclude=set(own)) for c in (self.config, run.config))
         if other := [key for key in here if here[key] != there[key]]:

@@ -51,7 +51,8 @@ COMPANIONS = (
 )
 """What a model needs beside its weights: downloaded with them and copied to what is written, and nothing else."""
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@\w[\w./-]*)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _STORAGE: dict[str, Any] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -191,8 +192,7 @@ class Checkpoint:
 
     def _companions(self) -> list[Path]:
         """What goes along as it is: all companions but `config.json`."""
-        files = (file for file in self.path.iterdir() if file.is_file() and file.name != "config.json")
-        return [file for file in files if any(fnmatchcase(file.name, pattern) for pattern in COMPANIONS)]
+        return [file for file in companions(self.path) if file.name != "config.json"]
 
     def _config(self, dtype: str) -> str:
         """Text of `config.json` of a checkpoint that is stored as `dtype`."""
@@ -200,6 +200,30 @@ class Checkpoint:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
         return json.dumps(config, indent=2) + "\n"
+
+
+def companions(folder: Path) -> list[Path]:
+    """Files that a model in this directory needs beside its weights."""
+    files = (file for file in folder.iterdir() if file.is_file())
+    return [file for file in files if any(fnmatchcase(file.name, pattern) for pattern in COMPANIONS)]
+
+
+def hub_name(model: str) -> tuple[str, str | None]:
+    """A hub id without its revision, and the revision: of `NAME@REVISION`, a branch, a tag or a commit."""
+    name, _, revision = model.partition("@")
+    return name, revision or None
+
+
+def pinned(model: str) -> str:
+    """What a run records of a model: a hub id with the commit that was found there, anything else as it is.
+
+    Raises:
+        EstuneError: as `locate`.
+    """
+    if model in EMBEDDED or Path(model).exists():
+        return model
+    commit = locate(model).name
+    return f"{hub_name(model)[0]}@{commit}" if _COMMIT.fullmatch(commit) else model
 
 
 def locate(model: str | Path) -> Path:
@@ -224,11 +248,13 @@ def locate(model: str | Path) -> Path:
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    name, revision = hub_name(model)
     try:
         # Repositories can hold the same weights again: in the original format, in folders for other libraries.
         return Path(
             snapshot_download(
-                model,
+                name,
+                revision=revision,
                 allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"],
                 ignore_patterns=["consolidated*", "*/*"],
             )
@@ -263,7 +289,7 @@ def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         files = [index.parent / Path(name).name for name in names]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise EstuneError(f"{index} is not an index of weights: it cannot be read; copy or save it again") from error
     missing = [name for name, file in zip(names, files, strict=True) if not file.is_file()]
     if missing or not files:
@@ -295,15 +321,21 @@ def _read_header(file: Path) -> dict[str, Tensor]:
             length = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(length)) if 0 < length < 1 << 28 else None
         entries = {k: v for k, v in header.items() if k != "__metadata__"}  # type: ignore[union-attr]
-        return {
-            name: Tensor(name, file, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0], end - begin)
-            for name, e in entries.items()
-            for begin, end in [e["data_offsets"]]
-        }
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return {name: _tensor(name, file, entry, 8 + length) for name, entry in entries.items()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise EstuneError(
             f"{file} is not a safetensors file: its header cannot be read; copy or save it again"
         ) from error
+
+
+def _tensor(name: str, file: Path, entry: dict[str, Any], data: int) -> Tensor:
+    """A tensor by its entry in a header, after which data begin. Raises what a bad entry leads to."""
+    (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    if not all(isinstance(n, int) and n >= 0 for n in (begin, end - begin, *shape)) or not isinstance(dtype, str):
+        raise ValueError
+    if dtype in _STORAGE and end - begin != math.prod(shape) * _STORAGE[dtype].itemsize:
+        raise ValueError
+    return Tensor(name, file, dtype, shape, data + begin, end - begin)
 
 
 def _write_file(

@@ -21,8 +21,9 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.es.strategy import Update
 from estune.pool.base import Description
+from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.ray.cluster import first_line, needs
-from estune.pool.ray.handle import Deadlines, Handle, Lost
+from estune.pool.ray.handle import Handle
 from estune.pool.ray.worker import StaleWeights, software
 
 T = TypeVar("T")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -16,47 +13,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from estune.config import Config
+from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.ray.cluster import first_line, needs
 from estune.pool.ray.worker import Place, RayWorker
-
-START_SECONDS = 1800.0
-"""For a model to be loaded, and for a rebuilt one's base: a checkpoint may come over a network."""
-FIRST_SECONDS = 600.0
-LEAST_SECONDS = 60.0
-
-
-class Lost(Exception):
-    """A worker is gone or no use any more. The message says how, in one line."""
-
-
-class Deadlines:
-    """Seconds to wait for a call, by what calls of its kind took so far.
-
-    Args:
-        fixed: seconds for every call but those that load a model; by experience if None.
-    """
-
-    def __init__(self, fixed: float | None) -> None:
-        self._fixed = fixed
-        self._seconds: dict[str, list[float]] = defaultdict(list)
-        self._lock = threading.Lock()
-
-    def of(self, kind: str, units: int = 1) -> float:
-        """Seconds for a call, or for one that does the work of so many."""
-        if kind == "open":
-            return START_SECONDS
-        if kind == "rebuild":
-            return START_SECONDS + units * (self.of("apply") if self._seconds["apply"] else LEAST_SECONDS)
-        if self._fixed is not None:
-            return self._fixed
-        with self._lock:
-            seconds = self._seconds[kind]
-            return max(LEAST_SECONDS, 10 * statistics.median(seconds)) if seconds else FIRST_SECONDS
-
-    def took(self, kind: str, seconds: float) -> None:
-        """Remember what a call took."""
-        with self._lock:
-            self._seconds[kind] = [*self._seconds[kind][-99:], seconds]
 
 
 class Handle:

@@ -12,7 +12,7 @@ import numpy as np
 from estune.errors import EstuneError
 from estune.journal.journal import Header, base_checkpoint
 from estune.study.report.runs import Run
-from estune.weights.checkpoint import EMBEDDED, RUN_LENGTH, Checkpoint, Tensor
+from estune.weights.checkpoint import EMBEDDED, RUN_LENGTH, Checkpoint, Tensor, hub_name
 
 _IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)")
 
@@ -73,7 +73,8 @@ def _local_base(header: Header) -> Checkpoint:
         from huggingface_hub import snapshot_download
 
         try:
-            model = snapshot_download(model, local_files_only=True)
+            name, revision = hub_name(model)
+            model = snapshot_download(name, revision=revision, local_files_only=True)
         except Exception as error:  # as many kinds as for a download; each means that it is not here
             raise EstuneError(f"base model {model} is not on this machine") from error
     return base_checkpoint(header, model)

@@ -1,0 +1,152 @@
+"""Chat templates are programs that come with a model. They run in a process of their own, which can be ended.
+
+transformers' sandbox keeps a template from everything but computing: it can still loop for ever, or fill the memory.
+Here that ends the process, not the run. Requests and answers are JSON, one a line.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from estune.errors import EstuneError
+
+START_SECONDS = 120.0
+SECONDS = 10.0  # for one conversation; templates in use take a thousandth of a second
+MOST_CHARACTERS = 10_000_000
+MEMORY = 2 << 30  # bytes, beyond what the process has when it is ready
+_PR_SET_PDEATHSIG = 1
+
+
+class Refused(Exception):
+    """A template refused a conversation. The message is the template's, or says what became of the process."""
+
+
+class Renderer:
+    """Renders conversations, one at a time, in a process that starts when it is first needed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def render(self, tokenizer: Any, conversation: list[Any], *, begin: bool = False, proceed: bool = False) -> str:
+        """A conversation as its tokenizer's chat template shows it.
+
+        Args:
+            tokenizer: gives the template, and the special tokens that it may use.
+            conversation: messages, of what JSON knows.
+            begin: let a message of the assistant's begin at the end.
+            proceed: leave the last message open, to be gone on with.
+
+        Raises:
+            Refused: the template raised, did not end in time or took too much memory.
+            EstuneError: the process cannot be started.
+        """
+        request = {
+            # As `apply_chat_template` does: a key without a value is no key.
+            "conversation": [{k: v for k, v in message.items() if v is not None} for message in conversation],
+            "template": tokenizer.get_chat_template(),
+            "tokens": tokenizer.special_tokens_map,
+            "begin": begin,
+            "proceed": proceed,
+        }
+        line = json.dumps(request, default=str).encode() + b"\n"
+        with self._lock:
+            answer = json.loads(self._ask(line))
+        if "error" in answer:
+            raise Refused(answer["error"])
+        text: str = answer["text"]
+        return text
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _ask(self, line: bytes) -> bytes:
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            return self._answer(process, SECONDS, f"does not end within {SECONDS:g} s")
+        except BrokenPipeError:
+            self.close()
+            raise Refused("takes too much memory or crashes") from None
+
+    def _start(self) -> None:
+        self.close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "estune.engines.render"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the trainer alone
+        )
+        try:
+            self._answer(self._process, START_SECONDS, "is not reached")
+        except Refused as error:
+            raise EstuneError(f"the process that renders chat templates cannot be started: it {error}") from error
+
+    def _answer(self, process: subprocess.Popen[bytes], seconds: float, late: str) -> bytes:
+        assert process.stdout is not None
+        if not select.select([process.stdout], [], [], seconds)[0]:
+            self.close()
+            raise Refused(late)
+        answer = process.stdout.readline()
+        if not answer.endswith(b"\n"):
+            self.close()
+            raise Refused("takes too much memory or crashes")
+        return answer
+
+
+RENDERER = Renderer()
+"""This process's. It has one process for all models, which ends with this one."""
+atexit.register(RENDERER.close)
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    if sys.platform == "linux":  # even in the middle of a template
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    if sys.platform == "linux":  # elsewhere the kernel does not enforce it
+        data = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (data + MEMORY, data + MEMORY))
+    answers.write(b"{}\n")
+    answers.flush()
+    for line in requests:
+        request = json.loads(line)
+        try:
+            (text,), _ = render_jinja_template(
+                conversations=[request["conversation"]],
+                chat_template=request["template"],
+                add_generation_prompt=request["begin"],
+                continue_final_message=request["proceed"],
+                **request["tokens"],
+            )
+            long = len(text) > MOST_CHARACTERS
+            answer = {"error": f"makes {len(text):,} characters of it"} if long else {"text": str(text)}
+        except Exception as error:  # whatever the template raises
+            answer = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

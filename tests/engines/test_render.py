@@ -1,0 +1,89 @@
+"""Chat templates: what transformers makes of them, and an end to those that have none."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.engines.prompts import PromptEncoder
+from estune.engines.render import RENDERER, Renderer
+from estune.errors import EstuneError
+from tests.models import build_config, build_tokenizer
+
+MESSAGES = [{"role": "system", "content": "Hm."}, {"role": "user", "content": "2+2? 😀 é"}]
+LOOP = "{% for i in range(99999) %}" * 4 + "x" + "{% endfor %}" * 4
+
+
+def encoder(template: str | None = None) -> PromptEncoder:
+    tokenizer = build_tokenizer()
+    if template is not None:
+        tokenizer.chat_template = template
+    return PromptEncoder("m", tokenizer, build_config("qwen2"))
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [MESSAGES, [*MESSAGES, {"role": "assistant", "content": "It is"}], [{**MESSAGES[1], "tool_calls": None}]],
+    ids=["begun", "gone on with", "without value"],
+)
+def test_it_is_what_transformers_renders(conversation: list[Any]) -> None:
+    open_end = conversation[-1]["role"] == "assistant"
+    template = "{{ bos_token }}{% for m in messages %}{{ m | tojson }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    for each in (encoder(), encoder(template + "{% if add_generation_prompt %}A:{% endif %}")):
+        each.tokenizer.bos_token = "<|bos|>"
+        expected = each.tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=not open_end, continue_final_message=open_end
+        )
+        assert RENDERER.render(each.tokenizer, conversation, begin=not open_end, proceed=open_end) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (LOOP, "does not end within 1 s"),
+        ("{{ 3 ** (10 ** 9) }}", "does not end within 1 s"),
+        ("{% set x = 'a' * 10 ** 11 %}", "MemoryError"),
+        ("{{ 'a' * 10000001 }}", "makes 10,000,001 characters"),
+        ("{{ raise_exception('only users here') }}", "only users here"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{% if %}", "Expected an expression"),
+    ],
+)
+def test_a_hostile_template_is_one_line(template: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "1 s" in said:
+        monkeypatch.setattr("estune.engines.render.SECONDS", 1.0)
+    with pytest.raises(EstuneError, match=rf"prompt 0: the chat template of 'm' refuses it \(.*({said})") as caught:
+        encoder(template).encode([MESSAGES])
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert encoder().encode([MESSAGES])  # the next one is rendered
+
+
+def test_a_process_that_is_killed_is_replaced() -> None:
+    renderer = Renderer()
+    try:
+        first = renderer.render(build_tokenizer(), MESSAGES)
+        assert renderer._process is not None
+        os.kill(renderer._process.pid, signal.SIGKILL)
+        renderer._process.wait()
+        assert renderer.render(build_tokenizer(), MESSAGES) == first
+    finally:
+        renderer.close()
+
+
+def test_what_json_does_not_know_is_shown_as_text() -> None:
+    message = {"role": "user", "content": "x", "when": Path("a/b")}
+    template = "{{ messages[0].when }}"
+    assert RENDERER.render(encoder(template).tokenizer, [message]) == "a/b"
+    nested: Any = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(EstuneError, match="prompt 0: the chat template of 'm' refuses it"):
+        encoder(template).encode([[{"role": "user", "content": nested}]])

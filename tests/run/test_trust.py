@@ -1,0 +1,146 @@
+"""A run that someone else made is data: the code that its journal names runs only where the user says so."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.config import parse
+from estune.errors import EstuneError
+from estune.journal.journal import Journal
+from estune.run.dry_run import describe_rest
+from estune.run.evaluate import evaluate_model
+from estune.run.trainer import Trainer
+from tests.models import save_model
+from tests.runs import make_config, make_task
+from tests.test_cli import estune, refused
+
+CODE = """
+from pathlib import Path
+Path({marker!r}).touch()
+def brief(completions, **_):
+    return [-len(text) / 100 for text in completions]
+train = [{{"prompt": f"{{n}} and "}} for n in range(60)]
+rewards = [brief]
+"""
+DATA = '{"prompt": "%d and "}\n'
+
+
+def state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user, or another machine: nothing is known to have been run."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder))
+
+
+@pytest.fixture(params=["file", "function", "module", "reward model", "mix", "watch"])
+def foreign(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Somebody's run with a task that leaves a marker where it is run, and the marker."""
+    marker, run = tmp_path / "was-run", tmp_path / "run"
+    name = f"evil_{request.node.callspec.id.replace(' ', '_').replace('-', '_')}"
+    source = tmp_path / f"{name}.py"
+    source.write_text(CODE.format(marker=str(marker)))
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(DATA % n for n in range(60)))
+    custom = {"name": "custom", "data": str(data)}
+    task: Any = {
+        "file": str(source),
+        "function": {**custom, "rewards": f"{source}:brief"},
+        "module": {**custom, "rewards": f"{name}.brief"},
+        "reward model": {"name": "preference", "data": str(data), "chat": False, "reward_model": f"{source}:brief"},
+        "mix": {"name": "mix", "tasks": {"a": {**custom, "chat": False, "rewards": f"{source}:brief"}}},
+        "watch": {"name": "countdown", "train_size": 20, "eval_size": 5, "chat": False},
+    }[request.param]
+    if "rewards" in task:
+        task["chat"] = False
+    if request.param == "watch":
+        del task["chat"]
+    monkeypatch.chdir(tmp_path)
+    model = save_model(tmp_path / "model", max_position_embeddings=1024)
+    settings = {"task": task, "steps": 1, "watch": [str(source)] if request.param == "watch" else []}
+    state(tmp_path / "theirs", monkeypatch)
+    Trainer(parse({**make_config(run, model).model_dump(), **settings}), monitors=[]).train()
+    assert marker.exists()
+    marker.unlink()
+    state(tmp_path / "ours", monkeypatch)
+    import sys
+
+    for module in [m for m in sys.modules if name in m]:
+        monkeypatch.delitem(sys.modules, module)
+    return run, marker
+
+
+def test_nothing_that_a_foreign_journal_names_is_run(
+    foreign: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run, marker = foreign
+    for command in (
+        ["eval", run],
+        ["eval", run, "--task.eval_size", 5],
+        ["train", "--resume", run, "--steps", 2],
+        ["train", "--resume", run, "--steps", 2, "--dry-run"],
+        ["train", "--resume", run, "--steps", 2, "--accept-changes"],
+    ):
+        said = refused(capsys, *command)
+        assert "which you have not run from there before; read it, and let it run by --trust-task" in said
+        assert "evil_" in said
+    assert estune("report", run, "-o", tmp_path / "report.html") == 0
+    assert estune("replay", run, "-o", tmp_path / "out") == 0
+    assert not marker.exists()
+    assert len(Journal.read(run).steps) == 1
+    evaluate_model(str(run), trust_task=True)
+    assert marker.exists()
+    describe_rest(run, {"steps": 2})  # from here on it is known
+
+
+def describe_or_error(run: Path) -> str:
+    with pytest.raises(EstuneError) as caught:
+        describe_rest(run, {"steps": 2})
+    return str(caught.value)
+
+
+def test_what_the_user_names_himself_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marker, source = tmp_path / "was-run", tmp_path / "own_and_named.py"
+    source.write_text(CODE.format(marker=str(marker)))
+    model = save_model(tmp_path / "model")
+    config = {**make_config(tmp_path / "run", model).model_dump(), "task": str(source), "steps": 1}
+    Trainer(parse(config), monitors=[]).train()
+    Trainer.resume(tmp_path / "run", steps=2, monitors=[]).train()
+    state(tmp_path / "elsewhere", monkeypatch)
+    evaluate_model(str(tmp_path / "run"), overrides=[f"task={source}"])
+    evaluate_model(str(tmp_path / "run"))  # it has been run by now
+
+
+def test_one_place_known_does_not_make_another_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same content elsewhere, and other content at the same place, are asked about."""
+    marker, source = tmp_path / "was-run", tmp_path / "own_and_moved.py"
+    source.write_text(CODE.format(marker=str(marker)))
+    model = save_model(tmp_path / "model")
+    config = {**make_config(tmp_path / "run", model).model_dump(), "task": str(source), "steps": 1}
+    Trainer(parse(config), monitors=[]).train()
+    (tmp_path / "mail").mkdir()
+    shutil.copy(source, tmp_path / "mail" / "task_by_mail.py")
+    moved = {**config, "task": str(tmp_path / "mail" / "task_by_mail.py"), "output_dir": tmp_path / "mail" / "run"}
+    state(tmp_path / "theirs", monkeypatch)
+    Trainer(parse(moved), monitors=[]).train()
+    monkeypatch.undo()
+    assert "not run from there before" in describe_or_error(tmp_path / "mail" / "run")
+    source.write_text(CODE.format(marker=str(marker)) + "\n")
+    assert "has changed since you last ran it" in describe_or_error(tmp_path / "run")
+
+
+def test_a_cluster_that_a_journal_names_is_not_joined(tmp_path: Path, model: Path) -> None:
+    config = make_config(tmp_path / "run", model, steps=1)
+    Trainer(config, task=make_task(), monitors=[]).close()
+    journal = Journal.read(tmp_path / "run")
+    from estune.run.trust import refuse_foreign, remember
+
+    there = parse({**journal.settings, "replicas": None, "workers": 2, "ray_address": "203.0.113.5:6379"})
+    with pytest.raises(EstuneError, match=r"names a Ray cluster, 203\.0\.113\.5:6379, .*--trust-task"):
+        refuse_foreign("run", there, {})
+    refuse_foreign("run", there, {"ray_address": "203.0.113.5:6379"})
+    refuse_foreign("run", there, {}, trust=True)
+    refuse_foreign("run", there.model_copy(update={"workers": None}), {})
+    remember(there)
+    refuse_foreign("run", there, {})

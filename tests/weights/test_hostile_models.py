@@ -1,0 +1,99 @@
+"""Model folders that were made to do harm: one line, before memory or time is spent on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.engines.loading import load_config, load_tokenizer
+from estune.errors import EstuneError
+from estune.study.estimate.shapes import read_shape
+from estune.weights.checkpoint import Checkpoint
+from tests.models import save_model
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("hostile") / "model")
+
+
+@pytest.fixture
+def hostile(sound: Path, tmp_path: Path) -> Path:
+    """A model's folder, to be spoilt."""
+    return shutil.copytree(sound, tmp_path / "model")
+
+
+def one_line(work: Any, *arguments: Any) -> str:
+    with pytest.raises(EstuneError) as caught:
+        work(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_hidden_layers", value) for value in (-1, 0, 10**9, 2.5, "3", True)),
+        *(("hidden_size", value) for value in (0, -4, 10**12)),
+        *((name, 0) for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim")),
+        *((name, 10**15) for name in ("vocab_size", "intermediate_size", "max_position_embeddings", "num_experts")),
+        ("n_layer", 10**9),
+        ("text_config", {"num_hidden_layers": 10**9}),
+    ],
+)
+def test_sizes_that_no_model_has(hostile: Path, name: str, value: Any) -> None:
+    config = json.loads((hostile / "config.json").read_text())
+    (hostile / "config.json").write_text(json.dumps({**config, name: value}))
+    for work in (load_config, read_shape):
+        assert f"{next(iter(value)) if isinstance(value, dict) else name} is " in one_line(work, hostile)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "work"),
+    [
+        ("config.json", f'{{"model_type": "qwen2", "x": {DEEP}}}', load_config),
+        ("config.json", f'{{"model_type": "qwen2", "x": {DEEP}}}', read_shape),
+        ("config.json", '{"model_type": "qwen2", "layer_types": [3]}', load_config),
+        ("config.json", "[]", load_config),
+        ("tokenizer.json", DEEP, load_tokenizer),
+        ("tokenizer.json", '{"model": 3}', load_tokenizer),
+        ("tokenizer_config.json", f'{{"x": {DEEP}}}', load_tokenizer),
+        ("special_tokens_map.json", DEEP, load_tokenizer),
+    ],
+    ids=range(8),
+)
+def test_json_that_is_too_deep_or_of_another_kind(hostile: Path, name: str, text: str, work: Any) -> None:
+    (hostile / name).write_text(text)
+    assert str(hostile) in one_line(work, hostile)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        DEEP,
+        '{"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}',
+        '{"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}',
+        '{"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 8]}',
+        '{"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}',
+        '{"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}',
+        '{"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}',
+        '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8.5]}',
+    ],
+    ids=range(8),
+)
+def test_headers_of_weights(hostile: Path, entry: str) -> None:
+    header = f'{{"a": {entry}}}'.encode()
+    (hostile / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    assert "is not a safetensors file" in one_line(lambda: Checkpoint(hostile).tensors)
+
+
+def test_an_index_that_is_too_deep(hostile: Path) -> None:
+    (hostile / "model.safetensors").rename(hostile / "other.safetensors")
+    (hostile / "model.safetensors.index.json").write_text(DEEP)
+    assert "is not an index of weights" in one_line(lambda: Checkpoint(hostile).tensors)
