@@ -17,7 +17,7 @@ from estune.former import MOVED
 SOURCE = Path(estune.__file__).parent
 STOREYS = (
     ("errors", "versions", "completion", "former", "noise"),
-    ("files", "es", "grading"),
+    ("files", "render", "es", "grading"),
     ("weights", "rewards"),
     ("journal", "tasks"),
     ("config",),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from estune.errors import EstuneError
 from estune.es.strategy import EvolutionStrategy, Member, Update
-from estune.journal.journal import FILE, EvaluationRecord, Header, Journal, StepRecord
+from estune.journal.journal import FILE, EvaluationRecord, Header, Journal, StepRecord, rank
 from estune.journal.replay import replay
 
 
@@ -181,7 +181,7 @@ def test_a_line_with_other_fields_is_refused_in_one_line(run: Path, line: dict[s
 
 def test_format_1_is_read_replayed_and_gone_on_with(tmp_path: Path) -> None:
     """A journal of three steps as format 1 wrote it; it stays in that format, which cannot say that the run ended."""
-    run = shutil.copytree(Path(__file__).parent / "data" / "format-1", tmp_path / "run")
+    run = shutil.copytree(Path(__file__).parents[1] / "data" / "format-1", tmp_path / "run")
     content = (run / FILE).read_bytes()
     fingerprints = ["05c2fd84b802fae9", "6b1871b091b39b90", "033809fb929f7a97"]
     journal = Journal.resume(run)
@@ -265,7 +265,7 @@ def test_what_was_cut_off_shows(run: Path) -> None:
 
 @pytest.mark.parametrize(("steps", "found"), [(3, None), (4, "its format does not say"), (0, None)])
 def test_a_format_1_run_is_whole_with_all_its_steps(tmp_path: Path, steps: int, found: str | None) -> None:
-    run = shutil.copytree(Path(__file__).parent / "data" / "format-1", tmp_path / "run")
+    run = shutil.copytree(Path(__file__).parents[1] / "data" / "format-1", tmp_path / "run")
     (run / "final").mkdir()
     if steps != 3:
         journal = Journal.resume(run)
@@ -273,3 +273,26 @@ def test_a_format_1_run_is_whole_with_all_its_steps(tmp_path: Path, steps: int, 
         journal.close()
     missing = Journal.read(run).shortfall()
     assert missing is None if found is None else found in str(missing)
+
+
+@pytest.mark.parametrize(
+    ("best_by", "step"),
+    [
+        (["eval_accuracy", "eval_reward"], 2),
+        (["eval_reward"], 3),
+        (["-eval_reward"], 1),
+        (["eval_length"], 0),  # that nobody has: the first stays
+    ],
+)
+def test_the_best_evaluation_is_told_by_the_header(tmp_path: Path, best_by: list[str], step: int) -> None:
+    journal = Journal.create(tmp_path, header(best_by=best_by))
+    for number, (accuracy, reward) in enumerate([(0.1, 0.5), (0.2, 0.3), (0.2, 0.6), (0.1, 0.9)]):
+        journal.append_evaluation(EvaluationRecord(number, {"eval_accuracy": accuracy, "eval_reward": reward}))
+    journal.close()
+    best = Journal.read(tmp_path).best
+    assert best is not None
+    assert best.step == step
+
+
+def test_what_is_no_number_is_never_the_best() -> None:
+    assert rank({"a": math.nan}, ["a"]) == rank({"a": math.nan}, ["-a"]) == rank({}, ["a"]) < rank({"a": -1e9}, ["a"])

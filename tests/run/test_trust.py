@@ -14,9 +14,9 @@ from estune.journal.journal import Journal
 from estune.run.dry_run import describe_rest
 from estune.run.evaluate import evaluate_model
 from estune.run.trainer import Trainer
+from tests.cli.test_commands import estune, refused
 from tests.models import save_model
 from tests.runs import make_config, make_task
-from tests.test_cli import estune, refused
 
 CODE = """
 from pathlib import Path

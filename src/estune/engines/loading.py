@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from estune.config import Config
-from estune.weights.checkpoint import locate
-
-if TYPE_CHECKING:
-    from estune.engines.prompts import PromptEncoder
-
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from estune.config import Config
 from estune.engines.memory import memory_for
 from estune.errors import EstuneError
-from estune.study.estimate.shapes import check_sizes
+from estune.weights.checkpoint import locate
+from estune.weights.sizes import check_sizes
+
+if TYPE_CHECKING:
+    from estune.engines.prompts import PromptEncoder
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHTS, _LESS = "the live weights", "take a smaller model, dtype=bfloat16, or fewer replicas"
@@ -149,7 +146,6 @@ def open_encoder(config: Config) -> PromptEncoder:
     Raises:
         EstuneError: for a model whose configuration or tokenizer cannot be had.
     """
-    from estune.engines.loading import load_config, load_tokenizer
     from estune.engines.prompts import PromptEncoder
 
     path = locate(config.model)

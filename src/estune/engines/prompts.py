@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from estune.completion import Prompt, Sampling
-from estune.engines.render import RENDERER, Refused
 from estune.errors import EstuneError
+from estune.render import RENDERER, Refused
 
 
 class PromptEncoder:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,16 @@ FORMAT = 2
 FORMATS = (1, 2)  # those that can be read and gone on with; a journal stays in the one that its header names
 FILE = "journal.jsonl"
 TEMPORARY = f".{FILE}.tmp"  # until its header is whole
+
+BEST_BY = ("eval_accuracy", "eval_reward")
+"""What evaluations are judged by, the first first; of a metric with `-` before its name, less is better."""
+
+
+def rank(metrics: Mapping[str, float], best_by: Sequence[str] = BEST_BY) -> tuple[float, ...]:
+    """What an evaluation is judged by: the better one's is larger. A metric that is missing, or NaN, is worst."""
+    signs = [-1.0 if name.startswith("-") else 1.0 for name in best_by]
+    values = [metrics.get(name.removeprefix("-"), math.nan) for name in best_by]
+    return tuple(-math.inf if math.isnan(v) else sign * v for sign, v in zip(signs, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Header:
     ancestors: list[str] = field(default_factory=list)  # last checks of the journals it goes on from, oldest first
     files: dict[str, str] = field(default_factory=dict)  # hashes of the base model's configuration, tokenizer, ...
     code: dict[str, str] = field(default_factory=dict)  # hashes of the task's file and its reward functions
+    best_by: list[str] = field(default_factory=lambda: list(BEST_BY))  # metrics that tell the best evaluation
     format: int = FORMAT
     noise_version: int = NOISE_VERSION
 
@@ -259,6 +272,11 @@ class Journal:
         if self.header.format > 1:
             self._write("end", {"step": len(self.steps), "ended": ended})
             self.ended = ended
+
+    @property
+    def best(self) -> EvaluationRecord | None:
+        """The best evaluation so far, by the header's `best_by`; of equals the earliest."""
+        return max(self.evaluations, key=lambda e: rank(e.metrics, self.header.best_by), default=None)
 
     @property
     def history(self) -> list[StepRecord]:

@@ -73,7 +73,7 @@ class RewardModel:
     def _text(self, prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str):
             return prompt + str(completion)
-        from estune.engines.render import RENDERER, Refused
+        from estune.render import RENDERER, Refused
 
         try:
             return RENDERER.render(self.tokenizer, [*prompt, *completion])

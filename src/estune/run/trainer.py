@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from estune.es.strategy import member_seed
 from estune.files import clear_leftovers, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
-from estune.journal.journal import EvaluationRecord, Header, Journal, StepRecord, base_checkpoint
+from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, base_checkpoint, rank
 from estune.journal.replay import holds, rebuild, refuse_changed_model
 from estune.pool.open import open_pool, with_resources
 from estune.run.code import code_of
@@ -46,6 +46,8 @@ class Trainer:
         config: the settings.
         task: a task of your own; by default the one the settings name.
         monitors: who is told what happens; by default the console and the files of the run.
+        best_by: metrics that tell which evaluation is the best, the first first; `-` stands before one of which less is
+            better.
 
     Raises:
         EstuneError: for settings, data or a model that cannot be trained with, before anything is written.
@@ -53,7 +55,14 @@ class Trainer:
 
     base: Checkpoint  # that a resumed run began with
 
-    def __init__(self, config: Config, *, task: Task | None = None, monitors: Sequence[Monitor] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        task: Task | None = None,
+        monitors: Sequence[Monitor] | None = None,
+        best_by: Sequence[str] = BEST_BY,
+    ) -> None:
         options = config.task if task is None else None
         task = task or config.task.build(config.seed)
         path = config.output_dir or default_path(config, task.name)
@@ -83,6 +92,7 @@ class Trainer:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 files=trained.files,
                 code=code_of(task.reward_funcs, options),
+                best_by=list(best_by),
             )
             run = RunDirectory.create(path)
             journal = Journal.create(run.path, header, parent)  # one of two that begin here at once gets no further
@@ -240,8 +250,6 @@ class Trainer:
         self.run, self.journal = run, journal
         self.strategy = make_strategy(self.config, journal.header.fingerprint if journal.header.ancestors else None)
         self.strategy.step = len(journal.steps)
-        self.rank: Callable[[Mapping[str, float]], Any] = _rank
-        """What evaluations are judged by; the largest is the best."""
         self._began_at = len(journal.steps)
         rewrite_metrics(run.metrics, [e.metrics for e in journal.chronicle()])  # a crash may have cost the last lines
         self.monitors = list(default_monitors(run, self.config) if monitors is None else monitors)
@@ -292,7 +300,7 @@ class Trainer:
         for saved in run.checkpoints():
             if saved <= step and not holds(run.checkpoint(saved), self.base, journal, journal.header.dtype):
                 self._remake(run.checkpoint(saved), saved, journal.header.dtype)
-        best, dtype = self._best(), journal.header.live_dtype
+        best, dtype = journal.best, journal.header.live_dtype
         if best is not None and not holds(run.best, self.base, journal, dtype, best.step):
             self._remake(run.best, best.step, dtype)
 
@@ -388,19 +396,16 @@ class Trainer:
             metrics |= {f"watch/{name}/{key.removeprefix('eval_')}": value for key, value in found.items()}
             file = re.sub(r"[^\w.-]", "-", name)
             write_completions(self.run.completions(f"watch-{file}-{step:05d}"), completed.records(step=step))
-        best = self._best()
-        if best is None or self.rank(metrics) > self.rank(best.metrics):
+        best, best_by = self.journal.best, self.journal.header.best_by
+        if best is None or rank(metrics, best_by) > rank(best.metrics, best_by):
             self._save(self.run.best)
         write_completions(self.run.completions(f"evaluation-{step:05d}"), graded.records(step=step))
         self.journal.append_evaluation(EvaluationRecord(step, metrics))
         self._tell(lambda m: m.on_evaluate(metrics, graded.sample()))
 
-    def _best(self) -> EvaluationRecord | None:
-        return max(self.journal.evaluations, key=lambda e: self.rank(e.metrics), default=None)
-
     def _patience_is_over(self) -> bool:
         """Whether so many evaluations brought no new best. Resuming gives new patience."""
-        patience, best = self.config.early_stopping_patience, self._best()
+        patience, best = self.config.early_stopping_patience, self.journal.best
         if patience is None or best is None:
             return False
         return sum(e.step > max(best.step, self._began_at) for e in self.journal.evaluations) >= patience
@@ -429,7 +434,7 @@ class Trainer:
         )
 
     def _summary(self, ended: str, seconds: float) -> Summary:
-        evaluations, best = self.journal.evaluations, self._best()
+        evaluations, best = self.journal.evaluations, self.journal.best
         return Summary(
             run=self.run.path,
             steps=self.strategy.step,
@@ -443,8 +448,3 @@ class Trainer:
     def _tell(self, call: Callable[[Monitor], None]) -> None:
         for monitor in self.monitors:
             call(monitor)
-
-
-def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
-    """What a run is judged by: accuracy, then reward."""
-    return metrics["eval_accuracy"], metrics["eval_reward"]

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState
 
 from estune.files import remove
+from estune.journal.journal import rank
 from estune.run.directory import RunDirectory
 from estune.run.monitors.base import Metrics, Monitor, Plan, Request, Sample, Summary
 from estune.run.monitors.console import ConsoleMonitor
@@ -40,6 +41,7 @@ class CallbackMonitor(Monitor):
         self._first_step = self._samples_per_step = 0
         self._recent: list[Metrics] = []
         self._run = Path()
+        self._best: tuple[float, ...] = (-math.inf,)
 
     def fire(self, event: str, **more: Any) -> None:
         """Call every callback that has a method of this name; one that returns a control replaces it."""
@@ -75,6 +77,7 @@ class CallbackMonitor(Monitor):
     def begin(self, plan: Plan) -> None:
         """Fill in the state of a run that is about to begin or go on."""
         self.state, self.control, self._recent, self._run = TrainerState(), TrainerControl(), [], plan.run
+        self._best = (-math.inf,)
         self._epochs_per_step = plan.prompts_per_step / plan.train_size
         self._first_step, self._samples_per_step = plan.first_step, plan.population * plan.prompts_per_step
         self.state.max_steps = plan.steps
@@ -172,18 +175,13 @@ class CallbackMonitor(Monitor):
     def _plain(self, metrics: Metrics) -> dict[str, float]:
         return {key: value for key, value in metrics.items() if key != "step"}
 
-    def rank(self, metrics: Metrics) -> float:
-        """What evaluations are judged by: `metric_for_best_model`, negative where smaller is better."""
-        name = self.args.metric_for_best_model
-        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}", -math.inf)
-        return value if self.args.greater_is_better or value == -math.inf else -value
-
     def _judge(self, metrics: Metrics) -> None:
         """Note whether this is the best evaluation so far."""
-        found, best = self.rank(metrics), self.state.best_metric
-        value = found if self.args.greater_is_better else -found
-        if found > -math.inf and (best is None or (value > best if self.args.greater_is_better else value < best)):
-            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+        found = rank(metrics, self.args.best_by)
+        if found > self._best:
+            self._best = found
+            self.state.best_metric = found[0] if self.args.greater_is_better else -found[0]
+            self.state.best_global_step = self.state.global_step
             self.state.best_model_checkpoint = str(self._run / "best")
 
 
@@ -194,7 +192,6 @@ def attach(run: Trainer, told: CallbackMonitor) -> None:
     if told.args.disable_tqdm:
         run.monitors = [m for m in run.monitors if not isinstance(m, ConsoleMonitor)]
     run.monitors.append(told)
-    run.rank = told.rank
 
 
 def _is_evaluation(metrics: Metrics) -> bool:

@@ -137,6 +137,13 @@ class ESConfig:
             raise EstuneError("ESConfig: bf16 and fp16 are both set; weights generate in one type: leave out one")
         parse({**self.settings(), "model": "any"}, "ESConfig")  # what is wrong for every model is said here
 
+    @property
+    def best_by(self) -> list[str]:
+        """The metric that tells which evaluation is the best, as `Trainer` takes it."""
+        name = self.metric_for_best_model
+        sign = "" if self.greater_is_better else "-"
+        return [f"{sign}{name if name.startswith('eval_') else f'eval_{name}'}"]
+
     def __getattr__(self, name: str) -> Any:
         """What was given under this name, or its default."""
         if not name.startswith("_"):

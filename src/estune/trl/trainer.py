@@ -179,7 +179,8 @@ class ESTrainer:
             run = self._resume(given, accept_changes=accept_changes)
         else:
             refuse_used(self.directory.path)
-            run = Trainer(self.config.model_copy(update={"model": self._base()}), task=self.task)
+            config = self.config.model_copy(update={"model": self._base()})
+            run = Trainer(config, task=self.task, best_by=self.args.best_by)
         try:
             self._run = run
             attach(run, self._told)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,18 +9,7 @@ from typing import Any
 
 from estune.errors import EstuneError
 from estune.weights.checkpoint import DTYPES, EMBEDDED, hub_name
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-# What config.json calls the sizes by which a model is laid out, and the largest that any model could have. Layers are
-# made one by one, on whatever device: of a thousand million of them the objects alone fill the memory.
-_MOST_LAYERS, _MOST = 10_000, 10**9
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
-_SIZES = (
-    *("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "vocab_size", "head_dim"),
-    *("num_attention_heads", "n_head", "num_key_value_heads", "max_position_embeddings", "n_positions"),
-)
-_NESTED = ("text_config", "llm_config", "language_config", "decoder")
+from estune.weights.sizes import EXPERTS, check_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,30 +97,6 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
     )
 
 
-def check_sizes(values: Mapping[str, Any]) -> None:
-    """Refuse sizes that no model has, before anything is made by them.
-
-    Args:
-        values: what a config.json holds.
-
-    Raises:
-        ValueError: naming one.
-    """
-    limits = [*((name, _MOST_LAYERS) for name in _LAYERS), *((name, _MOST) for name in _SIZES)]
-    for name, most in limits:
-        value = values.get(name)
-        for size in value if isinstance(value, list) else [value]:
-            if size is not None and not (type(size) is int and 1 <= size <= most):
-                raise ValueError(f"{name} is {size!r:.40}, where a whole number from 1 to {most:,} belongs")
-    for name in (*_EXPERTS, "num_experts_per_tok"):
-        size = values.get(name)
-        if size is not None and not (type(size) is int and 0 <= size <= _MOST_LAYERS):
-            raise ValueError(f"{name} is {size!r:.40}, where a whole number up to {_MOST_LAYERS:,} belongs")
-    for name in _NESTED:
-        if isinstance(nested := values.get(name), Mapping):
-            check_sizes(nested)
-
-
 def _read_config(model: str | Path) -> Any:
     from transformers import AutoConfig, PretrainedConfig
 
@@ -171,5 +135,5 @@ def _cached(model: Any, tokens: int) -> int:
 
 def _active_experts(config: Any) -> float:
     """Share of a layer's experts that one token goes through."""
-    experts = next((n for n in (getattr(config, name, None) for name in _EXPERTS) if n), None)
+    experts = next((n for n in (getattr(config, name, None) for name in EXPERTS) if n), None)
     return (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,12 +73,8 @@ class Run:
 
     @property
     def best(self) -> EvaluationRecord | None:
-        """Its best evaluation, as training chooses it: by accuracy, then reward, the earlier of equals."""
-        return max(
-            self.journal.evaluations,
-            key=lambda e: (e.metrics.get("eval_accuracy", -math.inf), e.metrics.get("eval_reward", -math.inf)),
-            default=None,
-        )
+        """Its best evaluation, as training chose it."""
+        return self.journal.best
 
     @cached_property
     def settings(self) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from estune.engines.prompts import PromptEncoder
-from estune.engines.render import RENDERER, Renderer
 from estune.errors import EstuneError
+from estune.render import RENDERER, Renderer
 from tests.models import build_config, build_tokenizer
 
 MESSAGES = [{"role": "system", "content": "Hm."}, {"role": "user", "content": "2+2? 😀 é"}]
@@ -58,7 +58,7 @@ def test_it_is_what_transformers_renders(conversation: list[Any]) -> None:
 )
 def test_a_hostile_template_is_one_line(template: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "1 s" in said:
-        monkeypatch.setattr("estune.engines.render.SECONDS", 1.0)
+        monkeypatch.setattr("estune.render.SECONDS", 1.0)
     with pytest.raises(EstuneError, match=rf"prompt 0: the chat template of 'm' refuses it \(.*({said})") as caught:
         encoder(template).encode([MESSAGES])
     assert "\n" not in str(caught.value)

@@ -91,7 +91,7 @@ class Renderer:
     def _start(self) -> None:
         self.close()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "estune.engines.render"],
+            [sys.executable, "-P", "-m", "estune.render"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the trainer alone

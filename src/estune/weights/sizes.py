@@ -1,0 +1,42 @@
+"""Sizes that a model's config.json names, looked at before anything is made by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+# What config.json calls the sizes by which a model is laid out, and the largest that any model could have. Layers are
+# made one by one, on whatever device: of a thousand million of them the objects alone fill the memory.
+_MOST_LAYERS, _MOST = 10_000, 10**9
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+_SIZES = (
+    *("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "vocab_size", "head_dim"),
+    *("num_attention_heads", "n_head", "num_key_value_heads", "max_position_embeddings", "n_positions"),
+)
+_NESTED = ("text_config", "llm_config", "language_config", "decoder")
+
+
+def check_sizes(values: Mapping[str, Any]) -> None:
+    """Refuse sizes that no model has, before anything is made by them.
+
+    Args:
+        values: what a config.json holds.
+
+    Raises:
+        ValueError: naming one.
+    """
+    limits = [*((name, _MOST_LAYERS) for name in _LAYERS), *((name, _MOST) for name in _SIZES)]
+    for name, most in limits:
+        value = values.get(name)
+        for size in value if isinstance(value, list) else [value]:
+            if size is not None and not (type(size) is int and 1 <= size <= most):
+                raise ValueError(f"{name} is {size!r:.40}, where a whole number from 1 to {most:,} belongs")
+    for name in (*EXPERTS, "num_experts_per_tok"):
+        size = values.get(name)
+        if size is not None and not (type(size) is int and 0 <= size <= _MOST_LAYERS):
+            raise ValueError(f"{name} is {size!r:.40}, where a whole number up to {_MOST_LAYERS:,} belongs")
+    for name in _NESTED:
+        if isinstance(nested := values.get(name), Mapping):
+            check_sizes(nested)
