@@ -27,6 +27,7 @@ from estune.study.compare.plan import Job, Plan, best_rate, read_results
 from estune.study.compare.report import by_method, table, trials_table, write_report
 from estune.study.compare.run import compare, record, run_job
 from estune.study.compare.train import TaskReward, run, trl_arguments
+from estune.study.jobs import LOCK
 from estune.weights.checkpoint import locate
 from tests.models import save_model
 from tests.runs import make_config, make_task
@@ -107,8 +108,8 @@ def test_tasks_that_cannot_be_compared_are_refused(tmp_path: Path, source: str, 
 def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
     plan, config = small(methods=["es"], seeds=[0])
     compare(plan, config, tmp_path / "out")
-    held = closing(locked(tmp_path / "out" / "compare.json", "r+b"))
-    with held, pytest.raises(EstuneError, match="being written by another process"):
+    held = closing(locked(tmp_path / "out" / LOCK, "ab"))
+    with held, pytest.raises(EstuneError, match="in use by another comparison"):
         compare(plan, config, tmp_path / "out")
     assert len(compare(plan, config, tmp_path / "out")) == 1
 

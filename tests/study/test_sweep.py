@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from estune.errors import EstuneError
+from estune.files import locked
 from estune.journal.journal import FILE, Journal
+from estune.study.jobs import LOCK
 from estune.study.sweep import Space, Trial, split, sweep
 from estune.study.sweep_report import draw_effects, effects, groups, rows
 
@@ -163,14 +166,9 @@ def test_an_interrupted_sweep_leaves_nothing_running(tmp_path: Path) -> None:
 
 
 def _running(run: Path) -> bool:
-    """Whether a process still writes the run: it would hold its journal."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(run).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
-                return True
-        except OSError:
-            continue
-    return False
+    """Whether a process still writes the run: it would be on its command line."""
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return any(str(run) in line for line in lines)
 
 
 def trial(value: float | None, **values: str) -> Trial:
@@ -215,6 +213,14 @@ def test_few_numbers_are_labelled_and_many_are_not(tmp_path: Path, monkeypatch: 
     assert [len(axes.lines) for axes in (few, named)] == [1, 1]
     assert [label.get_text() for label in few.get_xticklabels()] == [str(10 + i) for i in range(8)]
     assert [label.get_text() for label in named.get_xticklabels()] == ["true", "false"]
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    held = closing(locked(folder / LOCK, "ab"))
+    with held, pytest.raises(EstuneError, match=r"sweep is in use by another sweep; wait for it or stop it"):
+        sweep(folder, None, [*settings(), "sweep.seed=0,1"])
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"settings": {}}'])

@@ -13,13 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.managers import BaseManager
 from pathlib import Path
 from typing import Any
 
+from estune.children import end_with_parent
 from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.errors import EstuneError
@@ -130,13 +130,8 @@ class WorkerProcess:
 def main() -> None:
     """Serve a replica at the socket named on the command line until standard input ends."""
     key = bytes.fromhex(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(with_thread=False)
     _Manager(sys.argv[1], key).get_server().serve_forever()
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(0)
 
 
 if __name__ == "__main__":
