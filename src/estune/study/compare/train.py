@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import math
 import resource
-import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import replacing
-from estune.run.monitors.base import Metrics, Monitor, Sample
+from estune.run.monitors.base import Metrics, Monitor, Request, Sample
 from estune.study.compare.plan import Job, Plan
 from estune.tasks.base import Task
 from estune.weights.checkpoint import locate
@@ -39,7 +38,7 @@ def main() -> None:
     try:
         result = run(plan, job, config, path.parent)
     except EstuneError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")
     with replacing(path.parent / "result.json") as temporary:
         temporary.write_text(json.dumps(result))
 
@@ -70,7 +69,7 @@ def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = 
 
 
 class _Budget(Monitor):
-    """Ends an ES run, in the way that Ctrl-C does, after the step that spends the budget."""
+    """Asks an ES run to end after the step that spends the budget."""
 
     def __init__(self, tokens: int) -> None:
         self.budget = tokens
@@ -78,9 +77,12 @@ class _Budget(Monitor):
         self.steps = 0
 
     def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
-        self.tokens, self.steps = metrics["num_tokens"], int(metrics["step"])
-        if self.tokens >= self.budget:
-            signal.raise_signal(signal.SIGINT)
+        self.tokens = metrics["num_tokens"]
+        self.steps = int(metrics["step"])
+
+    def requests(self) -> Collection[Request]:
+        asked: list[Request] = ["stop"] if self.tokens >= self.budget else []
+        return asked
 
 
 def _evolve(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> tuple[Path, float, int]:
