@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from estune.engines.memory import LOGITS_BYTES
+from estune.engines.memory import fitting_rows as rows_that_fit
 from estune.study.estimate.machines import GB, PCIE, Device
 from estune.study.estimate.shapes import Shape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-LOGITS_BYTES = 3 * 4  # a logit in float32, and what softmax or argmax keeps beside it (engines/transformers.py)
 PREFILL_HIDDEN, PREFILL_WIDTH = 4, 3  # activations alive at once in a layer, of the residual's and of the widest size
 GPU_CONTEXT = GB  # CUDA's context, compiled kernels, workspaces
 CPU_PROCESS = 4 * GB // 10  # Python, torch and compiled kernels, each replica anew
@@ -94,8 +95,9 @@ def fitting_rows(shape: Shape, work: Work, memory: int, *, share: int, most: int
     As `TransformersEngine` counts them, which does not count the slots that captured graphs add.
     """
     bytes_ = BYTES[work.dtype]
-    row = shape.cached * work.longest * bytes_ // work.parallel + LOGITS_BYTES * shape.vocabulary
-    return max(1, min(most, (memory - shape.parameters * bytes_ // work.parallel) // share // row))
+    room = (memory - shape.parameters * bytes_ // work.parallel) // share
+    cache = shape.cached * work.longest * bytes_ // work.parallel
+    return rows_that_fit(room, cache=cache, vocabulary=shape.vocabulary, most=most)
 
 
 def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> list[Item]:
