@@ -8,6 +8,7 @@ from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from estune.run.graded import Graded
 from estune.run.make import make_grading, make_sampling
 from estune.study.compare.measure import divergence, measure, short_but_wrong
 from estune.study.compare.plan import Job, Plan, best_rate, read_results
-from estune.study.compare.report import by_method, table, trials_table, write_report
+from estune.study.compare.report import by_method, charts, table, trials_table, write_report
 from estune.study.compare.run import compare, record, run_job
 from estune.study.compare.train import TaskReward, run, trl_arguments
 from estune.study.jobs import LOCK
@@ -294,5 +295,13 @@ def test_the_report_has_means_deviations_and_trials(tmp_path: Path) -> None:
     text = write_report(tmp_path, found).read_text()
     assert "50.0 ± 14.1" in text
     assert "killed" in text
-    if find_spec("matplotlib") is not None:
-        assert (tmp_path / "report.svg").read_text().lstrip().startswith("<?xml")
+    accuracy, kl = charts(by_method([*found, result("es", 2, kl=math.inf)]))
+    assert [(s.name, s.kind, list(s.y)) for s in accuracy.series] == [
+        ("ES", "points", [0.4, 0.6, 0.5]),
+        ("ES", "line", [0.5, 0.5]),
+        ("GRPO", "points", [0.2]),
+        ("GRPO", "line", [0.2, 0.2]),
+    ]
+    assert [len(s.x) for s in kl.series] == [2, 1]
+    assert ElementTree.fromstring((tmp_path / "report.svg").read_text()).get("role") == "img"
+    assert "![" not in write_report(tmp_path, found[:2]).read_text()  # nothing to draw

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from estune.es.strategy import mean_and_std
 from estune.journal.journal import StepRecord
-from estune.study.report.chart import COLOURS, Cell, Chart, Series
+from estune.study.chart import COLOURS, Cell, Chart, Series
 from estune.study.report.runs import Group, Run
 
 POINTS = 200  # of a curve at most

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from estune import __version__
 from estune.errors import EstuneError
 from estune.files import replacing
+from estune.study.chart import COLOURS, STYLE, Chart, figure
 from estune.study.report import curves, recipe
-from estune.study.report.chart import COLOURS, Chart, figure
 from estune.study.report.layers import LayerTable, layer_table
 from estune.study.report.runs import Group, Run, differences, group_runs, read_runs
 from estune.study.report.samples import Comparison, compare, readable
@@ -86,7 +86,8 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
 def _render(runs: list[Run]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = STYLE.read_text(encoding="utf-8") + (HERE / "page.css").read_text(encoding="utf-8")
+    script = (HERE / "page.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
