@@ -13,6 +13,7 @@ from estune.files import replacing
 from estune.study import picture
 from estune.study.chart import Plot, Series
 from estune.study.compare.plan import at_an_end, best_tried
+from estune.study.table import markdown, spread
 
 Result = Mapping[str, Any]
 NAMES = {"es": "ES", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "rloo": "RLOO"}
@@ -72,21 +73,6 @@ def trials_table(results: Sequence[Result]) -> list[list[str]]:
         figures = [f"{100 * r['accuracy']:.1f}", f"{r['reward']:.3f}", f"{r['kl']:.3f}"] if "error" not in r else []
         rows.append([NAMES[r["job"]["method"]], f"{r['job']['rate']:g}", *(figures or ["failed", "", ""])])
     return [["method", "rate", "accuracy %", "reward", "KL"], *rows]
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
-    head, *body = rows
-    aligned = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, aligned, *body))
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, of two values or more, the standard deviation of the sample; nothing of none."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):,.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
 
 
 def write_report(folder: Path, results: Sequence[Result]) -> Path:
