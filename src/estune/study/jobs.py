@@ -29,7 +29,8 @@ R = TypeVar("R")
 LOCK = ".lock"
 LONGEST = 300  # characters of an error
 GRACE = 10.0  # seconds that a child has to end in once it was asked to
-ERROR, TRACEBACK = "error: ", "Traceback (most recent call last):"
+ERROR = "error: "
+TRACEBACK = "Traceback (most recent call last):"
 _FRAME = re.compile(r"\s*[\u2500-\u257f]")  # Unicode's box drawing
 
 

@@ -10,12 +10,16 @@ from estune.errors import EstuneError
 from estune.files import replacing
 from estune.study.chart import COLOURS, STYLE, Plot, Series
 
-# In pixels.
-WIDTH, HEIGHT = 340, 290  # of a chart with its labels
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 34, 44  # of these, what is not drawing
-TURNED = 46  # more at the bottom, where labels are slanted
-LETTER = 6.3  # a letter's width, about
-LEGEND = 26
+# Pixels of a chart with its labels, and of these the margins around its drawing.
+WIDTH = 340
+HEIGHT = 290
+LEFT = 56
+RIGHT = 14
+TOP = 34
+BOTTOM = 44
+TURNED = 46  # pixels more at the bottom, where labels are slanted
+LEGEND = 26  # pixels above all charts
+LETTER = 6.3  # pixels that a letter is wide, about
 LONGEST = 14  # letters of a label
 FONT = "font: 11px system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 

@@ -1,7 +1,7 @@
 """Many runs with different settings: each a run of its own in a process of its own, under one directory.
 
-What is done is told by the runs' own journals, so a sweep that was cut off goes on where it was: what is finished is
-kept, a run that was cut is resumed, one that failed is tried again.
+The runs' own journals tell what is done, so a sweep that was cut off goes on where it was: what is finished is kept, a
+run that was cut off is resumed, one that failed is tried again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from estune.journal.journal import FILE, EvaluationRecord, Journal
 from estune.run.directory import RunDirectory
 from estune.study.jobs import Jobs, claimed
 
-SETTINGS, STUDY = "sweep.json", "optuna.log"
+SETTINGS = "sweep.json"
+STUDY = "optuna.log"
 PREFIX = "sweep."
 DOTS = ".."
 METRICS = ("eval_accuracy", "eval_reward")
@@ -82,9 +83,11 @@ def split(overrides: Sequence[str]) -> tuple[list[str], Space]:
     """Tell what is swept, `sweep.KEY=...`, from the settings that all runs share.
 
     Raises:
-        EstuneError: nothing is swept, a value is given twice, or a range is none.
+        EstuneError: nothing is swept, a value is given twice, or the ends of a range are wrong.
     """
-    shared, grid, ranges = [], {}, {}
+    shared = []
+    grid = {}
+    ranges = {}
     for override in overrides:
         key, _, text = override.partition("=")
         if not key.startswith(PREFIX):
@@ -103,7 +106,7 @@ def split(overrides: Sequence[str]) -> tuple[list[str], Space]:
 
 
 def _range(name: str, text: str) -> Range:
-    """Whole numbers, if both ends are written so."""
+    """Its two ends: whole numbers, if both are written so."""
     low, _, high = (part.strip() for part in text.partition(DOTS))
     if low.isdecimal() and high.isdecimal() and int(low) < int(high):
         return int(low), int(high)

@@ -12,7 +12,7 @@ from estune.study.picture import draw
 from estune.study.sweep import METRICS, Trial, Values, name_of
 
 LABELLED = 8
-"""So many numbers are told apart on an axis, each with its label; more are a search's, each with a run of its own."""
+"""Numbers on an axis that have a label each; where there are more, they are a search's, and each has one run."""
 
 
 def groups(trials: Sequence[Trial], metric: str = METRICS[0]) -> list[tuple[Values, list[float]]]:

@@ -110,7 +110,8 @@ def charts(found: Mapping[str, Sequence[Result]]) -> list[Plot]:
     accuracies: list[Series] = []
     divergences: list[Series] = []
     for place, (method, runs) in enumerate(found.items()):
-        name, colour = NAMES[method], list(NAMES).index(method)
+        name = NAMES[method]
+        colour = list(NAMES).index(method)
         accuracy = [r["accuracy"] for r in runs]
         mean = statistics.fmean(accuracy)
         accuracies.append(Series(name, [place] * len(runs), accuracy, "points", owner=method, colour=colour))

@@ -2,7 +2,7 @@
 
 It trains, measures, and writes the result.
 
-A process of its own, because its peak of memory is then the method's, and because a crash then ends no other.
+It has a process of its own, so that the peak of memory is the method's, and a crash ends no other job.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def main() -> None:
     """Run the job that the file on the command line describes."""
     path = Path(sys.argv[1])
     given = json.loads(path.read_text())
-    plan, job, config = Plan(**given["plan"]), Job(**given["job"]), Config(**given["config"])
+    plan = Plan(**given["plan"])
+    job = Job(**given["job"])
+    config = Config(**given["config"])
     try:
         result = run(plan, job, config, path.parent)
     except EstuneError as error:
@@ -62,7 +64,8 @@ def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = 
     start = time.perf_counter()
     train = _evolve if job.method == "es" else _reinforce
     checkpoint, tokens, steps = train(plan, job, config, folder, task)
-    seconds, memory = time.perf_counter() - start, _peak_memory(config.device)
+    seconds = time.perf_counter() - start
+    memory = _peak_memory(config.device)
     metrics = measure(checkpoint, locate(config.model), config, task, plan.short_tokens)
     figures = {"tokens": tokens, "steps": steps, "seconds": seconds, "memory": memory}
     return {"job": job.model_dump(), **figures, **metrics}
@@ -180,7 +183,8 @@ class TaskReward:
     __name__ = "task_reward"
 
     def __init__(self, task: Task, grading: Grading) -> None:
-        self.task, self.grading = task, grading
+        self.task = task
+        self.grading = grading
         self.tokens = 0
 
     def __call__(

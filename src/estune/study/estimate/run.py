@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from estune.study.estimate.needs import Work
     from estune.study.estimate.shapes import Shape
 
-PROMPT_TOKENS, TINY_PROMPT_TOKENS = 120, 9  # of a Countdown prompt: about, and to the embedded model's tokenizer
+PROMPT_TOKENS = 120  # of a Countdown prompt, about
+TINY_PROMPT_TOKENS = 9  # of the same to the embedded model's tokenizer
 
 
 def estimate_run(
@@ -127,7 +128,8 @@ def _rows(config: Config, placed: _Placed, shape: Shape) -> int:
     from estune.study.estimate.needs import fitting_rows
     from estune.tasks.countdown import GENERATED_SIZE
 
-    work, device = placed.work, placed.device
+    work = placed.work
+    device = placed.device
     memory = device.memory // work.at_once if device.is_gpu else device.memory
     most = config.batch_size or fitting_rows(shape, work, memory, share=MEMORY_SHARE, most=placed.most_rows)
     sizes = (work.prompts, config.task.eval_size or GENERATED_SIZE)
