@@ -18,6 +18,8 @@ from bench import plots
 from bench.common import RESULTS
 from bench.plots import short
 
+from estune.study.table import markdown
+
 Result = Mapping[str, Any]
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 DATED = re.compile(r"(.+)-\d{4}-\d\d-\d\d\.json")
@@ -57,9 +59,7 @@ class Page:
         self.add(f"![{description}](images/performance/{name}.svg)")
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        aligned = ["---", *["---:"] * (len(head) - 1)]
-        cells = [[_cell(value) for value in row] for row in (head, aligned, *rows)]
-        self.add("\n".join("| " + " | ".join(row) + " |" for row in cells))
+        self.add(markdown([[_cell(value) for value in row] for row in (head, *rows)]))
 
     def origin(self, result: Result) -> None:
         """Command, date and machine."""

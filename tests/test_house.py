@@ -16,7 +16,7 @@ from estune.former import MOVED
 
 SOURCE = Path(estune.__file__).parent
 STOREYS = (
-    ("errors", "versions", "completion", "former", "noise"),
+    ("errors", "versions", "completion", "former", "children", "noise"),
     ("files", "render", "es", "grading"),
     ("weights", "rewards"),
     ("journal", "tasks"),

@@ -7,24 +7,22 @@ Here that ends the process, not the run. Requests and answers are JSON, one a li
 from __future__ import annotations
 
 import atexit
-import ctypes
 import json
 import resource
 import select
-import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+from estune.children import die_with_thread
 from estune.errors import EstuneError
 
 START_SECONDS = 120.0
 SECONDS = 10.0  # for one conversation; templates in use take a thousandth of a second
 MOST_CHARACTERS = 10_000_000
 MEMORY = 2 << 30  # bytes, beyond what the process has when it is ready
-_PR_SET_PDEATHSIG = 1
 
 
 class Refused(Exception):
@@ -120,8 +118,7 @@ atexit.register(RENDERER.close)
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    if sys.platform == "linux":  # even in the middle of a template
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_thread()
     from transformers.utils.chat_template_utils import render_jinja_template
 
     requests, answers = sys.stdin.buffer, sys.stdout.buffer

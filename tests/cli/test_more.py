@@ -124,14 +124,13 @@ def test_mistakes_of_a_probe_are_one_line(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_sweep_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     options = [*QUICK, "--steps=1", "--sweep.sigma", "0.01,0.02", "--output-dir", tmp_path / "s"]
     assert estune("sweep", *options) == 0
     out = capsys.readouterr().out
     assert "sigma=0.01: eval_accuracy 0." in out
     head = next(line for line in out.splitlines() if line.startswith("sigma "))
     assert head.split() == ["sigma", "eval_accuracy", "deviation", "least", "most", "runs"]
-    assert (tmp_path / "s" / "effects.png").stat().st_size > 1000
+    assert (tmp_path / "s" / "effects.svg").stat().st_size > 1000
     assert (tmp_path / "s" / "sigma=0.02" / "journal.jsonl").is_file()
     assert estune("sweep", *options, "--metric", "eval_reward") == 0
     out = capsys.readouterr().out
@@ -153,7 +152,7 @@ def test_a_sweep_with_failed_runs_ends_with_one(
         return trials
 
     def no_picture(*_: Any) -> None:
-        raise EstuneError("a picture needs matplotlib")
+        raise EstuneError("no effect to draw")
 
     monkeypatch.setattr("estune.study.sweep.sweep", fake)
     monkeypatch.setattr("estune.study.sweep_report.draw_effects", no_picture)
@@ -161,7 +160,7 @@ def test_a_sweep_with_failed_runs_ends_with_one(
     assert estune("sweep", *options, "--seed", 4) == 1
     out = capsys.readouterr().out
     assert "b: failed: error: burnt\n" in out
-    assert "b failed: error: burnt\nwarning: a picture needs matplotlib\n" in out
+    assert "b failed: error: burnt\nwarning: no effect to draw\n" in out
     del asked["told"]
     assert asked == {
         "folder": tmp_path,

@@ -8,6 +8,7 @@ from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -24,9 +25,10 @@ from estune.run.graded import Graded
 from estune.run.make import make_grading, make_sampling
 from estune.study.compare.measure import divergence, measure, short_but_wrong
 from estune.study.compare.plan import Job, Plan, best_rate, read_results
-from estune.study.compare.report import by_method, table, trials_table, write_report
+from estune.study.compare.report import by_method, charts, table, trials_table, write_report
 from estune.study.compare.run import compare, record, run_job
 from estune.study.compare.train import TaskReward, run, trl_arguments
+from estune.study.jobs import LOCK
 from estune.weights.checkpoint import locate
 from tests.models import save_model
 from tests.runs import make_config, make_task
@@ -106,11 +108,9 @@ def test_tasks_that_cannot_be_compared_are_refused(tmp_path: Path, source: str, 
 
 def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
     plan, config = small(methods=["es"], seeds=[0])
-    compare(plan, config, tmp_path / "out")
-    held = closing(locked(tmp_path / "out" / "compare.json", "r+b"))
-    with held, pytest.raises(EstuneError, match="being written by another process"):
-        compare(plan, config, tmp_path / "out")
-    assert len(compare(plan, config, tmp_path / "out")) == 1
+    held = closing(locked(tmp_path / LOCK, "ab"))
+    with held, pytest.raises(EstuneError, match="in use by another comparison"):
+        compare(plan, config, tmp_path)
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"plan": {}}'])
@@ -293,5 +293,13 @@ def test_the_report_has_means_deviations_and_trials(tmp_path: Path) -> None:
     text = write_report(tmp_path, found).read_text()
     assert "50.0 ± 14.1" in text
     assert "killed" in text
-    if find_spec("matplotlib") is not None:
-        assert (tmp_path / "report.svg").read_text().lstrip().startswith("<?xml")
+    accuracy, kl = charts(by_method([*found, result("es", 2, kl=math.inf)]))
+    assert [(s.name, s.kind, list(s.y)) for s in accuracy.series] == [
+        ("ES", "points", [0.4, 0.6, 0.5]),
+        ("ES", "line", [0.5, 0.5]),
+        ("GRPO", "points", [0.2]),
+        ("GRPO", "line", [0.2, 0.2]),
+    ]
+    assert [len(s.x) for s in kl.series] == [2, 1]
+    assert ElementTree.fromstring((tmp_path / "report.svg").read_text()).get("role") == "img"
+    assert "![" not in write_report(tmp_path, found[:2]).read_text()  # nothing to draw

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from xml.etree import ElementTree
 
+import psutil
 import pytest
 
 from estune.errors import EstuneError
+from estune.files import locked
 from estune.journal.journal import FILE, Journal
+from estune.study.jobs import LOCK
 from estune.study.sweep import Space, Trial, split, sweep
-from estune.study.sweep_report import draw_effects, effects, groups, rows
+from estune.study.sweep_report import draw_effects, effect_chart, effects, groups, rows
 
 
 def settings(**changes: object) -> list[str]:
@@ -163,14 +166,9 @@ def test_an_interrupted_sweep_leaves_nothing_running(tmp_path: Path) -> None:
 
 
 def _running(run: Path) -> bool:
-    """Whether a process still writes the run: it would hold its journal."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(run).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
-                return True
-        except OSError:
-            continue
-    return False
+    """Whether a process still writes the run: it would be on its command line."""
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return any(str(run) in line for line in lines)
 
 
 def trial(value: float | None, **values: str) -> Trial:
@@ -190,31 +188,36 @@ def test_seeds_are_averaged_and_settings_ranked(tmp_path: Path) -> None:
         ["0.01", "0.3000", "0.1414", "0.2000", "0.4000", "2"],
     ]
     assert effects(found) == {"sigma": {"0.01": [0.2, 0.4], "0.1": [0.5]}, "seed": {"0": [0.2, 0.5], "1": [0.4]}}
-    pytest.importorskip("matplotlib")
-    draw_effects(found, tmp_path / "effects.png")
-    assert (tmp_path / "effects.png").read_bytes().startswith(b"\x89PNG")
+    draw_effects(found, tmp_path / "effects.svg")
+    drawn = ElementTree.fromstring((tmp_path / "effects.svg").read_text())
+    assert drawn.get("aria-label") == "eval_accuracy by sigma; eval_accuracy by seed"
     with pytest.raises(EstuneError, match="no effect to draw"):
-        draw_effects(found[:1], tmp_path / "none.png")
+        draw_effects(found[:1], tmp_path / "none.svg")
 
 
-def test_few_numbers_are_labelled_and_many_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = pytest.importorskip("matplotlib.figure")
-    drawn: list[Any] = []
-    save = figure.Figure.savefig
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: (drawn.append(self), save(self, path)))
+def test_few_numbers_are_labelled_and_many_are_not() -> None:
     rates = [f"{0.001 * 1.2**i:.4g}" for i in range(20)]
     found = [
         trial(0.1 + i / 40, sigma=rate, population=str(10 + i % 8), mirrored=("true", "false")[i % 2])
         for i, rate in enumerate(rates)
     ]
-    draw_effects(found, tmp_path / "effects.png")
-    many, few, named = drawn[0].axes
-    assert not many.lines
-    assert len(many.get_xticklabels()) < 10
-    assert len(many.collections) == 20
-    assert [len(axes.lines) for axes in (few, named)] == [1, 1]
-    assert [label.get_text() for label in few.get_xticklabels()] == [str(10 + i) for i in range(8)]
-    assert [label.get_text() for label in named.get_xticklabels()] == ["true", "false"]
+    by = effects(found)
+    many, few, named = (effect_chart(name, by[name], "eval_accuracy") for name in ("sigma", "population", "mirrored"))
+    assert [s.kind for s in many.series] == ["points"]
+    assert len(many.series[0].x) == 20
+    assert [tick.text for tick in many.x_ticks] == ["0.001", "0.003", "0.01", "0.03"]
+    assert [[s.kind for s in chart.series] for chart in (few, named)] == [["points", "dots"]] * 2
+    assert [tick.text for tick in few.x_ticks] == [str(10 + i) for i in range(8)]
+    assert [tick.text for tick in named.x_ticks] == ["true", "false"]
+    assert list(named.series[1].y) == pytest.approx([0.325, 0.35])  # means of every second of 0.1, 0.125, ...
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    held = closing(locked(folder / LOCK, "ab"))
+    with held, pytest.raises(EstuneError, match=r"sweep is in use by another sweep; wait for it or stop it"):
+        sweep(folder, None, [*settings(), "sweep.seed=0,1"])
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"settings": {}}'])

@@ -44,7 +44,7 @@ app.command("eval", context_settings=SETTINGS)(runs.evaluate)
 app.command("replay")(runs.replay)
 app.command("report")(studies.report)
 app.command("probe", context_settings=SETTINGS)(studies.probe)
-# The children of these two, unlike those of training, do not end with their parent.
+# These two ask their children to end, and wait for them, before they end by SIGTERM.
 app.command("sweep", context_settings=SETTINGS)(terminable()(studies.sweep))
 app.command("compare", context_settings=SETTINGS)(terminable()(studies.compare))
 app.command("estimate", context_settings=SETTINGS)(estimate.estimate)

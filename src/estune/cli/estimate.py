@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from estune.cli.options import ConfigFile, overrides_of
-from estune.cli.output import say, wide_console
+from estune.cli.output import say, say_table
 
 if TYPE_CHECKING:
     from estune.study.estimate.estimate import Estimate
@@ -46,8 +44,7 @@ def estimate(
 
 
 def _say_estimate(found: Estimate) -> None:
-    """Tables without lines, as wide as the terminal, or as they need to be in a file."""
-    console, work, device = wide_console(), found.work, found.device
+    work, device = found.work, found.device
     count = f"{work.devices} x " if work.devices > 1 else ""
     say(
         f"{found.model}: {found.shape.parameters:,} parameters; {work.population} members x {work.prompts} prompts, "
@@ -55,47 +52,34 @@ def _say_estimate(found: Estimate) -> None:
     )
     who = "a replica" if work.workers is None else "a worker"
     each = f", on each of its {work.parallel} GPUs" if work.parallel > 1 else ""
-    _say_items(console, f"memory of {who}{each}", found.memory, _size)
-    _say_items(console, "time of a step, estimated", found.time, _duration)
-    table = _grid("memory of reinforcement learning, all its devices together", "GRPO", "PPO", "")
-    methods = {m: {item.name: item for item in items} for m, items in found.reinforcement_learning.items()}
-    for name, item in methods["PPO"].items():
-        grpo = methods["GRPO"].get(name)
-        table.add_row(name, _size(grpo.amount) if grpo else "", _size(item.amount), item.how)
-    sums = (sum(item.amount for item in items.values()) for items in methods.values())
-    table.add_row("in all", *map(_size, sums), "", style="bold")
-    console.print(table)
-    table = _grid("what fits", "on all devices", "on the host", "devices", "to this run", "")
+    _say_items(f"memory of {who}{each}", found.memory, _size)
+    _say_items("time of a step, estimated", found.time, _duration)
+    _say_reinforcement_learning(found)
+    rows = [["", "on all devices", "on the host", "devices", "to this run", ""]]
     for choice in found.choices:
-        table.add_row(
-            choice.name,
-            _size(choice.needed),
-            _size(choice.host) if choice.host else "",
-            "too large" if choice.devices is None else str(choice.devices),
-            f"{choice.needed / found.choices[0].needed:.1f}",
-            "",
-        )
-    console.print(table)
+        host = _size(choice.host) if choice.host else ""
+        devices = "too large" if choice.devices is None else str(choice.devices)
+        share = f"{choice.needed / found.choices[0].needed:.1f}"
+        rows.append([choice.name, _size(choice.needed), host, devices, share, ""])
+    say_table(rows, title="what fits", remarks=True)
     say(f"\n{found.advice}")
 
 
-def _say_items(console: Console, title: str, items: list[Item], show: Callable[[float], str]) -> None:
-    table = _grid(title, "", "")
-    for item in items:
-        table.add_row(item.name, show(item.amount), item.how)
-    table.add_row("in all", show(sum(item.amount for item in items)), style="bold")
-    console.print(table)
+def _say_items(title: str, items: Sequence[Item], show: Callable[[float], str]) -> None:
+    rows = [[item.name, show(item.amount), item.how] for item in items]
+    whole = ["in all", show(sum(item.amount for item in items)), ""]
+    say_table([["", "", ""], *rows, whole], title=title, remarks=True, total=True)
 
 
-def _grid(title: str, *columns: str) -> Table:
-    """A table of names, right-aligned figures, and a last column without a heading for what is said about them."""
-    table = Table(box=None, title=f"\n{title}", title_justify="left", title_style="bold", pad_edge=False)
-    table.show_header = any(columns)
-    table.add_column("", no_wrap=True)
-    for i, column in enumerate(columns):
-        last = i == len(columns) - 1
-        table.add_column(column, justify="left" if last else "right", no_wrap=not last)
-    return table
+def _say_reinforcement_learning(found: Estimate) -> None:
+    """Memory by method; what GRPO does without is empty there."""
+    grpo, ppo = ({item.name: item for item in found.reinforcement_learning[m]} for m in ("GRPO", "PPO"))
+    rows = [["", "GRPO", "PPO", ""]]
+    for name, item in ppo.items():
+        rows.append([name, _size(grpo[name].amount) if name in grpo else "", _size(item.amount), item.how])
+    sums = [_size(sum(item.amount for item in items.values())) for items in (grpo, ppo)]
+    title = "memory of reinforcement learning, all its devices together"
+    say_table([*rows, ["in all", *sums, ""]], title=title, remarks=True, total=True)
 
 
 def _size(count: float) -> str:

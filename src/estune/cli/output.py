@@ -13,14 +13,27 @@ def say(text: str) -> None:
     Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def say_table(rows: Sequence[Sequence[str]], names: int = 1) -> None:
-    """Print a table: a heading, then rows; the first columns are names, the others figures."""
+def say_table(
+    rows: Sequence[Sequence[str]], names: int = 1, *, title: str = "", remarks: bool = False, total: bool = False
+) -> None:
+    """Print a table: a heading, then rows; the first columns are names, the others figures.
+
+    Args:
+        rows: cells; a heading of nothing but empty ones is left out.
+        names: columns of names.
+        title: stands above it.
+        remarks: the last column says something of the figures.
+        total: the last row is the sum of those above.
+    """
     head, *body = rows
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
+    table.title = f"\n{title}" if title else None
+    table.show_header = any(head)
     for i, heading in enumerate(head):
-        table.add_column(heading, justify="left" if i < names else "right", no_wrap=True)
-    for row in body:
-        table.add_row(*row)
+        is_remark = remarks and i == len(head) - 1
+        table.add_column(heading, justify="left" if i < names or is_remark else "right", no_wrap=not is_remark)
+    for i, row in enumerate(body):
+        table.add_row(*row, style="bold" if total and i == len(body) - 1 else None)
     wide_console().print(table, markup=False)
 
 

@@ -105,7 +105,7 @@ def sweep(
     done = [trial for trial in found if trial.error is None]
     if done and not any(metric in trial.metrics for trial in done):
         raise EstuneError(f"--metric {metric}: no run has it; there are {', '.join(sorted(done[0].metrics))}")
-    picture = output_dir / "effects.png"
+    picture = output_dir / "effects.svg"
     try:
         draw_effects(found, picture, metric)
         say(f"effects of each setting: {picture}")

@@ -22,6 +22,7 @@ from estune.errors import EstuneError
 # glibc's mallopt parameters, from malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _CACHE_LINE = 64
+LOGITS_BYTES = 3 * 4  # a logit in float32, and what softmax or argmax keeps beside it
 
 
 @functools.cache
@@ -69,6 +70,17 @@ def group_limits(root: Path = Path("/")) -> list[int]:
             text = file.read_text().strip() if file.is_file() else "max"
             limits += [int(text)] if text.isdigit() else []
     return limits
+
+
+def fitting_rows(memory: int, *, cache: int, vocabulary: int, most: int) -> int:
+    """Rows that a decoder takes at once: as many as fit, at most `most`, and one at least.
+
+    Args:
+        memory: bytes for a batch.
+        cache: bytes of the keys and values of a row.
+        vocabulary: logits of a row.
+    """
+    return max(1, min(most, memory // (cache + LOGITS_BYTES * vocabulary)))
 
 
 @contextmanager

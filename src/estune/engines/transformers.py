@@ -16,7 +16,7 @@ from estune.engines.decode import Decoder, unsupported
 from estune.engines.generate import GenerateDecoder
 from estune.engines.graph import CudaRecorder, GraphDecoder, uncapturable
 from estune.engines.loading import end_tokens, load_model, load_tokenizer, pad_token
-from estune.engines.memory import keep_freed_memory, memory_for, total_memory
+from estune.engines.memory import fitting_rows, keep_freed_memory, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
 from estune.engines.score import log_probabilities
 from estune.errors import EstuneError
@@ -143,6 +143,5 @@ class TransformersEngine(PromptEncoder):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         cache = 2 * config.num_hidden_layers * heads * width * slots * self.model.dtype.itemsize
-        logits = 3 * 4 * config.vocab_size  # in float32, with what softmax or argmax keeps beside them
-        limit = MAX_ROWS.get(self.device.type, MAX_ROWS_ELSEWHERE)
-        return max(1, min(limit, self._batch_memory // int(cache + logits)))
+        most = MAX_ROWS.get(self.device.type, MAX_ROWS_ELSEWHERE)
+        return fitting_rows(self._batch_memory, cache=cache, vocabulary=config.vocab_size, most=most)

@@ -6,22 +6,17 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import os
 import pickle
 import resource
-import signal
 import sys
-import threading
 from dataclasses import dataclass, field
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+from estune.children import end_with_parent
 from estune.grading.convention import Log, TrainerState, arguments, as_scores, describe, is_async
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +51,7 @@ class Verdict:
 
 def main() -> None:
     """Serve calls from the connection whose file descriptor is named on the command line until it is closed."""
-    _end_with_parent()
+    end_with_parent(with_thread=True)
     connection = Connection(int(sys.argv[1]))
     try:
         functions = _prepare(connection.recv())
@@ -109,15 +104,3 @@ def _grade(function: Any, call: Call) -> Verdict:
 
 async def _awaited(returned: Any) -> Any:
     return await returned
-
-
-def _end_with_parent() -> None:
-    """Die with the parent, even in the middle of a regular expression, which no thread of ours can interrupt."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_end_at_end_of_input, daemon=True).start()
-
-
-def _end_at_end_of_input() -> None:
-    os.read(0, 1)  # the parent writes nothing: this returns when it is gone
-    os._exit(0)

@@ -7,10 +7,8 @@ our own, instead of `multiprocessing`'s, leaves the user's main module alone, an
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +18,7 @@ from multiprocessing.managers import BaseManager
 from pathlib import Path
 from typing import Any
 
+from estune.children import die_with_thread, end_with_parent
 from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.es.strategy import Member, Update
@@ -28,8 +27,6 @@ from estune.pool.base import Evaluated
 from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.replica import Replica
 from estune.weights.base import Share
-
-_PR_SET_PDEATHSIG = 1
 
 
 class _Manager(BaseManager):
@@ -192,16 +189,10 @@ class WorkerProcess:
 
 def main() -> None:
     """Serve a replica at the socket named on the command line until standard input ends."""
-    if sys.platform == "linux":  # even if it is stopped then, and no thread of its own could notice
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_thread()  # stopped, it could not notice that its input ends
     key = bytes.fromhex(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(with_thread=False)
     _Manager(sys.argv[1], key).get_server().serve_forever()
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(0)
 
 
 if __name__ == "__main__":

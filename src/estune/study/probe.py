@@ -29,11 +29,11 @@ FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 # Share of the base's reward, above the worst that any member fell to, that the mean over members has to keep.
 KEPT = 0.5
 COLLAPSED = 0.1
-# So many times the spread of repeated evaluations is a spread over members that tells good directions from bad ones.
+# A spread over members tells good directions from bad ones if it is this many times that of repeated evaluations.
 ABOVE_NOISE = 2.0
-# So much of a mean, the deviation of equal numbers from it is rounding.
+# A deviation of no more than this share of the mean is the rounding of equal numbers.
 ROUNDING = 1e-12
-# Members' seeds are those of a step that no run gets to.
+# Members have the seeds of a step that no run reaches.
 STEP = 1 << 39
 
 
@@ -164,7 +164,10 @@ class _Probing:
     """Prompts of the run's first step, who answers them, and who grades the answers."""
 
     def __init__(self, config: Config, task: Task, pool: Pool, grading: Grading, prompts: int) -> None:
-        self.config, self.task, self.pool, self.grading = config, task, pool, grading
+        self.config = config
+        self.task = task
+        self.pool = pool
+        self.grading = grading
         chosen = StagedOrder(len(task.train), task.stages, prompts, config.seed).rows(0)
         self.rows = [task.train[i] for i in chosen]
         encoder = open_encoder(config)
@@ -231,7 +234,8 @@ class _Probing:
         clipped = sum(not c.finished for c, _ in pairs) / len(pairs)
         before = sum(not c.finished for c in base.completions) / len(base.completions)
         mean, spread = mean_and_std(rewards)
-        accuracy, right = statistics.fmean(map(self._accuracy, graded)), self._accuracy(base)
+        accuracy = statistics.fmean(map(self._accuracy, graded))
+        right = self._accuracy(base)
         kept = [1.0]
         if reward > worst:
             kept.append((mean - worst) / (reward - worst))

@@ -1,7 +1,7 @@
 """Many runs with different settings: each a run of its own in a process of its own, under one directory.
 
-What is done is told by the runs' own journals, so a sweep that was cut off goes on where it was: what is finished is
-kept, a run that was cut is resumed, one that failed is tried again.
+The runs' own journals tell what is done, so a sweep that was cut off goes on where it was: what is finished is kept, a
+run that was cut off is resumed, one that failed is tried again.
 """
 
 from __future__ import annotations
@@ -10,25 +10,24 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
 from estune.config import Config, merge, parse, read
 from estune.errors import EstuneError
-from estune.files import read_claim, write_text
-from estune.journal.journal import FILE, EvaluationRecord, Journal
+from estune.files import write_text
+from estune.journal.journal import FILE, Journal
 from estune.run.directory import RunDirectory
+from estune.study.jobs import Jobs, claimed
 
-T = TypeVar("T")
-
-SETTINGS, STUDY = "sweep.json", "optuna.log"
+SETTINGS = "sweep.json"
+STUDY = "optuna.log"
 PREFIX = "sweep."
 DOTS = ".."
 METRICS = ("eval_accuracy", "eval_reward")
@@ -84,9 +83,11 @@ def split(overrides: Sequence[str]) -> tuple[list[str], Space]:
     """Tell what is swept, `sweep.KEY=...`, from the settings that all runs share.
 
     Raises:
-        EstuneError: nothing is swept, a value is given twice, or a range is none.
+        EstuneError: nothing is swept, a value is given twice, or the ends of a range are wrong.
     """
-    shared, grid, ranges = [], {}, {}
+    shared = []
+    grid = {}
+    ranges = {}
     for override in overrides:
         key, _, text = override.partition("=")
         if not key.startswith(PREFIX):
@@ -105,7 +106,7 @@ def split(overrides: Sequence[str]) -> tuple[list[str], Space]:
 
 
 def _range(name: str, text: str) -> Range:
-    """Whole numbers, if both ends are written so."""
+    """Its two ends: whole numbers, if both are written so."""
     low, _, high = (part.strip() for part in text.partition(DOTS))
     if low.isdecimal() and high.isdecimal() and int(low) < int(high):
         return int(low), int(high)
@@ -158,8 +159,8 @@ def sweep(
     points = space.points()
     for point in points:
         runner.config(point)
-    _claim(folder, {"settings": settings, "grid": space.grid})
-    return runner.run_all(jobs, lambda point: runner.run(name_of(point), point), points)
+    with _claimed(folder, {"settings": settings, "grid": space.grid}):
+        return runner.jobs.each(lambda point: runner.run(name_of(point), point), points, jobs)
 
 
 def name_of(values: Values) -> str:
@@ -171,9 +172,10 @@ class _Runner:
     """Runs trials, each by the command that a person would give."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], told: Callable[[Trial], None]) -> None:
-        self.folder, self.settings, self.told = folder, settings, told
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._interrupted = False
+        self.folder = folder
+        self.settings = settings
+        self.told = told
+        self.jobs = Jobs()
 
     def config(self, values: Values) -> Config:
         """The settings of a trial.
@@ -183,33 +185,21 @@ class _Runner:
         """
         return parse(self._settings(values), f"sweep {name_of(values)}")
 
-    def run_all(self, jobs: int, work: Callable[[T], Trial], items: Iterable[T]) -> list[Trial]:
-        """Do the work for each item, `jobs` at a time; what is running does not outlive an interruption."""
-        with ThreadPoolExecutor(jobs) as threads:
-            try:
-                return list(threads.map(work, items))
-            except BaseException:
-                self._interrupted = True
-                threads.shutdown(wait=False, cancel_futures=True)
-                for process in list(self._running):
-                    process.terminate()
-                raise
-
     def run(self, name: str, values: Values) -> Trial:
         """Run a trial to its end, wherever it was."""
-        run, steps = self.folder / name, self.config(values).steps
+        run = self.folder / name
+        steps = self.config(values).steps
         if _is_done(run, steps):
             return self._trial(name, values)
-        code = self._process(name, values)
-        if code == 0 and _is_done(run, steps):
-            trial = self._trial(name, values)
-        else:
-            why = f"exit code {code}" if code else "interrupted"
-            trial = Trial(name, values, {}, _last_line(self._log(name)) if code > 0 else why)
+        error = self._train(name, values)
+        if error is None and not _is_done(run, steps):
+            error = "interrupted"
+        trial = self._trial(name, values) if error is None else Trial(name, values, {}, error)
         self.told(trial)
         return trial
 
-    def _process(self, name: str, values: Values) -> int:
+    def _train(self, name: str, values: Values) -> str | None:
+        """Train, or go on with it where it was cut off; why that failed, or None."""
         run = self.folder / name
         if (run / FILE).is_file():
             # An interruption's, if any: with it, a run that is cut off after its last step passes for a whole one.
@@ -220,28 +210,16 @@ class _Runner:
             config = self.folder / f"{name}.yaml"
             write_text(config, yaml.safe_dump(self._settings(values), sort_keys=False))
             arguments = ["--config", str(config), "--output-dir", str(run)]
-        command = [sys.executable, "-m", "estune.cli", "train", *arguments]
-        with self._log(name).open("a") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-            self._running.add(process)
-            if self._interrupted:  # between two runs
-                process.terminate()
-            try:
-                return process.wait()
-            finally:
-                self._running.discard(process)
+        return self.jobs.run("estune.cli", "train", *arguments, log=self.folder / f"{name}.log")
 
     def _settings(self, values: Values) -> dict[str, Any]:
         return merge(dict(self.settings), read(None, [f"{key}={value}" for key, value in values.items()]))
-
-    def _log(self, name: str) -> Path:
-        return self.folder / f"{name}.log"
 
     def _trial(self, name: str, values: Values) -> Trial:
         journal = Journal.read(self.folder / name)
         if not journal.evaluations:
             return Trial(name, values, {}, "the task has no evaluation set to judge the run by")
-        return Trial(name, values, dict(_best(journal).metrics))
+        return Trial(name, values, dict(journal.best.metrics) if journal.best else {})
 
 
 def _is_done(run: Path, steps: int) -> bool:
@@ -261,51 +239,55 @@ def _is_done(run: Path, steps: int) -> bool:
         return not journal.evaluations or journal.evaluations[-1].step >= steps
     if patience is None or not journal.evaluations:
         return False
-    best = _best(journal).step
+    best = journal.best.step if journal.best else 0
     return sum(e.step > best for e in journal.evaluations) >= int(patience)
 
 
-def _best(journal: Journal) -> EvaluationRecord:
-    return max(journal.evaluations, key=lambda e: tuple(e.metrics[m] for m in METRICS))
+def _claimed(folder: Path, mine: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Have the folder, with what is swept in it. A grid may grow, a search may not.
 
+    Raises:
+        EstuneError: there is another sweep in it, or another process works on it.
+    """
+    mine = json.loads(json.dumps(mine, default=str))
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
-    return lines[-1].strip()[:300] if lines else ""
-
-
-def _claim(folder: Path, mine: Mapping[str, Any]) -> None:
-    """Keep what is swept with the runs, and refuse to mix those of two sweeps. A grid may grow, a search may not."""
-    path, mine = folder / SETTINGS, json.loads(json.dumps(mine, default=str))
-    if path.is_file():
-        there = read_claim(path, "settings", "grid")
+    def check(there: Mapping[str, Any]) -> None:
         if there["settings"] != mine["settings"] or there.keys() != mine.keys():
             raise EstuneError(f"{folder} holds a sweep with other settings; give the same, or another --output-dir")
-        if list(there.get("grid", {})) != list(mine.get("grid", {})) or there.get("ranges") != mine.get("ranges"):
+        if list(there["grid"]) != list(mine["grid"]) or there.get("ranges") != mine.get("ranges"):
             raise EstuneError(f"{folder} holds a sweep of other settings; sweep the same, or give another --output-dir")
-        other = [name for name, listed in mine.get("grid", {}).items() if listed != there["grid"][name]]
+        other = [name for name, listed in mine["grid"].items() if listed != there["grid"][name]]
         if "ranges" in mine and other:  # Optuna's choices cannot change
             raise EstuneError(
                 f"{folder} holds a search over other values of {', '.join(other)}; give the same, or another "
                 "--output-dir"
             )
-    elif folder.exists() and any(folder.iterdir()):
-        raise EstuneError(f"output_dir {folder} is not empty and holds no sweep; give another --output-dir")
-    write_text(path, json.dumps(mine, indent=2))
+
+    return claimed(folder, SETTINGS, "sweep", mine, ("settings", "grid"), check)
 
 
 def _search(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -> list[Trial]:
-    try:
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError as error:
-        raise EstuneError("--search optuna needs Optuna; install it with `pip install 'estune[sweep]'`") from error
+    """Check all that may be chosen, then run the trials of a search.
+
+    Raises:
+        EstuneError: Optuna is not installed, or values that may be chosen are none of their setting's.
+    """
+    if find_spec("optuna") is None:
+        raise EstuneError("--search optuna needs Optuna; install it with `pip install 'estune[sweep]'`")
     for end in (0, 1):
         ends = {name: str(found[end]) for name, found in space.ranges.items()}
         for listed in Space(space.grid, {}).points():
             runner.config(listed | ends)
-    _claim(runner.folder, {"settings": runner.settings, "grid": space.grid, "ranges": space.ranges})
+    with _claimed(runner.folder, {"settings": runner.settings, "grid": space.grid, "ranges": space.ranges}):
+        return _choose(runner, space, jobs, count, metric)
+
+
+def _choose(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -> list[Trial]:
+    """Run trials, each with the values that Optuna chooses by those before it."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name="sweep",
@@ -329,7 +311,7 @@ def _search(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -
         return trial
 
     first = list(begun.values())[:count]
-    return runner.run_all(jobs, one, [*first, *[None] * (count - len(first))])
+    return runner.jobs.each(one, [*first, *[None] * (count - len(first))], jobs)
 
 
 def _suggest(asked: Any, space: Space) -> dict[str, Any]:

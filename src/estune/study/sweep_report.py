@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from estune.errors import EstuneError
+from estune.study.chart import Plot, Series
+from estune.study.picture import draw
 from estune.study.sweep import METRICS, Trial, Values, name_of
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 LABELLED = 8
-"""So many numbers are told apart on an axis, each with its label; more are a search's, each with a run of its own."""
+"""Numbers on an axis that have a label each; where there are more, they are a search's, and each has one run."""
 
 
 def groups(trials: Sequence[Trial], metric: str = METRICS[0]) -> list[tuple[Values, list[float]]]:
@@ -59,50 +57,37 @@ def effects(trials: Sequence[Trial], metric: str = METRICS[0]) -> dict[str, dict
 
 
 def draw_effects(trials: Sequence[Trial], path: Path, metric: str = METRICS[0]) -> None:
-    """Draw the effect of each swept setting: a point a trial. The ending names the format.
+    """Draw the effect of each swept setting as SVG: a point a trial.
 
     Where a setting has few values, each is labelled, and a line goes through the means.
 
     Raises:
-        EstuneError: matplotlib is not installed, or nothing varies.
+        EstuneError: nothing varies, or the file's name is no SVG's.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EstuneError("a picture needs matplotlib; install it with `pip install matplotlib`") from error
     found = effects(trials, metric)
     if not found:
         raise EstuneError("no setting of the sweep has two values with finished runs: there is no effect to draw")
-    figure = Figure(figsize=(3.4 * len(found), 3), layout="constrained")
-    for axes, (name, by) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        _draw_effect(axes, by)
-        axes.set_xlabel(name)
-        axes.set_ylabel(metric)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e6e6")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    draw([effect_chart(name, by, metric) for name, by in found.items()], path)
 
 
-def _draw_effect(axes: Axes, by: dict[str, list[float]]) -> None:
-    from matplotlib.ticker import LogLocator
+def effect_chart(setting: str, by: Mapping[str, Sequence[float]], metric: str) -> Plot:
+    """The metric of all trials at each value of a setting."""
+    numbers = _numbers(by)
+    places = numbers or [float(i) for i in range(len(by))]  # names stand side by side
+    points = [(place, value) for place, values in zip(places, by.values(), strict=True) for value in values]
+    series = [Series("a run", [x for x, _ in points], [y for _, y in points], "points")]
+    many = numbers is not None and len(by) > LABELLED
+    if not many:
+        means = sorted(zip(places, map(statistics.fmean, by.values()), strict=True))
+        series.append(Series("mean", [x for x, _ in means], [y for _, y in means], "dots"))
+    wide = numbers is not None and min(places) > 0 and max(places) / min(places) >= (10 if many else 4)
+    labels = {} if many else dict(zip(places, by, strict=True))
+    return Plot(setting, metric, series, buttons=False, along=setting, labels=labels, log=wide)
 
+
+def _numbers(values: Iterable[str]) -> list[float] | None:
+    """The values as numbers; None where one is none."""
     try:
-        places, numbers = [float(value) for value in by], True
+        return [float(value) for value in values]
     except ValueError:
-        places, numbers = [float(i) for i in range(len(by))], False  # names stand side by side
-    for place, values in zip(places, by.values(), strict=True):
-        axes.scatter([place] * len(values), values, color="#8db4de", s=18)
-    many = numbers and len(by) > LABELLED
-    if numbers and min(places) > 0 and max(places) / min(places) >= (10 if many else 4):
-        axes.set_xscale("log")
-    if many:
-        if axes.get_xscale() == "log" and max(places) / min(places) < 1000:  # too few powers of ten to go by
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter("")
-        return
-    means = sorted(zip(places, map(statistics.fmean, by.values()), strict=True))
-    axes.plot(*zip(*means, strict=True), color="#2f6db3", marker="o")
-    axes.set_xticks(places, list(by), minor=False)
-    axes.set_xticks([], minor=True)
+        return None

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import make_temporary, remove_temporary
@@ -123,7 +125,7 @@ def _guard(folder: str, started: set[int]) -> subprocess.Popen[bytes]:
     Ray's agents, children of the processes that it started here, notice, and then wait for a server that is no more.
     Their starting times tell them from whoever may have got their numbers since.
     """
-    agents = [f"{pid}:{_stat(pid)[19]}" for child in started for pid in _children(child)]
+    agents = [f"{pid}:{_begun(pid)}" for child in started for pid in _children(child)]
     script = (
         'cat; folder=$1; shift; for a in "$@"; do p=${a%%:*}; '
         '[ "$(sed "s/.*) //" "/proc/$p/stat" | cut -d " " -f 20)" = "${a#*:}" ] && kill -9 "$p"; done; '
@@ -139,21 +141,19 @@ def _guard(folder: str, started: set[int]) -> subprocess.Popen[bytes]:
 
 
 def _children(parent: int) -> list[int]:
-    """Processes that a process has started; on other systems than Linux none is found."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        pid = int(file.parent.name)
-        if _stat(pid)[1] == str(parent):
-            found.append(pid)
-    return found
-
-
-def _stat(pid: int) -> list[str]:
-    """What the system tells of a process from its state on: its parent second, its starting time twentieth."""
+    """Processes that a process has started and that still run."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it ended in the meantime
-        return [""] * 20
+        return [child.pid for child in psutil.Process(parent).children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _begun(pid: int) -> str:
+    """When a process started, as the guard's shell reads it (Linux); nothing where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def _join(address: str, quiet: dict[str, Any]) -> None:

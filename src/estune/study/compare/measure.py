@@ -25,7 +25,7 @@ def measure(checkpoint: Path, base: Path, config: Config, task: Task, short_toke
         base: what it was trained from.
         config: the settings, of which the engine's and the longest completion are used.
         task: its evaluation set and rewards.
-        short_tokens: an answer of so many tokens is short; by default, half of the base's mean length.
+        short_tokens: an answer of at most as many tokens is short; by default, half of the base's mean length.
 
     Returns:
         base_accuracy, that of the base; accuracy, reward, length (mean, in tokens) and clipped (share) of greedy
@@ -64,7 +64,7 @@ def measure(checkpoint: Path, base: Path, config: Config, task: Task, short_toke
 
 
 def short_but_wrong(task: Task, graded: Graded, short_tokens: int) -> float:
-    """Share of all completions that have at most so many tokens and are not fully right."""
+    """Share of all completions that have at most `short_tokens` tokens and are not fully right."""
     found = 0
     for i, completion in enumerate(graded.completions):
         scores = {name: [graded.grades.scores[name][i]] for name in task.accuracies}
@@ -74,7 +74,11 @@ def short_but_wrong(task: Task, graded: Graded, short_tokens: int) -> float:
 
 
 def divergence(trained: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> float:
-    """Mean over all tokens of r - 1 - log r, r = p_base / p_trained, from log-probabilities of equal shape."""
+    """Mean over all tokens of r - 1 - log r, r = p_base / p_trained.
+
+    Args:
+        trained, base: log-probabilities in nats of the same tokens: a list a completion, a number a token.
+    """
     ratios = [b - t for ours, theirs in zip(trained, base, strict=True) for t, b in zip(ours, theirs, strict=True)]
     # A token that only the base would write could overflow: it cannot be drawn from the trained model but by rounding.
     return math.fsum(math.expm1(min(r, 80.0)) - r for r in ratios) / len(ratios)

@@ -15,7 +15,7 @@ from estune.errors import EstuneError
 
 Method = Literal["es", "grpo", "dr_grpo", "dapo", "rloo"]
 METHODS: tuple[Method, ...] = ("es", "grpo", "dr_grpo", "dapo", "rloo")
-# From what models of billions of parameters are trained with to what very small ones are.
+# From rates for models of billions of parameters to rates for very small ones.
 RATES = (1e-6, 1e-5, 1e-4, 1e-3)
 MICRO_BATCH = 32
 
@@ -59,7 +59,7 @@ class Plan(BaseModel):
     batch: int = Field(256, ge=2)  # completions of an RL step
     rl_temperature: float = Field(1.0, gt=0)
     beta: float = Field(0.0, ge=0)  # weight of the KL penalty
-    short_tokens: int | None = Field(None, ge=1)  # an answer of so many tokens is short
+    short_tokens: int | None = Field(None, ge=1)  # an answer of at most as many tokens is short
 
     def check(self, config: Config) -> None:
         """Refuse what cannot be compared.

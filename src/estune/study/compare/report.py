@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.files import replacing, write_text
+from estune.files import write_text
+from estune.study import picture
+from estune.study.chart import Plot, Series
 from estune.study.compare.plan import at_an_end, best_tried
+from estune.study.table import markdown, spread
 
 Result = Mapping[str, Any]
 NAMES = {"es": "ES", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "rloo": "RLOO"}
@@ -72,23 +75,8 @@ def trials_table(results: Sequence[Result]) -> list[list[str]]:
     return [["method", "rate", "accuracy %", "reward", "KL"], *rows]
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
-    head, *body = rows
-    aligned = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, aligned, *body))
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, of two values or more, the standard deviation of the sample; nothing of none."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):,.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):,.{digits}f}"
-
-
 def write_report(folder: Path, results: Sequence[Result]) -> Path:
-    """Write `report.md`, and `report.svg` beside it where matplotlib is installed; return the former."""
+    """Write `report.md`, and `report.svg` beside it if there is anything to draw; return the former."""
     parts = ["# Comparison", markdown(table(results))]
     if any(r["job"]["trial"] for r in results):
         parts += [f"{END} at an end of the rates that were tried: others may be better."]
@@ -96,48 +84,45 @@ def write_report(folder: Path, results: Sequence[Result]) -> Path:
     failed = [f"- {r['job']}: {r['error']}" for r in results if "error" in r]
     if failed:
         parts += ["Runs that failed:", "\n".join(failed)]
-    try:
+    if by_method(results):
         draw(results, folder / "report.svg")
         parts.insert(1, "![accuracy of each method](report.svg)")
-    except EstuneError:
-        pass  # the table says all that the picture does
     path = folder / "report.md"
     write_text(path, "\n\n".join(parts) + "\n")
     return path
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Draw accuracy, and accuracy against KL, a point a run and a line at each method's mean.
+    """Draw accuracy, and accuracy against KL, as SVG: a point a run, and a line at each method's mean.
 
     Raises:
-        EstuneError: matplotlib is not installed, or there is nothing to draw.
+        EstuneError: there is nothing to draw, or the file's name is no SVG's.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EstuneError("a picture needs matplotlib; install it with `pip install matplotlib`") from error
-    groups = by_method(results)
-    if not groups:
+    found = by_method(results)
+    if not found:
         raise EstuneError("no run of the comparison has come to an end: there is nothing to draw")
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for place, (method, runs) in enumerate(groups.items()):
-        accuracy = [100 * r["accuracy"] for r in runs]
-        color = "#2f6db3" if method == "es" else f"C{place}"
-        left.scatter([place] * len(runs), accuracy, color=color, zorder=3, alpha=0.8)
-        left.hlines(statistics.fmean(accuracy), place - 0.3, place + 0.3, color=color)
-        right.scatter([r["kl"] for r in runs], accuracy, color=color, label=NAMES[method], alpha=0.8)
-    left.set_xticks(range(len(groups)), [NAMES[m] for m in groups])
-    left.set_ylabel("accuracy %")
-    left.set_ylim(0, 1.05 * max(1.0, *(100 * r["accuracy"] for runs in groups.values() for r in runs)))
-    right.set_xlabel("KL to the base, nats a token")
-    right.set_ylim(left.get_ylim())
-    if all(r["kl"] > 0 and math.isfinite(r["kl"]) for runs in groups.values() for r in runs):
-        right.set_xscale("log")
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e6e6")
-        axes.set_axisbelow(True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    picture.draw(charts(found), path)
+
+
+def charts(found: Mapping[str, Sequence[Result]]) -> list[Plot]:
+    """Accuracy of each method's runs, and against KL where that is finite."""
+    accuracies: list[Series] = []
+    divergences: list[Series] = []
+    for place, (method, runs) in enumerate(found.items()):
+        name = NAMES[method]
+        colour = list(NAMES).index(method)
+        accuracy = [r["accuracy"] for r in runs]
+        mean = statistics.fmean(accuracy)
+        accuracies.append(Series(name, [place] * len(runs), accuracy, "points", owner=method, colour=colour))
+        accuracies.append(Series(name, [place - 0.3, place + 0.3], [mean, mean], owner=method, colour=colour))
+        apart = [r for r in runs if math.isfinite(r["kl"])]
+        kl = [r["kl"] for r in apart]
+        divergences.append(Series(name, kl, [r["accuracy"] for r in apart], "points", owner=method, colour=colour))
+    labels = {float(place): NAMES[method] for place, method in enumerate(found)}
+    drawn = [Plot("accuracy", "accuracy", accuracies, percent=True, from_zero=True, buttons=False, labels=labels)]
+    every = [x for s in divergences for x in s.x]
+    if every:
+        along = "KL to the base, nats a token"
+        wide = min(every) > 0
+        drawn.append(Plot("kl", "accuracy", divergences, percent=True, from_zero=True, along=along, log=wide))
+    return drawn

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.files import locked, make_folder, read_claim, write_text
+from estune.files import make_folder, write_text
 from estune.study.compare.plan import Job, Plan, at_an_end, read_results
+from estune.study.jobs import Jobs, claimed
 from estune.tasks.base import Task
 from estune.weights.checkpoint import locate
 
@@ -102,8 +100,7 @@ def _check_task(task: Task) -> None:
         raise EstuneError(f"task {task.name}: it has no evaluation set to compare on")
 
 
-@contextmanager
-def _claimed(folder: Path, plan: Plan, config: Config) -> Iterator[None]:
+def _claimed(folder: Path, plan: Plan, config: Config) -> AbstractContextManager[None]:
     """Have the folder for this process alone, with what is compared in it; refuse to mix results of two comparisons.
 
     Methods, seeds and learning rates may be added: runs do not depend on which others there are. A rate that was tried
@@ -111,9 +108,8 @@ def _claimed(folder: Path, plan: Plan, config: Config) -> Iterator[None]:
     """
     settings = config.model_dump(mode="json", exclude={"seed", "output_dir"})
     mine = {"plan": plan.model_dump(exclude={"methods", "seeds", "rates"}), "config": settings}
-    path = folder / SETTINGS
-    if path.is_file():
-        there = read_claim(path, "plan", "config")
+
+    def check(there: Mapping[str, Any]) -> None:
         other = [
             key for part in mine for key in mine[part] | there[part] if mine[part].get(key) != there[part].get(key)
         ]
@@ -121,16 +117,12 @@ def _claimed(folder: Path, plan: Plan, config: Config) -> Iterator[None]:
             raise EstuneError(
                 f"{folder} holds a comparison with other {', '.join(other)}; give the same, or another --output-dir"
             )
-    elif folder.exists() and any(folder.iterdir()):
-        raise EstuneError(f"output_dir {folder} is not empty and holds no comparison; give another --output-dir")
-    else:
-        write_text(path, json.dumps(mine, indent=2))
-    with closing(locked(path, "r+b")):
         tried = {r["job"]["rate"] for r in read_results(folder)} - {None, *plan.rates}
         if tried:
             rates = ", ".join(f"{rate:g}" for rate in sorted(tried))
             raise EstuneError(f"{folder} holds runs at learning rates {rates}; give those as well")
-        yield
+
+    return claimed(folder, SETTINGS, "comparison", mine, ("plan", "config"), check)
 
 
 def _work(
@@ -163,17 +155,15 @@ def run_job(plan: Plan, job: Job, config: Config, folder: Path) -> dict[str, Any
     make_folder(folder)
     given = {"plan": plan.model_dump(), "job": job.model_dump(), "config": config.model_dump(mode="json")}
     write_text(folder / "job.json", json.dumps(given, indent=2))
-    threads = str(config.threads or 1)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "estune.study.compare.train", str(folder / "job.json")]
-    with (folder / LOG).open("w") as output:
-        code = subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, check=False
-        ).returncode
-    if code == 0:
+    error = Jobs().run(
+        "estune.study.compare.train",
+        str(folder / "job.json"),
+        log=folder / LOG,
+        OMP_NUM_THREADS=str(config.threads or 1),
+        TOKENIZERS_PARALLELISM="false",
+    )
+    if error is None:
         result: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return result
-    lines = (folder / LOG).read_text(errors="replace").strip().splitlines()
-    why = lines[-1][:300] if lines else f"exit code {code}"
-    log.warning("%s failed, the others go on: %s (%s)", job.name, why, folder / LOG)
-    return {"job": job.model_dump(), "error": why}
+    log.warning("%s failed, the others go on: %s (%s)", job.name, error, folder / LOG)
+    return {"job": job.model_dump(), "error": error}

@@ -2,7 +2,7 @@
 
 It trains, measures, and writes the result.
 
-A process of its own, because its peak of memory is then the method's, and because a crash then ends no other.
+It has a process of its own, so that the peak of memory is the method's, and a crash ends no other job.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import math
 import resource
-import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import write_text
-from estune.run.monitors.base import Metrics, Monitor, Sample
+from estune.run.monitors.base import Metrics, Monitor, Request, Sample
 from estune.study.compare.plan import Job, Plan
 from estune.tasks.base import Task
 from estune.weights.checkpoint import locate
@@ -35,11 +34,13 @@ def main() -> None:
     """Run the job that the file on the command line describes."""
     path = Path(sys.argv[1])
     given = json.loads(path.read_text())
-    plan, job, config = Plan(**given["plan"]), Job(**given["job"]), Config(**given["config"])
+    plan = Plan(**given["plan"])
+    job = Job(**given["job"])
+    config = Config(**given["config"])
     try:
         result = run(plan, job, config, path.parent)
     except EstuneError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")
     write_text(path.parent / "result.json", json.dumps(result))
 
 
@@ -62,14 +63,15 @@ def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = 
     start = time.perf_counter()
     train = _evolve if job.method == "es" else _reinforce
     checkpoint, tokens, steps = train(plan, job, config, folder, task)
-    seconds, memory = time.perf_counter() - start, _peak_memory(config.device)
+    seconds = time.perf_counter() - start
+    memory = _peak_memory(config.device)
     metrics = measure(checkpoint, locate(config.model), config, task, plan.short_tokens)
     figures = {"tokens": tokens, "steps": steps, "seconds": seconds, "memory": memory}
     return {"job": job.model_dump(), **figures, **metrics}
 
 
 class _Budget(Monitor):
-    """Ends an ES run, in the way that Ctrl-C does, after the step that spends the budget."""
+    """Asks an ES run to end after the step that spends the budget."""
 
     def __init__(self, tokens: int) -> None:
         self.budget = tokens
@@ -77,9 +79,12 @@ class _Budget(Monitor):
         self.steps = 0
 
     def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
-        self.tokens, self.steps = metrics["num_tokens"], int(metrics["step"])
-        if self.tokens >= self.budget:
-            signal.raise_signal(signal.SIGINT)
+        self.tokens = metrics["num_tokens"]
+        self.steps = int(metrics["step"])
+
+    def requests(self) -> Collection[Request]:
+        asked: list[Request] = ["stop"] if self.tokens >= self.budget else []
+        return asked
 
 
 def _evolve(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> tuple[Path, float, int]:
@@ -177,7 +182,8 @@ class TaskReward:
     __name__ = "task_reward"
 
     def __init__(self, task: Task, grading: Grading) -> None:
-        self.task, self.grading = task, grading
+        self.task = task
+        self.grading = grading
         self.tokens = 0
 
     def __call__(

@@ -27,8 +27,12 @@ from estune.study.estimate.needs import (
 from estune.study.estimate.shapes import Shape
 
 # Bytes a parameter of mixed-precision training with AdamW, 16 in all (arXiv 1910.02054, section 3.1).
-RL_WEIGHTS, RL_GRADIENTS, RL_MASTER, RL_MOMENTS = 2, 2, 4, 8
-RL_CHECKPOINT, RL_LAYER = 2, 34  # bytes a token and hidden unit: of each layer's input, and of the layer recomputed
+RL_WEIGHTS = 2
+RL_GRADIENTS = 2
+RL_MASTER = 4
+RL_MOMENTS = 8
+RL_CHECKPOINT = 2  # bytes a token and hidden unit of each layer's input
+RL_LAYER = 34  # and of the layer that is recomputed
 RL_LOGITS = 2 * 4  # bytes a token and vocabulary entry: logits in float32 and their gradient
 RL_MICRO_BATCH = 1  # sequences in one backward pass
 
@@ -39,7 +43,8 @@ def reinforcement_learning(shape: Shape, work: Work, device: Device, method: Lit
     Trainer and rollout engine share the GPUs. The rollout engine is counted with the key and value cache that ES has
     here, though such engines reserve more. Rewards come from a verifier, which takes no GPU memory.
     """
-    n, tokens = shape.parameters, RL_MICRO_BATCH * work.longest
+    n = shape.parameters
+    tokens = RL_MICRO_BATCH * work.longest
     items = [
         Item("policy's weights", n * RL_WEIGHTS, f"{n:,} x {RL_WEIGHTS} B (bfloat16)"),
         Item("policy's gradients", n * RL_GRADIENTS, f"{RL_GRADIENTS} B each; 4 where they are summed in float32"),
@@ -84,7 +89,7 @@ class Choice:
 def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> list[Choice]:
     """The run as it is set, the other ways to hold its weights, and RL for comparison.
 
-    What ES has on a device must fit there: nothing is split but by `parallel`. RL's memory is taken to be split evenly
+    What ES keeps on a device must fit there: `parallel` alone splits it. RL's memory is taken to be split evenly
     over as many devices as it takes, as ZeRO's third stage and FSDP do.
     """
     ways: list[tuple[Policy, Place]] = [("master", "device"), ("copy", "device")]
@@ -124,7 +129,7 @@ def fitting_batch(shape: Shape, work: Work, device: Device, prefill_tokens: int)
 
 
 def fitting_split(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> int:
-    """The least GPUs an engine on which the run fits as it is set, a quarter of each left for batches; 0 if none do."""
+    """The fewest GPUs an engine on which the run fits with a quarter of each left for batches; 0 if none do."""
     if not device.is_gpu or work.at_once > 1:
         return 0
     for parallel in (2, 4, 8):

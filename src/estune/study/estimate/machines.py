@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from estune.errors import EstuneError
 from estune.study.estimate.shapes import Shape
 
-GB, TERA = 10**9, 10**12
+GB = 10**9
+TERA = 10**12
 
 # Shares of a data sheet's peak that this arithmetic counts on.
 BANDWIDTH_SHARE = 0.75  # of memory bandwidth: streaming kernels reach 0.8 to 0.9, strided keys and values less
@@ -191,15 +192,18 @@ def _product_rate(shape: Shape, rows: int, dtype: str) -> float:
     import torch
 
     kind = getattr(torch, dtype)
-    inner, outer = min(2048, shape.hidden), min(2048, shape.width)
-    left, right = torch.ones(rows, inner, dtype=kind), torch.ones(outer, inner, dtype=kind)
+    inner = min(2048, shape.hidden)
+    outer = min(2048, shape.width)
+    left = torch.ones(rows, inner, dtype=kind)
+    right = torch.ones(outer, inner, dtype=kind)
     return 2 * rows * inner * outer / _fastest(lambda: torch.nn.functional.linear(left, right), 0.1)
 
 
 def _fastest(work: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest of as many calls as fit, after one to warm up."""
+    """Seconds of the fastest call, of as many as fit into `seconds` after one to warm up."""
     work()
-    best, end = float("inf"), time.perf_counter() + seconds
+    best = float("inf")
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         work()

@@ -11,13 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from estune.engines.memory import LOGITS_BYTES
+from estune.engines.memory import fitting_rows as rows_that_fit
 from estune.study.estimate.machines import GB, PCIE, Device
 from estune.study.estimate.shapes import Shape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-LOGITS_BYTES = 3 * 4  # a logit in float32, and what softmax or argmax keeps beside it (engines/transformers.py)
-PREFILL_HIDDEN, PREFILL_WIDTH = 4, 3  # activations alive at once in a layer, of the residual's and of the widest size
+PREFILL_HIDDEN = 4  # activations alive at once in a layer, of the residual's size
+PREFILL_WIDTH = 3  # and of the widest size
 GPU_CONTEXT = GB  # CUDA's context, compiled kernels, workspaces
 CPU_PROCESS = 4 * GB // 10  # Python, torch and compiled kernels, each replica anew
 
@@ -89,26 +91,33 @@ def base_bytes(shape: Shape, policy: Policy, dtype: str) -> int:
 
 
 def fitting_rows(shape: Shape, work: Work, memory: int, *, share: int, most: int) -> int:
-    """Rows that the engine decodes at once: one part in `share` of the memory beyond the live weights, at most `most`.
+    """Rows that the engine decodes at once, as `TransformersEngine` counts them: without slots of captured graphs.
 
-    As `TransformersEngine` counts them, which does not count the slots that captured graphs add.
+    Args:
+        shape, work: what is decoded.
+        memory: bytes of the device.
+        share: a batch may take one part in `share` of what live weights leave of it.
+        most: rows at most.
     """
     bytes_ = BYTES[work.dtype]
-    row = shape.cached * work.longest * bytes_ // work.parallel + LOGITS_BYTES * shape.vocabulary
-    return max(1, min(most, (memory - shape.parameters * bytes_ // work.parallel) // share // row))
+    room = (memory - shape.parameters * bytes_ // work.parallel) // share
+    cache = shape.cached * work.longest * bytes_ // work.parallel
+    return rows_that_fit(room, cache=cache, vocabulary=shape.vocabulary, most=most)
 
 
 def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> list[Item]:
     """Memory of one engine on its device, or on each of several GPUs.
 
-    Weights, base, keys and values and the widest activations are split; the residual and, as they are gathered for the
-    choice of a token, logits are not.
+    Over several GPUs, weights, base, keys and values, and the widest activations are split. The residual is not, and
+    neither are logits, which are gathered where a token is chosen.
 
     Args:
         shape, work, device: what runs where.
         prefill_tokens: tokens in one forward of prompts.
     """
-    bytes_, rows, parallel = BYTES[work.dtype], work.rows, work.parallel
+    bytes_ = BYTES[work.dtype]
+    rows = work.rows
+    parallel = work.parallel
     split = f" / {parallel} GPUs" if parallel > 1 else ""
     base = base_bytes(shape, work.policy, work.dtype)
     tokens = min(prefill_tokens, rows * work.prompt_tokens)
@@ -118,7 +127,8 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
         "inplace": "nothing is kept",
     }[work.policy]
     if base and work.base == "host":
-        held, base = f"{held} in pinned host memory", 0
+        held = f"{held} in pinned host memory"
+        base = 0
     if base and _shares_base(work, device):
         held = f"{held}, one for all replicas"
     live = f"{shape.parameters:,} parameters x {bytes_} B ({work.dtype}){split}"
@@ -171,11 +181,12 @@ def process_memory(device: Device) -> Item:
 def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
     """Seconds of a step's parts, one after another.
 
-    Engines on a CPU have cores of their own. Those on one GPU share its rates, which leaves no member faster. GPUs that
-    share an engine add up their rates, less what they tell each other, which is left out.
+    Engines on a CPU have cores of their own. Those on one GPU share its rates, and are together no faster than one.
+    GPUs that share an engine add up their rates; the time in which they exchange results is left out.
     """
     at_once = work.places if device.is_gpu else work.at_once
-    device, pcie = _joined(device, work.parallel), PCIE * work.parallel
+    device = _joined(device, work.parallel)
+    pcie = PCIE * work.parallel
     rounds = math.ceil(work.population / at_once)
     bytes_ = BYTES[work.dtype]
     # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
@@ -220,7 +231,7 @@ def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
 
 
 def _joined(device: Device, count: int) -> Device:
-    """So many devices as one."""
+    """Several devices as if they were one: their rates add up."""
     return replace(
         device,
         bandwidth=device.bandwidth * count,

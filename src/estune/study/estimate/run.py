@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,12 @@ from estune.weights.checkpoint import EMBEDDED
 
 if TYPE_CHECKING:
     from estune.study.estimate.estimate import Estimate
+    from estune.study.estimate.machines import GPU, Device
     from estune.study.estimate.needs import Work
     from estune.study.estimate.shapes import Shape
 
-PROMPT_TOKENS, TINY_PROMPT_TOKENS = 120, 9  # of a Countdown prompt: about, and to the embedded model's tokenizer
+PROMPT_TOKENS = 120  # of a Countdown prompt, about
+TINY_PROMPT_TOKENS = 9  # of the same to the embedded model's tokenizer
 
 
 def estimate_run(
@@ -39,17 +41,36 @@ def estimate_run(
     Raises:
         EstuneError: for bad settings, an unknown GPU, or a model whose configuration cannot be had or understood.
     """
-    from estune.engines import decode, graph, transformers
     from estune.study.estimate.estimate import make_estimate
-    from estune.study.estimate.machines import as_device, find_gpu, measure_cpu, this_gpu
-    from estune.study.estimate.needs import BYTES, Work, base_bytes, fitting_rows
+    from estune.study.estimate.machines import find_gpu, this_gpu
     from estune.study.estimate.shapes import read_shape
-    from estune.tasks.countdown import GENERATED_SIZE
-    from estune.weights.base import keeps_base_on_host
 
     config = load(file, overrides)
+    work = _work(config, prompt_tokens, new_tokens)
+    _check_counts(work)
+    shape = read_shape(config.model, config.train_parameters)
+    found = (find_gpu(gpu), None) if gpu is not None else this_gpu(config.device)
+    placed = _on_this_cpu(config, work, shape) if found is None else _on_gpus(config, work, shape, *found)
+    work = replace(placed.work, rows=_rows(config, placed, shape))
+    return make_estimate(config.model, shape, work, placed.device, placed.prefill_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """What a step does, now that it is known where."""
+
+    work: Work  # but for its rows
+    device: Device
+    most_rows: int  # that an engine decodes at once there
+    prefill_tokens: int  # in one forward of prompts
+
+
+def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -> Work:
+    """What a step does, as far as settings tell."""
+    from estune.study.estimate.needs import Work
+
     usual = TINY_PROMPT_TOKENS if config.model in EMBEDDED else PROMPT_TOKENS
-    work = Work(
+    return Work(
         population=config.population,
         prompts=config.prompts_per_step,
         prompt_tokens=usual if prompt_tokens is None else prompt_tokens,
@@ -62,32 +83,57 @@ def estimate_run(
         policy=config.weights,
         workers=config.workers,
     )
-    _check_counts(work)
-    shape = read_shape(config.model, config.train_parameters)
-    found = (find_gpu(gpu), None) if gpu is not None else this_gpu(config.device)
-    if found is None:
-        replicas, threads = _replicas(config, shape)
-        work = replace(work, at_once=config.workers or replicas, slots=work.longest)
-        device = measure_cpu(shape, config.batch_size or work.prompts, work.dtype, threads)
-        most, prefill_tokens = transformers.MAX_ROWS["cpu"], decode.PREFILL_TOKENS["cpu"]
-    else:
-        dtype = (shape.dtype or work.dtype) if config.dtype == "auto" else work.dtype
-        slots, parallel = graph.round_up(work.longest, graph.LEAST_SLOTS), config.gpus_per_worker
-        work = replace(work, dtype=dtype, slots=slots, parallel=parallel)
-        sheet, size = found
-        device = as_device(sheet, dtype, size)
-        most, prefill_tokens = transformers.MAX_ROWS_ELSEWHERE, decode.PREFILL_TOKENS_ELSEWHERE
-        base, live = base_bytes(shape, work.policy, dtype), shape.parameters * BYTES[dtype]
-        if base and keeps_base_on_host(
-            config.base_device, base=base // parallel, live=live // parallel, memory=device.memory // work.at_once
-        ):
-            work = replace(work, base="host")
-    each = device.memory // work.at_once if device.is_gpu else device.memory
-    most = config.batch_size or fitting_rows(shape, work, each, share=transformers.MEMORY_SHARE, most=most)
-    # The engine makes batches of equal size. Those of an evaluation can be larger than a step's.
+
+
+def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
+    from estune.engines import decode, transformers
+    from estune.pool.open import share_cores
+    from estune.study.estimate.machines import measure_cpu
+    from estune.study.estimate.needs import BYTES
+
+    replicas, threads = share_cores(config, shape.parameters * BYTES[shape.dtype or "float32"])
+    work = replace(work, at_once=config.workers or replicas, slots=work.longest)
+    device = measure_cpu(shape, config.batch_size or work.prompts, work.dtype, threads)
+    return _Placed(work, device, transformers.MAX_ROWS["cpu"], decode.PREFILL_TOKENS["cpu"])
+
+
+def _on_gpus(config: Config, work: Work, shape: Shape, sheet: GPU, size: int | None) -> _Placed:
+    """On GPUs of a line of the table, of `size` bytes if it is known."""
+    from estune.engines import decode, graph, transformers
+    from estune.study.estimate.machines import as_device
+    from estune.study.estimate.needs import BYTES, base_bytes
+    from estune.weights.base import keeps_base_on_host
+
+    dtype = (shape.dtype or work.dtype) if config.dtype == "auto" else work.dtype
+    parallel = config.gpus_per_worker
+    device = as_device(sheet, dtype, size)
+    base = base_bytes(shape, work.policy, dtype)
+    live = shape.parameters * BYTES[dtype]
+    on_host = base > 0 and keeps_base_on_host(
+        config.base_device, base=base // parallel, live=live // parallel, memory=device.memory // work.at_once
+    )
+    work = replace(
+        work,
+        dtype=dtype,
+        slots=graph.round_up(work.longest, graph.LEAST_SLOTS),
+        parallel=parallel,
+        base="host" if on_host else "device",
+    )
+    return _Placed(work, device, transformers.MAX_ROWS_ELSEWHERE, decode.PREFILL_TOKENS_ELSEWHERE)
+
+
+def _rows(config: Config, placed: _Placed, shape: Shape) -> int:
+    """Rows of the largest batch: the engine makes batches of equal size, and an evaluation's can exceed a step's."""
+    from estune.engines.transformers import MEMORY_SHARE
+    from estune.study.estimate.needs import fitting_rows
+    from estune.tasks.countdown import GENERATED_SIZE
+
+    work = placed.work
+    device = placed.device
+    memory = device.memory // work.at_once if device.is_gpu else device.memory
+    most = config.batch_size or fitting_rows(shape, work, memory, share=MEMORY_SHARE, most=placed.most_rows)
     sizes = (work.prompts, config.task.eval_size or GENERATED_SIZE)
-    rows = max(math.ceil(size / math.ceil(size / most)) for size in sizes)
-    return make_estimate(config.model, shape, replace(work, rows=rows), device, prefill_tokens)
+    return max(math.ceil(size / math.ceil(size / most)) for size in sizes)
 
 
 def _check_counts(work: Work) -> None:
@@ -98,11 +144,3 @@ def _check_counts(work: Work) -> None:
         raise EstuneError(
             f"--new-tokens {work.new_tokens:g} is more than max_new_tokens {work.max_new_tokens}: raise it"
         )
-
-
-def _replicas(config: Config, shape: Shape) -> tuple[int, int]:
-    """Replicas and threads of each on this machine's CPU."""
-    from estune.pool.open import share_cores
-    from estune.study.estimate.needs import BYTES
-
-    return share_cores(config, shape.parameters * BYTES[shape.dtype or "float32"])

@@ -33,8 +33,8 @@ class Shape:
 def read_shape(model: str | Path, pattern: str = "*") -> Shape:
     """Sizes of a model given as an embedded name, a directory with `config.json` or a hub id.
 
-    The model is built on torch's `meta` device, which has shapes but no memory, and reads two and three tokens there:
-    so its own code says what it caches.
+    The model is built on torch's `meta` device, which has shapes but no memory, and reads two and then three tokens
+    there: what it caches more of three is a token's.
 
     Args:
         model: as `--model`. Of a hub id only the configuration is downloaded.
@@ -121,7 +121,7 @@ def _read_config(model: str | Path) -> Any:
 
 
 def _cached(model: Any, tokens: int) -> int:
-    """Elements that the model caches of one sequence of so many tokens."""
+    """Elements that the model caches of one sequence of `tokens` tokens."""
     import torch
     from transformers import DynamicCache
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from estune.es.strategy import mean_and_std
 from estune.journal.journal import StepRecord
-from estune.study.report.chart import COLOURS, Cell, Chart, Series
+from estune.study.chart import COLOURS, Cell, Chart, Series
 from estune.study.report.runs import Group, Run
 
 POINTS = 200  # of a curve at most
@@ -40,7 +40,7 @@ Point = tuple[float, float]
 
 
 def buckets(run: Run, limit: int = POINTS, longest: int | None = None) -> list[Bucket]:
-    """The run's steps, so many to a point that the longest run has `limit` points at most."""
+    """The run's steps, several to a point if need be: the longest run has `limit` points at most."""
     size = max(1, math.ceil((longest or run.done) / limit))
     steps = run.journal.steps
     return [steps[i : i + size] for i in range(0, len(steps), size)]
@@ -48,15 +48,18 @@ def buckets(run: Run, limit: int = POINTS, longest: int | None = None) -> list[B
 
 def learning(run: Run) -> list[Chart]:
     """Reward with its spread over the population, and accuracy."""
-    owner, kept = f"r{run.index}-", [b for b in buckets(run) if any(_rewards(b))]
-    charts, series = [], []
+    owner = f"r{run.index}-"
+    kept = [b for b in buckets(run) if any(_rewards(b))]
+    charts = []
+    series = []
     if kept:
         x = [b[-1].step + 1.0 for b in kept]
         each = [[mean_and_std(r) for r in _rewards(b) if r] for b in kept]
         mean = [statistics.fmean(m for m, _ in pairs) for pairs in each]
         std = [statistics.fmean(s for _, s in pairs) for pairs in each]
         pooled = [[v for r in _rewards(b) for v in r] for b in kept]
-        low, high = [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)]
+        low = [m - s for m, s in zip(mean, std, strict=True)]
+        high = [m + s for m, s in zip(mean, std, strict=True)]
         series += [
             Series("worst to best member", x, [max(p) for p in pooled], "wide", [min(p) for p in pooled], f"{owner}w"),
             Series("± standard deviation", x, high, "band", low, f"{owner}s"),
@@ -90,7 +93,8 @@ def distribution(run: Run) -> Chart | None:
             counts[min(BINS - 1, int((value - low) / height))] += 1
         for i, count in enumerate(counts):
             if count:
-                bottom, share = low + i * height, count / max(counts)
+                bottom = low + i * height
+                share = count / max(counts)
                 cells.append(Cell(bucket[0].step + 0.5, bucket[-1].step + 1.5, bottom, bottom + height, share))
     x = [b[-1].step + 1.0 for b in kept]
     quantiles = {
@@ -107,7 +111,8 @@ def metrics(run: Run) -> list[Chart]:
     """Whatever else was recorded: in training as a line, in evaluation as dots."""
     charts = []
     for key in metric_keys([run])[:MOST_METRICS]:
-        drawn, owner = [], f"r{run.index}-{key}-"
+        drawn = []
+        owner = f"r{run.index}-{key}-"
         points = _points(buckets(run), key)
         if points:
             drawn.append(Series("training", [x for x, _ in points], [y for _, y in points], owner=f"{owner}t"))
@@ -161,7 +166,9 @@ def time_chart(run: Run) -> Chart | None:
     if not parts:
         return None
     kept = buckets(run)
-    x, base, series = [b[-1].step + 1.0 for b in kept], [0.0] * len(kept), []
+    x = [b[-1].step + 1.0 for b in kept]
+    base = [0.0] * len(kept)
+    series = []
     for colour, (part, seconds) in enumerate(parts.items()):
         means = [statistics.fmean(seconds[b[0].step : b[-1].step + 1]) for b in kept]
         top = [low + m for low, m in zip(base, means, strict=True)]
@@ -173,7 +180,8 @@ def time_chart(run: Run) -> Chart | None:
 def overlays(groups: Sequence[Group]) -> list[Chart]:
     """Reward, accuracy and all other metrics of several runs: each run, and each group's mean and deviation."""
     runs = [run for group in groups for run in group.runs]
-    limit, longest = max(40, min(POINTS, 1600 // len(runs))), max(run.done for run in runs)
+    limit = max(40, min(POINTS, 1600 // len(runs)))
+    longest = max(run.done for run in runs)
     kept = {run.index: buckets(run, limit, longest) for run in runs}
     charts = [
         _overlay(groups, "all-reward", "Training reward", lambda run: _points(kept[run.index], "reward")),
@@ -217,9 +225,12 @@ def _group_curve(group: Group, curves: list[list[Point]]) -> list[Series]:
     if not x:
         return []
     columns = [[table[step] for table in tables] for step in x]
-    mean, spread = [statistics.fmean(c) for c in columns], [statistics.stdev(c) for c in columns]
-    low, high = [m - s for m, s in zip(mean, spread, strict=True)], [m + s for m, s in zip(mean, spread, strict=True)]
-    owner, colour = f"group-{group.index}", group.index % COLOURS
+    mean = [statistics.fmean(c) for c in columns]
+    spread = [statistics.stdev(c) for c in columns]
+    low = [m - s for m, s in zip(mean, spread, strict=True)]
+    high = [m + s for m, s in zip(mean, spread, strict=True)]
+    owner = f"group-{group.index}"
+    colour = group.index % COLOURS
     return [
         Series(f"{group.label}, ± deviation", x, high, "band", low, owner, colour),
         Series(f"{group.label}, mean", x, mean, owner=owner, colour=colour),

@@ -22,7 +22,7 @@ class LayerTable:
     """Relative change, ||difference|| / ||base||, of each layer (or tensor outside the layers) and kind of tensor."""
 
     checkpoint: str  # the folder of the one compared with the base
-    step: int | None  # after which it was saved; None of the best, which its folder does not tell
+    step: int | None  # after which it was saved; None for the best, whose folder does not say
     dtype: str
     kinds: list[str]
     rows: list[tuple[str, list[float | None], float]]  # layer, by kind (None where it has none), and in all
@@ -40,12 +40,14 @@ def layer_table(run: Run) -> LayerTable:
     Raises:
         EstuneError: where base model or checkpoint are not there, or are others.
     """
-    final, best = run.directory.final, run.directory.best
+    final = run.directory.final
+    best = run.directory.best
     target = next((p for p in (final, best) if p.is_dir()), None)
     if target is None:
         raise EstuneError("no checkpoint yet")
     header = run.journal.header
-    base, trained = _local_base(header), Checkpoint(target)
+    base = _local_base(header)
+    trained = Checkpoint(target)
     squares: dict[tuple[str, str], np.ndarray[tuple[int], np.dtype[np.float64]]] = {}
     for name in header.tensors:
         if name not in base.tensors or name not in trained.tensors:
@@ -60,7 +62,8 @@ def layer_table(run: Run) -> LayerTable:
     for layer in layers:
         values = [_ratio(squares[layer, k]) if (layer, k) in squares else None for k in kinds]
         rows.append((layer, values, _ratio(sum(s for (name, _), s in squares.items() if name == layer))))
-    stored, total = trained.tensors[next(iter(header.tensors))].dtype, _ratio(sum(squares.values()))
+    stored = trained.tensors[next(iter(header.tensors))].dtype
+    total = _ratio(sum(squares.values()))
     if target == best and total == 0.0:
         raise EstuneError("the best checkpoint so far is the base model, and there is no final one yet")
     return LayerTable(target.name, run.done if target == final else None, stored, _short(kinds), rows, total)
@@ -81,16 +84,18 @@ def _local_base(header: Header) -> Checkpoint:
 
 
 def _squares(base: Tensor, trained: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Sums of squares of the difference and of the base."""
+    """Sums of squares of the difference and of the base, float64 `[2]`."""
     total = np.zeros(2)
     for start in range(0, base.elements, RUN_LENGTH):
         count = min(RUN_LENGTH, base.elements - start)
-        old, new = base.read(start, count).astype(np.float64), trained.read(start, count)
+        old = base.read(start, count).astype(np.float64)
+        new = trained.read(start, count)
         total += (np.square(new - old).sum(), np.square(old).sum())
     return total
 
 
 def _ratio(squares: object) -> float:
+    """The change over the norm of the base, of sums of squares `[2]`; 0 of a sum over nothing."""
     change, norm = np.broadcast_to(np.asarray(squares, np.float64), 2)
     return math.sqrt(change / norm) if norm else 0.0
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from estune import __version__
 from estune.errors import EstuneError
 from estune.files import write_text
+from estune.study.chart import COLOURS, STYLE, Chart, figure
 from estune.study.report import curves, recipe
-from estune.study.report.chart import COLOURS, Chart, figure
 from estune.study.report.layers import LayerTable, layer_table
 from estune.study.report.runs import Group, Run, differences, group_runs, read_runs
 from estune.study.report.samples import Comparison, compare, readable
@@ -85,7 +85,8 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
 def _render(runs: list[Run]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = STYLE.read_text(encoding="utf-8") + (HERE / "page.css").read_text(encoding="utf-8")
+    script = (HERE / "page.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -145,9 +146,12 @@ def _title(runs: Sequence[Run]) -> str:
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """The figures to know first."""
     tiles = []
-    first, best, last = run.first, run.best, run.last
+    first = run.first
+    best = run.best
+    last = run.last
     if first and best and last and "eval_accuracy" in first.metrics:
-        before, after = _percent(first.metrics["eval_accuracy"]), _percent(best.metrics["eval_accuracy"])
+        before = _percent(first.metrics["eval_accuracy"])
+        after = _percent(best.metrics["eval_accuracy"])
         remark = f"best, at step {best.step}; last {_percent(last.metrics['eval_accuracy'])}"
         tiles.append(("Held-out accuracy", after if best is first else f"{before} → {after}", remark))
     for key, name in (("eval_reward", "Held-out reward"), ("eval_completions/mean_length", "Mean length")):
@@ -156,7 +160,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
             tiles.append((name, change, "tokens, held out" if "length" in key else "first and best evaluation"))
     steps = [r.metrics for r in run.journal.steps]
     if steps:
-        population, prompts = len(run.journal.steps[-1].rewards), len(run.journal.steps[-1].prompts)
+        population = len(run.journal.steps[-1].rewards)
+        prompts = len(run.journal.steps[-1].prompts)
         tiles.append(("Steps", f"{run.done}", f"of {population} members x {prompts} prompts"))
         if all("step_time" in m for m in steps):
             tokens = f"{figure(steps[-1]['num_tokens'])} tokens" if "num_tokens" in steps[-1] else "all steps"
@@ -188,7 +193,9 @@ def _figures(run: Run) -> tuple[float | None, ...]:
     def metric(record: Any, key: str) -> float | None:
         return None if record is None else record.metrics.get(key)
 
-    first, last, best = run.first, run.last, run.best
+    first = run.first
+    last = run.last
+    best = run.best
     times = [r.metrics["step_time"] for r in run.journal.steps if "step_time" in r.metrics]
     accuracies = tuple(metric(e, "eval_accuracy") for e in (first, best, last))
     return (*accuracies, metric(best, "eval_reward"), metric(last, "eval_reward"), sum(times) if times else None)
@@ -199,7 +206,8 @@ def _mean_and_deviation(values: list[float | None], percent: bool) -> str:
     known = [v for v in values if v is not None]
     if len(known) < 2:
         return _cell(known[0] if known else None, percent)
-    mean, deviation = statistics.fmean(known), statistics.stdev(known)
+    mean = statistics.fmean(known)
+    deviation = statistics.stdev(known)
     return f"{100 * mean:.1f} ± {100 * deviation:.1f}%" if percent else f"{figure(mean)} ± {figure(deviation)}"
 
 

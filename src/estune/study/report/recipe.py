@@ -68,8 +68,9 @@ def own_task(run: Run) -> bool:
 
 
 def _train(run: Run) -> str:
-    """Options that give these settings; where no option can say one, the settings as a file."""
-    defaults, output = _defaults(run), f"--output-dir {shlex.quote(run.label.replace('/', '-') + '-again')}"
+    """Options that give these settings; where no option can express one, the settings as a file."""
+    defaults = _defaults(run)
+    output = f"--output-dir {shlex.quote(run.label.replace('/', '-') + '-again')}"
     changed = {
         name: value
         for name, value in run.settings.items()

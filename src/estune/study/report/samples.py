@@ -132,7 +132,7 @@ def _kind(before: float, after: float, high: float) -> str:
 
 
 def _choose(members: list[int], pairs: Sequence[tuple[Row, Row]], score: str, count: int) -> list[int]:
-    """Where score and reward changed most and both answers ended; of many such, short and long ones."""
+    """Those whose score and reward changed most and whose answers both ended; of many such, short and long ones."""
 
     def interest(i: int) -> tuple[Any, ...]:
         before, after = pairs[i]
@@ -163,7 +163,7 @@ def _shared(prompts: Sequence[str]) -> tuple[str, str]:
 
 
 def _common(texts: Sequence[str]) -> str:
-    """What all of them begin with: what the first and the last in order do."""
+    """What all texts begin with: what the first and the last of them in alphabetical order have in common."""
     first, last = min(texts), max(texts)
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 

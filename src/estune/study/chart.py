@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
+from pathlib import Path
 from typing import Any
 
+STYLE = Path(__file__).with_name("chart.css")
+"""What a drawing's elements look like, on a page and in a picture."""
 COLOURS = 8
 SHADES = 8
 ROWS = 24  # of a chart's table
@@ -29,7 +32,7 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    kind: str = "line"  # line, thin, dots, band, wide (a lighter band), area, silent (in tables only)
+    kind: str = "line"  # line, thin, dots (and a line), points, band, wide (a lighter band), area, silent (in tables)
     low: Sequence[float] = ()
     owner: str = ""
     colour: int = 0
@@ -190,8 +193,9 @@ class Chart:
         if s.low:
             back = [self._point(x, y) for x, y in zip(reversed(s.x), reversed(s.low), strict=True)]
             return f'<path {mark} d="M{"L".join(points + back)}Z"/>'
-        path = f'<path {mark} d="M{"L".join(points)}"/>' if len(points) > 1 else ""
-        if s.kind == "dots" or len(points) == 1:  # a line of no length with round ends is a dot at any stretch
+        joined = len(points) > 1 and s.kind != "points"
+        path = f'<path {mark} d="M{"L".join(points)}"/>' if joined else ""
+        if s.kind == "dots" or not joined:  # a line of no length with round ends is a dot at any stretch
             mark = mark.replace('class="', 'class="dot ')
             path += f'<path {mark} d="{"".join(f"M{p}h0" for p in points)}"/>'
         return path
@@ -204,6 +208,47 @@ class Chart:
             box = f"M{_n(x)} {_n(y)}h{_n(width)}v{_n(height)}h{_n(-width)}z"
             shades.setdefault(max(1, math.ceil(c.strength * SHADES)), []).append(box)
         return "".join(f'<path class="heat h{shade}" d="{"".join(boxes)}"/>' for shade, boxes in sorted(shades.items()))
+
+
+@dataclass(frozen=True)
+class Plot(Chart):
+    """A chart over something else than the steps, such as a setting's values."""
+
+    along: str = ""  # what stands along it
+    labels: Mapping[float, str] = field(default_factory=dict)  # of places, instead of round values
+    log: bool = False  # along it by the logarithm; all values are above 0 then
+
+    @cached_property
+    def span(self) -> tuple[float, float]:
+        """First and last value shown, with some room; as logarithms if it is by these."""
+        places = [self._scaled(x) for s in self.series for x in s.x] + [self._scaled(x) for x in self.labels]
+        low, high = min(places), max(places)
+        room = 0.06 * (high - low) or 0.5
+        return low - room, high + room
+
+    @property
+    def x_ticks(self) -> list[Tick]:
+        """Labels along it."""
+        labels = self.labels or {x: f"{x:.6g}" for x in self._round()}
+        return [Tick(round(self._x(x) / 10, 2), text) for x, text in labels.items()]
+
+    def _round(self) -> list[float]:
+        """Round values to label: powers of ten, if they are few their triples too, as far as that gives two."""
+        low, high = self.span
+        if self.log:
+            factors = (1, 3) if high - low < 3 else (1,)
+            powers = range(math.floor(low), math.ceil(high) + 1)
+            found = [m * 10.0**power for power in powers for m in factors if low <= math.log10(m) + power <= high]
+            if len(found) > 1:
+                return found
+            return _nice(10**low, 10**high, 4)
+        return _nice(low, high, 4)
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+    def _x(self, value: float) -> float:
+        return super()._x(self._scaled(value))
 
 
 def figure(value: float) -> str:
