@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Path:
         policy="master",
         rounding="nearest",
         noise="iid",
-        dtype=weights.dtype,
+        dtype=weights.rule.dtype,
         live_dtype="float32",
         tensors={p.name: list(p.aliases) for p in weights.parameters},
         fingerprint=weights.fingerprint(),

@@ -16,6 +16,7 @@ from estune.pool.base import EVALUATION_BATCH, Evaluator
 from estune.pool.process import WorkerProcess
 from estune.weights.base import Share, open_memory
 from estune.weights.device import training_device
+from estune.weights.policies import POLICIES
 
 if TYPE_CHECKING:
     pass
@@ -34,7 +35,7 @@ from estune.es.update import as_fingerprint
 from estune.journal.journal import StepRecord
 from estune.pool.base import Description, Evaluated
 from estune.pool.replica import Replica
-from estune.weights.weights import Drift
+from estune.weights.trained import Drift
 
 T = TypeVar("T")
 
@@ -119,7 +120,7 @@ class LocalPool:
             done, path = checkpoint
             list(self._threads.map(lambda replica: replica.load(path), self.replicas))
         for record in records[done:]:
-            if self.own.policy == "inplace":  # what rounding left behind at each restore is part of the run
+            if self.own.weights.rule.how.drifts:  # what rounding left behind at each restore is part of the run
                 for member in record.update.members:
                     self.own.weights.perturb(member, record.sigma)
             self.apply(record.update)
@@ -163,7 +164,7 @@ def open_local_pool(config: Config, *, perturbs: bool = True) -> LocalPool:
         EstuneError: for a model that cannot be had or, if they perturb, trained.
     """
     count = config.replicas or 1
-    has_base = perturbs and config.weights != "inplace"
+    has_base = perturbs and POLICIES[config.weights].keeps_base
     one_base = has_base and count > 1 and training_device(config.device).type == "cpu"
     memory = open_memory() if one_base else None
     shares = [None if memory is None else Share(memory, i, count) for i in range(count)]

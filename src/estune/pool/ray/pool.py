@@ -30,7 +30,7 @@ from estune.pool.base import EVALUATION_BATCH, Description, Evaluated
 from estune.pool.ray.cluster import cluster_device, connect, disconnect
 from estune.pool.ray.crew import Crew, Slot, Weights
 from estune.weights.checkpoint import EMBEDDED, Checkpoint, locate
-from estune.weights.weights import Drift
+from estune.weights.trained import Drift
 
 __all__ = ["RayPool", "cluster_device", "open_ray_pool"]
 

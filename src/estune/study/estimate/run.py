@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from estune.config import Config, load
 from estune.errors import EstuneError
 from estune.weights.checkpoint import EMBEDDED
+from estune.weights.policies import BYTES, POLICIES
 
 if TYPE_CHECKING:
     from estune.study.estimate.estimate import Estimate
@@ -42,7 +43,7 @@ def estimate_run(
     from estune.engines import decode, graph, transformers
     from estune.study.estimate.estimate import make_estimate
     from estune.study.estimate.machines import as_device, find_gpu, measure_cpu, this_gpu
-    from estune.study.estimate.needs import BYTES, Work, base_bytes, fitting_rows
+    from estune.study.estimate.needs import Work, fitting_rows
     from estune.study.estimate.shapes import read_shape
     from estune.tasks.countdown import GENERATED_SIZE
     from estune.weights.base import keeps_base_on_host
@@ -77,7 +78,8 @@ def estimate_run(
         sheet, size = found
         device = as_device(sheet, dtype, size)
         most, prefill_tokens = transformers.MAX_ROWS_ELSEWHERE, decode.PREFILL_TOKENS_ELSEWHERE
-        base, live = base_bytes(shape, work.policy, dtype), shape.parameters * BYTES[dtype]
+        base = POLICIES[work.policy].base_bytes(shape.trained, dtype)
+        live = shape.parameters * BYTES[dtype]
         if base and keeps_base_on_host(
             config.base_device, base=base // parallel, live=live // parallel, memory=device.memory // work.at_once
         ):
@@ -103,6 +105,5 @@ def _check_counts(work: Work) -> None:
 def _replicas(config: Config, shape: Shape) -> tuple[int, int]:
     """Replicas and threads of each on this machine's CPU."""
     from estune.pool.open import share_cores
-    from estune.study.estimate.needs import BYTES
 
     return share_cores(config, shape.parameters * BYTES[shape.dtype or "float32"])
