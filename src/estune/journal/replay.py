@@ -6,22 +6,12 @@ result is compared with the fingerprint that the trained weights had.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from estune.errors import EstuneError
-from estune.es.update import Kernel, update_kernel
-from estune.journal.journal import Header, Journal, StepRecord, base_checkpoint
-from estune.noise import cpu
-from estune.noise.reference import tensor_id
-from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Tensor, narrow
-
-Array = npt.NDArray[Any]
+from estune.journal.journal import Journal, base_checkpoint
+from estune.weights.policies import TYPE_NAMES
+from estune.weights.rebuild import Steps
 
 
 def replay(run: Path, output: Path, step: int | None = None, model: str | None = None, dtype: str | None = None) -> str:
@@ -49,63 +39,20 @@ def replay(run: Path, output: Path, step: int | None = None, model: str | None =
             f"{run} has {len(journal.steps)} steps, not {step}: give --step from 0 to {len(journal.steps)}"
         )
     dtype = dtype or header.live_dtype
-    if dtype not in DTYPES:
-        raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(DTYPES)}")
+    if dtype not in TYPE_NAMES:
+        raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(TYPE_NAMES)}")
     if output.exists():
         raise EstuneError(f"{output} exists already: give another directory or remove it")
     base = base_checkpoint(header, model)
     steps = [*journal.inherited, *journal.steps[:step]]
     expected = journal.steps[step - 1].fingerprint if step else header.fingerprint
-    fingerprints: dict[str, int] = {}
 
-    def verify() -> None:
-        found = f"{sum(fingerprints.values()) % 2**64:016x}"
+    def verify(found: str) -> None:
         if found != expected:
             raise EstuneError(
                 f"{run}: replay to step {step} gives fingerprint {found}, the journal says {expected}; nothing written"
             )
 
-    # Once for all tensors: built for each, they would grow to tensors x steps.
-    kernels = [(record, update_kernel(record.update, header.rounding)) for record in steps]
-    tensors = {
-        name: _rebuilt(base.tensors[primary], header, kernels, fingerprints)
-        for primary, aliases in header.tensors.items()
-        for name in (primary, *aliases)
-    }
-    base.write(output, tensors, dtype, verify)
+    replayed = Steps(header.rule, [record.update for record in steps], [record.sigma for record in steps])
+    replayed.write(base, header.tensors, output, dtype, verify)
     return expected
-
-
-def _rebuilt(
-    tensor: Tensor, header: Header, kernels: Sequence[tuple[StepRecord, Kernel]], fingerprints: dict[str, int]
-) -> Callable[[], Iterator[Array]]:
-    key = tensor_id(tensor.name)
-    noise_key = 0 if header.noise == "correlated" else key
-
-    def run(start: int) -> tuple[Array, int]:
-        values = tensor.read(start, min(RUN_LENGTH, tensor.elements - start))
-        weights = narrow(values, DTYPES[header.dtype])
-        for record, apply in kernels:
-            if header.policy == "inplace":  # what rounding left behind at each restore is part of the run
-                for member in record.update.members:
-                    for sigma in (member.sign * record.sigma, -member.sign * record.sigma):
-                        cpu.perturb(weights, weights, member.seed, noise_key, start, sigma)
-            apply(weights, noise_key, start)
-        return weights, cpu.fingerprint(weights, key, start)
-
-    def runs() -> Iterator[Array]:
-        total, workers = 0, _cores()
-        starts = range(0, tensor.elements, RUN_LENGTH)
-        with ThreadPoolExecutor(workers) as threads:
-            for i in range(0, len(starts), workers):
-                for weights, part in threads.map(run, starts[i : i + workers]):
-                    total += part
-                    yield weights
-        fingerprints[tensor.name] = total
-
-    return runs
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,6 +17,7 @@ from estune.pool.process import WorkerProcess
 from estune.weights.base import Share, open_memory
 from estune.weights.device import training_device
 from estune.weights.policies import POLICIES
+from estune.weights.rebuild import Steps
 
 if TYPE_CHECKING:
     pass
@@ -119,11 +120,10 @@ class LocalPool:
         if checkpoint is not None:
             done, path = checkpoint
             list(self._threads.map(lambda replica: replica.load(path), self.replicas))
-        for record in records[done:]:
-            if self.own.weights.rule.how.drifts:  # what rounding left behind at each restore is part of the run
-                for member in record.update.members:
-                    self.own.weights.perturb(member, record.sigma)
-            self.apply(record.update)
+        updates = [record.update for record in records[done:]]
+        sigmas = [record.sigma for record in records[done:]]
+        steps = Steps(self.own.weights.rule, updates, sigmas)
+        steps.retrace(self.own.weights.perturb, lambda number: self.apply(updates[number]))
         return self.own.weights.fingerprint()
 
     def save(self, path: Path, dtype: str) -> None:

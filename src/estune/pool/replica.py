@@ -24,6 +24,7 @@ from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.device import chosen_device, training_device
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.policies import POLICIES
+from estune.weights.rebuild import Steps
 from estune.weights.storage import flat, type_name
 from estune.weights.trained import Drift, TrainedWeights
 from estune.weights.weights import Weights
@@ -130,8 +131,8 @@ class Replica:
         """
         done, path = checkpoint if checkpoint is not None and checkpoint[1].is_dir() else (0, self.checkpoint.path)
         self.load(path)
-        for update in updates[done:]:
-            self.weights.apply(update)
+        rest = updates[done:]
+        Steps(self.weights.rule, rest).retrace(self.weights.perturb, lambda number: self.weights.apply(rest[number]))
         return self.weights.fingerprint()
 
     def save(self, path: Path, dtype: str) -> None:
