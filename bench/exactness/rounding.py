@@ -13,7 +13,8 @@ from bench.common import options, write_result
 
 from estune.es.strategy import EvolutionStrategy, Member, Update
 from estune.weights.parameters import Parameter
-from estune.weights.weights import Policy, Rounding, Weights
+from estune.weights.policies import PolicyName, Rounding
+from estune.weights.weights import Weights
 
 ELEMENTS, SPREAD, SIGMA, POPULATION = 1 << 20, 0.02, 0.001, 30
 
@@ -30,7 +31,7 @@ def drift(cycles: int) -> dict[str, float]:
     return {"percent changed": percent(change != 0), "rms": float(f"{change.square().mean().sqrt().item():.3g}")}
 
 
-def lost(policy: Policy, rounding: Rounding) -> float:
+def lost(policy: PolicyName, rounding: Rounding) -> float:
     """Percent of base weights that an update leaves exactly where they were."""
     weights = Weights([Parameter("weight", draw())], policy=policy, rounding=rounding)
     before = weights.base["weight"].copy()

@@ -119,7 +119,7 @@ def write_journal(model: str, run: str, members: int, steps: int) -> None:
         policy="master",
         rounding="nearest",
         noise="iid",
-        dtype=weights.dtype,
+        dtype=weights.rule.dtype,
         live_dtype="float32",
         tensors={p.name: list(p.aliases) for p in weights.parameters},
         fingerprint=weights.fingerprint(),

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from estune.errors import EstuneError
 from estune.es.strategy import EvolutionStrategy
+from estune.es.update import terms
 from estune.journal.journal import Header, Journal, StepRecord
 from estune.journal.replay import replay
 from estune.run.trainer import Trainer
+from estune.weights import rebuild
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import trained_parameters
 from estune.weights.weights import Weights
@@ -40,7 +42,7 @@ def run(tmp_path: Path) -> Path:
         policy="master",
         rounding="nearest",
         noise="iid",
-        dtype=weights.dtype,
+        dtype=weights.rule.dtype,
         live_dtype="float32",
         tensors={p.name: list(p.aliases) for p in weights.parameters},
         fingerprint=weights.fingerprint(),
@@ -74,13 +76,12 @@ def test_rebuilds_what_training_had(run: Path, tmp_path: Path) -> None:
     assert not any(torch.equal(trained[name], base[name]) for name in trained)
 
 
-def test_kernels_are_built_once_for_all_tensors(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[int] = []
-    build = module.update_kernel
-    monkeypatch.setattr(module, "update_kernel", lambda u, rounding: (built.append(u.step), build(u, rounding))[1])
+def test_terms_are_made_once_for_all_tensors(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(rebuild, "terms", lambda u, rounding: (made.append(u.step), terms(u, rounding))[1])
     replay(run, tmp_path / "out")
     assert len(Journal.read(run).header.tensors) > STEPS
-    assert built == list(range(STEPS))
+    assert made == list(range(STEPS))
 
 
 def test_uses_the_cores_it_is_given(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,7 @@ def test_uses_the_cores_it_is_given(run: Path, tmp_path: Path, monkeypatch: pyte
         workers.add(count)
         return ThreadPoolExecutor(count)
 
-    monkeypatch.setattr(module, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(rebuild, "ThreadPoolExecutor", pool)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {2, 5}, raising=False)
     replay(run, tmp_path / "out")

@@ -82,7 +82,7 @@ def test_distance_from_the_base_is_what_two_models_say(model: Path, tmp_path: Pa
     before = live_bits(replica), replica.weights.fingerprint()
     replica.evaluate(Member(99), 0.05, PROMPTS, SAMPLING)  # which leaves the live weights perturbed
     found = replica.compare(PROMPTS, completions)
-    replica.save(tmp_path / "base type", replica.weights.dtype)
+    replica.save(tmp_path / "base type", replica.weights.rule.dtype)
     replica.save(tmp_path / "live type", replica.engine.dtype)
     expected = norms(tmp_path / "base type", model, rounded=weights == "copy" and dtype == "bfloat16")
     if weights == "inplace":

@@ -40,7 +40,7 @@ def open_reference(path: Path, dtype: str, **options: Any) -> tuple[Transformers
         policy=options.pop("weights", "master"),
         **options,
     )
-    if weights.policy == "master":
+    if weights.rule.how.base_dtype:
         weights.load(checkpoint)
     return engine, weights
 

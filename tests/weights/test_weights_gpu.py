@@ -118,7 +118,7 @@ def test_any_history_gives_the_bits_of_the_cpu(
             assert bits(device) == bits(cpu)
         assert device.fingerprint() == cpu.fingerprint()
         assert base_bits(device) == base_bits(cpu)
-        assert device.dtype == cpu.dtype
+        assert device.rule == cpu.rule
         assert [p.tensor.data_ptr() for p in device.parameters] == addresses
 
 

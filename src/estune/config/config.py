@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from estune.config.sections import Evaluation, Generation, Grading, Logging, Run, Search, Section, Weights, Workers
 from estune.errors import EstuneError
 from estune.tasks import DEFAULT, KINDS
+from estune.weights.policies import POLICIES
 
 RESUMABLE = (
     *("steps", "model", "workers", "workers_per_gpu", "ray_address", "worker_timeout"),
@@ -46,10 +47,10 @@ class Config(Logging, Evaluation, Grading, Weights, Workers, Generation, Search,
 
     @model_validator(mode="after")
     def _check_engines(self) -> Config:
-        if self.weights == "inplace" and self.workers:
-            raise ValueError("weights=inplace holds one set of weights, in this process: leave out workers")
-        if self.weights == "inplace" and (self.replicas or 1) > 1:
-            raise ValueError("weights=inplace holds one set of weights: replicas must be 1")
+        if POLICIES[self.weights].drifts and self.workers:
+            raise ValueError(f"weights={self.weights} holds one set of weights, in this process: leave out workers")
+        if POLICIES[self.weights].drifts and (self.replicas or 1) > 1:
+            raise ValueError(f"weights={self.weights} holds one set of weights: replicas must be 1")
         if (self.workers or self.engine == "vllm") and (self.replicas or 1) > 1:
             raise ValueError("replicas are processes of this machine's transformers engine: give workers instead")
         if self.gpus_per_worker > 1 and self.engine != "vllm":

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from estune.es.strategy import Schedule
 from estune.tasks import CountdownConfig, TaskConfig
 from estune.tasks.options import refuse_switch
+from estune.weights.policies import POLICIES, DType, NoiseMode, PolicyName, Rounding
 
 
 def _names(value: Any) -> Any:
@@ -46,7 +48,7 @@ class Run(Section):
     start_from: Path | None = Field(
         None, description="a run to go on from, over the same model: its journal is replayed, then comes this run's"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", DType] = Field(
         "auto", description="type of the weights that generate; auto is float32 on a CPU, else the checkpoint's"
     )
     device: str = Field("auto", description="where the model runs: cuda, cuda:1, cpu; auto is CUDA where there is one")
@@ -66,12 +68,12 @@ class Search(Section):
     learning_rate: float | None = Field(
         None, ge=0, description="alpha, 1/sigma digested into it; sigma / 2 if not given"
     )
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+    lr_scheduler_type: Schedule = Field(
         "constant", description="learning rate over the run: constant, or falling to zero"
     )
     weight_decay: float = Field(0.0, ge=0, description="decay toward zero a step, times the learning rate")
     mirrored: bool = Field(False, description="evaluate each perturbation with both signs")
-    noise: Literal["iid", "correlated"] = Field(
+    noise: NoiseMode = Field(
         "iid", description="correlated: equal noise for all tensors, as in the authors' first code"
     )
 
@@ -146,7 +148,7 @@ class Workers(Section):
 class Weights(Section):
     """What is kept beside the live weights, and what of them is trained."""
 
-    weights: Literal["master", "copy", "inplace"] = Field(
+    weights: PolicyName = Field(
         "master", description="what is kept beside the live weights: float32, a copy, or nothing (restores inexactly)"
     )
     base_device: Literal["auto", "device", "host"] = Field(
@@ -154,13 +156,13 @@ class Weights(Section):
         description="on CUDA, where that is kept: on the device, or in pinned host memory and streamed; auto is the "
         "device if it takes at most half of the memory that live weights leave there",
     )
-    rounding: Literal["nearest", "stochastic"] = Field("nearest", description="of updates to bfloat16 weights")
+    rounding: Rounding = Field("nearest", description="of updates to bfloat16 weights")
     train_parameters: str = Field("*", description="shell pattern of the parameters to train")
 
     @model_validator(mode="after")
     def _check_base(self) -> Weights:
-        if self.weights == "inplace" and self.base_device == "host":
-            raise ValueError("weights=inplace keeps nothing that base_device=host could hold: leave out one")
+        if not POLICIES[self.weights].keeps_base and self.base_device == "host":
+            raise ValueError(f"weights={self.weights} keeps nothing that base_device=host could hold: leave out one")
         return self
 
 

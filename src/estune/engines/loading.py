@@ -14,6 +14,7 @@ from estune.config import Config
 from estune.engines.memory import memory_for
 from estune.errors import EstuneError
 from estune.weights.checkpoint import locate
+from estune.weights.policies import TYPE_NAMES
 from estune.weights.sizes import check_sizes
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHTS, _LESS = "the live weights", "take a smaller model, dtype=bfloat16, or fewer replicas"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
@@ -33,9 +33,10 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dt
         return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    if dtype not in _DTYPES:
-        raise EstuneError(f"dtype: {dtype!r} is unknown; use auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    if dtype not in TYPE_NAMES:
+        raise EstuneError(f"dtype: {dtype!r} is unknown; use auto, {', '.join(TYPE_NAMES)}")
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def load_config(path: Path) -> Any:

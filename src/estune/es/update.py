@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-from estune.es.strategy import Update
-
-if TYPE_CHECKING:
-    pass
-
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-Kernel = Callable[[npt.NDArray[Any], int, int], None]
-"""Adds an update to one run of base weights, given (base, tensor id, start)."""
+from estune.es.strategy import Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +28,6 @@ def terms(update: Update, rounding: str) -> Terms | None:
     seeds = np.array([seed for seed, _ in pairs], np.uint64)
     coefficients = np.array([c for _, c in pairs], np.float32)
     return Terms(seeds, coefficients, update.decay, update.rounding_seed if rounding == "stochastic" else None)
-
-
-def update_kernel(update: Update, rounding: str) -> Kernel:
-    """The CPU's kernel of one update."""
-    from estune.noise import cpu
-
-    t = terms(update, rounding)
-    if t is None:
-        return lambda base, tensor, start: None
-    return lambda base, tensor, start: cpu.update(
-        base, t.seeds, t.coefficients, tensor, start, t.decay, t.rounding_seed
-    )
 
 
 def as_fingerprint(total: int) -> str:

@@ -23,6 +23,7 @@ from estune.es.strategy import Member, Update
 from estune.files import locked, replacing, sync
 from estune.noise.reference import NOISE_VERSION
 from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.policies import NoiseMode, PolicyName, Rounding, Rule
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,9 @@ class Header:
 
     model: str  # as the user named it
     base_hash: str  # content hash of the base checkpoint
-    policy: str
-    rounding: str
-    noise: str
+    policy: PolicyName
+    rounding: Rounding
+    noise: NoiseMode
     dtype: str  # of the base weights
     live_dtype: str  # of the weights that generate
     tensors: dict[str, list[str]]  # trained tensors of the checkpoint, each with the names tied to it
@@ -66,6 +67,11 @@ class Header:
     best_by: list[str] = field(default_factory=lambda: list(BEST_BY))  # metrics that tell the best evaluation
     format: int = FORMAT
     noise_version: int = NOISE_VERSION
+
+    @property
+    def rule(self) -> Rule:
+        """How the base weights are kept and changed."""
+        return Rule(self.policy, self.rounding, self.noise, self.dtype)
 
 
 @dataclass(frozen=True)

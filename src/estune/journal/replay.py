@@ -6,25 +6,17 @@ result is compared with the fingerprint that the trained weights had.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from estune.errors import EstuneError
-from estune.es.update import Kernel, update_kernel
 from estune.journal.identity import changed_settings, model_files, refuse_changes
-from estune.journal.journal import Header, Journal, StepRecord, base_checkpoint
-from estune.noise import cpu
-from estune.noise.reference import tensor_id
-from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, Tensor, narrow, widen
+from estune.journal.journal import Journal, base_checkpoint
+from estune.weights.checkpoint import DTYPES, Checkpoint, narrow, widen
+from estune.weights.policies import TYPE_NAMES
+from estune.weights.rebuild import Steps
 
-PROBED_TENSORS, PROBED_ELEMENTS = 16, 256  # about so many, to tell one step's checkpoint from another's
-
-Array = npt.NDArray[Any]
+PROBED_TENSORS = 16  # about so many, of
+PROBED_ELEMENTS = 256  # elements, tell one step's checkpoint from another's
 
 
 def replay(
@@ -63,8 +55,8 @@ def replay(
             + (f" ({missing})" if missing else "")
         )
     dtype = dtype or header.live_dtype
-    if dtype not in DTYPES:
-        raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(DTYPES)}")
+    if dtype not in TYPE_NAMES:
+        raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(TYPE_NAMES)}")
     if output.exists():
         raise EstuneError(f"{output} exists already: give another directory or remove it")
     base = base_checkpoint(header, model)
@@ -75,25 +67,15 @@ def replay(
 def rebuild(journal: Journal, base: Checkpoint, output: Path, step: int, dtype: str) -> str:
     """As `replay`, of a journal that is open, over a base checkpoint that is known to be its own."""
     header, run = journal.header, journal.path.parent
-    steps = [*journal.inherited, *journal.steps[:step]]
     expected = journal.steps[step - 1].fingerprint if step else header.fingerprint
-    fingerprints: dict[str, int] = {}
 
-    def verify() -> None:
-        found = f"{sum(fingerprints.values()) % 2**64:016x}"
+    def verify(found: str) -> None:
         if found != expected:
             raise EstuneError(
                 f"{run}: replay to step {step} gives fingerprint {found}, the journal says {expected}; nothing written"
             )
 
-    # Once for all tensors: built for each, they would grow to tensors x steps.
-    kernels = [(record, update_kernel(record.update, header.rounding)) for record in steps]
-    tensors = {
-        name: _rebuilt(base.tensors[primary], header, kernels, fingerprints)
-        for primary, aliases in header.tensors.items()
-        for name in (primary, *aliases)
-    }
-    base.write(output, tensors, dtype, verify)
+    _steps(journal, step).write(base, header.tensors, output, dtype, verify)
     return expected
 
 
@@ -111,11 +93,11 @@ def holds(folder: Path, base: Checkpoint, journal: Journal, dtype: str, step: in
         return True
     found = Checkpoint(folder).tensors
     names = sorted(name for name in found if name in trained)
-    kernels = [(r, update_kernel(r.update, header.rounding)) for r in [*journal.inherited, *journal.steps[:step]]]
+    steps = _steps(journal, step)
     for name in names[:: max(1, len(names) // PROBED_TENSORS)]:
         tensor = base.tensors[trained[name]]
         count = min(PROBED_ELEMENTS, tensor.elements)
-        expected = narrow(widen(_piece(tensor, header, kernels, 0, count)), DTYPES[dtype])
+        expected = narrow(widen(steps.rebuilt(tensor, 0, count)), DTYPES[dtype])
         if found[name].read(0, count).tobytes() != widen(expected).tobytes():
             return False
     return True
@@ -140,43 +122,7 @@ def refuse_changed_model(journal: Journal, folder: Path, *, accept: bool) -> dic
     )
 
 
-def _rebuilt(
-    tensor: Tensor, header: Header, kernels: Sequence[tuple[StepRecord, Kernel]], fingerprints: dict[str, int]
-) -> Callable[[], Iterator[Array]]:
-    key = tensor_id(tensor.name)
-
-    def run(start: int) -> tuple[Array, int]:
-        weights = _piece(tensor, header, kernels, start, min(RUN_LENGTH, tensor.elements - start))
-        return weights, cpu.fingerprint(weights, key, start)
-
-    def runs() -> Iterator[Array]:
-        total, workers = 0, _cores()
-        starts = range(0, tensor.elements, RUN_LENGTH)
-        with ThreadPoolExecutor(workers) as threads:
-            for i in range(0, len(starts), workers):
-                for weights, part in threads.map(run, starts[i : i + workers]):
-                    total += part
-                    yield weights
-        fingerprints[tensor.name] = total
-
-    return runs
-
-
-def _piece(
-    tensor: Tensor, header: Header, kernels: Sequence[tuple[StepRecord, Kernel]], start: int, count: int
-) -> Array:
-    """Elements `start .. start + count - 1` of a tensor of the base after these steps, in the base's type."""
-    noise_key = 0 if header.noise == "correlated" else tensor_id(tensor.name)
-    weights = narrow(tensor.read(start, count), DTYPES[header.dtype])
-    for record, apply in kernels:
-        if header.policy == "inplace":  # what rounding left behind at each restore is part of the run
-            for member in record.update.members:
-                for sigma in (member.sign * record.sigma, -member.sign * record.sigma):
-                    cpu.perturb(weights, weights, member.seed, noise_key, start, sigma)
-        apply(weights, noise_key, start)
-    return weights
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _steps(journal: Journal, count: int) -> Steps:
+    """All that lies before the journal's own steps, and so many of these."""
+    records = [*journal.inherited, *journal.steps[:count]]
+    return Steps(journal.header.rule, [record.update for record in records], [record.sigma for record in records])

@@ -10,7 +10,8 @@ from typing import Protocol
 from estune.completion import Completion, Sampling
 from estune.es.strategy import Member, Update
 from estune.journal.journal import StepRecord
-from estune.weights.weights import Drift
+from estune.weights.policies import Rule
+from estune.weights.trained import Drift
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,17 @@ class Description:
 
     base_hash: str  # content hash of the base checkpoint
     files: dict[str, str]  # and hashes of the files beside its tensors, by name
-    dtype: str  # of the base weights
+    rule: Rule  # how the base weights are kept and changed
     live_dtype: str  # of the weights that generate
     tensors: dict[str, list[str]]  # trained tensors of the checkpoint, each with the names tied to it
     elements: int  # of all trained tensors
     fingerprint: str  # of the base weights, now
     device: str  # its kind: another one can round otherwise
+
+    @property
+    def dtype(self) -> str:
+        """Type of the base weights."""
+        return self.rule.dtype
 
 
 # Prompts of an evaluation given to one replica at a time. Fixed, so that batches do not depend on their number.

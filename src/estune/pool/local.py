@@ -16,6 +16,8 @@ from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.process import WorkerProcess
 from estune.weights.base import Share, open_memory
 from estune.weights.device import training_device
+from estune.weights.policies import POLICIES
+from estune.weights.rebuild import Steps
 
 if TYPE_CHECKING:
     pass
@@ -37,7 +39,7 @@ from estune.es.update import as_fingerprint
 from estune.journal.journal import StepRecord
 from estune.pool.base import Description, Evaluated
 from estune.pool.replica import Replica
-from estune.weights.weights import Drift
+from estune.weights.trained import Drift
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -138,17 +140,16 @@ class LocalPool:
             list(self._threads.map(lambda replica: self._do(replica, lambda r: r.load(path)), self.replicas))
         self._updates = [record.update for record in records[:done]]
         self._fingerprint = self.own.weights.fingerprint()
-        for record in records[done:]:
-            if self.own.policy == "inplace":  # what rounding left behind at each restore is part of the run
-                for member in record.update.members:
-                    self.own.weights.perturb(member, record.sigma)
-            self.apply(record.update)
+        updates = [record.update for record in records[done:]]
+        sigmas = [record.sigma for record in records[done:]]
+        steps = Steps(self.own.weights.rule, updates, sigmas)
+        steps.retrace(self.own.weights.perturb, lambda number: self.apply(updates[number]))
         return self.own.weights.fingerprint()
 
     def save(self, path: Path, dtype: str) -> None:
         """As `Pool.save`."""
         self.own.save(path, dtype)
-        if dtype == self.own.weights.dtype:  # not rounded: who has to begin anew can begin here
+        if dtype == self.own.weights.rule.dtype:  # not rounded: who has to begin anew can begin here
             self._checkpoint = len(self._updates), path
 
     def drift(self) -> Drift | None:
@@ -272,7 +273,7 @@ def open_local_pool(config: Config, *, perturbs: bool = True) -> LocalPool:
         EstuneError: for a model that cannot be had or, if they perturb, trained.
     """
     count = config.replicas or 1
-    has_base = perturbs and config.weights != "inplace"
+    has_base = perturbs and POLICIES[config.weights].keeps_base
     one_base = has_base and count > 1 and training_device(config.device).type == "cpu"
     memory = open_memory() if one_base else None
     shares = [None if memory is None else Share(memory, i, count) for i in range(count)]

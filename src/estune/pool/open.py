@@ -10,6 +10,7 @@ from estune.pool.base import Pool
 from estune.pool.local import open_local_pool
 from estune.weights.checkpoint import Checkpoint, locate, pinned
 from estune.weights.device import chosen_device, training_device
+from estune.weights.policies import POLICIES
 
 if TYPE_CHECKING:
     pass
@@ -52,7 +53,7 @@ def share_cores(config: Config, size: int) -> tuple[int, int]:
     """Replicas, and threads of each, for weights of `size` bytes on this CPU: a member a core, or all cores for one."""
     cores = available_cores()
     threads = config.threads or (1 if size <= LARGEST_REPLICATED else cores)
-    if config.weights == "inplace":
+    if POLICIES[config.weights].drifts:
         return 1, threads  # what restoring leaves behind depends on who came before
     if config.workers or config.engine == "vllm":
         return 1, threads

@@ -24,11 +24,14 @@ from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.device import chosen_device, training_device
 from estune.weights.parameters import Parameter, trained_parameters
-from estune.weights.weights import Drift, Weights
+from estune.weights.policies import POLICIES
+from estune.weights.rebuild import Steps
+from estune.weights.storage import flat, type_name
+from estune.weights.trained import Drift, TrainedWeights
+from estune.weights.weights import Weights
 
 if TYPE_CHECKING:
     from estune.engines.vllm.engine import VllmEngine
-    from estune.engines.vllm.weights import VllmWeights
 
 
 LARGEST_EXPONENT = 700.0  # of e, in a float
@@ -54,9 +57,8 @@ class Replica:
         self.checkpoint = Checkpoint(locate(config.model))
         self._device = (training_device if perturbs else chosen_device)(config.device)
         self._perturbs = perturbs
-        self.policy = config.weights
         self.engine: TransformersEngine | VllmEngine
-        self.weights: Weights | VllmWeights
+        self.weights: TrainedWeights
         if config.engine == "vllm":
             from estune.engines.vllm.weights import open_vllm
 
@@ -90,7 +92,7 @@ class Replica:
                 base_on_host=on_host,
                 share=share,
             )
-        if config.weights == "master":
+        if weights.rule.how.base_dtype is not None:
             weights.load(self.checkpoint)  # the engine may hold it rounded
         return weights
 
@@ -130,8 +132,8 @@ class Replica:
         """
         done, path = checkpoint if checkpoint is not None and checkpoint[1].is_dir() else (0, self.checkpoint.path)
         self.load(path)
-        for update in updates[done:]:
-            self.weights.apply(update)
+        rest = updates[done:]
+        Steps(self.weights.rule, rest).retrace(self.weights.perturb, lambda number: self.weights.apply(rest[number]))
         return self.weights.fingerprint()
 
     def save(self, path: Path, dtype: str) -> None:
@@ -143,9 +145,9 @@ class Replica:
         return Description(
             base_hash=self.checkpoint.content_hash(),
             files=model_files(self.checkpoint.path),
-            dtype=self.weights.dtype,
+            rule=self.weights.rule,
             live_dtype=self.engine.dtype,
-            tensors=self.weights.tensors,
+            tensors={name: list(aliases) for name, aliases in self.weights.tensors.items()},
             elements=self.weights.elements,
             fingerprint=self.weights.fingerprint(),
             device=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine(),
@@ -158,13 +160,13 @@ class Replica:
             `weights/change`: norm of the change; `weights/relative_change`: the same over the norm of the base model's
             weights; `kl`: mean over the completions' tokens of the divergence from the base model in nats, estimated as
             r - 1 - log r with r the base model's probability over the present one (Schulman's k3, as in TRL). It needs
-            the base model's weights in place, which `inplace` cannot bring back: there is no `kl` there. What is not
-            finite, as with weights that are far gone, is left out.
+            the base model's weights in place, which nothing brings back where no base is kept: there is no `kl` there.
+            What is not finite, as with weights that are far gone, is left out.
         """
-        self.weights.restore()  # of `inplace` the live weights are the base
+        self.weights.restore()  # where no base is kept, the live weights are it
         difference, norm = self.weights.change(self.checkpoint)
         found = {"weights/change": difference, "weights/relative_change": difference / norm if norm else 0.0}
-        if self.policy != "inplace":
+        if self.weights.rule.how.keeps_base:
             now = self.engine.score(prompt_ids, completion_ids)
             self.weights.show(self.checkpoint)
             base = self.engine.score(prompt_ids, completion_ids)
@@ -177,7 +179,7 @@ class Replica:
 
     def drift(self) -> Drift | None:
         """What restoring left behind since the last update; None where it leaves nothing."""
-        return self.weights.drift() if self.policy == "inplace" else None
+        return self.weights.drift()
 
     def close(self) -> None:
         """End what the engine has started. A model in this process goes with the last reference."""
@@ -188,10 +190,12 @@ class Replica:
         return 1 if self._device.type == "cpu" else max(config.replicas or 1, config.workers_per_gpu)
 
     def _keeps_base_on_host(self, config: Config, parameters: Sequence[Parameter], live: int) -> bool:
-        if self._device.type == "cpu" or config.weights == "inplace":
+        policy = POLICIES[config.weights]
+        if self._device.type == "cpu" or not policy.keeps_base:
             return False
         memory = total_memory(self._device) // self._sharers(config)
-        base = sum(p.tensor.numel() * (4 if config.weights == "master" else p.tensor.itemsize) for p in parameters)
+        tensors = [flat(p.tensor) for p in parameters]  # refuses types that there are no kernels for
+        base = sum(policy.base_bytes(len(t), type_name(t.dtype)) for t in tensors)
         return keeps_base_on_host(config.base_device, base=base, live=live, memory=memory)
 
 

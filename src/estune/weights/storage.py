@@ -27,10 +27,10 @@ from estune.es.update import terms
 from estune.noise.rows import Rows
 from estune.weights.checkpoint import RUN_LENGTH, narrow
 from estune.weights.device import device_kernels
+from estune.weights.policies import TYPE_NAMES
 
 STREAMED_LENGTH = 8 << 20  # elements that pass through a buffer at a time: 32 MiB of float32
 BUFFERS = 2  # one is filled while the other is worked on
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
@@ -241,10 +241,10 @@ def flat(tensor: Tensor) -> Tensor:
         raise EstuneError(f"weights on {tensor.device}: they can be perturbed on cuda and cpu; set device to one")
     if not tensor.is_contiguous():
         raise EstuneError(f"a weight of shape {tuple(tensor.shape)} is not contiguous: save and load the model again")
-    if tensor.dtype not in TYPES:
+    if type_name(tensor.dtype) not in TYPE_NAMES:
         raise EstuneError(
-            f"weights of type {type_name(tensor.dtype)}: there are kernels for "
-            f"{', '.join(map(type_name, TYPES))}; set dtype to one"
+            f"weights of type {type_name(tensor.dtype)}: there are kernels for {', '.join(TYPE_NAMES)}; set dtype to "
+            "one"
         )
     return tensor.detach().view(-1)
 

@@ -1,20 +1,14 @@
 """Live weights of an engine, and how they are perturbed, restored and updated exactly.
 
-Three policies, by what is kept beside the live weights:
-
-- `master`: a float32 base. live = round(base + sigma * noise), the update is float32 and loses nothing.
-- `copy`: a base in the live type. Restoring is as exact; the update is summed in float32 and rounded once.
-- `inplace`: nothing, as in the paper. Restoring subtracts the noise again, and what rounding leaves behind stays.
-
-Every element's result depends on its own history alone, so any split gives the same bits, on the CPU and on a device
-(`storage.py`). Storage addresses of live weights never change.
+What is kept beside them is for the policy to say (`policies.py`). Every element's result depends on its own history
+alone, so any split gives the same bits, on the CPU and on a device (`storage.py`). Storage addresses of live weights
+never change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -28,25 +22,14 @@ from estune.weights.base import Share, make_base, share_of
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, narrow, widen
 from estune.weights.checkpoint import Tensor as StoredTensor
 from estune.weights.parameters import Parameter, Rectangle
+from estune.weights.policies import POLICIES, NoiseMode, Perturbation, PolicyName, Rounding, Rule
 from estune.weights.storage import CpuStorage, Run, Storage, as_array, flat, open_storage, type_name
+from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Policy = Literal["master", "copy", "inplace"]
-Rounding = Literal["nearest", "stochastic"]
-NoiseMode = Literal["iid", "correlated"]
-Array = npt.NDArray[Any]
-
 SAMPLE = 4096  # elements of each tensor watched for drift
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """What in-place restoring left behind since the last update, over a sample of the weights."""
-
-    changed: float  # fraction of weights that are not what they were
-    rms: float  # root mean square of the difference
 
 
 class Weights:
@@ -54,7 +37,8 @@ class Weights:
 
     Args:
         parameters: from `trained_parameters`, or rectangles of checkpoint tensors.
-        policy, rounding: see the module's text; stochastic rounding matters to bfloat16 bases only.
+        policy: what is kept beside the live weights (`policies.py`): `master`, `copy` or `inplace`.
+        rounding: of updates, `nearest` or `stochastic`, which matters to bfloat16 bases only.
         noise: `iid`, or `correlated`, which gives equal noise to all tensors, as the authors' first code did.
         threads: CPU threads to spread the work over.
         base_on_host: keep the base of weights on a device in pinned host memory.
@@ -68,45 +52,42 @@ class Weights:
         self,
         parameters: Sequence[Parameter],
         *,
-        policy: Policy = "master",
+        policy: PolicyName = "master",
         rounding: Rounding = "nearest",
         noise: NoiseMode = "iid",
         threads: int = 1,
         base_on_host: bool = False,
         share: Share | None = None,
     ) -> None:
-        self.policy, self.rounding, self.noise = policy, rounding, noise
         self.parameters = list(parameters)
         live = [flat(p.tensor) for p in self.parameters]
-        types = {t.dtype for t in live}
-        if policy != "master" and len(types) > 1:
-            names = " and ".join(sorted(map(type_name, types)))
+        self._policy = POLICIES[policy]
+        types = sorted({type_name(t.dtype) for t in live})
+        if self._policy.base_dtype is None and len(types) > 1:
+            names = " and ".join(types)
             raise EstuneError(f"weights={policy} keeps weights of one type, the model has {names}; set weights=master")
-        dtype = torch.float32 if policy == "master" else None
-        base = live if policy == "inplace" else make_base(live, dtype, on_host=base_on_host, share=share)
-        self._base = list(base)
-        self._runs = [self._run(p, a, b) for p, a, b in zip(self.parameters, live, base, strict=True)]
+        self.rule = Rule(policy, rounding, noise, self._policy.dtype(types[0]))
+        """How the base is kept and changed."""
+        self._base = live
+        if self._policy.keeps_base:
+            self._base = make_base(live, getattr(torch, self.rule.dtype), on_host=base_on_host, share=share)
+        self._runs = [self._run(p, a, b) for p, a, b in zip(self.parameters, live, self._base, strict=True)]
         self._threads = threads
         self._storage = open_storage(self._runs, threads)
         self._updated = self._storage if share is None else CpuStorage(share_of(self._runs, share), threads)
         self._fills = share is None or share.fills
-        self._member: tuple[Member, float] | None = None  # what the live weights are perturbed by, if in place
-        self._watched = self._sample() if policy == "inplace" else []
+        self._perturbed: Perturbation | None = None  # what the live weights are perturbed by
+        self._watch()
 
     def _run(self, parameter: Parameter, live: Tensor, base: Tensor) -> Run:
-        key, part = tensor_id(parameter.name), parameter.part
-        noise = 0 if self.noise == "correlated" else key
-        return Run(live, base, key, noise, part.start, part.layout, parameter.counted)
+        part = parameter.part
+        noise = self.rule.noise_key(parameter.name)
+        return Run(live, base, tensor_id(parameter.name), noise, part.start, part.layout, parameter.counted)
 
     @property
     def base(self) -> dict[str, Array]:
         """The base of whole tensors by name, as flat arrays: its own memory, or a copy of what lies on a device."""
         return {p.name: as_array(t.cpu()) for p, t in zip(self.parameters, self._base, strict=True)}
-
-    @property
-    def dtype(self) -> str:
-        """Type of the base weights: float32, bfloat16 or float16."""
-        return type_name(self._base[0].dtype)
 
     @property
     def tensors(self) -> dict[str, list[str]]:
@@ -120,42 +101,34 @@ class Weights:
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights base + sign * sigma * noise(seed). Needs no restore between members."""
-        if self.policy == "inplace":
-            self.restore()
-            self._member = (member, sigma)
+        self._settle()
         self._storage.perturb(member.seed, member.sign * sigma)
+        self._perturbed = member, sigma
 
     def restore(self) -> None:
-        """Make the live weights the base again: exactly, unless the policy is `inplace`."""
-        if self.policy != "inplace":
-            self._storage.restore()
-        elif self._member is not None:
-            (member, sigma), self._member = self._member, None
-            self._storage.perturb(member.seed, -member.sign * sigma)
+        """Make the live weights the base again: exactly, unless the policy drifts."""
+        self._policy.restore(self._storage, self._perturbed)
+        self._perturbed = None
 
     def apply(self, update: Update) -> None:
         """Add an update to the base, or to its share. The live weights follow at the next `perturb` or `restore`."""
-        if self.policy == "inplace":
-            self.restore()
-        self._updated.update(update, self.rounding)
-        if self.policy == "inplace":
-            self._watched = self._sample()
+        self._settle()
+        self._updated.update(update, self.rule.rounding)
+        self._watch()
 
     def fingerprint(self) -> str:
         """Hash of the base weights, 16 hexadecimal digits: equal bits, equal fingerprint, however they are split."""
-        if self.policy == "inplace":
-            self.restore()
+        self._settle()
         return as_fingerprint(self._storage.fingerprint())
 
     def share_sum(self) -> int:
         """Sum of the hashes of what `apply` updates: over all shares they add up to the fingerprint."""
-        if self.policy == "inplace":
-            self.restore()
+        self._settle()
         return self._updated.fingerprint()
 
-    def drift(self) -> Drift:
-        """How far the live weights of the `inplace` policy have drifted since the last update."""
-        return as_drift([self.drift_sums()])
+    def drift(self) -> Drift | None:
+        """How far the weights have drifted since the last update; None where the policy does not drift."""
+        return as_drift([self.drift_sums()]) if self._policy.drifts else None
 
     def drift_sums(self) -> tuple[int, int, float]:
         """What `drift` is made of: the number of weights watched, of those that changed, and the sum of squares."""
@@ -168,7 +141,7 @@ class Weights:
         difference = np.concatenate([now - then for now, then in pairs]) if pairs else np.zeros(0, np.float32)
         return len(difference), int(np.sum(difference != 0)), float(np.sum(np.square(difference, dtype=np.float64)))
 
-    def runs(self) -> dict[str, Callable[[], Iterator[Array]]]:
+    def runs(self) -> Runs:
         """The base of whole tensors by checkpoint name, tied names included, as `Checkpoint.write` takes it."""
 
         def reader(tensor: Tensor) -> Callable[[], Iterator[Array]]:
@@ -199,15 +172,16 @@ class Weights:
             stored, start = checkpoint.tensors[p.name], 0
             for values in _read(stored, p.part):
                 part = base[start : start + len(values)]
-                part.copy_(torch.from_numpy(narrow(values, DTYPES[self.dtype])).view(base.dtype))
+                part.copy_(torch.from_numpy(narrow(values, DTYPES[self.rule.dtype])).view(base.dtype))
                 start += len(values)
-        if self.policy == "inplace":
-            self._member, self._watched = None, self._sample()
+        if not self._policy.keeps_base:
+            self._perturbed = None
+        self._watch()
 
     def show(self, checkpoint: Checkpoint) -> None:
         """Make a checkpoint's tensors the live weights, rounded to their type, until the next `perturb` or `restore`.
 
-        Not for the policy `inplace`, which has nothing to restore from.
+        Only where a base is kept: otherwise there is nothing to restore from.
         """
         for p in self.parameters:
             live, start = flat(p.tensor), 0
@@ -226,7 +200,7 @@ class Weights:
         for p, base in zip(self.parameters, self._base, strict=True):
             start = 0
             for stored in _read(checkpoint.tensors[p.name], p.part) if p.counted else ():
-                values = widen(narrow(stored, DTYPES[self.dtype]))
+                values = widen(narrow(stored, DTYPES[self.rule.dtype]))
                 now = widen(as_array(base[start : start + len(values)].cpu()))
                 # By dot products, which make no array in float64. A million float32 squares add up well enough.
                 difference += float(np.dot(now - values, now - values))
@@ -238,6 +212,15 @@ class Weights:
         """Passes over some parameters alone."""
         chosen = [run for p, run in zip(self.parameters, self._runs, strict=True) if choose(p)]
         return open_storage(chosen, self._threads)
+
+    def _settle(self) -> None:
+        """Have the base whole, to be read or changed: there is none while live weights that are it are perturbed."""
+        if not self._policy.keeps_base:
+            self.restore()
+
+    def _watch(self) -> None:
+        """Look at what is there, to tell later how far it has drifted."""
+        self._watched = self._sample() if self._policy.drifts else []
 
     def _sample(self) -> list[Array]:
         return [as_array(t[:: max(1, len(t) // SAMPLE)].clone().cpu()) for t in self._base]
@@ -254,15 +237,3 @@ def _read(stored: StoredTensor, part: Rectangle) -> Iterator[npt.NDArray[np.floa
         count = min(block, part.row + part.rows - row)
         whole = stored.read(row * part.pitch, count * part.pitch).reshape(count, part.pitch)
         yield np.ascontiguousarray(whole[:, part.column : part.column + part.width]).reshape(-1)
-
-
-def as_norms(sums: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The norms that several `Weights.change_sums` stand for."""
-    difference, norm = (sum(column) for column in zip(*sums, strict=True))
-    return float(np.sqrt(difference)), float(np.sqrt(norm))
-
-
-def as_drift(sums: Sequence[tuple[int, int, float]]) -> Drift:
-    """The drift that several `Weights.drift_sums` stand for."""
-    watched, changed, squares = (sum(column) for column in zip(*sums, strict=True))
-    return Drift(changed / max(watched, 1), float(np.sqrt(squares / max(watched, 1))))

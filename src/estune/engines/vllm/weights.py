@@ -19,12 +19,12 @@ from estune.engines.vllm.parameter_map import count_once, tied_names
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
-from estune.noise.reference import normal_by_id, tensor_id
+from estune.noise.reference import normal_by_id
 from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, narrow, widen
 from estune.weights.device import chosen_device
-from estune.weights.storage import Array
-from estune.weights.weights import Drift, as_drift, as_norms
+from estune.weights.policies import POLICIES, Rule
+from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
 PROBE = Member(0xC0FFEE), 0.01  # what live weights are compared under
 
@@ -66,19 +66,18 @@ class VllmWeights:
                 f"{next(iter(self._shapes))}"
             )
         chosen = {name: tuple(aliases) for name, aliases in self.tensors.items()}
+        dtype = POLICIES[config.weights].dtype(engine.dtype)
+        self.rule = Rule(config.weights, config.rounding, config.noise, dtype)
+        """How the base is kept and changed."""
         self._opening = Opening(
             checkpoint.path,
-            config.weights,
-            config.rounding,
-            config.noise,
+            self.rule,
             config.threads or 1,
             base_on_host,
             chosen,
             counted,
         )
         engine.call("open", self._opening)
-        self.dtype = "float32" if config.weights == "master" else engine.dtype
-        """Type of the base weights."""
         self._check(checkpoint)
 
     @property
@@ -92,7 +91,7 @@ class VllmWeights:
         self._engine.forget()
 
     def restore(self) -> None:
-        """Make the live weights the base again: exactly, unless the policy is `inplace`."""
+        """Make the live weights the base again: exactly, unless the policy drifts."""
         self._engine.call("restore")
         self._engine.forget()
 
@@ -109,9 +108,9 @@ class VllmWeights:
         """Sum of the hashes of the base's elements, each counted once."""
         return sum(self._engine.call("share_sum"))
 
-    def drift(self) -> Drift:
-        """How far the live weights of the `inplace` policy have drifted since the last update."""
-        return as_drift(self._engine.call("drift_sums"))
+    def drift(self) -> Drift | None:
+        """How far the weights have drifted since the last update; None where the policy does not drift."""
+        return as_drift(self._engine.call("drift_sums")) if self.rule.how.drifts else None
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Make a checkpoint's tensors the base, such as one that an earlier part of the run saved."""
@@ -127,7 +126,7 @@ class VllmWeights:
         """Norm of the base's difference from a checkpoint, and of the checkpoint's tensors themselves."""
         return as_norms(self._engine.call("change_sums", checkpoint.path))
 
-    def runs(self) -> dict[str, Callable[[], Iterator[Array]]]:
+    def runs(self) -> Runs:
         """The base by checkpoint name, tied names included, as `Checkpoint.write` takes it."""
 
         def reader(name: str) -> Callable[[], Iterator[Array]]:
@@ -174,11 +173,9 @@ class VllmWeights:
         member, sigma = PROBE
         for sample in samples:
             count, live = len(sample.values), DTYPES[sample.dtype.removeprefix("torch.")]
-            base = checkpoint.tensors[sample.name].read(sample.start, count)
-            if self._opening.policy != "master":
-                base = widen(narrow(base, live))
-            key = tensor_id(sample.name) if self._opening.noise == "iid" else 0
-            noise = normal_by_id(member.seed, key, sample.start, count)
+            stored = checkpoint.tensors[sample.name].read(sample.start, count)
+            base = widen(narrow(stored, DTYPES[self.rule.dtype]))
+            noise = normal_by_id(member.seed, self.rule.noise_key(sample.name), sample.start, count)
             if not np.array_equal(narrow(base + np.float32(sigma) * noise, live), sample.values):
                 raise EstuneError(
                     f"engine=vllm cannot train this model: {sample.name}, perturbed, is not what it should be from "
@@ -187,7 +184,7 @@ class VllmWeights:
 
     def _undo(self, checkpoint: Checkpoint) -> None:
         self.restore()
-        if self._opening.policy == "inplace":
+        if not self.rule.how.keeps_base:
             self.load(checkpoint)  # what rounding has left of the checks
 
 
@@ -201,7 +198,7 @@ def open_vllm(checkpoint: Checkpoint, config: Config, *, perturbs: bool) -> tupl
     dtype = live_dtype(checkpoint, config, load_config(checkpoint.path))
     elements = sum(t.elements for name, t in checkpoint.tensors.items() if fnmatchcase(name, config.train_parameters))
     size = getattr(torch, dtype).itemsize
-    base = elements * (4 if config.weights == "master" else size) if perturbs and config.weights != "inplace" else 0
+    base = POLICIES[config.weights].base_bytes(elements, dtype) if perturbs else 0
     live = sum(t.elements for t in checkpoint.tensors.values()) * size
     on_host = device.type == "cuda" and keeps_base_on_host(
         config.base_device,

@@ -21,8 +21,9 @@ from estune.errors import EstuneError
 from estune.noise.reference import tensor_id
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import Parameter
+from estune.weights.policies import Rule
 from estune.weights.storage import Array, Run, Storage, as_array, flat, open_storage
-from estune.weights.weights import NoiseMode, Policy, Rounding, Weights
+from estune.weights.weights import Weights
 
 internals.keep_weights_plain()
 
@@ -35,9 +36,7 @@ class Opening:
     """How a worker's weights are to be kept, and which."""
 
     checkpoint: Path
-    policy: Policy
-    rounding: Rounding
-    noise: NoiseMode
+    rule: Rule
     threads: int
     base_on_host: bool
     chosen: Mapping[str, tuple[str, ...]]  # the tensors to train, each with its aliases
@@ -125,9 +124,9 @@ class Shard:
         ]
         self.weights = Weights(
             parameters,
-            policy=opening.policy,
-            rounding=opening.rounding,
-            noise=opening.noise,
+            policy=opening.rule.policy,
+            rounding=opening.rule.rounding,
+            noise=opening.rule.noise,
             threads=opening.threads,
             base_on_host=opening.base_on_host,
         )
@@ -195,10 +194,10 @@ class Shard:
     def unshake(self, name: str, path: Path) -> None:
         """Make it what it was again."""
         assert self.weights is not None
-        if self.weights.policy == "inplace":
-            self.load(path)
-        else:
+        if self.weights.rule.how.keeps_base:
             self._alone(name).restore()
+        else:
+            self.load(path)
 
     def _alone(self, name: str) -> Storage:
         assert self.weights is not None

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import ray
@@ -23,14 +22,13 @@ from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
-from estune.es.update import as_fingerprint, update_kernel
 from estune.journal.journal import StepRecord
-from estune.journal.replay import _rebuilt as rebuilt
 from estune.pool.base import EVALUATION_BATCH, Description, Evaluated
 from estune.pool.ray.cluster import cluster_device, connect, disconnect
 from estune.pool.ray.crew import Crew, Slot, Weights
 from estune.weights.checkpoint import EMBEDDED, Checkpoint, locate
-from estune.weights.weights import Drift
+from estune.weights.rebuild import Steps
+from estune.weights.trained import Drift
 
 __all__ = ["RayPool", "cluster_device", "open_ray_pool"]
 
@@ -163,27 +161,21 @@ class RayPool:
 
     def _replay(self, path: Path, dtype: str) -> None:
         """Write the weights without any worker."""
-        config, trained, weights = self._config, self.describe(), self.crew.weights
+        config = self._config
+        trained = self.describe()
+        weights = self.crew.weights
         base = Checkpoint(locate(config.model))
         if base.content_hash() != trained.base_hash:
             raise EstuneError(
                 f"{path}: no worker is on this machine to write it, and the base model {config.model} is another one "
                 "here than where the workers are: put theirs here, and resume"
             )
-        header: Any = SimpleNamespace(policy=config.weights, noise=config.noise, dtype=trained.dtype)
-        kernels: Any = [(None, update_kernel(update, config.rounding)) for update in weights.history]
-        sums: dict[str, int] = {}
-        tensors = {
-            name: rebuilt(base.tensors[primary], header, kernels, sums)
-            for primary, aliases in trained.tensors.items()
-            for name in (primary, *aliases)
-        }
 
-        def verify() -> None:
-            if as_fingerprint(sum(sums.values())) != weights.fingerprint:
+        def verify(found: str) -> None:
+            if found != weights.fingerprint:
                 raise EstuneError(f"{path}: replay on this machine gives other weights than the workers have; resume")
 
-        base.write(path, tensors, dtype, verify)
+        Steps(trained.rule, weights.history).write(base, trained.tensors, path, dtype, verify)
 
 
 def _for_workers(config: Config) -> Config:

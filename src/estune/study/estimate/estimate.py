@@ -15,9 +15,7 @@ from estune.study.estimate.machines import GB, Device
 from estune.study.estimate.needs import (
     Item,
     Place,
-    Policy,
     Work,
-    base_bytes,
     memory,
     memory_of_all,
     process_memory,
@@ -25,6 +23,7 @@ from estune.study.estimate.needs import (
     total,
 )
 from estune.study.estimate.shapes import Shape
+from estune.weights.policies import POLICIES, PolicyName
 
 # Bytes a parameter of mixed-precision training with AdamW, 16 in all (arXiv 1910.02054, section 3.1).
 RL_WEIGHTS = 2
@@ -92,7 +91,7 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
     What ES keeps on a device must fit there: `parallel` alone splits it. RL's memory is taken to be split evenly
     over as many devices as it takes, as ZeRO's third stage and FSDP do.
     """
-    ways: list[tuple[Policy, Place]] = [("master", "device"), ("copy", "device")]
+    ways: list[tuple[PolicyName, Place]] = [("master", "device"), ("copy", "device")]
     if work.workers is None:
         ways += [("inplace", "device")]
     if device.is_gpu:
@@ -102,7 +101,8 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
     for policy, base in [as_set, *(way for way in ways if way != as_set)]:
         one = replace(work, policy=policy, base=base)
         needed = memory_of_all(shape, one, device, prefill_tokens)
-        kept = work.places * one.replicas * base_bytes(shape, policy, work.dtype) if base == "host" else 0
+        each = POLICIES[policy].base_bytes(shape.trained, work.dtype)
+        kept = work.places * one.replicas * each if base == "host" else 0
         fits = needed <= device.memory
         found.append(
             Choice(_name(policy, base, device), work.devices * needed, kept, work.devices if fits else None, fits)
@@ -115,9 +115,9 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
     return found
 
 
-def _name(policy: Policy, base: Place, device: Device) -> str:
+def _name(policy: PolicyName, base: Place, device: Device) -> str:
     """A way to hold the weights, as settings."""
-    return f"weights={policy}" + (f" base_device={base}" if device.is_gpu and policy != "inplace" else "")
+    return f"weights={policy}" + (f" base_device={base}" if device.is_gpu and POLICIES[policy].keeps_base else "")
 
 
 def fitting_batch(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> int:

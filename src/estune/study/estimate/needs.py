@@ -15,15 +15,13 @@ from estune.engines.memory import LOGITS_BYTES
 from estune.engines.memory import fitting_rows as rows_that_fit
 from estune.study.estimate.machines import GB, PCIE, Device
 from estune.study.estimate.shapes import Shape
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from estune.weights.policies import BYTES, POLICIES, PolicyName
 
 PREFILL_HIDDEN = 4  # activations alive at once in a layer, of the residual's size
 PREFILL_WIDTH = 3  # and of the widest size
 GPU_CONTEXT = GB  # CUDA's context, compiled kernels, workspaces
 CPU_PROCESS = 4 * GB // 10  # Python, torch and compiled kernels, each replica anew
 
-Policy = Literal["master", "copy", "inplace"]
 Place = Literal["device", "host"]
 
 
@@ -49,7 +47,7 @@ class Work:
     slots: int  # tokens that a sequence's cache has room for
     at_once: int  # members evaluated at once on one device, or on GPUs that share an engine
     dtype: str  # of the live weights
-    policy: Policy = "master"
+    policy: PolicyName = "master"
     base: Place = "device"
     workers: int | None = None  # engines in all, each with a base of its own; None for replicas on one device
     parallel: int = 1  # GPUs that every matrix of an engine is split over
@@ -61,8 +59,8 @@ class Work:
 
     @property
     def replicas(self) -> int:
-        """Sets of weights on one device: inplace holds one."""
-        return 1 if self.policy == "inplace" else self.at_once
+        """Sets of weights on one device: a policy that drifts holds one."""
+        return 1 if POLICIES[self.policy].drifts else self.at_once
 
     @property
     def engines(self) -> int:
@@ -83,11 +81,6 @@ class Work:
 def total(items: Iterable[Item]) -> float:
     """Sum of the lines."""
     return sum(item.amount for item in items)
-
-
-def base_bytes(shape: Shape, policy: Policy, dtype: str) -> int:
-    """Bytes of the base that a policy keeps beside the live weights."""
-    return shape.trained * {"master": BYTES["float32"], "copy": BYTES[dtype], "inplace": 0}[policy]
 
 
 def fitting_rows(shape: Shape, work: Work, memory: int, *, share: int, most: int) -> int:
@@ -119,13 +112,11 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     rows = work.rows
     parallel = work.parallel
     split = f" / {parallel} GPUs" if parallel > 1 else ""
-    base = base_bytes(shape, work.policy, work.dtype)
+    policy = POLICIES[work.policy]
+    base = policy.base_bytes(shape.trained, work.dtype)
     tokens = min(prefill_tokens, rows * work.prompt_tokens)
-    held = {
-        "master": f"{shape.trained:,} x 4 B (float32)",
-        "copy": f"{shape.trained:,} x {bytes_} B ({work.dtype})",
-        "inplace": "nothing is kept",
-    }[work.policy]
+    dtype = policy.dtype(work.dtype)
+    held = f"{shape.trained:,} x {BYTES[dtype]} B ({dtype})" if policy.keeps_base else "nothing is kept"
     if base and work.base == "host":
         held = f"{held} in pinned host memory"
         base = 0
@@ -162,7 +153,7 @@ def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int)
     Arguments as for `memory`.
     """
     replicas = work.replicas
-    shared = base_bytes(shape, work.policy, work.dtype) if _shares_base(work, device) else 0
+    shared = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) if _shares_base(work, device) else 0
     return replicas * total(memory(shape, work, device, prefill_tokens)) - (replicas - 1) * shared
 
 
@@ -190,7 +181,7 @@ def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
     rounds = math.ceil(work.population / at_once)
     bytes_ = BYTES[work.dtype]
     # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
-    base = base_bytes(shape, work.policy, work.dtype) or shape.trained * bytes_
+    base = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) or shape.trained * bytes_
     reading = pcie if work.base == "host" else device.bandwidth
     drawing = shape.trained / device.noise
     perturb = rounds * max(base / reading + shape.trained * bytes_ / device.bandwidth, drawing)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from estune.config import Config, load
 from estune.errors import EstuneError
 from estune.weights.checkpoint import EMBEDDED
+from estune.weights.policies import BYTES, POLICIES
 
 if TYPE_CHECKING:
     from estune.study.estimate.estimate import Estimate
@@ -89,7 +90,6 @@ def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
     from estune.engines import decode, transformers
     from estune.pool.open import share_cores
     from estune.study.estimate.machines import measure_cpu
-    from estune.study.estimate.needs import BYTES
 
     replicas, threads = share_cores(config, shape.parameters * BYTES[shape.dtype or "float32"])
     work = replace(work, at_once=config.workers or replicas, slots=work.longest)
@@ -101,13 +101,12 @@ def _on_gpus(config: Config, work: Work, shape: Shape, sheet: GPU, size: int | N
     """On GPUs of a line of the table, of `size` bytes if it is known."""
     from estune.engines import decode, graph, transformers
     from estune.study.estimate.machines import as_device
-    from estune.study.estimate.needs import BYTES, base_bytes
     from estune.weights.base import keeps_base_on_host
 
     dtype = (shape.dtype or work.dtype) if config.dtype == "auto" else work.dtype
     parallel = config.gpus_per_worker
     device = as_device(sheet, dtype, size)
-    base = base_bytes(shape, work.policy, dtype)
+    base = POLICIES[work.policy].base_bytes(shape.trained, dtype)
     live = shape.parameters * BYTES[dtype]
     on_host = base > 0 and keeps_base_on_host(
         config.base_device, base=base // parallel, live=live // parallel, memory=device.memory // work.at_once

@@ -1,0 +1,112 @@
+"""What is kept beside the live weights, and how they come back from a member: one small class for each policy.
+
+- `Master`: a float32 base. live = round(base + sigma * noise), the update is float32 and loses nothing.
+- `Copy`: a base in the live type. Restoring is as exact; the update is summed in float32 and rounded once.
+- `InPlace`: nothing, as in the paper. Restoring subtracts the noise again, and what rounding leaves behind stays.
+
+The names of policies, rounding modes, noise and types stand here alone, for settings, journals and estimates. No torch
+is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+from estune.es.strategy import Member
+from estune.noise.reference import tensor_id
+
+if TYPE_CHECKING:
+    from estune.weights.storage import Storage
+
+PolicyName = Literal["master", "copy", "inplace"]
+Rounding = Literal["nearest", "stochastic"]
+NoiseMode = Literal["iid", "correlated"]
+"""`correlated` gives equal noise to all tensors, as the authors' first code did."""
+DType = Literal["float32", "bfloat16", "float16"]
+
+TYPE_NAMES: tuple[DType, ...] = get_args(DType)
+BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of one element, by the type's name."""
+
+Perturbation = tuple[Member, float]
+"""A member and its sigma."""
+
+
+class Policy:
+    """What the exact policies have in common: a base is kept, and copied back. None has a state: one serves all."""
+
+    name: ClassVar[PolicyName]
+    keeps_base: ClassVar[bool] = True
+    """Whether the base is kept beside the live weights; otherwise they are it."""
+    drifts: ClassVar[bool] = False
+    """Whether restoring leaves something behind, which then is part of the run."""
+    base_dtype: ClassVar[DType | None] = None
+    """Type of the base; None where it is that of the live weights, which must then be of one type."""
+
+    def dtype(self, live: str) -> str:
+        """Type of the base of live weights of a type."""
+        return self.base_dtype or live
+
+    def base_bytes(self, elements: int, live: str) -> int:
+        """Bytes kept beside so many live weights of a type."""
+        return elements * BYTES[self.dtype(live)] if self.keeps_base else 0
+
+    def restore(self, storage: Storage, perturbed: Perturbation | None) -> None:
+        """Make the live weights the base again.
+
+        Args:
+            storage: where they are.
+            perturbed: what they are perturbed by, if anything.
+        """
+        storage.restore()
+
+
+class Master(Policy):
+    """Keeps a float32 base."""
+
+    name = "master"
+    base_dtype = "float32"
+
+
+class Copy(Policy):
+    """Keeps a base in the type of the live weights."""
+
+    name = "copy"
+
+
+class InPlace(Policy):
+    """Keeps nothing: the live weights are the base, and what perturbs them is subtracted again."""
+
+    name = "inplace"
+    keeps_base = False
+    drifts = True
+
+    def restore(self, storage: Storage, perturbed: Perturbation | None) -> None:
+        """Subtract the noise of the member that the live weights are perturbed by, if there is one."""
+        if perturbed is not None:
+            member, sigma = perturbed
+            storage.perturb(member.seed, -member.sign * sigma)
+
+
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Master(), Copy(), InPlace())}
+"""By the name in settings and journals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """All that decides, with the base checkpoint and the steps, what the weights of a run are, to the bit."""
+
+    policy: PolicyName
+    rounding: Rounding  # of updates
+    noise: NoiseMode
+    dtype: str  # of the base weights
+
+    @property
+    def how(self) -> Policy:
+        """The policy itself."""
+        return POLICIES[self.policy]
+
+    def noise_key(self, tensor: str) -> int:
+        """64-bit key of the noise of a checkpoint's tensor."""
+        return 0 if self.noise == "correlated" else tensor_id(tensor)

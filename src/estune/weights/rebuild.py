@@ -1,0 +1,121 @@
+"""Weights after any number of steps: live ones brought there, or a checkpoint made of files alone.
+
+The latter works tensor by tensor, a run of a million elements at a time, without an engine or torch: the memory needed
+does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from estune.es.strategy import Member, Update
+from estune.es.update import as_fingerprint, terms
+from estune.noise.reference import tensor_id
+from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, Tensor, narrow
+from estune.weights.policies import Rule
+from estune.weights.trained import Array
+
+
+class Steps:
+    """Steps of a run, as far as its weights follow from them.
+
+    Args:
+        rule: how the base weights are kept and changed.
+        updates: of the steps, oldest first.
+        sigmas: by which their members were perturbed, one a step. Only a policy that drifts needs them.
+    """
+
+    def __init__(self, rule: Rule, updates: Sequence[Update], sigmas: Sequence[float] = ()) -> None:
+        self._rule = rule
+        self._updates = updates
+        self._sigmas = sigmas
+        # Once for all tensors: made for each, they would grow to tensors x steps.
+        self._terms = [terms(update, rule.rounding) for update in updates]
+
+    def retrace(self, perturb: Callable[[Member, float], None], apply: Callable[[int], object]) -> None:
+        """Do to weights again what these steps did to them, to the bit.
+
+        Args:
+            perturb: perturb the weights by a member and its sigma; whatever is called next restores them first.
+            apply: make the update of this number, from 0.
+        """
+        drifts = self._rule.how.drifts
+        assert len(self._sigmas) == len(self._updates) or not drifts
+        for number, update in enumerate(self._updates):
+            if drifts:  # what rounding left behind at each restore is part of the run
+                for member in update.members:
+                    perturb(member, self._sigmas[number])
+            apply(number)
+
+    def rebuilt(self, tensor: Tensor, start: int, count: int) -> Array:
+        """Elements `start .. start + count - 1` of a tensor of the base after these steps, flat, in the base's type."""
+        from estune.noise import cpu
+
+        weights = narrow(tensor.read(start, count), DTYPES[self._rule.dtype])
+        key = self._rule.noise_key(tensor.name)
+
+        def perturb(member: Member, sigma: float) -> None:
+            for change in (member.sign * sigma, -member.sign * sigma):
+                cpu.perturb(weights, weights, member.seed, key, start, change)
+
+        def apply(number: int) -> None:
+            t = self._terms[number]
+            if t is not None:
+                cpu.update(weights, t.seeds, t.coefficients, key, start, t.decay, t.rounding_seed)
+
+        self.retrace(perturb, apply)
+        return weights
+
+    def write(
+        self,
+        base: Checkpoint,
+        trained: Mapping[str, Sequence[str]],
+        target: Path,
+        dtype: str,
+        verify: Callable[[str], None],
+    ) -> None:
+        """Write what these steps make of a base checkpoint.
+
+        Args:
+            base: where they begin.
+            trained: the trained tensors by name, each with the names tied to it.
+            target, dtype: as `Checkpoint.write` takes them.
+            verify: called with the fingerprint when all is written; if it raises, nothing appears.
+        """
+        sums: dict[str, int] = {}
+        tensors = {
+            name: self._reader(base.tensors[primary], sums)
+            for primary, aliases in trained.items()
+            for name in (primary, *aliases)
+        }
+        base.write(target, tensors, dtype, lambda: verify(as_fingerprint(sum(sums.values()))))
+
+    def _reader(self, tensor: Tensor, sums: dict[str, int]) -> Callable[[], Iterator[Array]]:
+        """What `Checkpoint.write` reads a tensor by; leaves the sum of the tensor's hashes in `sums`."""
+        from estune.noise import cpu
+
+        key = tensor_id(tensor.name)
+
+        def run(start: int) -> tuple[Array, int]:
+            weights = self.rebuilt(tensor, start, min(RUN_LENGTH, tensor.elements - start))
+            return weights, cpu.fingerprint(weights, key, start)
+
+        def runs() -> Iterator[Array]:
+            total, workers = 0, _cores()
+            starts = range(0, tensor.elements, RUN_LENGTH)
+            with ThreadPoolExecutor(workers) as threads:
+                for i in range(0, len(starts), workers):
+                    for weights, part in threads.map(run, starts[i : i + workers]):
+                        total += part
+                        yield weights
+            sums[tensor.name] = total
+
+        return runs
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
