@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from estune.grading.sandbox import Limits, run_code
 from estune.rewards.code import extract_code, unit_test_fraction, unit_tests
 
 # Of wall time enough for a machine that stands still for a moment; what loops is ended by its processor time.
-LIMITS = Limits(wall=4, cpu=1, memory=256 << 20, disk=1 << 20, processes=6, output=1000)
+LIMITS = Limits(wall=4, cpu=1, memory=256 << 20, disk=1 << 20, output=1000)
+SEVERAL = replace(LIMITS, processes=6)
 
 
 def available() -> bool:
@@ -53,7 +56,7 @@ def wait(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def helpers() -> set[str]:
-    """Processes of sandboxes: helpers, programs and what those started."""
+    """Processes of sandboxes: keepers, programs and what those started."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -70,18 +73,22 @@ def folders() -> set[Path]:
 
 
 def run(program: str, **more: Any) -> sandbox.Outcome:
-    return run_code(program, limits=LIMITS, **more)
+    return run_code(program, **{"limits": LIMITS, **more})
 
 
 def test_ordinary_programs() -> None:
     assert run("print(input() * 2)", stdin="ab\n").stdout == "abab\n"
     assert run("print(__name__)").stdout == "__main__\n"
-    there = [Path(sys.prefix).parts[2]] if sys.prefix.startswith("/tmp/") else []  # nothing but Python, if it is there
+    there = (
+        [Path(sys.base_prefix).parts[2]] if sys.base_prefix.startswith("/tmp/") else []
+    )  # nothing but Python, if it is there
     assert run("import os; print(os.getcwd(), os.listdir())").stdout == f"/tmp {there}\n"
     assert run("open('notes', 'w').write('x'); print(open('notes').read())").stdout == "x\n"
-    assert (
-        run("import subprocess; print(subprocess.run(['echo', 'hi'], capture_output=True).stdout)").status == "passed"
-    )
+    assert run("print('a'); exit()").stdout == "a\n"
+    assert run("import asyncio; print(asyncio.run(asyncio.sleep(0, 'slept')))").stdout == "slept\n"
+    shell = "import subprocess; print(subprocess.run(['echo', 'hi'], capture_output=True).stdout)"
+    assert run(shell).text.startswith("PermissionError")
+    assert run(shell, limits=SEVERAL).stdout == "b'hi\\n'\n"
     failed = run("raise ValueError('no')")
     assert (failed.status, failed.text) == ("failed", "ValueError: no")
     assert run("import sys; sys.exit(3)").status == "failed"
@@ -158,10 +165,11 @@ def test_processes_are_limited_and_die_with_the_program() -> None:
         "    except OSError:\n        break\n"
         "    if pid == 0:\n        time.sleep(30); os._exit(0)\n"
         "    made += 1\n"
-        "print(made)"
+        "print(made)",
+        limits=SEVERAL,
     )
     assert outcome.status == "passed"
-    assert 1 <= int(outcome.stdout) <= LIMITS.processes
+    assert 1 <= int(outcome.stdout) <= SEVERAL.processes
     daemon = f"""
 import os, time
 if os.fork() == 0:
@@ -171,7 +179,7 @@ if os.fork() == 0:
     os._exit(0)
 time.sleep(0.2)
 """
-    assert run(daemon).status == "passed"  # and nothing_left_behind
+    assert run(daemon, limits=SEVERAL).status == "passed"  # and nothing_left_behind
 
 
 def is_program(pid: str) -> bool:
@@ -182,11 +190,8 @@ def is_program(pid: str) -> bool:
         return False
 
 
-def folders_left(begun: Callable[[], bool], **more: Any) -> set[Path]:
-    """Folders that nobody is left to remove, where whoever waits for a program is killed once that has begun.
-
-    All processes must have ended with it.
-    """
+def killed_while_waiting(**more: Any) -> set[Path]:
+    """Folders that are left where whoever waits for a program is killed once that has begun. All processes must end."""
     before = folders()
     pid = os.fork()
     if pid == 0:
@@ -194,8 +199,8 @@ def folders_left(begun: Callable[[], bool], **more: Any) -> set[Path]:
             run_code("import time; time.sleep(20)  # sandbox's sleeper", limits=Limits(wall=30), **more)
         finally:
             os._exit(0)
-    wait(begun, seconds=5)
-    assert len(helpers()) >= 3
+    wait(lambda: any(map(is_program, helpers())), seconds=5)
+    assert len(helpers()) == 2
     os.kill(pid, 9)
     os.waitpid(pid, 0)
     wait(lambda: not helpers(), seconds=2)
@@ -203,15 +208,56 @@ def folders_left(begun: Callable[[], bool], **more: Any) -> set[Path]:
     return folders() - before
 
 
-def test_a_sandbox_ends_with_the_process_that_wants_its_outcome() -> None:
-    for folder in folders_left(lambda: len(helpers()) >= 3):
-        folder.rmdir()
+def test_a_sandbox_ends_with_the_process_that_wants_its_outcome_and_leaves_nothing() -> None:
+    assert not killed_while_waiting()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the deadline ends it")
-def test_without_namespaces_too_a_program_ends_with_whoever_waits_for_it() -> None:
-    for folder in folders_left(lambda: any(map(is_program, helpers())), sandbox="none"):
-        shutil.rmtree(folder)
+def test_without_namespaces_too_and_the_folder_is_swept_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder,) = killed_while_waiting(sandbox="none")
+    monkeypatch.setattr(sandbox, "_SETTLED_SECONDS", 0)
+    sandbox._sweep.cache_clear()
+    run("pass")
+    assert not folder.exists()
+
+
+def test_only_what_is_ours_and_dead_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("estune-sandbox-dead", "estune-sandbox-used", "estune-sandbox-new", "estune-sandboxed", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+        if not name.endswith("new"):
+            os.utime(tmp_path / name, (0, 0))
+    (tmp_path / "estune-sandbox-link").symlink_to(tmp_path / "other")
+    left = {path.name for path in tmp_path.iterdir()} - {"estune-sandbox-dead"}
+    used = os.open(tmp_path / "estune-sandbox-used", os.O_RDONLY)
+    fcntl.flock(used, fcntl.LOCK_EX)
+    sandbox._sweep.__wrapped__()
+    os.close(used)
+    assert {path.name for path in tmp_path.iterdir()} == left
+    assert len(list((tmp_path / "other").iterdir())) == 1
+
+
+def test_packages_are_seen_only_if_they_are_asked_for() -> None:
+    look = """
+import glob, sys
+print(sys.path == [path for path in sys.path if "packages" not in path])
+prefixes = {sys.prefix, "/usr", "/usr/local"}
+print([path for prefix in prefixes for path in glob.glob(f"{prefix}/lib*/python3*/*-packages/*")])
+print(glob.glob("/packages/*"))
+import pytest
+"""
+    hidden = run(look)
+    assert hidden.stdout == "True\n[]\n[]\n"
+    assert hidden.text == "ModuleNotFoundError: No module named 'pytest'"
+    assert run("import pytest", sandbox="none").text == hidden.text
+    for isolation in ("namespaces", "none"):
+        shown = run("import os, iniconfig; print(iniconfig.__name__)", packages=["iniconfig"], sandbox=isolation)
+        assert shown.stdout == "iniconfig\n"
+    shown = run("import os; print(sorted(os.listdir('/packages')))", packages=["iniconfig"])
+    assert [name for name in eval(shown.stdout) if "dist-info" not in name] == ["iniconfig"]
+    with pytest.raises(EstuneError, match="package 'no-such' is not installed here"):
+        run("pass", packages=["no-such"])
 
 
 def test_tests_are_counted_and_cannot_be_skipped() -> None:

@@ -62,6 +62,28 @@ def test_solutions_pass_and_others_do_not(tmp_path: Path) -> None:
     assert scores(task, task.evaluation, ["```python\ndef largest(n):\n    return sorted(n)[-1]\n```"]) == [1.0]
 
 
+def test_tests_that_can_be_forged_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build(tmp_path)
+    assert not caplog.records
+    loops = "def check(candidate):\n    for n in (1, 2):\n        assert candidate([n]) == n\n"
+    rows = [{**MBPP[0], "test_list": ["assert add(1) == 1", "assert add(1) == add(0) + 1"]}, *MBPP[1:]]
+    build(tmp_path, rows, [{**HUMAN_EVAL[0], "test": loops}])
+    assert [record.getMessage() for record in caplog.records] == [
+        "task code: 1 of 6 training tests run where the program could forge their pass: see docs/security.md",
+        "task code: 1 of 1 evaluation tests run where the program could forge their pass: see docs/security.md",
+    ]
+
+
+def test_packages_that_programs_may_import(tmp_path: Path) -> None:
+    plain = build(tmp_path)
+    task = CodeConfig(
+        data=str(tmp_path / "train.jsonl"), eval_data=str(tmp_path / "eval.jsonl"), packages="iniconfig, pluggy"
+    ).build(0)
+    program = "```python\nimport iniconfig, pluggy\ndef add(x): return x\n```"
+    assert scores(task, task.train[:1], [program]) == [1.0]
+    assert scores(plain, plain.train[:1], [program]) == [0.0]
+
+
 def test_the_split_where_only_one_set_is_given(tmp_path: Path) -> None:
     rows = [{**MBPP[0], "text": f"Write number {n}."} for n in range(60)]
     path = tmp_path / "x.jsonl"

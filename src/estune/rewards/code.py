@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from estune.errors import EstuneError
 from estune.grading.isolation import isolated
 from estune.grading.sandbox import Isolation, Limits, run_code
+from estune.grading.sealed import seal
 from estune.rewards.text import Text, as_text
 
-_COLUMNS = ("tests", "setup", "test_list", "test_setup_code", "test", "entry_point", "code_prompt")
+_COLUMNS = ("tests", "setup", "test_list", "test_setup_code", "test", "entry_point", "code_prompt", "packages")
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
 
 
@@ -32,8 +34,13 @@ def unit_tests(*, prompts: Sequence[Text], completions: Sequence[Text], **column
     - HumanEval's `test`, which defines `check(candidate)`, and `entry_point`, the function's name. `code_prompt`, where
       there is one, is put before a program that does not define the function itself.
 
+    With any of them, `packages`: a list of installed packages that the program may import beside the standard library.
+
+    A program cannot forge a pass of a test whose shape `estune.grading.sealed` knows: what is expected stays in this
+    process. `unsealed_tests` counts the others.
+
     Raises:
-        EstuneError: other columns, or a system without sandboxes.
+        EstuneError: other columns, a package that is not installed, or a system without sandboxes.
     """
     return [None if score is None else float(score == 1.0) for score in _scores(completions, columns)]
 
@@ -45,10 +52,44 @@ def unit_test_fraction(*, prompts: Sequence[Text], completions: Sequence[Text], 
 
 
 def passed_fraction(
-    program: str, tests: Sequence[str], *, limits: Limits | None = None, sandbox: Isolation = "namespaces"
+    program: str,
+    tests: Sequence[str],
+    *,
+    setup: str = "",
+    packages: Sequence[str] = (),
+    limits: Limits | None = None,
+    sandbox: Isolation = "namespaces",
 ) -> float:
-    """Share of the tests that the program passes, for rewards of your own."""
-    return run_code(program, tests=tests, limits=limits, sandbox=sandbox).passed / len(tests)
+    """Share of the tests that the program passes, for rewards of your own; the arguments are those of `run_code`."""
+    found = run_code(program, setup=setup, tests=tests, packages=packages, limits=limits, sandbox=sandbox)
+    return found.passed / len(tests)
+
+
+def unsealed_tests(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Of how many tests a program could forge the pass, and how many there are, in rows with `unit_tests`' columns."""
+    found = [seal(test, tests.setup) for row in rows for tests in [_tests(row)] for test in tests.tests]
+    return sum(test is None for test in found), len(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tests:
+    """What comes before the program, and what after it; `head` only before a program that does not define `entry`."""
+
+    setup: str
+    tests: list[str]
+    head: str = ""
+    entry: str = ""
+
+
+def _tests(row: dict[str, Any]) -> _Tests:
+    if row.get("tests"):
+        return _Tests(row.get("setup") or "", [row["tests"]] if isinstance(row["tests"], str) else list(row["tests"]))
+    if row.get("test_list"):
+        return _Tests("", [f"{row.get('test_setup_code') or ''}\n{test}" for test in row["test_list"]])
+    if row.get("test"):
+        entry = row["entry_point"]
+        return _Tests("", [f"{row['test']}\ncheck({entry})"], row.get("code_prompt") or "", entry)
+    return _Tests("", [])
 
 
 def _scores(completions: Sequence[Text], columns: dict[str, Any]) -> list[float | None]:
@@ -60,15 +101,11 @@ def _scores(completions: Sequence[Text], columns: dict[str, Any]) -> list[float 
     for i, completion in enumerate(completions):
         program = extract_code(as_text(completion))
         row = {name: columns[name][i] for name in _COLUMNS if name in columns}
-        tests: list[str] = [row["tests"]] if isinstance(row.get("tests"), str) else row.get("tests") or []
-        if tests:
-            program = f"{row.get('setup') or ''}\n{program}"
-        elif row.get("test_list"):
-            tests = [f"{row.get('test_setup_code') or ''}\n{test}" for test in row["test_list"]]
-        elif row.get("test"):
-            entry = row["entry_point"]
-            tests = [f"{row['test']}\ncheck({entry})"]
-            if not re.search(rf"^def {re.escape(entry)}\b", program, re.MULTILINE):
-                program = (row.get("code_prompt") or "") + program
-        scores.append(passed_fraction(program, tests) if tests else None)
+        found = _tests(row)
+        if found.head and not re.search(rf"^def {re.escape(found.entry)}\b", program, re.MULTILINE):
+            program = found.head + program
+        packages = row.get("packages") or ()
+        scores.append(
+            passed_fraction(program, found.tests, setup=found.setup, packages=packages) if found.tests else None
+        )
     return scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -9,10 +10,12 @@ from pydantic import Field
 
 from estune.errors import EstuneError
 from estune.grading.convention import Row
-from estune.rewards.code import unit_tests
+from estune.rewards.code import unit_tests, unsealed_tests
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions, text_of
 from estune.tasks.records import Record, require_columns
+
+log = logging.getLogger(__name__)
 
 INSTRUCTION = "Answer with the whole program in one Python code block."
 
@@ -34,13 +37,24 @@ class CodeConfig(DataOptions):
     )
     instruction: str = Field(INSTRUCTION, description="what follows each problem in the prompt")
 
+    packages: str = Field(
+        "", description="installed packages that programs may import beside the standard library; commas between"
+    )
+
     def build(self, seed: int) -> Task:
-        """Both sets, and 1 for a program that passes all tests.
+        """Both sets, and 1 for a program that passes all tests. How many tests can be forged is logged, if any can.
 
         Raises:
             EstuneError: data that is missing, malformed or overlapping.
         """
         train, evaluation = self.read(self._rows)
+        for side, rows in (("training", train), ("evaluation", evaluation)):
+            unsealed, tests = unsealed_tests(rows)
+            if unsealed:
+                log.warning(
+                    "task %s: %d of %d %s tests run where the program could forge their pass: see docs/security.md",
+                    *(self.name, unsealed, tests, side),
+                )
         return Task(
             name=self.name,
             train=train,
@@ -55,11 +69,14 @@ class CodeConfig(DataOptions):
         human_eval = "entry_point" in records[0]
         names = (("prompt",), ("test",)) if human_eval else (("text", "prompt"), ("test_list",))
         problem, _ = require_columns(source, records, *names)
+        packages: Any = [name.strip() for name in self.packages.split(",") if name.strip()]
         for number, record in enumerate(records, 1):
             where = f"data {source}: row {number}"
             text, columns = _human_eval(record, where) if human_eval else _mbpp(record, problem, where)
             # All columns in all rows, so that one shape can be trained on and the other evaluated.
             empty = dict.fromkeys(("test", "entry_point", "code_prompt", "test_list", "test_setup_code", "solution"))
+            if packages:
+                empty["packages"] = packages
             yield {"prompt": self.prompt(f"{text}\n\n{self.instruction}".strip()), **empty, **columns}
 
 

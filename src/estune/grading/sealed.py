@@ -1,0 +1,416 @@
+"""Tests whose expected value never comes near the program.
+
+`assert f(2) == 4` is taken apart: the call goes into the sandbox, what it gives comes back as data, and the comparison
+is made here, by a small interpreter that knows literals, arithmetic, comparisons and a few functions, and executes
+nothing. So whatever a program does in its process, it passes only by naming the value.
+
+A test is sealed if it is made of plain statements (imports, assignments, definitions without checks) and `assert`s, or
+is HumanEval's `check(candidate)` with a body of these; and if in each `assert` every comparison has a side that needs
+nothing of the program. Truth alone, `assert f(2)`, is claimed by the program whatever one does.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+_LONGEST = 50_000
+_MOST_DIGITS, _MOST_ITEMS = 4_000, 100_000
+
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+    ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
+    ast.Not: operator.not_, ast.USub: operator.neg, ast.UAdd: operator.pos, ast.And: all, ast.Or: any,
+}  # fmt: skip
+_PARTS = (ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.expr_context)
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)}
+_CONSTANTS = {"math.pi": math.pi, "math.e": math.e, "math.inf": math.inf, "math.nan": math.nan, **_TYPES}
+_NUMBER = (int, float, complex)
+
+
+def _range(*numbers: int) -> range:
+    found = range(*numbers)
+    if len(found) > _MOST_ITEMS:
+        raise Broken("too large")
+    return found
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **_TYPES, "abs": abs, "len": len, "max": max, "min": min, "round": round, "sorted": sorted, "sum": sum,
+    "isinstance": isinstance, "range": _range, "math.fabs": math.fabs, "math.isclose": math.isclose,
+    "math.sqrt": math.sqrt,
+}  # fmt: skip
+# What `f(x)` gives is handed to these inside: that tells no more of the expected value than `f(x)` does.
+_INSIDE = {*_TYPES, "len", "round", "sorted", "sum", "max", "min", "next", "any", "all"}
+# What these give is never a literal.
+_NO_LITERAL = {"type", "range", "map", "zip", "filter", "reversed", "enumerate", "iter", "object", "bytearray"}
+_METHODS = {name for kind in _TYPES.values() for name in dir(kind)}
+
+
+class Unsealed(Exception):
+    """The test has another shape."""
+
+
+class Broken(Exception):
+    """What came back cannot be compared: a value is missing, or of a kind that the operation does not take."""
+
+
+class Slot(ast.expr):
+    """Stands for a value that comes from the program."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A test in two parts.
+
+    Attributes:
+        steps: what is done in the sandbox, in order: statements (None), and expressions with the number of their value.
+        apart: whether the steps have names of their own, on top of the program's.
+        checks: conditions on the values, as syntax trees.
+    """
+
+    steps: tuple[tuple[str, int | None], ...]
+    apart: bool
+    checks: tuple[ast.expr, ...]
+
+    def holds(self, values: Mapping[int, Any]) -> bool:
+        """Whether all conditions do, given the values of the slots as `literal` reads them."""
+        try:
+            return all(_Values(values).visit(check) for check in self.checks)
+        except (Broken, ArithmeticError, LookupError, TypeError, ValueError, RecursionError, MemoryError):
+            return False
+
+
+def seal(test: str, setup: str = "") -> Sealed | None:
+    """Take a test apart; None if it has another shape.
+
+    Args:
+        test: Python statements.
+        setup: statements that come before the program. What they define is not the program's.
+    """
+    if len(test) + len(setup) > _LONGEST:
+        return None
+    try:
+        return _Sealing(test, setup).sealed()
+    except (Unsealed, SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def literal(data: Any) -> Any:
+    """A value as the sandbox sends it, from JSON. What was no literal there is an object that equals nothing.
+
+    Raises:
+        Broken: no such thing can have been sent.
+    """
+    if data is None or isinstance(data, bool | int | float | str):
+        return data
+    if isinstance(data, list):
+        return [literal(item) for item in data]
+    try:
+        ((kind, held),) = data.items()
+        return _KINDS[kind](held)
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise Broken(f"{error}"[:100]) from None
+
+
+_KINDS: dict[str, Callable[[Any], Any]] = {
+    "int": lambda held: int(held, 16),
+    "complex": lambda held: complex(*held),
+    "bytes": lambda held: held.encode("latin-1"),
+    "tuple": lambda held: tuple(literal(item) for item in held),
+    "set": lambda held: {literal(item) for item in held},
+    "frozenset": lambda held: frozenset(literal(item) for item in held),
+    "dict": lambda held: {literal(key): literal(value) for key, value in held},
+    "other": lambda _: object(),
+}
+
+
+def values_of(lines: list[str]) -> dict[int, dict[int, Any]]:
+    """By test and slot, the values that a program's process sent, a line each. Lines that are none are skipped."""
+    found: dict[int, dict[int, Any]] = {}
+    for line in lines:
+        try:
+            test, slot, data = json.loads(line)
+            found.setdefault(test, {}).setdefault(slot, literal(data))
+        except (ValueError, TypeError, RecursionError, Broken):
+            continue
+    return found
+
+
+class _Sealing(ast.NodeTransformer):
+    """Takes a test apart, and puts slots in its conditions for what is the program's."""
+
+    def __init__(self, test: str, setup: str) -> None:
+        self._steps: list[tuple[ast.AST, int | None]] = []
+        self._checks: list[ast.expr] = []
+        self._program = set[str]()  # names that are the program's though the test binds them, or Python has them
+        self._objects = set[str]()  # names to which the test gives what the program made
+        self._constants: dict[str, ast.expr] = {}
+        self._expected = set[str]()  # those of them that a comparison is made with
+        self._bound = Counter(_bound(ast.parse(setup)))
+        self._body = ast.parse(test).body
+
+    def sealed(self) -> Sealed:
+        body, apart = self._body, False
+        match body:
+            case [*before, ast.FunctionDef(name=check) as function, ast.Expr(ast.Call(ast.Name(called), [entry], []))]:
+                given = ast.unparse(function.args)
+                if check == called and isinstance(entry, ast.Name) and given.isidentifier():
+                    # Its parameter becomes a name.
+                    body, apart = [*before, *ast.parse(f"{given} = {entry.id}").body, *function.body], True
+                    self._program.add(given)
+        for statement in body:
+            self._bound.update(_bound(statement))
+        for statement in body:
+            self._take(statement)
+        if not self._checks:
+            raise Unsealed
+        return Sealed(tuple((ast.unparse(node), slot) for node, slot in self._needed()), apart, tuple(self._checks))
+
+    def _needed(self) -> Iterator[tuple[ast.AST, int | None]]:
+        """The steps without those that only say what is expected."""
+        for name in filter(self._expected.__contains__, reversed(self._constants)):
+            own = [step for step, _ in self._steps if _assigned(step) == name]
+            if any(name in _names(step) for step, _ in self._steps if step not in own):
+                if not isinstance(self._constants[name], ast.Constant):
+                    raise Unsealed  # the program may change it
+            else:
+                self._steps = [step for step in self._steps if step[0] not in own]
+        yield from self._steps
+
+    def _take(self, statement: ast.stmt) -> None:
+        match statement:
+            case ast.Assert(test=test):
+                self._checks.append(self._condition(test))
+            case ast.Expr(ast.Constant()) | ast.Pass():
+                pass
+            case ast.Import() | ast.ImportFrom() | ast.Assign() | ast.AnnAssign():
+                self._note(statement)
+                self._steps.append((statement, None))
+            case ast.FunctionDef() | ast.ClassDef():
+                if any(isinstance(node, ast.Assert | ast.Raise) for node in ast.walk(statement)):
+                    raise Unsealed
+                self._steps.append((statement, None))
+            case _:
+                raise Unsealed
+
+    def _note(self, statement: ast.stmt) -> None:
+        """Whether a name stands for a constant, or for an object of the program's."""
+        name = _assigned(statement)
+        if name is None or self._bound[name] > 1 or not isinstance(statement, ast.Assign):
+            return
+        if self._is_programs(statement.value):
+            self._objects.add(name)
+        elif not any(self._is_programs(part) for part in ast.walk(statement.value)):
+            with suppress(Unsealed):
+                self._constants[name] = self.visit(statement.value)
+
+    def _condition(self, node: ast.expr) -> ast.expr:
+        """With slots for what is the program's; where there is none, a built-in name may have been given to it."""
+        found = self._truth(node)
+        if any(isinstance(part, ast.Call) for part in ast.walk(found)) and not _has_slot(found):
+            names = {_dotted(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
+            self._program |= names - self._bound.keys()
+            found = self._truth(node)
+        return found
+
+    def _truth(self, node: ast.expr) -> ast.expr:
+        """Where only the truth of a value counts, that comes back instead of it."""
+        match node:
+            case ast.BoolOp(operation, parts):
+                return ast.BoolOp(operation, [self._truth(part) for part in parts])
+            case ast.UnaryOp(ast.Not() as operation, part):
+                return ast.UnaryOp(operation, self._truth(part))
+            case _ if self._is_programs(node):
+                # A comparison of the program's value with another may hide in a call to what is not known here.
+                for call in (part for part in ast.walk(node) if isinstance(part, ast.Call)):
+                    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+                    known = isinstance(call.func, ast.Attribute) and call.func.attr in _METHODS
+                    if given and (known or any(self._is_programs(part) for item in given for part in ast.walk(item))):
+                        raise Unsealed
+                return self._slot(ast.Call(ast.Name("bool"), [node], []))
+        found: ast.expr = self.visit(node)
+        return found
+
+    def visit(self, node: ast.AST) -> Any:
+        """Slots for what is the program's; nothing is let through that `_Values` does not know."""
+        return self._slot(node) if self._is_programs(node) else super().visit(node)
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        if not isinstance(node, _PARTS) and type(node) not in _OPERATORS:
+            raise Unsealed
+        return super().generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        parts = [self.visit(part) for part in (node.left, *node.comparators)]
+        ranges = any(isinstance(part, ast.Call) and _dotted(part.func) == "range" for part in parts)  # no literals
+        if ranges or any(_has_slot(left) and _has_slot(right) for left, right in pairwise(parts)):
+            raise Unsealed
+        return ast.Compare(parts[0], node.ops, parts[1:])
+
+    def visit_Dict(self, node: ast.Dict) -> ast.AST:
+        if None in node.keys:
+            raise Unsealed
+        return super().generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if node.id in self._constants:
+            self._expected.add(node.id)
+            return self._constants[node.id]
+        return self.visit_Attribute(node)
+
+    def visit_Attribute(self, node: ast.Attribute | ast.Name) -> ast.AST:
+        if _dotted(node) not in _CONSTANTS or self._bound[_dotted(node)]:
+            raise Unsealed
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        name = _dotted(node.func)
+        if name not in _FUNCTIONS or self._bound[name] or None in [keyword.arg for keyword in node.keywords]:
+            raise Unsealed
+        keywords = [ast.keyword(keyword.arg, self.visit(keyword.value)) for keyword in node.keywords]
+        return ast.Call(node.func, [self.visit(argument) for argument in node.args], keywords)
+
+    def _is_programs(self, node: ast.AST) -> bool:
+        """Whether this is a call of a name that the program defines, or something taken from what one gives."""
+        match node:
+            case ast.Call(ast.Name(name)):
+                if self._bound[name] or name in _NO_LITERAL:
+                    return name in self._program
+                return name in self._program or self._goes_inside(name, node) or name not in _FUNCTIONS
+            case ast.Call(ast.Attribute(value)) | ast.Attribute(value) | ast.Subscript(value):
+                return self._is_programs(value) or (isinstance(value, ast.Name) and value.id in self._objects)
+            case ast.Call(ast.Call() as function):
+                return self._is_programs(function)
+            case _:
+                return False
+
+    def _goes_inside(self, name: str, call: ast.Call) -> bool:
+        """Whether this hands a function of Python's what the program gives, and nothing to compare it with."""
+        alone = len(call.args) == 1 and not call.keywords
+        given = bool(call.args) and self._is_programs(call.args[0])
+        return name in _INSIDE and given and (alone or name not in ("max", "min"))
+
+    def _slot(self, node: ast.AST) -> Slot:
+        number = len(self._steps)
+        self._steps.append((node, number))
+        return Slot(number)
+
+
+def _bound(tree: ast.AST) -> Iterator[str]:
+    """Names that are given something anywhere in it."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(name, ast.Store() | ast.Del()):
+                yield name
+            case ast.FunctionDef(name) | ast.ClassDef(name) | ast.AsyncFunctionDef(name):
+                yield name
+            case ast.alias(name, other):
+                yield other or name.partition(".")[0]
+
+
+def _has_slot(node: ast.AST) -> bool:
+    return any(isinstance(part, Slot) for part in ast.walk(node))
+
+
+def _assigned(statement: ast.AST) -> str | None:
+    """The one name that an assignment gives something."""
+    match statement:
+        case ast.Assign([ast.Name(name)]):
+            return name
+    return None
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
+def _dotted(node: ast.expr) -> str:
+    match node:
+        case ast.Name(name):
+            return name
+        case ast.Attribute(ast.Name(module), name):
+            return f"{module}.{name}"
+    return ""
+
+
+class _Values(ast.NodeVisitor):
+    """What an expression of those that `_Sealing` lets through is worth."""
+
+    def __init__(self, values: Mapping[int, Any]) -> None:
+        self._given = values
+
+    def generic_visit(self, node: ast.AST) -> Any:
+        raise Broken(type(node).__name__)
+
+    def visit_Slot(self, node: Slot) -> Any:
+        return self._given[node.number]
+
+    def visit_Constant(self, node: ast.Constant) -> Any:
+        return node.value
+
+    def visit_Name(self, node: ast.Name | ast.Attribute) -> Any:
+        return _CONSTANTS[_dotted(node)]
+
+    visit_Attribute = visit_Name
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> bool:
+        return bool(_OPERATORS[type(node.op)](self.visit(part) for part in node.values))
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:
+        return _OPERATORS[type(node.op)](self.visit(node.operand))
+
+    def visit_BinOp(self, node: ast.BinOp) -> Any:
+        return _arithmetic(node.op, self.visit(node.left), self.visit(node.right))
+
+    def visit_Compare(self, node: ast.Compare) -> bool:
+        numbers = [self.visit(part) for part in (node.left, *node.comparators)]
+        compared = zip(node.ops, pairwise(numbers), strict=True)
+        return all(_OPERATORS[type(operation)](*pair) for operation, pair in compared)
+
+    def visit_List(self, node: ast.List) -> list[Any]:
+        return [self.visit(item) for item in node.elts]
+
+    def visit_Tuple(self, node: ast.Tuple) -> tuple[Any, ...]:
+        return tuple(self.visit(item) for item in node.elts)
+
+    def visit_Set(self, node: ast.Set) -> set[Any]:
+        return {self.visit(item) for item in node.elts}
+
+    def visit_Dict(self, node: ast.Dict) -> dict[Any, Any]:
+        pairs = zip(node.keys, node.values, strict=True)
+        return {self.visit(key): self.visit(value) for key, value in pairs if key is not None}
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        named = {keyword.arg or "": self.visit(keyword.value) for keyword in node.keywords}
+        return _FUNCTIONS[_dotted(node.func)](*map(self.visit, node.args), **named)
+
+
+def _arithmetic(operation: ast.operator, left: Any, right: Any) -> Any:
+    """Of numbers; texts and lists may be added up and repeated. Nothing that takes long or much memory."""
+    numbers = isinstance(left, _NUMBER) and isinstance(right, _NUMBER)
+    if isinstance(operation, ast.Mult) and not numbers:
+        size = len(left) * right if isinstance(right, int) else len(right) * left
+        if size > _MOST_ITEMS:
+            raise Broken("too large")
+    elif isinstance(operation, ast.Pow):
+        if not numbers or (isinstance(right, int) and abs(right) * math.log10(abs(left) + 1) > _MOST_DIGITS):
+            raise Broken("too large")
+    elif isinstance(operation, ast.Mod) and not numbers:
+        raise Broken("a format")
+    return _OPERATORS[type(operation)](left, right)
