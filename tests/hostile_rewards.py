@@ -51,7 +51,7 @@ def obey(  # noqa: PLR0911, PLR0912
         return [None]
     elif text == "two":
         return [1.0, 2.0]
-    elif text == "unpicklable":
+    elif text == "no JSON":
         log_extra("note", [lambda: 0])
     elif text == "log":
         log_extra("note", [f"step {trainer_state.global_step}"])

@@ -138,7 +138,7 @@ def test_graders_import_nothing_heavy_and_what_they_log_comes_back() -> None:
     [
         ("raise", "reward obey raised KeyError: 'gold' on row 1, 'raise'"),
         ("two", "reward obey returned 2 values for 1 completions"),
-        ("unpicklable", "reward obey logged what cannot be sent"),
+        ("no JSON", "reward obey logged what JSON cannot hold: Object of type function"),
     ],
 )
 def test_errors_end_the_run_with_function_and_row(order: str, message: str, grading: Grading) -> None:
