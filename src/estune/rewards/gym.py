@@ -96,15 +96,16 @@ def may_be_scored(name: str, answer: str, entry: Mapping[str, Any]) -> bool:
     """
     if name == "composite":  # hands everything on
         name = str(entry["metadata"].get("source_dataset"))
+    gold = str(entry["answer"]).strip()
     if name in PARSED:
-        return is_formula(answer)
+        return answer == gold or is_formula(answer)
     if name in EVALUATED:
-        golds = entry["metadata"].get("valid_answers", ()) if name == "n_queens" else (str(entry["answer"]).strip(),)
+        golds = entry["metadata"].get("valid_answers", ()) if name == "n_queens" else (gold,)
         return answer in golds or is_literal(answer)
     if name == "complex_arithmetic":
         return "nan" not in answer.lower()  # it gives full marks for it
     if name == "game_of_life_halting":
-        return answer.lower() == str(entry["answer"]).lower()  # it takes any text for true, and both answers too
+        return answer.lower() == gold.lower()  # it takes any text for true, and both answers too
     return True
 
 

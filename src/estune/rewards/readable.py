@@ -19,6 +19,8 @@ FUNCTIONS = frozenset(
 """Functions of sympy that a formula may call."""
 
 _CHARACTERS = re.compile(r"[A-Za-z0-9+\-*/(),. \n]+")
+# Sympy takes minutes over 1e999999.
+_HUGE = re.compile(r"[0-9.][eE][+-]?[0-9]{3}|[0-9]{31}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*")
 _NODES = (
     *(ast.Expression, ast.BinOp, ast.UnaryOp, ast.Load),
@@ -40,9 +42,10 @@ def is_literal(text: str) -> bool:
 def is_formula(text: str) -> bool:
     """Whether a text is a formula of numbers, names, + - * / ** and brackets, and calls of `FUNCTIONS`.
 
-    Names are of letters and digits. What stands for itself in sympy (`E`, `pi`) does so; others are unknowns.
+    Numbers have at most 30 digits, and 2 in an exponent; names are of letters and digits. What stands for itself in
+    sympy (`E`, `pi`) does so; others are unknowns.
     """
-    if not _CHARACTERS.fullmatch(text):
+    if not _CHARACTERS.fullmatch(text) or _HUGE.search(text):
         return False
     try:
         tree = ast.parse(text.strip(), mode="eval")
