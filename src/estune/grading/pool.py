@@ -123,10 +123,11 @@ class _Grader:
         """Make a call. A grader that gave no verdict in time, or crashed, must not be used any more."""
         try:
             self._get_ready()
+            number = self.calls
             self.calls += 1
             # One that an earlier completion has stopped may not even take the call.
             self._wire.send(pickle.dumps(call), deadline)
-            return decode(self._wire.receive(deadline))
+            return decode(self._wire.receive(deadline), number)
         except TimeoutError:
             return Verdict("timeouts", text=f"no score within {deadline:g} s")
         except Garbled as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import json
 import os
 import pickle
@@ -59,19 +60,20 @@ def main() -> None:
         wire.send(json.dumps(describe(error)).encode())
         return
     wire.send(json.dumps("").encode())
-    while True:
+    for number in itertools.count():
         try:
             call: Call = pickle.loads(wire.receive())
         except EOFError:
             return
-        wire.send(_encoded(_grade(functions[call.function], call)))
+        wire.send(_encoded(_grade(functions[call.function], call), number))
 
 
-def _encoded(verdict: Verdict) -> bytes:
+def _encoded(verdict: Verdict, number: int) -> bytes:
     try:
-        return verdict.encode()
+        return verdict.encode(number)
     except (TypeError, ValueError, RecursionError) as error:
-        return Verdict("errors", text=f"logged what JSON cannot hold: {' '.join(str(error).split())}").encode()
+        problem = f"logged what JSON cannot hold: {' '.join(str(error).split())}"
+        return Verdict("errors", text=problem).encode(number)
 
 
 def _prepare(setup: Setup) -> dict[int, Any]:
@@ -83,6 +85,9 @@ def _prepare(setup: Setup) -> dict[int, Any]:
     for path in setup.files.values():
         modules.load_file(Path(path))
     functions: dict[int, Any] = pickle.loads(setup.functions)
+    for function in functions.values():
+        # What a function imports when first called, which is not the first completion's time.
+        getattr(function, "prepare", lambda: None)()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # elsewhere the kernel does not enforce it
         # Data, not address space: torch and numba reserve tens of GB that they never touch.

@@ -26,18 +26,18 @@ class Verdict:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def encode(self) -> bytes:
-        """As JSON.
+    def encode(self, call: int) -> bytes:
+        """As JSON, in answer to the call of this number.
 
         Raises:
             TypeError, ValueError: a logged value is none that JSON has.
         """
-        fields = (self.kind, self.score, self.text, self.extras, self.metrics, self.notes)
+        fields = (call, self.kind, self.score, self.text, self.extras, self.metrics, self.notes)
         return json.dumps(fields, separators=(",", ":")).encode()
 
 
-def decode(answer: bytes) -> Verdict:
-    """The verdict that a grader sent.
+def decode(answer: bytes, call: int) -> Verdict:
+    """The verdict that a grader sent in answer to the call of this number.
 
     Raises:
         Garbled: it is none.
@@ -45,7 +45,9 @@ def decode(answer: bytes) -> Verdict:
     try:
         # Halves of characters, which nothing can write, become question marks.
         found = json.loads(json.dumps(json.loads(answer), ensure_ascii=False).encode(errors="replace"))
-        kind, score, text, extras, metrics, notes = found
+        number, kind, score, text, extras, metrics, notes = found
+        if number != call:
+            raise Garbled("no verdict on this completion")
         if kind not in get_args(Kind) or not all(isinstance(part, str) for part in (text, *notes)):
             raise Garbled("no verdict")
         log = Log(1)

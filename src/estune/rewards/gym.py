@@ -70,6 +70,10 @@ class GymReward:
         rows = zip(completions, question, answer, metadata, strict=True)
         return [self._score(as_text(text), problem, gold, more) for text, problem, gold, more in rows]
 
+    def prepare(self) -> None:
+        """Import the library and make the generator, which can take seconds."""
+        generator(self.generator, self.options, 0, 1)
+
     def _score(self, text: str, question: str, answer: str | None, metadata: str) -> float:
         found = ((last_answer(text) if self.tags else text) or "").strip()
         entry = {"question": question, "answer": answer, "metadata": literal_eval(metadata)}
