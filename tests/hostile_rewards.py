@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -15,8 +18,54 @@ from typing import Any
 from estune.grading.isolation import isolated
 
 
+def framed(message: bytes) -> bytes:
+    return struct.pack("!I", len(message)) + message
+
+
+SAID = {
+    "no json": framed(b"hello"),
+    "no list": framed(b'{"score": 1}'),
+    "a word for a number": framed(b'[0,"score","1","",{},{},[]]'),
+    "true for a number": framed(b'[0,"score",true,"",{},{},[]]'),
+    "a number too large": framed(b'[0,"score",1' + b"0" * 400 + b',"",{},{},[]]'),
+    "a reward of ours": framed(b'[0,"score",1,"",{"reward":[9]},{},[]]'),
+    "deep": framed(b"[" * 100_000),
+    "another's score": framed(b'[7,"score",1,"",{},{},[]]'),
+    "4 GiB": b"\xff" * 8,
+    "half a length": b"\x00",
+    "half a message": struct.pack("!I", 100) + b"[0,",
+}
+"""What a grader that a completion has taken over may say to the trainer, before it answers."""
+
+
+class Touch:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(self.path),)
+
+
+def wire() -> int:
+    """The descriptor on which a grader answers."""
+    return next(number for number in range(3, 100) if _is_socket(number))
+
+
+def _is_socket(number: int) -> bool:
+    try:
+        return stat.S_ISSOCK(os.fstat(number).st_mode)
+    except OSError:
+        return False
+
+
+def say(message: bytes) -> None:
+    os.write(wire(), message)
+
+
 @isolated(deadline=1.0, memory=256 << 20, max_length=1000)
-def obey(  # noqa: PLR0911, PLR0912
+def obey(  # noqa: PLR0911, PLR0912, PLR0915
     completions: list[str], log_extra: Any, log_metric: Any, trainer_state: Any, **_: Any
 ) -> list[float | None]:
     assert len(completions) == 1
@@ -51,8 +100,31 @@ def obey(  # noqa: PLR0911, PLR0912
         return [None]
     elif text == "two":
         return [1.0, 2.0]
-    elif text == "unpicklable":
+    elif text == "no JSON":
         log_extra("note", [lambda: 0])
+    elif text in SAID:
+        say(SAID[text])
+        time.sleep(60 * text.startswith("half"))
+    elif text.startswith("pickle "):
+        say(framed(pickle.dumps(Touch(text.removeprefix("pickle ")))))
+    elif text == "close":
+        os.close(wire())
+    elif text == "nan":
+        return [float("nan")]
+    elif text == "surrogate":
+        log_extra("note", ["\ud800"])
+    elif text == "forks":
+        os.fork()
+    elif text == "exits":
+        sys.exit("enough")
+    elif text == "meddles":
+        print("hello\x1b[2J", flush=True)
+        os.chdir("/")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.stdout.close()
+        os.close(1)
+    elif text == "untouched":
+        return [float(os.getcwd() != "/" and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)]
     elif text == "log":
         log_extra("note", [f"step {trainer_state.global_step}"])
         log_metric("depth", 3.0)
@@ -76,3 +148,19 @@ def once_there(completions: list[str], **_: Any) -> list[float]:
 @isolated
 async def waits(completions: list[str], **_: Any) -> list[float]:
     return [0.25]
+
+
+class Limited:
+    """A reward under a mark of its own."""
+
+    __name__ = "limited"
+
+    def __init__(self, reward: Any) -> None:
+        self.reward = reward
+
+    def prepare(self) -> None:
+        self.reward.prepare()
+
+    def __call__(self, **columns: Any) -> list[float | None]:
+        scores: list[float | None] = self.reward(**columns)
+        return scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from estune.grading.isolation import Isolation, isolate, isolated
 from estune.rewards.countdown import answer_reward
 from estune.rewards.load import load_reward
 from estune.tasks.mix import Only
-from tests.hostile_rewards import obey, once_there, waits
+from tests.hostile_rewards import SAID, Touch, obey, once_there, waits
 
 
 def batch(texts: Sequence[str]) -> tuple[list[dict[str, Any]], list[Completion]]:
@@ -91,6 +92,48 @@ def test_hostile_completions_score_nothing_and_cost_no_grader(order: str, counte
     assert not processes_with("# left behind")
 
 
+@pytest.mark.parametrize("order", [*SAID, "close", "nan"])
+def test_what_is_no_verdict_is_a_crash_or_late(order: str, grading: Grading) -> None:
+    """Whatever it is, the next completion gets its own score."""
+    grades = grading.grade(*batch([order, "fine"]))
+    assert grades.total == [0.0, 1.0]
+    counted = {kind: count for kind, count in grades.failures["obey"].items() if count}
+    assert counted == {"timeouts" if order.startswith("half") else "crashes": 1}
+    assert grading.grade(*batch(["none", "fine"] * 3)).total == [None, 1.0] * 3
+
+
+def test_an_answer_is_never_run(tmp_path: Path, grading: Grading) -> None:
+    canary = tmp_path / "canary"
+    assert grading.grade(*batch([f"pickle {canary}", "fine"])).total == [0.0, 1.0]
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Touch(str(canary))))
+    assert canary.exists()  # it would have been
+
+
+def test_what_a_function_does_to_its_grader_is_undone_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    with Grading([obey], processes=1, errors="exclude") as grading:
+        grades = grading.grade(*batch(["forks", "meddles", "untouched", "exits", "surrogate", "fine"]))
+    assert grades.total == [1.0, 1.0, 1.0, None, 1.0, 1.0]
+    assert grades.extras["note"][4] == "?"
+    assert "reward obey: hello?[2J" in caplog.text
+    assert "changed the working directory" in caplog.text
+    assert "standard descriptor 1" in caplog.text
+    assert "SIGTERM" in caplog.text
+    assert "reward obey raised SystemExit: enough on row 3" in caplog.text
+
+
+def test_a_grader_that_no_longer_listens_is_replaced(grading: Grading) -> None:
+    """One whose thread sits on the socket does not take a call that is longer than the socket holds."""
+    rows, completions = batch(["fine"] * 2)
+    grading.grade(rows, completions)
+    assert grading.pool is not None
+    for pid in grading.pool.pids():
+        os.kill(pid, signal.SIGSTOP)
+    long = [{**row, "text": "x" * (8 << 20)} for row in rows]
+    assert grading.grade(long, completions).failures["obey"]["timeouts"] == 2
+    assert grading.grade(rows, completions).total == [1.0, 1.0]
+
+
 def test_a_grader_that_dies_between_calls_costs_no_completion(grading: Grading) -> None:
     """The next completion meets a dead grader. It did nothing wrong, and is graded by a fresh one."""
     assert grading.grade(*batch(["die later"] * 2)).total == [1.0, 1.0]
@@ -138,7 +181,7 @@ def test_graders_import_nothing_heavy_and_what_they_log_comes_back() -> None:
     [
         ("raise", "reward obey raised KeyError: 'gold' on row 1, 'raise'"),
         ("two", "reward obey returned 2 values for 1 completions"),
-        ("unpicklable", "reward obey logged what cannot be sent"),
+        ("no JSON", "reward obey logged what JSON cannot hold: Object of type function"),
     ],
 )
 def test_errors_end_the_run_with_function_and_row(order: str, message: str, grading: Grading) -> None:
@@ -258,6 +301,6 @@ def test_math_verify_is_held_to_its_deadline() -> None:
     hostile = [r"\boxed{44^{35^{19}}}", r"\boxed{" + "(" * 400 + "}", r"\boxed{10^{10^{10}}}", r"\boxed{\frac{1}{2}}"]
     rows = [{"prompt": "p", "answer": "0.5"}] * len(hostile)
     began = time.monotonic()
-    with Grading([isolate(math_reward, Isolation(deadline=3.0))], processes=1) as grading:
+    with Grading([isolate(math_reward, Isolation(deadline=2.0))], processes=1) as grading:
         assert grading.grade(rows, [Completion(text, [], True) for text in hostile]).total == [0.0, 0.0, 0.0, 1.0]
     assert time.monotonic() - began < 60

@@ -164,6 +164,11 @@ def describe(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {text}{hint}"
 
 
+def printable(text: str) -> str:
+    """A text in which nothing moves a terminal's cursor."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
 def reward_name(function: RewardFunction) -> str:
     """The name a reward function goes by in metrics, as in TRL: a partial's is that of what it wraps."""
     while isinstance(function, functools.partial):

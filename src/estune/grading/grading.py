@@ -13,6 +13,7 @@ import asyncio
 import logging
 import math
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from typing import Any, Literal
 from estune.completion import Completion
 from estune.errors import EstuneError
 from estune.grading import isolation
+from estune.grading.containment import contained
 from estune.grading.convention import (
     Batch,
     Grades,
@@ -39,7 +41,8 @@ from estune.grading.convention import (
 )
 from estune.grading.isolation import Isolation, isolation_of
 from estune.grading.pool import GraderPool
-from estune.grading.process import Call, Verdict
+from estune.grading.process import Call
+from estune.grading.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,10 @@ OnError = Literal["raise", "exclude"]
 
 
 MOST_PROCESSES = 8
+MOST_NOTES = 20
+"""Lines shown of what one reward function prints, in a whole run."""
+
+_TERMINATED = 128 + signal.SIGTERM
 
 
 class Grading:
@@ -88,6 +95,7 @@ class Grading:
         self.state = state or TrainerState()
         self.errors, self.max_errors, self._excluded = errors, max_errors, 0
         self._deadline = deadline
+        self._notes: dict[str, int] = {}
         self._isolations = [isolation_of(function) for function in self.functions]
         self._loop: asyncio.AbstractEventLoop | None = None
         self.pool: GraderPool | None = None
@@ -162,28 +170,55 @@ class Grading:
 
     def _plain(self, number: int, batch: Batch) -> _Marks:
         function, marks = self.functions[number], _Marks(Log(len(batch)))
-        try:
-            marks.values = as_scores(function(**arguments(batch.columns, self.state, marks.log)), len(batch))
-        except Exception as error:
-            marks.fail(self._culprit(function, batch), describe(error), batch)
+        failure: str | None = None
+        with contained() as around:
+            try:
+                marks.values = as_scores(function(**arguments(batch.columns, self.state, marks.log)), len(batch))
+            except SystemExit as error:
+                if error.code == _TERMINATED:
+                    raise  # SIGTERM came while it ran
+                failure = describe(error)
+            except (Exception, GeneratorExit, asyncio.CancelledError) as error:
+                failure = describe(error)
+        self.note(function, around.notes)
+        if failure is not None:
+            marks.fail(self._culprit(function, batch), failure, batch)
         return marks
+
+    def note(self, function: RewardFunction, notes: Sequence[str]) -> None:
+        """Pass on what a function printed, and what it did that was undone, as far as anyone wants to read it."""
+        name = reward_name(function)
+        for note in notes:
+            self._notes[name] = self._notes.get(name, 0) + 1
+            if self._notes[name] <= MOST_NOTES:
+                log.warning("reward %s: %s", name, note)
+            elif self._notes[name] == MOST_NOTES + 1:
+                log.warning("reward %s prints more than %d lines: the rest is not shown", name, MOST_NOTES)
 
     def _culprit(self, function: RewardFunction, batch: Batch) -> int | None:
         """The first row that a function fails on when called with it alone, to be named where the run is to end."""
         if self.errors == "exclude":
             return None  # who compares the completions of a batch must not be called with less
         for row in range(len(batch)):
-            try:
-                as_scores(function(**arguments(batch.row(row), self.state, Log(1))), 1)
-            except Exception:
-                return row
+            with contained():
+                try:
+                    as_scores(function(**arguments(batch.row(row), self.state, Log(1))), 1)
+                except (Exception, SystemExit, GeneratorExit, asyncio.CancelledError):
+                    return row
         return None
 
     def _async(self, number: int, batch: Batch) -> Callable[[], _Marks]:
         function, marks = self.functions[number], _Marks(Log(len(batch)))
 
         async def run() -> Any:
-            return await function(**arguments(batch.columns, self.state, marks.log))
+            process = os.getpid()
+            try:
+                return await function(**arguments(batch.columns, self.state, marks.log))
+            except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+                raise EstuneError(describe(error)) from None  # as it is, it would end the loop for all functions
+            finally:
+                if os.getpid() != process:
+                    os._exit(0)  # a child that it forked
 
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
@@ -217,7 +252,9 @@ class Grading:
         def collect() -> _Marks:
             marks = _Marks(Log(len(batch)), dict.fromkeys(("timeouts", "crashes", "too_long"), 0))
             for row, pending in enumerate(verdicts):
-                marks.add(row, pending if isinstance(pending, Verdict) else pending.result(), isolation, len(batch))
+                verdict = pending if isinstance(pending, Verdict) else pending.result()
+                marks.add(row, verdict, isolation, len(batch))
+                self.note(self.functions[number], verdict.notes)
             return marks
 
         return collect
@@ -240,11 +277,14 @@ class _Marks:
 
     def add(self, row: int, verdict: Verdict, isolation: Isolation, size: int) -> None:
         """Take the next row's verdict."""
-        if verdict.kind == "errors":
+        kind = verdict.kind
+        if verdict.score is not None and not math.isfinite(verdict.score):
+            kind = "crashes"  # one completion's doing: it must not cost its member the step
+        if kind == "errors":
             self.errors[row] = verdict.text
-        if verdict.kind != "score":
-            self.failures[verdict.kind] = self.failures.get(verdict.kind, 0) + 1
-        failed = verdict.kind in ("timeouts", "crashes", "too_long")
+        if kind != "score":
+            self.failures[kind] = self.failures.get(kind, 0) + 1
+        failed = kind in ("timeouts", "crashes", "too_long")
         self.values.append(isolation.failure_score if failed else verdict.score)
         for column, values in verdict.extras.items():
             self.log.extras.setdefault(column, [None] * size)[row] = values[0]

@@ -9,19 +9,22 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from multiprocessing import Pipe, spawn
+from multiprocessing import spawn
 from typing import Any
 
 from estune.errors import EstuneError
 from estune.grading import modules
 from estune.grading.convention import RewardFunction, reward_name
-from estune.grading.process import Call, Setup, Verdict
+from estune.grading.process import Call, Setup
+from estune.grading.verdict import Verdict, decode, decode_problem
+from estune.grading.wire import Garbled, Wire
 
 START_SECONDS = 120
 # Not `-m`: what a main module defines is known by another name on this side.
@@ -105,7 +108,8 @@ class _Grader:
         self.calls = 0
         self._ready = False
         self._setup = setup
-        self._connection, theirs = Pipe()
+        ours, theirs = socket.socketpair()
+        self._wire = Wire(ours)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
@@ -119,12 +123,15 @@ class _Grader:
         """Make a call. A grader that gave no verdict in time, or crashed, must not be used any more."""
         try:
             self._get_ready()
+            number = self.calls
             self.calls += 1
-            self._connection.send(call)
-            if not self._connection.poll(deadline):
-                return Verdict("timeouts", text=f"no score within {deadline:g} s")
-            verdict: Verdict = self._connection.recv()
-            return verdict
+            # One that an earlier completion has stopped may not even take the call.
+            self._wire.send(pickle.dumps(call), deadline)
+            return decode(self._wire.receive(deadline), number)
+        except TimeoutError:
+            return Verdict("timeouts", text=f"no score within {deadline:g} s")
+        except Garbled as error:
+            return Verdict("crashes", text=f"the grader answered with {error}")
         except (EOFError, ConnectionError):
             self.kill()
             return Verdict("crashes", text=f"the grader ended with code {self.process.wait()}")
@@ -142,7 +149,7 @@ class _Grader:
         self.process.wait()
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self._connection.close()
+        self._wire.close()
 
     def _get_ready(self) -> None:
         """Let the process import what it needs; that is not the completion's time.
@@ -152,10 +159,13 @@ class _Grader:
         """
         if self._ready:
             return
-        self._connection.send(self._setup)
-        if not self._connection.poll(START_SECONDS):
-            raise EstuneError(f"a grader needs more than {START_SECONDS} s to import the rewards; make that faster")
-        problem = self._connection.recv()
+        try:
+            self._wire.send(pickle.dumps(self._setup), START_SECONDS)
+            problem = decode_problem(self._wire.receive(START_SECONDS))
+        except TimeoutError as error:
+            raise EstuneError(
+                f"a grader needs more than {START_SECONDS} s to import the rewards; make that faster"
+            ) from error
         if problem:
             raise EstuneError(f"a grader cannot load the isolated rewards: importing them {problem}")
         self._ready = True

@@ -6,17 +6,24 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
+import os
 import pickle
 import resource
+import socket
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from multiprocessing import spawn
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from estune.children import end_with_parent
+from estune.grading.containment import contained
 from estune.grading.convention import Log, TrainerState, arguments, as_scores, describe, is_async
+from estune.grading.seccomp import deny_shared_memory
+from estune.grading.verdict import Verdict
+from estune.grading.wire import Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,37 +45,32 @@ class Call:
     state: TrainerState
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What came of a call: a score (None: does not apply), or why there is none."""
-
-    kind: Literal["score", "errors", "timeouts", "crashes", "too_long"]
-    score: float | None = None
-    text: str = ""
-    extras: dict[str, list[Any]] = field(default_factory=dict)
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-
-
 def main() -> None:
-    """Serve calls from the connection whose file descriptor is named on the command line until it is closed."""
+    """Serve calls from the socket whose file descriptor is named on the command line until it is closed."""
     end_with_parent(with_thread=True)
-    connection = Connection(int(sys.argv[1]))
+    wire = Wire(socket.socket(fileno=int(sys.argv[1])))
+    # What is printed past Python goes nowhere: the terminal is the trainer's.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        functions = _prepare(connection.recv())
+        functions = _prepare(pickle.loads(wire.receive()))
     except BaseException as error:
-        connection.send(describe(error))
+        wire.send(json.dumps(describe(error)).encode())
         return
-    connection.send("")
-    while True:
+    wire.send(json.dumps("").encode())
+    for number in itertools.count():
         try:
-            call: Call = connection.recv()
+            call: Call = pickle.loads(wire.receive())
         except EOFError:
             return
-        verdict = _grade(functions[call.function], call)
-        try:
-            connection.send(verdict)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            connection.send(Verdict("errors", text=f"logged what cannot be sent to the trainer: {describe(error)}"))
+        wire.send(_encoded(_grade(functions[call.function], call), number))
+
+
+def _encoded(verdict: Verdict, number: int) -> bytes:
+    try:
+        return verdict.encode(number)
+    except (TypeError, ValueError, RecursionError) as error:
+        problem = f"logged what JSON cannot hold: {' '.join(str(error).split())}"
+        return Verdict("errors", text=problem).encode(number)
 
 
 def _prepare(setup: Setup) -> dict[int, Any]:
@@ -80,26 +82,32 @@ def _prepare(setup: Setup) -> dict[int, Any]:
     for path in setup.files.values():
         modules.load_file(Path(path))
     functions: dict[int, Any] = pickle.loads(setup.functions)
+    for function in functions.values():
+        # What a function imports when first called, which is not the first completion's time.
+        getattr(function, "prepare", lambda: None)()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # elsewhere the kernel does not enforce it
         # Data, not address space: torch and numba reserve tens of GB that they never touch.
         data = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (data + setup.memory, resource.RLIM_INFINITY))
+        deny_shared_memory()  # which that limit does not count
     return functions
 
 
 def _grade(function: Any, call: Call) -> Verdict:
-    log = Log(1)
-    try:
-        returned = function(**arguments(call.columns, call.state, log))
-        if is_async(function):
-            returned = asyncio.run(_awaited(returned))
-        (score,) = as_scores(returned, 1)
-    except MemoryError:
-        return Verdict("crashes", text="out of memory")
-    except Exception as error:
-        return Verdict("errors", text=describe(error))
-    return Verdict("score", score, extras=log.extras, metrics=log.metrics)
+    log, verdict = Log(1), None
+    with contained() as around:
+        try:
+            returned = function(**arguments(call.columns, call.state, log))
+            if is_async(function):
+                returned = asyncio.run(_awaited(returned))
+            (score,) = as_scores(returned, 1)
+        except MemoryError:
+            verdict = Verdict("crashes", text="out of memory")
+        except BaseException as error:  # Ctrl-C does not reach a grader: whatever it is, the function raised it
+            verdict = Verdict("errors", text=describe(error))
+    verdict = verdict or Verdict("score", score, "", log.extras, log.metrics)
+    return replace(verdict, notes=around.notes)
 
 
 async def _awaited(returned: Any) -> Any:

@@ -159,14 +159,17 @@ def _placeholders(text: str, num_placeholders: int) -> bool:
 
 @_named("detectable_content:postscript")
 def _postscript(text: str, postscript_marker: str) -> bool:
-    """The marker, with or without its points and spaces, followed by something."""
+    """The marker, with or without its points and spaces, followed by something on its line."""
     letters = [re.escape(letter) for letter in postscript_marker if not re.match(r"[\s.]", letter)]
-    return re.search(r"\.?\s?".join(letters) + r".*\w", text, re.IGNORECASE) is not None
+    marker = re.compile(r"\.?[^\S\n]?".join(letters), re.IGNORECASE)
+    # Of a line's markers the first is enough: what follows another follows it too.
+    return any((found := marker.search(line)) and _WORD.search(line, found.end()) for line in text.split("\n"))
 
 
 @_named("detectable_format:number_bullet_lists")
 def _bullets(text: str, num_bullets: int) -> bool:
-    return len(re.findall(r"^\s*(?:\*[^*\n]|-).*$", text, re.MULTILINE)) == num_bullets
+    # Spaces of one line only: a bullet after many empty lines must not be looked for from each of them.
+    return len(re.findall(r"^[^\S\n]*(?:\*[^*\n]|-)", text, re.MULTILINE)) == num_bullets
 
 
 @_named("detectable_format:constrained_response")

@@ -166,6 +166,10 @@ class Only:
         own = self._own(task)
         return self._spread(self.function(**self._arguments(own, len(task), given)) if own else [], own, len(task))
 
+    def prepare(self) -> None:
+        """What the function wants done before it is first called in a grader."""
+        getattr(self.function, "prepare", lambda: None)()
+
     def applies(self, columns: Mapping[str, Sequence[Any]]) -> bool:
         """Whether any of these rows is the task's; where none is, a grader need not be asked."""
         return bool(self._own(columns[LABEL]))

@@ -1,0 +1,141 @@
+"""What a reward function does to the process that calls it, undone.
+
+Rewards are trusted: this is for what one does without meaning it, or what a library does that it calls. Not held: what
+it does to memory, to open files other than the standard ones, to the environment, or in threads of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from estune.grading.convention import printable
+
+_PRINTED = 2000  # characters kept of what one call prints
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE)
+_LIMITS = ("AS", "CORE", "CPU", "DATA", "FSIZE", "NOFILE", "NPROC", "STACK")
+
+
+class Around:
+    """What a call left behind: `notes`, one a line, of what it printed and of what had to be undone."""
+
+    def __init__(self) -> None:
+        self.undone: list[str] = []
+        self._bytes = _Bytes()
+        self.output = io.TextIOWrapper(self._bytes, "utf-8", "replace", write_through=True)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line each, without what would move a cursor."""
+        printed = self._bytes.getvalue().decode(errors="replace")
+        return [printable(line) for line in (*printed.splitlines(), *self.undone) if line.strip()]
+
+
+@contextmanager
+def contained() -> Iterator[Around]:
+    """Within this, printing is kept; after it, the process is as it was. A child that was forked within ends here."""
+    around, before, kept = Around(), _State(), sys.stdout
+    sys.stdout = around.output
+    try:
+        yield around
+    finally:
+        if os.getpid() != before.pid:
+            os._exit(0)  # it would go on as a second trainer
+        sys.stdout = kept
+        around.undone = before.restore()
+
+
+class _Bytes(io.BytesIO):
+    """What is printed, as far as it is kept. It cannot be closed, and is known to others by the real descriptor."""
+
+    def write(self, data: Any) -> int:
+        super().write(bytes(data)[: max(0, _PRINTED - self.tell())])
+        return len(data)
+
+    def close(self) -> None:
+        pass
+
+    def fileno(self) -> int:
+        return 1
+
+
+class _State:
+    """Of a process: what a reward function may change, and must find unchanged at its next call."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._folder = _folder()
+        self._standard = {number: _copy(number) for number in (0, 1, 2)}
+        self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._timer = signal.getitimer(signal.ITIMER_REAL)[0]
+        self._limits = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in _LIMITS}
+
+    def restore(self) -> list[str]:
+        """Put everything back; what had to be, in words."""
+        undone = []
+        if self._folder is not None and _folder() != self._folder:
+            os.chdir(self._folder)
+            undone.append(f"it changed the working directory: back in {self._folder}")
+        for number, copy in self._standard.items():
+            if copy is not None:
+                if not _same(number, copy):
+                    os.dup2(copy, number)
+                    undone.append(f"it closed or replaced the standard descriptor {number}: opened again")
+                os.close(copy)
+        if threading.current_thread() is threading.main_thread():
+            undone += self._restore_signals()
+        return undone + self._restore_limits()
+
+    def _restore_signals(self) -> list[str]:
+        undone = []
+        for number, handler in self._handlers.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+                undone.append(f"it changed what {signal.Signals(number).name} does: put back")
+        if not self._timer and signal.getitimer(signal.ITIMER_REAL)[0]:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            undone.append("it left an alarm: stopped")
+        return undone
+
+    def _restore_limits(self) -> list[str]:
+        undone = []
+        for name, (soft, hard) in self._limits.items():
+            which = getattr(resource, f"RLIMIT_{name}")
+            if resource.getrlimit(which) == (soft, hard):
+                continue
+            try:
+                resource.setrlimit(which, (soft, hard))
+                undone.append(f"it changed RLIMIT_{name}: put back")
+            except (ValueError, OSError):
+                with suppress(ValueError, OSError):
+                    resource.setrlimit(which, (resource.getrlimit(which)[1],) * 2)
+                undone.append(f"it lowered RLIMIT_{name} for good: the run goes on with less")
+        return undone
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:
+        return None  # it was deleted
+
+
+def _copy(number: int) -> int | None:
+    try:
+        return os.dup(number)
+    except OSError:
+        return None  # a process may have been started without
+
+
+def _same(number: int, copy: int) -> bool:
+    try:
+        return os.path.sameopenfile(number, copy)
+    except OSError:
+        return False

@@ -1,0 +1,85 @@
+"""What a grader answers, as data: written as JSON by the grader, and believed by the trainer only as far as it fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from estune.errors import EstuneError
+from estune.grading.convention import Log, printable
+from estune.grading.wire import Garbled
+
+Kind = Literal["score", "errors", "timeouts", "crashes", "too_long"]
+
+_TEXT = 2000  # characters kept of a text
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of a call: a score (None: does not apply), or why there is none; what was logged; notes on the call."""
+
+    kind: Kind
+    score: float | None = None
+    text: str = ""
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def encode(self, call: int) -> bytes:
+        """As JSON, in answer to the call of this number.
+
+        Raises:
+            TypeError, ValueError: a logged value is none that JSON has.
+        """
+        fields = (call, self.kind, self.score, self.text, self.extras, self.metrics, self.notes)
+        return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def decode(answer: bytes, call: int) -> Verdict:
+    """The verdict that a grader sent in answer to the call of this number.
+
+    Raises:
+        Garbled: it is none.
+    """
+    try:
+        # Halves of characters, which nothing can write, become question marks.
+        found = json.loads(json.dumps(json.loads(answer), ensure_ascii=False).encode(errors="replace"))
+        number, kind, score, text, extras, metrics, notes = found
+        if number != call:
+            raise Garbled("no verdict on this completion")
+        if kind not in get_args(Kind) or not all(isinstance(part, str) for part in (text, *notes)):
+            raise Garbled("no verdict")
+        log = Log(1)
+        for column, values in extras.items():
+            log.extra(column, values)
+        for name, values in metrics.items():
+            for value in values:
+                log.metric(name, _number(value))
+        score = None if score is None else _number(score)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, EstuneError) as error:
+        raise Garbled(f"no verdict: {type(error).__name__}") from error
+    return Verdict(
+        kind, score, printable(text[:_TEXT]), log.extras, log.metrics, [printable(note[:_TEXT]) for note in notes]
+    )
+
+
+def decode_problem(answer: bytes) -> str:
+    """Why a grader cannot begin, or the empty string.
+
+    Raises:
+        Garbled: it said something else.
+    """
+    try:
+        problem = json.loads(answer)
+    except (ValueError, RecursionError) as error:
+        raise Garbled("no text") from error
+    if not isinstance(problem, str):
+        raise Garbled("no text")
+    return printable(problem[:_TEXT])
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Garbled("no number")
+    return float(value)
