@@ -380,3 +380,19 @@ def test_ctrl_c_is_not_lost_in_an_import_which_a_second_one_ends(tmp_path: Path,
         time.sleep(1)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error.strip()) == (130, "error: interrupted")
+
+
+@pytest.mark.parametrize("stream", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_and_a_narrow_encoding(stream: str, tmp_path: Path) -> None:
+    """Two replicas: children inherit streams, and memory that must not have the number of one."""
+    task = tmp_path / "narrow.py"
+    task.write_text(
+        "def f(completions, **_): return [float(len(c)) for c in completions]\n"
+        "train = [{'prompt': f'é中{n}'} for n in range(40)]\nrewards = [f]\n"
+    )
+    small = "--steps=1 --population=2 --prompts_per_step=2 --max_new_tokens=3 --replicas=2 --task.eval_size=3"
+    command = f"{sys.executable} -m estune.cli train {small} --task {task} --output-dir {tmp_path / 'run'} {stream}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert (tmp_path / "run" / "final").is_dir()

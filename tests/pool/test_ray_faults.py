@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -165,3 +166,23 @@ def name(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
+
+
+@pytest.mark.parametrize("killed", ["gcs_server", "raylet", "gcs_server raylet"])
+def test_a_cluster_whose_servers_are_killed_is_one_line_and_leaves_nobody(
+    model: Path, tmp_path: Path, killed: str
+) -> None:
+    """A cluster of the run's own: Ray would end the run after a minute, with words of its own, or with none."""
+    run = tmp_path / "run"
+    process = started(run, model, {"steps": 10_000, "replicas": None, "workers": 1}, 2)
+    family = {pid: name(pid) for pid in descendants(process.pid)}
+    servers = [pid for pid, text in family.items() if Path(text.split("\0")[0]).name in killed.split()]
+    assert len(servers) == len(killed.split())
+    for pid in servers:
+        os.kill(pid, signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    gone = r"raylet\) is gone" if "raylet" in killed else "GCS, .* is gone"
+    assert re.search(rf"EstuneError: .*{gone}; no step is lost: resume, with another cluster or none", error), error
+    until(lambda: not any(Path(f"/proc/{pid}").exists() and name(pid) == text for pid, text in family.items()), 60)
+    assert len(Journal.read(run).steps) >= 2

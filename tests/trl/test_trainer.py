@@ -208,6 +208,10 @@ def test_another_tokenizer_is_used(model: Path, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "other" / "final").chat_template == other.chat_template
     assert (tmp_path / "other" / "base" / "model.safetensors").is_symlink()
     assert AutoTokenizer.from_pretrained(model).chat_template != other.chat_template
+    third = build_tokenizer()
+    third.chat_template = "{{ messages }}"
+    with pytest.raises(EstuneError, match="processing_class is not the tokenizer that the run .* began with"):
+        make(tmp_path / "other", str(model), processing_class=third).train(resume_from_checkpoint=True)
 
 
 def test_resuming_is_as_if_undisturbed(model: Path, tmp_path: Path) -> None:

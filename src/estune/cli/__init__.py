@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -57,6 +58,7 @@ def main() -> None:
 
     What the user can mend ends in one line, with exit code 1, or 2 where it is the command line itself.
     """
+    _open_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     try:
         with spared_imports():
@@ -75,6 +77,21 @@ def main() -> None:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Make standard streams fit for what comes: any character, and none that is closed.
+
+    Where one is (`<&-`), the next file that is opened would get its number, and children would take it for the stream.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _refuse(why: str, code: int) -> int:

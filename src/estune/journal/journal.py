@@ -21,6 +21,7 @@ from typing import Any
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.files import locked, replacing, sync
+from estune.journal.lines import fault
 from estune.noise.reference import NOISE_VERSION
 from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.policies import NoiseMode, PolicyName, Rounding, Rule
@@ -187,19 +188,16 @@ class Journal:
         for key, known in (("format", FORMATS), ("noise_version", (NOISE_VERSION,))):
             if payload.get(key) not in known:
                 raise EstuneError(
-                    f"{path}: {key.replace('_', ' ')} {payload.get(key)}, this estune reads "
+                    f"{path}: {key.replace('_', ' ')} {payload.get(key)!r:.40}, this estune reads "
                     f"{' and '.join(map(str, known))}; "
-                    f"use the estune that wrote it ({payload.get('packages', {}).get('estune', 'unknown')})"
+                    f"use the estune that wrote it ({_writer(payload)})"
                 )
-        payload.pop("kind")
+        _take_kind(path, "its header", payload, None)
         journal = cls(path, Header(**payload), check)
         for number, line in enumerate(lines[1:], 2):
             where = f"line {number}, after step {len(journal.steps) - 1}" if journal.steps else f"line {number}, step 0"
             check, payload = _verified(line, check, path, where)
-            try:
-                journal._take(payload.pop("kind"), payload)
-            except (KeyError, TypeError, ValueError) as error:
-                raise EstuneError(f"{path}: {where} has other fields than it should; restore it from a copy") from error
+            journal._take(_take_kind(path, where, payload, len(journal.steps)), payload)
         journal.check = check
         return journal
 
@@ -217,8 +215,6 @@ class Journal:
                 self.files, self.code = payload["files"], payload["code"]
             case "end":
                 self.ended = payload["ended"]
-            case _:
-                raise ValueError(kind)
 
     @classmethod
     def resume(cls, run: Path) -> Journal:
@@ -363,9 +359,31 @@ def _verified(line: bytes, previous: str, path: Path, where: str) -> tuple[str, 
     check = hashlib.blake2b(previous.encode() + body, digest_size=8).hexdigest()
     if seal != check.encode() + b'"}':
         raise EstuneError(f"{path}: damaged at {where}: the line does not match its checksum; restore it from a copy")
-    payload: dict[str, Any] = json.loads(line)
-    payload.pop("check")
+    try:
+        payload: dict[str, Any] = json.loads(line)
+        payload.pop("check")
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise EstuneError(f"{path}: {where} is no line that estune wrote; restore it from a copy") from error
     return check, payload
+
+
+def _take_kind(path: Path, where: str, payload: dict[str, Any], steps: int | None) -> str:
+    """Take the kind out of a line's fields, and see that the others are what a line of that kind holds.
+
+    Raises:
+        EstuneError: naming the line and the field.
+    """
+    kind = payload.pop("kind", None)
+    why = fault(kind, payload, steps)
+    if why is not None:
+        raise EstuneError(f"{path}: {where}: {why}: no line that estune wrote; restore it from a copy")
+    return str(kind)
+
+
+def _writer(payload: dict[str, Any]) -> str:
+    """The version that wrote a header, if it tells."""
+    packages = payload.get("packages")
+    return str(packages.get("estune", "unknown")) if isinstance(packages, dict) else "unknown"
 
 
 def _decode_step(payload: dict[str, Any]) -> StepRecord:
@@ -397,4 +415,11 @@ def base_checkpoint(header: Header, model: str | None = None) -> Checkpoint:
             f"base model {model or header.model}: content hash {found}, the journal was written over "
             f"{header.base_hash}; give the original with --model"
         )
+    for name, aliases in header.tensors.items():
+        shapes = {each: base.tensors[each].shape if each in base.tensors else None for each in (name, *aliases)}
+        if None in shapes.values() or len(set(shapes.values())) > 1:
+            raise EstuneError(
+                f"the journal's header names {', '.join(shapes)} as one tensor of {base.path}, which they are not; "
+                "restore it from a copy"
+            )
     return base

@@ -100,7 +100,7 @@ def _device_of(settings: Mapping[str, Any]) -> str:
     from estune.weights.device import chosen_device
 
     try:
-        chosen_device(settings["device"])
+        chosen_device(str(settings.get("device")))
     except EstuneError:
         return "auto"
     return str(settings["device"])

@@ -29,10 +29,11 @@ def parent_of(config: Config) -> Journal | None:
     parent = Journal.read(config.start_from)
     parent.warn_of_shortfall()
     for key in ("weights", "rounding", "noise", "train_parameters"):
-        if parent.settings[key] != getattr(config, key):
+        theirs = parent.settings.get(key)
+        if theirs != getattr(config, key):
             raise EstuneError(
-                f"start_from {config.start_from} was run with {key}={parent.settings[key]}, found "
-                f"{getattr(config, key)}: set {key}={parent.settings[key]}"
+                f"start_from {config.start_from} was run with {key}={theirs}, found {getattr(config, key)}: set "
+                f"{key}={theirs}"
             )
     base_checkpoint(parent.header, config.model)
     return parent

@@ -300,8 +300,13 @@ class ESTrainer:
         if isinstance(model, str) and (tokenizer is None or not has_other_tokenizer(locate(model), tokenizer)):
             return model
         base = output / BASE
-        if base.is_dir() and ((output / FILE).is_file() or base == self._saved):
-            return str(base)  # a run was trained over it
+        if base.is_dir() and ((output / FILE).is_file() or base == self._saved):  # a run was trained over it
+            if tokenizer is not None and has_other_tokenizer(base, tokenizer):
+                raise EstuneError(
+                    f"ESTrainer: processing_class is not the tokenizer that the run in {output} began with, which "
+                    f"is in {base}: leave it out, or give another output_dir"
+                )
+            return str(base)
         tokenizer = tokenizer or tokenizer_of(model)
         with replacing(base) as folder:
             if isinstance(model, str):

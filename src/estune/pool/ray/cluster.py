@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from estune.files import make_temporary, remove_temporary
 
 OBJECT_STORE = 128 << 20  # bytes; it holds the prompts of a step
 CONNECT_SECONDS = 10.0
+LOOK_SECONDS = 1.0  # between two looks at what the cluster cannot do without
+SILENT_SECONDS = 40.0  # for which a head may be out of reach: Ray ends this process, without our line, after 60
 
 
 @dataclass
@@ -27,6 +30,11 @@ class _Connection:
     made: bool = False
     folder: str | None = None  # of a private cluster's files
     guard: subprocess.Popen[bytes] | None = None
+    head: tuple[str, int] | None = None  # where the cluster's head (GCS) listens
+    node: tuple[str, int] | None = None  # and this node's raylet
+    looked: float = 0.0  # when `lost` last looked
+    silent_since: float | None = None  # since when the head is out of reach
+    is_lost: bool = False
 
 
 _connection = _Connection()
@@ -54,22 +62,64 @@ def connect(config: Config) -> None:
     else:
         _join(config.ray_address, quiet)
     _connection.made = True
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    _connection.head, _connection.looked, _connection.silent_since = (host, int(port)), 0.0, None
+    here = ray.get_runtime_context().get_node_id()
+    node = next((node for node in ray.nodes() if node["NodeID"] == here), None)  # type: ignore[no-untyped-call]
+    _connection.node = None if node is None else (node["NodeManagerAddress"], node["NodeManagerPort"])
+    _connection.is_lost = False
 
 
 def disconnect() -> None:
     """Close a connection that `connect` made, and end a cluster that it started."""
     import ray
 
-    if _connection.guard is not None:
-        _connection.guard.kill()
-        _connection.guard.communicate()
-        _connection.guard = None
+    guard, _connection.guard = _connection.guard, None
+    if guard is not None and not _connection.is_lost:
+        guard.kill()
+        guard.communicate()
     if _connection.made:
         ray.shutdown()
         _connection.made = False
+    if guard is not None and _connection.is_lost:
+        guard.communicate()  # it thinks that this process has ended, and ends what Ray has forgotten
     if _connection.folder is not None:
         remove_temporary(Path(_connection.folder))
         _connection.folder = None
+
+
+def lost() -> str | None:
+    """What is gone that the cluster cannot do without; None if it is all there. Looks once a second at most.
+
+    Without a head, Ray ends this process after a minute, and without a raylet at the next thing that is put into it.
+    """
+    now = time.monotonic()
+    if not _connection.made or now - _connection.looked < LOOK_SECONDS:
+        return None
+    _connection.looked = now
+    what = None
+    if _connection.node is not None and _reaches(_connection.node) == "refused":
+        what = "Ray's process on this machine (raylet) is gone"
+    elif _connection.head is not None and (answer := _reaches(_connection.head)) != "yes":
+        _connection.silent_since = _connection.silent_since or now
+        own = _connection.folder is not None  # such a head does not come back
+        if (own and answer == "refused") or now - _connection.silent_since > SILENT_SECONDS:
+            what = f"the head of the Ray cluster (GCS, {_connection.head[0]}:{_connection.head[1]}) is gone"
+    else:
+        _connection.silent_since = None
+    _connection.is_lost = what is not None
+    return what
+
+
+def _reaches(address: tuple[str, int]) -> str:
+    """Whether somebody listens there: "yes", "refused" if nobody does, or "no" if that cannot be told."""
+    try:
+        socket.create_connection(address, LOOK_SECONDS).close()
+    except ConnectionRefusedError:
+        return "refused"
+    except OSError:
+        return "no"
+    return "yes"
 
 
 def cluster_device(config: Config) -> str:

@@ -22,7 +22,7 @@ from estune.errors import EstuneError
 from estune.es.strategy import Update
 from estune.pool.base import Description
 from estune.pool.deadlines import Deadlines, Lost
-from estune.pool.ray.cluster import first_line, needs
+from estune.pool.ray.cluster import first_line, lost, needs
 from estune.pool.ray.handle import Handle
 from estune.pool.ray.worker import StaleWeights, software
 
@@ -168,11 +168,23 @@ class Crew:
             handles = [slot.handle for slot in self.slots if slot.handle is not None]
         for handle in handles:
             handle.end()
+        deadline = time.monotonic() + 20
         for thread in self._threads:
-            thread.join(20)
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def check_cluster(self) -> None:
+        """See that the cluster is there.
+
+        Raises:
+            EstuneError: it is not, and Ray would end this process soon.
+        """
+        gone = lost()
+        if gone is not None:
+            raise EstuneError(f"{gone}; no step is lost: resume, with another cluster or none")
 
     def _check_hope(self) -> None:
         """Raise why there is none, if so."""
+        self.check_cluster()
         left = [slot for slot in self.slots if slot.state != "refused"]
         if not left:
             raise self.slots[0].errors[0]

@@ -1,0 +1,136 @@
+"""What each line of a journal may hold. Checksums tell that a line was changed by accident; who changes one on purpose
+makes them anew, and what he writes is looked at here, field by field, before anything is done by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from estune.weights.policies import DType, NoiseMode, PolicyName, Rounding
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{1,32}$")]
+Seed = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+Count = Annotated[int, Field(ge=0)]
+Names = dict[str, str]
+
+
+class Line(BaseModel):
+    """Any line: no field too many, and none of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Settings(Line):
+    """Settings, whatever they are: `Config` knows them. Two of them are looked at before it does."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    steps: Count = 0
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+
+
+class HeaderLine(Line):
+    """As `Header`."""
+
+    model: str
+    base_hash: Hash
+    policy: PolicyName
+    rounding: Rounding
+    noise: NoiseMode
+    dtype: DType
+    live_dtype: DType
+    tensors: dict[str, list[str]]
+    fingerprint: Hash
+    task: str
+    data_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{0,32}$")]
+    config: Settings
+    packages: Names
+    created: str
+    ancestors: list[Hash] = []
+    files: Names = {}
+    code: Names = {}
+    best_by: Annotated[list[str], Field(min_length=1)] = ["eval_accuracy", "eval_reward"]
+    format: int
+    noise_version: int
+
+
+class StepLine(Line):
+    """A step, as `docs/journal.md` describes it."""
+
+    step: Count
+    seeds: list[Seed]
+    signs: list[Literal[1, -1]]
+    rewards: list[float | None]
+    coefficients: list[float]
+    decay: Annotated[float, Field(le=0)]
+    rounding_seed: Seed
+    sigma: Annotated[float, Field(gt=0)]
+    learning_rate: float
+    prompts: list[Count]
+    fingerprint: Hash
+    metrics: dict[str, float]
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        lengths = {len(each) for each in (self.seeds, self.signs, self.rewards, self.coefficients)}
+        if len(lengths) > 1:
+            raise ValueError("seeds, signs, rewards and coefficients are not equally many")
+        return self
+
+
+class EvaluationLine(Line):
+    """An evaluation."""
+
+    step: Count
+    metrics: dict[str, float]
+
+
+class AcceptedLine(Line):
+    """Hashes of what the run depends on from here on."""
+
+    files: Names
+    code: Names
+
+
+class EndLine(Line):
+    """How the run ended."""
+
+    step: Count
+    ended: Literal["finished", "stopped early", "interrupted"]
+
+
+KINDS: dict[str, type[Line]] = {
+    "header": HeaderLine,
+    "step": StepLine,
+    "evaluation": EvaluationLine,
+    "settings": Settings,
+    "accepted": AcceptedLine,
+    "end": EndLine,
+}
+
+
+def fault(kind: Any, payload: Mapping[str, Any], steps: int | None) -> str | None:
+    """What is wrong with a line, naming the field; None where nothing is.
+
+    Args:
+        kind, payload: what it says it is, and its other fields.
+        steps: steps before it; None for the first line, which is the header.
+    """
+    model = KINDS.get(kind) if isinstance(kind, str) else None
+    if model is None or (kind == "header") != (steps is None):
+        return f"kind is {kind!r:.40}, and no such line belongs there"
+    try:
+        model.model_validate(payload)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r:.60}"
+        return f"{name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}{found}"
+    if steps is not None and kind in ("step", "evaluation", "end"):
+        number = payload["step"]
+        if number > steps or (kind == "step" and number < steps):
+            return f"step is {number}, after {steps} steps"
+    return None
