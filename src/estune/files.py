@@ -61,15 +61,28 @@ def writing(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None and not _near(Path(os.fsdecode(error.filename)), target):
             raise  # of something that is read meanwhile
-        if error.errno in _FULL:
-            remedy = "make room there"
-        elif error.errno in _CLOSED:
-            remedy = "make it writable, or give another directory"
-        else:
+        if _remedy(error) is None:
             raise
+        why = os.strerror(error.errno or 0)
         raise EstuneError(
-            f"{target}: {os.strerror(error.errno)} while writing; what was there is untouched: {remedy}, and go on"
+            f"{target}: {why} while writing; what was there is untouched: {_remedy(error)}, then give the same command "
+            "again or, if the run has begun, `estune train --resume`"
         ) from error
+
+
+def explained(error: OSError) -> str:
+    """An error of the system's in one line: what is full or closed, and what to do."""
+    remedy = _remedy(error)
+    if remedy is None:
+        return str(error)
+    places = f"the run's folder, {tempfile.gettempdir()} or Numba's cache (NUMBA_CACHE_DIR)"
+    return f"{error.filename or places}: {os.strerror(error.errno or 0)}; {remedy}"
+
+
+def _remedy(error: OSError) -> str | None:
+    if error.errno in _FULL:
+        return "make room there"
+    return "make it writable, or give another directory" if error.errno in _CLOSED else None
 
 
 def write_text(target: Path, text: str) -> None:

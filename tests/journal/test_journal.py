@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from estune.errors import EstuneError
 from estune.es.strategy import EvolutionStrategy, Member, Update
-from estune.journal.journal import FILE, EvaluationRecord, Header, Journal, StepRecord, rank
+from estune.journal.journal import FILE, TEMPORARY, EvaluationRecord, Header, Journal, StepRecord, rank
 from estune.journal.replay import replay
+from estune.run.directory import refuse_used
 
 
 def header(**changes: Any) -> Header:
@@ -200,8 +201,18 @@ def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(EstuneError, match="this is no run"):
         Journal.read(tmp_path)
     (tmp_path / FILE).write_bytes(b'{"kind":"hea')
-    with pytest.raises(EstuneError, match="before its header"):
+    with pytest.raises(EstuneError, match="before its header was written, so nothing is lost: remove .* and start it"):
         Journal.read(tmp_path)
+
+
+def test_what_a_killed_start_left_is_not_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / TEMPORARY).write_bytes(b'{"kind":"hea')
+    refuse_used(tmp_path)
+    Journal.create(tmp_path, header()).close()
+    assert Journal.read(tmp_path).header == header()
+    with pytest.raises(EstuneError, match="already holds a run"):
+        Journal.create(tmp_path, header())
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_one_writer_at_a_time(run: Path) -> None:
@@ -215,7 +226,7 @@ def test_one_writer_at_a_time(run: Path) -> None:
 FULL_DISK = """
 import resource, signal, sys
 from estune.journal import Journal
-from tests.journal.test_journal import steps
+from tests.journal.test_journal import header, steps
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = Path(sys.argv[1])
@@ -226,15 +237,23 @@ try:
     journal.append_step(steps(4)[3])
 except ValueError as error:
     print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit))
+try:
+    Journal.create(run / "new", header())
+except ValueError as error:
+    print(error)
 """
 
 
 def test_a_full_disk_loses_nothing(run: Path) -> None:
     """The system's own limit on a file's size stands in for a full disk: the write fails half-way in the same way."""
     content = (run / FILE).read_bytes()
+    (run / "new").mkdir()
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(run)], capture_output=True, text=True, check=True)
     assert "File too large while writing; the run is whole up to step 3" in done.stdout
     assert f"--resume {run}" in done.stdout
+    assert f"{run / 'new' / FILE}: File too large while writing: make room, then start it again" in done.stdout
+    assert not any((run / "new").iterdir())
     assert (run / FILE).read_bytes() == content
     journal = Journal.resume(run)
     journal.append_step(steps(4)[3])

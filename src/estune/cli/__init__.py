@@ -23,6 +23,7 @@ from rich.text import Text
 from estune.cli import estimate, lists, runs, studies
 from estune.cli.signals import spared_imports, terminable
 from estune.errors import EstuneError
+from estune.files import explained
 
 __all__ = ["app", "main"]
 
@@ -63,8 +64,10 @@ def main() -> None:
     try:
         with spared_imports():
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except (EstuneError, OSError) as error:  # OSError: a full disk, a folder that may not be written
+    except EstuneError as error:
         code = _refuse(str(error), 1)
+    except OSError as error:  # a full disk, a folder that may not be written
+        code = _refuse(explained(error), 1)
     except UsageError as error:
         code = _refuse(error.format_message(), 2)
     except KeyboardInterrupt:  # at the very end: what comes before typer has made a code of

@@ -233,6 +233,8 @@ def _is_done(run: Path, steps: int) -> bool:
     if not RunDirectory(run).final.is_dir() or not (run / FILE).is_file():
         return False
     journal = Journal.read(run)
+    if journal.header.format > 1:
+        return journal.ended == "stopped early" or (journal.ended == "finished" and len(journal.steps) >= steps)
     patience = journal.settings.get("early_stopping_patience")
     if len(journal.steps) >= steps:
         # The first weights are always evaluated, where there is anything to evaluate on.
