@@ -69,7 +69,8 @@ class GymConfig(PromptOptions):
         """Both sets, no question in both, and reasoning-gym's score.
 
         Raises:
-            EstuneError: reasoning-gym is not installed or is a version that nobody has looked at, the generator is unknown, or has too few distinct problems.
+            EstuneError: reasoning-gym is not installed or is a version that nobody has looked at, the generator is
+                unknown, or has too few distinct problems.
         """
         names = generator_names()
         if version("reasoning_gym") != VERSION and not self.trust_scorers:
