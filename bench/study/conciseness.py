@@ -1,6 +1,6 @@
 """The conciseness task on the embedded model, for several run seeds: seconds, answers' length and held-out correctness.
 
-    python -m bench.study.compare.conciseness
+    python -m bench.study.conciseness
 
 Each run is a process of its own, from the command to the last line of its summary, loading included; "processor
 seconds" are of all its processes together, which other work on the machine changes less. Length is the mean number of

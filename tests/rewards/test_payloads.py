@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from estune.grading.grading import Grading
 from estune.grading.isolation import Isolation, isolate
 from estune.rewards.conciseness import correct_reward, length_reward
 from estune.rewards.countdown import answer_reward, format_reward
-from estune.rewards.gym import GymReward, generator, generator_names
+from estune.rewards.gym import EVALUATED, PARSED, GymReward, generator, generator_names
 from estune.rewards.instructions import all_followed
 from estune.rewards.math import math_reward
 from estune.rewards.model import RewardModel
@@ -162,3 +165,20 @@ def test_every_check_of_text_is_linear() -> None:
         [sys.executable, "-m", "tests.rewards.long_texts"], check=False, capture_output=True, text=True, timeout=120
     )
     assert done.stdout == "read\n", done.stderr
+
+
+def test_the_scorers_that_evaluate_are_those_that_are_known() -> None:
+    """By their source; of what they call in turn, the canary tells."""
+    pytest.importorskip("reasoning_gym")
+    from reasoning_gym.factory import DATASETS
+
+    found = {}
+    for name, (kind, _) in DATASETS.items():
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.score_answer)))
+        calls = {ast.unparse(node.func).split(".")[-1] for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        found[name] = calls & {"eval", "exec", "compile", "parse_expr", "sympify", "literal_eval", "load", "__import__"}
+    assert len(found) == 106
+    # number_sorting evaluates the gold answer, and only where that is no JSON.
+    assert {name for name, calls in found.items() if "eval" in calls} == EVALUATED | {"number_sorting"}
+    assert {name for name, calls in found.items() if "parse_expr" in calls} == PARSED
+    assert set().union(*found.values()) == {"eval", "parse_expr"}

@@ -93,6 +93,13 @@ def test_an_unknown_generator_gets_a_suggestion() -> None:
     assert len(generator_names()) > 100
 
 
+def test_a_version_whose_scorers_nobody_has_looked_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("estune.tasks.gym.version", lambda name: "0.2.0")
+    with pytest.raises(EstuneError, match=r"scorers of reasoning-gym 0\.2\.0 may run .* task\.trust_scorers"):
+        build("chain_sum")
+    assert len(build("chain_sum", trust_scorers=True).train) == 6
+
+
 def test_prompts() -> None:
     row = build("chain_sum", system_prompt="Hello.").train[0]
     assert row["prompt"][0] == {"role": "system", "content": "Hello."}

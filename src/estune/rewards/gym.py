@@ -26,7 +26,7 @@ PARSED = frozenset(
 )
 
 
-# Some scores search, or run what the answer says.
+# Some scores search, or compute what an answer says.
 @isolated(deadline=10.0)
 @dataclass(frozen=True)
 class GymReward:

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from pydantic import Field, field_validator
 
 from estune.errors import EstuneError
 from estune.grading.convention import Row
-from estune.rewards.gym import GymReward, generator, generator_names
+from estune.rewards.gym import VERSION, GymReward, generator, generator_names
 from estune.tasks.base import Task
 from estune.tasks.options import PromptOptions
 
@@ -46,6 +47,10 @@ class GymConfig(PromptOptions):
         True, description="the answer is what stands in <answer> tags, which the prompt asks for; false: the whole text"
     )
     instruction: str = Field(INSTRUCTION, description="what follows each question in the prompt, where tags are wanted")
+    trust_scorers: bool = Field(
+        False,
+        description=f"score with a reasoning-gym other than {VERSION}, whose scorers may run what the model writes",
+    )
     seed: int | None = Field(None, ge=0, description="seed of the training problems; the run's seed if not given")
     eval_seed: int = Field(0, ge=0, description="seed of the held-out problems; the same for all runs unless changed")
 
@@ -64,9 +69,16 @@ class GymConfig(PromptOptions):
         """Both sets, no question in both, and reasoning-gym's score.
 
         Raises:
-            EstuneError: reasoning-gym is not installed, the generator is unknown, or has too few distinct problems.
+            EstuneError: reasoning-gym is not installed or is a version that nobody has looked at, the generator is
+                unknown, or has too few distinct problems.
         """
         names = generator_names()
+        if version("reasoning_gym") != VERSION and not self.trust_scorers:
+            raise EstuneError(
+                f"task {self.name}: the scorers of reasoning-gym {version('reasoning_gym')} may run what the model "
+                f"writes; those of {VERSION} have been looked at: pip install reasoning-gym=={VERSION}, or trust them "
+                "with task.trust_scorers"
+            )
         if self.generator not in names:
             near = difflib.get_close_matches(self.generator, names, 1, 0.5)
             hint = f"did you mean gym:{near[0]}?" if near else f"there are {', '.join(names)}"
