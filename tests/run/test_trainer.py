@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,9 @@ def test_replay_refuses_what_does_not_fit(model: Path, tmp_path: Path) -> None:
         replay(folder, folder)
     # A step that never was, sealed by one who knows how: the fingerprint tells.
     journal = Journal.resume(folder)
-    journal.append_step(StepRecord(journal.steps[0].update, 0.02, 0.01, [1.0] * 4, [0], "0123456789abcdef", {}))
+    journal.append_step(
+        StepRecord(replace(journal.steps[0].update, step=2), 0.02, 0.01, [1.0] * 4, [0], "0123456789abcdef", {})
+    )
     journal.close()
     with pytest.raises(EstuneError, match="gives fingerprint"):
         replay(folder, out)
@@ -287,6 +290,9 @@ def failing(kind: str) -> Any:
     return reward
 
 
+resumed = partial(Trainer.resume, monitors=[], accept_changes=True)  # another reward is what these change
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -301,8 +307,8 @@ def test_a_reward_that_fails_stops_the_run_and_loses_nothing(
 ) -> None:
     run(make_config(tmp_path / "run", model, steps=2))
     with pytest.raises(EstuneError, match=message):
-        Trainer.resume(tmp_path / "run", steps=4, task=make_task(failing(kind)), monitors=[]).train()
-    Trainer.resume(tmp_path / "run", steps=4, task=make_task(), monitors=[]).train()
+        resumed(tmp_path / "run", steps=4, task=make_task(failing(kind))).train()
+    resumed(tmp_path / "run", steps=4, task=make_task()).train()
     run(make_config(tmp_path / "whole", model, steps=4))
     assert substance(Journal.read(tmp_path / "run").steps[3]) == substance(Journal.read(tmp_path / "whole").steps[3])
 
