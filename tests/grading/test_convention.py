@@ -373,7 +373,7 @@ def test_a_forked_child_never_goes_on_as_a_second_trainer(tmp_path: Path) -> Non
     script = tmp_path / "trainer.py"
     script.write_text(
         "import os\nfrom estune.completion import Completion\nfrom estune.grading.grading import grade\n"
-        "def forks(completions, **_):\n    return [1.0] if os.fork() else 1 / 0\n"
+        "def forks(completions, **_):\n    os.fork()\n    return [1.0]\n"
         "async def later(completions, **_):\n    os.fork()\n    return [1.0]\n"
         "grades = grade([forks, later], None, [{'prompt': 'p'}], [Completion('x', [], True)])\n"
         "print(grades.total, flush=True)\n"

@@ -20,7 +20,10 @@ from estune.grading.convention import printable
 
 _PRINTED = 2000  # characters kept of what one call prints
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE)
-_LIMITS = ("AS", "CORE", "CPU", "DATA", "FSIZE", "NOFILE", "NPROC", "STACK")
+_LIMITS = {
+    name: getattr(resource, f"RLIMIT_{name}")
+    for name in ("AS", "CORE", "CPU", "DATA", "FSIZE", "NOFILE", "NPROC", "STACK")
+}
 
 
 class Around:
@@ -39,9 +42,13 @@ class Around:
 
 
 @contextmanager
-def contained() -> Iterator[Around]:
-    """Within this, printing is kept; after it, the process is as it was. A child that was forked within ends here."""
-    around, before, kept = Around(), _State(), sys.stdout
+def contained(state: State | None = None) -> Iterator[Around]:
+    """Within this, printing is kept; after it, the process is as it was. A child that was forked within ends here.
+
+    Args:
+        state: how it should be, where nobody else changes it; as it is now if None.
+    """
+    around, before, kept = Around(), state or State(), sys.stdout
     sys.stdout = around.output
     try:
         yield around
@@ -50,6 +57,8 @@ def contained() -> Iterator[Around]:
             os._exit(0)  # it would go on as a second trainer
         sys.stdout = kept
         around.undone = before.restore()
+        if state is None:
+            before.close()
 
 
 class _Bytes(io.BytesIO):
@@ -66,7 +75,7 @@ class _Bytes(io.BytesIO):
         return 1
 
 
-class _State:
+class State:
     """Of a process: what a reward function may change, and must find unchanged at its next call."""
 
     def __init__(self) -> None:
@@ -75,7 +84,7 @@ class _State:
         self._standard = {number: _copy(number) for number in (0, 1, 2)}
         self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         self._timer = signal.getitimer(signal.ITIMER_REAL)[0]
-        self._limits = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in _LIMITS}
+        self._limits = {name: resource.getrlimit(which) for name, which in _LIMITS.items()}
 
     def restore(self) -> list[str]:
         """Put everything back; what had to be, in words."""
@@ -84,14 +93,18 @@ class _State:
             os.chdir(self._folder)
             undone.append(f"it changed the working directory: back in {self._folder}")
         for number, copy in self._standard.items():
-            if copy is not None:
-                if not _same(number, copy):
-                    os.dup2(copy, number)
-                    undone.append(f"it closed or replaced the standard descriptor {number}: opened again")
-                os.close(copy)
+            if copy is not None and not _same(number, copy):
+                os.dup2(copy, number)
+                undone.append(f"it closed or replaced the standard descriptor {number}: opened again")
         if threading.current_thread() is threading.main_thread():
             undone += self._restore_signals()
         return undone + self._restore_limits()
+
+    def close(self) -> None:
+        """Let go of the copies of the standard descriptors."""
+        for copy in self._standard.values():
+            if copy is not None:
+                os.close(copy)
 
     def _restore_signals(self) -> list[str]:
         undone = []
@@ -106,8 +119,8 @@ class _State:
 
     def _restore_limits(self) -> list[str]:
         undone = []
-        for name, (soft, hard) in self._limits.items():
-            which = getattr(resource, f"RLIMIT_{name}")
+        for name, which in _LIMITS.items():
+            soft, hard = self._limits[name]
             if resource.getrlimit(which) == (soft, hard):
                 continue
             try:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.children import end_with_parent
-from estune.grading.containment import contained
+from estune.grading.containment import State, contained
 from estune.grading.convention import Log, TrainerState, arguments, as_scores, describe, is_async
 from estune.grading.seccomp import deny_shared_memory
 from estune.grading.verdict import Verdict
@@ -57,12 +57,13 @@ def main() -> None:
         wire.send(json.dumps(describe(error)).encode())
         return
     wire.send(json.dumps("").encode())
+    state = State()
     for number in itertools.count():
         try:
             call: Call = pickle.loads(wire.receive())
         except EOFError:
             return
-        wire.send(_encoded(_grade(functions[call.function], call), number))
+        wire.send(_encoded(_grade(functions[call.function], call, state), number))
 
 
 def _encoded(verdict: Verdict, number: int) -> bytes:
@@ -94,9 +95,9 @@ def _prepare(setup: Setup) -> dict[int, Any]:
     return functions
 
 
-def _grade(function: Any, call: Call) -> Verdict:
+def _grade(function: Any, call: Call, state: State) -> Verdict:
     log, verdict = Log(1), None
-    with contained() as around:
+    with contained(state) as around:
         try:
             returned = function(**arguments(call.columns, call.state, log))
             if is_async(function):

@@ -43,8 +43,10 @@ def decode(answer: bytes, call: int) -> Verdict:
         Garbled: it is none.
     """
     try:
-        # Halves of characters, which nothing can write, become question marks.
-        found = json.loads(json.dumps(json.loads(answer), ensure_ascii=False).encode(errors="replace"))
+        found = json.loads(given := answer.decode())
+        if "\\u" in given:
+            # Halves of characters, which nothing can write, become question marks.
+            found = json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace"))
         number, kind, score, text, extras, metrics, notes = found
         if number != call:
             raise Garbled("no verdict on this completion")

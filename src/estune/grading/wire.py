@@ -26,6 +26,7 @@ class Wire:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
+        self._received = bytearray()
 
     def send(self, message: bytes, seconds: float | None = None) -> None:
         """Send a message, within so many seconds.
@@ -56,14 +57,15 @@ class Wire:
         self._socket.close()
 
     def _exactly(self, count: int, end: float | None) -> bytes:
-        received = bytearray()
-        while len(received) < count:
+        while len(self._received) < count:
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError
             self._socket.settimeout(left)
-            piece = self._socket.recv(min(count - len(received), 1 << 20))
+            piece = self._socket.recv(1 << 16)
             if not piece:
                 raise EOFError
-            received += piece
-        return bytes(received)
+            self._received += piece
+        found = bytes(self._received[:count])
+        del self._received[:count]
+        return found
