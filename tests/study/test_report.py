@@ -215,11 +215,13 @@ def test_what_is_missing_is_a_line_on_the_page(tmp_path: Path, model: Path) -> N
     run = make_run(tmp_path / "run", model)
     assert "Not shown: no checkpoint yet." in report(run)[1].all("p")
     (run / "best").mkdir()
-    header = Journal.read(run).header
+    known = Journal.read(run)
     gone = tmp_path / "gone"
     (run / "journal.jsonl").unlink()
-    journal = Journal.create(run, Header(**{**vars(header), "model": str(gone)}))
+    journal = Journal.create(run, Header(**{**vars(known.header), "model": str(gone)}))
     evaluate(run, journal, 0)
+    for record in known.steps[:2]:
+        journal.append_step(record)
     evaluate(run, journal, 2)
     journal.close()
     (run / "completions" / "evaluation-00002.parquet").write_bytes(b"torn")
