@@ -295,7 +295,7 @@ def test_a_format_1_run_is_whole_with_all_its_steps(tmp_path: Path, steps: int, 
 
 
 @pytest.mark.parametrize(
-    ("best_by", "step"),
+    ("best_by", "right"),
     [
         (["eval_accuracy", "eval_reward"], 2),
         (["eval_reward"], 3),
@@ -303,14 +303,15 @@ def test_a_format_1_run_is_whole_with_all_its_steps(tmp_path: Path, steps: int, 
         (["eval_length"], 0),  # that nobody has: the first stays
     ],
 )
-def test_the_best_evaluation_is_told_by_the_header(tmp_path: Path, best_by: list[str], step: int) -> None:
+def test_the_best_evaluation_is_told_by_the_header(tmp_path: Path, best_by: list[str], right: int) -> None:
     journal = Journal.create(tmp_path, header(best_by=best_by))
     for number, (accuracy, reward) in enumerate([(0.1, 0.5), (0.2, 0.3), (0.2, 0.6), (0.1, 0.9)]):
-        journal.append_evaluation(EvaluationRecord(number, {"eval_accuracy": accuracy, "eval_reward": reward}))
+        metrics = {"eval_accuracy": accuracy, "eval_reward": reward, "number": float(number)}
+        journal.append_evaluation(EvaluationRecord(0, metrics))
     journal.close()
     best = Journal.read(tmp_path).best
     assert best is not None
-    assert best.step == step
+    assert best.metrics["number"] == right
 
 
 def test_what_is_no_number_is_never_the_best() -> None:
