@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import estune
+from estune.config import load
 from estune.errors import EstuneError
 from estune.tasks.base import Task
 from estune.tasks.custom import CustomConfig
@@ -191,3 +192,10 @@ def test_preference(tmp_path: Path) -> None:
     given = task.reward_funcs[0](prompts=["say", "say"], completions=["hi", "no"])
     assert len(given) == 2
     assert given[0] != given[1]
+
+
+def test_a_single_reward_needs_no_list(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("train = [{'prompt': str(i)} for i in range(64)]\ndef rewards(completions, **_): return [0.5] * len(completions)\n")
+    task = load(None, [f"task={file}"]).task.build(0)
+    assert [function([""]) for function in task.reward_funcs] == [[0.5]]

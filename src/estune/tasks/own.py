@@ -29,7 +29,7 @@ class OwnConfig(TaskOptions):
 
     - `train`: rows with a prompt and the columns that rewards take, or a data set's file, directory or hub id;
     - `evaluation`: the same, to evaluate on; if there is none, an eighth of `train` is, by a hash of each prompt;
-    - `rewards`: a list of reward functions, or of what names them;
+    - `rewards`: a reward function, or what names one, or a list of such;
     - `weights` (1 each), `accuracy` (the first reward's name) and `gold`, as in `Task`.
     """
 
@@ -83,7 +83,8 @@ class OwnConfig(TaskOptions):
             held_out = [is_held_out(identity(row)) for row in rows]
             train = [row for row, out in zip(rows, held_out, strict=True) if not out]
             evaluation = [row for row, out in zip(rows, held_out, strict=True) if out]
-        functions = [load_reward(reward) for reward in module.rewards]
+        rewards = module.rewards if isinstance(module.rewards, list | tuple) else [module.rewards]
+        functions = [load_reward(reward) for reward in rewards]
         if not functions:
             raise EstuneError(f"task {self.name}: rewards is empty; name at least one function")
         return Task(
