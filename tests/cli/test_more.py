@@ -369,7 +369,8 @@ def test_ctrl_c_is_not_lost_in_an_import_which_a_second_one_ends(tmp_path: Path,
     (tmp_path / "slow.py").write_text(
         "import sys, time\nprint('importing', file=sys.stderr, flush=True)\n"
         f"try:\n    time.sleep({seconds})\nexcept KeyboardInterrupt:\n    {'pass' if times == 1 else 'raise'}\n"
-        "train = [{'prompt': str(i)} for i in range(64)]\ndef rewards(completions, **_): return [0.0] * len(completions)\n"
+        "train = [{'prompt': str(i)} for i in range(64)]\n"
+        "def rewards(completions, **_): return [0.0] * len(completions)\n"
     )
     command = [sys.executable, "-m", "estune.cli", "probe", "--task", str(tmp_path / "slow.py"), "--prompts", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

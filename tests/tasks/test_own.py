@@ -196,6 +196,7 @@ def test_preference(tmp_path: Path) -> None:
 
 def test_a_single_reward_needs_no_list(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("train = [{'prompt': str(i)} for i in range(64)]\ndef rewards(completions, **_): return [0.5] * len(completions)\n")
+    rows = "train = [{'prompt': str(i)} for i in range(64)]"
+    file.write_text(f"{rows}\ndef rewards(completions, **_): return [0.5] * len(completions)\n")
     task = load(None, [f"task={file}"]).task.build(0)
     assert [function([""]) for function in task.reward_funcs] == [[0.5]]
