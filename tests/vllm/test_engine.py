@@ -136,12 +136,12 @@ def test_a_layer_that_packs_its_weights_is_refused(saved: Any, tmp_path: Path) -
         from pathlib import Path
         from estune.weights.checkpoint import Checkpoint
         from estune.config import Config
-        from estune.engines import vllm, vllm_internals
+        from estune.engines.vllm import internals, weights
         from estune.errors import EstuneError
-        vllm_internals.keep_weights_plain = lambda: None
+        internals.keep_weights_plain = lambda: None
         try:
             path = Path(sys.argv[1])
-            vllm.open_vllm(Checkpoint(path), Config(model=str(path), engine="vllm", batch_size=8), perturbs=True)
+            weights.open_vllm(Checkpoint(path), Config(model=str(path), engine="vllm", batch_size=8), perturbs=True)
         except EstuneError as error:
             print("refused:", error)
         """)

@@ -111,7 +111,7 @@ def test_without_anonymous_memory_a_file_does_that_has_no_name(
 ) -> None:
     Trainer(make_config(tmp_path / "memory", model, replicas=2), task=make_task(), monitors=[]).train()
     monkeypatch.delattr(os, "memfd_create", raising=False)
-    scratch = tmp_path / "scratch"
+    scratch = tmp_path / "s"  # the path of a socket below it must be short
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     trainer = Trainer(make_config(tmp_path / "file", model, replicas=2), task=make_task(), monitors=[])

@@ -136,7 +136,7 @@ class WorkerProcess:
             if self._closed:
                 raise Lost("the run has ended")
             self._late, self._folder = None, make_temporary("replica")
-            key, socket = secrets.token_bytes(16), str(self._folder / "socket")
+            key, socket = secrets.token_bytes(16), str(self._folder / "s")  # a path that the system allows is short
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "estune.pool.process", socket],
                 stdin=subprocess.PIPE,
