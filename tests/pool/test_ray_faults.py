@@ -168,7 +168,7 @@ def name(pid: int) -> str:
         return ""
 
 
-@pytest.mark.parametrize("killed", ["gcs_server", "raylet", "gcs_server raylet"])
+@pytest.mark.parametrize("killed", ["gcs_server", "gcs_server raylet"])
 def test_a_cluster_whose_servers_are_killed_is_one_line_and_leaves_nobody(
     model: Path, tmp_path: Path, killed: str
 ) -> None:

@@ -88,13 +88,15 @@ def disconnect() -> None:
         _connection.folder = None
 
 
-def lost() -> str | None:
-    """What is gone that the cluster cannot do without; None if it is all there. Looks once a second at most.
+def lost(*, at_once: bool = False) -> str | None:
+    """What is gone that the cluster cannot do without; None if it is all there.
+
+    Looks once a second at most, unless it is to be known at once.
 
     Without a head, Ray ends this process after a minute, and without a raylet at the next thing that is put into it.
     """
     now = time.monotonic()
-    if not _connection.made or now - _connection.looked < LOOK_SECONDS:
+    if not _connection.made or (now - _connection.looked < LOOK_SECONDS and not at_once):
         return None
     _connection.looked = now
     what = None

@@ -172,13 +172,13 @@ class Crew:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def check_cluster(self) -> None:
+    def check_cluster(self, *, at_once: bool = False) -> None:
         """See that the cluster is there.
 
         Raises:
             EstuneError: it is not, and Ray would end this process soon.
         """
-        gone = lost()
+        gone = lost(at_once=at_once)
         if gone is not None:
             raise EstuneError(f"{gone}; no step is lost: resume, with another cluster or none")
 

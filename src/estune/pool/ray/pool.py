@@ -80,7 +80,7 @@ class RayPool:
         self, members: Sequence[Member], sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
     ) -> Iterator[tuple[int, Evaluated]]:
         """As `Pool.evaluate`."""
-        self.crew.check_cluster()
+        self.crew.check_cluster(at_once=True)
         done, prompts = self._done, ray.put(prompt_ids)  # sent to a node once a step, not once a member
         for job in self.crew.run("evaluate", [(done, member, sigma, prompts, sampling) for member in members]):
             yield job.index, job.result
