@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 # Where torch comes from, if not from pip's usual index: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# What is imported is compiled once, whatever the environment says: children import torch, again and again.
+unexport PYTHONDONTWRITEBYTECODE
 # More options for `estune train`, `pytest` and so on: make train ARGS="--seed 1"
 ARGS ?=
 

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,14 +30,24 @@ import torch
 
 from tests.models import save_model
 from tests.rays import shared_cluster, undisturbed_run  # noqa: F401
+from tests.warm import POSSIBLE, WarmPopen, start
 
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+if POSSIBLE:
+    start()
 torch.set_num_threads(1)  # two threads on busy cores are many times slower than one
 
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children start as everybody's do."""
+    if POSSIBLE:
+        monkeypatch.setattr(subprocess, "Popen", WarmPopen.__base__)
 
 
 @pytest.fixture

@@ -349,7 +349,7 @@ def test_models_that_cannot_be_trained(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "r").exists()
 
 
-def test_the_whole_command_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_the_whole_command_in_a_process_of_its_own(new_interpreters: None, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "estune.cli", "train", *SMALL, "--output-dir", "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ})
     assert "held-out accuracy" in done.stdout

@@ -351,7 +351,7 @@ def descendants(pid: int) -> set[int]:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 5.0])
-def test_ctrl_c_ends_with_one_line_and_130(seconds: float) -> None:
+def test_ctrl_c_ends_with_one_line_and_130(new_interpreters: None, seconds: float) -> None:
     """So long after it began to load torch, which takes it longer than half a second."""
     command = [sys.executable, "-m", "estune.cli", "probe", "--members", "64", "--prompts", "200"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -365,7 +365,9 @@ def test_ctrl_c_ends_with_one_line_and_130(seconds: float) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "times"), [(2, 1), (600, 2)])
-def test_ctrl_c_is_not_lost_in_an_import_which_a_second_one_ends(tmp_path: Path, seconds: int, times: int) -> None:
+def test_ctrl_c_is_not_lost_in_an_import_which_a_second_one_ends(
+    new_interpreters: None, tmp_path: Path, seconds: int, times: int
+) -> None:
     (tmp_path / "slow.py").write_text(
         "import sys, time\nprint('importing', file=sys.stderr, flush=True)\n"
         f"try:\n    time.sleep({seconds})\nexcept KeyboardInterrupt:\n    {'pass' if times == 1 else 'raise'}\n"

@@ -19,6 +19,7 @@ from estune.es.strategy import Update
 from estune.journal.journal import Journal
 from estune.journal.replay import replay
 from estune.run.trainer import Trainer
+from tests import warm
 from tests.runs import assert_same_run, make_config, make_task, slow_variety
 
 
@@ -30,7 +31,7 @@ def children(parent: int) -> list[int]:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:  # ended in the meantime
             continue
-        if int(fields[1]) == parent and fields[0] != "Z":
+        if int(fields[1]) == parent and fields[0] != "Z" and (folder / "comm").read_bytes().strip() != warm.NAME:
             found.append(int(folder.name))
     return found
 

@@ -1,0 +1,241 @@
+"""Python processes without the seconds that importing takes: forks of one that has imported what they need.
+
+`subprocess` starts `python -m MODULE ...`, for one of `MODULES`, through a warm process: a fork of this one from before
+any test, idle and without threads, which forks what it is asked for. With Linux's CLONE_PARENT that is a child of the
+process that asked, as any that it starts: with the descriptors, the environment, the folder and the session that it was
+given, the signals and the exit code of an interpreter, to be waited for, stopped and killed. Only its modules are there
+already. Each child has a warm process of its own, for children of its own.
+
+A test of what a new interpreter does asks for the fixture `new_interpreters`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import fcntl
+import importlib
+import io
+import json
+import logging
+import os
+import platform
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+from typing import Any, NoReturn
+
+from estune.children import die_with_thread
+
+MODULES = ("estune.cli", "estune.pool.process", "estune.study.jobs", "tests.runs")
+NAME = b"warm"  # of the process, by which those who count children know it
+
+_CLONE_PARENT, _PR_SET_NAME = 0x8000, 15  # linux/sched.h, linux/prctl.h
+_CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())  # the system call's number
+_LONGEST = 1 << 20  # bytes of a request: arguments and environment
+
+POSSIBLE = sys.platform == "linux" and _CLONE is not None
+
+
+def start() -> None:
+    """Have everything that children need, and from now on start them warm."""
+    for module in (*MODULES, "transformers.models.qwen2.modeling_qwen2"):
+        importlib.import_module(module)
+    Warm.start()
+    subprocess.Popen = WarmPopen  # type: ignore[misc]
+
+
+class Warm:
+    """The warm process of this one."""
+
+    _socket: socket.socket | None = None
+    _lock = threading.Lock()
+
+    @classmethod
+    def start(cls) -> None:
+        """Fork it, before there is anything that a child should not have."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LONGEST)
+        if os.fork() == 0:
+            try:
+                ours.close()
+                _serve(theirs)
+            finally:
+                os._exit(1)
+        theirs.close()
+        cls._socket, cls._lock = ours, threading.Lock()
+
+    @classmethod
+    def fork(cls, request: dict[str, Any], descriptors: list[int]) -> int:
+        """Have a child forked; its process id."""
+        with cls._lock:
+            assert cls._socket is not None
+            socket.send_fds(cls._socket, [json.dumps(request).encode()], descriptors)
+            return int(cls._socket.recv(32))
+
+
+class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
+    """`subprocess.Popen`, but for what a warm process can start."""
+
+    def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, *rest: Any) -> None:
+        pass_fds, cwd, env, _, _, shell, *pipes, _, _, _, _, _, new_session, group = rest
+        plain = not shell and executable is None and preexec_fn is None and close_fds and group == -1
+        if not (plain and list(args[:2]) == [sys.executable, "-m"] and args[2] in MODULES):
+            super()._execute_child(args, executable, preexec_fn, close_fds, *rest)  # type: ignore[misc]
+            return
+        stdin, _, _, stdout, _, stderr = pipes
+        streams = [fd if fd >= 0 else number for number, fd in enumerate((stdin, stdout, stderr))]
+        request = {
+            "arguments": list(map(os.fspath, args[2:])),
+            "environment": dict(os.environ if env is None else env),
+            "folder": os.fspath(cwd or os.getcwd()),
+            "session": bool(new_session),
+            "descriptors": [0, 1, 2, *pass_fds],
+        }
+        self.pid = Warm.fork(request, [*streams, *pass_fds])
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+def _serve(requests: socket.socket) -> NoReturn:
+    """Fork what is asked for, until nobody can ask any more."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, NAME)
+    die_with_thread()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(nothing, fd)
+    _close_all_but(requests.fileno(), 0, 1, 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the terminal sends to all
+    while True:
+        asked, descriptors, _, _ = socket.recv_fds(requests, _LONGEST, 64)
+        if not asked:
+            os._exit(0)
+        child = _fork_as_parent()
+        if child == 0:
+            requests.close()
+            _become(json.loads(asked), descriptors)
+        for fd in descriptors:
+            os.close(fd)
+        requests.send(b"%d" % child)
+
+
+def _fork_as_parent() -> int:
+    """As `os.fork`, but the child is one of this process's parent."""
+    python = ctypes.pythonapi
+    python.PyOS_BeforeFork()
+    flags = _CLONE_PARENT | signal.SIGCHLD
+    child: int = ctypes.PyDLL(None).syscall(ctypes.c_long(_CLONE), ctypes.c_ulong(flags), None, None, None, None)
+    if child == 0:
+        python.PyOS_AfterFork_Child()
+    else:
+        python.PyOS_AfterFork_Parent()
+    return child
+
+
+def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
+    """Be the interpreter of `python -m MODULE ...`, to its end."""
+    code: int | None = 1
+    try:
+        start()
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        if request["session"]:
+            os.setsid()
+        _take(dict(zip(request["descriptors"], descriptors, strict=True)))
+        _forget_parent()
+        sys.path.insert(0, os.getcwd())
+        module, *arguments = request["arguments"]
+        sys.argv = ["-m", *arguments]
+        code = _exit_code(module)
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        if code is None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(code or 0)
+
+
+def _take(descriptors: dict[int, int]) -> None:
+    """Have descriptors at their numbers, and no others; streams of Python's own at the first three."""
+    assert Warm._socket is not None
+    Warm._socket = _moved(Warm._socket, 1 + max([*descriptors, *descriptors.values(), Warm._socket.fileno()]))
+    start = 1 + max([Warm._socket.fileno(), *descriptors])
+    high = {number: _duplicate(fd, start) for number, fd in descriptors.items()}  # none in the place of another
+    for number, fd in high.items():
+        os.dup2(fd, number)
+    _close_all_but(Warm._socket.fileno(), *descriptors)
+    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = _text(1)  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = _text(2)  # type: ignore[misc]
+
+
+def _moved(end: socket.socket, least: int) -> socket.socket:
+    return socket.socket(fileno=_duplicate(end.detach(), least))
+
+
+def _duplicate(fd: int, least: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
+
+
+def _close_all_but(*wanted: int) -> None:
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd not in wanted:
+            with contextlib.suppress(OSError):  # the descriptor with which the folder was read
+                os.close(fd)
+
+
+def _text(fd: int) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open(fd, "wb", closefd=False), encoding="utf-8", line_buffering=True)
+
+
+def _forget_parent() -> None:
+    """Undo what pytest has set."""
+    atexit._clear()
+    faulthandler.disable()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.excepthook, threading.excepthook = sys.__excepthook__, threading.__excepthook__
+    sys.unraisablehook = sys.__unraisablehook__
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
+    for logger in logging.root.manager.loggerDict.values():
+        for handler in getattr(logger, "handlers", ()):
+            if type(handler) is logging.StreamHandler:
+                handler.stream = sys.stderr
+    warnings.resetwarnings()
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
+    warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # of `runpy`: it is, here
+
+
+def _exit_code(module: str) -> int | None:
+    """Run a module as a program; its exit code, None where the interpreter would end by SIGINT."""
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        return None
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
