@@ -22,7 +22,11 @@ CPUS = 5
 @pytest.fixture(scope="session", name="cluster")
 def shared_cluster() -> Iterator[Any]:
     """Five CPUs on one node, and this process connected to them."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_prestart_worker_first_driver": "0",  # of five, most of which nobody uses
+    }
     import ray
     from ray.cluster_utils import Cluster
 

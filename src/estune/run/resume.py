@@ -3,19 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from estune.config import RESUMABLE, Config, parse
 from estune.errors import EstuneError
+from estune.files import clear_leftovers
 from estune.journal.identity import refuse_changes
 from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.replay import holds, refuse_changed_model
 from estune.run.code import code_of
+from estune.run.directory import RunDirectory
 from estune.run.trust import refuse_foreign, remember
 from estune.tasks.base import Task
-from estune.weights.checkpoint import hub_name
+from estune.weights.checkpoint import Checkpoint, hub_name
 
 RESUME_FROM_PYTHON = "resume it from Python, with Trainer.resume(run, task=...)"
+
+
+@dataclass(frozen=True)
+class Past:
+    """A run that is to go on: what it was, and with which settings and on which task it goes on."""
+
+    run: RunDirectory
+    journal: Journal  # open for writing
+    base: Checkpoint
+    config: Config
+    task: Task
+    files: dict[str, str]  # hashes of the model's files, where they are others than before and the user accepts them
+    code: dict[str, str]  # of the task's code, likewise
+
+
+def reopen(
+    path: Path, changed: Mapping[str, Any], *, task: Task | None, accept_changes: bool, trust_task: bool
+) -> Past:
+    """Open a run to go on with it, cleared of what a kill may have left in it.
+
+    Args:
+        path: the run's directory.
+        changed, task, accept_changes, trust_task: as `Trainer.resume` takes them.
+
+    Raises:
+        EstuneError: as `Trainer.resume`, as far as can be told before a model is loaded.
+    """
+    run, journal = RunDirectory(path), Journal.resume(path)
+    try:
+        config = resumed(journal, changed)
+        done = len(journal.steps)
+        insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}
+        task, code = task_of(journal, config, changed, RESUME_FROM_PYTHON, task=task, **insists)
+        base = base_checkpoint(journal.header, config.model)
+        files = refuse_changed_model(journal, base.path, accept=accept_changes)
+        clear_leftovers(path)
+        clear_leftovers(path / "completions")
+        if config.steps <= done and _is_whole(run, journal, base):
+            raise EstuneError(f"{path}: all {done} steps are done; give --steps above {done} to go on")
+    except BaseException:
+        journal.close()
+        raise
+    return Past(run, journal, base, config, task, files, code)
+
+
+def _is_whole(run: RunDirectory, journal: Journal, base: Checkpoint) -> bool:
+    """Whether a run that took all its steps says so and has what it ends with."""
+    dtype, done = journal.header.live_dtype, len(journal.steps)
+    return (
+        (journal.ended is not None or journal.header.format == 1)
+        and holds(run.final, base, journal, dtype, done)
+        and (not journal.evaluations or holds(run.best, base, journal, dtype))
+    )
 
 
 def parent_of(config: Config) -> Journal | None:

@@ -15,11 +15,11 @@ from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import member_seed
-from estune.files import clear_leftovers, remove
+from estune.files import remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
-from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, base_checkpoint, rank
-from estune.journal.replay import holds, rebuild, refuse_changed_model
+from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, rank
+from estune.journal.replay import holds, rebuild
 from estune.pool.open import open_pool, with_resources
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, refuse_used
@@ -27,16 +27,16 @@ from estune.run.graded import Graded, step_metrics, write_completions
 from estune.run.held_out import HeldOut, encode_rows
 from estune.run.interrupt import interruptible
 from estune.run.make import make_grading, make_sampling, make_strategy
-from estune.run.monitors import check_trackers, default_monitors
+from estune.run.monitors import Monitors, check_trackers, default_monitors
 from estune.run.monitors.base import Monitor, Plan, Summary
 from estune.run.monitors.files import rewrite_metrics
 from estune.run.order import StagedOrder
-from estune.run.resume import RESUME_FROM_PYTHON, parent_of, resumed, task_of
+from estune.run.resume import Past, parent_of, reopen
 from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
 from estune.versions import packages
-from estune.weights.checkpoint import Checkpoint
+from estune.weights.checkpoint import Checkpoint, locate
 
 
 class Trainer:
@@ -46,67 +46,69 @@ class Trainer:
         config: the settings.
         task: a task of your own; by default the one the settings name.
         monitors: who is told what happens; by default the console and the files of the run.
+            A function makes them of the run's directory and its settings.
         best_by: metrics that tell which evaluation is the best, the first first; `-` stands before one of which less is
             better.
+        past: the run to go on with, which `resume` gives.
 
     Raises:
         EstuneError: for settings, data or a model that cannot be trained with, before anything is written.
     """
-
-    base: Checkpoint  # that a resumed run began with
 
     def __init__(
         self,
         config: Config,
         *,
         task: Task | None = None,
-        monitors: Sequence[Monitor] | None = None,
+        monitors: Monitors | None = None,
         best_by: Sequence[str] = BEST_BY,
+        past: Past | None = None,
     ) -> None:
         options = config.task if task is None else None
         task = task or config.task.build(config.seed)
-        path = config.output_dir or default_path(config, task.name)
-        refuse_used(path)
-        if monitors is None:
-            check_trackers(config)
-        config = with_resources(config)
-        parent = parent_of(config)
-        self._open(config, task, first_step=0)
-        try:
-            trained = self.trained = self.pool.describe()
-            fingerprint = self._inherit(parent) if parent is not None else trained.fingerprint
-            header = Header(
-                model=config.model,
-                base_hash=trained.base_hash,
-                policy=config.weights,
-                rounding=config.rounding,
-                noise=config.noise,
-                dtype=trained.dtype,
-                live_dtype=trained.live_dtype,
-                tensors=trained.tensors,
-                fingerprint=fingerprint,
-                task=task.name,
-                data_hash=task.data_hash(),
-                config=config.model_dump(mode="json"),
-                packages=packages(),
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                files=trained.files,
-                code=code_of(task.reward_funcs, options),
-                best_by=list(best_by),
-            )
-            run = RunDirectory.create(path)
-            journal = Journal.create(run.path, header, parent)  # one of two that begin here at once gets no further
-            self._opened.callback(journal.close)
-            try:
-                run.write_settings(config)
-                self._start(run, journal, monitors)
+        if past is None:
+            path = config.output_dir or default_path(config, task.name)
+            refuse_used(path)
+        with ExitStack() as opened, ExitStack() as undo:
+            if past is not None:
+                opened.callback(past.journal.close)
+            if not isinstance(monitors, Sequence):
+                check_trackers(config)
+            parent = parent_of(config) if past is None else None
+            self.config = config = with_resources(config)
+            self.task = task
+            self._began_at = 0 if past is None else len(past.journal.steps)
+            self.order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)
+            self.state = TrainerState(self._began_at, config.steps)
+            self._open_all(opened)
+            self.trained = self.pool.describe()
+            if past is None:
+                self.base = Checkpoint(locate(config.model))
+                fingerprint = self._inherit(parent) if parent is not None else self.trained.fingerprint
+                header = self._header(fingerprint, code_of(task.reward_funcs, options), best_by)
+                self.run = RunDirectory.create(path)
+                # Of two that begin here at once, one gets no further.
+                self.journal = Journal.create(self.run.path, header, parent)
+                opened.callback(self.journal.close)
+                undo.callback(self.run.discard)  # so that the same command can be given again
+                self.run.write_settings(config)
+            else:
+                self.run, self.journal, self.base = past.run, past.journal, past.base
+                self._rebuild()
+            origin = self.journal.header.fingerprint if self.journal.header.ancestors else None
+            self.strategy = make_strategy(config, origin)
+            self.strategy.step = self._began_at
+            # A crash may have cost the last lines.
+            rewrite_metrics(self.run.metrics, [e.metrics for e in self.journal.chronicle()])
+            make = monitors if callable(monitors) else default_monitors
+            self.monitors = list(monitors if isinstance(monitors, Sequence) else make(self.run, config))
+            opened.callback(lambda: self._tell(lambda m: m.close()))
+            if past is None:
                 remember(config)
-            except BaseException:
-                run.discard()  # so that the same command can be given again
-                raise
-        except BaseException:
-            self._opened.close()
-            raise
+            else:
+                self._note_changes(past)
+            undo.pop_all()
+            self._opened = opened.pop_all()
 
     @classmethod
     def resume(
@@ -114,7 +116,7 @@ class Trainer:
         run: str | Path,
         *,
         task: Task | None = None,
-        monitors: Sequence[Monitor] | None = None,
+        monitors: Monitors | None = None,
         accept_changes: bool = False,
         trust_task: bool = False,
         **changed: Any,
@@ -136,40 +138,8 @@ class Trainer:
             EstuneError: where journal, base model or data are not what the run began with, nothing is left to do, or
                 another setting is to change.
         """
-        directory = RunDirectory(Path(run))
-        journal = Journal.resume(directory.path)
-        self = cls.__new__(cls)
-        try:
-            config = resumed(journal, changed)
-            done = len(journal.steps)
-            insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}
-            task, code = task_of(journal, config, changed, RESUME_FROM_PYTHON, task=task, **insists)
-            self.base = base_checkpoint(journal.header, config.model)
-            files = refuse_changed_model(journal, self.base.path, accept=accept_changes)
-            clear_leftovers(directory.path)
-            clear_leftovers(directory.path / "completions")
-            if config.steps <= done and self._is_whole(directory, journal):
-                raise EstuneError(f"{run}: all {done} steps are done; give --steps above {done} to go on")
-            self._open(with_resources(config), task, first_step=done)
-        except BaseException:
-            journal.close()
-            raise
-        try:
-            self._rebuild(directory, journal)
-            self._start(directory, journal, monitors)
-            settings = self.config.model_dump(mode="json")
-            if other := {k: v for k, v in settings.items() if k != "model" and v != journal.settings.get(k, v)}:
-                journal.append_settings(other)
-            if other or not directory.settings.is_file():
-                directory.write_settings(self.config)
-            if files or code:
-                journal.append_accepted(files or journal.files, code or journal.code)
-        except BaseException:
-            journal.close()
-            self._opened.close()
-            self._tell(lambda m: m.close())
-            raise
-        return self
+        past = reopen(Path(run), changed, task=task, accept_changes=accept_changes, trust_task=trust_task)
+        return cls(past.config, task=past.task, monitors=monitors, past=past)
 
     def train(self) -> Summary:
         """Take the steps that are left; Ctrl-C ends the run after the step in hand, a second one at once.
@@ -196,34 +166,59 @@ class Trainer:
     def close(self) -> None:
         """Release processes, threads and files. `train` does so itself."""
         self._opened.close()
-        self.journal.close()
-        self._tell(lambda m: m.close())
 
-    def _open(self, config: Config, task: Task, first_step: int) -> None:
+    def _open_all(self, opened: ExitStack) -> None:
         """See that everything the run will generate can be generated, and load the model."""
-        self.config, self.task = config, task
-        self.order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)
-        self.monitors: list[Monitor] = []
+        config, task = self.config, self.task
         self.encoder = open_encoder(config)
-        used = self.order.used(first_step, config.steps)
+        used = self.order.used(self._began_at, config.steps)
         encode_rows(self.encoder, {i: task.train[i] for i in used}, "training row", make_sampling(config))
-        self.state = TrainerState(first_step, config.steps)
-        with ExitStack() as opened:
-            self.grading = make_grading(config, task, self.state)
-            opened.callback(self.grading.close)
-            self.held_out = HeldOut(task, config, self.encoder, self.grading)
-            preflight(task, self.grading)
-            self.watched = {}
-            for options in config.watch:
-                other = options.build(config.seed)
-                empty = next((t.name for t in (task, other) if not t.evaluation), None)
-                if empty is not None:
-                    raise EstuneError(f"watch: task {empty} has no evaluation set; give it one, or leave out watch")
-                self.watched[other.name] = HeldOut(other, config, self.encoder)
-                opened.callback(self.watched[other.name].close)
-            self.pool = open_pool(config)
-            opened.callback(self.pool.close)
-            self._opened = opened.pop_all()
+        self.grading = make_grading(config, task, self.state)
+        opened.callback(self.grading.close)
+        self.held_out = HeldOut(task, config, self.encoder, self.grading)
+        preflight(task, self.grading)
+        self.watched = {}
+        for options in config.watch:
+            other = options.build(config.seed)
+            empty = next((t.name for t in (task, other) if not t.evaluation), None)
+            if empty is not None:
+                raise EstuneError(f"watch: task {empty} has no evaluation set; give it one, or leave out watch")
+            self.watched[other.name] = HeldOut(other, config, self.encoder)
+            opened.callback(self.watched[other.name].close)
+        self.pool = open_pool(config)
+        opened.callback(self.pool.close)
+
+    def _header(self, fingerprint: str, code: dict[str, str], best_by: Sequence[str]) -> Header:
+        trained = self.trained
+        return Header(
+            model=self.config.model,
+            base_hash=trained.base_hash,
+            policy=self.config.weights,
+            rounding=self.config.rounding,
+            noise=self.config.noise,
+            dtype=trained.dtype,
+            live_dtype=trained.live_dtype,
+            tensors=trained.tensors,
+            fingerprint=fingerprint,
+            task=self.task.name,
+            data_hash=self.task.data_hash(),
+            config=self.config.model_dump(mode="json"),
+            packages=packages(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            files=trained.files,
+            code=code,
+            best_by=list(best_by),
+        )
+
+    def _note_changes(self, past: Past) -> None:
+        settings = self.config.model_dump(mode="json")
+        journal = self.journal
+        if other := {k: v for k, v in settings.items() if k != "model" and v != journal.settings.get(k, v)}:
+            journal.append_settings(other)
+        if other or not self.run.settings.is_file():
+            self.run.write_settings(self.config)
+        if past.files or past.code:
+            journal.append_accepted(past.files or journal.files, past.code or journal.code)
 
     def _inherit(self, parent: Journal) -> str:
         """Bring the weights to where another run ended; return the fingerprint there."""
@@ -246,17 +241,9 @@ class Trainer:
             )
         return found
 
-    def _start(self, run: RunDirectory, journal: Journal, monitors: Sequence[Monitor] | None) -> None:
-        self.run, self.journal = run, journal
-        self.strategy = make_strategy(self.config, journal.header.fingerprint if journal.header.ancestors else None)
-        self.strategy.step = len(journal.steps)
-        self._began_at = len(journal.steps)
-        rewrite_metrics(run.metrics, [e.metrics for e in journal.chronicle()])  # a crash may have cost the last lines
-        self.monitors = list(default_monitors(run, self.config) if monitors is None else monitors)
-
-    def _rebuild(self, run: RunDirectory, journal: Journal) -> None:
+    def _rebuild(self) -> None:
         """Bring the weights to the journal's last step, from the latest checkpoint that is there."""
-        self.trained = self.pool.describe()
+        run, journal = self.run, self.journal
         if self.trained.base_hash != journal.header.base_hash:
             raise EstuneError(
                 f"{run.path}: workers have another base model, {self.trained.base_hash}, than the run began with, "
@@ -280,15 +267,6 @@ class Trainer:
                 f"{run.path}: {where}{done - start} replayed steps give fingerprint {found}, the journal says "
                 f"{journal.fingerprint()}" + (f"; remove checkpoint-{start} and resume" if start else "")
             )
-
-    def _is_whole(self, run: RunDirectory, journal: Journal) -> bool:
-        """Whether a run that took all its steps says so and has what it ends with."""
-        dtype, done = journal.header.live_dtype, len(journal.steps)
-        return (
-            (journal.ended is not None or journal.header.format == 1)
-            and holds(run.final, self.base, journal, dtype, done)
-            and (not journal.evaluations or holds(run.best, self.base, journal, dtype))
-        )
 
     def _catch_up(self) -> None:
         """Do what the run was about to do when it was cut off, and make again what it has lost of its checkpoints."""
@@ -431,6 +409,7 @@ class Trainer:
             train_size=len(self.task.train),
             eval_size=len(self.task.evaluation),
             config=self.config.model_dump(mode="json"),
+            history=[event.metrics for event in self.journal.chronicle()],
         )
 
     def _summary(self, ended: str, seconds: float) -> Summary:

@@ -18,8 +18,6 @@ from estune.files import remove
 from estune.journal.journal import rank
 from estune.run.directory import RunDirectory
 from estune.run.monitors.base import Metrics, Monitor, Plan, Request, Sample, Summary
-from estune.run.monitors.console import ConsoleMonitor
-from estune.run.trainer import Trainer
 
 _LATEST = ("step", "learning_rate", "num_tokens")  # the others are averaged over the steps of one log, as in TRL
 
@@ -62,7 +60,7 @@ class CallbackMonitor(Monitor):
                 )
                 self.control = returned or self.control
 
-    def restore(self, history: Iterable[Metrics]) -> None:
+    def _restore(self, history: Iterable[Metrics]) -> None:
         """Take in the metrics of what was done before the run was resumed, without telling anyone."""
         for metrics in history:
             self._at(int(metrics["step"]))
@@ -74,8 +72,7 @@ class CallbackMonitor(Monitor):
                 if self._log_is_due():
                     self._keep(self._averages())
 
-    def begin(self, plan: Plan) -> None:
-        """Fill in the state of a run that is about to begin or go on."""
+    def _begin(self, plan: Plan) -> None:
         self.state, self.control, self._recent, self._run = TrainerState(), TrainerControl(), [], plan.run
         self._best = (-math.inf,)
         self._epochs_per_step = plan.prompts_per_step / plan.train_size
@@ -88,6 +85,8 @@ class CallbackMonitor(Monitor):
 
     def on_train_begin(self, plan: Plan) -> None:
         """As `Monitor.on_train_begin`."""
+        self._begin(plan)
+        self._restore(plan.history)
         self._at(plan.first_step)
         self.fire("on_train_begin")
 
@@ -183,15 +182,6 @@ class CallbackMonitor(Monitor):
             self.state.best_metric = found[0] if self.args.greater_is_better else -found[0]
             self.state.best_global_step = self.state.global_step
             self.state.best_model_checkpoint = str(self._run / "best")
-
-
-def attach(run: Trainer, told: CallbackMonitor) -> None:
-    """Let this monitor's callbacks follow and steer a run that is about to begin or go on."""
-    told.begin(run.plan())
-    told.restore(event.metrics for event in run.journal.chronicle())
-    if told.args.disable_tqdm:
-        run.monitors = [m for m in run.monitors if not isinstance(m, ConsoleMonitor)]
-    run.monitors.append(told)
 
 
 def _is_evaluation(metrics: Metrics) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.trainer_utils import TrainOutput
 
-from estune.config import RESUMABLE
+from estune.config import RESUMABLE, Config
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.files import make_temporary, remove, remove_temporary, replacing, write_text
@@ -21,9 +21,12 @@ from estune.pool.local import open_local_pool
 from estune.pool.open import with_resources
 from estune.run.directory import BASE, RunDirectory, default_path, refuse_used
 from estune.run.held_out import HeldOut
+from estune.run.monitors import default_monitors
+from estune.run.monitors.base import Monitor
+from estune.run.monitors.console import ConsoleMonitor
 from estune.run.trainer import Trainer
 from estune.tasks.base import Task
-from estune.trl.callbacks import CallbackMonitor, attach
+from estune.trl.callbacks import CallbackMonitor
 from estune.trl.config import ESConfig
 from estune.trl.hub import upload, write_card
 from estune.trl.inputs import (
@@ -180,10 +183,9 @@ class ESTrainer:
         else:
             refuse_used(self.directory.path)
             config = self.config.model_copy(update={"model": self._base()})
-            run = Trainer(config, task=self.task, best_by=self.args.best_by)
+            run = Trainer(config, task=self.task, monitors=self._monitors, best_by=self.args.best_by)
         try:
             self._run = run
-            attach(run, self._told)
             summary = run.train()
         finally:
             self._run = None
@@ -285,6 +287,13 @@ class ESTrainer:
         base = self.model if isinstance(self.model, str) else self.model.config.name_or_path
         return write_card(name, base, self.config, self.task, self.state.log_history, dataset_name)
 
+    def _monitors(self, run: RunDirectory, config: Config) -> list[Monitor]:
+        """The usual ones, and the callbacks' own."""
+        usual = default_monitors(run, config)
+        if self.args.disable_tqdm:
+            usual = [monitor for monitor in usual if not isinstance(monitor, ConsoleMonitor)]
+        return [*usual, self._told]
+
     def _refuse_running(self, what: str, instead: str) -> None:
         if self._run is not None:
             raise EstuneError(f"ESTrainer.{what}: the run is going on; {instead}")
@@ -324,7 +333,9 @@ class ESTrainer:
             self.config = self.config.model_copy(update={"output_dir": given.parent if inside else given})
         changed = {key: getattr(self.config, key) for key in RESUMABLE if key in self.args.settings()}
         changed |= {"model": self._base(), "steps": self.config.steps}
-        run = Trainer.resume(self.directory.path, task=self.task, accept_changes=accept_changes, **changed)
+        run = Trainer.resume(
+            self.directory.path, task=self.task, monitors=self._monitors, accept_changes=accept_changes, **changed
+        )
         own = (*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size")
         here, there = (c.model_dump(exclude=set(own)) for c in (self.config, run.config))
         if other := [key for key in here if here[key] != there[key]]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from estune.config import Config
 from estune.run.directory import RunDirectory
 from estune.run.monitors.base import Monitor
+
+Monitors = Sequence[Monitor] | Callable[[RunDirectory, Config], Sequence[Monitor]]
+"""Monitors, or what makes them for a run."""
 
 
 def default_monitors(run: RunDirectory, config: Config) -> list[Monitor]:

@@ -34,6 +34,7 @@ class Plan:
     train_size: int
     eval_size: int
     config: dict[str, Any]
+    history: list[Metrics]  # of the steps and evaluations that a resumed run has behind it, in their order
 
 
 @dataclass(frozen=True)
