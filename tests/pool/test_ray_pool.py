@@ -77,8 +77,7 @@ def test_workers_do_what_a_replica_does(pool: RayPool, alone: LocalPool, monkeyp
     assert agree(pool, alone)
     answers = [[5, 6, 7]] * len(PROMPTS)
     assert pool.compare(PROMPTS, answers) == alone.compare(PROMPTS, answers)
-    for module in ("pool.local", "pool.ray.pool"):
-        monkeypatch.setattr(f"estune.{module}.EVALUATION_BATCH", 2)  # so that there are two batches
+    monkeypatch.setattr("estune.pool.base.EVALUATION_BATCH", 2)  # so that there are two batches
     for sampling in (SAMPLING, replace(SAMPLING, temperature=1.0, seed=5)):
         assert pool.generate(PROMPTS, sampling) == alone.generate(PROMPTS, sampling)
 

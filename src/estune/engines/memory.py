@@ -72,6 +72,20 @@ def group_limits(root: Path = Path("/")) -> list[int]:
     return limits
 
 
+def cached_elements(config: Any, parallel: int = 1) -> int:
+    """Elements of keys and values that a token leaves in all layers together.
+
+    Args:
+        config: a causal language model's, whose layers all attend to an ordinary cache.
+        parallel: devices that the heads are split over; counted is what one of them holds.
+    """
+    text = config.get_text_config(decoder=True)
+    heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers: int = text.num_hidden_layers
+    return 2 * layers * max(heads // parallel, 1) * width
+
+
 def fitting_rows(memory: int, *, cache: int, vocabulary: int, most: int) -> int:
     """Rows that a decoder takes at once: as many as fit, at most `most`, and one at least.
 

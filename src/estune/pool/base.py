@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -44,6 +44,19 @@ class Description:
 
 # Prompts of an evaluation given to one replica at a time. Fixed, so that batches do not depend on their number.
 EVALUATION_BATCH = 128
+
+
+def evaluation_batches(
+    prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+) -> list[tuple[Sequence[Sequence[int]], Sampling]]:
+    """The prompts of an evaluation in batches, each with a seed of its own.
+
+    An engine numbers the rows of a batch from 0: sampled rows of two batches would be alike with the same seed.
+    """
+    return [
+        (prompt_ids[i : i + EVALUATION_BATCH], replace(sampling, seed=sampling.seed + i))
+        for i in range(0, len(prompt_ids), EVALUATION_BATCH)
+    ]
 
 
 class Pool(Protocol):

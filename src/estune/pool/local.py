@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from estune.completion import Sampling
 from estune.config import Config
-from estune.pool.base import EVALUATION_BATCH, Evaluator
+from estune.pool.base import Evaluator, evaluation_batches
 from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.process import WorkerProcess
 from estune.weights.base import Share, open_memory
@@ -27,7 +27,6 @@ import os
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
-from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import TypeVar
@@ -106,13 +105,8 @@ class LocalPool:
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """As `Pool.generate`."""
         futures = [
-            # A batch numbers its rows from 0: a seed of its own keeps sampled rows of two batches apart.
-            self._submit(
-                lambda r, i=i: r.generate(  # type: ignore[misc]
-                    prompt_ids[i : i + EVALUATION_BATCH], replace(sampling, seed=sampling.seed + i)
-                )
-            )
-            for i in range(0, len(prompt_ids), EVALUATION_BATCH)
+            self._submit(lambda replica, batch=batch: replica.generate(*batch))  # type: ignore[misc]
+            for batch in evaluation_batches(prompt_ids, sampling)
         ]
         return [completion for future in futures for completion in future.result()]
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from estune.completion import Completion, Sampling
+from estune.completion import Completion, Engine, Sampling
 from estune.config import Config
 from estune.engines.memory import memory_for, total_memory
+from estune.engines.score import divergence
 from estune.engines.transformers import TransformersEngine
 from estune.es.strategy import Member, Update
 from estune.journal.identity import model_files
@@ -29,12 +28,6 @@ from estune.weights.rebuild import Steps
 from estune.weights.storage import flat, type_name
 from estune.weights.trained import Drift, TrainedWeights
 from estune.weights.weights import Weights
-
-if TYPE_CHECKING:
-    from estune.engines.vllm.engine import VllmEngine
-
-
-LARGEST_EXPONENT = 700.0  # of e, in a float
 
 
 class Replica:
@@ -57,7 +50,7 @@ class Replica:
         self.checkpoint = Checkpoint(locate(config.model))
         self._device = (training_device if perturbs else chosen_device)(config.device)
         self._perturbs = perturbs
-        self.engine: TransformersEngine | VllmEngine
+        self.engine: Engine
         self.weights: TrainedWeights
         if config.engine == "vllm":
             from estune.engines.vllm.weights import open_vllm
@@ -66,7 +59,7 @@ class Replica:
             if weights is not None:
                 self.weights = weights
             return
-        self.engine = TransformersEngine(
+        engine = TransformersEngine(
             self.checkpoint.path,
             dtype=config.dtype,
             device=str(self._device),
@@ -74,8 +67,9 @@ class Replica:
             cuda_graphs=config.cuda_graphs,
             sharers=self._sharers(config),
         )
+        self.engine = engine
         if perturbs:
-            self.weights = self._open_weights(self.engine, config, share)
+            self.weights = self._open_weights(engine, config, share)
 
     def _open_weights(self, engine: TransformersEngine, config: Config, share: Share | None) -> Weights:
         parameters = trained_parameters(engine.model, self.checkpoint.tensors, config.train_parameters)
@@ -158,10 +152,9 @@ class Replica:
 
         Returns:
             `weights/change`: norm of the change; `weights/relative_change`: the same over the norm of the base model's
-            weights; `kl`: mean over the completions' tokens of the divergence from the base model in nats, estimated as
-            r - 1 - log r with r the base model's probability over the present one (Schulman's k3, as in TRL). It needs
-            the base model's weights in place, which nothing brings back where no base is kept: there is no `kl` there.
-            What is not finite, as with weights that are far gone, is left out.
+            weights; `kl`: divergence from the base model in nats a token, over the completions. For it the base model's
+            weights are put in the place of the live ones. Where no base is kept, nothing would bring these back: there
+            is no `kl` there. What is not finite, as with weights that are far gone, is left out.
         """
         self.weights.restore()  # where no base is kept, the live weights are it
         difference, norm = self.weights.change(self.checkpoint)
@@ -171,10 +164,7 @@ class Replica:
             self.weights.show(self.checkpoint)
             base = self.engine.score(prompt_ids, completion_ids)
             self.weights.restore()
-            pairs = zip(itertools.chain(*base), itertools.chain(*now), strict=True)
-            logs = [of_base - of_now for of_base, of_now in pairs]
-            if logs and max(logs) < LARGEST_EXPONENT:
-                found["kl"] = math.fsum(math.expm1(d) - d for d in logs) / len(logs)
+            found["kl"] = divergence(now, base)
         return {key: value for key, value in found.items() if math.isfinite(value)}
 
     def drift(self) -> Drift | None:

@@ -17,12 +17,13 @@ from transformers import GenerationConfig
 from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.loading import end_tokens, load_config, load_tokenizer, pick_dtype
-from estune.engines.memory import memory_for, total_memory
+from estune.engines.memory import cached_elements, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
 from estune.engines.vllm import internals
 from estune.errors import EstuneError
 from estune.weights.checkpoint import DTYPES, Checkpoint
 from estune.weights.device import chosen_device
+from estune.weights.policies import BYTES
 from estune.weights.storage import type_name
 
 CPU_ROWS = 256  # sequences decoded at once on a CPU; beyond, caches lose more than larger products win
@@ -106,11 +107,8 @@ class VllmEngine(PromptEncoder):
 
     def _cache_bytes(self, checkpoint: Checkpoint, config: Config, base: int) -> int:
         """Room for the keys and values of as many full sequences as there can be, as far as memory goes."""
-        text = self.config.get_text_config(decoder=True)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        size = torch.empty(0, dtype=getattr(torch, self.dtype)).itemsize
-        token: int = 2 * text.num_hidden_layers * max(heads // self._parallel, 1) * width * size
+        size = BYTES[self.dtype]
+        token = cached_elements(self.config, self._parallel) * size
         length = math.ceil((self.positions or 2048) / CPU_BLOCK) * CPU_BLOCK + CPU_BLOCK
         weights = sum(t.elements for t in checkpoint.tensors.values()) * size
         room = (total_memory(self.device) - weights - base) // CPU_MEMORY_SHARE // self._parallel

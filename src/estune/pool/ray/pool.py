@@ -23,7 +23,7 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.journal.journal import StepRecord
-from estune.pool.base import EVALUATION_BATCH, Description, Evaluated
+from estune.pool.base import Description, Evaluated, evaluation_batches
 from estune.pool.ray.cluster import cluster_device, connect, disconnect
 from estune.pool.ray.crew import Crew, Slot, Weights
 from estune.weights.checkpoint import EMBEDDED, Checkpoint, locate
@@ -87,10 +87,7 @@ class RayPool:
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """As `Pool.generate`."""
-        batches = [
-            (self._done, prompt_ids[i : i + EVALUATION_BATCH], replace(sampling, seed=sampling.seed + i))
-            for i in range(0, len(prompt_ids), EVALUATION_BATCH)
-        ]
+        batches = [(self._done, *batch) for batch in evaluation_batches(prompt_ids, sampling)]
         found = {job.index: job.result for job in self.crew.run("generate", batches)}
         return [completion for index in range(len(batches)) for completion in found[index]]
 
