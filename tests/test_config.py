@@ -182,7 +182,6 @@ def test_settings_are_flat_in_the_order_of_their_sections() -> None:
         "estune.cli",
         "estune.journal.journal",
         "estune.journal.replay",
-        "estune.pool.ray.worker",
     ],
 )
 def test_light_modules_load_no_torch(module: str) -> None:

@@ -110,7 +110,19 @@ class Pool(Protocol):
         ...
 
 
-class Evaluator(Protocol):
+class Generating(Protocol):
+    """What an evaluation needs: a generator, generators side by side, or a pool."""
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """One completion per prompt, in the order of the prompts."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds; a process ends at once."""
+        ...
+
+
+class Evaluator(Generating, Protocol):
     """What a local pool needs of a replica: `Replica`, or `WorkerProcess`, which passes calls on to one.
 
     The latter raises `Lost` where its process is gone or does not answer, and can be opened again.
@@ -120,10 +132,6 @@ class Evaluator(Protocol):
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
     ) -> Evaluated:
         """Generate with a member's weights."""
-        ...
-
-    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """Generate with the base weights."""
         ...
 
     def apply(self, update: Update) -> int:
@@ -136,8 +144,4 @@ class Evaluator(Protocol):
 
     def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None = None) -> str:
         """Make a base of its own what it is after these updates; return its fingerprint."""
-        ...
-
-    def close(self) -> None:
-        """Release what it holds; a process ends at once."""
         ...

@@ -36,7 +36,7 @@ Digest = list[dict[int, float]]
 class VllmEngine(PromptEncoder):
     """An `Engine` over vLLM. Same prompts and weights give the same greedy completions, the model's own.
 
-    Use `open_vllm`.
+    To train, use `open_vllm`.
 
     Args:
         checkpoint: the model's.

@@ -188,17 +188,17 @@ class VllmWeights:
             self.load(checkpoint)  # what rounding has left of the checks
 
 
-def open_vllm(checkpoint: Checkpoint, config: Config, *, perturbs: bool) -> tuple[VllmEngine, VllmWeights | None]:
-    """An engine over vLLM, and its weights, unless it only generates.
+def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmWeights]:
+    """An engine over vLLM, with room for a base, and its weights. One that only generates is a `VllmEngine` alone.
 
     Raises:
-        EstuneError: vLLM is missing or of an unknown version, or cannot run the model or, if it `perturbs`, train it.
+        EstuneError: vLLM is missing or of an unknown version, or cannot run the model or train it.
     """
     device = chosen_device(config.device)
     dtype = live_dtype(checkpoint, config, load_config(checkpoint.path))
     elements = sum(t.elements for name, t in checkpoint.tensors.items() if fnmatchcase(name, config.train_parameters))
     size = getattr(torch, dtype).itemsize
-    base = POLICIES[config.weights].base_bytes(elements, dtype) if perturbs else 0
+    base = POLICIES[config.weights].base_bytes(elements, dtype)
     live = sum(t.elements for t in checkpoint.tensors.values()) * size
     on_host = device.type == "cuda" and keeps_base_on_host(
         config.base_device,
@@ -207,8 +207,6 @@ def open_vllm(checkpoint: Checkpoint, config: Config, *, perturbs: bool) -> tupl
         memory=total_memory(device) // config.workers_per_gpu,
     )
     engine = VllmEngine(checkpoint, config, 0 if on_host else base)
-    if not perturbs:
-        return engine, None
     try:
         with memory_for("the base that is kept beside the live weights", "set base_device=host or weights=copy"):
             return engine, VllmWeights(engine, checkpoint, config, base_on_host=on_host)

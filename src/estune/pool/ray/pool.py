@@ -24,13 +24,11 @@ from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.journal.journal import StepRecord
 from estune.pool.base import Description, Evaluated, evaluation_batches
-from estune.pool.ray.cluster import cluster_device, connect, disconnect
+from estune.pool.ray.cluster import connect, disconnect
 from estune.pool.ray.crew import Crew, Slot, Weights
 from estune.weights.checkpoint import EMBEDDED, Checkpoint, locate
 from estune.weights.rebuild import Steps
 from estune.weights.trained import Drift
-
-__all__ = ["RayPool", "cluster_device", "open_ray_pool"]
 
 K = TypeVar("K")
 log = logging.getLogger(__name__)
