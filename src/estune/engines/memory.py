@@ -57,7 +57,8 @@ def total_memory(device: torch.device) -> int:
 
 def group_limits(root: Path = Path("/")) -> list[int]:
     """Memory limits, in bytes, of the control groups that this process is in (Linux, versions 1 and 2)."""
-    groups, limits = root / "proc/self/cgroup", []
+    groups = root / "proc/self/cgroup"
+    limits = []
     lines = groups.read_text().splitlines() if groups.is_file() else []
     for line in lines:  # cgroups(7): hierarchy:controllers:path, no controllers in version 2
         _, controllers, path = line.split(":", 2)

@@ -32,7 +32,8 @@ def log_probabilities(
             longer = max(keep, len(completions[order[rows]]))
             if (rows + 1) * (longer + 1) * model.config.get_text_config(decoder=True).vocab_size > logits:
                 break
-            rows, keep = rows + 1, longer
+            rows = rows + 1
+            keep = longer
         batch, order = order[:rows], order[rows:]
         values = _forward(model, [[*prompts[i], *completions[i]] for i in batch], keep, pad)
         for i, row in zip(batch, values, strict=True):

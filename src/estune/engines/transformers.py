@@ -78,7 +78,8 @@ class TransformersEngine(PromptEncoder):
         self._decoder = self._make_decoder(cuda_graphs)
 
     def _make_decoder(self, cuda_graphs: bool) -> Decoder | FusedDecoder | GenerateDecoder:
-        model, pad = self.model, pad_token(self.tokenizer)
+        model = self.model
+        pad = pad_token(self.tokenizer)
         if not unfusable(model):
             return FusedDecoder(model, self.end_ids)
         if unsupported(model):

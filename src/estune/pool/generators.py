@@ -72,14 +72,16 @@ class Generators(Generic[G]):
 
     def _do(self, replica: G, work: Callable[[G], T]) -> T:
         """Let a replica do something, and what takes its place if it is lost."""
-        losses, why = 0, None
+        losses = 0
+        why: Lost | None = None
         while True:
             try:
                 if why is not None:
                     self._replace(replica, why, losses)
                 return work(replica)
             except Lost as error:
-                losses, why = losses + 1, error
+                losses += 1
+                why = error
 
     def _submit(self, work: Callable[[G], T]) -> Future[T]:
         def run() -> T:

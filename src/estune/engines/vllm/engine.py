@@ -51,7 +51,8 @@ class VllmEngine(PromptEncoder):
             raise EstuneError(
                 f"device={self.device}: vLLM takes the first GPU it sees; set CUDA_VISIBLE_DEVICES instead"
             )
-        self._parallel, path = config.gpus_per_worker, checkpoint.path
+        self._parallel = config.gpus_per_worker
+        path = checkpoint.path
         model = load_config(path)
         super().__init__(str(path), load_tokenizer(path), model, config.vllm_max_model_length)
         self.dtype = live_dtype(checkpoint, config, model)
@@ -124,7 +125,8 @@ class VllmEngine(PromptEncoder):
         if not prompt_ids:
             return []
         self.check(prompt_ids, sampling)
-        ends, token_ids = set(self.end_ids), internals.generate(self._here(), prompt_ids, sampling, self.end_ids)
+        ends = set(self.end_ids)
+        token_ids = internals.generate(self._here(), prompt_ids, sampling, self.end_ids)
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
 

@@ -48,7 +48,8 @@ class VllmWeights:
     def __init__(self, engine: VllmEngine, checkpoint: Checkpoint, config: Config, *, base_on_host: bool) -> None:
         from estune.engines.vllm.worker import Opening
 
-        self._engine, self._shapes = engine, {name: t.shape for name, t in checkpoint.tensors.items()}
+        self._engine = engine
+        self._shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
         maps = dict(engine.call("draw", checkpoint.path))
         ranks = sorted(maps)
         counted = dict(zip(ranks, count_once([maps[rank] for rank in ranks], self._shapes), strict=True))
@@ -138,7 +139,8 @@ class VllmWeights:
         """A tensor's base, some `RUN_LENGTH` elements at a time, put together from what each process holds."""
         shape = self._shapes[name]
         columns = shape[-1] if len(shape) > 1 else 1
-        rows, block = math.prod(shape) // max(columns, 1), max(1, RUN_LENGTH // max(columns, 1))
+        rows = math.prod(shape) // max(columns, 1)
+        block = max(1, RUN_LENGTH // max(columns, 1))
         for first in range(0, rows, block):
             count = min(block, rows - first)
             parts = list(itertools.chain.from_iterable(self._engine.call("rows", name, first, count)))
@@ -149,7 +151,8 @@ class VllmWeights:
 
     def _check(self, checkpoint: Checkpoint) -> None:
         """See that live weights are what they should be, and that it is they that generate."""
-        engine, before = self._engine, self._engine.digest()
+        engine = self._engine
+        before = self._engine.digest()
         self.perturb(*PROBE)
         samples = list(itertools.chain.from_iterable(engine.call("samples")))
         self._check_samples(checkpoint, samples)
@@ -172,7 +175,8 @@ class VllmWeights:
     def _check_samples(self, checkpoint: Checkpoint, samples: Sequence[Any]) -> None:
         member, sigma = PROBE
         for sample in samples:
-            count, live = len(sample.values), DTYPES[sample.dtype.removeprefix("torch.")]
+            count = len(sample.values)
+            live = DTYPES[sample.dtype.removeprefix("torch.")]
             stored = checkpoint.tensors[sample.name].read(sample.start, count)
             base = widen(narrow(stored, DTYPES[self.rule.dtype]))
             noise = normal_by_id(member.seed, self.rule.noise_key(sample.name), sample.start, count)

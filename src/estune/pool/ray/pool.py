@@ -79,7 +79,8 @@ class RayPool:
     ) -> Iterator[tuple[int, Evaluated]]:
         """As `Pool.evaluate`."""
         self.crew.check_cluster(at_once=True)
-        done, prompts = self._done, ray.put(prompt_ids)  # sent to a node once a step, not once a member
+        done = self._done
+        prompts = ray.put(prompt_ids)  # sent to a node once a step, not once a member
         for job in self.crew.run("evaluate", [(done, member, sigma, prompts, sampling) for member in members]):
             yield job.index, job.result
 
@@ -102,7 +103,9 @@ class RayPool:
 
     def save(self, path: Path, dtype: str) -> None:
         """As `Pool.save`: by a worker on this machine or, where there is none, by replay over this machine's base."""
-        here, path, weights = ray.get_runtime_context().get_node_id(), path.absolute(), self.crew.weights
+        here = ray.get_runtime_context().get_node_id()
+        path = path.absolute()
+        weights = self.crew.weights
         near = [s for s in self.crew.ready() if s.handle and s.handle.place and s.handle.place.node == here]
         if not any(self.crew.ask([slot], "save", (self._done, weights.fingerprint, path, dtype)) for slot in near):
             self._replay(path, dtype)
@@ -176,7 +179,8 @@ class RayPool:
 
 def _for_workers(config: Config) -> Config:
     """Workers run in other directories, and each sees its own GPUs alone."""
-    model, device = config.model, config.device.partition(":")[0]
+    model = config.model
+    device = config.device.partition(":")[0]
     if model not in EMBEDDED and Path(model).exists():
         model = str(Path(model).absolute())
     return config.model_copy(update={"model": model, "device": device})
