@@ -175,8 +175,17 @@ def test_settings_are_flat_in_the_order_of_their_sections() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["estune", "estune.config", "estune.cli", "estune.journal.journal", "estune.journal.replay"]
+    "module",
+    [
+        "estune",
+        "estune.config",
+        "estune.cli",
+        "estune.journal.journal",
+        "estune.journal.replay",
+    ],
 )
 def test_light_modules_load_no_torch(module: str) -> None:
-    code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    code = (
+        f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets', 'numba')))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

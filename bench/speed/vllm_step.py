@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     config = Config(engine="vllm", population=args.members)
     started = time.perf_counter()
-    engine, weights = open_vllm(Checkpoint(locate(config.model)), config, perturbs=True)
+    engine, weights = open_vllm(Checkpoint(locate(config.model)), config)
     assert weights is not None
     opening = time.perf_counter() - started
     strategy = EvolutionStrategy(population=args.members, sigma=SIGMA, learning_rate=0.0)

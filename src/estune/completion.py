@@ -42,6 +42,11 @@ class Completion:
 class Engine(Protocol):
     """Generates text with the weights it holds at that moment."""
 
+    @property
+    def dtype(self) -> str:
+        """Type of the live weights: float32, bfloat16 or float16."""
+        ...
+
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of each prompt, once per step rather than once per member."""
         ...
@@ -52,4 +57,12 @@ class Engine(Protocol):
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in the order of the prompts."""
+        ...
+
+    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability (nats) of every token of every completion."""
+        ...
+
+    def close(self) -> None:
+        """End what it has started."""
         ...

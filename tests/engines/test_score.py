@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from estune.completion import Sampling
-from estune.engines.score import log_probabilities
+from estune.engines.score import divergence, log_probabilities
 from estune.engines.transformers import TransformersEngine
 from tests.models import build_model, save_model
 
@@ -37,3 +38,17 @@ def test_greedy_completions_are_the_likeliest(tmp_path: Path) -> None:
     for token in range(3, 300, 11):
         for i, row in enumerate(engine.score(PROMPTS, [[token]] * 3)):
             assert row[0] <= first[i] + 1e-5
+
+
+def test_divergence_is_that_of_the_distributions() -> None:
+    """k3 over draws from p tends to KL(p || q), and is 0 where they are equal."""
+    torch.manual_seed(0)
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 0.4, 0.2])
+    drawn = torch.multinomial(p, 200_000, replacement=True)
+    exact = float((p * (p / q).log()).sum())
+    rows = [p.log()[drawn].tolist()], [q.log()[drawn].tolist()]
+    assert divergence(*rows) == pytest.approx(exact, rel=0.03)
+    assert divergence(rows[0], rows[0]) == 0.0
+    assert divergence([[0.0]], [[-5.0]]) == pytest.approx(math.exp(-5) - 1 + 5)
+    assert divergence([[0.0], [0.0]], [[-5.0], [701.0]]) == math.inf
+    assert math.isnan(divergence([[]], [[]]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +22,9 @@ from estune.es.strategy import Member, Update
 from estune.pool.base import Evaluated
 from estune.pool.deadlines import Deadlines
 from estune.pool.local import LocalPool
-from estune.pool.ray.cluster import _join, connect
+from estune.pool.ray.cluster import _join, cluster_device, connect
 from estune.pool.ray.crew import _compare
-from estune.pool.ray.pool import RayPool, _minority, cluster_device
+from estune.pool.ray.pool import RayPool, _minority
 from estune.pool.ray.worker import RayWorker, StaleWeights
 from estune.pool.replica import Replica
 from estune.study.probe import probe
@@ -77,8 +79,7 @@ def test_workers_do_what_a_replica_does(pool: RayPool, alone: LocalPool, monkeyp
     assert agree(pool, alone)
     answers = [[5, 6, 7]] * len(PROMPTS)
     assert pool.compare(PROMPTS, answers) == alone.compare(PROMPTS, answers)
-    for module in ("pool.local", "pool.ray.pool"):
-        monkeypatch.setattr(f"estune.{module}.EVALUATION_BATCH", 2)  # so that there are two batches
+    monkeypatch.setattr("estune.pool.base.EVALUATION_BATCH", 2)  # so that there are two batches
     for sampling in (SAMPLING, replace(SAMPLING, temperature=1.0, seed=5)):
         assert pool.generate(PROMPTS, sampling) == alone.generate(PROMPTS, sampling)
 
@@ -185,6 +186,11 @@ def test_the_majority_is_right_and_a_tie_has_none() -> None:
     assert _minority({1: "a"}) == _minority({1: "a", 2: "a"}) == []
     assert _minority({1: "a", 2: "b", 3: "a"}) == [2]
     assert _minority({1: "a", 2: "b"}) == [1, 2]
+
+
+def test_a_worker_loads_nothing_before_it_must() -> None:
+    code = "import sys, estune.pool.ray.worker; print(*{'torch', 'transformers', 'datasets', 'numba'} & {*sys.modules})"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "\n"
 
 
 def test_a_worker_that_differs_is_named() -> None:

@@ -11,11 +11,12 @@ import torch
 
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.pool.local import open_local_pool
-from estune.pool.open import with_resources
-from estune.pool.replica import Replica, _less_base
+from estune.pool.generators import open_generators
+from estune.pool.open import with_resources, with_resources_to_generate
+from estune.pool.replica import Replica, _keeps_base_on_host, _less_base
 from estune.run.make import make_sampling
 from estune.weights.device import training_device
+from estune.weights.parameters import Parameter
 from tests.runs import make_config
 
 
@@ -70,9 +71,10 @@ def test_where_the_base_lies(
     config = Config(**{"device": "cuda", **changes})
     monkeypatch.setattr("estune.pool.replica.total_memory", lambda device: memory * 10**6)
     weight = torch.zeros(5 * 10**6, dtype=torch.bfloat16)
-    replica: Any = Replica.__new__(Replica)
-    replica._device = training_device(config.device)
-    assert replica._keeps_base_on_host(config, [SimpleNamespace(tensor=weight)], weight.nbytes) is on_host
+    engine: Any = SimpleNamespace(
+        device=training_device(config.device), model=SimpleNamespace(parameters=lambda: [weight])
+    )
+    assert _keeps_base_on_host(engine, config, [Parameter("w", weight)]) is on_host
 
 
 def test_a_base_nowhere_cannot_be_on_the_host() -> None:
@@ -114,9 +116,12 @@ def test_only_to_generate_needs_no_weights_that_can_be_perturbed(
         monkeypatch.setattr(name, refuse)
     with pytest.raises(EstuneError, match="cannot be perturbed"):
         Replica(config)
-    pool = open_local_pool(with_resources(config, perturbs=False).model_copy(update={"replicas": 2}), perturbs=False)
+    pool = open_generators(with_resources_to_generate(config).model_copy(update={"replicas": 2}))
     try:
-        assert pool.own.generate([[1, 2, 3]], make_sampling(config)) == expected
+        assert pool.replicas[0].generate([[1, 2, 3]], make_sampling(config)) == expected
+        assert pool.generate([[1, 2, 3]] * 129, make_sampling(config)) == expected * 129
+        other: Any = pool.replicas[1]
+        other._process.kill()  # another takes its place
         assert pool.generate([[1, 2, 3]] * 129, make_sampling(config)) == expected * 129
     finally:
         pool.close()

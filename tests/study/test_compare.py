@@ -23,7 +23,7 @@ from estune.grading.convention import Grades
 from estune.journal.journal import Journal
 from estune.run.graded import Graded
 from estune.run.make import make_grading, make_sampling
-from estune.study.compare.measure import divergence, measure, short_but_wrong
+from estune.study.compare.measure import measure, short_but_wrong
 from estune.study.compare.plan import Job, Plan, best_rate, read_results
 from estune.study.compare.report import by_method, charts, table, trials_table, write_report
 from estune.study.compare.run import compare, record, run_job
@@ -134,18 +134,6 @@ def test_a_rate_at_an_end_of_those_tried_is_marked() -> None:
         trials = [result("grpo", 1000, rate, True, reward=float(rate == best)) for rate in tried]
         assert table([*trials, result("grpo", 0, best)])[1][1] == shown
     assert table([result("grpo", 0, 1e-4)])[1][1] == "0.0001"  # nothing was chosen
-
-
-def test_divergence_is_that_of_the_distributions() -> None:
-    """k3 over draws from p tends to KL(p || q), and is 0 where they are equal."""
-    torch.manual_seed(0)
-    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 0.4, 0.2])
-    drawn = torch.multinomial(p, 200_000, replacement=True)
-    exact = float((p * (p / q).log()).sum())
-    rows = [p.log()[drawn].tolist()], [q.log()[drawn].tolist()]
-    assert divergence(*rows) == pytest.approx(exact, rel=0.03)
-    assert divergence(rows[0], rows[0]) == 0.0
-    assert divergence([[0.0]], [[-5.0]]) == pytest.approx(math.exp(-5) - 1 + 5)
 
 
 def test_short_answers_that_are_wrong_are_counted() -> None:

@@ -141,7 +141,7 @@ def test_a_layer_that_packs_its_weights_is_refused(saved: Any, tmp_path: Path) -
         internals.keep_weights_plain = lambda: None
         try:
             path = Path(sys.argv[1])
-            weights.open_vllm(Checkpoint(path), Config(model=str(path), engine="vllm", batch_size=8), perturbs=True)
+            weights.open_vllm(Checkpoint(path), Config(model=str(path), engine="vllm", batch_size=8))
         except EstuneError as error:
             print("refused:", error)
         """)

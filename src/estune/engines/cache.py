@@ -46,19 +46,27 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         The last `gap` of them hold padding that no forward writes. They are zeroed with the next write: a mask makes
         their weight 0, and 0 times what a slot held before could be NaN.
         """
-        self.rows, self.length, self._gap, self._slot = rows, length, gap, None
+        self.rows = rows
+        self.length = length
+        self._gap = gap
+        self._slot = None
 
     def fix(self, rows: int, visible: int, slot: torch.Tensor) -> None:
         """Let forwards of one token work on the first `rows` rows of a blank batch and see their `visible` first slots.
 
         `slot`, int64 `[1]` on the device, is where they write; it may change between two runs of the same operations.
         """
-        self.rows, self._visible, self._slot = slice(0, rows), visible, slot
+        self.rows = slice(0, rows)
+        self._visible = visible
+        self._slot = slot
 
     def update(  # type: ignore[no-untyped-def]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the keys and values of new tokens; return those of all tokens so far, views of the storage."""
+        """Store the keys and values of new tokens; return those of all tokens so far, views of the storage.
+
+        Both are `[rows, heads, tokens, head_dim]`, given and returned.
+        """
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if keys is None or values is None:
             keys = self.keys[layer_idx] = self._view(layer_idx, "keys", key_states)
@@ -100,7 +108,7 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
             tensor[1:, :, :slots] = tensor[:1, :, :slots]
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy whole rows, as far as they are filled, from row indices `source` to `target`."""
+        """Copy whole rows, as far as they are filled, from row indices `source` to `target`, `[rows moved]` each."""
         for tensor in self.tensors():
             filled = tensor[:, :, : self.length]
             filled.index_copy_(0, target, filled.index_select(0, source))

@@ -70,9 +70,13 @@ class Decoder:
     def run(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> torch.Tensor:
         """Complete one batch.
 
-        `prompts` are token ids, none empty; prompts of like length side by side are computed fastest. `indices`
-        number the prompts for sampling. Returns int64 `[prompts, max_new_tokens]` on the CPU; what follows a row's
-        first end token is meaningless.
+        Args:
+            prompts: token ids of each, none empty; prompts of like length side by side are computed fastest.
+            indices: numbers of the prompts, for sampling.
+            sampling: how tokens are drawn.
+
+        Returns:
+            int64 `[prompts, max_new_tokens]` on the CPU; what follows a row's first end token is meaningless.
         """
         slots = max(map(len, prompts)) + sampling.max_new_tokens
         # A model that looks back by slots, not by positions, must not find padding between prefix and prompt.
@@ -86,7 +90,9 @@ class Decoder:
 
     def _prefill(self, batch: Batch, sampling: Sampling) -> torch.Tensor:
         """Fill the cache with the prompts; return each row's first token `[rows]`."""
-        cache, shared, rows = self.cache, batch.shared, len(batch.pads)
+        cache = self.cache
+        shared = batch.shared
+        rows = len(batch.pads)
         if shared:
             cache.at(slice(0, 1), 0)
             self._forward(batch.prefix, torch.arange(shared, device=self._device)[None], None)
@@ -194,7 +200,8 @@ class Batch:
         like: Any,
     ) -> Batch:
         """Lay prompts out in `slots` slots, in the type and on the device of the model `like`."""
-        dtype, device = like.dtype, like.device
+        dtype = like.dtype
+        device = like.device
         width = max(map(len, prompts))
         shared = common_prefix(prompts) if plain and len(prompts) > 1 else 0
         pads = [width - len(prompt) for prompt in prompts]
@@ -226,7 +233,7 @@ class Batch:
         return self.real is None
 
     def positions(self, piece: slice, begin: int) -> torch.Tensor:
-        """Position of each token from slot `begin` on; one row for all where no prompt is padded."""
+        """Positions of a piece's tokens from slot `begin` on, `[rows, tokens]`, or `[1, tokens]` without padding."""
         slots = torch.arange(begin, self.width, device=self.ids.device)[None]
         if not any(self.pads):
             return slots
@@ -237,7 +244,10 @@ class Batch:
         return self.width - self.pads_column if any(self.pads) else self.pads_column[:1] + self.width
 
     def prefill_mask(self, piece: slice, begin: int) -> torch.Tensor | None:
-        """Mask of a piece whose first token stands at slot `begin`; None says plainly causal."""
+        """Mask of a piece whose first token stands at slot `begin`; None says plainly causal.
+
+        Additive, `[rows or 1, 1, tokens, width]`; of batches that are not plain the real tokens, `[rows, width]`.
+        """
         if self.real is not None:
             return self.real[piece, : self.width]
         if begin == 0 and not any(self.pads[piece]):
@@ -250,13 +260,13 @@ class Batch:
         return hidden if self.bias is None else torch.minimum(hidden, self.bias[piece, ..., : self.width])
 
     def decode_mask(self, length: int) -> torch.Tensor | None:
-        """Mask of one new token per row that sees `length` slots."""
+        """Mask of one new token per row that sees `length` slots: additive, `[rows, 1, 1, length]`, or as above."""
         if self.real is not None:
             return self.real[:, :length]
         return None if self.bias is None else self.bias[..., :length]
 
     def drop(self, keep: torch.Tensor) -> None:
-        """Keep these rows, in this order."""
+        """Keep the rows of these numbers, `[rows kept]`, in this order."""
         self.rows = self.rows[keep]
         self.bias = None if self.bias is None else self.bias[keep]
         self.real = None if self.real is None else self.real[keep]

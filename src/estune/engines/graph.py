@@ -139,18 +139,22 @@ class GraphDecoder(Decoder):
         if not batch.plain:
             super()._open(batch)
             return
-        rows, slots = first_rows(len(batch.pads)), round_up(batch.slots, self._least_slots)
+        rows = first_rows(len(batch.pads))
+        slots = round_up(batch.slots, self._least_slots)
         # Attention multiplies what lies in slots not yet written by 0: it must be a number.
         self.cache.open(rows, slots, blank=True)
 
     def _decode(self, batch: Batch, token: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         if not batch.plain:
             return super()._decode(batch, token, sampling)
-        count, new = len(token), sampling.max_new_tokens
-        rows, slots = first_rows(count), round_up(batch.slots, self._least_slots)
+        count = len(token)
+        new = sampling.max_new_tokens
+        rows = first_rows(count)
+        slots = round_up(batch.slots, self._least_slots)
         bias = self._load(batch, token, sampling, rows, slots)
         self._forget_if_moved()
-        buffers, held = self._buffers, count  # the first `held` rows are prompts'; the others are there for the shape
+        buffers = self._buffers
+        held = count  # the first so many rows are prompts'; the others are there for the shape
         rule = dataclasses.replace(sampling, max_new_tokens=0, seed=0)
         for step in range(1, new):
             filled = batch.width + step - 1
@@ -164,13 +168,15 @@ class GraphDecoder(Decoder):
                     for tensor in (*buffers.by_row(), bias):
                         tensor[:left] = tensor[keep]
                     buffers.place[left:rows] = buffers.nowhere
-                    held, rows = left, power_of_two(left)
+                    held = left
+                    rows = power_of_two(left)
             self._advance(_Shape(rows, round_up(filled + 1, self._least_slots), slots, rule))
         return buffers.out[:new, :count].T.clone()
 
     def _load(self, batch: Batch, token: torch.Tensor, sampling: Sampling, rows: int, slots: int) -> torch.Tensor:
         """Fill the buffers for a batch's first step; return the mask `[rows, slots]`."""
-        count, width = len(token), batch.width
+        count = len(token)
+        width = batch.width
         if not self._buffers.hold(rows, slots, sampling.max_new_tokens):
             self._buffers = self._buffers.larger(rows, slots, sampling.max_new_tokens, self.model)
         buffers = self._buffers
@@ -195,7 +201,8 @@ class GraphDecoder(Decoder):
 
     def _step(self, shape: _Shape) -> None:
         """Add a token to every row. Nothing here may depend on a Python value that is not the shape's."""
-        buffers, rows = self._buffers, shape.rows
+        buffers = self._buffers
+        rows = shape.rows
         bias = buffers.mask(rows, shape.slots).index_fill_(1, buffers.slot, 0.0)
         self.cache.fix(rows, shape.visible, buffers.slot)
         logits = self._forward(

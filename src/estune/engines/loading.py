@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from estune.engines.prompts import PromptEncoder
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-_WEIGHTS, _LESS = "the live weights", "take a smaller model, dtype=bfloat16, or fewer replicas"
+_WEIGHTS = "the live weights"
+_LESS = "take a smaller model, dtype=bfloat16, or fewer replicas"
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:

@@ -57,7 +57,8 @@ def total_memory(device: torch.device) -> int:
 
 def group_limits(root: Path = Path("/")) -> list[int]:
     """Memory limits, in bytes, of the control groups that this process is in (Linux, versions 1 and 2)."""
-    groups, limits = root / "proc/self/cgroup", []
+    groups = root / "proc/self/cgroup"
+    limits = []
     lines = groups.read_text().splitlines() if groups.is_file() else []
     for line in lines:  # cgroups(7): hierarchy:controllers:path, no controllers in version 2
         _, controllers, path = line.split(":", 2)
@@ -70,6 +71,20 @@ def group_limits(root: Path = Path("/")) -> list[int]:
             text = file.read_text().strip() if file.is_file() else "max"
             limits += [int(text)] if text.isdigit() else []
     return limits
+
+
+def cached_elements(config: Any, parallel: int = 1) -> int:
+    """Elements of keys and values that a token leaves in all layers together.
+
+    Args:
+        config: a causal language model's, whose layers all attend to an ordinary cache.
+        parallel: devices that the heads are split over; counted is what one of them holds.
+    """
+    text = config.get_text_config(decoder=True)
+    heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers: int = text.num_hidden_layers
+    return 2 * layers * max(heads // parallel, 1) * width
 
 
 def fitting_rows(memory: int, *, cache: int, vocabulary: int, most: int) -> int:

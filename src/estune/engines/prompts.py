@@ -21,7 +21,9 @@ class PromptEncoder:
     """
 
     def __init__(self, name: str, tokenizer: Any, config: Any, most: int | None = None) -> None:
-        self.name, self.tokenizer, self.config = name, tokenizer, config
+        self.name = name
+        self.tokenizer = tokenizer
+        self.config = config
         reach = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.positions: int | None = min((n for n in (reach, most) if n is not None), default=None)
 

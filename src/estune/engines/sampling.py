@@ -18,10 +18,17 @@ def choose(
 ) -> torch.Tensor:
     """The next token of each row.
 
-    `logits` is `[rows, vocabulary]`; `rows` holds each row's prompt index `[rows]`; `position` counts generated tokens.
-    `seed`, if given, stands in for `sampling`'s: it and `position` can be int64 `[1]` on the device, and then nothing
-    that changes from call to call is a Python number. Returns token ids `[rows]`, int64: the largest logit at
-    temperature 0, else a draw at `sampling`'s settings.
+    `seed` and `position` can be on the device: then nothing that changes from call to call is a Python number.
+
+    Args:
+        logits: `[rows, vocabulary]`.
+        sampling: how tokens are drawn.
+        rows: each row's prompt index, `[rows]`.
+        position: tokens generated before: a number, or int64 `[1]`.
+        seed: in the place of `sampling`'s, int64 `[1]`.
+
+    Returns:
+        Token ids `[rows]`, int64: the largest logit at temperature 0, else a draw.
     """
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
@@ -51,7 +58,7 @@ def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def uniform(seed: int | torch.Tensor, rows: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
-    """One number in (0, 1) per row, float32 with 24 bits, a hash of (seed, row, position).
+    """A number in (0, 1) for each of `rows` `[rows]`, float32 with 24 bits: a hash of (seed, row, position).
 
     32-bit arithmetic in int64 tensors, so that CPU, CUDA and MPS agree.
     """

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+LARGEST_EXPONENT = 700.0  # of e, in a float
 
 
 @torch.inference_mode()
@@ -29,12 +32,37 @@ def log_probabilities(
             longer = max(keep, len(completions[order[rows]]))
             if (rows + 1) * (longer + 1) * model.config.get_text_config(decoder=True).vocab_size > logits:
                 break
-            rows, keep = rows + 1, longer
+            rows = rows + 1
+            keep = longer
         batch, order = order[:rows], order[rows:]
         values = _forward(model, [[*prompts[i], *completions[i]] for i in batch], keep, pad)
         for i, row in zip(batch, values, strict=True):
             found[i] = row[-len(completions[i]) :].tolist()
     return found
+
+
+def divergence(now: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> float:
+    """Divergence of a model from its base in nats, over tokens that the model wrote.
+
+    The mean of r - 1 - log r over all tokens, with r the base's probability over the model's (Schulman's k3, as in
+    TRL): above 0 token by token and, over tokens that the model draws, right on average.
+
+    Args:
+        now, base: log-probabilities (nats) of the tokens of each completion under the model and its base.
+
+    Returns:
+        The estimate; infinite where an r is larger than any float, and NaN of no token.
+    """
+    logs = [
+        of_base - of_now
+        for ours, theirs in zip(now, base, strict=True)
+        for of_now, of_base in zip(ours, theirs, strict=True)
+    ]
+    if not logs:
+        return math.nan
+    if any(log > LARGEST_EXPONENT for log in logs):
+        return math.inf
+    return math.fsum(math.expm1(log) - log for log in logs) / len(logs)
 
 
 def _forward(model: Any, rows: Sequence[Sequence[int]], keep: int, pad: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from estune.engines.decode import Decoder, unsupported
 from estune.engines.generate import GenerateDecoder
 from estune.engines.graph import CudaRecorder, GraphDecoder, uncapturable
 from estune.engines.loading import end_tokens, load_model, load_tokenizer, pad_token
-from estune.engines.memory import fitting_rows, keep_freed_memory, memory_for, total_memory
+from estune.engines.memory import cached_elements, fitting_rows, keep_freed_memory, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
 from estune.engines.score import log_probabilities
 from estune.errors import EstuneError
@@ -78,7 +78,8 @@ class TransformersEngine(PromptEncoder):
         self._decoder = self._make_decoder(cuda_graphs)
 
     def _make_decoder(self, cuda_graphs: bool) -> Decoder | FusedDecoder | GenerateDecoder:
-        model, pad = self.model, pad_token(self.tokenizer)
+        model = self.model
+        pad = pad_token(self.tokenizer)
         if not unfusable(model):
             return FusedDecoder(model, self.end_ids)
         if unsupported(model):
@@ -140,8 +141,6 @@ class TransformersEngine(PromptEncoder):
         Never by the memory free now: another batch size can round differently, and a run could not be repeated.
         """
         config = self.model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        cache = 2 * config.num_hidden_layers * heads * width * slots * self.model.dtype.itemsize
+        cache = cached_elements(config) * slots * self.model.dtype.itemsize
         most = MAX_ROWS.get(self.device.type, MAX_ROWS_ELSEWHERE)
         return fitting_rows(self._batch_memory, cache=cache, vocabulary=config.vocab_size, most=most)

@@ -14,6 +14,7 @@ Array = npt.NDArray[Any]
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many first tokens all prompts share, short of any prompt's last."""
+    # What the first and the last prompt in lexical order share, all between them share too.
     low, high = min(map(list, prompts)), max(map(list, prompts))
     limit = min(map(len, prompts)) - 1
     return next((i for i in range(limit) if low[i] != high[i]), limit)
@@ -21,7 +22,7 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 @dataclass(frozen=True)
 class Places:
-    """For tokens by their numbers in a forward: a cache row and a position in it. One dimension each, int64."""
+    """For tokens, by their numbers in a forward: a cache row, and a position in it. int64 `[tokens]` each."""
 
     tokens: Array
     rows: Array
@@ -58,21 +59,26 @@ class PromptTree:
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], shared: int) -> PromptTree:
         """The tree of what follows the first `shared` tokens, which all prompts have in common and all exceed."""
+        # 1. Sort the prompts, so that those that begin alike are neighbours; lay them out in lines, filled up with -1.
         order = np.array(sorted(range(len(prompts)), key=lambda i: list(prompts[i])))
         own = np.array([len(prompts[i]) - shared for i in order])
         ids = np.full((len(order), own.max()), -1)
         for line, i in enumerate(order):
             ids[line, : own[line]] = prompts[i][shared:]
-        new = np.ones(ids.shape, np.bool_)  # where a prompt first differs from the one before, and after
+        # 2. A token is a new node from where its prompt first differs from the one before.
+        new = np.ones(ids.shape, np.bool_)
         new[1:] = np.logical_or.accumulate(ids[1:] != ids[:-1], axis=1)
         new &= ids >= 0
-        # Nodes are numbered row by row, and what is not new is the nearest node above.
+        # 3. Number the nodes line by line. A token that is no new node is the nearest one above it.
         node = np.maximum.accumulate(np.where(new, new.cumsum().reshape(ids.shape) - 1, -1), axis=0)
+        # 4. Note each node once, in the row of the prompt that brought it.
         row, place = np.nonzero(new)
         nodes = Places.of(order[row], place + shared)
+        # 5. Note each token of each prompt with its node, by rising node.
         row, place = np.nonzero(ids >= 0)
         by_node = np.argsort(node[row, place], kind="stable")
         row, place = row[by_node], place[by_node]
+        # 6. Find the node that each prompt ends in, prompts in the order in which they were given.
         last = np.empty(len(order), np.int64)
         last[order] = node[np.arange(len(order)), own - 1]
         return cls(ids[new], nodes, Places(node[row, place], order[row], place + shared), last, np.unique(last))

@@ -95,9 +95,14 @@ class EvolutionStrategy:
             raise ValueError(f"sigma is {sigma}: it must be above 0")
         if population < 2 or (mirrored and population % 2):
             raise ValueError(f"population is {population}: it must be 2 or more, and even when mirrored")
-        self.seed, self.population, self.sigma = seed, population, sigma
+        self.seed = seed
+        self.population = population
+        self.sigma = sigma
         self.peak_learning_rate = sigma / 2 if learning_rate is None else learning_rate
-        self.steps, self.schedule, self.weight_decay, self.mirrored = steps, schedule, weight_decay, mirrored
+        self.steps = steps
+        self.schedule = schedule
+        self.weight_decay = weight_decay
+        self.mirrored = mirrored
         self.step = 0
 
     @property

@@ -29,9 +29,13 @@ _W0, _W1 = np.uint32(ref.PHILOX_W0), np.uint32(ref.PHILOX_W1)
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (np.float32(c) for c in ref.LOG)
 _S0, _S1, _S2 = (np.float32(c) for c in ref.SIN)
 _C0, _C1, _C2 = (np.float32(c) for c in ref.COS)
-_SQRT_HALF, _HALF_PI = np.float32(ref.SQRT_HALF), np.float32(ref.HALF_PI)
+_SQRT_HALF = np.float32(ref.SQRT_HALF)
+_HALF_PI = np.float32(ref.HALF_PI)
 _LN2_LOW, _LN2_HIGH = np.float32(ref.LN2_LOW), np.float32(ref.LN2_HIGH)
-_SCALE, _HALF, _ONE, _MINUS_TWO = np.float32(ref.TWO_POW_MINUS_24), np.float32(0.5), np.float32(1), np.float32(-2)
+_SCALE = np.float32(ref.TWO_POW_MINUS_24)
+_HALF = np.float32(0.5)
+_ONE = np.float32(1)
+_MINUS_TWO = np.float32(-2)
 
 # Fingerprint: constants of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) and its finalizer.
 _GOLDEN, _MIX0, _MIX1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -47,12 +51,15 @@ _jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 @_jit
 def _words(seed, tensor, block, w0, w1, w2, w3):
+    """Write the words of blocks from `block` on, one of each block to each of `w0` to `w3`, `[blocks]`."""
+    # Philox4x32-10: the counter is (block, tensor), 64 bits each, and the key is the seed.
     t0, t1 = np.uint32(tensor), np.uint32(tensor >> np.uint64(32))
     seed0, seed1 = np.uint32(seed), np.uint32(seed >> np.uint64(32))
     for j in range(w0.size):
         counter = block + np.uint64(j)
         c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> np.uint64(32)), t0, t1
         k0, k1 = seed0, seed1
+        # Ten rounds: two products, their high halves mixed with the other words and the key; then the key moves on.
         for _ in range(10):
             p0, p1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
             c0 = np.uint32(np.uint32(p1 >> np.uint64(32)) ^ c1 ^ k0)
@@ -67,11 +74,14 @@ def _box_muller(a, b, mantissa, n0, n1):
     """Turn words `a`, `b` into normals `n0`, `n1`; `mantissa` is scratch. All of one length."""
     bits = mantissa.view(np.uint32)
     exponent = n1.view(np.int32)
+    # 1. u in (0, 1] from the upper 24 bits of a.
     for j in range(a.size):
         mantissa[j] = np.float32(np.int32(a[j] >> np.uint32(8)) + np.int32(1)) * _SCALE
+    # 2. u = m * 2^e with m in [0.5, 1).
     for j in range(a.size):
         exponent[j] = np.int32(bits[j] >> np.uint32(23)) - np.int32(126)
         bits[j] = (bits[j] & np.uint32(0x7FFFFF)) | np.uint32(0x3F000000)
+    # 3. The radius, sqrt(-2 ln u): Cephes' logf, whose polynomial wants m in [sqrt(0.5), sqrt(2)).
     for j in range(a.size):
         m = mantissa[j]
         small = m < _SQRT_HALF
@@ -90,6 +100,7 @@ def _box_muller(a, b, mantissa, n0, n1):
         y = y + e * _LN2_LOW
         y = y - _HALF * z
         n0[j] = np.sqrt(_MINUS_TWO * ((m + y) + e * _LN2_HIGH))
+    # 4. The angle: two bits of b name its quadrant, 24 its place there, from -pi/4 to pi/4 for Cephes' sinf and cosf.
     for j in range(a.size):
         q = b[j] >> np.uint32(30)
         t = np.float32(np.int32((b[j] >> np.uint32(6)) & np.uint32(0xFFFFFF))) * _SCALE - _HALF
@@ -196,7 +207,8 @@ def _narrow_randomly_for(value, like, word):
 
 @_jit
 def _normal(out, seed, tensor, start):
-    words, planes = np.empty((4, CHUNK), np.uint32), np.empty((5, CHUNK), np.float32)
+    words = np.empty((4, CHUNK), np.uint32)
+    planes = np.empty((5, CHUNK), np.float32)
     flat = np.empty(4 * CHUNK, np.float32)
     stop = start + out.size
     for block in range(start // 4, (stop + 3) // 4, CHUNK):
@@ -208,14 +220,17 @@ def _normal(out, seed, tensor, start):
 
 @_jit
 def _perturb(live, base, seed, tensor, start, sigma):
-    words, planes = np.empty((4, CHUNK), np.uint32), np.empty((5, CHUNK), np.float32)
+    # By chunks of counters, the first and the last of which may reach beyond the run.
+    words = np.empty((4, CHUNK), np.uint32)
+    planes = np.empty((5, CHUNK), np.float32)
     flat = np.empty(4 * CHUNK, np.float32)
     stop = start + base.size
     for block in range(start // 4, (stop + 3) // 4, CHUNK):
         first, last = max(start, 4 * block), min(stop, 4 * (block + CHUNK))
         n = (last + 3) // 4 - block
         _normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
-        source, target = base[first - start : last - start], live[first - start : last - start]
+        source = base[first - start : last - start]
+        target = live[first - start : last - start]
         noise = flat[first - 4 * block : last - 4 * block]
         for i in range(noise.size):
             target[i] = _narrow(_widen(source[i]) + sigma * noise[i], target[i])
@@ -223,8 +238,11 @@ def _perturb(live, base, seed, tensor, start, sigma):
 
 @_jit
 def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stochastic):
-    words, planes = np.empty((4, CHUNK), np.uint32), np.empty((5, CHUNK), np.float32)
-    flat, total = np.empty(4 * CHUNK, np.float32), np.empty(4 * CHUNK, np.float32)
+    # By chunks of counters: the members' noise is summed up in float32, then added to the base, and rounded once.
+    words = np.empty((4, CHUNK), np.uint32)
+    planes = np.empty((5, CHUNK), np.float32)
+    flat = np.empty(4 * CHUNK, np.float32)
+    total = np.empty(4 * CHUNK, np.float32)
     stop = start + base.size
     for block in range(start // 4, (stop + 3) // 4, CHUNK):
         first, last = max(start, 4 * block), min(stop, 4 * (block + CHUNK))
@@ -235,11 +253,13 @@ def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stoc
             _normals(seeds[member], tensor, np.uint64(block), words, planes, flat[: 4 * n])
             for i in range(4 * n):
                 total[i] += c * flat[i]
-        target, change = base[first - start : last - start], total[first - 4 * block : last - 4 * block]
+        target = base[first - start : last - start]
+        change = total[first - 4 * block : last - 4 * block]
         if stochastic:
             _words(rounding_seed, tensor, np.uint64(block), words[0][:n], words[1][:n], words[2][:n], words[3][:n])
             for i in range(target.size):
-                old, position = _widen(target[i]), first + i
+                old = _widen(target[i])
+                position = first + i
                 word = words[position % 4, position // 4 - block]
                 target[i] = _narrow_randomly(old + (decay * old + change[i]), target[i], word)
         else:
@@ -250,6 +270,7 @@ def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stoc
 
 @_jit
 def _fingerprint(bits, tensor, start):
+    # Of each element SplitMix64's step for its position in the stream that the tensor starts, its bits mixed in.
     total = np.uint64(0)
     for i in range(bits.size):
         z = tensor + np.uint64(start + i) * _GOLDEN
@@ -287,7 +308,8 @@ def _update_rows(base, seeds, coefficients, tensor, start, decay, rounding_seed,
 
 @_jit
 def _fingerprint_rows(bits, tensor, start, width, pitch, skip):
-    total, done = np.uint64(0), 0
+    total = np.uint64(0)
+    done = 0
     while done < bits.size:
         offset, n = _stretch(done, bits.size, width, pitch, skip)
         total += _fingerprint(bits[done : done + n], tensor, start + offset)
@@ -296,7 +318,7 @@ def _fingerprint_rows(bits, tensor, start, width, pitch, skip):
 
 
 def normal(seed: int, tensor: int, start: int, count: int) -> npt.NDArray[np.float32]:
-    """Noise of elements `start .. start + count - 1` of the tensor whose 64-bit key is `tensor`."""
+    """Noise of elements `start .. start + count - 1` of the tensor whose 64-bit key is `tensor`, `[count]`."""
     out = np.empty(count, np.float32)
     _normal(out, np.uint64(seed), np.uint64(tensor), start)
     return out
@@ -307,7 +329,14 @@ def perturb(
 ) -> None:
     """Set `live = base + sigma * noise` over one run: computed in float32, rounded once to live's type.
 
-    `live` may be `base` itself (the in-place policy).
+    Args:
+        live: what is written, `[elements]`; it may be `base` itself (the in-place policy).
+        base: `[elements]`.
+        seed: the member's, 64 bits.
+        tensor: 64-bit key of the tensor's noise.
+        start: position of the run's first element in its tensor; with `rows`, of their first row's first element.
+        sigma: factor of the noise, sign included.
+        rows: where the run is columns of its tensor.
     """
     run = (_stored(live), _stored(base), np.uint64(seed), np.uint64(tensor), start, np.float32(sigma))
     if rows is None:
@@ -330,6 +359,13 @@ def update(
 
     The sum runs in float32 and is rounded once: to nearest, or, with a `rounding_seed`, stochastically by the noise
     words of that seed (low 16 bits of the element's word).
+
+    Args:
+        base: `[elements]`.
+        seeds, coefficients: of the members, `[members]` each.
+        tensor, start, rows: as `perturb` takes them.
+        decay: factor of the base that is added to it.
+        rounding_seed: 64 bits; None rounds to nearest.
     """
     stochastic = rounding_seed is not None
     rounding = np.uint64(rounding_seed or 0)
@@ -341,7 +377,13 @@ def update(
 
 
 def fingerprint(weights: Weights, tensor: int, start: int, rows: Rows | None = None) -> int:
-    """Hash of one run: a sum modulo 2^64 over its elements, so that runs add up in any order and any split."""
+    """Hash of one run: a sum modulo 2^64 over its elements, so that runs add up in any order and any split.
+
+    Args:
+        weights: `[elements]`.
+        tensor: 64-bit key of the tensor's name.
+        start, rows: as `perturb` takes them.
+    """
     bits = weights.view(np.uint32 if weights.dtype == np.float32 else np.uint16)
     run = (bits, np.uint64(tensor), start)
     return int(_fingerprint(*run) if rows is None else _fingerprint_rows(*run, *rows))

@@ -23,7 +23,8 @@ FINGERPRINT_BLOCK = 2048  # elements a program
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (tl.constexpr(c) for c in ref.LOG)
 _S0, _S1, _S2 = (tl.constexpr(c) for c in ref.SIN)
 _C0, _C1, _C2 = (tl.constexpr(c) for c in ref.COS)
-_SQRT_HALF, _HALF_PI = tl.constexpr(ref.SQRT_HALF), tl.constexpr(ref.HALF_PI)
+_SQRT_HALF = tl.constexpr(ref.SQRT_HALF)
+_HALF_PI = tl.constexpr(ref.HALF_PI)
 _LN2_LOW, _LN2_HIGH = tl.constexpr(ref.LN2_LOW), tl.constexpr(ref.LN2_HIGH)
 _SCALE = tl.constexpr(ref.TWO_POW_MINUS_24)
 
@@ -37,6 +38,7 @@ _WHOLE = Rows(4, 4)  # for a run that is one stretch, which needs none
 
 @triton.jit
 def _box_muller(a, b):
+    # As `cpu._box_muller`, in registers. u in (0, 1], and u = m * 2^e.
     u = ((a >> 8).to(tl.int32) + 1).to(tl.float32) * _SCALE
     bits = u.to(tl.uint32, bitcast=True)
     e = (bits >> 23).to(tl.int32) - 126
@@ -44,6 +46,7 @@ def _box_muller(a, b):
     small = m < _SQRT_HALF
     e = tl.where(small, e - 1, e).to(tl.float32)
     m = tl.where(small, m + m, m) - 1.0
+    # Cephes' logf, for the radius.
     z = m * m
     y = m * _L0 + _L1
     y = y * m + _L2
@@ -57,6 +60,7 @@ def _box_muller(a, b):
     y = y + e * _LN2_LOW
     y = y - z * 0.5
     r = tl.sqrt_rn(((m + y) + e * _LN2_HIGH) * -2.0)
+    # The angle: its quadrant, and Cephes' sinf and cosf within.
     q = b >> 30
     t = ((b >> 6) & 0xFFFFFF).to(tl.int32).to(tl.float32)
     th = (t * _SCALE - 0.5) * _HALF_PI
@@ -187,7 +191,7 @@ def takes(start: int, size: int, rows: Rows) -> bool:
 def perturb(
     live: torch.Tensor, base: torch.Tensor, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None = None
 ) -> None:
-    """As `cpu.perturb`, for rows that it `takes`."""
+    """As `cpu.perturb`, of flat tensors `[elements]` on the device, for rows that `takes` says can be taken."""
     if base.numel():
         _perturb[_grid(start, base.numel(), rows)](
             live,
@@ -215,9 +219,9 @@ def update(
     rounding_seed: int | None = None,
     rows: Rows | None = None,
 ) -> None:
-    """As `cpu.update`, for rows that it `takes`.
+    """As `cpu.update`, of a flat tensor `[elements]` on the device, for rows that `takes` says can be taken.
 
-    `seeds` are int64 (their bits) and `coefficients` float32, both on the device.
+    `seeds` are int64 (their bits) and `coefficients` float32, `[members]` each, both on the device.
     """
     if base.numel():
         _update[_grid(start, base.numel(), rows)](
@@ -240,7 +244,7 @@ def update(
 
 
 def fingerprint(weights: torch.Tensor, tensor: int, start: int, total: torch.Tensor, rows: Rows | None = None) -> None:
-    """As `cpu.fingerprint`, added to `total`, one int64 on the device: no wait for the device until it is read."""
+    """As `cpu.fingerprint`, added to `total`, int64 `[1]` on the device: no wait for the device until it is read."""
     if weights.numel():
         bits = 8 * weights.element_size()
         flat = weights.view(torch.int32 if bits == 32 else torch.int16)

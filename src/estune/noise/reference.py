@@ -48,10 +48,11 @@ def tensor_id(name: str) -> int:
 
 
 def philox(counter: tuple[Uint32, Uint32, Uint32, Uint32], seed: int) -> tuple[Uint32, Uint32, Uint32, Uint32]:
-    """Philox4x32-10: four random words for each counter, under the 64-bit key `seed`."""
+    """Philox4x32-10: four random words for each counter, under the 64-bit key `seed`. All arrays are of one shape."""
     c0, c1, c2, c3 = (c.astype(np.uint64) for c in counter)
     k0, k1 = seed & MASK32, seed >> 32
-    mask, shift = np.uint64(MASK32), np.uint64(32)
+    mask = np.uint64(MASK32)
+    shift = np.uint64(32)
     for _ in range(10):
         p0, p1 = c0 * np.uint64(PHILOX_M0), c2 * np.uint64(PHILOX_M1)
         c0, c1, c2, c3 = (
@@ -80,7 +81,8 @@ def _horner(coefficients: tuple[float, ...], x: Float32) -> Float32:
 
 
 def _log(u: Float32) -> Float32:
-    """Natural logarithm of u in (0, 1]."""
+    """Natural logarithm of u in (0, 1], of any shape."""
+    # u = m * 2^e, with m in [sqrt(0.5), sqrt(2)) where the polynomial holds; then ln u = ln m + e ln 2.
     bits = u.view(np.uint32)
     e = (bits >> np.uint32(23)).astype(np.int32) - np.int32(126)
     m = ((bits & np.uint32(0x7FFFFF)) | np.uint32(0x3F000000)).view(np.float32)
@@ -96,7 +98,8 @@ def _log(u: Float32) -> Float32:
 
 
 def box_muller(a: Uint32, b: Uint32) -> tuple[Float32, Float32]:
-    """Two standard normals from two random words."""
+    """Two standard normals from two random words, all of one shape."""
+    # The radius from 24 bits of a; the angle from b: two bits for the quadrant, 24 for the place in it.
     u = ((a >> np.uint32(8)).astype(np.int32) + np.int32(1)).astype(np.float32) * F(TWO_POW_MINUS_24)
     r = np.sqrt(F(-2) * _log(u))
     quadrant = b >> np.uint32(30)
@@ -113,7 +116,7 @@ def box_muller(a: Uint32, b: Uint32) -> tuple[Float32, Float32]:
 
 
 def normal_by_id(seed: int, tensor: int, start: int, count: int) -> Float32:
-    """Noise of elements `start .. start + count - 1` of the tensor whose 64-bit key is `tensor`."""
+    """Noise of elements `start .. start + count - 1` of the tensor whose 64-bit key is `tensor`, `[count]`."""
     first, last = start // 4, (start + count + 3) // 4
     w = words(seed, tensor, first, last - first)
     out = np.empty((last - first, 4), np.float32)

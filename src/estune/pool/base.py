@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -44,6 +44,19 @@ class Description:
 
 # Prompts of an evaluation given to one replica at a time. Fixed, so that batches do not depend on their number.
 EVALUATION_BATCH = 128
+
+
+def evaluation_batches(
+    prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+) -> list[tuple[Sequence[Sequence[int]], Sampling]]:
+    """The prompts of an evaluation in batches, each with a seed of its own.
+
+    An engine numbers the rows of a batch from 0: sampled rows of two batches would be alike with the same seed.
+    """
+    return [
+        (prompt_ids[i : i + EVALUATION_BATCH], replace(sampling, seed=sampling.seed + i))
+        for i in range(0, len(prompt_ids), EVALUATION_BATCH)
+    ]
 
 
 class Pool(Protocol):
@@ -97,7 +110,19 @@ class Pool(Protocol):
         ...
 
 
-class Evaluator(Protocol):
+class Generating(Protocol):
+    """What an evaluation needs: a generator, generators side by side, or a pool."""
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """One completion per prompt, in the order of the prompts."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds; a process ends at once."""
+        ...
+
+
+class Evaluator(Generating, Protocol):
     """What a local pool needs of a replica: `Replica`, or `WorkerProcess`, which passes calls on to one.
 
     The latter raises `Lost` where its process is gone or does not answer, and can be opened again.
@@ -107,10 +132,6 @@ class Evaluator(Protocol):
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
     ) -> Evaluated:
         """Generate with a member's weights."""
-        ...
-
-    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """Generate with the base weights."""
         ...
 
     def apply(self, update: Update) -> int:
@@ -123,8 +144,4 @@ class Evaluator(Protocol):
 
     def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None = None) -> str:
         """Make a base of its own what it is after these updates; return its fingerprint."""
-        ...
-
-    def close(self) -> None:
-        """Release what it holds; a process ends at once."""
         ...

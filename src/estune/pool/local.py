@@ -6,59 +6,45 @@ nothing but the time.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from itertools import repeat
+from pathlib import Path
 
 from estune.completion import Sampling
 from estune.config import Config
-from estune.pool.base import EVALUATION_BATCH, Evaluator
-from estune.pool.deadlines import Deadlines, Lost
-from estune.pool.process import WorkerProcess
-from estune.weights.base import Share, open_memory
-from estune.weights.device import training_device
-from estune.weights.policies import POLICIES
-from estune.weights.rebuild import Steps
-
-if TYPE_CHECKING:
-    pass
-
-import logging
-import os
-import queue
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, as_completed
-from dataclasses import replace
-from itertools import repeat
-from pathlib import Path
-from typing import TypeVar
-
-from estune.completion import Completion
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
 from estune.journal.journal import StepRecord
-from estune.pool.base import Description, Evaluated
+from estune.pool.base import Description, Evaluated, Evaluator
+from estune.pool.deadlines import Deadlines, Lost
+from estune.pool.generators import Generators, open_together
+from estune.pool.process import WorkerProcess
 from estune.pool.replica import Replica
+from estune.weights.base import Share, open_memory
+from estune.weights.device import training_device
+from estune.weights.policies import POLICIES
+from estune.weights.rebuild import Steps
 from estune.weights.trained import Drift
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-MOST_LOSSES = 3  # processes that one piece of work may cost
 
+class LocalPool(Generators[Evaluator]):
+    """Replicas that work side by side.
 
-class LocalPool:
-    """Replicas that work side by side, each driven by a thread of this process.
-
-    A process that is lost, killed or stopped, is replaced, and does again what it was to do. Where that was to update
-    its share of a base that all have in common, nobody knows how far it came: the base is made anew, from the last
-    checkpoint of its own type or the base model, and the updates since.
+    One that takes the place of a lost one gets the weights that this had: the updates so far are made again. Where the
+    lost one was to update its share of a base that all have in common, nobody knows how far it came: the base is made
+    anew, from the last checkpoint of its own type or the base model, and the updates since.
 
     Args:
         own: the replica of this process.
         others: those of other processes.
         one_base: they share one base, and each updates its share; otherwise each has its own.
-        threads: as many as there are replicas, if processes were opened in them: they end with them.
+        threads: as for `Generators`.
         memory: file descriptor of the shared base, which processes that come later inherit.
     """
 
@@ -71,18 +57,13 @@ class LocalPool:
         threads: ThreadPoolExecutor | None = None,
         memory: int | None = None,
     ) -> None:
+        super().__init__([own, *others], threads)
         self.own = own
-        self.replicas: list[Evaluator] = [own, *others]
         self._one_base = one_base
         self._memory = memory
         self._updates: list[Update] = []  # that the base has had
         self._fingerprint = ""  # after them
         self._checkpoint: tuple[int, Path] | None = None  # a number of them, and the weights after these
-        self._closed = False
-        self._free: queue.SimpleQueue[Evaluator] = queue.SimpleQueue()
-        for replica in self.replicas:
-            self._free.put(replica)
-        self._threads = threads or ThreadPoolExecutor(len(self.replicas), "replica")
 
     def describe(self) -> Description:
         """As `Pool.describe`."""
@@ -102,19 +83,6 @@ class LocalPool:
         finally:
             for future in futures:
                 future.cancel()
-
-    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """As `Pool.generate`."""
-        futures = [
-            # A batch numbers its rows from 0: a seed of its own keeps sampled rows of two batches apart.
-            self._submit(
-                lambda r, i=i: r.generate(  # type: ignore[misc]
-                    prompt_ids[i : i + EVALUATION_BATCH], replace(sampling, seed=sampling.seed + i)
-                )
-            )
-            for i in range(0, len(prompt_ids), EVALUATION_BATCH)
-        ]
-        return [completion for future in futures for completion in future.result()]
 
     def apply(self, update: Update) -> str:
         """Add an update to the base, or to every replica's; return the fingerprint after it.
@@ -162,10 +130,7 @@ class LocalPool:
 
     def close(self) -> None:
         """End replicas and threads; members not yet begun are dropped."""
-        self._closed = True
-        for replica in self.replicas:
-            replica.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        super().close()
         if self._memory is not None:
             os.close(self._memory)
             self._memory = None
@@ -216,15 +181,9 @@ class LocalPool:
         """Start another process in the place of one that is lost, with the weights that it had before.
 
         Raises:
-            EstuneError: this was the last of too many.
+            EstuneError: this was the last of too many, or the weights do not become what they were.
         """
-        if self._closed or losses >= MOST_LOSSES or not isinstance(replica, WorkerProcess):
-            raise EstuneError(
-                f"{replica} was lost, the last of {losses} for one piece of work: {why}; nothing is lost: resume, or "
-                "use fewer --replicas"
-            ) from why
-        log.warning("%s was lost: %s; another takes its place", replica, why)
-        replica.open()
+        super()._replace(replica, why, losses)
         if self._updates and not self._one_base:
             found = replica.rebuild(self._updates, self._checkpoint)
             if found != self._fingerprint:
@@ -235,27 +194,6 @@ class LocalPool:
                     "sound machine does that; nothing wrong was recorded: resume"
                 )
 
-    def _do(self, replica: Evaluator, work: Callable[[Evaluator], T]) -> T:
-        """Let a replica do something, and what takes its place if it is lost."""
-        losses, why = 0, None
-        while True:
-            try:
-                if why is not None:
-                    self._replace(replica, why, losses)
-                return work(replica)
-            except Lost as error:
-                losses, why = losses + 1, error
-
-    def _submit(self, work: Callable[[Evaluator], T]) -> Future[T]:
-        def run() -> T:
-            replica = self._free.get()
-            try:
-                return self._do(replica, work)
-            finally:
-                self._free.put(replica)
-
-        return self._threads.submit(run)
-
 
 def _try_apply(replica: Evaluator, update: Update) -> int | Lost:
     try:
@@ -264,36 +202,24 @@ def _try_apply(replica: Evaluator, update: Update) -> int | Lost:
         return error
 
 
-def open_local_pool(config: Config, *, perturbs: bool = True) -> LocalPool:
+def open_local_pool(config: Config) -> LocalPool:
     """The replica of this process, and those in processes of their own.
 
-    On a CPU they share one base, which the replica of this process fills. Those that do not perturb have none.
+    On a CPU they share one base, which the replica of this process fills, if the policy keeps one.
 
     Raises:
-        EstuneError: for a model that cannot be had or, if they perturb, trained.
+        EstuneError: for a model that cannot be had or trained.
     """
     count = config.replicas or 1
-    has_base = perturbs and POLICIES[config.weights].keeps_base
-    one_base = has_base and count > 1 and training_device(config.device).type == "cpu"
+    keeps_base = POLICIES[config.weights].keeps_base
+    one_base = keeps_base and count > 1 and training_device(config.device).type == "cpu"
     memory = open_memory() if one_base else None
     shares = [None if memory is None else Share(memory, i, count) for i in range(count)]
     deadlines = Deadlines(config.worker_timeout)
-    workers = [WorkerProcess(config, share, perturbs=perturbs, deadlines=deadlines) for share in shares[1:]]
-    threads = ThreadPoolExecutor(count, "replica")
+    workers = [WorkerProcess(config, share, deadlines=deadlines) for share in shares[1:]]
     try:
-        opened = [threads.submit(worker.open) for worker in workers]
-        own = Replica(config, shares[0], perturbs=perturbs)
-        for worker, future in zip(workers, opened, strict=True):
-            try:
-                future.result()
-            except Lost as error:
-                raise EstuneError(
-                    f"{worker} was lost while it loaded the model: {error}; use fewer --replicas"
-                ) from error
+        own, threads = open_together(lambda: Replica(config, shares[0]), workers)
     except BaseException:
-        for worker in workers:
-            worker.close()
-        threads.shutdown(wait=False, cancel_futures=True)
         if memory is not None:
             os.close(memory)
         raise

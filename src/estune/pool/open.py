@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from estune.config import Config
 from estune.pool.base import Pool
@@ -12,41 +11,43 @@ from estune.weights.checkpoint import Checkpoint, locate, pinned
 from estune.weights.device import chosen_device, training_device
 from estune.weights.policies import POLICIES
 
-if TYPE_CHECKING:
-    pass
-
 # Models above this size share their matrices' rows over all cores; smaller ones do better with one member per core.
 LARGEST_REPLICATED = 256 << 20
 
 
-def with_resources(config: Config, *, perturbs: bool = True) -> Config:
-    """The settings with `device`, `replicas` and `threads` as this machine has them, and a hub id's commit.
+def with_resources(config: Config) -> Config:
+    """The settings to train with: `device`, `replicas` and `threads` as this machine has them, and a hub id's commit.
 
     They are part of a run: another device, or a matrix product shared out over other threads, can change its last bits.
 
-    Args:
-        config: the settings.
-        perturbs: False where weights are only generated with, which more devices can.
+    Raises:
+        EstuneError: for a device that is not there or cannot be trained on, or a model that cannot be had.
+    """
+    if config.workers and config.device == "auto":
+        from estune.pool.ray.cluster import cluster_device
+
+        return _with_device(config, cluster_device(config))
+    return _with_device(config, str(training_device(config.device)))
+
+
+def with_resources_to_generate(config: Config) -> Config:
+    """As `with_resources`, where weights are only generated with, which more devices can.
 
     Raises:
         EstuneError: for a device that is not there, or a model that cannot be had.
     """
-    device = _device(config, perturbs=perturbs)
+    return _with_device(config, str(chosen_device(config.device)))
+
+
+def _with_device(config: Config, device: str) -> Config:
     if device.startswith("cpu"):
         size = sum(t.size for t in Checkpoint(locate(config.model)).tensors.values())
         replicas, threads = share_cores(config, size)
     else:
-        replicas, threads = config.replicas or 1, config.threads or 1
+        replicas = config.replicas or 1
+        threads = config.threads or 1
     found = {"model": pinned(config.model), "device": device, "replicas": replicas, "threads": threads}
     return config.model_copy(update=found)
-
-
-def _device(config: Config, *, perturbs: bool) -> str:
-    if config.workers and config.device == "auto":
-        from estune.pool.ray.pool import cluster_device
-
-        return cluster_device(config)
-    return str((training_device if perturbs else chosen_device)(config.device))
 
 
 def share_cores(config: Config, size: int) -> tuple[int, int]:

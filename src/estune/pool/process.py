@@ -1,4 +1,4 @@
-"""A replica in a process of its own.
+"""A generator or a replica in a process of its own.
 
 On a CPU the threads of one process would wait for each other at the interpreter's lock, between thousands of small
 operations a second. The standard library's managers do the talking: calls of the proxy run in the process. A process of
@@ -25,6 +25,7 @@ from estune.es.strategy import Member, Update
 from estune.files import make_temporary, remove_temporary
 from estune.pool.base import Evaluated
 from estune.pool.deadlines import Deadlines, Lost
+from estune.pool.generator import open_generator
 from estune.pool.replica import Replica
 from estune.weights.base import Share
 
@@ -33,46 +34,40 @@ class _Manager(BaseManager):
     pass
 
 
-def _open(config: Config, share: Share | None, perturbs: bool) -> Replica:
+def _open(config: Config, share: Share | None) -> Replica:
     try:
-        return Replica(config, share, perturbs=perturbs)
+        return Replica(config, share)
     finally:
         if share is not None:
             os.close(share.memory)  # it is mapped, or never will be
 
 
+_Manager.register("Generator", open_generator, exposed=("generate",))
 _Manager.register("Replica", _open, exposed=("evaluate", "generate", "apply", "load", "rebuild"))
 
 
-class WorkerProcess:
-    """A process with a `Replica`, to which calls are passed on; one that is lost can be opened again.
+class GeneratorProcess:
+    """A process with a `Generator`, to which calls are passed on; one that is lost can be opened again.
 
     The process ends with this one, however it ends, and with the thread that opened it. Every call raises what the
-    replica raised, or `Lost` if the process is gone or does not answer in time; it has been killed then.
+    generator raised, or `Lost` if the process is gone or does not answer in time; it has been killed then.
 
     Args:
-        config: the settings of its replica.
-        share: of a base that it shares with other processes; the process inherits the memory.
-        perturbs: as for `Replica`.
+        config: the settings of its generator.
         deadlines: how long to wait for answers; shared by the replicas of a pool.
+        inherited: file descriptors that the process inherits.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        share: Share | None = None,
-        *,
-        perturbs: bool = True,
-        deadlines: Deadlines | None = None,
-    ) -> None:
-        self._config, self._share, self._perturbs = config, share, perturbs
+    def __init__(self, config: Config, *, deadlines: Deadlines | None = None, inherited: Sequence[int] = ()) -> None:
+        self._config = config
         self._deadlines = deadlines or Deadlines(config.worker_timeout)
+        self._inherited = inherited
         self._lock = threading.Lock()
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._late: float | None = None  # seconds that it was waited for in vain
-        self._replica: Any = None
+        self._proxy: Any = None
 
     def __str__(self) -> str:
         return f"the replica of process {self._process.pid}" if self._process else "a replica"
@@ -94,34 +89,13 @@ class WorkerProcess:
                     if self._process is None or self._process.poll() is not None:
                         raise ConnectionError from None
                     time.sleep(0.02)
-            return manager.Replica(self._config, self._share, self._perturbs)  # type: ignore[attr-defined]
+            return self._make(manager)
 
-        self._replica = self._call("open", load)
-
-    def evaluate(
-        self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Evaluated:
-        """As `Replica.evaluate`."""
-        found: Evaluated = self._call("evaluate", lambda: self._replica.evaluate(member, sigma, prompt_ids, sampling))
-        return found
+        self._proxy = self._call("open", load)
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """As `Replica.generate`."""
-        found: list[Completion] = self._call("generate", lambda: self._replica.generate(prompt_ids, sampling))
-        return found
-
-    def apply(self, update: Update) -> int:
-        """As `Replica.apply`."""
-        found: int = self._call("apply", lambda: self._replica.apply(update))
-        return found
-
-    def load(self, checkpoint: Path) -> None:
-        """As `Replica.load`."""
-        self._call("open", lambda: self._replica.load(checkpoint))
-
-    def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None = None) -> str:
-        """As `Replica.rebuild`."""
-        found: str = self._call("rebuild", lambda: self._replica.rebuild(updates, checkpoint), len(updates))
+        """As `Generator.generate`."""
+        found: list[Completion] = self._call("generate", lambda: self._proxy.generate(prompt_ids, sampling))
         return found
 
     def close(self) -> None:
@@ -129,6 +103,10 @@ class WorkerProcess:
         with self._lock:
             self._closed = True
             self._end()
+
+    def _make(self, manager: _Manager) -> Any:
+        """Let the process make what it serves; return a proxy for it."""
+        return manager.Generator(self._config)  # type: ignore[attr-defined]
 
     def _start(self) -> _Manager:
         with self._lock:
@@ -141,7 +119,7 @@ class WorkerProcess:
                 [sys.executable, "-m", "estune.pool.process", socket],
                 stdin=subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C is for the trainer alone
-                pass_fds=() if self._share is None else (self._share.memory,),
+                pass_fds=self._inherited,
             )
             assert self._process.stdin is not None
             self._process.stdin.write(key.hex().encode() + b"\n")
@@ -187,8 +165,46 @@ class WorkerProcess:
             return "its process broke the connection"
 
 
+class WorkerProcess(GeneratorProcess):
+    """As `GeneratorProcess`, with a `Replica`.
+
+    Args:
+        config: the settings of its replica.
+        share: of a base that it shares with other processes; the process inherits the memory.
+        deadlines: as for `GeneratorProcess`.
+    """
+
+    def __init__(self, config: Config, share: Share | None = None, *, deadlines: Deadlines | None = None) -> None:
+        super().__init__(config, deadlines=deadlines, inherited=() if share is None else (share.memory,))
+        self._share = share
+
+    def evaluate(
+        self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Evaluated:
+        """As `Replica.evaluate`."""
+        found: Evaluated = self._call("evaluate", lambda: self._proxy.evaluate(member, sigma, prompt_ids, sampling))
+        return found
+
+    def apply(self, update: Update) -> int:
+        """As `Replica.apply`."""
+        found: int = self._call("apply", lambda: self._proxy.apply(update))
+        return found
+
+    def load(self, checkpoint: Path) -> None:
+        """As `Replica.load`."""
+        self._call("open", lambda: self._proxy.load(checkpoint))
+
+    def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None = None) -> str:
+        """As `Replica.rebuild`."""
+        found: str = self._call("rebuild", lambda: self._proxy.rebuild(updates, checkpoint), len(updates))
+        return found
+
+    def _make(self, manager: _Manager) -> Any:
+        return manager.Replica(self._config, self._share)  # type: ignore[attr-defined]
+
+
 def main() -> None:
-    """Serve a replica at the socket named on the command line until standard input ends."""
+    """Serve a generator or a replica at the socket named on the command line until standard input ends."""
     die_with_thread()  # stopped, it could not notice that its input ends
     key = bytes.fromhex(sys.stdin.readline())
     end_with_parent(with_thread=False)

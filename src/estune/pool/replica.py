@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.memory import memory_for, total_memory
+from estune.engines.score import divergence
 from estune.engines.transformers import TransformersEngine
 from estune.es.strategy import Member, Update
 from estune.journal.identity import model_files
 from estune.pool.base import Description, Evaluated
+from estune.pool.generator import Generator, open_transformers, set_up_process, sharers
 from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint, locate
-from estune.weights.device import chosen_device, training_device
+from estune.weights.device import training_device
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.policies import POLICIES
 from estune.weights.rebuild import Steps
@@ -30,71 +29,34 @@ from estune.weights.storage import flat, type_name
 from estune.weights.trained import Drift, TrainedWeights
 from estune.weights.weights import Weights
 
-if TYPE_CHECKING:
-    from estune.engines.vllm.engine import VllmEngine
 
-
-LARGEST_EXPONENT = 700.0  # of e, in a float
-
-
-class Replica:
-    """A model of its own, perturbed around a base of its own or one that it shares.
+class Replica(Generator):
+    """A generator whose weights are perturbed, around a base of its own or one that it shares.
 
     Around the same base two replicas give the same completions.
 
     Args:
         config: the settings; `config.threads` is the number of CPU threads to compute with.
         share: of a base that it shares with other processes. One of them fills it, and must have before any perturbs.
-        perturbs: False for a replica that only generates. It has no `weights`, and any device and types will do.
 
     Raises:
-        EstuneError: for a model that cannot be had or, if it `perturbs`, trained.
+        EstuneError: for a model that cannot be had or trained.
     """
 
-    def __init__(self, config: Config, share: Share | None = None, *, perturbs: bool = True) -> None:
-        disable_progress_bar()  # transformers' own, which would stand in the middle of ours
-        torch.set_num_threads(config.threads or 1)
+    def __init__(self, config: Config, share: Share | None = None) -> None:
+        set_up_process(config)
         self.checkpoint = Checkpoint(locate(config.model))
-        self._device = (training_device if perturbs else chosen_device)(config.device)
-        self._perturbs = perturbs
-        self.engine: TransformersEngine | VllmEngine
+        self._device = training_device(config.device)
         self.weights: TrainedWeights
         if config.engine == "vllm":
             from estune.engines.vllm.weights import open_vllm
 
-            self.engine, weights = open_vllm(self.checkpoint, config, perturbs=perturbs)
-            if weights is not None:
-                self.weights = weights
-            return
-        self.engine = TransformersEngine(
-            self.checkpoint.path,
-            dtype=config.dtype,
-            device=str(self._device),
-            batch_size=config.batch_size,
-            cuda_graphs=config.cuda_graphs,
-            sharers=self._sharers(config),
-        )
-        if perturbs:
-            self.weights = self._open_weights(self.engine, config, share)
-
-    def _open_weights(self, engine: TransformersEngine, config: Config, share: Share | None) -> Weights:
-        parameters = trained_parameters(engine.model, self.checkpoint.tensors, config.train_parameters)
-        live = sum(p.nbytes for p in engine.model.parameters())
-        on_host = self._keeps_base_on_host(config, parameters, live)
-        remedy = _less_base(self._device, on_host=on_host)
-        with memory_for("the base that is kept beside the live weights", remedy):
-            weights = Weights(
-                parameters,
-                policy=config.weights,
-                rounding=config.rounding,
-                noise=config.noise,
-                threads=config.threads or 1,
-                base_on_host=on_host,
-                share=share,
-            )
-        if weights.rule.how.base_dtype is not None:
-            weights.load(self.checkpoint)  # the engine may hold it rounded
-        return weights
+            vllm, self.weights = open_vllm(self.checkpoint, config)
+            super().__init__(vllm)
+        else:
+            engine = open_transformers(self.checkpoint, config, self._device)
+            self.weights = open_weights(engine, self.checkpoint, config, share)
+            super().__init__(engine)
 
     def evaluate(
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
@@ -109,9 +71,8 @@ class Replica:
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """Generate with the base weights."""
-        if self._perturbs:
-            self.weights.restore()
-        return self.engine.generate(prompt_ids, sampling)
+        self.weights.restore()
+        return super().generate(prompt_ids, sampling)
 
     def apply(self, update: Update) -> int:
         """Add an update to the base, or to its share of it; return the sum of the hashes of that after it."""
@@ -158,10 +119,9 @@ class Replica:
 
         Returns:
             `weights/change`: norm of the change; `weights/relative_change`: the same over the norm of the base model's
-            weights; `kl`: mean over the completions' tokens of the divergence from the base model in nats, estimated as
-            r - 1 - log r with r the base model's probability over the present one (Schulman's k3, as in TRL). It needs
-            the base model's weights in place, which nothing brings back where no base is kept: there is no `kl` there.
-            What is not finite, as with weights that are far gone, is left out.
+            weights; `kl`: divergence from the base model in nats a token, over the completions. For it the base model's
+            weights are put in the place of the live ones. Where no base is kept, nothing would bring these back: there
+            is no `kl` there. What is not finite, as with weights that are far gone, is left out.
         """
         self.weights.restore()  # where no base is kept, the live weights are it
         difference, norm = self.weights.change(self.checkpoint)
@@ -171,32 +131,57 @@ class Replica:
             self.weights.show(self.checkpoint)
             base = self.engine.score(prompt_ids, completion_ids)
             self.weights.restore()
-            pairs = zip(itertools.chain(*base), itertools.chain(*now), strict=True)
-            logs = [of_base - of_now for of_base, of_now in pairs]
-            if logs and max(logs) < LARGEST_EXPONENT:
-                found["kl"] = math.fsum(math.expm1(d) - d for d in logs) / len(logs)
+            found["kl"] = divergence(now, base)
         return {key: value for key, value in found.items() if math.isfinite(value)}
 
     def drift(self) -> Drift | None:
         """What restoring left behind since the last update; None where it leaves nothing."""
         return self.weights.drift()
 
-    def close(self) -> None:
-        """End what the engine has started. A model in this process goes with the last reference."""
-        self.engine.close()
 
-    def _sharers(self, config: Config) -> int:
-        """Engines on this one's device. On a CPU, whose memory is seldom what is short, it does not matter."""
-        return 1 if self._device.type == "cpu" else max(config.replicas or 1, config.workers_per_gpu)
+def open_weights(
+    engine: TransformersEngine, checkpoint: Checkpoint, config: Config, share: Share | None = None
+) -> Weights:
+    """The weights of an engine, made ready to train.
 
-    def _keeps_base_on_host(self, config: Config, parameters: Sequence[Parameter], live: int) -> bool:
-        policy = POLICIES[config.weights]
-        if self._device.type == "cpu" or not policy.keeps_base:
-            return False
-        memory = total_memory(self._device) // self._sharers(config)
-        tensors = [flat(p.tensor) for p in parameters]  # refuses types that there are no kernels for
-        base = sum(policy.base_bytes(len(t), type_name(t.dtype)) for t in tensors)
-        return keeps_base_on_host(config.base_device, base=base, live=live, memory=memory)
+    Args:
+        engine: whose weights they are.
+        checkpoint: that they come from.
+        config: the settings.
+        share: as for `Replica`.
+
+    Raises:
+        EstuneError: for weights that cannot be trained, or a lack of memory for the base.
+    """
+    parameters = trained_parameters(engine.model, checkpoint.tensors, config.train_parameters)
+    on_host = _keeps_base_on_host(engine, config, parameters)
+    remedy = _less_base(engine.device, on_host=on_host)
+    with memory_for("the base that is kept beside the live weights", remedy):
+        weights = Weights(
+            parameters,
+            policy=config.weights,
+            rounding=config.rounding,
+            noise=config.noise,
+            threads=config.threads or 1,
+            base_on_host=on_host,
+            share=share,
+        )
+    if weights.rule.how.base_dtype is not None:
+        weights.load(checkpoint)  # the engine may hold it rounded
+    return weights
+
+
+def _keeps_base_on_host(engine: TransformersEngine, config: Config, parameters: Sequence[Parameter]) -> bool:
+    policy = POLICIES[config.weights]
+    if engine.device.type == "cpu" or not policy.keeps_base:
+        return False
+    tensors = [flat(p.tensor) for p in parameters]  # refuses types that there are no kernels for
+    return keeps_base_on_host(
+        config.base_device,
+        base=sum(policy.base_bytes(len(t), type_name(t.dtype)) for t in tensors),
+        live=sum(p.nbytes for p in engine.model.parameters()),
+        memory=total_memory(engine.device) // sharers(config, engine.device),
+    )
 
 
 def _less_base(device: torch.device, *, on_host: bool) -> str:

@@ -47,8 +47,8 @@ def evaluate_model(
             code of others, or a task has no held-out set.
     """
     from estune.engines.loading import open_encoder
-    from estune.pool.local import open_local_pool
-    from estune.pool.open import with_resources
+    from estune.pool.generators import open_generators
+    from estune.pool.open import with_resources_to_generate
     from estune.run.graded import write_completions
     from estune.run.held_out import HeldOut
 
@@ -64,7 +64,7 @@ def evaluate_model(
         refuse_changed_model(journal, find_checkpoint(model), accept=accept_changes)
     task = task or config.task.build(config.seed)
     config = config.model_copy(update={"model": str(find_checkpoint(model)), "workers": None})
-    config = with_resources(config, perturbs=False)
+    config = with_resources_to_generate(config)
     encoder, metrics, records = open_encoder(config), dict[str, float](), list[dict[str, Any]]()
     with ExitStack() as opened:
         held_out = []
@@ -73,7 +73,7 @@ def evaluate_model(
                 raise EstuneError(f"task {each.name} has no evaluation set: give it one, or another task")
             held_out.append(HeldOut(each, config, encoder))
             opened.callback(held_out[-1].close)
-        pool = open_local_pool(config, perturbs=False)
+        pool = open_generators(config)
         opened.callback(pool.close)
         for which in held_out:
             found, graded = which.evaluate(pool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from estune.completion import Sampling
@@ -12,12 +12,13 @@ from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
 from estune.grading.convention import Row
 from estune.grading.grading import Grading
-from estune.pool.base import Pool
+from estune.pool.base import Generating
 from estune.run.graded import Graded, evaluation_metrics
 from estune.run.make import make_grading, make_sampling
 from estune.tasks.base import Task
 from estune.tasks.preflight import FULL_MARKS
 
+Compare = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], dict[str, float]]
 COMPARED = 64  # completions of an evaluation that are scored by the base model too
 
 
@@ -40,27 +41,27 @@ class HeldOut:
         self._sampling = evaluation_sampling(config)
         self.prompt_ids = encode_rows(encoder, dict(enumerate(task.evaluation)), "evaluation row", self._sampling)
 
-    def evaluate(self, pool: Pool, *, compare: bool = False) -> tuple[dict[str, float], Graded]:
+    def evaluate(self, generator: Generating, *, compare: Compare | None = None) -> tuple[dict[str, float], Graded]:
         """Metrics with `eval_` before them, and what they are made of: each prompt's completions, one after another.
 
         Args:
-            pool: whose base weights are evaluated.
-            compare: tell how far they have come from the base model.
+            generator: whose weights are evaluated.
+            compare: `Pool.compare`, to tell how far they have come from the base model.
 
         Raises:
             EstuneError: where the reward cannot be told.
         """
         rows = [row for row in self.task.evaluation for _ in range(self._count)]
         prompt_ids = [ids for ids in self.prompt_ids for _ in range(self._count)]
-        completions = pool.generate(prompt_ids, self._sampling)
+        completions = generator.generate(prompt_ids, self._sampling)
         graded = Graded(rows, completions, self._grading.grade(rows, completions))
         metrics = evaluation_metrics(self.task, graded)
         if self._count > 1:
             metrics |= pass_metrics(solved(self.task, graded), self._count)
-        if compare:
+        if compare is not None:
             chosen = range(0, len(rows), max(1, len(rows) // COMPARED))
             ids = [prompt_ids[i] for i in chosen], [completions[i].token_ids for i in chosen]
-            metrics |= {f"eval_{key}": value for key, value in pool.compare(*ids).items()}
+            metrics |= {f"eval_{key}": value for key, value in compare(*ids).items()}
         return metrics, graded
 
     def close(self) -> None:

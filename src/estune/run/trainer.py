@@ -367,7 +367,8 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         if not self.task.evaluation or any(e.step == step for e in self.journal.evaluations):
             return  # nothing to evaluate on, or the run was cut off after this evaluation, and goes on from here
-        found, graded = self.held_out.evaluate(self.pool, compare=self.config.compare_with_base)
+        compare = self.pool.compare if self.config.compare_with_base else None
+        found, graded = self.held_out.evaluate(self.pool, compare=compare)
         metrics = {"step": step, **found}
         for name, watched in self.watched.items():
             found, completed = watched.evaluate(self.pool)

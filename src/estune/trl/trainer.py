@@ -17,8 +17,8 @@ from estune.errors import EstuneError
 from estune.files import make_temporary, remove, remove_temporary, replacing, write_text
 from estune.grading.convention import reward_name
 from estune.journal.journal import FILE
-from estune.pool.local import open_local_pool
-from estune.pool.open import with_resources
+from estune.pool.generators import open_generators
+from estune.pool.open import with_resources_to_generate
 from estune.run.directory import BASE, RunDirectory, default_path, refuse_used
 from estune.run.held_out import HeldOut
 from estune.run.monitors import default_monitors
@@ -215,11 +215,11 @@ class ESTrainer:
             group=EVAL_SET if isinstance(given, Mapping) else None,
         )
         config = self.config.model_copy(update={"model": str(self._trained() or self._base()), "workers": None})
-        config = with_resources(config, perturbs=False)
+        config = with_resources_to_generate(config)
         with ExitStack() as opened:
             held_out = HeldOut(task, config, open_encoder(config))
             opened.callback(held_out.close)
-            pool = open_local_pool(config, perturbs=False)
+            pool = open_generators(config)
             opened.callback(pool.close)
             found, _ = held_out.evaluate(pool)
         metrics = {f"{metric_key_prefix}_{key.removeprefix('eval_')}": value for key, value in found.items()}

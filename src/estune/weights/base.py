@@ -62,9 +62,10 @@ def open_memory() -> int:
 
 
 def share_of(runs: Sequence[Run], share: Share) -> list[Run]:
-    """A replica's share of the base: one stretch of all runs laid end to end."""
+    """A replica's share of the base: one stretch of all runs laid end to end, whose ends can lie within runs."""
     first, end = share.stretch(sum(len(run.live) for run in runs))
-    found, position = [], 0
+    found = []
+    position = 0
     for run in runs:
         start, stop = max(first - position, 0), min(end - position, len(run.live))
         if start < stop:
@@ -76,9 +77,13 @@ def share_of(runs: Sequence[Run], share: Share) -> list[Run]:
 def make_base(
     live: Sequence[Tensor], dtype: torch.dtype | None, *, on_host: bool, share: Share | None = None
 ) -> list[Tensor]:
-    """Copies of flat tensors, as `dtype` if given: beside them, in pinned host memory, or in shared memory.
+    """Copies of weights: beside them, in pinned host memory, or in shared memory.
 
-    Shared memory is left as it is, unless this replica is the one that fills it.
+    Args:
+        live: flat tensors, `[elements]` each, all on one device.
+        dtype: type of the copies; each tensor's own if None.
+        on_host: make them in pinned host memory.
+        share: of shared memory, which is left as it is unless this replica is the one that fills it.
     """
     shapes = [(t.numel(), dtype or t.dtype) for t in live]
     if share is not None:
@@ -115,7 +120,8 @@ def _pinned(size: int) -> npt.NDArray[np.uint8]:
     PyTorch's pinned allocator rounds every tensor up to a power of two, which can double the memory that a base takes.
     """
     memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # pages of its own, as pages are what is pinned
-    address, cuda = memory.ctypes.data, torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = memory.ctypes.data
+    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     torch.cuda.check_error(cuda.cudaHostRegister(address, memory.nbytes, 0))
     weakref.finalize(memory, cuda.cudaHostUnregister, address).atexit = False  # the system does it then
     return memory
@@ -124,7 +130,8 @@ def _pinned(size: int) -> npt.NDArray[np.uint8]:
 def _carve(shapes: Sequence[tuple[int, torch.dtype]], allocate: Callable[[int], npt.NDArray[np.uint8]]) -> list[Tensor]:
     """Flat tensors of these lengths and types, one after another in memory of so many bytes."""
     sizes = [-(-elements * dtype.itemsize // 256) * 256 for elements, dtype in shapes]
-    whole, ends = torch.from_numpy(allocate(sum(sizes))), itertools.accumulate(sizes)
+    whole = torch.from_numpy(allocate(sum(sizes)))
+    ends = itertools.accumulate(sizes)
     return [
         whole[end - size : end - size + elements * dtype.itemsize].view(dtype)
         for end, size, (elements, dtype) in zip(ends, sizes, shapes, strict=True)

@@ -299,14 +299,19 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def widen(stored: Array) -> npt.NDArray[np.float32]:
-    """Stored elements as float32. bfloat16 comes as its bits in uint16."""
+    """Stored elements, of any shape, as float32 of the same. bfloat16 comes as its bits in uint16."""
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return stored.astype(np.float32, copy=False)
 
 
 def narrow(values: npt.NDArray[np.float32], dtype: str) -> Array:
-    """float32 as stored elements, to nearest, ties to even."""
+    """float32 of any shape as stored elements, to nearest, ties to even.
+
+    Args:
+        values: C-contiguous.
+        dtype: safetensors' name: F32, F16, or BF16, whose bits come as uint16.
+    """
     if dtype == "BF16":
         bits = values.view(np.uint32)
         parity = (bits >> np.uint32(16)) & np.uint32(1)

@@ -104,7 +104,8 @@ class Steps:
             return weights, cpu.fingerprint(weights, key, start)
 
         def runs() -> Iterator[Array]:
-            total, workers = 0, _cores()
+            total = 0
+            workers = _cores()
             starts = range(0, tensor.elements, RUN_LENGTH)
             with ThreadPoolExecutor(workers) as threads:
                 for i in range(0, len(starts), workers):

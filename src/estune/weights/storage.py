@@ -38,9 +38,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Part of one parameter, its live weights and its base: flat tensors, or arrays of the CPU's kernels.
+    """Part of one parameter, its live weights and its base.
 
-    Base and live weights are the same where nothing is kept beside the live weights.
+    They are flat, `[elements]`: tensors, or arrays as the CPU's kernels take them. Base and live weights are the same
+    where nothing is kept beside the live weights.
     """
 
     live: Any
@@ -68,7 +69,8 @@ class Run:
         if self.rows is None:
             yield self
             return
-        (width, pitch, skip), done = self.rows, 0
+        width, pitch, skip = self.rows
+        done = 0
         while done < len(self.live):
             row, column = divmod(skip + done, width)
             end = min(done + width - column, len(self.live))
@@ -225,14 +227,18 @@ class StreamedStorage(DeviceStorage):
 
 def open_storage(runs: Sequence[Run], threads: int) -> Storage:
     """The storage for tensors that lie where these do."""
-    live, base = runs[0].live.device.type, runs[0].base.device.type
+    live = runs[0].live.device.type
+    base = runs[0].base.device.type
     if live == "cpu":
         return CpuStorage(runs, threads)
     return DeviceStorage(runs) if base == live else StreamedStorage(runs)
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """The tensor's own memory, flat.
+    """The tensor's own memory, `[elements]`, row-major.
+
+    Args:
+        tensor: contiguous, of any shape.
 
     Raises:
         EstuneError: for a type or device without kernels.
@@ -250,7 +256,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def as_array(tensor: Tensor) -> Array:
-    """The own memory of a tensor on the CPU as a flat array: bfloat16's bits as uint16, other types as they are."""
+    """The own memory of a tensor on the CPU as an array, `[elements]`: bfloat16's bits as uint16, else its own type."""
     elements = flat(tensor)
     array: Array = (elements.view(torch.uint16) if tensor.dtype == torch.bfloat16 else elements).numpy()
     return array

@@ -86,7 +86,7 @@ class Weights:
 
     @property
     def base(self) -> dict[str, Array]:
-        """The base of whole tensors by name, as flat arrays: its own memory, or a copy of what lies on a device."""
+        """The base of whole tensors by name, `[elements]` each: its own memory, or a copy of what lies on a device."""
         return {p.name: as_array(t.cpu()) for p, t in zip(self.parameters, self._base, strict=True)}
 
     @property
@@ -151,7 +151,11 @@ class Weights:
         return {name: reader(base) for p, base in pairs for name in (p.name, *p.aliases)}
 
     def rows(self, name: str, first: int, count: int) -> list[tuple[int, int, Array]]:
-        """What is counted here of some rows of a tensor's base: each part's first row, first column and 2-d array."""
+        """What is counted here of `count` rows of a tensor's base, from row `first` on.
+
+        Returns:
+            Its parts: first row, first column and elements, `[rows, columns]`.
+        """
         found = []
         for p, base in zip(self.parameters, self._base, strict=True):
             part = p.part
@@ -169,7 +173,8 @@ class Weights:
         if not self._fills:
             return
         for p, base in zip(self.parameters, self._base, strict=True):
-            stored, start = checkpoint.tensors[p.name], 0
+            stored = checkpoint.tensors[p.name]
+            start = 0
             for values in _read(stored, p.part):
                 part = base[start : start + len(values)]
                 part.copy_(torch.from_numpy(narrow(values, DTYPES[self.rule.dtype])).view(base.dtype))
@@ -184,7 +189,8 @@ class Weights:
         Only where a base is kept: otherwise there is nothing to restore from.
         """
         for p in self.parameters:
-            live, start = flat(p.tensor), 0
+            live = flat(p.tensor)
+            start = 0
             for values in _read(checkpoint.tensors[p.name], p.part):
                 part = live[start : start + len(values)]
                 part.copy_(torch.from_numpy(narrow(values, DTYPES[type_name(live.dtype)])).view(live.dtype))

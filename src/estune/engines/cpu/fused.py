@@ -96,7 +96,8 @@ class FusedDecoder:
         self._addresses = [parameter.data_ptr() for parameter in model.parameters()]
         # A tokenizer's end token can be one that the model has no logit for.
         self._is_end = np.isin(np.arange(model.config.vocab_size), list(end_ids))
-        self._table, self._head = model.model.embed_tokens.weight, model.lm_head.weight
+        self._table = model.model.embed_tokens.weight
+        self._head = model.lm_head.weight
         self._final_norm = _array(model.model.norm.weight)
         self._eps = np.float32(model.model.norm.variance_epsilon)
         attention = model.model.layers[0].self_attn
@@ -113,20 +114,27 @@ class FusedDecoder:
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> torch.Tensor:
-        """Complete one batch; as `Decoder.run`."""
+        """Complete one batch; as `Decoder.run`.
+
+        What all prompts begin with is computed first, then the rest of each, then token after token of those that have
+        not ended.
+        """
         now = [parameter.data_ptr() for parameter in self.model.parameters()]
         assert now == self._addresses, "a parameter is elsewhere now: weights may change in place only"
-        lengths, new = np.array([len(prompt) for prompt in prompts]), sampling.max_new_tokens
+        lengths = np.array([len(prompt) for prompt in prompts])
+        new = sampling.max_new_tokens
         shared = common_prefix(prompts) if len(prompts) > 1 else 0
         self._reach(int(lengths.max()) + new)
         prefix = self._cache("prefix", 1, shared)
         cache = self._cache("rows", len(prompts), int(lengths.max()) - shared + new)
         for start in range(0, shared, PREFILL_TOKENS):
             positions = np.arange(start, min(start + PREFILL_TOKENS, shared))
-            places, ids = Places.of(np.zeros_like(positions), positions), np.array(prompts[0])[positions]
+            places = Places.of(np.zeros_like(positions), positions)
+            ids = np.array(prompts[0])[positions]
             self._forward(ids, places, places, prefix, self._cache("none", 1, 0), 0, last=positions[:0])
         hidden = self._prefill(prompts, shared, cache, prefix)
-        rows, numbers = np.arange(len(prompts)), torch.tensor(list(indices), dtype=torch.int64)
+        rows = np.arange(len(prompts))
+        numbers = torch.tensor(list(indices), dtype=torch.int64)
         out = np.zeros((len(prompts), new), np.int64)
         out[:, 0] = token = self._choose(hidden, numbers, 0, sampling)
         for step in range(1, new):
@@ -144,11 +152,13 @@ class FusedDecoder:
 
         Prompts that begin alike are computed once as far as they do, and cached in the row of each.
         """
-        tree, found = self._tree(tuple(map(tuple, prompts)), shared), []
+        tree = self._tree(tuple(map(tuple, prompts)), shared)
+        found = []
         for start in range(0, len(tree.ids), PREFILL_TOKENS):
             stop = start + PREFILL_TOKENS
             ends = tree.leaves[(tree.leaves >= start) & (tree.leaves < stop)] - start
-            nodes, cached = tree.nodes.between(start, stop), tree.cached.between(start, stop)
+            nodes = tree.nodes.between(start, stop)
+            cached = tree.cached.between(start, stop)
             found.append(self._forward(tree.ids[start:stop], nodes, cached, cache, prefix, shared, ends))
         return torch.cat(found)[torch.from_numpy(np.searchsorted(tree.leaves, tree.last))]
 
@@ -165,11 +175,22 @@ class FusedDecoder:
         """The last hidden states, normalized, `[tokens, hidden]`: of tokens `last`, or of all.
 
         Each token sees the positions of its row up to its own, once all have been cached where `cached` says.
+
+        Args:
+            ids: the tokens, `[tokens]`.
+            places: the cache row that each looks back on, and its position.
+            cached: where their keys and values go: a token that several prompts share goes into the row of each.
+            cache: of what each row has of its own, from position `shared` on.
+            prefix: of the first `shared` positions, which all rows have in common.
+            last: numbers of the tokens whose hidden states are wanted.
         """
+        # x, float32, is the residual stream. What a block adds to it waits as `change`, to be added in one pass with
+        # the normalization that follows.
         x = torch.empty(len(ids), self._table.shape[1])
         self._run(kernels.embed, (ids, _array(x)), _array(self._table))
         change: torch.Tensor | None = None
         for number, layer in enumerate(self._layers):
+            # Queries, keys and values of all heads, by one product.
             qkv = linear(self._normalized(x, change, layer.input_norm), layer.qkv, layer.qkv_bias)
             caches = cache.keys[number], cache.values[number]
             rotation = self._cos, self._sin
@@ -177,8 +198,12 @@ class FusedDecoder:
                 self._append, (cached.tokens, cached.rows, cached.positions),
                 _array(qkv), *rotation, layer.key_norm, self._eps, *caches, shared,
             )  # fmt: skip
+            # All that the last layer's other tokens were for is cached now.
             if last is not None and number == len(self._layers) - 1:
-                x, qkv, places = x[last], qkv[last], Places.of(places.rows[last], places.positions[last])
+                x = x[last]
+                qkv = qkv[last]
+                places = Places.of(places.rows[last], places.positions[last])
+            # Attention, then the feed-forward layer.
             mixed = qkv.new_empty(len(x), self._width)
             self._run(
                 self._attend, (_array(qkv), places.rows, places.positions, _array(mixed)),
@@ -192,7 +217,8 @@ class FusedDecoder:
         return self._normalized(x, change, self._final_norm)
 
     def _normalized(self, x: torch.Tensor, change: torch.Tensor | None, weight: Array) -> torch.Tensor:
-        """Add `change` to the residual stream, and return it normalized, in the model's type."""
+        """Add `change` to the residual stream, and return it normalized: `[tokens, hidden]` all, the last in the
+        model's type."""
         out = torch.empty(x.shape, dtype=self._table.dtype)
         if change is None:
             self._run(kernels.normalize, (_array(x), _array(out)), weight, self._eps)
@@ -201,10 +227,11 @@ class FusedDecoder:
         return out
 
     def _choose(self, hidden: torch.Tensor, number: torch.Tensor, step: int, sampling: Sampling) -> Array:
-        """Each row's next token."""
+        """Each row's next token, `[rows]`, of hidden states `[rows, hidden]` and the prompts' numbers `[rows]`."""
         if sampling.temperature:
             return choose(linear(hidden, self._head), sampling, number, step).numpy()
-        best, token = np.full(len(hidden), -np.inf, np.float32), np.zeros(len(hidden), np.int64)
+        best = np.full(len(hidden), -np.inf, np.float32)
+        token = np.zeros(len(hidden), np.int64)
         first = 0
         for part in torch.tensor_split(self._head, math.ceil(len(self._head) / HEAD_ROWS)):
             self._run(kernels.running_argmax, (_array(linear(hidden, part)), best, token), first)

@@ -24,7 +24,7 @@ _ABSENT = np.float32(-3e38)  # the score of a slot that is not there
 
 @_jit
 def embed(ids, x, table):
-    """`x = table[ids]`."""
+    """`x = table[ids]`: `ids` `[tokens]`, `table` `[vocabulary, width]`."""
     width = x.shape[1]
     for t in range(ids.size):
         for i in range(0, width, WIDTH):
@@ -50,6 +50,7 @@ def add_normalize(x, change, out, weight, eps):
 
 @_jit
 def _normalize(x, at, width, weight, eps, out, to):
+    """Normalize `width` elements of `x` from `at` on into `out` from `to` on, both taken as flat."""
     squares = splat(_ZERO)
     for i in range(0, width, WIDTH):
         value = load(x, at + i)
@@ -62,7 +63,9 @@ def _normalize(x, at, width, weight, eps, out, to):
 @_jit
 def gate(both, out):
     """`out = silu(g) * u` for `both = [g, u]`, `[tokens, 2 * width]` (SwiGLU, arXiv 2002.05202)."""
-    width, zero, one = out.shape[1], splat(_ZERO), splat(_ONE)
+    width = out.shape[1]
+    zero = splat(_ZERO)
+    one = splat(_ONE)
     for t in range(out.shape[0]):
         for i in range(0, width, WIDTH):
             g, u = load(both, 2 * t * width + i), load(both, (2 * t + 1) * width + i)
@@ -71,10 +74,14 @@ def gate(both, out):
 
 @_jit
 def running_argmax(logits, best, token, first):
-    """Note where `logits`, those of tokens `first` and up, exceed the `best` so far; the earliest wins a tie."""
+    """Note where `logits` exceed the `best` so far; the earliest token wins a tie.
+
+    `logits` `[rows, width]` are those of tokens `first` to `first + width - 1`; `best` and `token` are `[rows]`.
+    """
     width = logits.shape[1]
     for t in range(logits.shape[0]):
         at = t * width
+        # The largest of the row; its last vector may overlap with the one before, as the width may be any.
         top = load(logits, at + width - WIDTH)
         for i in range(0, width - WIDTH, WIDTH):
             top = maximum(top, load(logits, at + i))
@@ -82,6 +89,7 @@ def running_argmax(logits, best, token, first):
         if not highest > best[t]:
             continue
         best[t] = highest
+        # Rarely reached: look where it is.
         for i in range(width):
             if element(logits, at + i) == highest:
                 token[t] = first + i
@@ -116,13 +124,15 @@ def attention_kernels(group: int, dim: int) -> tuple[Callable[..., None], Callab
 def _append(tokens, rows, positions, qkv, group, dim, cos, sin, norm, eps, keys, values, shared):
     """Cache the keys and values of rows `tokens` of `qkv` in slots `positions - shared` of cache rows `rows`."""
     heads, slots = values.shape[1:3]
-    rotated, stored = np.empty(dim, np.float32), np.empty(dim, keys.dtype)
+    rotated = np.empty(dim, np.float32)
+    stored = np.empty(dim, keys.dtype)
     for n in range(rows.size):
         slot = positions[n] - shared
         for head in range(heads):
             at = tokens[n] * qkv.shape[1] + (heads * group + head) * dim
             _rotate(qkv, at, positions[n], dim, cos, sin, norm, eps, _ONE, rotated, 0)
             to = ((rows[n] * heads + head) * slots + slot) * dim
+            # A slot's key is a column of its block of sixteen slots, its value a row.
             for i in range(0, dim, WIDTH):
                 store(stored, i, load(rotated, i))
                 store(values, to + i, load(qkv, at + heads * dim + i))
@@ -136,19 +146,25 @@ def _attend(
 ):
     """`out` = each token's attention over positions up to its own of its row, `[tokens, heads * group * dim]`."""
     heads, slots = values.shape[1:3]
-    prefix_slots, scale = prefix_values.shape[2], np.float32(1 / np.sqrt(dim))
-    q, mixed = np.empty((group, dim), np.float32), np.empty(dim, np.float32)
+    prefix_slots = prefix_values.shape[2]
+    scale = np.float32(1 / np.sqrt(dim))
+    q = np.empty((group, dim), np.float32)
+    mixed = np.empty(dim, np.float32)
     scores = np.empty((group, prefix_slots + slots), np.float32)
     for t in range(rows.size):
         own = positions[t] + 1 - shared
         for head in range(heads):
             at = t * qkv.shape[1] + head * group * dim
+            # 1. The queries that share this key head, rotated, and scaled by 1 / sqrt(dim).
             for g in range(group):
                 _rotate(qkv, at + g * dim, positions[t], dim, cos, sin, norm, eps, scale, q, g * dim)
-            cache, prefix = (rows[t] * heads + head) * slots * dim, head * prefix_slots * dim
+            cache = (rows[t] * heads + head) * slots * dim
+            prefix = head * prefix_slots * dim
+            # 2. Their scores with all keys: the prefix', then the row's own, which begin at a multiple of sixteen.
             _score(q, group, dim, prefix_keys, prefix, shared, scores, 0)
             _score(q, group, dim, keys, cache, own, scores, prefix_slots)
             for g in range(group):
+                # 3. Softmax, its division left to the end, and the values mixed by it.
                 share = g * scores.shape[1]
                 factor = _ONE / _soften(scores, share, prefix_slots + own)
                 to = (t * heads + head) * group * dim + g * dim
@@ -162,7 +178,9 @@ def _attend(
 
 @_jit
 def _rotate(qkv, at, position, dim, cos, sin, norm, eps, scale, out, to):
-    half, factor = dim // 2, splat(scale)
+    """Normalize a head's query or key, `dim` elements of `qkv` from `at` on, if it has a norm; rotate and scale it."""
+    half = dim // 2
+    factor = splat(scale)
     if norm.size:
         _normalize(qkv, at, dim, norm, eps, out, to)
     else:
@@ -178,6 +196,7 @@ def _rotate(qkv, at, position, dim, cos, sin, norm, eps, scale, out, to):
 @_jit
 def _score(q, group, dim, keys, cache, count, scores, to):
     """`scores[g, to:to + count] = q[g] @ keys[:, :count]`, and absent up to the next sixteen slots."""
+    # Sixteen slots at a time, and two sums, so that one multiplication does not wait for the one before.
     for s in range(0, count, WIDTH):
         for g in range(group):
             even, odd = splat(_ZERO), splat(_ZERO)
@@ -191,7 +210,8 @@ def _score(q, group, dim, keys, cache, count, scores, to):
 @_jit
 def _soften(scores, at, count):
     """Replace `count` scores by exp(score - largest); return their sum."""
-    top, sums = splat(_ABSENT), splat(_ZERO)
+    top = splat(_ABSENT)
+    sums = splat(_ZERO)
     for s in range(at, at + count, WIDTH):
         top = maximum(top, load(scores, s))
     top = splat(largest(top))
@@ -205,6 +225,7 @@ def _soften(scores, at, count):
 @_jit
 def _mix(scores, at, factor, values, cache, count, dim, out):
     """`out += factor * scores[at:at + count] @ values[:count]`, of arrays taken as flat."""
+    # Two vectors of the head and two slots at a time: four sums, none of which waits for another.
     for i in range(0, dim, 2 * WIDTH):
         a, b, c, d = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
         for s in range(0, count - 1, 2):
@@ -213,7 +234,8 @@ def _mix(scores, at, factor, values, cache, count, dim, out):
             a, b = fma(one, load(values, v), a), fma(one, load(values, v + WIDTH), b)
             c, d = fma(two, load(values, v + dim), c), fma(two, load(values, v + dim + WIDTH), d)
         if count % 2:
-            one, v = splat(element(scores, at + count - 1)), cache + (count - 1) * dim + i
+            one = splat(element(scores, at + count - 1))
+            v = cache + (count - 1) * dim + i
             a, b = fma(one, load(values, v), a), fma(one, load(values, v + WIDTH), b)
         store(out, i, fma(a + c, splat(factor), load(out, i)))
         store(out, i + WIDTH, fma(b + d, splat(factor), load(out, i + WIDTH)))

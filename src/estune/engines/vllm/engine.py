@@ -17,12 +17,13 @@ from transformers import GenerationConfig
 from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.loading import end_tokens, load_config, load_tokenizer, pick_dtype
-from estune.engines.memory import memory_for, total_memory
+from estune.engines.memory import cached_elements, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
 from estune.engines.vllm import internals
 from estune.errors import EstuneError
 from estune.weights.checkpoint import DTYPES, Checkpoint
 from estune.weights.device import chosen_device
+from estune.weights.policies import BYTES
 from estune.weights.storage import type_name
 
 CPU_ROWS = 256  # sequences decoded at once on a CPU; beyond, caches lose more than larger products win
@@ -35,7 +36,7 @@ Digest = list[dict[int, float]]
 class VllmEngine(PromptEncoder):
     """An `Engine` over vLLM. Same prompts and weights give the same greedy completions, the model's own.
 
-    Use `open_vllm`.
+    To train, use `open_vllm`.
 
     Args:
         checkpoint: the model's.
@@ -50,7 +51,8 @@ class VllmEngine(PromptEncoder):
             raise EstuneError(
                 f"device={self.device}: vLLM takes the first GPU it sees; set CUDA_VISIBLE_DEVICES instead"
             )
-        self._parallel, path = config.gpus_per_worker, checkpoint.path
+        self._parallel = config.gpus_per_worker
+        path = checkpoint.path
         model = load_config(path)
         super().__init__(str(path), load_tokenizer(path), model, config.vllm_max_model_length)
         self.dtype = live_dtype(checkpoint, config, model)
@@ -106,11 +108,8 @@ class VllmEngine(PromptEncoder):
 
     def _cache_bytes(self, checkpoint: Checkpoint, config: Config, base: int) -> int:
         """Room for the keys and values of as many full sequences as there can be, as far as memory goes."""
-        text = self.config.get_text_config(decoder=True)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        size = torch.empty(0, dtype=getattr(torch, self.dtype)).itemsize
-        token: int = 2 * text.num_hidden_layers * max(heads // self._parallel, 1) * width * size
+        size = BYTES[self.dtype]
+        token = cached_elements(self.config, self._parallel) * size
         length = math.ceil((self.positions or 2048) / CPU_BLOCK) * CPU_BLOCK + CPU_BLOCK
         weights = sum(t.elements for t in checkpoint.tensors.values()) * size
         room = (total_memory(self.device) - weights - base) // CPU_MEMORY_SHARE // self._parallel
@@ -126,7 +125,8 @@ class VllmEngine(PromptEncoder):
         if not prompt_ids:
             return []
         self.check(prompt_ids, sampling)
-        ends, token_ids = set(self.end_ids), internals.generate(self._here(), prompt_ids, sampling, self.end_ids)
+        ends = set(self.end_ids)
+        token_ids = internals.generate(self._here(), prompt_ids, sampling, self.end_ids)
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
 

@@ -47,7 +47,7 @@ def draw_map(tensors: Mapping[str, Tensor], shapes: Shapes, load: Load) -> list[
     """Where a checkpoint's tensors are loaded. What is loaded holds digits afterwards; padding is as it was.
 
     Args:
-        tensors: the engine's tensors by name, contiguous.
+        tensors: the engine's tensors by name, contiguous, of any shapes.
         shapes: those of the checkpoint's tensors.
         load: the engine's loader.
 
@@ -61,7 +61,7 @@ def draw_map(tensors: Mapping[str, Tensor], shapes: Shapes, load: Load) -> list[
     like = next(iter(tensors.values()))
 
     def digits(kind: str, digit: int, *, mirrored: bool = False) -> dict[str, Integers]:
-        """The first column of each of the engine's tensors after loading one digit of this kind."""
+        """The first column of each of the engine's tensors, `[rows]`, after loading one digit of this kind."""
 
         def made() -> Iterator[tuple[str, Tensor]]:
             for name in names:
@@ -77,6 +77,8 @@ def draw_map(tensors: Mapping[str, Tensor], shapes: Shapes, load: Load) -> list[
             ) from error
         return {name: by_rows(t)[:, 0].double().nan_to_num().long().cpu().numpy() for name, t in tensors.items()}
 
+    # 1. Load a digit d, then its mirror image BASE + 1 - d: the two add up where something is loaded. Where they do not
+    # and yet differ, the loader does arithmetic on what it loads. Where nothing differs, there is padding.
     first, second = digits("tensor", 0), digits("tensor", 0, mirrored=True)
     loaded = {name: first[name] + second[name] == BASE + 1 for name in tensors}
     for name, held in loaded.items():
@@ -85,15 +87,19 @@ def draw_map(tensors: Mapping[str, Tensor], shapes: Shapes, load: Load) -> list[
                 f"the engine changes {name} while loading it: such weights cannot be trained; use engine=transformers"
             )
 
+    # 2. Read off from which tensor, row and column each of the engine's rows comes: one digit of them at a time.
     def number(kind: str, most: int) -> dict[str, Integers]:
+        """Numbers of this kind, all below `most`, that the engine's rows tell, `[rows]` by tensor."""
         total = {name: np.zeros(len(held), np.int64) for name, held in loaded.items()}
         for digit in range(_places(most)):
             for name, found in digits(kind, digit).items():
                 total[name] += (found - 1) * BASE**digit
         return total
 
-    tensor, row = number("tensor", len(names)), number("row", max(r for r, _ in sizes.values()))
+    tensor = number("tensor", len(names))
+    row = number("row", max(r for r, _ in sizes.values()))
     column = number("column", max(c for _, c in sizes.values()))
+    # 3. Take rows together that follow one another here and there.
     return [
         place
         for name, live in tensors.items()
@@ -110,9 +116,11 @@ def _telling(
     """
     rows, columns = size
     if kind == "tensor":
-        values, view = torch.tensor([number]), [1] * len(shape)
+        values = torch.tensor([number])
+        view = [1] * len(shape)
     elif kind == "row":
-        values, view = torch.arange(rows), [*shape[:-1], 1] if len(shape) > 1 else list(shape)
+        values = torch.arange(rows)
+        view = [*shape[:-1], 1] if len(shape) > 1 else list(shape)
     else:
         values, view = (torch.arange(columns), [1] * (len(shape) - 1) + [columns]) if len(shape) > 1 else (
             torch.zeros(1, dtype=torch.int64), [1] * len(shape))  # fmt: skip
@@ -140,7 +148,8 @@ def _rectangles(
     sizes: Mapping[str, tuple[int, int]],
 ) -> Iterator[Place]:
     """One tensor's rows, taken together as far as they follow one another in the checkpoint."""
-    width, where = by_rows(tensor).shape[1], np.flatnonzero(loaded)
+    width = by_rows(tensor).shape[1]
+    where = np.flatnonzero(loaded)
     if not len(where):
         return
     follows = np.diff(where) == 1
@@ -176,7 +185,8 @@ def count_once(maps: Sequence[Sequence[Place]], shapes: Shapes) -> list[list[boo
                 parts.append(place.part)
         counted.append(flags)
     for name, parts in seen.items():
-        held, elements = sum(part.elements for part in parts), math.prod(shapes[name])
+        held = sum(part.elements for part in parts)
+        elements = math.prod(shapes[name])
         if held != elements or _overlap(parts):
             raise EstuneError(
                 f"of {elements} elements of {name} the engine holds {held}, in {len(parts)} parts: such layouts cannot "

@@ -48,7 +48,8 @@ class VllmWeights:
     def __init__(self, engine: VllmEngine, checkpoint: Checkpoint, config: Config, *, base_on_host: bool) -> None:
         from estune.engines.vllm.worker import Opening
 
-        self._engine, self._shapes = engine, {name: t.shape for name, t in checkpoint.tensors.items()}
+        self._engine = engine
+        self._shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
         maps = dict(engine.call("draw", checkpoint.path))
         ranks = sorted(maps)
         counted = dict(zip(ranks, count_once([maps[rank] for rank in ranks], self._shapes), strict=True))
@@ -138,7 +139,8 @@ class VllmWeights:
         """A tensor's base, some `RUN_LENGTH` elements at a time, put together from what each process holds."""
         shape = self._shapes[name]
         columns = shape[-1] if len(shape) > 1 else 1
-        rows, block = math.prod(shape) // max(columns, 1), max(1, RUN_LENGTH // max(columns, 1))
+        rows = math.prod(shape) // max(columns, 1)
+        block = max(1, RUN_LENGTH // max(columns, 1))
         for first in range(0, rows, block):
             count = min(block, rows - first)
             parts = list(itertools.chain.from_iterable(self._engine.call("rows", name, first, count)))
@@ -149,7 +151,8 @@ class VllmWeights:
 
     def _check(self, checkpoint: Checkpoint) -> None:
         """See that live weights are what they should be, and that it is they that generate."""
-        engine, before = self._engine, self._engine.digest()
+        engine = self._engine
+        before = self._engine.digest()
         self.perturb(*PROBE)
         samples = list(itertools.chain.from_iterable(engine.call("samples")))
         self._check_samples(checkpoint, samples)
@@ -172,7 +175,8 @@ class VllmWeights:
     def _check_samples(self, checkpoint: Checkpoint, samples: Sequence[Any]) -> None:
         member, sigma = PROBE
         for sample in samples:
-            count, live = len(sample.values), DTYPES[sample.dtype.removeprefix("torch.")]
+            count = len(sample.values)
+            live = DTYPES[sample.dtype.removeprefix("torch.")]
             stored = checkpoint.tensors[sample.name].read(sample.start, count)
             base = widen(narrow(stored, DTYPES[self.rule.dtype]))
             noise = normal_by_id(member.seed, self.rule.noise_key(sample.name), sample.start, count)
@@ -188,17 +192,17 @@ class VllmWeights:
             self.load(checkpoint)  # what rounding has left of the checks
 
 
-def open_vllm(checkpoint: Checkpoint, config: Config, *, perturbs: bool) -> tuple[VllmEngine, VllmWeights | None]:
-    """An engine over vLLM, and its weights, unless it only generates.
+def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmWeights]:
+    """An engine over vLLM, with room for a base, and its weights. One that only generates is a `VllmEngine` alone.
 
     Raises:
-        EstuneError: vLLM is missing or of an unknown version, or cannot run the model or, if it `perturbs`, train it.
+        EstuneError: vLLM is missing or of an unknown version, or cannot run the model or train it.
     """
     device = chosen_device(config.device)
     dtype = live_dtype(checkpoint, config, load_config(checkpoint.path))
     elements = sum(t.elements for name, t in checkpoint.tensors.items() if fnmatchcase(name, config.train_parameters))
     size = getattr(torch, dtype).itemsize
-    base = POLICIES[config.weights].base_bytes(elements, dtype) if perturbs else 0
+    base = POLICIES[config.weights].base_bytes(elements, dtype)
     live = sum(t.elements for t in checkpoint.tensors.values()) * size
     on_host = device.type == "cuda" and keeps_base_on_host(
         config.base_device,
@@ -207,8 +211,6 @@ def open_vllm(checkpoint: Checkpoint, config: Config, *, perturbs: bool) -> tupl
         memory=total_memory(device) // config.workers_per_gpu,
     )
     engine = VllmEngine(checkpoint, config, 0 if on_host else base)
-    if not perturbs:
-        return engine, None
     try:
         with memory_for("the base that is kept beside the live weights", "set base_device=host or weights=copy"):
             return engine, VllmWeights(engine, checkpoint, config, base_on_host=on_host)

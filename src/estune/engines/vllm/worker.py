@@ -71,7 +71,8 @@ class Shard:
     """
 
     def __init__(self, worker: Any) -> None:
-        self._worker, self._rank = worker, int(worker.rank)
+        self._worker = worker
+        self._rank = int(worker.rank)
         self._places: list[Place] = []
         self._tensors: dict[str, Tensor] = {}
         self._addresses: dict[str, int] = {}
@@ -116,7 +117,8 @@ class Shard:
         Raises:
             EstuneError: it does not.
         """
-        before, counted = self.digests(), opening.counted[self._rank]
+        before = self.digests()
+        counted = opening.counted[self._rank]
         parameters = [
             Parameter(place.name, self._live(place), opening.chosen[place.name], place.part, counts)
             for place, counts in zip(self._places, counted, strict=True)
@@ -157,13 +159,15 @@ class Shard:
 
     def samples(self) -> list[Sample]:
         """The first, a middle and the last stretch of each part of a trained tensor, from the layers themselves."""
-        now, found = internals.live_tensors(self._worker), []
+        now = internals.live_tensors(self._worker)
+        found = []
         assert self.weights is not None
         trained = {p.name for p in self.weights.parameters}
         for place in self._places:
             if place.name not in trained:
                 continue
-            part, rows = place.part, by_rows(now[place.tensor])
+            part = place.part
+            rows = by_rows(now[place.tensor])
             for i in sorted({0, part.rows // 2, part.rows - 1}):
                 values = rows[place.row + i][-STRETCH:].contiguous()
                 start = part.start + i * part.pitch + part.width - len(values)

@@ -88,7 +88,8 @@ class Crew:
         self._changed = threading.Condition(threading.RLock())
         self._closed = threading.Event()
         self._jobs: deque[Job] = deque()
-        self._losses, self._cause = 0, ""  # since any worker finished something; the last one's
+        self._losses = 0  # since any worker finished something
+        self._cause = ""  # of the last loss
         self._deadlines = Deadlines(config.worker_timeout)
         self._threads = [threading.Thread(target=self._serve, args=(slot,), daemon=True) for slot in self.slots]
         for thread in self._threads:
@@ -145,7 +146,7 @@ class Crew:
             self._changed.notify_all()
 
     def wait(self, found: Callable[[], T | None]) -> T:
-        """Wait until there is something, as long as there is hope.
+        """Wait until `found` returns something, as long as workers are there or may come.
 
         Raises:
             EstuneError: no worker is left, and none can be had.
@@ -183,7 +184,11 @@ class Crew:
             raise EstuneError(f"{gone}; no step is lost: resume, with another cluster or none")
 
     def _check_hope(self) -> None:
-        """Raise why there is none, if so."""
+        """Return if a worker may still come.
+
+        Raises:
+            EstuneError: none will; it says why.
+        """
         self.check_cluster()
         left = [slot for slot in self.slots if slot.state != "refused"]
         if not left:
@@ -243,7 +248,9 @@ class Crew:
 
     def _catch_up(self, slot: Slot) -> None:
         """Let a worker make the updates that it has not made."""
-        handle, weights, checkpoint = slot.handle, self.weights, self.checkpoint
+        handle = slot.handle
+        weights = self.weights
+        checkpoint = self.checkpoint
         assert handle is not None
         history = weights.history
         if handle.done == len(history):
@@ -346,7 +353,8 @@ class Crew:
     def _enter(self, slot: Slot, state: State) -> None:
         with self._changed:
             if slot.state != state:
-                slot.state, slot.since = state, time.monotonic()
+                slot.state = state
+                slot.since = time.monotonic()
             self._changed.notify_all()
 
 

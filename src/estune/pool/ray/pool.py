@@ -23,14 +23,12 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.journal.journal import StepRecord
-from estune.pool.base import EVALUATION_BATCH, Description, Evaluated
-from estune.pool.ray.cluster import cluster_device, connect, disconnect
+from estune.pool.base import Description, Evaluated, evaluation_batches
+from estune.pool.ray.cluster import connect, disconnect
 from estune.pool.ray.crew import Crew, Slot, Weights
 from estune.weights.checkpoint import EMBEDDED, Checkpoint, locate
 from estune.weights.rebuild import Steps
 from estune.weights.trained import Drift
-
-__all__ = ["RayPool", "cluster_device", "open_ray_pool"]
 
 K = TypeVar("K")
 log = logging.getLogger(__name__)
@@ -81,16 +79,14 @@ class RayPool:
     ) -> Iterator[tuple[int, Evaluated]]:
         """As `Pool.evaluate`."""
         self.crew.check_cluster(at_once=True)
-        done, prompts = self._done, ray.put(prompt_ids)  # sent to a node once a step, not once a member
+        done = self._done
+        prompts = ray.put(prompt_ids)  # sent to a node once a step, not once a member
         for job in self.crew.run("evaluate", [(done, member, sigma, prompts, sampling) for member in members]):
             yield job.index, job.result
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """As `Pool.generate`."""
-        batches = [
-            (self._done, prompt_ids[i : i + EVALUATION_BATCH], replace(sampling, seed=sampling.seed + i))
-            for i in range(0, len(prompt_ids), EVALUATION_BATCH)
-        ]
+        batches = [(self._done, *batch) for batch in evaluation_batches(prompt_ids, sampling)]
         found = {job.index: job.result for job in self.crew.run("generate", batches)}
         return [completion for index in range(len(batches)) for completion in found[index]]
 
@@ -107,7 +103,9 @@ class RayPool:
 
     def save(self, path: Path, dtype: str) -> None:
         """As `Pool.save`: by a worker on this machine or, where there is none, by replay over this machine's base."""
-        here, path, weights = ray.get_runtime_context().get_node_id(), path.absolute(), self.crew.weights
+        here = ray.get_runtime_context().get_node_id()
+        path = path.absolute()
+        weights = self.crew.weights
         near = [s for s in self.crew.ready() if s.handle and s.handle.place and s.handle.place.node == here]
         if not any(self.crew.ask([slot], "save", (self._done, weights.fingerprint, path, dtype)) for slot in near):
             self._replay(path, dtype)
@@ -181,7 +179,8 @@ class RayPool:
 
 def _for_workers(config: Config) -> Config:
     """Workers run in other directories, and each sees its own GPUs alone."""
-    model, device = config.model, config.device.partition(":")[0]
+    model = config.model
+    device = config.device.partition(":")[0]
     if model not in EMBEDDED and Path(model).exists():
         model = str(Path(model).absolute())
     return config.model_copy(update={"model": model, "device": device})

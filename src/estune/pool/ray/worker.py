@@ -67,7 +67,8 @@ class RayWorker:
 
         self._replica = Replica(config)
         description = self._replica.describe()
-        self._done, self._fingerprint = 0, description.fingerprint
+        self._done = 0
+        self._fingerprint = description.fingerprint
         return description
 
     def evaluate(
@@ -98,14 +99,16 @@ class RayWorker:
         self._require(done)
         self._done = -1  # until the update is whole
         self._fingerprint = as_fingerprint(self._replica.apply(update))
-        self._done, self._last = done + 1, update
+        self._done = done + 1
+        self._last = update
         return self._fingerprint
 
     def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None) -> str:
         """As `Replica.rebuild`, whatever the weights were."""
         self._done = -1
         self._fingerprint = self._replica.rebuild(updates, checkpoint)
-        self._done, self._last = len(updates), updates[-1] if updates else None
+        self._done = len(updates)
+        self._last = updates[-1] if updates else None
         return self._fingerprint
 
     def save(self, done: int, fingerprint: str, path: Path, dtype: str) -> None:

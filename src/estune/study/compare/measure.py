@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
+from estune.engines.score import divergence
 from estune.engines.transformers import TransformersEngine
 from estune.run.graded import Graded, evaluation_metrics, grade_completions
 from estune.run.make import make_grading, make_sampling
@@ -71,17 +71,6 @@ def short_but_wrong(task: Task, graded: Graded, short_tokens: int) -> float:
         right = task.accuracy_of([graded.rows[i]], scores).get("", 0.0) >= 1.0
         found += len(completion.token_ids) <= short_tokens and not right
     return found / len(graded.completions)
-
-
-def divergence(trained: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> float:
-    """Mean over all tokens of r - 1 - log r, r = p_base / p_trained.
-
-    Args:
-        trained, base: log-probabilities in nats of the same tokens: a list a completion, a number a token.
-    """
-    ratios = [b - t for ours, theirs in zip(trained, base, strict=True) for t, b in zip(ours, theirs, strict=True)]
-    # A token that only the base would write could overflow: it cannot be drawn from the trained model but by rounding.
-    return math.fsum(math.expm1(min(r, 80.0)) - r for r in ratios) / len(ratios)
 
 
 def mean_length(completions: Sequence[Completion]) -> float:
