@@ -144,6 +144,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
     """Be the interpreter of `python -m MODULE ...`, to its end."""
     code: int | None = 1
     try:
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"python")
         start()
         os.environ.clear()
         os.environ.update(request["environment"])

@@ -38,14 +38,6 @@ def different(completions, **_):
 
 rewards = [ready, different]
 """
-TRAIN = """
-import sys
-from pathlib import Path
-from estune.config import load
-from estune.run.trainer import Trainer
-
-Trainer(load(Path(sys.argv[1]))).train()
-"""
 SIZES = {"easy": 9, "hard": 5}
 STAGES: list[dict[str, Any]] = [
     {"weights": {"easy": 1}, "until_step": 3},
@@ -146,7 +138,7 @@ def test_killed_and_resumed_takes_the_same_rows(
 ) -> None:
     run, file = tmp_path / "run", tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump(settings(run, model, tasks).model_dump(mode="json")))
-    command = [sys.executable, "-c", TRAIN, str(file)]
+    command = [sys.executable, "-m", "estune.cli", "train", "--config", str(file)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         journal = run / "journal.jsonl"
 
