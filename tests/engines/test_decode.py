@@ -87,7 +87,7 @@ def test_prefill_in_small_pieces_equals_generate() -> None:
     model = model_of("qwen2")
     decoder = decoder_of(model)
     for tokens in (1, 24, 60):
-        decoder._prefill_tokens = tokens
+        decoder.prefill_tokens = tokens
         for prompts in (MIXED, PREFIXED, EVEN):
             assert decode(decoder, prompts) == [reference(model, prompt) for prompt in prompts]
 
@@ -102,10 +102,10 @@ def test_rows_that_end_leave_the_batch(name: str, check_every: int) -> None:
     expected = [reference(model, prompt, end_ids=end_ids) for prompt in MIXED]
     assert len({len(row) for row in expected}) > 3
     decoder = decoder_of(model, end_ids)
-    decoder._check_every = check_every
+    decoder.check_every = check_every
     seen: list[int] = []
-    forward = decoder._forward
-    decoder._forward = lambda ids, *rest: (seen.append(len(ids)), forward(ids, *rest))[1]  # type: ignore[method-assign]
+    forward = decoder.forward
+    decoder.forward = lambda ids, *rest: (seen.append(len(ids)), forward(ids, *rest))[1]  # type: ignore[method-assign]
     assert cut(decode(decoder, MIXED), end_ids) == expected
     assert seen[-1] < len(MIXED)
 
@@ -115,8 +115,8 @@ def test_decoding_stops_when_all_rows_have_ended() -> None:
     end_ids = tuple({reference(model, prompt)[2] for prompt in EVEN})
     decoder = decoder_of(model, end_ids)
     steps: list[int] = []
-    forward = decoder._forward
-    decoder._forward = lambda *call: (steps.append(1), forward(*call))[1]  # type: ignore[method-assign]
+    forward = decoder.forward
+    decoder.forward = lambda *call: (steps.append(1), forward(*call))[1]  # type: ignore[method-assign]
     assert cut(decode(decoder, EVEN), end_ids) == [reference(model, prompt, end_ids=end_ids) for prompt in EVEN]
     assert len(steps) <= 3
 
@@ -127,15 +127,15 @@ def test_nothing_of_earlier_calls_is_read(name: str, piece: int) -> None:
     model = model_of(name)
     end_id = reference(model, MIXED[4])[5]
     decoder = decoder_of(model, [end_id])
-    decoder._prefill_tokens = piece
+    decoder.prefill_tokens = piece
     first = [cut(decode(decoder, prompts), (end_id,)) for prompts in (MIXED, PREFIXED, EVEN)]
-    buffers = dict(decoder.cache._storage)
+    buffers = dict(decoder.cache.storage)
     for prompts, expected in zip((MIXED, PREFIXED, EVEN), first, strict=True):
         with torch.inference_mode():
-            for buffer in decoder.cache._storage.values():
+            for buffer in decoder.cache.storage.values():
                 buffer.fill_(float("nan"))
         assert cut(decode(decoder, prompts), (end_id,)) == expected
-    assert all(decoder.cache._storage[key] is buffer for key, buffer in buffers.items()), "storage was allocated anew"
+    assert all(decoder.cache.storage[key] is buffer for key, buffer in buffers.items()), "storage was allocated anew"
 
 
 def test_weights_changed_in_place_are_used() -> None:

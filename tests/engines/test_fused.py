@@ -115,8 +115,8 @@ def test_rows_that_end_leave_the_batch() -> None:
     assert len({len(row) for row in expected}) > 3
     decoder = decoder_of(model, end_ids)
     tokens: list[int] = []
-    forward = decoder._forward
-    decoder._forward = lambda ids, *rest: (tokens.append(len(ids)), forward(ids, *rest))[1]  # type: ignore[method-assign]
+    forward = decoder.forward
+    decoder.forward = lambda ids, *rest: (tokens.append(len(ids)), forward(ids, *rest))[1]  # type: ignore[method-assign]
     assert cut(decode(decoder, MIXED), end_ids) == expected
     alive = [sum(len(row) > step for row in expected) for step in range(1, max(map(len, expected)))]
     assert tokens[1:] == alive, "not every forward had just the rows that go on"
@@ -125,8 +125,8 @@ def test_rows_that_end_leave_the_batch() -> None:
 def test_what_prompts_share_is_computed_once() -> None:
     decoder = decoder_of(model_of("qwen2"))
     tokens: list[int] = []
-    forward = decoder._forward
-    decoder._forward = lambda ids, *rest: (tokens.append(len(ids)), forward(ids, *rest))[1]  # type: ignore[method-assign]
+    forward = decoder.forward
+    decoder.forward = lambda ids, *rest: (tokens.append(len(ids)), forward(ids, *rest))[1]  # type: ignore[method-assign]
     decode(decoder, BRANCHING, Sampling(1))
     beginnings = {tuple(prompt[:n]) for prompt in BRANCHING for n in range(1, len(prompt) + 1)}
     assert sum(tokens) == len(beginnings)
@@ -138,12 +138,12 @@ def test_nothing_of_earlier_calls_is_read() -> None:
     decoder = decoder_of(model, (end_id,))
     batches = (MIXED, PREFIXED, EVEN, BRANCHING)
     first = [cut(decode(decoder, prompts), (end_id,)) for prompts in batches]
-    buffers = dict(decoder._storage)
+    buffers = dict(decoder.storage)
     for prompts, expected in zip(batches, first, strict=True):
-        for buffer in decoder._storage.values():
+        for buffer in decoder.storage.values():
             buffer.fill(math.nan)
         assert cut(decode(decoder, prompts), (end_id,)) == expected
-    assert all(decoder._storage[name] is buffer for name, buffer in buffers.items()), "storage was allocated anew"
+    assert all(decoder.storage[name] is buffer for name, buffer in buffers.items()), "storage was allocated anew"
 
 
 def test_weights_changed_in_place_are_used() -> None:

@@ -37,23 +37,23 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures 
 def static_decoder(model: Any, end_ids: Sequence[int] = (), recorder: Recorder | None = None) -> GraphDecoder:
     """A decoder of a copy on the CPU, with slots rounded finely enough for short tests to pass several."""
     decoder = GraphDecoder(copy.deepcopy(model), end_ids, 0, recorder)
-    decoder._least_slots = 8
+    decoder.least_slots = 8
     return decoder
 
 
 def shapes_of(decoder: GraphDecoder) -> list[tuple[int, int]]:
     """Rows and visible slots of each step that `decoder` takes from now on; no two rows may write to one place."""
     seen: list[tuple[int, int]] = []
-    advance = decoder._advance
+    advance = decoder.advance
 
     def watched(shape: Any) -> None:
         seen.append(shape[:2])
-        places = decoder._buffers.place[: shape.rows].tolist()
-        places = [place for place in places if place != decoder._buffers.nowhere]
+        places = decoder.buffers.place[: shape.rows].tolist()
+        places = [place for place in places if place != decoder.buffers.nowhere]
         assert len(places) == len(set(places))
         advance(shape)
 
-    decoder._advance = watched  # type: ignore[method-assign]
+    decoder.advance = watched  # type: ignore[method-assign]
     return seen
 
 
@@ -93,7 +93,7 @@ def test_rows_that_end_leave_for_smaller_shapes(name: str, check_every: int, tap
     assert len({len(row) for row in expected}) > 3
     assert sum(len(row) == NEW for row in expected) in range(3, 5)
     decoder = static_decoder(model, end_ids, TapeRecorder() if taped else None)
-    decoder._check_every = check_every
+    decoder.check_every = check_every
     for _ in range(WARM_UPS + 2):
         seen = shapes_of(decoder)
         assert cut(decode(decoder, prompts), end_ids) == expected
@@ -167,7 +167,7 @@ def test_nothing_of_earlier_calls_is_read(name: str) -> None:
     first = [decode(decoder, prompts) for prompts in (MIXED, PREFIXED, EVEN)]
     for prompts, expected in zip((MIXED, PREFIXED, EVEN), first, strict=True):
         with torch.inference_mode():
-            for tensor in (*decoder.cache.storage(), *decoder._buffers.all()):
+            for tensor in (*decoder.cache.storage.values(), *decoder.buffers.all()):
                 tensor.fill_(float("nan") if tensor.is_floating_point() else 1_000_000)
         assert decode(decoder, prompts) == expected
 
@@ -190,14 +190,14 @@ def test_samples_are_the_plain_loop_s(sampling: Sampling) -> None:
     for _ in range(WARM_UPS + 1):
         assert decode(decoder, MIXED, sampling) == expected
     other = Sampling(NEW, sampling.temperature, sampling.top_p, sampling.top_k, seed=sampling.seed - 1)
-    tapes = decoder._recorder.tapes  # type: ignore[union-attr]
+    tapes = decoder.recorder.tapes  # type: ignore[union-attr]
     count = len(tapes)
     assert decode(decoder, MIXED, other) == decode(decoder_of(model), MIXED, other) != expected
     assert len(tapes) == count, "a seed is no reason to capture again"
     assert decode(decoder, MIXED) == [reference(model, prompt) for prompt in MIXED]
     end_ids = tuple(row[3] for row in expected[:4])
     ending = static_decoder(model, end_ids)
-    ending._check_every = 1
+    ending.check_every = 1
     seen = shapes_of(ending)
     assert cut(decode(ending, MIXED, sampling), end_ids) == cut(expected, end_ids)
     assert len(seen) == NEW - 1
@@ -216,19 +216,19 @@ def test_half_precision_runs_and_repeats(dtype: torch.dtype) -> None:
 
 def test_the_engine_captures_on_cuda_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = TransformersEngine(model, device="cpu")
-    assert not isinstance(engine._decoder, GraphDecoder)
+    assert not isinstance(engine.decoder, GraphDecoder)
     recorder = TapeRecorder()
     monkeypatch.setattr("estune.engines.transformers.CudaRecorder", lambda device: recorder)
     monkeypatch.setattr("estune.engines.transformers.unfusable", lambda model: "it is not on a CPU")
     engine.device = torch.device("cuda")
-    assert not isinstance(engine._make_decoder(cuda_graphs=False), GraphDecoder)
-    engine._decoder = engine._make_decoder(cuda_graphs=True)
+    assert not isinstance(engine.make_decoder(cuda_graphs=False), GraphDecoder)
+    engine.decoder = engine.make_decoder(cuda_graphs=True)
     prompts = engine.encode(["a", "a longer prompt", "and another"])
     found = [completion.token_ids for completion in engine.generate(prompts, Sampling(NEW))]
     assert found == [reference(engine.model, prompt, end_ids=tuple(engine.end_ids)) for prompt in prompts]
     assert recorder.replayed
     monkeypatch.setattr("estune.engines.transformers.uncapturable", lambda model: "it cannot")
-    assert not isinstance(engine._make_decoder(cuda_graphs=True), GraphDecoder)
+    assert not isinstance(engine.make_decoder(cuda_graphs=True), GraphDecoder)
 
 
 def test_sizes() -> None:
@@ -246,8 +246,8 @@ def test_models_that_may_wait_for_the_device_are_not_captured() -> None:
 
 def test_steps_that_wait_for_the_device_are_refused_by_the_tape() -> None:
     decoder = static_decoder(model_of("qwen2"), recorder=TapeRecorder())
-    forward = decoder._forward
-    decoder._forward = lambda *call: forward(*call) + float(call[0].sum())  # type: ignore[method-assign]
+    forward = decoder.forward
+    decoder.forward = lambda *call: forward(*call) + float(call[0].sum())  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="capturing"):
         decode(decoder, EVEN)
 
@@ -266,7 +266,7 @@ def test_captured_steps_equal_generate_on_cuda(name: str) -> None:
         for prompts in (MIXED, PREFIXED, EVEN):
             expected = [reference(model, prompt, end_ids=end_ids) for prompt in prompts]
             assert cut(decode(decoder, prompts), end_ids) == expected
-    assert decoder._replays
+    assert decoder.replays
 
 
 @needs_cuda
@@ -278,7 +278,7 @@ def test_sampling_is_captured_on_cuda() -> None:
         expected = decode(decoder_of(model), MIXED, sampling)
         for _ in range(2):
             assert decode(decoder, MIXED, sampling) == expected
-    assert decoder._replays
+    assert decoder.replays
 
 
 @needs_cuda
@@ -286,7 +286,7 @@ def test_the_engine_gives_the_same_with_and_without_graphs_on_cuda(model: Path) 
     found = []
     for cuda_graphs in (True, False):
         engine = TransformersEngine(model, device="cuda", cuda_graphs=cuda_graphs)
-        assert isinstance(engine._decoder, GraphDecoder) == cuda_graphs
+        assert isinstance(engine.decoder, GraphDecoder) == cuda_graphs
         prompts = engine.encode(["a", "a longer prompt", "and another"] * 30)
         found.append([engine.generate(prompts, Sampling(64)) for _ in range(5)])
     assert found[0] == found[1]
@@ -296,8 +296,8 @@ def fail_to_capture() -> None:
     """For a process of its own: a capture that fails leaves PyTorch's allocator unusable."""
     model = build_model("qwen2").cuda()
     decoder = GraphDecoder(model, [], 0, CudaRecorder(model.device))
-    forward, stream = decoder._forward, torch.cuda.current_stream()
-    decoder._forward = lambda *call: forward(*call) + float(call[0].sum())  # type: ignore[method-assign]
+    forward, stream = decoder.forward, torch.cuda.current_stream()
+    decoder.forward = lambda *call: forward(*call) + float(call[0].sum())  # type: ignore[method-assign]
     with pytest.raises(EstuneError, match="cuda_graphs: .*capturing.*set cuda_graphs to false"):
         decode(decoder, EVEN)
     assert torch.cuda.current_stream() == stream

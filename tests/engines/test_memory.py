@@ -88,7 +88,7 @@ def test_a_batch_too_large_is_named(engine: TransformersEngine, monkeypatch: pyt
     def forward(*args: Any, **kwargs: Any) -> Any:
         return torch.empty(1 << 50)
 
-    monkeypatch.setattr(engine._decoder, "run", forward)
+    monkeypatch.setattr(engine.decoder, "run", forward)
     with pytest.raises(EstuneError, match=r"out of memory for the activations of a batch: .*; lower batch_size"):
         engine.generate([[1, 2, 3]], Sampling(4))
 

@@ -102,7 +102,7 @@ def test_completion_cut_by_max_new_tokens_is_not_finished(engine: TransformersEn
 
 def test_end_token_counts_and_leaves_the_text(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.tensor([[40, 41, END, 7], [40, 41, 42, END], [40, 41, 42, 43]])
-    monkeypatch.setattr(engine._decoder, "run", lambda prompts, indices, sampling: rows)
+    monkeypatch.setattr(engine.decoder, "run", lambda prompts, indices, sampling: rows)
     text = engine.tokenizer.decode
     assert engine.generate([[9]] * 3, Sampling(4)) == [
         Completion(text([40, 41]), [40, 41, END], finished=True),
@@ -182,13 +182,13 @@ def test_sampling_repeats_and_ignores_batches(engine: TransformersEngine) -> Non
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers")
 def test_recurrent_model_mixes_prompt_lengths(tmp_path: Path) -> None:
     engine = TransformersEngine(save_model(tmp_path, "mamba"))
-    assert isinstance(engine._decoder, GenerateDecoder)
+    assert isinstance(engine.decoder, GenerateDecoder)
     ids = engine.encode([*PROMPTS, "b"])
     assert [c.token_ids for c in engine.generate(ids, Sampling(8))] == [reference(engine, row, 8) for row in ids]
 
 
 def test_rows_follow_memory(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(engine._decoder, Decoder)
+    assert isinstance(engine.decoder, Decoder)
     weights = sum(p.nbytes for p in engine.model.parameters())
     row = 2 * 3 * 2 * 16 * 50 * 4 + 12 * 320
     for total, sizes in ((weights + 4 * 5 * row, [4, 4, 4]), (weights + 4 * 12 * row, [12]), (0, [1] * 12)):

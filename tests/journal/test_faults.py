@@ -124,7 +124,7 @@ def test_a_replica_that_is_lost_changes_nothing(
     evaluate, apply_own = pool.evaluate, pool.own.apply
 
     def hurt_it() -> None:
-        lost.append(worker._process.pid)
+        lost.append(worker.process.pid)
         os.kill(lost[-1], kind)
 
     def meanwhile(*arguments: Any) -> Any:

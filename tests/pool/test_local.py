@@ -68,8 +68,8 @@ def test_bases_of_their_own_are_made_anew_where_a_process_is(model: Path, tmp_pa
         for step in range(4):
             update = Update(step, (Member(step), Member(9)), (0.25, -0.5))
             if step in {0, 2}:
-                assert other._process is not None
-                other._process.kill()
+                assert other.process is not None
+                other.process.kill()
             assert pool.apply(update) == alone.apply(update)
             if step == 1:
                 pool.save(tmp_path / "checkpoint", "float32")
@@ -87,7 +87,7 @@ def test_processes_that_are_lost_again_and_again_end_the_run(
 
     def kill_first(*arguments: Any) -> Any:
         if arguments[0] == "apply":
-            worker._process.kill()
+            worker.process.kill()
         return call(*arguments)
 
     monkeypatch.setattr(worker, "_call", kill_first)

@@ -121,7 +121,7 @@ def test_only_to_generate_needs_no_weights_that_can_be_perturbed(
         assert pool.replicas[0].generate([[1, 2, 3]], make_sampling(config)) == expected
         assert pool.generate([[1, 2, 3]] * 129, make_sampling(config)) == expected * 129
         other: Any = pool.replicas[1]
-        other._process.kill()  # another takes its place
+        other.process.kill()  # another takes its place
         assert pool.generate([[1, 2, 3]] * 129, make_sampling(config)) == expected * 129
     finally:
         pool.close()

@@ -49,7 +49,7 @@ def test_rows_are_those_that_the_engine_takes() -> None:
     for slots in (100, 50_000, 400_000):
         work = make_work(prompt_tokens=slots // 2, max_new_tokens=slots // 2, slots=2 * slots, dtype="float32")
         rows = fitting_rows(shape, work, machine, share=MEMORY_SHARE, most=MAX_ROWS["cpu"])
-        assert rows == replica.engine._fitting_rows(slots)
+        assert rows == replica.engine.fitting_rows(slots)
 
 
 def test_memory_by_hand() -> None:

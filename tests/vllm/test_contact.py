@@ -118,8 +118,8 @@ def test_workers_hold_what_we_look_at(saved: Any, engines: Any) -> None:
             all(hasattr(m, "cpu_linear") for n, m in model.named_modules() if n.endswith("_proj")),
         ]
 
-    assert engine._llm.collective_rpc(look) == [[True] * 5]
-    assert callable(engine._llm.llm_engine.engine_core.shutdown)
+    assert engine.llm.collective_rpc(look) == [[True] * 5]
+    assert callable(engine.llm.llm_engine.engine_core.shutdown)
 
 
 @pytest.mark.parametrize("platform", ["cpu"])

@@ -174,7 +174,7 @@ def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, saved: Any, en
 def test_settings_reach_vllm(saved: Any, engines: Any) -> None:
     path = saved("qwen3")
     engine = engines(path)
-    config = engine._llm.llm_engine.vllm_config
+    config = engine.llm.llm_engine.vllm_config
     assert config.scheduler_config.max_num_seqs == 32
     assert config.model_config.max_model_len == 256
     assert config.cache_config.enable_prefix_caching

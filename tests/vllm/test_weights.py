@@ -175,10 +175,10 @@ def test_weights_that_moved_are_noticed(saved: Any, engines: Any) -> None:
     def move_back(worker: Any) -> None:
         worker.get_model().lm_head.weight.data = worker.kept
 
-    engine._llm.collective_rpc(move)
+    engine.llm.collective_rpc(move)
     with pytest.raises(EstuneError, match=r"vLLM has moved its weights \(model.embed_tokens.weight\)"):
         weights.perturb(Member(1), 0.1)
-    engine._llm.collective_rpc(move_back)
+    engine.llm.collective_rpc(move_back)
     weights.restore()
 
 
@@ -196,10 +196,10 @@ def test_what_does_not_generate_is_refused(saved: Any, engines: Any, monkeypatch
         layer = worker.get_model().model.layers[1].mlp.down_proj
         layer.quant_method.apply = layer.kept
 
-    engine._llm.collective_rpc(detach)
+    engine.llm.collective_rpc(detach)
     try:
         with pytest.raises(EstuneError, match="do not answer to changes of model.layers.1.mlp.down_proj.weight"):
             open_weights(engine, path)
     finally:
-        engine._llm.collective_rpc(attach)
+        engine.llm.collective_rpc(attach)
     open_weights(engine, path)

@@ -17,6 +17,9 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
 
     After `fix` instead of `at`, forwards of one token work on shapes that do not change from step to step: the slot
     they write is read from a tensor, and they see as many slots as the caller says, to be masked by the caller.
+
+    Attributes:
+        storage: all memory held for keys and values, by layer and kind, whatever the batch.
     """
 
     def __init__(self, layers: int) -> None:
@@ -28,7 +31,7 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         self._gap = 0
         self._slot: torch.Tensor | None = None
         self._visible = 0
-        self._storage: dict[tuple[int, str], torch.Tensor] = {}
+        self.storage: dict[tuple[int, str], torch.Tensor] = {}
         self._shape = (0, 0)
         self._blank = False
 
@@ -87,16 +90,12 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         """The batch's view of one layer's storage, which grows when a larger batch than ever before asks for it."""
         shape = (self._shape[0], states.shape[1], self._shape[1], states.shape[3])
         size = shape[0] * shape[1] * shape[2] * shape[3]
-        storage = self._storage.get((layer, kind))
+        storage = self.storage.get((layer, kind))
         if storage is None or storage.numel() < size or storage.dtype != states.dtype:
             with memory_for("the key/value cache", "lower batch_size or max_new_tokens"):
-                storage = self._storage[layer, kind] = torch.empty(size, dtype=states.dtype, device=states.device)
+                storage = self.storage[layer, kind] = torch.empty(size, dtype=states.dtype, device=states.device)
         view = storage[:size].view(shape)
         return view.zero_() if self._blank else view
-
-    def storage(self) -> list[torch.Tensor]:
-        """All memory held for keys and values, whatever the batch."""
-        return list(self._storage.values())
 
     def tensors(self) -> list[torch.Tensor]:
         """This batch's keys and values of all layers that hold any."""

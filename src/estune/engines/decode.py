@@ -53,7 +53,12 @@ def unsupported(model: Any) -> str | None:
 
 
 class Decoder:
-    """Decodes batches with one model and one cache; not for two threads at a time."""
+    """Decodes batches with one model and one cache; not for two threads at a time.
+
+    Attributes:
+        prefill_tokens: of prompts that are computed at once.
+        check_every: steps between two looks whether all rows have ended.
+    """
 
     def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int) -> None:
         self.model = model
@@ -61,8 +66,8 @@ class Decoder:
         self._device: torch.device = model.device
         self._end_ids = torch.tensor(list(end_ids), dtype=torch.int64, device=self._device)
         self._pad_id = pad_id
-        self._prefill_tokens = PREFILL_TOKENS.get(self._device.type, PREFILL_TOKENS_ELSEWHERE)
-        self._check_every = CHECK_EVERY.get(self._device.type, CHECK_EVERY_ELSEWHERE)
+        self.prefill_tokens = PREFILL_TOKENS.get(self._device.type, PREFILL_TOKENS_ELSEWHERE)
+        self.check_every = CHECK_EVERY.get(self._device.type, CHECK_EVERY_ELSEWHERE)
         windows = [getattr(model.config, name, None) for name in _WINDOWS]
         self._window: int | None = min((w for w in windows if w is not None), default=None)
 
@@ -95,17 +100,17 @@ class Decoder:
         rows = len(batch.pads)
         if shared:
             cache.at(slice(0, 1), 0)
-            self._forward(batch.prefix, torch.arange(shared, device=self._device)[None], None)
+            self.forward(batch.prefix, torch.arange(shared, device=self._device)[None], None)
             cache.spread(shared)
         first: list[torch.Tensor] = []
         done = 0
         while done < rows:
             # The longest prompts come last, so a piece's last row is its widest.
-            share = max(1, self._prefill_tokens // (batch.width - shared))
+            share = max(1, self.prefill_tokens // (batch.width - shared))
             piece = slice(done, min(rows, done + share))
             begin = shared + min(batch.pads[piece])
             cache.at(piece, begin, gap=begin - shared)
-            logits = self._forward(
+            logits = self.forward(
                 batch.ids[piece, begin - shared :], batch.positions(piece, begin), batch.prefill_mask(piece, begin)
             )
             first.append(choose(logits, sampling, batch.rows[piece], 0))
@@ -122,7 +127,7 @@ class Decoder:
         alive = torch.arange(len(token), device=self._device)
         positions = batch.next_positions()
         for step in range(1, new):
-            if step % self._check_every == 0:
+            if step % self.check_every == 0:
                 left = len(token) - int(ended.sum())
                 if left == 0:
                     break
@@ -132,7 +137,7 @@ class Decoder:
                     ended = ended[keep]
                     batch.drop(keep)
                     positions = positions if len(positions) == 1 else positions[keep]
-            logits = self._forward(token[:, None], positions, batch.decode_mask(self.cache.length + 1))
+            logits = self.forward(token[:, None], positions, batch.decode_mask(self.cache.length + 1))
             self.cache.length += 1
             positions = positions + 1
             token = choose(logits, sampling, batch.rows, step)
@@ -154,7 +159,7 @@ class Decoder:
     def _is_end(self, token: torch.Tensor) -> torch.Tensor:
         return (token[:, None] == self._end_ids).any(dim=1)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Logits of the last position, `[rows, vocabulary]`."""
         output = self.model(
             input_ids=ids,

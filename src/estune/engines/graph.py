@@ -128,11 +128,11 @@ class GraphDecoder(Decoder):
 
     def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int, recorder: Recorder | None) -> None:
         super().__init__(model, end_ids, pad_id)
-        self._recorder = recorder
-        self._least_slots = LEAST_SLOTS
-        self._buffers = _Buffers.make(0, 0, 0, model)
+        self.recorder = recorder
+        self.least_slots = LEAST_SLOTS
+        self.buffers = _Buffers.make(0, 0, 0, model)
         self._warmed: dict[_Shape, int] = {}
-        self._replays: dict[_Shape, Callable[[], object]] = {}
+        self.replays: dict[_Shape, Callable[[], object]] = {}
         self._addresses: list[int] = []
 
     def _open(self, batch: Batch) -> None:
@@ -140,7 +140,7 @@ class GraphDecoder(Decoder):
             super()._open(batch)
             return
         rows = first_rows(len(batch.pads))
-        slots = round_up(batch.slots, self._least_slots)
+        slots = round_up(batch.slots, self.least_slots)
         # Attention multiplies what lies in slots not yet written by 0: it must be a number.
         self.cache.open(rows, slots, blank=True)
 
@@ -150,15 +150,15 @@ class GraphDecoder(Decoder):
         count = len(token)
         new = sampling.max_new_tokens
         rows = first_rows(count)
-        slots = round_up(batch.slots, self._least_slots)
+        slots = round_up(batch.slots, self.least_slots)
         bias = self._load(batch, token, sampling, rows, slots)
         self._forget_if_moved()
-        buffers = self._buffers
+        buffers = self.buffers
         held = count  # the first so many rows are prompts'; the others are there for the shape
         rule = dataclasses.replace(sampling, max_new_tokens=0, seed=0)
         for step in range(1, new):
             filled = batch.width + step - 1
-            if step % self._check_every == 0:
+            if step % self.check_every == 0:
                 left = held - int(buffers.ended[:held].sum())
                 if left == 0:
                     break
@@ -170,16 +170,16 @@ class GraphDecoder(Decoder):
                     buffers.place[left:rows] = buffers.nowhere
                     held = left
                     rows = power_of_two(left)
-            self._advance(_Shape(rows, round_up(filled + 1, self._least_slots), slots, rule))
+            self.advance(_Shape(rows, round_up(filled + 1, self.least_slots), slots, rule))
         return buffers.out[:new, :count].T.clone()
 
     def _load(self, batch: Batch, token: torch.Tensor, sampling: Sampling, rows: int, slots: int) -> torch.Tensor:
         """Fill the buffers for a batch's first step; return the mask `[rows, slots]`."""
         count = len(token)
         width = batch.width
-        if not self._buffers.hold(rows, slots, sampling.max_new_tokens):
-            self._buffers = self._buffers.larger(rows, slots, sampling.max_new_tokens, self.model)
-        buffers = self._buffers
+        if not self.buffers.hold(rows, slots, sampling.max_new_tokens):
+            self.buffers = self.buffers.larger(rows, slots, sampling.max_new_tokens, self.model)
+        buffers = self.buffers
         buffers.token[:rows] = 0
         buffers.token[:count] = token
         buffers.position[:rows] = 0
@@ -201,13 +201,11 @@ class GraphDecoder(Decoder):
 
     def _step(self, shape: _Shape) -> None:
         """Add a token to every row. Nothing here may depend on a Python value that is not the shape's."""
-        buffers = self._buffers
+        buffers = self.buffers
         rows = shape.rows
         bias = buffers.mask(rows, shape.slots).index_fill_(1, buffers.slot, 0.0)
         self.cache.fix(rows, shape.visible, buffers.slot)
-        logits = self._forward(
-            buffers.token[:rows, None], buffers.position[:rows], bias[:, None, None, : shape.visible]
-        )
+        logits = self.forward(buffers.token[:rows, None], buffers.position[:rows], bias[:, None, None, : shape.visible])
         token = choose(logits, shape.rule, buffers.prompt[:rows], buffers.step, buffers.seed)
         buffers.token[:rows] = token
         buffers.ended[:rows].logical_or_(self._is_end(token))
@@ -215,28 +213,28 @@ class GraphDecoder(Decoder):
         for counter in (buffers.position, buffers.slot, buffers.step):
             counter.add_(1)
 
-    def _advance(self, shape: _Shape) -> None:
+    def advance(self, shape: _Shape) -> None:
         """Run a step, the fastest way there is by now."""
         step = functools.partial(self._step, shape)
-        if self._recorder is None:
+        if self.recorder is None:
             step()
-        elif shape in self._replays:
-            self._replays[shape]()
+        elif shape in self.replays:
+            self.replays[shape]()
         elif self._warmed.get(shape, 0) < WARM_UPS:
             self._warmed[shape] = self._warmed.get(shape, 0) + 1
-            self._recorder.warm(step)
+            self.recorder.warm(step)
         else:
-            self._replays[shape] = self._recorder.record(step)
-            self._replays[shape]()
+            self.replays[shape] = self.recorder.record(step)
+            self.replays[shape]()
 
     def _forget_if_moved(self) -> None:
         """Drop all captures if a tensor that they read or write has moved."""
-        held = (*self.model.parameters(), *self.model.buffers(), *self.cache.storage(), *self._buffers.all())
+        held = (*self.model.parameters(), *self.model.buffers(), *self.cache.storage.values(), *self.buffers.all())
         addresses = [tensor.data_ptr() for tensor in held]
-        if addresses != self._addresses and self._recorder is not None:
-            self._replays.clear()
+        if addresses != self._addresses and self.recorder is not None:
+            self.replays.clear()
             self._warmed.clear()
-            self._recorder.forget()
+            self.recorder.forget()
         self._addresses = addresses
 
 

@@ -75,9 +75,10 @@ class TransformersEngine(PromptEncoder):
         if self.device.type == "cpu":
             keep_freed_memory()
         self.end_ids = end_tokens(self.model, self.tokenizer)
-        self._decoder = self._make_decoder(cuda_graphs)
+        self.decoder = self.make_decoder(cuda_graphs)
 
-    def _make_decoder(self, cuda_graphs: bool) -> Decoder | FusedDecoder | GenerateDecoder:
+    def make_decoder(self, cuda_graphs: bool) -> Decoder | FusedDecoder | GenerateDecoder:
+        """The fastest decoder that this model and device allow; `cuda_graphs` allows those that replay graphs."""
         model = self.model
         pad = pad_token(self.tokenizer)
         if not unfusable(model):
@@ -110,7 +111,7 @@ class TransformersEngine(PromptEncoder):
         token_ids: list[list[int]] = [[] for _ in prompt_ids]
         for batch in self._batches(prompt_ids, sampling.max_new_tokens):
             with memory_for("the activations of a batch", "lower batch_size or max_new_tokens"):
-                rows = self._decoder.run([prompt_ids[i] for i in batch], batch, sampling).tolist()
+                rows = self.decoder.run([prompt_ids[i] for i in batch], batch, sampling).tolist()
             for i, row in zip(batch, rows, strict=True):
                 stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
                 token_ids[i] = row[:stop]
@@ -126,16 +127,16 @@ class TransformersEngine(PromptEncoder):
     def _batches(self, prompt_ids: Sequence[Sequence[int]], new: int) -> Iterator[list[int]]:
         """Prompt numbers by rising length, in batches of equal size; of equal length where the decoder asks for it."""
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-        most = self.batch_size or self._fitting_rows(len(prompt_ids[order[-1]]) + new)
+        most = self.batch_size or self.fitting_rows(len(prompt_ids[order[-1]]) + new)
         groups = [order]
-        if isinstance(self._decoder, GenerateDecoder):
+        if isinstance(self.decoder, GenerateDecoder):
             groups = [list(group) for _, group in groupby(order, key=lambda i: len(prompt_ids[i]))]
         for group in groups:
             count = math.ceil(len(group) / most)
             for part in range(count):
                 yield group[len(group) * part // count : len(group) * (part + 1) // count]
 
-    def _fitting_rows(self, slots: int) -> int:
+    def fitting_rows(self, slots: int) -> int:
         """Rows of `slots` tokens that fit in a batch's memory, within what is fast on this device.
 
         Never by the memory free now: another batch size can round differently, and a run could not be repeated.

@@ -64,13 +64,13 @@ class GeneratorProcess:
         self._inherited = inherited
         self._lock = threading.Lock()
         self._closed = False
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._late: float | None = None  # seconds that it was waited for in vain
         self._proxy: Any = None
 
     def __str__(self) -> str:
-        return f"the replica of process {self._process.pid}" if self._process else "a replica"
+        return f"the replica of process {self.process.pid}" if self.process else "a replica"
 
     def open(self) -> None:
         """Start a process, in place of one that there was, and let it load the model.
@@ -86,7 +86,7 @@ class GeneratorProcess:
                     manager.connect()
                     break
                 except OSError:
-                    if self._process is None or self._process.poll() is not None:
+                    if self.process is None or self.process.poll() is not None:
                         raise ConnectionError from None
                     time.sleep(0.02)
             return self._make(manager)
@@ -115,23 +115,23 @@ class GeneratorProcess:
                 raise Lost("the run has ended")
             self._late, self._folder = None, make_temporary("replica")
             key, socket = secrets.token_bytes(16), str(self._folder / "s")  # a path that the system allows is short
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", "estune.pool.process", socket],
                 stdin=subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C is for the trainer alone
                 pass_fds=self._inherited,
             )
-            assert self._process.stdin is not None
-            self._process.stdin.write(key.hex().encode() + b"\n")
-            self._process.stdin.flush()
+            assert self.process.stdin is not None
+            self.process.stdin.write(key.hex().encode() + b"\n")
+            self.process.stdin.flush()
             return _Manager(socket, key)
 
     def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()  # also one that is stopped
-            self._process.wait()
-            if self._process.stdin is not None:
-                self._process.stdin.close()
+        if self.process is not None:
+            self.process.kill()  # also one that is stopped
+            self.process.wait()
+            if self.process.stdin is not None:
+                self.process.stdin.close()
         if self._folder is not None:
             remove_temporary(self._folder)
             self._folder = None
@@ -139,7 +139,7 @@ class GeneratorProcess:
     def _call(self, kind: str, work: Callable[[], Any], units: int = 1) -> Any:
         limit, began = self._deadlines.of(kind, units), time.monotonic()
         # The connection itself knows no deadline. Its other end closes when the process is killed.
-        watchdog = threading.Timer(limit, self._give_up, (self._process, limit))
+        watchdog = threading.Timer(limit, self._give_up, (self.process, limit))
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -158,9 +158,9 @@ class GeneratorProcess:
     def _how(self) -> str:
         if self._late is not None:
             return f"it did not answer for {self._late:.0f} s (worker_timeout)"
-        assert self._process is not None
+        assert self.process is not None
         try:
-            return f"its process ended with code {self._process.wait(2)} (-9 is often a lack of memory)"
+            return f"its process ended with code {self.process.wait(2)} (-9 is often a lack of memory)"
         except subprocess.TimeoutExpired:
             return "its process broke the connection"
 

@@ -109,7 +109,7 @@ class FusedDecoder:
         self._cos = self._sin = np.empty((0, self._dim // 2), np.float32)
         # Kept, as all members of a step are given the same prompts, in one batch or a few.
         self._tree = functools.lru_cache(maxsize=16)(PromptTree.of)
-        self._storage: dict[str, Array] = {}
+        self.storage: dict[str, Array] = {}
         self._threads: ThreadPoolExecutor | None = None
 
     @torch.inference_mode()
@@ -131,7 +131,7 @@ class FusedDecoder:
             positions = np.arange(start, min(start + PREFILL_TOKENS, shared))
             places = Places.of(np.zeros_like(positions), positions)
             ids = np.array(prompts[0])[positions]
-            self._forward(ids, places, places, prefix, self._cache("none", 1, 0), 0, last=positions[:0])
+            self.forward(ids, places, places, prefix, self._cache("none", 1, 0), 0, last=positions[:0])
         hidden = self._prefill(prompts, shared, cache, prefix)
         rows = np.arange(len(prompts))
         numbers = torch.tensor(list(indices), dtype=torch.int64)
@@ -143,7 +143,7 @@ class FusedDecoder:
             if not len(rows):
                 break
             places = Places.of(rows, lengths[rows] + (step - 1))
-            hidden = self._forward(token, places, places, cache, prefix, shared)
+            hidden = self.forward(token, places, places, cache, prefix, shared)
             out[rows, step] = token = self._choose(hidden, numbers[torch.from_numpy(rows)], step, sampling)
         return torch.from_numpy(out)
 
@@ -159,10 +159,10 @@ class FusedDecoder:
             ends = tree.leaves[(tree.leaves >= start) & (tree.leaves < stop)] - start
             nodes = tree.nodes.between(start, stop)
             cached = tree.cached.between(start, stop)
-            found.append(self._forward(tree.ids[start:stop], nodes, cached, cache, prefix, shared, ends))
+            found.append(self.forward(tree.ids[start:stop], nodes, cached, cache, prefix, shared, ends))
         return torch.cat(found)[torch.from_numpy(np.searchsorted(tree.leaves, tree.last))]
 
-    def _forward(
+    def forward(
         self,
         ids: Array,
         places: Places,
@@ -255,11 +255,11 @@ class FusedDecoder:
         slots = -(-slots // WIDTH) * WIDTH
         shape = (len(self._layers), rows, self._heads, slots, self._dim)
         size = int(np.prod(shape))
-        if name not in self._storage or len(self._storage[name]) < 2 * size:
-            self._storage.pop(name, None)  # the old one goes before the new one comes
+        if name not in self.storage or len(self.storage[name]) < 2 * size:
+            self.storage.pop(name, None)  # the old one goes before the new one comes
             with memory_for("the key/value cache", "lower batch_size or max_new_tokens"):
-                self._storage[name] = aligned_empty(2 * size, self._final_norm.dtype)
-        keys, values = self._storage[name][: 2 * size].reshape(2, *shape)
+                self.storage[name] = aligned_empty(2 * size, self._final_norm.dtype)
+        keys, values = self.storage[name][: 2 * size].reshape(2, *shape)
         return _Cache(keys.reshape(*shape[:3], slots // WIDTH, self._dim, WIDTH), values)
 
     def _reach(self, positions: int) -> None:

@@ -60,14 +60,14 @@ class VllmEngine(PromptEncoder):
             SimpleNamespace(config=model, generation_config=_generation(checkpoint)), self.tokenizer
         )
         self._threads = config.threads or 1
-        self._llm = self._start(checkpoint, config, base)
+        self.llm = self._start(checkpoint, config, base)
 
     def _here(self) -> Any:
         """vLLM's engine, set up for the thread that calls: its kernels for CPUs fail where OpenMP, which counts threads
         for each thread, and PyTorch do not agree on the number.
         """
         torch.set_num_threads(self._threads)
-        return self._llm
+        return self.llm
 
     def _start(self, checkpoint: Checkpoint, config: Config, base: int) -> Any:
         on_cpu = self.device.type == "cpu"
@@ -154,7 +154,7 @@ class VllmEngine(PromptEncoder):
 
     def forget(self) -> None:
         """Forget keys and values of earlier prompts, which other weights have made."""
-        if not internals.reset_prefix_cache(self._llm):
+        if not internals.reset_prefix_cache(self.llm):
             raise EstuneError("vLLM keeps keys and values of other weights: prompts are still under way; start again")
 
     def digest(self) -> Digest:
@@ -167,9 +167,9 @@ class VllmEngine(PromptEncoder):
 
     def close(self) -> None:
         """End every process that it started."""
-        if self._llm is not None:
-            internals.stop(self._llm)
-            self._llm = None
+        if self.llm is not None:
+            internals.stop(self.llm)
+            self.llm = None
 
 
 def live_dtype(checkpoint: Checkpoint, config: Config, model: Any) -> str:
