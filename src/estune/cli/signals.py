@@ -1,4 +1,13 @@
-"""Signals while a command goes on: Ctrl-C in the middle of an import, SIGTERM that lets it clean up."""
+"""Signals while a command goes on: Ctrl-C in the middle of an import, SIGTERM that lets it clean up.
+
+Why an import is told by the stack, and its end by a timer. A command spends its first seconds importing torch, which is
+when people press Ctrl-C; what is raised there is often lost (see `spared_imports`), so it has to wait for the end. But
+Python has no event for that end: an import hook sees only the beginning, and not the imports that began before it was
+set. What can be trusted is the interpreter's own: every import runs in frames of `importlib._bootstrap`, which lie on
+the stack as long as it goes on, and no longer. A handler is given the frame that it interrupts, so it need only look;
+and the timer asks again, in the main thread, which alone runs handlers, until there is no such frame. Outside of
+imports, nothing is different from Python's own Ctrl-C.
+"""
 
 from __future__ import annotations
 
