@@ -207,5 +207,6 @@ def test_whatever_comes_back_is_a_literal_or_broken(data: Any) -> None:
 
 def test_lines_that_are_none_are_skipped() -> None:
     lines = ["", "x", "[", "[" * 100_000, "[0, 0]", "[0, 0, 1]", "[0, 0, 2]", '[0, 1, {"set": [[]]}]', "[[], 0, 1]"]
+    lines.append('[0, 2, {"complex": [1' + "0" * 400 + ", 0]}]")
     assert values_of(lines) == {0: {0: 1}}
     assert Sealed((), False, ()).holds({})

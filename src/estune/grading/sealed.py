@@ -124,7 +124,7 @@ def literal(data: Any) -> Any:
     try:
         ((kind, held),) = data.items()
         return _KINDS[kind](held)
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise Broken(f"{error}"[:100]) from None
 
 
@@ -147,7 +147,7 @@ def values_of(lines: list[str]) -> dict[int, dict[int, Any]]:
         try:
             test, slot, data = json.loads(line)
             found.setdefault(test, {}).setdefault(slot, literal(data))
-        except (ValueError, TypeError, RecursionError, Broken):
+        except (ValueError, TypeError, RecursionError, MemoryError, Broken):
             continue
     return found
 
