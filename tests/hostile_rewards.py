@@ -94,6 +94,8 @@ def obey(  # noqa: PLR0911, PLR0912, PLR0915
     elif text == "die later":
         threading.Timer(0.05, lambda: os._exit(4)).start()
         return [1.0]
+    elif text == "say that it raised":
+        say(framed(b'[0,"errors",null,"no disk",{},{},[]]'))
     elif text == "raise":
         raise KeyError("gold")
     elif text == "none":
@@ -143,6 +145,12 @@ def once_there(completions: list[str], **_: Any) -> list[float]:
     while not Path(completions[0]).exists():
         time.sleep(0.01)
     return [1.0]
+
+
+@isolated(errors_as_crashes=True)
+def one_over(answer: list[int], **_: Any) -> list[float | None]:
+    """Raises for a row, whatever the completion says."""
+    return [1 / answer[0]]
 
 
 @isolated

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import pickle
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -14,15 +17,16 @@ from typing import Any
 
 import pytest
 
+import estune.rewards
 from estune.completion import Completion
 from estune.errors import EstuneError
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading
-from estune.grading.isolation import Isolation, isolate, isolated
+from estune.grading.isolation import Isolation, isolate, isolated, isolation_of
 from estune.rewards.countdown import answer_reward
 from estune.rewards.load import load_reward
 from estune.tasks.mix import Only
-from tests.hostile_rewards import SAID, Touch, obey, once_there, waits
+from tests.hostile_rewards import SAID, Touch, obey, once_there, one_over, waits
 
 
 def batch(texts: Sequence[str]) -> tuple[list[dict[str, Any]], list[Completion]]:
@@ -188,6 +192,30 @@ def test_errors_end_the_run_with_function_and_row(order: str, message: str, grad
     with pytest.raises(EstuneError, match=message) as caught:
         grading.grade(*batch(["fine", order]))
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_completion_raises_can_be_a_crash_and_what_a_row_raises_cannot(caplog: pytest.LogCaptureFixture) -> None:
+    careful = isolate(functools.partial(obey), Isolation(deadline=5.0, errors_as_crashes=True))
+    with Grading([careful], processes=1) as grading:
+        grades = grading.grade(*batch(["fine", "raise", "say that it raised", "fine"]))
+    assert grades.total == [1.0, 0.0, 0.0, 1.0]
+    assert grades.failures["obey"]["crashes"] == 2
+    assert "reward obey: raised KeyError: 'gold' on row 1, 'raise'" in caplog.text
+    assert "reward obey: no disk on row 2, 'say that it raised'" in caplog.text
+    rows, completions = [{"prompt": "p", "answer": 0}], [Completion("x", [1], True)]
+    with (
+        Grading([one_over], processes=1) as grading,
+        pytest.raises(EstuneError, match="reward one_over raised ZeroDivisionError: division by zero on row 0, 'x'"),
+    ):
+        grading.grade(rows, completions)
+
+
+def test_no_completion_ends_a_run_through_a_reward_of_estune() -> None:
+    names = [name for _, name, _ in pkgutil.iter_modules(estune.rewards.__path__, "estune.rewards.")]
+    found = {id(value): value for name in names for value in vars(importlib.import_module(name)).values()}
+    limits = {reward: limit for reward in found.values() if callable(reward) and (limit := isolation_of(reward))}
+    assert len(limits) == 4
+    assert all(limit.errors_as_crashes for limit in limits.values())
 
 
 def test_errors_can_be_left_out_up_to_a_number() -> None:

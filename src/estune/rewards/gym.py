@@ -27,7 +27,7 @@ PARSED = frozenset(
 
 
 # Some scores search, or compute what an answer says.
-@isolated(deadline=10.0)
+@isolated(deadline=10.0, errors_as_crashes=True)
 @dataclass(frozen=True)
 class GymReward:
     """The score, mostly from 0.0 to 1.0, that a generator of `reasoning-gym` gives the completion's answer.
