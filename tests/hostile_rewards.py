@@ -28,6 +28,7 @@ SAID = {
     "a word for a number": framed(b'[0,"score","1","",{},{},[]]'),
     "true for a number": framed(b'[0,"score",true,"",{},{},[]]'),
     "a number too large": framed(b'[0,"score",1' + b"0" * 400 + b',"",{},{},[]]'),
+    "a number beyond sums": framed(b'[0,"score",1e308,"",{},{},[]]'),
     "a reward of ours": framed(b'[0,"score",1,"",{"reward":[9]},{},[]]'),
     "deep": framed(b"[" * 100_000),
     "another's score": framed(b'[7,"score",1,"",{},{},[]]'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 import pickle
 import pkgutil
@@ -23,6 +24,7 @@ from estune.errors import EstuneError
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading
 from estune.grading.isolation import Isolation, isolate, isolated, isolation_of
+from estune.grading.verdict import decode
 from estune.rewards.countdown import answer_reward
 from estune.rewards.load import load_reward
 from estune.tasks.mix import Only
@@ -104,6 +106,16 @@ def test_what_is_no_verdict_is_a_crash_or_late(order: str, grading: Grading) -> 
     counted = {kind: count for kind, count in grades.failures["obey"].items() if count}
     assert counted == {"timeouts" if order.startswith("half") else "crashes": 1}
     assert grading.grade(*batch(["none", "fine"] * 3)).total == [None, 1.0] * 3
+
+
+def test_what_was_logged_comes_as_what_can_be_written() -> None:
+    found = decode(
+        b'[0,"score",1,"",{"a\\u001b[2J":[{"x":[]}],"b":[10000000000000000000],"c":[[1]],"d":[-1.5]},'
+        b'{"e\\u0007":[1e308,2]},[]]',
+        0,
+    )
+    assert found.extras == {"a?[2J": ['{"x": []}'], "b": ["10000000000000000000"], "c": ["[1]"], "d": [-1.5]}
+    assert found.metrics == {"e?": [math.inf, 2.0]}
 
 
 def test_an_answer_is_never_run(tmp_path: Path, grading: Grading) -> None:
