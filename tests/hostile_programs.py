@@ -310,6 +310,7 @@ def double(x): return 0
 write("[0, 0, true]", "[0, 0, [true]]", '[0, 0, {{"other": 0}}]', "[0, 0, NaN]", '[0, 0, {{"set": [1, 2]}}]', "null")
 write("[0, 0, " + "[" * 20_000, '[0, 0, {{"int": "z"}}]', '[0, 0, {{"dict": [[[], 1]]}}]', "[[], {{}}, 1]", "[0, 0]")
 write('[0, 0, {{"complex": [1]}}]', '[0, 0, {{"bytes": "\\u1234"}}]', '[0, 0, {{}}]', '[0, 0, {{"a": 1, "b": 2}}]')
+write('[0, 0, {{"complex": [1' + "0" * 400 + ", 0]}}]")
 def double(x): return None
 """,
     "a thread that writes later": f"""{_WRITE}

@@ -28,6 +28,7 @@ SAID = {
     "a word for a number": framed(b'[0,"score","1","",{},{},[]]'),
     "true for a number": framed(b'[0,"score",true,"",{},{},[]]'),
     "a number too large": framed(b'[0,"score",1' + b"0" * 400 + b',"",{},{},[]]'),
+    "a number beyond sums": framed(b'[0,"score",1e308,"",{},{},[]]'),
     "a reward of ours": framed(b'[0,"score",1,"",{"reward":[9]},{},[]]'),
     "deep": framed(b"[" * 100_000),
     "another's score": framed(b'[7,"score",1,"",{},{},[]]'),
@@ -94,6 +95,8 @@ def obey(  # noqa: PLR0911, PLR0912, PLR0915
     elif text == "die later":
         threading.Timer(0.05, lambda: os._exit(4)).start()
         return [1.0]
+    elif text == "say that it raised":
+        say(framed(b'[0,"errors",null,"no disk",{},{},[]]'))
     elif text == "raise":
         raise KeyError("gold")
     elif text == "none":
@@ -143,6 +146,12 @@ def once_there(completions: list[str], **_: Any) -> list[float]:
     while not Path(completions[0]).exists():
         time.sleep(0.01)
     return [1.0]
+
+
+@isolated(errors_as_crashes=True)
+def one_over(answer: list[int], **_: Any) -> list[float | None]:
+    """Raises for a row, whatever the completion says."""
+    return [1 / answer[0]]
 
 
 @isolated

@@ -23,7 +23,7 @@ import pytest
 from estune.cli.signals import terminable
 from estune.completion import Completion
 from estune.errors import EstuneError
-from estune.grading.convention import TrainerState
+from estune.grading.convention import Log, TrainerState, weighted
 from estune.grading.grading import MOST_NOTES, Grading, grade
 from estune.rewards.load import load_reward
 from estune.run.graded import evaluation_metrics, grade_completions, step_metrics, write_completions
@@ -72,7 +72,7 @@ def test_weights_and_what_does_not_apply() -> None:
     assert nothing.mean is None
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e308])
 def test_scores_that_are_no_numbers_fail_the_member(bad: float, caplog: pytest.LogCaptureFixture) -> None:
     grades = grade([lambda **_: [1.0, bad, 1.0]], [1.0], ROWS, COMPLETIONS)
     assert grades.mean is None
@@ -181,6 +181,33 @@ def test_what_functions_log_goes_to_records_and_metrics(tmp_path: Path) -> None:
     table = pyarrow.parquet.read_table(tmp_path / "some.parquet").to_pydict()
     assert table["extracted"] == ["1", "7", "3"]  # values of two types: a text each
     assert table["step"] == [1, 1, 1]
+
+
+def test_numbers_that_cannot_be_added_up_count_as_infinite() -> None:
+    def huge(log_metric: Any, **_: Any) -> list[float]:
+        log_metric("depth", 1e308)
+        log_metric("depth", 2.0)
+        return [1e308, -1e308, 1e100]
+
+    task = task_of([huge])
+    graded = grade_completions(task, task.train, COMPLETIONS)
+    assert graded.grades.scores == {"huge": [math.inf, -math.inf, 1e100]}
+    assert (graded.grades.mean, graded.metrics()["depth"]) == (None, 2.0)
+    assert math.isnan(weighted([1.0, 1.0], [1e308, 1e308]) or 0.0)
+
+
+@pytest.mark.parametrize("value", [{}, [{}], 10**20, "\ud800", {"a": {}}, "\x00"])
+def test_whatever_is_logged_can_be_written(value: Any, tmp_path: Path) -> None:
+    write_completions(tmp_path / "some.parquet", [{"step": 1, "note": value}, {"step": 1, "note": value}])
+    table = pyarrow.parquet.read_table(tmp_path / "some.parquet").to_pydict()
+    assert table == {"step": [1, 1], "note": [str(value).replace("\ud800", "?")] * 2}
+
+
+def test_names_of_what_is_logged_move_no_cursor() -> None:
+    log = Log(1)
+    log.extra("a\x1b[2J", [1])
+    log.metric("b\x1b[2J", 1)
+    assert (log.extras, log.metrics) == ({"a?[2J": [1]}, {"b?[2J": [1.0]})
 
 
 @pytest.mark.parametrize(

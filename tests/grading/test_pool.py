@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import math
 import os
 import pickle
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -14,15 +18,17 @@ from typing import Any
 
 import pytest
 
+import estune.rewards
 from estune.completion import Completion
 from estune.errors import EstuneError
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading
-from estune.grading.isolation import Isolation, isolate, isolated
+from estune.grading.isolation import Isolation, isolate, isolated, isolation_of
+from estune.grading.verdict import decode
 from estune.rewards.countdown import answer_reward
 from estune.rewards.load import load_reward
 from estune.tasks.mix import Only
-from tests.hostile_rewards import SAID, Touch, obey, once_there, waits
+from tests.hostile_rewards import SAID, Touch, obey, once_there, one_over, waits
 
 
 def batch(texts: Sequence[str]) -> tuple[list[dict[str, Any]], list[Completion]]:
@@ -100,6 +106,16 @@ def test_what_is_no_verdict_is_a_crash_or_late(order: str, grading: Grading) -> 
     counted = {kind: count for kind, count in grades.failures["obey"].items() if count}
     assert counted == {"timeouts" if order.startswith("half") else "crashes": 1}
     assert grading.grade(*batch(["none", "fine"] * 3)).total == [None, 1.0] * 3
+
+
+def test_what_was_logged_comes_as_what_can_be_written() -> None:
+    found = decode(
+        b'[0,"score",1,"",{"a\\u001b[2J":[{"x":[]}],"b":[10000000000000000000],"c":[[1]],"d":[-1.5]},'
+        b'{"e\\u0007":[1e308,2]},[]]',
+        0,
+    )
+    assert found.extras == {"a?[2J": ['{"x": []}'], "b": ["10000000000000000000"], "c": ["[1]"], "d": [-1.5]}
+    assert found.metrics == {"e?": [math.inf, 2.0]}
 
 
 def test_an_answer_is_never_run(tmp_path: Path, grading: Grading) -> None:
@@ -190,6 +206,30 @@ def test_errors_end_the_run_with_function_and_row(order: str, message: str, grad
     assert "\n" not in str(caught.value)
 
 
+def test_what_a_completion_raises_can_be_a_crash_and_what_a_row_raises_cannot(caplog: pytest.LogCaptureFixture) -> None:
+    careful = isolate(functools.partial(obey), Isolation(deadline=5.0, errors_as_crashes=True))
+    with Grading([careful], processes=1) as grading:
+        grades = grading.grade(*batch(["fine", "raise", "say that it raised", "fine"]))
+    assert grades.total == [1.0, 0.0, 0.0, 1.0]
+    assert grades.failures["obey"]["crashes"] == 2
+    assert "reward obey: raised KeyError: 'gold' on row 1, 'raise'" in caplog.text
+    assert "reward obey: no disk on row 2, 'say that it raised'" in caplog.text
+    rows, completions = [{"prompt": "p", "answer": 0}], [Completion("x", [1], True)]
+    with (
+        Grading([one_over], processes=1) as grading,
+        pytest.raises(EstuneError, match="reward one_over raised ZeroDivisionError: division by zero on row 0, 'x'"),
+    ):
+        grading.grade(rows, completions)
+
+
+def test_no_completion_ends_a_run_through_a_reward_of_estune() -> None:
+    names = [name for _, name, _ in pkgutil.iter_modules(estune.rewards.__path__, "estune.rewards.")]
+    found = {id(value): value for name in names for value in vars(importlib.import_module(name)).values()}
+    limits = {reward: limit for reward in found.values() if callable(reward) and (limit := isolation_of(reward))}
+    assert len(limits) == 4
+    assert all(limit.errors_as_crashes for limit in limits.values())
+
+
 def test_errors_can_be_left_out_up_to_a_number() -> None:
     with Grading([obey], processes=1, errors="exclude", max_errors=2) as grading:
         for _ in range(2):
@@ -271,7 +311,8 @@ def test_graders_end_with_the_trainer_however_it_ends(tmp_path: Path) -> None:
         "    print(*grading.pool.pids(), flush=True)\n"
         "    time.sleep(60)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}"}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as trainer:
         assert trainer.stdout is not None
         pids = [int(pid) for pid in trainer.stdout.readline().split()]

@@ -131,6 +131,10 @@ HOSTILE = {
         "assert l.unshare(0x10000000) == 0 or l.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0",
         "failed",
     ),
+    "a strange name": (
+        r"import ctypes, time; ctypes.CDLL(None).prctl(15, b'\xff\rVmRSS: x', 0, 0, 0); time.sleep(0.1)",
+        "passed",
+    ),
     "unmount": ("import ctypes; assert ctypes.CDLL(None).umount2(b'/tmp', 2) == 0", "failed"),
 }
 

@@ -119,3 +119,9 @@ print(child(8 << 20), child(40 << 20))
 def test_a_dead_keeper_is_a_crash_of_the_program() -> None:
     outcome = run_code("import os; os.kill(os.getppid(), 9)", sandbox="none")
     assert (outcome.status, outcome.text) == ("crash", "the keeper died")
+
+
+def test_a_keeper_that_fails_once_the_program_runs_is_a_crash_of_the_program() -> None:
+    outcome = run_code("", limits=Limits(output=None))  # type: ignore[arg-type]
+    assert outcome.status == "crash"
+    assert outcome.text.startswith("the keeper died: TypeError")

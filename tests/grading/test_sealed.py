@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Any
 
 import pytest
@@ -188,6 +189,27 @@ def test_too_long_or_deep_is_another_shape() -> None:
     assert seal("assert f(1) == '\0'") is None
 
 
+@pytest.mark.parametrize(
+    ("test", "sealed"),
+    [
+        (
+            "\n".join(f"a{i}=1" for i in range(3000))
+            + "\nassert f(1) == ["
+            + ",".join(f"a{i}" for i in range(3000))
+            + "]",
+            True,
+        ),
+        ("assert f(" + "abs(" * 150 + "1," * 20_000 + ")" * 151, True),
+        ("\n".join(["a0 = 1", *(f"a{i} = [a{i - 1}, a{i - 1}]" for i in range(1, 60)), "assert f(1) == a59"]), False),
+    ],
+    ids=["many names", "deep and wide", "names of names"],
+)
+def test_sealing_takes_no_longer_than_reading(test: str, sealed: bool) -> None:
+    began = time.process_time()
+    assert (seal(test) is not None) == sealed
+    assert time.process_time() - began < 4  # less than 1 in fact
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["int", "complex", "bytes", "tuple", "set", "dict",
@@ -207,5 +229,6 @@ def test_whatever_comes_back_is_a_literal_or_broken(data: Any) -> None:
 
 def test_lines_that_are_none_are_skipped() -> None:
     lines = ["", "x", "[", "[" * 100_000, "[0, 0]", "[0, 0, 1]", "[0, 0, 2]", '[0, 1, {"set": [[]]}]', "[[], 0, 1]"]
+    lines.append('[0, 2, {"complex": [1' + "0" * 400 + ", 0]}]")
     assert values_of(lines) == {0: {0: 1}}
     assert Sealed((), False, ()).holds({})

@@ -55,9 +55,11 @@ def programs(canary: str) -> list[str]:
 ODD = [
     *("\u0663+\u0664", "\U0001d7d9+\U0001d7da", "\u00b2", "\x00", "\ud800", "\ufeff", "\u202e1"),
     *("nan", "-inf", "None", "[[]]", "{}", "[{}]", "1e999999", "oracle_answer", "%s%n{0}", "a" * 64 + "b"),
+    *("9" * 400 + "+1j", "[" + "9" * 400 + "-1j]"),
     *("(" * 5000, "[" * 5000, "{" * 5000, "-" * 5000, "9" * 5000, "\\" * 999, "\n" * 9000),
 ]
-"""Texts that a careless reader stumbles over: digits of other scripts, halves of characters, depth, length."""
+"""Texts that a careless reader stumbles over: digits of other scripts, halves of characters, numbers without a
+float, depth, length."""
 
 BOMBS = ["9**9**9", "9**9**9**9", "(" + "9**" * 50 + "9)", r"44^{35^{19}}", "1e999999999", "R999999999"]
 """Texts whose value takes for ever."""

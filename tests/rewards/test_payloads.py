@@ -33,8 +33,12 @@ from tests.rewards.test_model import build
 
 def problem(name: str, index: int = 0) -> tuple[GymReward, dict[str, list[Any]]]:
     """A generator's reward, and the columns of one of its problems."""
-    row = GymConfig(name=f"gym:{name}")._row(generator(name, "{}", 1, 9)[index])
-    return GymReward(name), {key: [row[key]] for key in ("question", "answer", "metadata")}
+    return GymReward(name), columns_of(name, generator(name, "{}", 1, 9)[index])
+
+
+def columns_of(name: str, entry: dict[str, Any]) -> dict[str, list[Any]]:
+    row = GymConfig(name=f"gym:{name}")._row(entry)
+    return {key: [row[key]] for key in ("question", "answer", "metadata")}
 
 
 def score(reward: GymReward, text: str, columns: dict[str, list[Any]]) -> float | None:
@@ -47,7 +51,7 @@ def test_no_generator_of_reasoning_gym_runs_an_answer(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     texts = [*programs(str(canary)), *ODD]
     for name in generator_names():
-        if name == "composite":  # options cannot say what it is made of
+        if name == "composite":  # options cannot say what it is made of; see below
             continue
         reward, columns = problem(name)
         scores = [score(reward, text, columns) for text in texts]
@@ -55,6 +59,21 @@ def test_no_generator_of_reasoning_gym_runs_an_answer(tmp_path: Path) -> None:
         assert all(value is not None and value < 1.0 for value in scores), name
         if columns["answer"] != [None]:
             assert score(reward, columns["answer"][0], columns) == 1.0, name
+
+
+@pytest.mark.parametrize("part", ["spiral_matrix", "puzzle24"])
+def test_a_composite_runs_no_answer_to_its_parts(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    from reasoning_gym.composite import DatasetSpec
+
+    mixed = gym.create_dataset("composite", seed=1, size=1, datasets=[DatasetSpec(part, 1.0, {})])
+    monkeypatch.setattr("estune.rewards.gym.generator", lambda *_: mixed)
+    canary = tmp_path / "canary"
+    columns = columns_of("composite", mixed[0])
+    scores = [score(GymReward("composite"), text, columns) for text in (*programs(str(canary)), *ODD)]
+    assert not canary.exists()
+    assert all(value is not None and value < 1.0 for value in scores)
+    assert score(GymReward("composite"), columns["answer"][0], columns) == 1.0
 
 
 @pytest.mark.parametrize("text", [*programs("/canary"), "oracle_answer", "valid_solutions[0]", "x.y", "f(2)"])

@@ -97,6 +97,8 @@ def test_rows_in_the_hubs_shape(tmp_path: Path) -> None:
         ({"instruction_id_list": ["keywords:frequency"],
           "kwargs": [{"keyword": "a", "frequency": 1, "relation": "about"}]},
          "row 1: .*'about' is neither"),
+        ({"instruction_id_list": ["detectable_content:postscript"], "kwargs": [{"postscript_marker": "-" * 51}]},
+         "row 1: .*has 51 characters, more than 50"),
         ({"instruction_id_list": "x"}, "must be lists"),
         ({"prompt": None}, "row 1: prompt is None"),
     ],

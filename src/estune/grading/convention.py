@@ -23,6 +23,9 @@ Row = dict[str, Any]
 FAILURES = ("errors", "timeouts", "crashes", "too_long")
 """Ways in which grading a completion can fail, as they are counted in metrics."""
 
+LARGEST = 1e100
+"""Scores and logged values beyond this count as infinite: of larger ones, sums and squares may be."""
+
 _NO_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL does not pass these on
 _OUR_RECORDS = ("step", "member", "prompt", "completion", "reward", "tokens", "finished")
 _OUR_METRICS = (
@@ -98,15 +101,17 @@ class Log:
             raise EstuneError(
                 f"log_extra({column!r}): {len(values)} values for {self._size} completions; give one each"
             )
+        column = printable(column)
         if column in _OUR_RECORDS or column.startswith("rewards/"):
             raise EstuneError(f"log_extra({column!r}): a column of estune's own has this name; choose another")
         self.extras[column] = list(values)
 
     def metric(self, name: str, value: float) -> None:
         """Add a value to the step's metric of this name, their mean."""
+        name = printable(name)
         if name == "reward" or name.startswith((*_OUR_METRICS, "reward_", "eval_")):
             raise EstuneError(f"log_metric({name!r}): estune's own metrics are called so; choose another name")
-        self.metrics.setdefault(name, []).append(float(value))
+        self.metrics.setdefault(name, []).append(bounded(value))
 
 
 class Batch:
@@ -143,16 +148,26 @@ def arguments(columns: Mapping[str, Any], state: TrainerState, log: Log) -> dict
 
 
 def as_scores(returned: Any, size: int) -> list[float | None]:
-    """What a reward function returned, as floats.
+    """What a reward function returned, as floats, those beyond `LARGEST` infinite.
 
     Raises:
         EstuneError: not one value per completion.
         TypeError, ValueError: no list, or not of numbers.
     """
-    values = [None if v is None else float(v) for v in returned]
+    values = [None if v is None else bounded(v) for v in returned]
     if len(values) != size:
         raise EstuneError(f"returned {len(values)} values for {size} completions: one each")
     return values
+
+
+def bounded(value: Any) -> float:
+    """A number as a float, infinite beyond `LARGEST`.
+
+    Raises:
+        TypeError, ValueError: it is no number.
+    """
+    number = float(value)
+    return math.copysign(math.inf, number) if abs(number) > LARGEST else number
 
 
 def describe(error: BaseException) -> str:
@@ -185,7 +200,7 @@ def is_async(function: RewardFunction) -> bool:
 
 def weighted(scores: Sequence[float | None], weights: Sequence[float]) -> float | None:
     """The sum of scores times weights over those that apply; None where none does, NaN where one is not finite."""
-    terms = [w * s for w, s in zip(weights, scores, strict=True) if s is not None]
+    terms = [bounded(w * s) for w, s in zip(weights, scores, strict=True) if s is not None]
     return math.fsum(terms) if terms and all(map(math.isfinite, terms)) else (math.nan if terms else None)
 
 

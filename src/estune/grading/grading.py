@@ -254,7 +254,8 @@ class Grading:
             for row, pending in enumerate(verdicts):
                 verdict = pending if isinstance(pending, Verdict) else pending.result()
                 marks.add(row, verdict, isolation, len(batch))
-                self.note(self.functions[number], verdict.notes)
+                crash = [f"{verdict.text} on row {row}, {batch.show(row)}"] if verdict.kind == "crashes" else []
+                self.note(self.functions[number], [*verdict.notes, *crash])
             return marks
 
         return collect

@@ -18,13 +18,15 @@ class Isolation:
 
     `deadline` in seconds, None for the run's; `memory` in bytes beyond what the grader needs when idle; `max_length` in
     characters of the completion. A completion that is too long, or whose grading does not end in time or crashes,
-    scores `failure_score`.
+    scores `failure_score`. With `errors_as_crashes` an exception is such a crash where an empty completion in a fresh
+    grader does not raise one too: for functions that read what a model wrote with care, as estune's own do.
     """
 
     deadline: float | None = None
     memory: int = 2 << 30
     max_length: int = 20_000
     failure_score: float = 0.0
+    errors_as_crashes: bool = False
 
 
 @overload
@@ -33,7 +35,12 @@ def isolated(function: Function, /) -> Function: ...
 
 @overload
 def isolated(
-    *, deadline: float | None = None, memory: int = 2 << 30, max_length: int = 20_000, failure_score: float = 0.0
+    *,
+    deadline: float | None = None,
+    memory: int = 2 << 30,
+    max_length: int = 20_000,
+    failure_score: float = 0.0,
+    errors_as_crashes: bool = False,
 ) -> Callable[[Function], Function]: ...
 
 

@@ -119,6 +119,16 @@ class Unavailable(Exception):
     """This machine does not allow the isolation."""
 
 
+class Running:
+    """A program that has been started."""
+
+    def __init__(self, pid: int, began: float, files: dict[str, Any], job: int) -> None:
+        self.pid = pid
+        self.began = began
+        self.files = files  # its standard input, output and error
+        self.job = job  # descriptor of the pipe on which it waits for its job
+
+
 class Over(Exception):
     """The program has used more than it may; of what, says the text: `timeout` or `memory`."""
 
@@ -137,12 +147,17 @@ def main() -> None:
         if job["namespaces"]:
             _unshare(libc)
             _new_root(libc, job)
-        outcome = _run(libc, job)
+        running = _start(libc, job)
     except Unavailable as error:
-        outcome = {"status": "unavailable", "stderr": str(error)}
+        told = json.dumps({"status": "unavailable", "stderr": str(error)})
     except BaseException as error:
-        outcome = {"status": "unavailable", "stderr": f"{type(error).__name__}: {error}"}
-    json.dump(outcome, sys.stdout)
+        told = json.dumps({"status": "unavailable", "stderr": f"{type(error).__name__}: {error}"})
+    else:
+        try:
+            told = json.dumps(_outcome(running, job))
+        except BaseException as error:  # the program may be the cause: what fails now is no fault of the system
+            told = json.dumps({"status": "died", "stderr": f"the keeper died: {type(error).__name__}: {error}"})
+    sys.stdout.write(told)
 
 
 def confine(code: bytes) -> None:
@@ -224,8 +239,8 @@ def _new_root(libc: Any, job: dict[str, Any]) -> None:
     attributes(f"{_ROOT}/tmp", 0, _READ_ONLY, 0)
 
 
-def _run(libc: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Start the program, wait for it until the deadline, and say what came of it."""
+def _start(libc: Any, job: dict[str, Any]) -> Running:
+    """Start the program's process, up to where Python begins in it."""
     where = f"{_ROOT}/tmp" if job["namespaces"] else job["folder"]
     files = {name: _scratch(f"{where}/.{name}") for name in ("in", "out", "err")}
     files["in"].write(job["stdin"].encode(errors="replace"))
@@ -243,27 +258,32 @@ def _run(libc: Any, job: dict[str, Any]) -> dict[str, Any]:
     with os.fdopen(failing) as pipe:
         if failure := pipe.read():  # it ends when Python starts
             raise Unavailable(failure)
+    return Running(program, began, files, writing)
+
+
+def _outcome(running: Running, job: dict[str, Any]) -> dict[str, Any]:
+    """Give the program its job, wait for it until the deadline, and say what came of it."""
     names = ("program", "tests", "secret", "path", "output")
     try:
-        with os.fdopen(writing, "w") as pipe:
+        with os.fdopen(running.job, "w") as pipe:
             json.dump({name: job[name] for name in names}, pipe)
     except BrokenPipeError:
         pass  # one that ends early says how
     code: int | None = None
     status = "ended"
     try:
-        code = _wait(program, job, began + job["wall"])
+        code = _wait(running.pid, job, running.began + job["wall"])
     except Over as over:
         status = str(over)
     finally:
-        _end(program, job["namespaces"], code is None)
+        _end(running.pid, job["namespaces"], code is None)
     size = job["output"] * (1 + sum(1 if isinstance(test, str) else len(test["steps"]) for test in job["tests"]))
     return {
         "status": status,
         "code": code,
-        "stdout": _read(files["out"], size),
-        "stderr": _read(files["err"], job["output"]),
-        "seconds": time.monotonic() - began,
+        "stdout": _read(running.files["out"], size),
+        "stderr": _read(running.files["err"], job["output"]),
+        "seconds": time.monotonic() - running.began,
     }
 
 
@@ -338,8 +358,9 @@ def _held(proc: int, program: int, family: bool) -> int:
     """Bytes that a process (and its family) holds, page tables among them: address space does not tell of those."""
     total = 0
     for pid in _family(proc, program) if family else (program,):
-        for line in _text(proc, f"{pid}/status").splitlines():
-            if line.startswith(("VmRSS:", "VmSwap:", "VmPTE:")):
+        # A process chooses its name, of any bytes but line feeds, which the kernel escapes.
+        for line in _content(proc, f"{pid}/status").split(b"\n"):
+            if line.startswith((b"VmRSS:", b"VmSwap:", b"VmPTE:")):
                 total += 1024 * int(line.split()[1])
     return total
 
@@ -351,21 +372,24 @@ def _family(proc: int, pid: int) -> Iterator[int]:
         tasks = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
     except OSError:
         return
-    with os.scandir(tasks) as entries:
-        threads = [entry.name for entry in entries]
-    os.close(tasks)
+    try:
+        threads = os.listdir(tasks)
+    except OSError:
+        return
+    finally:
+        os.close(tasks)
     for thread in threads:
-        for child in _text(proc, f"{pid}/task/{thread}/children").split():
+        for child in _content(proc, f"{pid}/task/{thread}/children").split():
             yield from _family(proc, int(child))
 
 
-def _text(proc: int, path: str) -> str:
+def _content(proc: int, path: str) -> bytes:
     """A file of /proc; nothing where what it tells of has ended."""
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY, dir_fd=proc)) as file:
+        with os.fdopen(os.open(path, os.O_RDONLY, dir_fd=proc), "rb") as file:
             return file.read()
     except OSError:
-        return ""
+        return b""
 
 
 def _end(program: int, namespaces: bool, running: bool) -> None:

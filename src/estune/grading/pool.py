@@ -16,12 +16,14 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import spawn
 from typing import Any
 
 from estune.errors import EstuneError
 from estune.grading import modules
 from estune.grading.convention import RewardFunction, reward_name
+from estune.grading.isolation import isolation_of
 from estune.grading.process import Call, Setup
 from estune.grading.verdict import Verdict, decode, decode_problem
 from estune.grading.wire import Garbled, Wire
@@ -45,6 +47,8 @@ class GraderPool:
 
     def __init__(self, functions: Mapping[int, RewardFunction], processes: int, memory: int) -> None:
         self._setup = _setup(functions, memory)
+        limits = {number: isolation_of(function) for number, function in functions.items()}
+        self._errors_as_crashes = {number for number, limit in limits.items() if limit and limit.errors_as_crashes}
         self._processes = processes
         self._threads = ThreadPoolExecutor(processes, "estune-grader")
         self._mine = threading.local()
@@ -82,13 +86,26 @@ class GraderPool:
         return verdict
 
     def _call(self, grader: _Grader, call: Call, deadline: float) -> Verdict:
+        verdict = self._answer(grader, call, deadline)
+        if verdict.kind == "errors" and call.function in self._errors_as_crashes:
+            # The completion may have raised it, or made the grader say so. The row and the machine are at fault where
+            # a grader that has never seen it says the same.
+            fresh = self._replace(grader)
+            if self._answer(fresh, call.with_empty_completion(), deadline).kind != "errors":
+                verdict = replace(verdict, kind="crashes")
+        return verdict
+
+    def _answer(self, grader: _Grader, call: Call, deadline: float) -> Verdict:
         verdict = grader.call(call, deadline)
         if verdict.kind in ("timeouts", "crashes"):
-            with self._lock:
-                self._graders.discard(grader)
-            grader.close()
-            self._start()
+            self._replace(grader)
         return verdict
+
+    def _replace(self, grader: _Grader) -> _Grader:
+        with self._lock:
+            self._graders.discard(grader)
+        grader.close()
+        return self._start()
 
     def _start(self) -> _Grader:
         """A new grader for this thread. It gets ready while others work."""

@@ -44,6 +44,12 @@ class Call:
     columns: dict[str, list[Any]]
     state: TrainerState
 
+    def with_empty_completion(self) -> Call:
+        """The same call, of a model that said nothing."""
+        (said,) = self.columns["completions"]
+        empty = "" if isinstance(said, str) else [{**message, "content": ""} for message in said]
+        return replace(self, columns=self.columns | {"completions": [empty], "completion_ids": [[]]})
+
 
 def main() -> None:
     """Serve calls from the socket whose file descriptor is named on the command line until it is closed."""

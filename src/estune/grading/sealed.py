@@ -24,6 +24,7 @@ from typing import Any
 
 _LONGEST = 50_000
 _MOST_DIGITS, _MOST_ITEMS = 4_000, 100_000
+_MOST_PARTS = 300_000  # of syntax trees, where a name is counted as all that it stands for
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -124,7 +125,7 @@ def literal(data: Any) -> Any:
     try:
         ((kind, held),) = data.items()
         return _KINDS[kind](held)
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise Broken(f"{error}"[:100]) from None
 
 
@@ -147,7 +148,7 @@ def values_of(lines: list[str]) -> dict[int, dict[int, Any]]:
         try:
             test, slot, data = json.loads(line)
             found.setdefault(test, {}).setdefault(slot, literal(data))
-        except (ValueError, TypeError, RecursionError, Broken):
+        except (ValueError, TypeError, RecursionError, MemoryError, Broken):
             continue
     return found
 
@@ -161,6 +162,8 @@ class _Sealing(ast.NodeTransformer):
         self._program = set[str]()  # names that are the program's though the test binds them, or Python has them
         self._objects = set[str]()  # names to which the test gives what the program made
         self._constants: dict[str, ast.expr] = {}
+        self._sizes: dict[str, int] = {}  # parts of each, where each name in it stands for all of its constant
+        self._copied = 0  # parts that have come to stand for names so far
         self._expected = set[str]()  # those of them that a comparison is made with
         self._bound = Counter(_bound(ast.parse(setup)))
         self._body = ast.parse(test).body
@@ -184,14 +187,18 @@ class _Sealing(ast.NodeTransformer):
 
     def _needed(self) -> Iterator[tuple[ast.AST, int | None]]:
         """The steps without those that only say what is expected."""
+        names = [_names(step) for step, _ in self._steps]
+        uses = Counter(name for in_step in names for name in in_step)
+        given = {_assigned(step): number for number, (step, _) in enumerate(self._steps)}
+        dropped = set[int]()
         for name in filter(self._expected.__contains__, reversed(self._constants)):
-            own = [step for step, _ in self._steps if _assigned(step) == name]
-            if any(name in _names(step) for step, _ in self._steps if step not in own):
+            if uses[name] > 1:  # not only where it is given its value
                 if not isinstance(self._constants[name], ast.Constant):
                     raise Unsealed  # the program may change it
             else:
-                self._steps = [step for step in self._steps if step[0] not in own]
-        yield from self._steps
+                dropped.add(given[name])
+                uses.subtract(names[given[name]])
+        yield from (step for number, step in enumerate(self._steps) if number not in dropped)
 
     def _take(self, statement: ast.stmt) -> None:
         match statement:
@@ -217,15 +224,18 @@ class _Sealing(ast.NodeTransformer):
         if self._is_programs(statement.value):
             self._objects.add(name)
         elif not any(self._is_programs(part) for part in ast.walk(statement.value)):
+            before = self._copied
+            size = sum(1 for _ in ast.walk(statement.value))
             with suppress(Unsealed):
                 self._constants[name] = self.visit(statement.value)
+                self._sizes[name] = size + self._copied - before
 
     def _condition(self, node: ast.expr) -> ast.expr:
         """With slots for what is the program's; where there is none, a built-in name may have been given to it."""
         found = self._truth(node)
         if any(isinstance(part, ast.Call) for part in ast.walk(found)) and not _has_slot(found):
             names = {_dotted(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
-            self._program |= names - self._bound.keys()
+            self._program.update(name for name in names if name not in self._bound)
             found = self._truth(node)
         return found
 
@@ -237,15 +247,28 @@ class _Sealing(ast.NodeTransformer):
             case ast.UnaryOp(ast.Not() as operation, part):
                 return ast.UnaryOp(operation, self._truth(part))
             case _ if self._is_programs(node):
-                # A comparison of the program's value with another may hide in a call to what is not known here.
-                for call in (part for part in ast.walk(node) if isinstance(part, ast.Call)):
-                    given = [*call.args, *(keyword.value for keyword in call.keywords)]
-                    known = isinstance(call.func, ast.Attribute) and call.func.attr in _METHODS
-                    if given and (known or any(self._is_programs(part) for item in given for part in ast.walk(item))):
-                        raise Unsealed
+                if self._may_compare(node):
+                    raise Unsealed
                 return self._slot(ast.Call(ast.Name("bool"), [node], []))
         found: ast.expr = self.visit(node)
         return found
+
+    def _may_compare(self, node: ast.AST, given: bool = False) -> bool:
+        """Whether a comparison of the program's value with another may hide in a call to what is not known here.
+
+        Args:
+            node: looked at with all that is in it.
+            given: whether a call is given it.
+        """
+        if given and self._is_programs(node):
+            return True
+        if not isinstance(node, ast.Call):
+            return any(self._may_compare(part, given) for part in ast.iter_child_nodes(node))
+        arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+        known = isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS
+        if known and arguments:
+            return True
+        return self._may_compare(node.func, given) or any(self._may_compare(part, True) for part in arguments)
 
     def visit(self, node: ast.AST) -> Any:
         """Slots for what is the program's; nothing is let through that `_Values` does not know."""
@@ -271,6 +294,9 @@ class _Sealing(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.AST:
         if node.id in self._constants:
             self._expected.add(node.id)
+            self._copied += self._sizes[node.id]
+            if self._copied > _MOST_PARTS:
+                raise Unsealed
             return self._constants[node.id]
         return self.visit_Attribute(node)
 

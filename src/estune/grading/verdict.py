@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from estune.errors import EstuneError
-from estune.grading.convention import Log, printable
+from estune.grading.convention import Log, bounded, printable
 from estune.grading.wire import Garbled
 
 Kind = Literal["score", "errors", "timeouts", "crashes", "too_long"]
 
 _TEXT = 2000  # characters kept of a text
+_INT64 = range(-(1 << 63), 1 << 63)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,9 @@ class Verdict:
 def decode(answer: bytes, call: int) -> Verdict:
     """The verdict that a grader sent in answer to the call of this number.
 
+    Of what was logged, numbers beyond 64 bits, lists and objects become texts, as JSON writes them: what can be made of
+    them on disk is not the grader's to choose.
+
     Raises:
         Garbled: it is none.
     """
@@ -54,12 +58,12 @@ def decode(answer: bytes, call: int) -> Verdict:
             raise Garbled("no verdict")
         log = Log(1)
         for column, values in extras.items():
-            log.extra(column, values)
+            log.extra(column, [_scalar(value) for value in values])
         for name, values in metrics.items():
             for value in values:
                 log.metric(name, _number(value))
         score = None if score is None else _number(score)
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, EstuneError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError, EstuneError) as error:
         raise Garbled(f"no verdict: {type(error).__name__}") from error
     return Verdict(
         kind, score, printable(text[:_TEXT]), log.extras, log.metrics, [printable(note[:_TEXT]) for note in notes]
@@ -81,7 +85,13 @@ def decode_problem(answer: bytes) -> str:
     return printable(problem[:_TEXT])
 
 
+def _scalar(value: Any) -> Any:
+    if isinstance(value, list | dict) or (isinstance(value, int) and value not in _INT64):
+        return json.dumps(value, ensure_ascii=False)
+    return value
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Garbled("no number")
-    return float(value)
+    return bounded(value)

@@ -23,7 +23,7 @@ def extract_code(text: str) -> str:
     return blocks[-1] if blocks else text
 
 
-@isolated(deadline=30.0)
+@isolated(deadline=30.0, errors_as_crashes=True)
 def unit_tests(*, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
     """1.0 where the program passes all tests of its row, else 0.0; None for a row without tests.
 
@@ -45,7 +45,7 @@ def unit_tests(*, prompts: Sequence[Text], completions: Sequence[Text], **column
     return [None if score is None else float(score == 1.0) for score in _scores(completions, columns)]
 
 
-@isolated(deadline=30.0)
+@isolated(deadline=30.0, errors_as_crashes=True)
 def unit_test_fraction(*, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
     """The fraction of the tests that pass, with the columns of `unit_tests`. HumanEval's `check` is a single test."""
     return _scores(completions, columns)

@@ -27,7 +27,7 @@ PARSED = frozenset(
 
 
 # Some scores search, or compute what an answer says.
-@isolated(deadline=10.0)
+@isolated(deadline=10.0, errors_as_crashes=True)
 @dataclass(frozen=True)
 class GymReward:
     """The score, mostly from 0.0 to 1.0, that a generator of `reasoning-gym` gives the completion's answer.
@@ -77,10 +77,12 @@ class GymReward:
     def _score(self, text: str, question: str, answer: str | None, metadata: str) -> float:
         found = ((last_answer(text) if self.tags else text) or "").strip()
         entry = {"question": question, "answer": answer, "metadata": literal_eval(metadata)}
-        if not found or not may_be_scored(self.generator, found, entry):
+        if not found:
             return 0.0  # some generators give points for nothing
         problems = generator(self.generator, self.options, 0, 1)
         try:
+            if not may_be_scored(self.generator, found, entry):
+                return 0.0
             score = float(problems.score_answer(found, entry))
         except MemoryError:
             raise

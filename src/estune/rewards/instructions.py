@@ -18,6 +18,7 @@ Check = Callable[..., bool]
 CHECKS: dict[str, Check] = {}
 
 _WORD = re.compile(r"\w+")
+_LONGEST_MARKER = 50  # the time to look for one is its length times the text's
 _CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
@@ -160,6 +161,8 @@ def _placeholders(text: str, num_placeholders: int) -> bool:
 @_named("detectable_content:postscript")
 def _postscript(text: str, postscript_marker: str) -> bool:
     """The marker, with or without its points and spaces, followed by something on its line."""
+    if len(postscript_marker) > _LONGEST_MARKER:
+        raise ValueError(f"postscript_marker has {len(postscript_marker)} characters, more than {_LONGEST_MARKER}")
     letters = [re.escape(letter) for letter in postscript_marker if not re.match(r"[\s.]", letter)]
     marker = re.compile(r"\.?[^\S\n]?".join(letters), re.IGNORECASE)
     # Of a line's markers the first is enough: what follows another follows it too.

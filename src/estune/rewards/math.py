@@ -23,7 +23,7 @@ _NOISE = re.compile(r"\s+|\$|\\left|\\right|\\!|\\,|\\;")
 
 
 # Sympy can compute without end on what a model writes.
-@isolated(deadline=10.0)
+@isolated(deadline=10.0, errors_as_crashes=True)
 def math_reward(
     *, prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[Any], **_: Any
 ) -> list[float | None]:

@@ -26,8 +26,9 @@ _NODES = (
     *(ast.Expression, ast.BinOp, ast.UnaryOp, ast.Load),
     *(ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.UAdd, ast.USub),
 )
-# Of what is nested too deeply; a null byte is a ValueError in some versions of Python.
-_UNREADABLE = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
+# Of what is nested too deeply, or a complex number that no float holds; a null byte is a ValueError in some versions of
+# Python.
+_UNREADABLE = (SyntaxError, ArithmeticError, ValueError, TypeError, MemoryError, RecursionError)
 
 
 def is_literal(text: str) -> bool:

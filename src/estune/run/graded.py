@@ -120,19 +120,28 @@ def step_metrics(members: Sequence[Graded]) -> dict[str, float]:
 
 
 def write_completions(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write records as parquet; a column whose values are not all of one type becomes text."""
+    """Write records as parquet; a column whose values are not all of one type that it can hold becomes text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, Any] = {}
-    for name in dict.fromkeys(name for record in records for name in record):
-        values = [record.get(name) for record in records]
-        try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            columns[name] = pa.array([None if value is None else str(value) for value in values])
+    names = dict.fromkeys(name for record in records for name in record)
+    columns = {name: _column([record.get(name) for record in records]) for name in names}
     with replacing(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
+
+
+def _column(values: list[Any]) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        found = pa.array(values)
+        if pa.types.is_nested(found.type):  # which may hold types that cannot be written
+            pq.write_table(pa.table({"": found}), pa.BufferOutputStream())
+    except (pa.ArrowException, OverflowError, UnicodeError):
+        texts = [None if value is None else str(value) for value in values]
+        return pa.array([text if text is None else text.encode(errors="replace").decode() for text in texts])
+    return found
 
 
 def _is_count(key: str) -> bool:
