@@ -138,7 +138,7 @@ class WorkerProcess:
             self._late, self._folder = None, make_temporary("replica")
             key, socket = secrets.token_bytes(16), str(self._folder / "s")  # a path that the system allows is short
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "estune.pool.process", socket],
+                [sys.executable, "-P", "-m", "estune.pool.process", socket],
                 stdin=subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C is for the trainer alone
                 pass_fds=() if self._share is None else (self._share.memory,),
