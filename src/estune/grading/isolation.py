@@ -16,9 +16,9 @@ _MARK = "__estune_isolation__"
 class Isolation:
     """Limits of one call.
 
-    `deadline` in seconds, None for the run's; `memory` in bytes beyond what the grader needs when idle; `max_length` in
-    characters of the completion. A completion that is too long, or whose grading does not end in time or crashes,
-    scores `failure_score`.
+    `deadline` in seconds, None for the run's; `memory` in bytes beyond what the grader needs when idle, those of its
+    children (programs in the sandbox among them) included; `max_length` in characters of the completion.
+    A completion that is too long, or whose grading does not end in time or crashes, scores `failure_score`.
     """
 
     deadline: float | None = None
