@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -32,6 +34,10 @@ STOREYS = (
 """From the ground up: a room imports what lies on lower storeys, and nothing of its own or higher ones."""
 FLOOR = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
 MOST_ROOT_MODULES = 8
+LOADS = re.compile(r"Auto\w+\.from_(pretrained|config)$")
+"""Functions of transformers that can load a model's own code."""
+
+Node = TypeVar("Node", bound=ast.expr)
 
 
 def rooms_imported(file: Path) -> Iterator[tuple[int, str]]:
@@ -57,6 +63,32 @@ def test_imports_run_one_way(file: Path) -> None:
         assert other == room or FLOOR[other] < FLOOR[room], (
             f"{file}:{line}: {room} imports {other}, which is not below it"
         )
+
+
+def nodes(kind: type[Node]) -> Iterator[tuple[str, Node]]:
+    """Each piece of syntax of a kind in the package, with where it stands."""
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, kind):
+                yield f"{file}:{node.lineno}", node
+
+
+def test_no_child_takes_a_file_in_the_working_directory_for_a_library() -> None:
+    """Python looks there first, unless it is started with `-P` or `-I`; and a stranger's run can be there."""
+    commands = [(place, ast.unparse(node)) for place, node in nodes(ast.List)]
+    commands = [(place, command) for place, command in commands if command.startswith("[sys.executable,")]
+    assert len(commands) >= 5
+    for place, command in commands:
+        assert command.split(", ")[1] in ("'-P'", "'-I'"), f"{place}: {command}"
+
+
+def test_no_models_own_code_is_ever_loaded() -> None:
+    """transformers asks on standard input where a call leaves it open."""
+    loads = [(place, call) for place, call in nodes(ast.Call) if LOADS.match(ast.unparse(call.func))]
+    assert len(loads) >= 9
+    for place, call in loads:
+        said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert said.get("trust_remote_code") == "False", place
 
 
 def test_the_root_holds_few_modules() -> None:

@@ -1,10 +1,10 @@
 """Python processes without the seconds that importing takes: forks of one that has imported what they need.
 
-`subprocess` starts `python -m MODULE ...`, for one of `MODULES`, through a warm process: a fork of this one from before
-any test, idle and without threads, which forks what it is asked for. With Linux's CLONE_PARENT that is a child of the
-process that asked, as any that it starts: with the descriptors, the environment, the folder and the session that it was
-given, the signals and the exit code of an interpreter, to be waited for, stopped and killed. Only its modules are there
-already. Each child has a warm process of its own, for children of its own.
+`subprocess` starts `python -m MODULE ...`, also with `-P`, for one of `MODULES`, through a warm process: a fork of this
+one from before any test, idle and without threads, which forks what it is asked for. With Linux's CLONE_PARENT that is
+a child of the process that asked, as any that it starts: with the descriptors, the environment, the folder and the
+session that it was given, the signals and the exit code of an interpreter, to be waited for, stopped and killed. Only
+its modules are there already. Each child has a warm process of its own, for children of its own.
 
 A test of what a new interpreter does asks for the fixture `new_interpreters`.
 """
@@ -88,16 +88,21 @@ class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, *rest: Any) -> None:
         pass_fds, cwd, env, _, _, shell, *pipes, _, _, _, _, _, new_session, group = rest
         plain = not shell and executable is None and preexec_fn is None and close_fds and group == -1
-        if not (plain and list(args[:2]) == [sys.executable, "-m"] and args[2] in MODULES):
+        command = list(args)
+        safe_path = command[1:2] == ["-P"]
+        if safe_path:
+            del command[1]
+        if not (plain and command[:2] == [sys.executable, "-m"] and command[2] in MODULES):
             super()._execute_child(args, executable, preexec_fn, close_fds, *rest)  # type: ignore[misc]
             return
         stdin, _, _, stdout, _, stderr = pipes
         streams = [fd if fd >= 0 else number for number, fd in enumerate((stdin, stdout, stderr))]
         request = {
-            "arguments": list(map(os.fspath, args[2:])),
+            "arguments": list(map(os.fspath, command[2:])),
             "environment": dict(os.environ if env is None else env),
             "folder": os.fspath(cwd or os.getcwd()),
             "session": bool(new_session),
+            "safe_path": safe_path,
             "descriptors": [0, 1, 2, *pass_fds],
         }
         self.pid = Warm.fork(request, [*streams, *pass_fds])
@@ -153,7 +158,10 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
             os.setsid()
         _take(dict(zip(request["descriptors"], descriptors, strict=True)))
         _forget_parent()
-        sys.path.insert(0, os.getcwd())
+        places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = [place for place in places if place and place not in sys.path]
+        if not request["safe_path"]:
+            sys.path.insert(0, os.getcwd())
         module, *arguments = request["arguments"]
         sys.argv = ["-m", *arguments]
         code = _exit_code(module)

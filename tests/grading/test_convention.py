@@ -32,6 +32,7 @@ from estune.tasks.preflight import preflight
 
 ROWS = [{"prompt": "one", "answer": 1}, {"prompt": "two", "answer": 2}, {"prompt": "three", "answer": 3}]
 HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 COMPLETIONS = [Completion(text, [7, 8, i], True) for i, text in enumerate(["1", "x", "3"])]
 
 
@@ -334,11 +335,18 @@ def meddles(how: Callable[[], Any]) -> Callable[..., list[float]]:
         (lambda: sys.stdout.buffer.write(b"hello"), "reward meddler: hello"),
         (lambda: sys.stdout.close() or sys.stdout.write("late"), "reward meddler: late"),
         (lambda: setattr(sys, "stdout", None), ""),
+        (sys.__stdout__.close, "stream of the standard descriptor 1"),
+        (lambda: sys.__stderr__.close() or os.close(2), "stream of the standard descriptor 2"),
+        (sys.__stdout__.detach, "stream of the standard descriptor 1"),
+        (sys.__stdin__.close, "stream of the standard descriptor 0"),
+        (lambda: setattr(sys, "stderr", None), "replaced sys.stderr"),
         (lambda: os.close(1), "standard descriptor 1"),
         (lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2), "standard descriptor 2"),
         (lambda: os.chdir("/"), "changed the working directory"),
         (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), "changed what SIGINT does"),
         (lambda: signal.alarm(60), "left an alarm"),
+        (lambda: signal.setitimer(signal.ITIMER_VIRTUAL, 60), "left a virtual timer"),
+        (lambda: signal.setitimer(signal.ITIMER_PROF, 60), "left a profiling timer"),
         (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (99, HARD)), "changed RLIMIT_NOFILE"),
     ],
 )
@@ -347,7 +355,9 @@ def test_what_a_plain_function_does_to_the_process_is_undone_and_said(
 ) -> None:
     def state() -> Any:
         files = [os.fstat(number).st_ino for number in (0, 1, 2)]
-        return os.getcwd(), signal.getsignal(signal.SIGINT), signal.getitimer(signal.ITIMER_REAL), sys.stdout, files
+        timers = [signal.getitimer(timer)[0] for timer in TIMERS]
+        streams = [(stream, stream.closed) for stream in (sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__)]
+        return os.getcwd(), signal.getsignal(signal.SIGINT), timers, streams, files
 
     before, soft = state(), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert grade([meddles(how)], [1.0], ROWS, COMPLETIONS).total == [1.0] * 3
@@ -355,7 +365,10 @@ def test_what_a_plain_function_does_to_the_process_is_undone_and_said(
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == soft
     assert said in caplog.text
     print("there")
-    assert capfd.readouterr().out == "there\n"
+    print("here", file=sys.__stdout__, flush=True)
+    print("too", file=sys.__stderr__, flush=True)
+    printed = capfd.readouterr()
+    assert (sorted(printed.out.split()), printed.err) == (["here", "there"], "too\n")
 
 
 def test_a_function_that_prints_without_end_is_cut_short(caplog: pytest.LogCaptureFixture) -> None:
@@ -364,6 +377,21 @@ def test_a_function_that_prints_without_end_is_cut_short(caplog: pytest.LogCaptu
             grading.grade(ROWS, COMPLETIONS)
     assert caplog.text.count("reward meddler: again") == MOST_NOTES
     assert caplog.text.count("prints more than") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), BaseExceptionGroup("two", [KeyboardInterrupt()]), GeneratorExit(), SystemExit(143)]
+)
+def test_whatever_a_function_raises_is_its_own_where_nobody_sent_a_signal(error: BaseException) -> None:
+    def plain(**_: Any) -> list[float]:
+        raise error
+
+    async def later(**_: Any) -> list[float]:
+        raise error
+
+    for function in (plain, later):
+        with pytest.raises(EstuneError, match=f"raised {type(error).__name__}:"):
+            grade([function], [1.0], ROWS, COMPLETIONS)
 
 
 def leaves(completions: list[str], **_: Any) -> list[float]:
@@ -386,13 +414,14 @@ def test_a_function_that_exits_has_failed(caplog: pytest.LogCaptureFixture) -> N
             assert grading.grade(ROWS, COMPLETIONS).scores == {"leaves_later": [None] * 3, "stays": [1.0] * 3}
 
 
-def test_sigterm_that_comes_while_a_function_runs_ends_the_run() -> None:
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_comes_while_a_function_runs_ends_the_run(number: int, end: type[BaseException]) -> None:
     def killed(**_: Any) -> list[float]:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(5)
         return [1.0] * 3
 
-    with terminable(), pytest.raises(SystemExit), Grading([killed], errors="exclude") as grading:
+    with terminable(), pytest.raises(end), Grading([killed], errors="exclude") as grading:
         grading.grade(ROWS, COMPLETIONS)
 
 

@@ -28,7 +28,7 @@ from estune.grading.verdict import decode
 from estune.rewards.countdown import answer_reward
 from estune.rewards.load import load_reward
 from estune.tasks.mix import Only
-from tests.hostile_rewards import SAID, Touch, obey, once_there, one_over, waits
+from tests.hostile_rewards import SAID, Touch, hold, obey, once_there, one_over, waits
 
 
 def batch(texts: Sequence[str]) -> tuple[list[dict[str, Any]], list[Completion]]:
@@ -96,6 +96,15 @@ def test_hostile_completions_score_nothing_and_cost_no_grader(order: str, counte
     assert len(grading.pool.pids()) == 2
     assert all(map(alive, grading.pool.pids()))
     assert not processes_with("# left behind")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody tells what is held")
+@pytest.mark.parametrize(("order", "crashes"), [("400 0 0", 1), ("0 0 100", 1), ("0 80 0", 0), ("40 0 20", 0)])
+def test_shared_memory_and_that_of_children_count_once_each(order: str, crashes: int) -> None:
+    with Grading([hold], processes=1) as grading:
+        grades = grading.grade(*batch(["0 0 0", order]))
+    assert grades.failures["hold"]["crashes"] == crashes
+    assert grades.total == [1.0, 1.0 - crashes]
 
 
 @pytest.mark.parametrize("order", [*SAID, "close", "nan"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from estune.journal.identity import model_files
 from estune.journal.journal import Journal
 from estune.journal.replay import refuse_changed_model, replay
 from estune.pool.open import with_resources
+from estune.rewards.load import load_reward
 from estune.run.code import code_file, code_of, references
 from estune.run.directory import default_path
 from estune.run.dry_run import describe_rest
@@ -204,6 +206,22 @@ def test_where_code_lies_is_found_without_running_it(tmp_path: Path, monkeypatch
     assert code_file("package.f") == tmp_path / "package" / "__init__.py"
     assert code_file("own.py:f") == code_file("own.py") == code_file("own.f") == tmp_path / "own.py"
     assert code_file("none.py") is code_file("none.f") is code_file("package.none.f") is None
+
+
+def test_no_file_in_the_working_directory_is_taken_for_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    (tmp_path / "colorsys.py").write_text("raise SystemExit('was run')")
+    (tmp_path / "beside_colorsys.py").write_text("from colorsys import rgb_to_hsv")
+    load_reward("estune.rewards.conciseness.correct_reward")
+    assert str(tmp_path) not in sys.path
+    load_reward("beside_colorsys.rgb_to_hsv")
+    library = sys.modules["colorsys"].__file__
+    assert library is not None
+    assert code_file("colorsys.rgb_to_hsv") == Path(library).resolve() != tmp_path / "colorsys.py"
 
 
 def test_a_hub_id_is_pinned_to_the_commit_that_was_found(

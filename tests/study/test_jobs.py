@@ -26,6 +26,16 @@ def path_with(folder: Path, source: str) -> str:
     return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
 
+def test_no_file_in_the_working_directory_is_taken_for_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_interpreters: None
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "json.py").write_text("raise SystemExit('was run')")
+    monkeypatch.chdir(work)
+    assert Jobs().run("child", log=tmp_path / "log", PYTHONPATH=path_with(tmp_path, "import json; json.dumps")) is None
+
+
 @pytest.mark.parametrize(
     ("said", "found"),
     [

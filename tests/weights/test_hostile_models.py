@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,20 @@ import pytest
 
 from estune.engines.loading import load_config, load_tokenizer
 from estune.errors import EstuneError
+from estune.rewards.model import RewardModel
 from estune.study.estimate.shapes import read_shape
 from estune.weights.checkpoint import Checkpoint
 from tests.models import save_model
+
+MARKED = """
+from pathlib import Path
+Path({marker!r}).touch()
+from transformers import PretrainedConfig, PreTrainedTokenizer
+class Config(PretrainedConfig):
+    model_type = "unheard-of"
+class Tokenizer(PreTrainedTokenizer):
+    pass
+"""
 
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -71,6 +84,24 @@ def test_sizes_that_no_model_has(hostile: Path, name: str, value: Any) -> None:
 def test_json_that_is_too_deep_or_of_another_kind(hostile: Path, name: str, text: str, work: Any) -> None:
     (hostile / name).write_text(text)
     assert str(hostile) in one_line(work, hostile)
+
+
+@pytest.mark.parametrize("work", [load_config, read_shape, load_tokenizer, lambda path: RewardModel(str(path))])
+def test_its_own_code_never_runs_whatever_standard_input_says(
+    hostile: Path, work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask there whether it may."""
+    marker = tmp_path / "was-run"
+    (hostile / "own.py").write_text(MARKED.format(marker=str(marker)))
+    own = {"AutoConfig": "own.Config", "AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}
+    for name, change in (
+        ("config.json", {"model_type": "unheard-of", "auto_map": own}),
+        ("tokenizer_config.json", {"tokenizer_class": "Tokenizer", "auto_map": own}),
+    ):
+        (hostile / name).write_text(json.dumps({**json.loads((hostile / name).read_text()), **change}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    assert "contains custom code" in one_line(work, hostile)
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""Model, tokenizer and end tokens from a checkpoint's directory; one clear line where that cannot be."""
+"""Model, tokenizer and end tokens from a checkpoint's directory; one clear line where that cannot be.
+
+`trust_remote_code=False` is said at every call: where it is left open, transformers asks on standard input whether a
+model's own code may run.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ def load_config(path: Path) -> Any:
     try:
         values, _ = PretrainedConfig.get_config_dict(path)
         check_sizes(values)
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file, or one made to do harm, makes transformers raise
         raise _unreadable(path, error) from error
     _check_causal(path, config)
@@ -73,7 +77,11 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
     try:
         with memory_for(_WEIGHTS, _LESS):
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=pick_dtype(dtype, device), output_loading_info=True
+                path,
+                config=config,
+                dtype=pick_dtype(dtype, device),
+                output_loading_info=True,
+                trust_remote_code=False,
             )
     except EstuneError:
         raise
@@ -121,7 +129,7 @@ def load_tokenizer(path: Path) -> Any:
             "tokenizer.save_pretrained"
         )
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as for the configuration; the tokenizers' library raises this very class
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise EstuneError(f"model {path}: its tokenizer cannot be loaded ({why}); save it again") from error

@@ -1,7 +1,8 @@
 """What a reward function does to the process that calls it, undone.
 
 Rewards are trusted: this is for what one does without meaning it, or what a library does that it calls. Not held: what
-it does to memory, to open files other than the standard ones, to the environment, or in threads of its own.
+it does to memory, to open files other than the standard ones, to the environment, or in threads of its own; and
+nothing of what an `async` function does, which shares the process with others at the same time.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 from estune.grading.convention import printable
 
 _PRINTED = 2000  # characters kept of what one call prints
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE)
+_RAISING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)  # whose handlers raise: to stop at once, or after an import
+_TIMERS = {"alarm": signal.ITIMER_REAL, "virtual timer": signal.ITIMER_VIRTUAL, "profiling timer": signal.ITIMER_PROF}
+_STREAMS = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")
 _LIMITS = {
     name: getattr(resource, f"RLIMIT_{name}")
     for name in ("AS", "CORE", "CPU", "DATA", "FSIZE", "NOFILE", "NPROC", "STACK")
@@ -27,9 +32,13 @@ _LIMITS = {
 
 
 class Around:
-    """What a call left behind: `notes`, one a line, of what it printed and of what had to be undone."""
+    """What a call left behind: `notes`, one a line, of what it printed and of what had to be undone.
+
+    `stopped` tells that a signal stopped it, such as Ctrl-C's: what it raises then is not its own.
+    """
 
     def __init__(self) -> None:
+        self.stopped = False
         self.undone: list[str] = []
         self._bytes = _Bytes()
         self.output = io.TextIOWrapper(self._bytes, "utf-8", "replace", write_through=True)
@@ -51,7 +60,8 @@ def contained(state: State | None = None) -> Iterator[Around]:
     around, before, kept = Around(), state or State(), sys.stdout
     sys.stdout = around.output
     try:
-        yield around
+        with _listening(around):
+            yield around
     finally:
         if os.getpid() != before.pid:
             os._exit(0)  # it would go on as a second trainer
@@ -59,6 +69,35 @@ def contained(state: State | None = None) -> Iterator[Around]:
         around.undone = before.restore()
         if state is None:
             before.close()
+
+
+@contextmanager
+def _listening(around: Around) -> Iterator[None]:
+    """Within this, handlers of signals say when they raise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no handler is called
+        return
+
+    def wrapped(handler: Any) -> Any:
+        def listener(number: int, frame: FrameType | None) -> Any:
+            try:
+                return handler(number, frame)
+            except BaseException:
+                around.stopped = True
+                raise
+
+        return listener
+
+    before = {number: signal.getsignal(number) for number in _RAISING}
+    listeners = {number: wrapped(handler) for number, handler in before.items() if callable(handler)}
+    for number, listener in listeners.items():
+        signal.signal(number, listener)
+    try:
+        yield
+    finally:
+        for number, listener in listeners.items():
+            if signal.getsignal(number) is listener:
+                signal.signal(number, before[number])
 
 
 class _Bytes(io.BytesIO):
@@ -83,7 +122,9 @@ class State:
         self._folder = _folder()
         self._standard = {number: _copy(number) for number in (0, 1, 2)}
         self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-        self._timer = signal.getitimer(signal.ITIMER_REAL)[0]
+        self._idle = {name: timer for name, timer in _TIMERS.items() if not signal.getitimer(timer)[0]}
+        self._streams = {name: getattr(sys, name) for name in _STREAMS}
+        self._standard_streams = [_Standard(s) for s in self._streams.values() if _number(s) in self._standard]
         self._limits = {name: resource.getrlimit(which) for name, which in _LIMITS.items()}
 
     def restore(self) -> list[str]:
@@ -96,6 +137,7 @@ class State:
             if copy is not None and not _same(number, copy):
                 os.dup2(copy, number)
                 undone.append(f"it closed or replaced the standard descriptor {number}: opened again")
+        undone += self._restore_streams()
         if threading.current_thread() is threading.main_thread():
             undone += self._restore_signals()
         return undone + self._restore_limits()
@@ -106,15 +148,27 @@ class State:
             if copy is not None:
                 os.close(copy)
 
+    def _restore_streams(self) -> list[str]:
+        undone = []
+        for name, stream in self._streams.items():
+            if getattr(sys, name, None) is not stream:
+                setattr(sys, name, stream)
+                undone.append(f"it replaced sys.{name}: put back")
+        for standard in self._standard_streams:
+            if standard.reopen():
+                undone.append(f"it closed Python's stream of the standard descriptor {standard.number}: opened again")
+        return undone
+
     def _restore_signals(self) -> list[str]:
         undone = []
         for number, handler in self._handlers.items():
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
                 undone.append(f"it changed what {signal.Signals(number).name} does: put back")
-        if not self._timer and signal.getitimer(signal.ITIMER_REAL)[0]:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            undone.append("it left an alarm: stopped")
+        for name, timer in self._idle.items():
+            if signal.getitimer(timer)[0]:
+                signal.setitimer(timer, 0)
+                undone.append(f"it left {'an' if name == 'alarm' else 'a'} {name}: stopped")
         return undone
 
     def _restore_limits(self) -> list[str]:
@@ -131,6 +185,35 @@ class State:
                     resource.setrlimit(which, (resource.getrlimit(which)[1],) * 2)
                 undone.append(f"it lowered RLIMIT_{name} for good: the run goes on with less")
         return undone
+
+
+class _Standard:
+    """Python's stream of a standard descriptor, which others, such as loggers, have in hand: it must stay usable."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream, self.number = stream, stream.fileno()
+        self._mode = "rb" if stream.readable() else "wb"
+        self._how: dict[str, Any] = {
+            name: getattr(stream, name) for name in ("encoding", "errors", "line_buffering", "write_through")
+        }
+
+    def reopen(self) -> bool:
+        """Whether it was closed or detached, and had to be opened again: the same object."""
+        with suppress(ValueError):
+            if not self._stream.closed:
+                return False
+        self._stream.__init__(open(self.number, self._mode, closefd=False), **self._how)  # type: ignore[misc]  # noqa: SIM115
+        return True
+
+
+def _number(stream: Any) -> int | None:
+    """The descriptor of one of Python's own streams, open."""
+    if type(stream) is not io.TextIOWrapper or stream.closed:
+        return None
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None
 
 
 def _folder() -> str | None:

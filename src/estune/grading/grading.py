@@ -13,7 +13,6 @@ import asyncio
 import logging
 import math
 import os
-import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -52,8 +51,6 @@ OnError = Literal["raise", "exclude"]
 MOST_PROCESSES = 8
 MOST_NOTES = 20
 """Lines shown of what one reward function prints, in a whole run."""
-
-_TERMINATED = 128 + signal.SIGTERM
 
 
 class Grading:
@@ -174,11 +171,9 @@ class Grading:
         with contained() as around:
             try:
                 marks.values = as_scores(function(**arguments(batch.columns, self.state, marks.log)), len(batch))
-            except SystemExit as error:
-                if error.code == _TERMINATED:
-                    raise  # SIGTERM came while it ran
-                failure = describe(error)
-            except (Exception, GeneratorExit, asyncio.CancelledError) as error:
+            except BaseException as error:
+                if around.stopped and not isinstance(error, Exception):
+                    raise  # Ctrl-C or SIGTERM came while it ran
                 failure = describe(error)
         self.note(function, around.notes)
         if failure is not None:
@@ -200,22 +195,26 @@ class Grading:
         if self.errors == "exclude":
             return None  # who compares the completions of a batch must not be called with less
         for row in range(len(batch)):
-            with contained():
+            with contained() as around:
                 try:
                     as_scores(function(**arguments(batch.row(row), self.state, Log(1))), 1)
-                except (Exception, SystemExit, GeneratorExit, asyncio.CancelledError):
+                except BaseException as error:
+                    if around.stopped and not isinstance(error, Exception):
+                        raise
                     return row
         return None
 
     def _async(self, number: int, batch: Batch) -> Callable[[], _Marks]:
         function, marks = self.functions[number], _Marks(Log(len(batch)))
 
-        async def run() -> Any:
+        async def run() -> list[float | None]:
             process = os.getpid()
             try:
-                return await function(**arguments(batch.columns, self.state, marks.log))
-            except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
-                raise EstuneError(describe(error)) from None  # as it is, it would end the loop for all functions
+                return as_scores(await function(**arguments(batch.columns, self.state, marks.log)), len(batch))
+            except (Exception, asyncio.CancelledError):
+                raise
+            except BaseException as error:
+                raise EstuneError(describe(error)) from None  # as it is, it would end the loop, and the run
             finally:
                 if os.getpid() != process:
                     os._exit(0)  # a child that it forked
@@ -227,7 +226,7 @@ class Grading:
 
         def collect() -> _Marks:
             try:
-                marks.values = as_scores(future.result(), len(batch))
+                marks.values = future.result()
             except Exception as error:
                 marks.fail(None, describe(error), batch)
             return marks

@@ -16,10 +16,11 @@ _MARK = "__estune_isolation__"
 class Isolation:
     """Limits of one call.
 
-    `deadline` in seconds, None for the run's; `memory` in bytes beyond what the grader needs when idle; `max_length` in
-    characters of the completion. A completion that is too long, or whose grading does not end in time or crashes,
-    scores `failure_score`. With `errors_as_crashes` an exception is such a crash where an empty completion in a fresh
-    grader does not raise one too: for functions that read what a model wrote with care, as estune's own do.
+    `deadline` in seconds, None for the run's; `memory` in bytes beyond what the grader needs when idle, those of its
+    children (programs in the sandbox among them) included; `max_length` in characters of the completion. A completion
+    that is too long, or whose grading does not end in time or crashes, scores `failure_score`. With `errors_as_crashes`
+    an exception is such a crash where an empty completion in a fresh grader does not raise one too: for functions that
+    read what a model wrote with care, as estune's own do.
     """
 
     deadline: float | None = None

@@ -23,12 +23,15 @@ from typing import Any
 from estune.errors import EstuneError
 from estune.grading import modules
 from estune.grading.convention import RewardFunction, reward_name
+from estune.grading.held import held, held_at_most
 from estune.grading.isolation import isolation_of
 from estune.grading.process import Call, Setup
 from estune.grading.verdict import Verdict, decode, decode_problem
 from estune.grading.wire import Garbled, Wire
 
 START_SECONDS = 120
+_FASTEST = 8 << 30  # bytes a second, at which processes can come to hold memory
+_MOST_OFTEN = 0.002  # seconds between two looks at what a grader holds
 # Not `-m`: what a main module defines is known by another name on this side.
 _START = "from estune.grading.process import main; main()"
 
@@ -39,7 +42,7 @@ class GraderPool:
     Args:
         functions: what a `Call` refers to, by number.
         processes: number of graders.
-        memory: bytes a grader may grow by, beyond what importing its functions takes.
+        memory: bytes a grader may grow by, with its children, beyond what importing its functions takes.
 
     Raises:
         EstuneError: for a function that another process could not import.
@@ -54,7 +57,8 @@ class GraderPool:
         self._mine = threading.local()
         self._lock = threading.Lock()
         self._graders: set[_Grader] = set()
-        self._closed = False
+        self._closed = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def submit(self, call: Call, deadline: float) -> Future[Verdict]:
         """Have a call made by whichever grader is free first; `deadline` in seconds from when it begins."""
@@ -68,7 +72,7 @@ class GraderPool:
     def close(self) -> None:
         """Kill the graders, whatever they are doing, and drop what is queued."""
         with self._lock:
-            self._closed = True
+            self._closed.set()
             for grader in self._graders:
                 grader.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -110,12 +114,23 @@ class GraderPool:
     def _start(self) -> _Grader:
         """A new grader for this thread. It gets ready while others work."""
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 raise EstuneError("the graders have been closed")
+            if self._watcher is None:
+                self._watcher = threading.Thread(target=self._watch, name="estune-grader-memory", daemon=True)
+                self._watcher.start()
             grader = _Grader(self._setup)
             self._graders.add(grader)
         self._mine.grader = grader
         return grader
+
+    def _watch(self) -> None:
+        """Look at each grader again before it could hold more than it may; the less is left to it, the sooner."""
+        seconds = most = self._setup.memory / _FASTEST
+        while not self._closed.wait(max(seconds, _MOST_OFTEN)):
+            with self._lock:
+                graders = list(self._graders)
+            seconds = min((grader.left() / _FASTEST for grader in graders), default=most)
 
 
 class _Grader:
@@ -125,6 +140,8 @@ class _Grader:
         self.calls = 0
         self._ready = False
         self._setup = setup
+        self._most: int | None = None  # bytes that it may hold, once it is ready
+        self._over = False
         ours, theirs = socket.socketpair()
         self._wire = Wire(ours)
         with theirs:
@@ -151,7 +168,21 @@ class _Grader:
             return Verdict("crashes", text=f"the grader answered with {error}")
         except (EOFError, ConnectionError):
             self.kill()
-            return Verdict("crashes", text=f"the grader ended with code {self.process.wait()}")
+            code = self.process.wait()
+            why = "held more memory than it may, with its children" if self._over else f"ended with code {code}"
+            return Verdict("crashes", text=f"the grader {why}")
+
+    def left(self) -> int:
+        """Bytes that it may hold beyond what it does; where that is less than none, it is ended."""
+        if self._most is None:
+            return self._setup.memory
+        left = self._most - held_at_most(self.process.pid)
+        if left < 0:
+            left = self._most - held(self.process.pid)
+        if left < 0:
+            self._over = True
+            self.kill()
+        return left
 
     def kill(self) -> None:
         """End the process and those it started, which a crash of its own leaves running."""
@@ -185,6 +216,7 @@ class _Grader:
             ) from error
         if problem:
             raise EstuneError(f"a grader cannot load the isolated rewards: importing them {problem}")
+        self._most = held_at_most(self.process.pid) + self._setup.memory
         self._ready = True
 
 

@@ -81,7 +81,10 @@ def _encoded(verdict: Verdict, number: int) -> bytes:
 
 
 def _prepare(setup: Setup) -> dict[int, Any]:
-    """Import what the functions need, and limit the memory to so much more than that."""
+    """Import what the functions need, and limit this process to so much more memory than that.
+
+    `pool.py` watches what this limit does not count: shared memory, and what all processes hold together.
+    """
     from estune.grading import isolation, modules
 
     isolation.IN_GRADER = True
@@ -97,7 +100,7 @@ def _prepare(setup: Setup) -> dict[int, Any]:
         # Data, not address space: torch and numba reserve tens of GB that they never touch.
         data = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (data + setup.memory, resource.RLIM_INFINITY))
-        deny_shared_memory()  # which that limit does not count
+        deny_shared_memory()  # which neither that limit counts nor `held`
     return functions
 
 

@@ -116,7 +116,7 @@ class GeneratorProcess:
             self._late, self._folder = None, make_temporary("replica")
             key, socket = secrets.token_bytes(16), str(self._folder / "s")  # a path that the system allows is short
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "estune.pool.process", socket],
+                [sys.executable, "-P", "-m", "estune.pool.process", socket],
                 stdin=subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C is for the trainer alone
                 pass_fds=self._inherited,

@@ -49,8 +49,9 @@ def load_reward(reward: Any) -> RewardFunction:
 
 def _imported(reference: str) -> RewardFunction:
     module_name, name = reference.rsplit(".", 1)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    # Last: a file that lies there, which may be a stranger's run, must not be taken for a library.
+    if not reference.startswith("estune.") and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except Exception as error:

@@ -31,9 +31,9 @@ class RewardModel:
         name = self.__name__ = source.rstrip("/").split("/")[-1] or type(model).__name__
         try:
             if isinstance(model, str):
-                model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+                model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, trust_remote_code=False)
             if tokenizer is None:
-                tokenizer = AutoTokenizer.from_pretrained(source)
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # the hub's, the network's and the loaders' own
             raise EstuneError(
                 f"reward model {source or name} cannot be loaded: {' '.join(str(error).split())[:300]}; "

@@ -74,7 +74,7 @@ def code_file(reference: str) -> Path | None:
     if path.endswith(".py"):
         file = Path(path).expanduser().resolve()
         return file if file.is_file() else None
-    places: Iterable[str] = [os.getcwd(), *sys.path]
+    places: Iterable[str] = [*sys.path, os.getcwd()]  # as `load_reward` looks
     parts = reference.split(".")[:-1]
     found = None
     for end in range(1, len(parts) + 1):

@@ -2,7 +2,8 @@
 
     python -m estune.study.jobs MODULE ARGUMENT...
 
-runs a module as `python -m MODULE ARGUMENT...` does, in a process that ends with the one that started it.
+runs a module as `python -m MODULE ARGUMENT...` does, in a process that ends with the one that started it. Studies give
+Python `-P` as well: a file in the working directory, which may be a stranger's run, must not be taken for a library.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Jobs:
         Returns:
             why it failed, in a line; None if it did not.
         """
-        command = [sys.executable, "-m", "estune.study.jobs", module, *arguments]
+        command = [sys.executable, "-P", "-m", "estune.study.jobs", module, *arguments]
         # Unbuffered: in the order in which it was said, so that an error stands behind what came before it.
         variables = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
         with log.open("ab") as output:

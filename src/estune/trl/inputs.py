@@ -98,7 +98,7 @@ def tokenizer_of(model: Any) -> Any:
 
     name = model.config.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the hub's, the network's and the loaders' own
         raise EstuneError(
             f"ESTrainer: the model in memory comes with no tokenizer (looked at {name!r}); give processing_class"

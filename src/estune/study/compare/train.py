@@ -128,7 +128,7 @@ def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -
             reward_funcs=reward,
             args=arguments,
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
+            processing_class=AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False),
             callbacks=[Spent()],
         )
         trainer.train()

@@ -56,7 +56,7 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
     try:
         # In bfloat16, for the sake of expert layers, which transformers multiplies in that type alone.
         with torch.device("meta"):
-            built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+            built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
         two, three = (_cached(built, tokens) for tokens in (2, 3))
     except Exception as error:  # whatever a model's own code raises
         why = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -108,7 +108,7 @@ def _read_config(model: str | Path) -> Any:
         name, revision = (path, None) if path.exists() else hub_name(str(model))
         values, _ = PretrainedConfig.get_config_dict(name, revision=revision or "main")
         check_sizes(values)
-        return AutoConfig.from_pretrained(name, revision=revision or "main")
+        return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # whatever a damaged file, or one made to do harm, makes transformers raise
         why = str(error).strip().partition("\n")[0]
         if path.exists():
