@@ -190,7 +190,7 @@ def read_claim(path: Path, *keys: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in keys):
         raise EstuneError(f"{path} is damaged; put it back as it was, or give another --output-dir")
