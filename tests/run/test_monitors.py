@@ -230,7 +230,7 @@ def test_a_completion_cannot_move_the_cursor() -> None:
     console = Console(file=text, width=80, force_terminal=True)
     console.print(_sample_panel(Sample("a\n\tb\x1b[2J", "c\r\nd\x1b]0;title\x07\r", 1.0)))
     assert not re.search(r"\x1b(?!\[[\d;]*m)|[\r\x07]", text.getvalue())  # colours alone
-    assert ["a", "b?[2Jc", "d?]0;title??"] == [line.strip("│ ") for line in plain(text.getvalue())[1:-1]]
+    assert [line.strip("│ ") for line in plain(text.getvalue())[1:-1]] == ["a", "b?[2Jc", "d?]0;title??"]
 
 
 def test_a_summary_of_evaluations_with_accuracy_alone(tmp_path: Path) -> None:
