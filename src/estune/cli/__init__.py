@@ -23,7 +23,7 @@ from rich.text import Text
 from estune.cli import estimate, lists, runs, studies
 from estune.cli.signals import spared_imports, terminable
 from estune.errors import EstuneError
-from estune.files import explained
+from estune.files import clear_temporary, explained
 from estune.grading.convention import printable, printable_lines
 
 __all__ = ["app", "main"]
@@ -65,6 +65,7 @@ def main() -> None:
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
+        clear_temporary()
         with spared_imports():
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except EstuneError as error:

@@ -15,7 +15,7 @@ from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import member_seed
-from estune.files import clear_leftovers, remove
+from estune.files import clear_leftovers, clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, base_checkpoint, rank
@@ -201,6 +201,7 @@ class Trainer:
 
     def _open(self, config: Config, task: Task, first_step: int) -> None:
         """See that everything the run will generate can be generated, and load the model."""
+        clear_temporary()
         self.config, self.task = config, task
         self.order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)
         self.monitors: list[Monitor] = []

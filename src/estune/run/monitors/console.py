@@ -55,7 +55,8 @@ class ConsoleMonitor(Monitor):
         """Say what the run is, and start the display."""
         again = f", going on from step {plan.first_step}" if plan.first_step else ""
         self.console.print(
-            f"[bold]{escape(printable(plan.task))}[/] with {escape(printable(plan.model))} ({plan.parameters:,} parameters): "
+            f"[bold]{escape(printable(plan.task))}[/] with {escape(printable(plan.model))} "
+            f"({plan.parameters:,} parameters): "
             f"{plan.steps} steps of {plan.population} members x {plan.prompts_per_step} prompts, "
             f"sigma {plan.config['sigma']:g}{again}\n"
             f"train {plan.train_size:,} problems, held out {plan.eval_size:,}; everything goes to {plan.run}",
