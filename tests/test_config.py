@@ -138,7 +138,14 @@ def test_several_mistakes_are_told_at_once() -> None:
         parse({"sigma": 0, "population": 0})
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.yaml", "a: [1"), ("a.toml", "a = "), ("a.yaml", "- 1"), ("a.yaml", "")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *[("a.yaml", text) for text in ("a: [1", "- 1", "", "a: " + "[" * 2000, "a: !!bool x", "a: 2001-99-99")],
+        *[("a.yaml", text) for text in ("a: !!int ''", "a: !!timestamp x")],
+        *[("a.toml", text) for text in ("a = ", "a = " + "[" * 2000)],
+    ],
+)
 def test_files_that_are_no_settings(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(EstuneError, match=f"config {tmp_path / name} ") as caught:

@@ -13,7 +13,16 @@ import pytest
 
 from estune import files
 from estune.errors import EstuneError
-from estune.files import clear_leftovers, explained, make_folder, make_temporary, remove, remove_temporary, replacing
+from estune.files import (
+    clear_leftovers,
+    clear_temporary,
+    explained,
+    make_folder,
+    make_temporary,
+    remove,
+    remove_temporary,
+    replacing,
+)
 from estune.run.monitors.base import Sample
 from estune.run.monitors.files import JsonlMonitor
 
@@ -89,6 +98,18 @@ def test_errors_from_elsewhere_say_what_to_do() -> None:
     full.filename = "/cache/kernel.nbi"
     assert explained(full) == "/cache/kernel.nbi: No space left on device; make room there"
     assert explained(FileNotFoundError(errno.ENOENT, "No such file", "x")) == "[Errno 2] No such file: 'x'"
+
+
+def test_whatever_is_left_of_any_kind_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("replica-a", "ray-b", "hub-c", "sandbox-old", "sandbox-new", "tests-d"):
+        (tmp_path / f"estune-{name}" / "inner").mkdir(parents=True)
+    os.utime(tmp_path / "estune-sandbox-old", (0, 0))
+    mine = make_temporary("hub")  # which clears its own kind
+    clear_temporary.cache_clear()
+    clear_temporary()
+    assert {path.name for path in tmp_path.iterdir()} == {mine.name, "estune-sandbox-new", "estune-tests-d"}
+    remove_temporary(mine)
 
 
 HOLD = """

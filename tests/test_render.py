@@ -11,7 +11,7 @@ import pytest
 
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
-from estune.render import RENDERER, Renderer
+from estune.render import RENDERER, Refused, Renderer
 from tests.models import build_config, build_tokenizer
 
 MESSAGES = [{"role": "system", "content": "Hm."}, {"role": "user", "content": "2+2? 😀 é"}]
@@ -74,6 +74,20 @@ def test_a_process_that_is_killed_is_replaced() -> None:
         os.kill(renderer._process.pid, signal.SIGKILL)
         renderer._process.wait()
         assert renderer.render(build_tokenizer(), MESSAGES) == first
+    finally:
+        renderer.close()
+
+
+@pytest.mark.parametrize("length", [1, 200_000])  # one fits into the pipe, the other waits for a reader
+def test_a_process_that_is_stopped_is_not_waited_for(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = Renderer()
+    try:
+        renderer.render(build_tokenizer(), MESSAGES)
+        assert renderer._process is not None
+        os.kill(renderer._process.pid, signal.SIGSTOP)
+        monkeypatch.setattr("estune.render.SECONDS", 0.3)
+        with pytest.raises(Refused, match=r"does not end within 0\.3 s"):
+            renderer.render(build_tokenizer(), [{"role": "user", "content": "x" * length}])
     finally:
         renderer.close()
 

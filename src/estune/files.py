@@ -9,8 +9,10 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from estune.errors import EstuneError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
+_KINDS = ("replica", "ray", "hub", "sandbox")  # of temporary folders
+_SETTLED_SECONDS = 60.0
 _HELD: dict[Path, int] = {}  # temporary folders of this process, each with the descriptor that locks it
 
 
@@ -159,6 +163,20 @@ def make_temporary(kind: str, parent: Path | None = None) -> Path:
         remove_temporary(folder)
 
 
+@cache
+def clear_temporary() -> None:
+    """Remove what killed processes of this user have left of any kind, in the system's temporary directory and `/tmp`.
+
+    It looks once in a process. A sandbox is made before it is locked, so one that is new is left alone.
+    """
+    with suppress(OSError):  # there is no temporary directory: who needs one says so
+        for place in {Path(tempfile.gettempdir()), Path("/tmp")}:
+            for path in place.glob("estune-*-*"):
+                kind = path.name.split("-")[1]
+                if kind in _KINDS and (kind != "sandbox" or time.time() - path.lstat().st_mtime > _SETTLED_SECONDS):
+                    _remove_dead(path)
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove a folder of `make_temporary`."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -190,7 +208,7 @@ def read_claim(path: Path, *keys: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in keys):
         raise EstuneError(f"{path} is damaged; put it back as it was, or give another --output-dir")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import resource
 import select
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +77,7 @@ class Renderer:
     def _ask(self, line: bytes) -> bytes:
         if self._process is None or self._process.poll() is not None:
             self._start()
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            return self._answer(process, SECONDS, f"does not end within {SECONDS:g} s")
-        except BrokenPipeError:
-            self.close()
-            raise Refused("takes too much memory or crashes") from None
+        return self._answer(line, SECONDS, f"does not end within {SECONDS:g} s")
 
     def _start(self) -> None:
         self.close()
@@ -92,23 +85,44 @@ class Renderer:
             [sys.executable, "-P", "-m", "estune.render"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,
             start_new_session=True,  # Ctrl-C is for the trainer alone
         )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
         try:
-            self._answer(self._process, START_SECONDS, "is not reached")
+            self._answer(b"", START_SECONDS, "is not reached")
         except Refused as error:
             raise EstuneError(f"the process that renders chat templates cannot be started: it {error}") from error
 
-    def _answer(self, process: subprocess.Popen[bytes], seconds: float, late: str) -> bytes:
+    def _answer(self, request: bytes, seconds: float, late: str) -> bytes:
+        """Send a request and wait for its answer, with one deadline: a process that is stopped reads nothing either."""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
         assert process.stdout is not None
-        if not select.select([process.stdout], [], [], seconds)[0]:
+        deadline = time.monotonic() + seconds
+        answer = bytearray()
+        try:
+            while not answer.endswith(b"\n"):
+                left = max(0.0, deadline - time.monotonic())
+                reads, writes, _ = select.select([process.stdout], [process.stdin] if request else [], [], left)
+                if not reads and not writes:
+                    raise Refused(late)
+                if writes:
+                    request = request[os.write(process.stdin.fileno(), request) :]
+                if reads:
+                    piece = os.read(process.stdout.fileno(), 1 << 20)
+                    if not piece:
+                        raise BrokenPipeError
+                    answer += piece
+        except BrokenPipeError:
             self.close()
-            raise Refused(late)
-        answer = process.stdout.readline()
-        if not answer.endswith(b"\n"):
+            raise Refused("takes too much memory or crashes") from None
+        except Refused:
             self.close()
-            raise Refused("takes too much memory or crashes")
-        return answer
+            raise
+        return bytes(answer)
 
 
 RENDERER = Renderer()

@@ -28,6 +28,7 @@ from estune.errors import EstuneError
 from estune.journal.journal import Journal
 from estune.run.directory import default_path
 from estune.run.trainer import Trainer
+from tests.journal.test_journal import header
 from tests.models import build_model, build_tokenizer, save_model
 from tests.runs import make_config, make_task
 
@@ -89,6 +90,11 @@ def test_a_run_from_a_config_file(tmp_path: Path, run: Path) -> None:
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(settings))
     assert estune("train", "--config", tmp_path / "again.yaml", "--output-dir", tmp_path / "again") == 0
     assert Journal.read(tmp_path / "again").fingerprint() == Journal.read(run).fingerprint()
+
+
+def test_a_journal_s_words_cannot_move_the_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Journal.create(tmp_path, header(noise_version=99, packages={"estune": "\x1b[2J1.0"})).close()
+    assert "use the estune that wrote it (?[2J1.0)" in refused(capsys, "replay", tmp_path, "-o", tmp_path / "final")
 
 
 def test_resume_and_replay(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

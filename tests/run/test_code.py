@@ -176,11 +176,27 @@ def test_the_source_of_a_function_is_its_own_or_that_of_what_it_wraps(tmp_path: 
             return [0.0] * len(completions)
 
     assert code_of([answer_reward]) == {}
-    assert code_of([functools.partial(variety, scale=2)]) == code_of([variety])
+    assert list(code_of([functools.partial(variety, scale=2)])) == list(code_of([variety])) == ["reward variety"]
     assert list(code_of([Reward()])) == ["reward Reward"]
     namespace: dict[str, Any] = {}
     exec("def typed(completions, **_): return [0.0]", namespace)
     assert code_of([namespace["typed"]]) == {}
+
+
+def test_the_arguments_of_a_partial_are_hashed_by_what_they_hold() -> None:
+    def of(*arguments: Any, **named: Any) -> dict[str, str]:
+        return code_of([functools.partial(variety, *arguments, **named)])
+
+    different = [
+        {"scale": v} for v in (1, 2.5, "a", [1, 2], {"a": [1]}, {1, 2}, Path("b"), variety, other, max, object())
+    ]
+    assert len({str(of(**named)) for named in [{}, *different]}) == len(different) + 1
+    assert of(1) != of(2) != of(scale=2)
+    assert of(a=1, b=2) == of(b=2, a=1)
+    assert of(scale=object()) == of(scale=object())  # by their type alone
+    assert of({object()}) == of({object()})
+    assert of({(1, 2): 3}, 1) != of({(1, 2): 3}, 2)
+    assert of(functools.partial(other, 1)) != of(functools.partial(other, 2))
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.run.directory import RunDirectory
 from estune.run.monitors import check_trackers, default_monitors
-from estune.run.monitors.base import Monitor
-from estune.run.monitors.console import ConsoleMonitor
+from estune.run.monitors.base import Monitor, Sample, Summary
+from estune.run.monitors.console import ConsoleMonitor, _sample_panel
 from estune.run.monitors.trackers import ROWS, WandbMonitor
 from estune.run.trainer import Trainer
 from tests.runs import make_config, make_task
@@ -223,6 +223,27 @@ def test_a_line_of_a_file_is_one_line(width: int, model: Path, tmp_path: Path) -
     evaluations = [line for line in lines if "held-out accuracy" in line and line.startswith("step")]
     assert len(evaluations) == 2
     assert all(re.search(r"pass@2 [\d.]+%.*weights changed by [\d.]+%$", line) for line in evaluations)
+
+
+def test_a_completion_cannot_move_the_cursor() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=80, force_terminal=True)
+    console.print(_sample_panel(Sample("a\n\tb\x1b[2J", "c\r\nd\x1b]0;title\x07\r", 1.0)))
+    assert not re.search(r"\x1b(?!\[[\d;]*m)|[\r\x07]", text.getvalue())  # colours alone
+    assert [line.strip("│ ") for line in plain(text.getvalue())[1:-1]] == ["a", "b?[2Jc", "d?]0;title??"]
+
+
+def test_a_summary_of_evaluations_with_accuracy_alone(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    only = {"eval_accuracy": 0.5, "watch/a\x1b[2J/accuracy": 1.0}
+    ConsoleMonitor(console).on_train_end(Summary(tmp_path, 1, 1.0, only, only, only, "finished"))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "held-out accuracy 50.0% -> 50.0%" in said
+    assert "a?[2J 100.0% -> 100.0%" in said
+
+
+def plain(text: str) -> list[str]:
+    return re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
 
 
 def test_trackers_are_loaded_by_nobody_else(tmp_path: Path) -> None:

@@ -75,8 +75,9 @@ def waits_for(found: Any) -> None:
     assert found()
 
 
+@pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_no_child_outlives_its_study(tmp_path: Path, how: signal.Signals) -> None:
+def test_no_child_outlives_its_study(tmp_path: Path, how: signal.Signals, stopped: bool) -> None:
     """Not even one that no thread of its own could end, as a regular expression holds the interpreter."""
     child = (
         "import os, pathlib, re, sys\npathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
@@ -84,7 +85,8 @@ def test_no_child_outlives_its_study(tmp_path: Path, how: signal.Signals) -> Non
     )
     pid = tmp_path / "pid"
     code = (
-        "import sys; from pathlib import Path; from estune.study.jobs import Jobs\njobs = Jobs()\n"
+        "import sys; from pathlib import Path; from estune.study import jobs as module\n"
+        "module.GRACE = 0.5; jobs = module.Jobs()\n"
         "jobs.each(lambda p: jobs.run('child', p, log=Path(p + '.log')), sys.argv[1:], 1)"
     )
     study = subprocess.Popen(
@@ -95,6 +97,8 @@ def test_no_child_outlives_its_study(tmp_path: Path, how: signal.Signals) -> Non
     )
     try:
         waits_for(lambda: pid.is_file() and pid.read_text())
+        if stopped:
+            os.kill(int(pid.read_text()), signal.SIGSTOP)
         study.send_signal(how)
         study.wait(60)
         waits_for(lambda: not psutil.pid_exists(int(pid.read_text())))

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from estune.cli.options import overrides_of
 from estune.config import load
 from estune.errors import EstuneError
-from estune.journal.journal import Header, Journal
+from estune.journal.journal import EvaluationRecord, Header, Journal
 from estune.run.trainer import Trainer
 from estune.study.report import write_report
 from estune.study.report.curves import DRAWN_ELSEWHERE, PARTS, RATIOS, TITLES
@@ -111,7 +112,9 @@ def test_completions_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
 
 
 def test_metrics_are_shown_where_they_are(tmp_path: Path) -> None:
-    _, page = report(make_run(tmp_path / "run", more={"eval_kl": 0.5, "eval_weights/change": 2.0, "eval_new": 1.0}))
+    more = {"eval_kl": 0.5, "eval_weights/change": 2.0, "eval_new": 1.0, "watch/math/accuracy": 0.25}
+    _, page = report(make_run(tmp_path / "run", more=more))
+    assert page.chart("watch-math-accuracy-0")["held out"][2] == "225.0%"
     assert page.chart("kl-0")["held out"][4] == "4.5"
     assert page.chart("weights-change-0")["held out"][6] == "8"
     assert page.chart("new-0")["held out"][2] == "3"
@@ -149,6 +152,20 @@ def test_metrics_beyond_those_drawn_are_named(tmp_path: Path) -> None:
             named = re.findall(r"metric\d\d", text)
             assert text.startswith(f"{len(named)} more metrics")
             assert len(set(named)) + len(set(drawn)) == 30
+
+
+@pytest.mark.parametrize("huge", [1.7e308, -1.7e308, 5e-324])
+def test_numbers_that_no_sum_can_hold(tmp_path: Path, huge: float) -> None:
+    runs = [make_run(tmp_path / name, more={"other": huge}) for name in ("a", "b")]
+    for run in runs:
+        journal = Journal.resume(run)
+        for record in journal.steps[:4]:
+            update = replace(record.update, step=len(journal.steps))
+            metrics = dict.fromkeys(record.metrics, huge)
+            journal.append_step(replace(record, update=update, rewards=[huge, -huge, None, huge, 0.0], metrics=metrics))
+        journal.append_evaluation(EvaluationRecord(4, {"eval_accuracy": huge, "eval_reward": huge}))
+        journal.close()
+    report(*runs)
 
 
 def test_headings_go_down_one_level_at_a_time(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from rich.text import Text
 from estune.cli import estimate, lists, runs, studies
 from estune.cli.signals import spared_imports, terminable
 from estune.errors import EstuneError
-from estune.files import explained
+from estune.files import clear_temporary, explained
+from estune.grading.convention import printable, printable_lines
 
 __all__ = ["app", "main"]
 
@@ -60,8 +61,11 @@ def main() -> None:
     What the user can mend ends in one line, with exit code 1, or 2 where it is the command line itself.
     """
     _open_streams()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    handler = RichHandler(show_path=False)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
+        clear_temporary()
         with spared_imports():
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except EstuneError as error:
@@ -82,6 +86,13 @@ def main() -> None:
     sys.exit(code)
 
 
+class _Printable(logging.Formatter):
+    """Messages name what stands in files of others, such as journals: no such name moves the terminal's cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
 def _open_streams() -> None:
     """Make standard streams fit for what comes: any character, and none that is closed.
 
@@ -98,6 +109,6 @@ def _open_streams() -> None:
 
 
 def _refuse(why: str, code: int) -> int:
-    line = Text.assemble(("error: ", "bold red"), " ".join(why.splitlines()))
+    line = Text.assemble(("error: ", "bold red"), printable(" ".join(why.splitlines())))
     Console(stderr=True).print(line, soft_wrap=True)
     return code

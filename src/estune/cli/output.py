@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from estune.grading.convention import printable_lines
+
 
 def say(text: str) -> None:
     """Print text without reading markup into it, and without breaking its lines."""
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    Console().print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def say_table(
@@ -33,7 +35,7 @@ def say_table(
         is_remark = remarks and i == len(head) - 1
         table.add_column(heading, justify="left" if i < names or is_remark else "right", no_wrap=not is_remark)
     for i, row in enumerate(body):
-        table.add_row(*row, style="bold" if total and i == len(body) - 1 else None)
+        table.add_row(*map(printable_lines, row), style="bold" if total and i == len(body) - 1 else None)
     wide_console().print(table, markup=False)
 
 

@@ -7,11 +7,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from estune.cli.options import AcceptChanges, ConfigFile, TrustTask, overrides_of
 from estune.cli.output import say
 from estune.errors import EstuneError
+from estune.grading.convention import printable
 
 
 def train(
@@ -87,7 +89,7 @@ def evaluate(
     table.add_column("metric")
     table.add_column("value", justify="right")
     for key, value in metrics.items():
-        table.add_row(key.removeprefix("eval_"), f"{value:.4f}")
+        table.add_row(escape(printable(key.removeprefix("eval_"))), f"{value:.4f}")
     Console().print(table)
 
 

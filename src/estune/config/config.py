@@ -140,7 +140,8 @@ def _read(file: Path) -> dict[str, Any]:
         raise EstuneError(f"config {file}: no such file")
     try:
         values = tomllib.loads(file.read_text()) if file.suffix == ".toml" else yaml.safe_load(file.read_text())
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+    # Beside errors of their own, the readers raise what making a value raises: `!!bool x` is a KeyError.
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise EstuneError(f"config {file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise EstuneError(f"config {file} holds {type(values).__name__}, not settings: write one `key: value` a line")

@@ -184,6 +184,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """A text in which nothing but the ends of its lines moves a terminal's cursor."""
+    return "\n".join(map(printable, text.expandtabs().replace("\r\n", "\n").split("\n")))
+
+
 def reward_name(function: RewardFunction) -> str:
     """The name a reward function goes by in metrics, as in TRL: a partial's is that of what it wraps."""
     while isinstance(function, functools.partial):

@@ -87,6 +87,12 @@ class EvaluationLine(Line):
     step: Count
     metrics: dict[str, float]
 
+    @model_validator(mode="after")
+    def _has_accuracy(self) -> Self:
+        if "eval_accuracy" not in self.metrics:
+            raise ValueError("metrics have no eval_accuracy")
+        return self
+
 
 class AcceptedLine(Line):
     """Hashes of what the run depends on from here on."""

@@ -1,12 +1,13 @@
 """The code that a run's rewards come from: which files they are, and their hashes.
 
-What a function or a file imports is not looked at.
+What a function or a file imports is not looked at, nor what a closure or an object holds.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ def code_of(functions: Iterable[RewardFunction], options: TaskOptions | None = N
     """Hash of the source of each reward function, and of each Python file that a task's settings name.
 
     Functions of this package are left out, and so is what has no source, such as a function typed into a prompt. A
-    reward model's is of its weights and its tokenizer.
+    reward model's is of its weights and its tokenizer, a `functools.partial`'s of its arguments too.
 
     Args:
         functions: the task's.
@@ -94,12 +95,12 @@ def _is_code(name: str) -> bool:
 
 def _source(function: Any) -> bytes | None:
     if isinstance(function, functools.partial):
-        return _source(function.func)
-    if isinstance(function, Only):
-        return _source(function.function)
+        return (_source(function.func) or b"") + _arguments(function) or None
+    inner = function.function if isinstance(function, Only) else inspect.unwrap(function)
+    if inner is not function:
+        return _source(inner)
     if hasattr(function, "model") and hasattr(function, "tokenizer"):
         return _of_reward_model(function.model, function.tokenizer)
-    function = inspect.unwrap(function)
     if not hasattr(function, "__code__") and not inspect.ismethod(function):
         function = type(function)
     if str(getattr(function, "__module__", "")).startswith(OURS):
@@ -108,6 +109,29 @@ def _source(function: Any) -> bytes | None:
         return inspect.getsource(function).encode()
     except (OSError, TypeError):  # typed into a prompt, or made by another language
         return None
+
+
+def _arguments(function: functools.partial[Any]) -> bytes:
+    """A partial's arguments: data by its content, functions by their source, other objects by their type alone."""
+    given = [*enumerate(function.args), *sorted(function.keywords.items())]
+    return "".join(f"\n{name}={_told(value)}" for name, value in given).encode()
+
+
+def _told(value: Any) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, default=_by_kind)
+    except (TypeError, ValueError, RecursionError):  # a dictionary by tuples, a list in itself, ...
+        return str(_by_kind(value))
+
+
+def _by_kind(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(map(_told, value))
+    if isinstance(value, Path):
+        return str(value)
+    source = _source(value) if callable(value) else None
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return hash_of(source) if source else f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
 
 
 def _of_reward_model(model: Any, tokenizer: Any) -> bytes:

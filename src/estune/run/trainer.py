@@ -15,7 +15,7 @@ from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import member_seed
-from estune.files import remove
+from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, rank
@@ -169,6 +169,7 @@ class Trainer:
 
     def _open_all(self, opened: ExitStack) -> None:
         """See that everything the run will generate can be generated, and load the model."""
+        clear_temporary()
         config, task = self.config, self.task
         self.encoder = open_encoder(config)
         used = self.order.used(self._began_at, config.steps)

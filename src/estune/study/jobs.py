@@ -43,7 +43,7 @@ class Jobs:
         self._ended = False
 
     def run(self, module: str, *arguments: str, log: Path, **environment: str) -> str | None:
-        """Run a module to its end.
+        """Run a module to its end, which may be days away: there is no deadline, but `end` ends a stopped one too.
 
         Args:
             module, arguments: as for `python -m`.

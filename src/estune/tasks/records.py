@@ -66,11 +66,13 @@ def _read_file(path: Path) -> list[Record]:
         if path.suffix == ".parquet":
             return _read_parquet(path)
         records = _read_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EstuneError(f"data {path} cannot be read: {_one_line(error)}; check the file") from error
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise EstuneError(f"data {path}: row {number} is {type(record).__name__}, not an object; write one a row")
+        if not _is_text(record):
+            raise EstuneError(f"data {path}: row {number} has half a character, such as \\ud800; write it whole")
     return records
 
 
@@ -86,6 +88,15 @@ def _read_json(text: str) -> list[Any]:
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
     return records
+
+
+def _is_text(record: Record) -> bool:
+    """Whether all that it says is made of whole characters. JSON can write one half of a pair, which is none."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> list[Record]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich import get_console
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -11,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from estune.grading.convention import printable, printable_lines
 from estune.run.monitors.base import Metrics, Monitor, Plan, Sample, Summary
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -52,7 +55,8 @@ class ConsoleMonitor(Monitor):
         """Say what the run is, and start the display."""
         again = f", going on from step {plan.first_step}" if plan.first_step else ""
         self.console.print(
-            f"[bold]{escape(plan.task)}[/] with {escape(plan.model)} ({plan.parameters:,} parameters): "
+            f"[bold]{escape(printable(plan.task))}[/] with {escape(printable(plan.model))} "
+            f"({plan.parameters:,} parameters): "
             f"{plan.steps} steps of {plan.population} members x {plan.prompts_per_step} prompts, "
             f"sigma {plan.config['sigma']:g}{again}\n"
             f"train {plan.train_size:,} problems, held out {plan.eval_size:,}; everything goes to {plan.run}",
@@ -132,7 +136,7 @@ class ConsoleMonitor(Monitor):
 
 def _sample_panel(sample: Sample) -> Panel:
     prompt = sample.prompt if len(sample.prompt) <= PROMPT_END else "…" + sample.prompt[-PROMPT_END:]
-    text = Text.assemble((prompt, "dim"), (sample.completion, "bold"))
+    text = Text.assemble((printable_lines(prompt), "dim"), (printable_lines(sample.completion), "bold"))
     reward = "not applicable" if sample.reward is None else f"{sample.reward:.3f}"
     return Panel(text, title=f"a completion, reward {reward}", title_align="left")
 
@@ -157,18 +161,20 @@ def _instruments(now: Metrics, then: Metrics | None = None) -> list[str]:
         if key.startswith("watch/") and key.endswith("/accuracy"):
             before = f"{then[key]:.1%} -> " if then and key in then else ""
             found.append(f"{key.removeprefix('watch/').removesuffix('/accuracy')} {before}{value:.1%}")
-    return found
+    return [printable(text) for text in found]
 
 
 def _summary(s: Summary) -> Panel:
     lines = [f"{s.ended} after {s.steps} steps, {s.seconds:.0f} s"]
     if s.before:
         key, length = "eval_accuracy", "eval_completions/mean_length"
+        lacking = dict.fromkeys(("step", "eval_reward", length), math.nan)  # in a journal that others wrote
+        before, after, best = ({**lacking, **metrics} for metrics in (s.before, s.after, s.best))
         lines += [
-            f"[bold]held-out accuracy {s.before[key]:.1%} -> {s.after[key]:.1%}[/] at step {s.after['step']}, "
-            f"best {s.best[key]:.1%} at step {s.best['step']}",
-            f"held-out reward {s.before['eval_reward']:.3f} -> {s.after['eval_reward']:.3f}, "
-            f"length {s.before[length]:.1f} -> {s.after[length]:.1f} tokens",
+            f"[bold]held-out accuracy {before[key]:.1%} -> {after[key]:.1%}[/] at step {after['step']}, "
+            f"best {best[key]:.1%} at step {best['step']}",
+            f"held-out reward {before['eval_reward']:.3f} -> {after['eval_reward']:.3f}, "
+            f"length {before[length]:.1f} -> {after[length]:.1f} tokens",
         ]
         lines += [escape(text) for text in _instruments(s.after, s.before)]
     lines.append(f"in {escape(str(s.run))}:")

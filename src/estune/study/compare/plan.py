@@ -145,6 +145,6 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(whole, 1):
         try:
             results.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EstuneError(f"{path}:{number} is damaged; take that line out, and its run is made again") from error
     return results

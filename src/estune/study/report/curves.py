@@ -249,7 +249,12 @@ def _points(kept: Sequence[Bucket], key: str) -> list[Point]:
 
 
 def _eval(run: Run, key: str) -> list[Point]:
-    return [(float(e.step), e.metrics[key]) for e in run.journal.evaluations if key in e.metrics]
+    """A metric of the evaluations. Those of tasks that are watched have no `eval_` before their names."""
+    names = (key, key.removeprefix("eval_"))
+    found = [
+        (float(e.step), next((e.metrics[n] for n in names if n in e.metrics), None)) for e in run.journal.evaluations
+    ]
+    return [(step, value) for step, value in found if value is not None]
 
 
 def _evaluated(run: Run, key: str, name: str, owner: str, colour: int) -> list[Series]:

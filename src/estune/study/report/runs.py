@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ CHANCE_OR_PLACE = {
     "report_to",
 }
 """Settings in which runs of one group may differ: the seed, and what does not change what is learnt."""
+
+LARGEST = 1e100
+SMALLEST = 1e-100
+"""Of what is drawn: beyond them, sums and squares of a journal's numbers would overflow, or vanish."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,24 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     runs = []
     for index, path in enumerate(paths):
         journal = Journal.read(path)
+        journal.steps = [
+            replace(s, rewards=[r if r is None else _bounded(r) for r in s.rewards], metrics=_drawable(s.metrics))
+            for s in journal.steps
+        ]
+        journal.evaluations = [replace(e, metrics=_drawable(e.metrics)) for e in journal.evaluations]
         if not journal.steps and not journal.evaluations:
             raise EstuneError(f"{path}: no step and no evaluation in its journal yet; wait for the first")
         label = str(path) if names.count(names[index]) > 1 else names[index]
         runs.append(Run(path, label, index, journal))
     return runs
+
+
+def _drawable(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {key: _bounded(value) for key, value in metrics.items()}
+
+
+def _bounded(value: float) -> float:
+    return 0.0 if abs(value) < SMALLEST else max(-LARGEST, min(LARGEST, value))
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
