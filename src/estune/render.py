@@ -135,7 +135,8 @@ def main() -> None:
     die_with_thread()
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    requests = sys.stdin.buffer
+    answers = sys.stdout.buffer
     if sys.platform == "linux":  # elsewhere the kernel does not enforce it
         data = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (data + MEMORY, data + MEMORY))

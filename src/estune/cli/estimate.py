@@ -44,7 +44,8 @@ def estimate(
 
 
 def _say_estimate(found: Estimate) -> None:
-    work, device = found.work, found.device
+    work = found.work
+    device = found.device
     count = f"{work.devices} x " if work.devices > 1 else ""
     say(
         f"{found.model}: {found.shape.parameters:,} parameters; {work.population} members x {work.prompts} prompts, "

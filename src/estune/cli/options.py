@@ -24,7 +24,8 @@ TrustTask = Annotated[
 
 def overrides_of(arguments: list[str]) -> list[str]:
     """`--key value`, `--key=value` and `key=value` as `key=value`; a switch alone, `--key`, as `key`."""
-    overrides, rest = [], list(arguments)
+    overrides = []
+    rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         if "=" in argument:

@@ -70,15 +70,18 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
 
         Both are `[rows, heads, tokens, head_dim]`, given and returned.
         """
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys = self.keys[layer_idx]
+        values = self.values[layer_idx]
         if keys is None or values is None:
             keys = self.keys[layer_idx] = self._view(layer_idx, "keys", key_states)
             values = self.values[layer_idx] = self._view(layer_idx, "values", value_states)
         if self._slot is not None:
-            keys, values = keys[self.rows, :, : self._visible], values[self.rows, :, : self._visible]
+            keys = keys[self.rows, :, : self._visible]
+            values = values[self.rows, :, : self._visible]
             return keys.index_copy_(2, self._slot, key_states), values.index_copy_(2, self._slot, value_states)
         end = self.length + key_states.shape[2]
-        keys, values = keys[self.rows, :, :end], values[self.rows, :, :end]
+        keys = keys[self.rows, :, :end]
+        values = values[self.rows, :, :end]
         keys[:, :, self.length :] = key_states
         values[:, :, self.length :] = value_states
         if self._gap:

@@ -133,7 +133,8 @@ class Decoder:
                     break
                 if left < len(token):
                     keep = self._drop(ended, left)
-                    alive, token = alive[keep], token[keep]
+                    alive = alive[keep]
+                    token = token[keep]
                     ended = ended[keep]
                     batch.drop(keep)
                     positions = positions if len(positions) == 1 else positions[keep]

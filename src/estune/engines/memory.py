@@ -20,7 +20,8 @@ import torch
 from estune.errors import EstuneError
 
 # glibc's mallopt parameters, from malloc.h
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
 _CACHE_LINE = 64
 LOGITS_BYTES = 3 * 4  # a logit in float32, and what softmax or argmax keeps beside it
 
@@ -112,7 +113,8 @@ def memory_for(name: str, remedy: str) -> Iterator[None]:
         known = isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None) in _NO_ROOM
         if not known and not _OUT_OF_MEMORY.search(text):
             raise
-        asked, total = _ASKED.search(text), _TOTAL.search(text)
+        asked = _ASKED.search(text)
+        total = _TOTAL.search(text)
         size = f"{_readable(asked[1])} more" if asked else "what it needs"
         if total is None and "CUDA" in text:
             has = ""  # no telling which device it was

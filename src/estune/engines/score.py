@@ -34,7 +34,8 @@ def log_probabilities(
                 break
             rows = rows + 1
             keep = longer
-        batch, order = order[:rows], order[rows:]
+        batch = order[:rows]
+        order = order[rows:]
         values = _forward(model, [[*prompts[i], *completions[i]] for i in batch], keep, pad)
         for i, row in zip(batch, values, strict=True):
             found[i] = row[-len(completions[i]) :].tolist()

@@ -15,7 +15,8 @@ Array = npt.NDArray[Any]
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many first tokens all prompts share, short of any prompt's last."""
     # What the first and the last prompt in lexical order share, all between them share too.
-    low, high = min(map(list, prompts)), max(map(list, prompts))
+    low = min(map(list, prompts))
+    high = max(map(list, prompts))
     limit = min(map(len, prompts)) - 1
     return next((i for i in range(limit) if low[i] != high[i]), limit)
 
@@ -77,7 +78,8 @@ class PromptTree:
         # 5. Note each token of each prompt with its node, by rising node.
         row, place = np.nonzero(ids >= 0)
         by_node = np.argsort(node[row, place], kind="stable")
-        row, place = row[by_node], place[by_node]
+        row = row[by_node]
+        place = place[by_node]
         # 6. Find the node that each prompt ends in, prompts in the order in which they were given.
         last = np.empty(len(order), np.int64)
         last[order] = node[np.arange(len(order)), own - 1]

@@ -57,7 +57,9 @@ def contained(state: State | None = None) -> Iterator[Around]:
     Args:
         state: how it should be, where nobody else changes it; as it is now if None.
     """
-    around, before, kept = Around(), state or State(), sys.stdout
+    around = Around()
+    before = state or State()
+    kept = sys.stdout
     sys.stdout = around.output
     try:
         with _listening(around):
@@ -191,7 +193,8 @@ class _Standard:
     """Python's stream of a standard descriptor, which others, such as loggers, have in hand: it must stay usable."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
-        self._stream, self.number = stream, stream.fileno()
+        self._stream = stream
+        self.number = stream.fileno()
         self._mode = "rb" if stream.readable() else "wb"
         self._how: dict[str, Any] = {
             name: getattr(stream, name) for name in ("encoding", "errors", "line_buffering", "write_through")

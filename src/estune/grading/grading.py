@@ -86,11 +86,14 @@ class Grading:
                 "a grader imports the script that trains, and the script began to train again: put what it runs behind "
                 'if __name__ == "__main__":'
             )
-        self.functions, self.weights = list(functions), list(weights or [1.0] * len(functions))
+        self.functions = list(functions)
+        self.weights = list(weights or [1.0] * len(functions))
         if len(self.weights) != len(self.functions):
             raise EstuneError(f"{len(self.functions)} reward functions but {len(self.weights)} weights; give one each")
         self.state = state or TrainerState()
-        self.errors, self.max_errors, self._excluded = errors, max_errors, 0
+        self.errors = errors
+        self.max_errors = max_errors
+        self._excluded = 0
         self._deadline = deadline
         self._notes: dict[str, int] = {}
         self._isolations = [isolation_of(function) for function in self.functions]
@@ -166,7 +169,8 @@ class Grading:
         log.warning("reward %s %s%s: left out", reward_name(function), why, where)
 
     def _plain(self, number: int, batch: Batch) -> _Marks:
-        function, marks = self.functions[number], _Marks(Log(len(batch)))
+        function = self.functions[number]
+        marks = _Marks(Log(len(batch)))
         failure: str | None = None
         with contained() as around:
             try:
@@ -205,7 +209,8 @@ class Grading:
         return None
 
     def _async(self, number: int, batch: Batch) -> Callable[[], _Marks]:
-        function, marks = self.functions[number], _Marks(Log(len(batch)))
+        function = self.functions[number]
+        marks = _Marks(Log(len(batch)))
 
         async def run() -> list[float | None]:
             process = os.getpid()
@@ -296,7 +301,9 @@ class Pending:
     """Grades of a batch on their way."""
 
     def __init__(self, grading: Grading, batch: Batch, collect: Sequence[Callable[[], _Marks]]) -> None:
-        self._grading, self._batch, self._collect = grading, batch, collect
+        self._grading = grading
+        self._batch = batch
+        self._collect = collect
 
     def result(self) -> Grades:
         """Wait for the grades.
@@ -304,7 +311,9 @@ class Pending:
         Raises:
             EstuneError: a function failed, and that ends the run.
         """
-        functions, weights, size = self._grading.functions, self._grading.weights, len(self._batch)
+        functions = self._grading.functions
+        weights = self._grading.weights
+        size = len(self._batch)
         left_out: set[int] = set()
         marked: dict[str, _Marks] = {}
         extras: dict[str, list[Any]] = {}

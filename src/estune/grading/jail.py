@@ -29,9 +29,20 @@ if TYPE_CHECKING:
 # linux/sched.h, linux/mount.h, linux/prctl.h
 _NEW_NAMESPACES = 0x00020000 | 0x08000000 | 0x04000000 | 0x20000000 | 0x40000000  # mount, IPC, UTS, PID, network
 _NEW_USER = 0x10000000
-_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
-_SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _READ_ONLY, _NO_SUID = 442, -100, 0x8000, 1, 2
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _FILTER = 1, 22, 38, 2
+_MS_NOSUID = 2
+_MS_NODEV = 4
+_MS_BIND = 4096
+_MS_REC = 16384
+_MS_PRIVATE = 1 << 18
+_SYS_MOUNT_SETATTR = 442
+_AT_FDCWD = -100
+_AT_RECURSIVE = 0x8000
+_READ_ONLY = 1
+_NO_SUID = 2
+_PR_SET_PDEATHSIG = 1
+_PR_SET_SECCOMP = 22
+_PR_SET_NO_NEW_PRIVS = 38
+_FILTER = 2
 
 _SHOWN = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 # The new root is mounted over a folder that every Linux has, so that there is none to make and to leave behind.
@@ -182,7 +193,8 @@ def confine(code: bytes) -> None:
 
 
 def _unshare(libc: Any) -> None:
-    user, group = os.getuid(), os.getgid()
+    user = os.getuid()
+    group = os.getgid()
     # As root, no user namespace: the limit on processes does not bind root, under whatever name.
     if libc.unshare(_NEW_NAMESPACES | (_NEW_USER if user else 0)) != 0:
         raise Unavailable(f"unshare: {os.strerror(ctypes.get_errno())}")

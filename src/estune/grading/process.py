@@ -105,7 +105,8 @@ def _prepare(setup: Setup) -> dict[int, Any]:
 
 
 def _grade(function: Any, call: Call, state: State) -> Verdict:
-    log, verdict = Log(1), None
+    log = Log(1)
+    verdict = None
     with contained(state) as around:
         try:
             returned = function(**arguments(call.columns, call.state, log))

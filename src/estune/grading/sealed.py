@@ -23,7 +23,8 @@ from itertools import pairwise
 from typing import Any
 
 _LONGEST = 50_000
-_MOST_DIGITS, _MOST_ITEMS = 4_000, 100_000
+_MOST_DIGITS = 4_000
+_MOST_ITEMS = 100_000
 _MOST_PARTS = 300_000  # of syntax trees, where a name is counted as all that it stands for
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
@@ -169,13 +170,15 @@ class _Sealing(ast.NodeTransformer):
         self._body = ast.parse(test).body
 
     def sealed(self) -> Sealed:
-        body, apart = self._body, False
+        body = self._body
+        apart = False
         match body:
             case [*before, ast.FunctionDef(name=check) as function, ast.Expr(ast.Call(ast.Name(called), [entry], []))]:
                 given = ast.unparse(function.args)
                 if check == called and isinstance(entry, ast.Name) and given.isidentifier():
                     # Its parameter becomes a name.
-                    body, apart = [*before, *ast.parse(f"{given} = {entry.id}").body, *function.body], True
+                    body = [*before, *ast.parse(f"{given} = {entry.id}").body, *function.body]
+                    apart = True
                     self._program.add(given)
         for statement in body:
             self._bound.update(_bound(statement))

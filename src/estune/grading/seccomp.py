@@ -66,22 +66,41 @@ _DOORS: dict[str, _Call] = {
     "inotify_init1": (294, 26),
     "modify_ldt": (154, None),
 }
-_CLONE, _CLONE3, _FORKS = (56, 220), (435, 435), ((57, None), (58, None))
-_SOCKET, _SOCKETPAIR, _SETSOCKOPT = (41, 198), (53, 199), (54, 208)
-_PRCTL, _PRLIMIT, _FCNTL = (157, 167), (302, 261), (72, 25)
+_CLONE = (56, 220)
+_CLONE3 = (435, 435)
+_FORKS = ((57, None), (58, None))
+_SOCKET = (41, 198)
+_SOCKETPAIR = (53, 199)
+_SETSOCKOPT = (54, 208)
+_PRCTL = (157, 167)
+_PRLIMIT = (302, 261)
+_FCNTL = (72, 25)
 _NEWEST = 452  # fchmodat2, of Linux 6.6; above it also lie the numbers of the x32 interface, from 1 << 30
 
 # linux/audit.h; the place is that in the pairs above
 _MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 # linux/sched.h: mount, cgroup, UTS, IPC, user, PID and network namespaces
-_CLONE_THREAD, _CLONE_NEW = 0x10000, 0x7E020000
-_AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
-_PR_SET_PDEATHSIG, _F_SETPIPE_SZ, _SO_SNDBUF = 1, 1031, 7
+_CLONE_THREAD = 0x10000
+_CLONE_NEW = 0x7E020000
+_AF_UNIX = 1
+_AF_INET = 2
+_AF_INET6 = 10
+_PR_SET_PDEATHSIG = 1
+_F_SETPIPE_SZ = 1031
+_SO_SNDBUF = 7
 
 # linux/bpf_common.h, linux/seccomp.h
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
-_KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
+_LOAD = 0x20
+_EQUAL = 0x15
+_AT_LEAST = 0x35
+_ANY_BIT = 0x45
+_RETURN = 0x06
+_NUMBER = 0
+_ARCHITECTURE = 4
+_ARGUMENTS = 16
+_KILL = 0x80000000
+_ERRNO = 0x00050000
+_ALLOW = 0x7FFF0000
 
 
 def program_filter(processes: int) -> bytes | None:

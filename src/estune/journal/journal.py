@@ -113,12 +113,14 @@ class Journal:
     """
 
     def __init__(self, path: Path, header: Header, check: str) -> None:
-        self.path, self.header = path, header
+        self.path = path
+        self.header = header
         self.inherited: list[StepRecord] = []
         self.steps: list[StepRecord] = []
         self.evaluations: list[EvaluationRecord] = []
         self.settings = dict(header.config)
-        self.files, self.code = header.files, header.code
+        self.files = header.files
+        self.code = header.code
         self.ended: str | None = None
         self.check = check  # of the last line, hence of all
         self._file: Any = None
@@ -134,7 +136,8 @@ class Journal:
         """
         if parent is not None:
             header = replace(header, ancestors=[*parent.header.ancestors, parent.check])
-            folder, count = parent.path.parent, len(header.ancestors)
+            folder = parent.path.parent
+            count = len(header.ancestors)
             for i in range(1, count + 1):
                 with replacing(_ancestor(run, i)) as copy:
                     copy.write_bytes(_whole_lines(parent.path if i == count else _ancestor(folder, i)))
@@ -212,7 +215,8 @@ class Journal:
             case "settings":
                 self.settings |= payload
             case "accepted":
-                self.files, self.code = payload["files"], payload["code"]
+                self.files = payload["files"]
+                self.code = payload["code"]
             case "end":
                 self.ended = payload["ended"]
 
@@ -267,7 +271,8 @@ class Journal:
         """Write what the run depends on from here on, where the user insisted on going on with it. Not in format 1."""
         if self.header.format > 1:
             self._write("accepted", {"files": files, "code": code})
-            self.files, self.code = files, code
+            self.files = files
+            self.code = code
 
     def append_end(self, ended: str) -> None:
         """Write how the run ended, as its last line until it goes on. Format 1 has no such line."""
@@ -295,7 +300,8 @@ class Journal:
 
         The checksums tell that no line was changed. That the last ones were taken away, only this tells.
         """
-        done, final = len(self.steps), (self.path.parent / "final").is_dir()
+        done = len(self.steps)
+        final = (self.path.parent / "final").is_dir()
         of = f"{done} of {self.settings.get('steps', done)} steps"
         over = self.ended is not None or (self.header.format == 1 and done >= self.settings.get("steps", done))
         if self.ended == "interrupted":
@@ -335,7 +341,8 @@ class Journal:
             whole = f"; the run is whole up to step {len(self.steps)}" if self.check else ""
             then = f"`estune train --resume {self.path.parent}`" if self.check else "start it again"
             raise EstuneError(f"{self.path}: {error.strerror} while writing{whole}: make room, then {then}") from error
-        self.check, self.ended = check, None
+        self.check = check
+        self.ended = None
 
 
 def _ancestor(run: Path, number: int) -> Path:

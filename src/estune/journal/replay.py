@@ -66,7 +66,8 @@ def replay(
 
 def rebuild(journal: Journal, base: Checkpoint, output: Path, step: int, dtype: str) -> str:
     """As `replay`, of a journal that is open, over a base checkpoint that is known to be its own."""
-    header, run = journal.header, journal.path.parent
+    header = journal.header
+    run = journal.path.parent
     expected = journal.steps[step - 1].fingerprint if step else header.fingerprint
 
     def verify(found: str) -> None:

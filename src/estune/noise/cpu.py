@@ -24,21 +24,26 @@ from estune.noise.rows import Rows
 
 CHUNK = 1024  # counters; the scratch for four words and four normals of each then fits the first-level cache
 
-_M0, _M1 = np.uint64(ref.PHILOX_M0), np.uint64(ref.PHILOX_M1)
-_W0, _W1 = np.uint32(ref.PHILOX_W0), np.uint32(ref.PHILOX_W1)
+_M0 = np.uint64(ref.PHILOX_M0)
+_M1 = np.uint64(ref.PHILOX_M1)
+_W0 = np.uint32(ref.PHILOX_W0)
+_W1 = np.uint32(ref.PHILOX_W1)
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (np.float32(c) for c in ref.LOG)
 _S0, _S1, _S2 = (np.float32(c) for c in ref.SIN)
 _C0, _C1, _C2 = (np.float32(c) for c in ref.COS)
 _SQRT_HALF = np.float32(ref.SQRT_HALF)
 _HALF_PI = np.float32(ref.HALF_PI)
-_LN2_LOW, _LN2_HIGH = np.float32(ref.LN2_LOW), np.float32(ref.LN2_HIGH)
+_LN2_LOW = np.float32(ref.LN2_LOW)
+_LN2_HIGH = np.float32(ref.LN2_HIGH)
 _SCALE = np.float32(ref.TWO_POW_MINUS_24)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1)
 _MINUS_TWO = np.float32(-2)
 
 # Fingerprint: constants of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) and its finalizer.
-_GOLDEN, _MIX0, _MIX1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX0 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX1 = np.uint64(0x94D049BB133111EB)
 
 Weights = npt.NDArray[np.float32] | npt.NDArray[np.uint16] | npt.NDArray[np.float16]
 
@@ -53,19 +58,28 @@ _jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 def _words(seed, tensor, block, w0, w1, w2, w3):
     """Write the words of blocks from `block` on, one of each block to each of `w0` to `w3`, `[blocks]`."""
     # Philox4x32-10: the counter is (block, tensor), 64 bits each, and the key is the seed.
-    t0, t1 = np.uint32(tensor), np.uint32(tensor >> np.uint64(32))
-    seed0, seed1 = np.uint32(seed), np.uint32(seed >> np.uint64(32))
+    t0 = np.uint32(tensor)
+    t1 = np.uint32(tensor >> np.uint64(32))
+    seed0 = np.uint32(seed)
+    seed1 = np.uint32(seed >> np.uint64(32))
     for j in range(w0.size):
         counter = block + np.uint64(j)
-        c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> np.uint64(32)), t0, t1
-        k0, k1 = seed0, seed1
+        c0 = np.uint32(counter)
+        c1 = np.uint32(counter >> np.uint64(32))
+        c2 = t0
+        c3 = t1
+        k0 = seed0
+        k1 = seed1
         # Ten rounds: two products, their high halves mixed with the other words and the key; then the key moves on.
         for _ in range(10):
-            p0, p1 = np.uint64(c0) * _M0, np.uint64(c2) * _M1
+            p0 = np.uint64(c0) * _M0
+            p1 = np.uint64(c2) * _M1
             c0 = np.uint32(np.uint32(p1 >> np.uint64(32)) ^ c1 ^ k0)
             c2 = np.uint32(np.uint32(p0 >> np.uint64(32)) ^ c3 ^ k1)
-            c1, c3 = np.uint32(p1), np.uint32(p0)
-            k0, k1 = np.uint32(k0 + _W0), np.uint32(k1 + _W1)
+            c1 = np.uint32(p1)
+            c3 = np.uint32(p0)
+            k0 = np.uint32(k0 + _W0)
+            k1 = np.uint32(k1 + _W1)
         w0[j], w1[j], w2[j], w3[j] = c0, c1, c2, c3
 
 
@@ -128,7 +142,10 @@ def _normals(seed, tensor, block, words, planes, flat):
     _words(seed, tensor, block, words[0][:n], words[1][:n], words[2][:n], words[3][:n])
     _box_muller(words[0][:n], words[1][:n], planes[4][:n], planes[0][:n], planes[1][:n])
     _box_muller(words[2][:n], words[3][:n], planes[4][:n], planes[2][:n], planes[3][:n])
-    p0, p1, p2, p3 = planes[0], planes[1], planes[2], planes[3]
+    p0 = planes[0]
+    p1 = planes[1]
+    p2 = planes[2]
+    p3 = planes[3]
     for j in range(n):
         flat[4 * j], flat[4 * j + 1], flat[4 * j + 2], flat[4 * j + 3] = p0[j], p1[j], p2[j], p3[j]
 
@@ -137,7 +154,8 @@ def _normals(seed, tensor, block, words, planes, flat):
 def _from_half(weight):
     """float16's bits as float32."""
     bits = np.uint32(np.uint16(weight))
-    sign, magnitude = (bits & np.uint32(0x8000)) << np.uint32(16), (bits & np.uint32(0x7FFF)) << np.uint32(13)
+    sign = (bits & np.uint32(0x8000)) << np.uint32(16)
+    magnitude = (bits & np.uint32(0x7FFF)) << np.uint32(13)
     finite = np.float32(np.uint32(magnitude).view(np.float32) * _HALF_SCALE).view(np.uint32)
     special = magnitude | np.uint32(0x7F800000)
     return np.uint32(sign | (special if magnitude >= np.uint32(0x0F800000) else finite)).view(np.float32)
@@ -147,7 +165,8 @@ def _from_half(weight):
 def _to_half(value):
     """float32 as float16's bits, to nearest, ties to even."""
     bits = np.float32(value).view(np.uint32)
-    sign, size = np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000), np.uint32(bits & np.uint32(0x7FFFFFFF))
+    sign = np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000)
+    size = np.uint32(bits & np.uint32(0x7FFFFFFF))
     parity = (size >> np.uint32(13)) & np.uint32(1)
     normal = np.uint32(size + np.uint32(0xC8000FFF) + parity) >> np.uint32(13)  # exponent less 112, rounded
     # Below 2^-14 the result is a multiple of 2^-24, which is what float32 resolves next to 0.5.
@@ -212,7 +231,8 @@ def _normal(out, seed, tensor, start):
     flat = np.empty(4 * CHUNK, np.float32)
     stop = start + out.size
     for block in range(start // 4, (stop + 3) // 4, CHUNK):
-        first, last = max(start, 4 * block), min(stop, 4 * (block + CHUNK))
+        first = max(start, 4 * block)
+        last = min(stop, 4 * (block + CHUNK))
         n = (last + 3) // 4 - block
         _normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
         out[first - start : last - start] = flat[first - 4 * block : last - 4 * block]
@@ -226,7 +246,8 @@ def _perturb(live, base, seed, tensor, start, sigma):
     flat = np.empty(4 * CHUNK, np.float32)
     stop = start + base.size
     for block in range(start // 4, (stop + 3) // 4, CHUNK):
-        first, last = max(start, 4 * block), min(stop, 4 * (block + CHUNK))
+        first = max(start, 4 * block)
+        last = min(stop, 4 * (block + CHUNK))
         n = (last + 3) // 4 - block
         _normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
         source = base[first - start : last - start]
@@ -245,7 +266,8 @@ def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stoc
     total = np.empty(4 * CHUNK, np.float32)
     stop = start + base.size
     for block in range(start // 4, (stop + 3) // 4, CHUNK):
-        first, last = max(start, 4 * block), min(stop, 4 * (block + CHUNK))
+        first = max(start, 4 * block)
+        last = min(stop, 4 * (block + CHUNK))
         n = (last + 3) // 4 - block
         total[:] = np.float32(0)
         for member in range(seeds.size):
@@ -283,7 +305,8 @@ def _fingerprint(bits, tensor, start):
 @_jit
 def _stretch(done, size, width, pitch, skip):
     """What follows the first `done` of `size` elements within a row: its offset from the start, and its length."""
-    row, column = (skip + done) // width, (skip + done) % width
+    row = (skip + done) // width
+    column = (skip + done) % width
     return row * pitch + column, min(width - column, size - done)
 
 

@@ -25,7 +25,8 @@ _S0, _S1, _S2 = (tl.constexpr(c) for c in ref.SIN)
 _C0, _C1, _C2 = (tl.constexpr(c) for c in ref.COS)
 _SQRT_HALF = tl.constexpr(ref.SQRT_HALF)
 _HALF_PI = tl.constexpr(ref.HALF_PI)
-_LN2_LOW, _LN2_HIGH = tl.constexpr(ref.LN2_LOW), tl.constexpr(ref.LN2_HIGH)
+_LN2_LOW = tl.constexpr(ref.LN2_LOW)
+_LN2_HIGH = tl.constexpr(ref.LN2_HIGH)
 _SCALE = tl.constexpr(ref.TWO_POW_MINUS_24)
 
 # Seeds and keys change from call to call: compiling a variant for each that is 1 or a multiple of 16, or that fits into
@@ -84,7 +85,8 @@ def _words(seed, tensor, blocks):
     t0 = (tensor.to(tl.uint64) & 0xFFFFFFFF).to(tl.uint32)
     t1 = (tensor.to(tl.uint64) >> 32).to(tl.uint32)
     b = blocks.to(tl.uint64)
-    low, high = (b & 0xFFFFFFFF).to(tl.uint32), (b >> 32).to(tl.uint32)
+    low = (b & 0xFFFFFFFF).to(tl.uint32)
+    high = (b >> 32).to(tl.uint32)
     zero = low * 0
     return tl.philox(seed, low, high, zero + t0, zero + t1)
 

@@ -14,8 +14,10 @@ import numpy.typing as npt
 
 NOISE_VERSION = 1
 
-PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
-PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+PHILOX_M0 = 0xD2511F53
+PHILOX_M1 = 0xCD9E8D57
+PHILOX_W0 = 0x9E3779B9
+PHILOX_W1 = 0xBB67AE85
 MASK32 = 0xFFFFFFFF
 
 # Cephes polynomials, highest power first.
@@ -33,7 +35,8 @@ LOG = (
 SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
 COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
 SQRT_HALF = 0.70710678
-LN2_LOW, LN2_HIGH = -2.12194440e-4, 0.693359375
+LN2_LOW = -2.12194440e-4
+LN2_HIGH = 0.693359375
 HALF_PI = 1.57079632679
 TWO_POW_MINUS_24 = 2.0**-24
 
@@ -50,18 +53,19 @@ def tensor_id(name: str) -> int:
 def philox(counter: tuple[Uint32, Uint32, Uint32, Uint32], seed: int) -> tuple[Uint32, Uint32, Uint32, Uint32]:
     """Philox4x32-10: four random words for each counter, under the 64-bit key `seed`. All arrays are of one shape."""
     c0, c1, c2, c3 = (c.astype(np.uint64) for c in counter)
-    k0, k1 = seed & MASK32, seed >> 32
+    k0 = seed & MASK32
+    k1 = seed >> 32
     mask = np.uint64(MASK32)
     shift = np.uint64(32)
     for _ in range(10):
-        p0, p1 = c0 * np.uint64(PHILOX_M0), c2 * np.uint64(PHILOX_M1)
-        c0, c1, c2, c3 = (
-            (p1 >> shift) ^ c1 ^ np.uint64(k0),
-            p1 & mask,
-            (p0 >> shift) ^ c3 ^ np.uint64(k1),
-            p0 & mask,
-        )
-        k0, k1 = (k0 + PHILOX_W0) & MASK32, (k1 + PHILOX_W1) & MASK32
+        p0 = c0 * np.uint64(PHILOX_M0)
+        p1 = c2 * np.uint64(PHILOX_M1)
+        c0 = (p1 >> shift) ^ c1 ^ np.uint64(k0)
+        c1 = p1 & mask
+        c2 = (p0 >> shift) ^ c3 ^ np.uint64(k1)
+        c3 = p0 & mask
+        k0 = (k0 + PHILOX_W0) & MASK32
+        k1 = (k1 + PHILOX_W1) & MASK32
     return tuple(c.astype(np.uint32) for c in (c0, c1, c2, c3))  # type: ignore[return-value]
 
 
@@ -111,13 +115,15 @@ def box_muller(a: Uint32, b: Uint32) -> tuple[Float32, Float32]:
     odd = (quadrant & np.uint32(1)) == 1
     cos, sin = np.where(odd, -sin, cos), np.where(odd, cos, sin)
     turned = (quadrant & np.uint32(2)) == 2
-    cos, sin = np.where(turned, -cos, cos), np.where(turned, -sin, sin)
+    cos = np.where(turned, -cos, cos)
+    sin = np.where(turned, -sin, sin)
     return r * cos, r * sin
 
 
 def normal_by_id(seed: int, tensor: int, start: int, count: int) -> Float32:
     """Noise of elements `start .. start + count - 1` of the tensor whose 64-bit key is `tensor`, `[count]`."""
-    first, last = start // 4, (start + count + 3) // 4
+    first = start // 4
+    last = (start + count + 3) // 4
     w = words(seed, tensor, first, last - first)
     out = np.empty((last - first, 4), np.float32)
     out[:, 0], out[:, 1] = box_muller(w[:, 0].copy(), w[:, 1].copy())

@@ -102,7 +102,8 @@ class LocalPool(Generators[Evaluator]):
 
     def rebuild(self, records: Sequence[StepRecord], checkpoint: tuple[int, Path] | None = None) -> str:
         """As `Pool.rebuild`."""
-        done, self._checkpoint = 0, checkpoint
+        done = 0
+        self._checkpoint = checkpoint
         if checkpoint is not None:
             done, path = checkpoint
             list(self._threads.map(lambda replica: self._do(replica, lambda r: r.load(path)), self.replicas))
@@ -149,13 +150,17 @@ class LocalPool(Generators[Evaluator]):
 
     def _apply_shared(self, updates: Sequence[Update]) -> str:
         """Add the last of all the run's updates to the base that all share, each to its share."""
-        done, before, losses, found = len(updates) - 1, self._fingerprint, 0, ""
+        done = len(updates) - 1
+        before = self._fingerprint
+        losses = 0
+        found = ""
         while done < len(updates):
             update = updates[done]
             outcomes = list(self._threads.map(_try_apply, self.replicas, repeat(update)))
             lost = [(r, o) for r, o in zip(self.replicas, outcomes, strict=True) if isinstance(o, Lost)]
             if not lost:
-                done, found = done + 1, as_fingerprint(sum(total for total in outcomes if not isinstance(total, Lost)))
+                done = done + 1
+                found = as_fingerprint(sum(total for total in outcomes if not isinstance(total, Lost)))
                 if losses and done == len(updates) - 1 and found != before:
                     raise EstuneError(
                         f"step {update.step}: made anew, weights have fingerprint {found}, and had {before} before: no "
@@ -173,7 +178,8 @@ class LocalPool(Generators[Evaluator]):
         """Fill the shared base from a checkpoint, or from the base model; return the number of updates in it."""
         done, path = self._checkpoint or (0, self.own.checkpoint.path)
         if not path.is_dir():  # somebody removed it
-            done, path = 0, self.own.checkpoint.path
+            done = 0
+            path = self.own.checkpoint.path
         self.own.load(path)
         return done
 

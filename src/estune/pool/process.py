@@ -113,7 +113,8 @@ class GeneratorProcess:
             self._end()
             if self._closed:
                 raise Lost("the run has ended")
-            self._late, self._folder = None, make_temporary("replica")
+            self._late = None
+            self._folder = make_temporary("replica")
             key, socket = secrets.token_bytes(16), str(self._folder / "s")  # a path that the system allows is short
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "estune.pool.process", socket],
@@ -137,7 +138,8 @@ class GeneratorProcess:
             self._folder = None
 
     def _call(self, kind: str, work: Callable[[], Any], units: int = 1) -> Any:
-        limit, began = self._deadlines.of(kind, units), time.monotonic()
+        limit = self._deadlines.of(kind, units)
+        began = time.monotonic()
         # The connection itself knows no deadline. Its other end closes when the process is killed.
         watchdog = threading.Timer(limit, self._give_up, (self.process, limit))
         watchdog.daemon = True

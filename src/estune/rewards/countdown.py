@@ -14,7 +14,10 @@ from estune.errors import EstuneError
 from estune.rewards.expression import ExpressionError, Value, evaluate, tokenize
 from estune.rewards.text import Text, as_text
 
-_THINK, _END_THINK, _ANSWER, _END_ANSWER = "<think>", "</think>", "<answer>", "</answer>"
+_THINK = "<think>"
+_END_THINK = "</think>"
+_ANSWER = "<answer>"
+_END_ANSWER = "</answer>"
 _TARGET = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?")
 
 # With so many decimals a target may be a longer number cut short: 266.666 stands for 800/3.

@@ -50,7 +50,8 @@ class RewardModel:
         # The logit is taken at the last token that is not this one.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.model = model.eval() if device is None else model.eval().to(device)
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
 
     def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
         """One logit per completion."""

@@ -65,7 +65,9 @@ def evaluate_model(
     task = task or config.task.build(config.seed)
     config = config.model_copy(update={"model": str(find_checkpoint(model)), "workers": None})
     config = with_resources_to_generate(config)
-    encoder, metrics, records = open_encoder(config), dict[str, float](), list[dict[str, Any]]()
+    encoder = open_encoder(config)
+    metrics = dict[str, float]()
+    records = list[dict[str, Any]]()
     with ExitStack() as opened:
         held_out = []
         for each in (task, *(options.build(config.seed) for options in config.watch)):

@@ -36,7 +36,8 @@ class HeldOut:
     """
 
     def __init__(self, task: Task, config: Config, encoder: PromptEncoder, grading: Grading | None = None) -> None:
-        self.task, self._count = task, config.eval_samples
+        self.task = task
+        self._count = config.eval_samples
         self._grading = grading or make_grading(config, task)
         self._sampling = evaluation_sampling(config)
         self.prompt_ids = encode_rows(encoder, dict(enumerate(task.evaluation)), "evaluation row", self._sampling)

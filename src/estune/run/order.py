@@ -19,7 +19,9 @@ class RowOrder:
     """
 
     def __init__(self, size: int, per_step: int, seed: int) -> None:
-        self.size, self.per_step, self.seed = size, min(per_step, size), seed
+        self.size = size
+        self.per_step = min(per_step, size)
+        self.seed = seed
         self._epoch = -1
         self._rows: list[int] = []
 
@@ -32,7 +34,8 @@ class RowOrder:
 
     def _shuffled(self, epoch: int) -> list[int]:
         if epoch != self._epoch:
-            self._epoch, self._rows = epoch, list(range(self.size))
+            self._epoch = epoch
+            self._rows = list(range(self.size))
             random.Random(f"rows {self.seed} {epoch}").shuffle(self._rows)
         return self._rows
 

@@ -47,7 +47,8 @@ def reopen(
     Raises:
         EstuneError: as `Trainer.resume`, as far as can be told before a model is loaded.
     """
-    run, journal = RunDirectory(path), Journal.resume(path)
+    run = RunDirectory(path)
+    journal = Journal.resume(path)
     try:
         config = resumed(journal, changed)
         done = len(journal.steps)
@@ -67,7 +68,8 @@ def reopen(
 
 def _is_whole(run: RunDirectory, journal: Journal, base: Checkpoint) -> bool:
     """Whether a run that took all its steps says so and has what it ends with."""
-    dtype, done = journal.header.live_dtype, len(journal.steps)
+    dtype = journal.header.live_dtype
+    done = len(journal.steps)
     return (
         (journal.ended is not None or journal.header.format == 1)
         and holds(run.final, base, journal, dtype, done)
@@ -139,7 +141,8 @@ def task_of(
     Raises:
         EstuneError: where task, its code or its data are not the run's, or the journal names code of others.
     """
-    run, header = journal.path.parent, journal.header
+    run = journal.path.parent
+    header = journal.header
     name = task.name if task else config.task.name
     if header.task != name:
         raise EstuneError(f"{run} was trained on the task {header.task}, not {name}: if it is your own, {remedy}")

@@ -93,7 +93,9 @@ class Trainer:
                 undo.callback(self.run.discard)  # so that the same command can be given again
                 self.run.write_settings(config)
             else:
-                self.run, self.journal, self.base = past.run, past.journal, past.base
+                self.run = past.run
+                self.journal = past.journal
+                self.base = past.base
                 self._rebuild()
             origin = self.journal.header.fingerprint if self.journal.header.ancestors else None
             self.strategy = make_strategy(config, origin)
@@ -170,7 +172,8 @@ class Trainer:
     def _open_all(self, opened: ExitStack) -> None:
         """See that everything the run will generate can be generated, and load the model."""
         clear_temporary()
-        config, task = self.config, self.task
+        config = self.config
+        task = self.task
         self.encoder = open_encoder(config)
         used = self.order.used(self._began_at, config.steps)
         encode_rows(self.encoder, {i: task.train[i] for i in used}, "training row", make_sampling(config))
@@ -244,13 +247,15 @@ class Trainer:
 
     def _rebuild(self) -> None:
         """Bring the weights to the journal's last step, from the latest checkpoint that is there."""
-        run, journal = self.run, self.journal
+        run = self.run
+        journal = self.journal
         if self.trained.base_hash != journal.header.base_hash:
             raise EstuneError(
                 f"{run.path}: workers have another base model, {self.trained.base_hash}, than the run began with, "
                 f"{journal.header.base_hash}; put the original where they load it from"
             )
-        live, expected = self.trained.live_dtype, journal.header.live_dtype
+        live = self.trained.live_dtype
+        expected = journal.header.live_dtype
         if live != expected:
             raise EstuneError(
                 f"{run.path}: the run generates with {expected} weights, which here, on {self.config.device}, "
@@ -271,7 +276,9 @@ class Trainer:
 
     def _catch_up(self) -> None:
         """Do what the run was about to do when it was cut off, and make again what it has lost of its checkpoints."""
-        run, journal, step = self.run, self.journal, self.strategy.step
+        run = self.run
+        journal = self.journal
+        step = self.strategy.step
         if step >= self.config.steps or self._due(step, self.config.eval_steps):
             self._evaluate(step)
         if step and self._due(step, self.config.save_steps) and step not in run.checkpoints():
@@ -279,7 +286,8 @@ class Trainer:
         for saved in run.checkpoints():
             if saved <= step and not holds(run.checkpoint(saved), self.base, journal, journal.header.dtype):
                 self._remake(run.checkpoint(saved), saved, journal.header.dtype)
-        best, dtype = journal.best, journal.header.live_dtype
+        best = journal.best
+        dtype = journal.header.live_dtype
         if best is not None and not holds(run.best, self.base, journal, dtype, best.step):
             self._remake(run.best, best.step, dtype)
 
@@ -290,7 +298,8 @@ class Trainer:
 
     def _loop(self, interrupted: Callable[[], bool]) -> str:
         while True:
-            step, last = self.strategy.step, self.config.steps
+            step = self.strategy.step
+            last = self.config.steps
             if step < last and interrupted():
                 return "interrupted"
             if step >= last or self._due(step, self.config.eval_steps):
@@ -315,7 +324,9 @@ class Trainer:
 
     def _step(self) -> None:
         began = time.perf_counter()
-        config, step, sigma = self.config, self.strategy.step, self.strategy.sigma
+        config = self.config
+        step = self.strategy.step
+        sigma = self.strategy.sigma
         rate = self.strategy.learning_rate
         indices = self.order.rows(step, {e.step: e.metrics for e in self.journal.evaluations})
         rows = [self.task.train[i] for i in indices]
@@ -376,7 +387,8 @@ class Trainer:
             metrics |= {f"watch/{name}/{key.removeprefix('eval_')}": value for key, value in found.items()}
             file = re.sub(r"[^\w.-]", "-", name)
             write_completions(self.run.completions(f"watch-{file}-{step:05d}"), completed.records(step=step))
-        best, best_by = self.journal.best, self.journal.header.best_by
+        best = self.journal.best
+        best_by = self.journal.header.best_by
         if best is None or rank(metrics, best_by) > rank(best.metrics, best_by):
             self._save(self.run.best)
         write_completions(self.run.completions(f"evaluation-{step:05d}"), graded.records(step=step))
@@ -385,7 +397,8 @@ class Trainer:
 
     def _patience_is_over(self) -> bool:
         """Whether so many evaluations brought no new best. Resuming gives new patience."""
-        patience, best = self.config.early_stopping_patience, self.journal.best
+        patience = self.config.early_stopping_patience
+        best = self.journal.best
         if patience is None or best is None:
             return False
         return sum(e.step > max(best.step, self._began_at) for e in self.journal.evaluations) >= patience
@@ -415,7 +428,8 @@ class Trainer:
         )
 
     def _summary(self, ended: str, seconds: float) -> Summary:
-        evaluations, best = self.journal.evaluations, self.journal.best
+        evaluations = self.journal.evaluations
+        best = self.journal.best
         return Summary(
             run=self.run.path,
             steps=self.strategy.step,

@@ -74,7 +74,8 @@ class Chart:
     def span(self) -> tuple[float, float]:
         """First and last step shown."""
         xs = [x for s in self.series for x in s.x] + [c.right for c in self.cells]
-        low, high = min([0.0, *xs]), max(xs)
+        low = min([0.0, *xs])
+        high = max(xs)
         return low, high if high > low else low + 1
 
     @cached_property
@@ -82,7 +83,8 @@ class Chart:
         """Lowest and highest value shown, with some room."""
         drawn = [s for s in self.series if s.kind != "silent"]
         values = [v for s in drawn for v in (*s.y, *s.low)] + [e for c in self.cells for e in (c.bottom, c.top)]
-        low, high = min(values), max(values)
+        low = min(values)
+        high = max(values)
         if self.from_zero or (low >= 0 and low < 0.35 * high):
             low = min(low, 0.0)
         room = 0.06 * (high - low) or 0.1 * abs(high) or 0.5
@@ -203,8 +205,10 @@ class Chart:
     def _heat(self) -> str:
         shades: dict[int, list[str]] = {}
         for c in self.cells:
-            x, y = self._x(c.left), self._y(c.top)
-            width, height = self._x(c.right) - x, self._y(c.bottom) - y
+            x = self._x(c.left)
+            y = self._y(c.top)
+            width = self._x(c.right) - x
+            height = self._y(c.bottom) - y
             box = f"M{_n(x)} {_n(y)}h{_n(width)}v{_n(height)}h{_n(-width)}z"
             shades.setdefault(max(1, math.ceil(c.strength * SHADES)), []).append(box)
         return "".join(f'<path class="heat h{shade}" d="{"".join(boxes)}"/>' for shade, boxes in sorted(shades.items()))
@@ -222,7 +226,8 @@ class Plot(Chart):
     def span(self) -> tuple[float, float]:
         """First and last value shown, with some room; as logarithms if it is by these."""
         places = [self._scaled(x) for s in self.series for x in s.x] + [self._scaled(x) for x in self.labels]
-        low, high = min(places), max(places)
+        low = min(places)
+        high = max(places)
         room = 0.06 * (high - low) or 0.5
         return low - room, high + room
 

@@ -44,7 +44,8 @@ def _picture(charts: Sequence[Plot]) -> str:
     legend = next((chart.legend for chart in charts if chart.legend), [])
     top = LEGEND if legend else 0
     turned = TURNED if any(_is_crowded(chart) for chart in charts) else 0
-    width, height = WIDTH * len(charts), top + HEIGHT + turned
+    width = WIDTH * len(charts)
+    height = top + HEIGHT + turned
     name = "; ".join(f"{chart.title} by {chart.along}" if chart.along else chart.title for chart in charts)
     return "".join(
         [
@@ -72,8 +73,10 @@ def _legend(series: Sequence[Series]) -> str:
 
 def _panel(chart: Plot, left: float, top: float) -> str:
     """One chart: its drawing, stretched to its place, and text around it."""
-    x, y = left + LEFT, top + TOP
-    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    x = left + LEFT
+    y = top + TOP
+    width = WIDTH - LEFT - RIGHT
+    height = HEIGHT - TOP - BOTTOM
     turned = _is_crowded(chart)
     parts = [
         _text(left + 10, top + 20, chart.title, 'class="title"'),

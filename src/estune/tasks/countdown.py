@@ -146,7 +146,8 @@ def countdown_rows(source: str, records: Sequence[Record]) -> Iterator[Row]:
     numbers_name, target_name = require_columns(source, records, ("numbers", "nums"), ("target",))
     for number, record in enumerate(records, 1):
         where = f"data {source}: row {number}"
-        numbers, target = record.get(numbers_name), record.get(target_name)
+        numbers = record.get(numbers_name)
+        target = record.get(target_name)
         if not isinstance(numbers, list) or not numbers or not all(_is_natural(value) for value in numbers):
             raise EstuneError(f"{where}: {numbers_name} is {numbers!r:.80}; give a list of whole numbers")
         try:

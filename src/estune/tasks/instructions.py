@@ -47,7 +47,8 @@ class InstructionsConfig(DataOptions):
         require_columns(source, records, ("prompt",), ("instruction_id_list",), ("kwargs",))
         for number, record in enumerate(records, 1):
             where = f"data {source}: row {number}"
-            names, values = record.get("instruction_id_list"), record.get("kwargs")
+            names = record.get("instruction_id_list")
+            values = record.get("kwargs")
             if not isinstance(names, list) or not names or not isinstance(values, list):
                 raise EstuneError(f"{where}: instruction_id_list and kwargs must be lists, one item an instruction")
             unknown = next((name for name in names if name not in CHECKS), None)

@@ -102,7 +102,8 @@ class MathConfig(DataOptions):
             yield {"prompt": self.prompt(text), "answer": golds, "source": source}
 
     def _levels(self) -> set[str]:
-        first, last = (self.levels or "")[0], (self.levels or "")[-1]
+        first = (self.levels or "")[0]
+        last = (self.levels or "")[-1]
         return {str(level) for level in range(int(first), int(last) + 1)}
 
 

@@ -78,7 +78,8 @@ class OwnConfig(TaskOptions):
             raise EstuneError(f"task {self.name}: task.options are for a function task(seed, ...), which it lacks")
         rows = self._rows(module.train, "train")
         if hasattr(module, "evaluation"):
-            train, evaluation = rows, self._rows(module.evaluation, "evaluation")
+            train = rows
+            evaluation = self._rows(module.evaluation, "evaluation")
         else:
             held_out = [is_held_out(identity(row)) for row in rows]
             train = [row for row, out in zip(rows, held_out, strict=True) if not out]

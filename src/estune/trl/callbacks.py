@@ -31,9 +31,11 @@ class CallbackMonitor(Monitor):
     """
 
     def __init__(self, args: Any, processing_class: Any = None) -> None:
-        self.args, self.processing_class = args, processing_class
+        self.args = args
+        self.processing_class = processing_class
         self.callbacks: list[Any] = []
-        self.state, self.control = TrainerState(), TrainerControl()
+        self.state = TrainerState()
+        self.control = TrainerControl()
         self.train_metrics: dict[str, float] = {}
         self._epochs_per_step = 0.0
         self._first_step = self._samples_per_step = 0
@@ -73,13 +75,18 @@ class CallbackMonitor(Monitor):
                     self._keep(self._averages())
 
     def _begin(self, plan: Plan) -> None:
-        self.state, self.control, self._recent, self._run = TrainerState(), TrainerControl(), [], plan.run
+        self.state = TrainerState()
+        self.control = TrainerControl()
+        self._recent = []
+        self._run = plan.run
         self._best = (-math.inf,)
         self._epochs_per_step = plan.prompts_per_step / plan.train_size
-        self._first_step, self._samples_per_step = plan.first_step, plan.population * plan.prompts_per_step
+        self._first_step = plan.first_step
+        self._samples_per_step = plan.population * plan.prompts_per_step
         self.state.max_steps = plan.steps
         self.state.logging_steps = self.args.logging_steps
-        self.state.eval_steps, self.state.save_steps = plan.config["eval_steps"], plan.config["save_steps"]
+        self.state.eval_steps = plan.config["eval_steps"]
+        self.state.save_steps = plan.config["save_steps"]
         self.state.num_train_epochs = plan.steps * self._epochs_per_step
         self.state.train_batch_size = plan.prompts_per_step
 
@@ -144,10 +151,12 @@ class CallbackMonitor(Monitor):
         self.fire("on_train_end")
 
     def _at(self, step: int) -> None:
-        self.state.global_step, self.state.epoch = step, step * self._epochs_per_step
+        self.state.global_step = step
+        self.state.epoch = step * self._epochs_per_step
 
     def _log_is_due(self) -> bool:
-        step, every = self.state.global_step, self.args.logging_steps
+        step = self.state.global_step
+        every = self.args.logging_steps
         if self.args.logging_strategy == "no":
             return False
         if self.args.logging_strategy == "epoch":
@@ -157,7 +166,8 @@ class CallbackMonitor(Monitor):
 
     def _averages(self) -> Metrics:
         """Metrics of the steps since the last log as one."""
-        recent, self._recent = self._recent, []
+        recent = self._recent
+        self._recent = []
         columns = {key: [m[key] for m in recent if key in m] for key in dict.fromkeys(k for m in recent for k in m)}
         return {key: v[-1] if key in _LATEST or len(v) == 1 else sum(v) / len(v) for key, v in columns.items()}
 

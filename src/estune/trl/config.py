@@ -186,7 +186,8 @@ class ESConfig:
             values["steps"] = math.ceil(self.num_train_epochs * rows / min(rows, config.prompts_per_step))
         steps = values.get("steps", config.steps)
         for kind in ("eval", "save"):
-            every, strategy = f"{kind}_steps", self._given.get(f"{kind}_strategy")
+            every = f"{kind}_steps"
+            strategy = self._given.get(f"{kind}_strategy")
             if strategy == "epoch":
                 values[every] = epoch
             elif strategy in ("no", "best"):
@@ -245,7 +246,8 @@ class ESConfig:
             log.warning("ESConfig: %s", "; ".join(notes))
 
 
-_EVERY, _SAVES = ("no", "steps", "epoch"), ("no", "steps", "epoch", "best")
+_EVERY = ("no", "steps", "epoch")
+_SAVES = ("no", "steps", "epoch", "best")
 
 
 def _check(name: str, value: Any) -> None:

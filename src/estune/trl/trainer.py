@@ -98,8 +98,10 @@ class ESTrainer:
             raise EstuneError(
                 "ESTrainer: the model has adapters, and all weights are trained: merge_and_unload() first"
             )
-        self.model, self.processing_class = model, processing_class
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.model = model
+        self.processing_class = processing_class
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
         functions = as_rewards(reward_funcs, reward_processing_classes)
         names = [reward_name(function) for function in functions]
         evaluation = [] if args.eval_strategy == "no" else as_evaluation_rows(eval_dataset)
@@ -305,7 +307,9 @@ class ESTrainer:
 
     def _base(self) -> str:
         """What a run takes as its model; a model in memory, or one with another tokenizer, is saved first."""
-        output, model, tokenizer = self.directory.path, self.model, self.processing_class
+        output = self.directory.path
+        model = self.model
+        tokenizer = self.processing_class
         if isinstance(model, str) and (tokenizer is None or not has_other_tokenizer(locate(model), tokenizer)):
             return model
         base = output / BASE

@@ -67,7 +67,8 @@ def share_of(runs: Sequence[Run], share: Share) -> list[Run]:
     found = []
     position = 0
     for run in runs:
-        start, stop = max(first - position, 0), min(end - position, len(run.live))
+        start = max(first - position, 0)
+        stop = min(end - position, len(run.live))
         if start < stop:
             found.append(run.part(start, stop))
         position += len(run.live)

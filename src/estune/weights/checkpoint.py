@@ -31,7 +31,8 @@ EMBEDDED = {"tiny": Path(__file__).parents[1] / "models" / "tiny"}
 """Models shipped inside the package, by the name a user gives for `model`."""
 
 RUN_LENGTH = 1 << 20  # elements read, changed and written at a time
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 COMPANIONS = (
     "config.json",
     "generation_config.json",

@@ -9,7 +9,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 # What config.json calls the sizes by which a model is laid out, and the largest that any model could have. Layers are
 # made one by one, on whatever device: of a thousand million of them the objects alone fill the memory.
-_MOST_LAYERS, _MOST = 10_000, 10**9
+_MOST_LAYERS = 10_000
+_MOST = 10**9
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 _SIZES = (
     *("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "vocab_size", "head_dim"),

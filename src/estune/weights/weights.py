@@ -159,7 +159,8 @@ class Weights:
         found = []
         for p, base in zip(self.parameters, self._base, strict=True):
             part = p.part
-            start, end = max(first, part.row), min(first + count, part.row + part.rows)
+            start = max(first, part.row)
+            end = min(first + count, part.row + part.rows)
             if p.name == name and p.counted and start < end:
                 held = base[(start - part.row) * part.width : (end - part.row) * part.width]
                 found.append((start, part.column, as_array(held.cpu()).reshape(-1, part.width)))

@@ -139,7 +139,8 @@ class FusedDecoder:
         out[:, 0] = token = self._choose(hidden, numbers, 0, sampling)
         for step in range(1, new):
             alive = ~self._is_end[token]
-            rows, token = rows[alive], token[alive]
+            rows = rows[alive]
+            token = token[alive]
             if not len(rows):
                 break
             places = Places.of(rows, lengths[rows] + (step - 1))
@@ -271,7 +272,8 @@ class FusedDecoder:
 
 
 def _layer(layer: Any) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
+    mlp = layer.mlp
     qkv, qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
     gate_up, gate_up_bias = _joined(mlp.gate_proj, mlp.up_proj)
     none = np.empty(0, _array(layer.input_layernorm.weight).dtype)

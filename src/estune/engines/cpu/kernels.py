@@ -18,7 +18,8 @@ from estune.engines.cpu.simd import WIDTH, element, exp, first_of, fma, largest,
 
 _jit: Any = numba.njit(nogil=True, error_model="numpy", cache=True)
 _inlined: Any = numba.njit(nogil=True, error_model="numpy", inline="always")
-_ZERO, _ONE = np.float32(0), np.float32(1)
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
 _ABSENT = np.float32(-3e38)  # the score of a slot that is not there
 
 
@@ -68,7 +69,8 @@ def gate(both, out):
     one = splat(_ONE)
     for t in range(out.shape[0]):
         for i in range(0, width, WIDTH):
-            g, u = load(both, 2 * t * width + i), load(both, (2 * t + 1) * width + i)
+            g = load(both, 2 * t * width + i)
+            u = load(both, (2 * t + 1) * width + i)
             store(out, t * width + i, g / (one + exp(zero - g)) * u)
 
 
@@ -187,8 +189,10 @@ def _rotate(qkv, at, position, dim, cos, sin, norm, eps, scale, out, to):
         for i in range(0, dim, WIDTH):
             store(out, to + i, load(qkv, at + i))
     for i in range(0, half, WIDTH):
-        a, b = load(out, to + i), load(out, to + half + i)
-        c, s = load(cos, position * half + i), load(sin, position * half + i)
+        a = load(out, to + i)
+        b = load(out, to + half + i)
+        c = load(cos, position * half + i)
+        s = load(sin, position * half + i)
         store(out, to + i, (a * c - b * s) * factor)
         store(out, to + half + i, (b * c + a * s) * factor)
 
@@ -199,7 +203,8 @@ def _score(q, group, dim, keys, cache, count, scores, to):
     # Sixteen slots at a time, and two sums, so that one multiplication does not wait for the one before.
     for s in range(0, count, WIDTH):
         for g in range(group):
-            even, odd = splat(_ZERO), splat(_ZERO)
+            even = splat(_ZERO)
+            odd = splat(_ZERO)
             for d in range(0, dim, 2):
                 k = cache + s * dim + d * WIDTH
                 even = fma(splat(q[g, d]), load(keys, k), even)
@@ -227,15 +232,22 @@ def _mix(scores, at, factor, values, cache, count, dim, out):
     """`out += factor * scores[at:at + count] @ values[:count]`, of arrays taken as flat."""
     # Two vectors of the head and two slots at a time: four sums, none of which waits for another.
     for i in range(0, dim, 2 * WIDTH):
-        a, b, c, d = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+        a = splat(_ZERO)
+        b = splat(_ZERO)
+        c = splat(_ZERO)
+        d = splat(_ZERO)
         for s in range(0, count - 1, 2):
-            one, two = splat(element(scores, at + s)), splat(element(scores, at + s + 1))
+            one = splat(element(scores, at + s))
+            two = splat(element(scores, at + s + 1))
             v = cache + s * dim + i
-            a, b = fma(one, load(values, v), a), fma(one, load(values, v + WIDTH), b)
-            c, d = fma(two, load(values, v + dim), c), fma(two, load(values, v + dim + WIDTH), d)
+            a = fma(one, load(values, v), a)
+            b = fma(one, load(values, v + WIDTH), b)
+            c = fma(two, load(values, v + dim), c)
+            d = fma(two, load(values, v + dim + WIDTH), d)
         if count % 2:
             one = splat(element(scores, at + count - 1))
             v = cache + (count - 1) * dim + i
-            a, b = fma(one, load(values, v), a), fma(one, load(values, v + WIDTH), b)
+            a = fma(one, load(values, v), a)
+            b = fma(one, load(values, v + WIDTH), b)
         store(out, i, fma(a + c, splat(factor), load(out, i)))
         store(out, i + WIDTH, fma(b + d, splat(factor), load(out, i + WIDTH)))

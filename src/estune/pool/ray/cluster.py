@@ -63,7 +63,9 @@ def connect(config: Config) -> None:
         _join(config.ray_address, quiet)
     _connection.made = True
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    _connection.head, _connection.looked, _connection.silent_since = (host, int(port)), 0.0, None
+    _connection.head = (host, int(port))
+    _connection.looked = 0.0
+    _connection.silent_since = None
     here = ray.get_runtime_context().get_node_id()
     node = next((node for node in ray.nodes() if node["NodeID"] == here), None)  # type: ignore[no-untyped-call]
     _connection.node = None if node is None else (node["NodeManagerAddress"], node["NodeManagerPort"])
@@ -74,7 +76,8 @@ def disconnect() -> None:
     """Close a connection that `connect` made, and end a cluster that it started."""
     import ray
 
-    guard, _connection.guard = _connection.guard, None
+    guard = _connection.guard
+    _connection.guard = None
     if guard is not None and not _connection.is_lost:
         guard.kill()
         guard.communicate()

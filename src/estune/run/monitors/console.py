@@ -78,7 +78,8 @@ class ConsoleMonitor(Monitor):
     def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
         """Take in a step."""
         self._rewards.append(metrics["reward"])
-        self._last, self._sample = metrics, sample
+        self._last = metrics
+        self._sample = sample
         self._progress.update(self._steps, completed=int(metrics["step"]))
         if self._live is None:
             self._print(
@@ -121,7 +122,8 @@ class ConsoleMonitor(Monitor):
             )
             table.add_row("reward", curve, spread)
         if self._accuracies:
-            first, last = self._accuracies[0][1], self._accuracies[-1][1]
+            first = self._accuracies[0][1]
+            last = self._accuracies[-1][1]
             curve = _curve([a for _, a in self._accuracies])
             table.add_row("held-out accuracy", curve, f"{first:.1%} -> {last:.1%} at step {self._accuracies[-1][0]}")
         if self._last:
@@ -143,7 +145,8 @@ def _sample_panel(sample: Sample) -> Panel:
 
 def _curve(values: list[float]) -> str:
     values = values[-CURVE:]
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(BLOCKS[round((v - low) * scale)] for v in values)
 
@@ -167,7 +170,8 @@ def _instruments(now: Metrics, then: Metrics | None = None) -> list[str]:
 def _summary(s: Summary) -> Panel:
     lines = [f"{s.ended} after {s.steps} steps, {s.seconds:.0f} s"]
     if s.before:
-        key, length = "eval_accuracy", "eval_completions/mean_length"
+        key = "eval_accuracy"
+        length = "eval_completions/mean_length"
         lacking = dict.fromkeys(("step", "eval_reward", length), math.nan)  # in a journal that others wrote
         before, after, best = ({**lacking, **metrics} for metrics in (s.before, s.after, s.best))
         lines += [

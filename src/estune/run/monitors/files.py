@@ -16,7 +16,8 @@ class JsonlMonitor(Monitor):
 
     def __init__(self, path: Path) -> None:
         with writing(path):
-            self._file, self._path = path.open("ab", buffering=0), path
+            self._file = path.open("ab", buffering=0)
+            self._path = path
 
     def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
         """Append the metrics."""
@@ -53,7 +54,8 @@ class TensorBoardMonitor(Monitor):
         from torch.utils.tensorboard import SummaryWriter
 
         with writing(folder):
-            self._writer, self._folder = SummaryWriter(str(folder)), folder
+            self._writer = SummaryWriter(str(folder))
+            self._folder = folder
 
     def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
         """Log every metric under its own name."""

@@ -83,7 +83,8 @@ def distribution(run: Run) -> Chart | None:
         return None
     owner = f"r{run.index}-d"
     pooled = [sorted(v for r in _rewards(b) for v in r) for b in kept]
-    low, high = min(p[0] for p in pooled), max(p[-1] for p in pooled)
+    low = min(p[0] for p in pooled)
+    high = max(p[-1] for p in pooled)
     height = (high - low or 1.0) / BINS
     low -= 0.0 if high > low else 0.5
     cells = []
@@ -210,7 +211,8 @@ def _overlay(
             series += _group_curve(group, list(curves.values()))
         for run, points in curves.items():
             label = run.label if several else group.label
-            x, y = [p[0] for p in points], [p[1] for p in points]
+            x = [p[0] for p in points]
+            y = [p[1] for p in points]
             kind = "thin" if several else "line"
             series.append(Series(label, x, y, kind, owner=f"run-{run.index}", colour=group.index % COLOURS))
     if not series:
@@ -261,13 +263,15 @@ def _evaluated(run: Run, key: str, name: str, owner: str, colour: int) -> list[S
     points = _eval(run, key)
     every = max(1, math.ceil(len(points) / POINTS))
     points = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
-    x, y = [p[0] for p in points], [p[1] for p in points]
+    x = [p[0] for p in points]
+    y = [p[1] for p in points]
     return [Series(name, x, y, "dots", owner=owner, colour=colour)] if points else []
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:
     at = q * (len(ordered) - 1)
-    below, above = ordered[math.floor(at)], ordered[math.ceil(at)]
+    below = ordered[math.floor(at)]
+    above = ordered[math.ceil(at)]
     return below + (above - below) * (at - math.floor(at))
 
 

@@ -62,7 +62,8 @@ class Run:
     @property
     def state(self) -> str:
         """How far it is."""
-        missing, ended = self.journal.shortfall(), self.journal.ended or "finished"
+        missing = self.journal.shortfall()
+        ended = self.journal.ended or "finished"
         return missing or f"{ended} after {self.done}{'' if self.done == self.planned else f' of {self.planned}'} steps"
 
     @property

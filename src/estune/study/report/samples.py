@@ -50,7 +50,8 @@ def compare(run: Run) -> Comparison:
     Raises:
         EstuneError: where there are not two evaluations, or their completions were not kept or cannot be read.
     """
-    before, after = run.first, run.best
+    before = run.first
+    after = run.best
     if after is not None and after.step == getattr(before, "step", None):
         after = run.last  # nothing was ever better than the base: show where it led
     if before is None or after is None or before.step == after.step:
@@ -164,7 +165,8 @@ def _shared(prompts: Sequence[str]) -> tuple[str, str]:
 
 def _common(texts: Sequence[str]) -> str:
     """What all texts begin with: what the first and the last of them in alphabetical order have in common."""
-    first, last = min(texts), max(texts)
+    first = min(texts)
+    last = max(texts)
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
