@@ -49,7 +49,7 @@ types: $(VENV)/.test-installed ## check types
 	$(BIN)/mypy
 
 pytest: $(VENV)/.test-installed ## run the tests alone: make pytest ARGS=tests/test_noise.py
-	$(ONE_THREAD) $(BIN)/python -m pytest $(PLAIN) -n 2 --dist loadfile $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(PLAIN) -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 vllm: $(VLLM)/.installed ## install vLLM in an environment of its own and run its tests there
 	$(VLLM_PYTEST) tests/vllm --ignore tests/vllm/test_training.py $(ARGS)

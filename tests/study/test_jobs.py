@@ -23,7 +23,9 @@ BOX = "╭────╮\n│ 3 │\n╰────╯\n"
 def path_with(folder: Path, source: str) -> str:
     """A PYTHONPATH on which the module `child` has this source."""
     (folder / "child.py").write_text(source)
-    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    return os.pathsep.join(
+        filter(None, [str(folder), os.environ.get("PYTHONPATH")])
+    )  # an empty one is the present folder
 
 
 def test_no_file_in_the_working_directory_is_taken_for_a_library(

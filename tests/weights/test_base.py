@@ -140,7 +140,7 @@ def test_a_base_that_does_not_fit_is_reported_by_who_fills_it(
 def test_a_worker_keeps_no_descriptor_but_the_mappings(model: Path, tmp_path: Path) -> None:
     pool = open_local_pool(make_config(tmp_path / "run", model, threads=1, replicas=2))
     try:
-        held = Path(f"/proc/{pool.replicas[1]._process.pid}/fd").iterdir()  # type: ignore[attr-defined]
+        held = Path(f"/proc/{pool.replicas[1].process.pid}/fd").iterdir()  # type: ignore[attr-defined]
         assert sum("estune-base" in os.readlink(file) for file in held) == 1
     finally:
         pool.close()
