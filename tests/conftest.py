@@ -42,11 +42,11 @@ SLOWEST = (
     "tests/pool/test_ray_faults.py",
     "tests/cli/test_more.py",
     "tests/journal/test_faults.py",
-    "tests/pool/test_ray_pool.py",
     "tests/engines/test_graph.py",
     "tests/study/test_compare.py",
     "tests/study/test_sweep.py",
     "tests/run/test_trainer.py",
+    "tests/pool/test_ray_pool.py",  # not beside the other file of Ray's
 )
 
 
