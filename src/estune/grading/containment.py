@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any
 
@@ -55,14 +55,15 @@ def contained(state: State | None = None) -> Iterator[Around]:
     """Within this, printing is kept; after it, the process is as it was. A child that was forked within ends here.
 
     Args:
-        state: how it should be, where nobody else changes it; as it is now if None.
+        state: how it should be, in a process that only grades: nobody else changes it, and no signal means anything
+            but the end; as it is now if None.
     """
     around = Around()
     before = state or State()
     kept = sys.stdout
     sys.stdout = around.output
     try:
-        with _listening(around):
+        with _listening(around) if state is None else nullcontext():
             yield around
     finally:
         if os.getpid() != before.pid:
@@ -126,7 +127,8 @@ class State:
         self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         self._idle = {name: timer for name, timer in _TIMERS.items() if not signal.getitimer(timer)[0]}
         self._streams = {name: getattr(sys, name) for name in _STREAMS}
-        self._standard_streams = [_Standard(s) for s in self._streams.values() if _number(s) in self._standard]
+        known = {id(stream): stream for stream in self._streams.values()}  # mostly three, each under two names
+        self._standard_streams = [_Standard(stream) for stream in known.values() if _number(stream) in self._standard]
         self._limits = {name: resource.getrlimit(which) for name, which in _LIMITS.items()}
 
     def restore(self) -> list[str]:
