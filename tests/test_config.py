@@ -155,6 +155,12 @@ def test_files_that_are_no_settings(tmp_path: Path, name: str, text: str) -> Non
         load(tmp_path / "none.yaml")
 
 
+def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(EstuneError, match="empty.yaml holds nothing, where settings should be: write one `key: value`"):
+        load(tmp_path / "empty.yaml")
+
+
 def test_settings_survive_a_round_trip() -> None:
     config = Config(output_dir=Path("somewhere"), task={"count": "3-4"})
     assert parse(config.model_dump(mode="json")) == config

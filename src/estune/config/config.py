@@ -144,7 +144,8 @@ def _read(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise EstuneError(f"config {file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise EstuneError(f"config {file} holds {type(values).__name__}, not settings: write one `key: value` a line")
+        found = "nothing" if values is None else type(values).__name__
+        raise EstuneError(f"config {file} holds {found}, where settings should be: write one `key: value` a line")
     return values
 
 
