@@ -1,5 +1,15 @@
-"""The one exception a user's input can raise."""
+"""The one exception a user's input can raise, and what may be shown of a text that others wrote."""
 
 
 class EstuneError(ValueError):
     """Something the user can mend. The message is one line: what, where, what was found, what to do."""
+
+
+def printable(text: str) -> str:
+    """A text in which nothing moves a terminal's cursor."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """A text in which nothing but the ends of its lines moves a terminal's cursor."""
+    return "\n".join(map(printable, text.expandtabs().replace("\r\n", "\n").split("\n")))

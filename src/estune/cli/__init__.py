@@ -22,9 +22,8 @@ from rich.text import Text
 
 from estune.cli import estimate, lists, runs, studies
 from estune.cli.signals import spared_imports, terminable
-from estune.errors import EstuneError
+from estune.errors import EstuneError, printable, printable_lines
 from estune.files import clear_temporary, explained
-from estune.grading.convention import printable, printable_lines
 
 __all__ = ["app", "main"]
 

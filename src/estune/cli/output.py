@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from estune.grading.convention import printable_lines
+from estune.errors import printable_lines
 
 
 def say(text: str) -> None:

@@ -12,8 +12,7 @@ from rich.table import Table
 
 from estune.cli.options import AcceptChanges, ConfigFile, TrustTask, overrides_of
 from estune.cli.output import say
-from estune.errors import EstuneError
-from estune.grading.convention import printable
+from estune.errors import EstuneError, printable
 
 
 def train(

@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any
 
-from estune.grading.convention import printable
+from estune.errors import printable
 
 _PRINTED = 2000  # characters kept of what one call prints
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from estune.completion import Completion
-from estune.errors import EstuneError
+from estune.errors import EstuneError, printable
 
 RewardFunction = Callable[..., Any]
 Row = dict[str, Any]
@@ -177,16 +177,6 @@ def describe(error: BaseException) -> str:
         return text
     hint = "; end its parameters with **kwargs" if "got an unexpected keyword argument" in text else ""
     return f"raised {type(error).__name__}: {text}{hint}"
-
-
-def printable(text: str) -> str:
-    """A text in which nothing moves a terminal's cursor."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
-
-
-def printable_lines(text: str) -> str:
-    """A text in which nothing but the ends of its lines moves a terminal's cursor."""
-    return "\n".join(map(printable, text.expandtabs().replace("\r\n", "\n").split("\n")))
 
 
 def reward_name(function: RewardFunction) -> str:

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from estune.errors import EstuneError
-from estune.grading.convention import Log, bounded, printable
+from estune.errors import EstuneError, printable
+from estune.grading.convention import Log, bounded
 from estune.grading.wire import Garbled
 
 Kind = Literal["score", "errors", "timeouts", "crashes", "too_long"]

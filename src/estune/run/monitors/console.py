@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from estune.grading.convention import printable, printable_lines
+from estune.errors import printable, printable_lines
 from estune.run.monitors.base import Metrics, Monitor, Plan, Sample, Summary
 
 BLOCKS = "▁▂▃▄▅▆▇█"
