@@ -17,6 +17,7 @@ from rich.console import Console
 
 from estune.config import Config
 from estune.errors import EstuneError
+from estune.journal.journal import Journal
 from estune.run.directory import RunDirectory
 from estune.run.monitors import check_trackers, default_monitors
 from estune.run.monitors.base import Monitor, Sample, Summary
@@ -99,6 +100,18 @@ def test_wandb_has_a_run_under_its_name_with_settings_metrics_and_completions(mo
     assert table["columns"] == ["prompt", "completion", "reward", "rewards/variety", "tokens"]
     assert [row[0] for row in table["data"]] == [row["prompt"] for row in make_task().evaluation]
     assert exit_codes(found) == [0]
+
+
+def test_a_monitor_that_cannot_be_closed_costs_nothing_of_the_run(model: Path, tmp_path: Path) -> None:
+    class Stuck(Monitor):
+        def close(self) -> None:
+            raise RuntimeError("disk on fire")
+
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        Trainer(make_config(run, model, steps=2), task=make_task(), monitors=[Stuck()]).train()
+    assert Journal.read(run).ended == "finished"
+    assert (run / "final" / "model.safetensors").is_file()
 
 
 @pytest.mark.usefixtures("_offline")
