@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,12 +18,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="estune-tests-")  # what tests run is not what the user has run
 if shutil.which("nvidia-smi") is None:  # Triton reads it when it is imported, which may be at any test
     os.environ["TRITON_INTERPRET"] = "1"
-# Numba compiles a function again when its own file has changed, but not when one that it imports has. It reads this
-# when it is imported, here and in the processes that tests start.
+# Numba compiles a function again when its own file has changed, but not when one that it imports has, and throws away
+# what another version has compiled. It reads this when it is imported, here and in the processes that tests start.
 if "NUMBA_CACHE_DIR" not in os.environ:
     root = Path(__file__).parents[1]
     sources = b"".join(path.read_bytes() for path in sorted((root / "src" / "estune").rglob("*.py")))
-    compiled = root / ".pytest_cache" / "numba" / hashlib.sha256(sources).hexdigest()[:16]
+    compiled = root / ".pytest_cache" / f"numba-{version('numba')}" / hashlib.sha256(sources).hexdigest()[:16]
     os.environ["NUMBA_CACHE_DIR"] = str(compiled)
 
 import pytest

@@ -1,10 +1,11 @@
 """Python processes without the seconds that importing takes: forks of one that has imported what they need.
 
-`subprocess` starts `python -m MODULE ...`, also with `-P`, for one of `MODULES`, through a warm process: a fork of this
-one from before any test, idle and without threads, which forks what it is asked for. With Linux's CLONE_PARENT that is
-a child of the process that asked, as any that it starts: with the descriptors, the environment, the folder and the
-session that it was given, the signals and the exit code of an interpreter, to be waited for, stopped and killed. Only
-its modules are there already. Each child has a warm process of its own, for children of its own.
+`subprocess` starts `python -m MODULE ...`, also with `-P`, for one of `Warm.modules`, through a warm process: a fork of
+this one from before any test, idle and without threads, which forks what it is asked for. So does `multiprocessing`
+what it spawns. With Linux's CLONE_PARENT that is a child of the process that asked, as any that it starts: with the
+descriptors, the environment, the folder and the session that it was given, the signals and the exit code of an
+interpreter, to be waited for, stopped and killed. Only its modules are there already. Each child has a warm process of
+its own, for children of its own.
 
 A test of what a new interpreter does asks for the fixture `new_interpreters`.
 """
@@ -16,10 +17,12 @@ import contextlib
 import ctypes
 import faulthandler
 import fcntl
+import functools
 import importlib
 import io
 import json
 import logging
+import multiprocessing.util
 import os
 import platform
 import runpy
@@ -27,10 +30,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 from estune.children import die_with_thread
 
@@ -40,21 +45,45 @@ NAME = b"warm"  # of the process, by which those who count children know it
 _CLONE_PARENT, _PR_SET_NAME = 0x8000, 15  # linux/sched.h, linux/prctl.h
 _CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())  # the system call's number
 _LONGEST = 1 << 20  # bytes of a request: arguments and environment
+_spawn = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
 
 POSSIBLE = sys.platform == "linux" and _CLONE is not None
 
 
-def start() -> None:
-    """Have everything that children need, and from now on start them warm."""
-    for module in (*MODULES, "transformers.models.qwen2.modeling_qwen2"):
+def start(*more: str) -> None:
+    """Have the modules of `MODULES`, and more, and from now on start children of them warm."""
+    Warm.modules = (*MODULES, *more)
+    for module in Warm.modules:
         importlib.import_module(module)
-    Warm.start()
+    _run_once()
     subprocess.Popen = WarmPopen  # type: ignore[misc]
+    multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
+    Warm.start()
+
+
+@functools.cache
+def _run_once() -> None:
+    """A run of one step: what runs import and compile is there, and on disk for those that are not warm.
+
+    One process at a time, so that the second finds what the first has compiled.
+    """
+    from estune.config import Config
+    from estune.run.trainer import Trainer
+
+    small: dict[str, Any] = {"steps": 1, "population": 2, "prompts_per_step": 2, "max_new_tokens": 2, "eval_steps": 0}
+    compiled = Path(os.environ["NUMBA_CACHE_DIR"])
+    compiled.mkdir(parents=True, exist_ok=True)
+    with (compiled / "lock").open("w") as lock, tempfile.TemporaryDirectory() as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        config = Config(output_dir=Path(folder, "run"), replicas=1, report_to=["tensorboard"], **small)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            Trainer(config).train()
 
 
 class Warm:
     """The warm process of this one."""
 
+    modules: tuple[str, ...] = ()
     _socket: socket.socket | None = None
     _lock = threading.Lock()
 
@@ -82,32 +111,58 @@ class Warm:
             return int(cls._socket.recv(32))
 
 
+class Closing(NamedTuple):
+    """A `preexec_fn` that leaves the child without one of its three streams."""
+
+    fd: int
+
+    def __call__(self) -> None:
+        os.close(self.fd)
+
+
 class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
     """`subprocess.Popen`, but for what a warm process can start."""
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, *rest: Any) -> None:
         pass_fds, cwd, env, _, _, shell, *pipes, _, _, _, _, _, new_session, group = rest
-        plain = not shell and executable is None and preexec_fn is None and close_fds and group == -1
+        closed = {preexec_fn.fd} if isinstance(preexec_fn, Closing) else set()
+        plain = not shell and executable is None and bool(closed or not preexec_fn) and close_fds and group == -1
         command = list(args)
         safe_path = command[1:2] == ["-P"]
         if safe_path:
             del command[1]
-        if not (plain and command[:2] == [sys.executable, "-m"] and command[2] in MODULES):
+        if not (plain and command[:2] == [sys.executable, "-m"] and command[2] in Warm.modules):
             super()._execute_child(args, executable, preexec_fn, close_fds, *rest)  # type: ignore[misc]
             return
         stdin, _, _, stdout, _, stderr = pipes
-        streams = [fd if fd >= 0 else number for number, fd in enumerate((stdin, stdout, stderr))]
+        streams = {number: fd if fd >= 0 else number for number, fd in enumerate((stdin, stdout, stderr))}
+        given = {number: fd for number, fd in streams.items() if number not in closed} | {fd: fd for fd in pass_fds}
         request = {
-            "arguments": list(map(os.fspath, command[2:])),
+            "arguments": list(map(os.fspath, command[1:])),
             "environment": dict(os.environ if env is None else env),
             "folder": os.fspath(cwd or os.getcwd()),
             "session": bool(new_session),
             "safe_path": safe_path,
-            "descriptors": [0, 1, 2, *pass_fds],
+            "descriptors": list(given),
         }
-        self.pid = Warm.fork(request, [*streams, *pass_fds])
+        self.pid = Warm.fork(request, list(given.values()))
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+def spawn(path: str, arguments: list[str], passed: list[int]) -> int:
+    """`multiprocessing.util.spawnv_passfds`, but for what a warm process can start."""
+    if arguments[1:2] != ["-c"] or "spawn_main" not in arguments[2]:
+        return int(_spawn(path, arguments, passed))
+    request = {
+        "arguments": arguments[1:],
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "session": False,
+        "safe_path": False,
+        "descriptors": [0, 1, 2, *passed],
+    }
+    return Warm.fork(request, [0, 1, 2, *passed])
 
 
 def _serve(requests: socket.socket) -> NoReturn:
@@ -146,11 +201,11 @@ def _fork_as_parent() -> int:
 
 
 def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
-    """Be the interpreter of `python -m MODULE ...`, to its end."""
+    """Be the interpreter of `python -m MODULE ...` or `python -c TEXT ...`, to its end."""
     code: int | None = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, b"python")
-        start()
+        Warm.start()
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
@@ -162,12 +217,12 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
         sys.path[:0] = [place for place in places if place and place not in sys.path]
         if not request["safe_path"]:
             sys.path.insert(0, os.getcwd())
-        module, *arguments = request["arguments"]
-        sys.argv = ["-m", *arguments]
-        code = _exit_code(module)
+        kind, program, *arguments = request["arguments"]
+        sys.argv = [kind, *arguments]
+        code = _exit_code(kind, program)
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
     except BaseException:
@@ -188,9 +243,9 @@ def _take(descriptors: dict[int, int]) -> None:
     for number, fd in high.items():
         os.dup2(fd, number)
     _close_all_but(Warm._socket.fileno(), *descriptors)
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)  # type: ignore[misc]  # noqa: SIM115
-    sys.stdout = sys.__stdout__ = _text(1)  # type: ignore[misc]
-    sys.stderr = sys.__stderr__ = _text(2)  # type: ignore[misc]
+    sys.stdin = sys.__stdin__ = _text(0, "r") if 0 in descriptors else None  # type: ignore[misc]
+    sys.stdout = sys.__stdout__ = _text(1, "w") if 1 in descriptors else None  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = _text(2, "w", "backslashreplace") if 2 in descriptors else None  # type: ignore[misc]
 
 
 def _moved(end: socket.socket, least: int) -> socket.socket:
@@ -208,8 +263,10 @@ def _close_all_but(*wanted: int) -> None:
                 os.close(fd)
 
 
-def _text(fd: int) -> io.TextIOWrapper:
-    return io.TextIOWrapper(open(fd, "wb", closefd=False), encoding="utf-8", line_buffering=True)
+def _text(fd: int, mode: str, errors: str = "strict") -> io.TextIOWrapper:
+    encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+    stream = open(fd, f"{mode}b", closefd=False)  # noqa: SIM115
+    return io.TextIOWrapper(stream, encoding=encoding, errors=errors, line_buffering=mode == "w")
 
 
 def _forget_parent() -> None:
@@ -232,10 +289,15 @@ def _forget_parent() -> None:
     warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # of `runpy`: it is, here
 
 
-def _exit_code(module: str) -> int | None:
-    """Run a module as a program; its exit code, None where the interpreter would end by SIGINT."""
+def _exit_code(kind: str, program: str) -> int | None:
+    """Run a program, a module after `-m` or a text after `-c`; its exit code, None where the interpreter would end by
+    SIGINT.
+    """
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if kind == "-m":
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            exec(program, {"__name__": "__main__"})
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0

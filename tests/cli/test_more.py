@@ -24,6 +24,7 @@ from estune.study.sweep import Trial
 from estune.tasks import CountdownConfig, catalogue
 from estune.tasks.preflight import FULL_MARKS
 from tests.cli.test_commands import SMALL, estune, refused
+from tests.warm import Closing
 
 QUICK = [*SMALL, "--report_to", "none", "--max_new_tokens", 4]
 
@@ -385,8 +386,8 @@ def test_ctrl_c_is_not_lost_in_an_import_which_a_second_one_ends(
     assert (process.returncode, error.strip()) == (130, "error: interrupted")
 
 
-@pytest.mark.parametrize("stream", ["<&-", ">&-", "2>&-"])
-def test_closed_streams_and_a_narrow_encoding(stream: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_closed_streams_and_a_narrow_encoding(stream: int, tmp_path: Path) -> None:
     """Two replicas: children inherit streams, and memory that must not have the number of one."""
     task = tmp_path / "narrow.py"
     task.write_text(
@@ -394,8 +395,15 @@ def test_closed_streams_and_a_narrow_encoding(stream: str, tmp_path: Path) -> No
         "train = [{'prompt': f'é中{n}'} for n in range(40)]\nrewards = [f]\n"
     )
     small = "--steps=1 --population=2 --prompts_per_step=2 --max_new_tokens=3 --replicas=2 --task.eval_size=3"
-    command = f"{sys.executable} -m estune.cli train {small} --task {task} --output-dir {tmp_path / 'run'} {stream}"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-m", "estune.cli", "train", *small.split()]
+    command += ["--task", task, "--output-dir", tmp_path / "run"]
+    done = subprocess.run(
+        command,
+        preexec_fn=Closing(stream),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     assert (tmp_path / "run" / "final").is_dir()

@@ -21,7 +21,7 @@ from estune.engines.cpu.fused import FusedDecoder, unfusable
 from estune.engines.decode import Decoder
 from estune.engines.tree import PromptTree, common_prefix
 from estune.errors import EstuneError
-from tests.engines.test_decode import cut, decode, random_prompts, reference
+from tests.engines.test_decode import cut, decode, random_prompts, reference, unchanged
 from tests.models import build_model
 
 NEW = 20
@@ -54,7 +54,7 @@ BRANCHING = [EVEN[0], EVEN[0][:9] + EVEN[1][9:], EVEN[0][:9] + EVEN[1][9:12], EV
 @functools.cache
 def model_of(name: str) -> Any:
     family, changes = FAMILIES[name]
-    return build_model(family, hidden_size=64, head_dim=32, **changes)
+    return unchanged(build_model(family, hidden_size=64, head_dim=32, **changes))
 
 
 def decoder_of(model: Any, end_ids: tuple[int, ...] = ()) -> FusedDecoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,12 +27,30 @@ from estune.engines.graph import (
 )
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
-from tests.engines.test_decode import EVEN, MIXED, NEW, PLAIN, PREFIXED, cut, decode, decoder_of, model_of, reference
+from tests.engines.test_decode import (
+    EVEN,
+    MIXED,
+    NEW,
+    PLAIN,
+    PREFIXED,
+    cut,
+    decode,
+    decoder_of,
+    model_of,
+    reference,
+    unchanged,
+)
 from tests.models import build_model
 from tests.tapes import TapeRecorder
 
-LONG_WINDOW = {"mistral": {"sliding_window": 128}, "gemma2": {"sliding_window": 128}, "gemma3": {"sliding_window": 128}}
+WINDOWED = ("mistral", "gemma2", "gemma3")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures need a CUDA device")
+
+
+@functools.cache
+def with_window(name: str) -> Any:
+    """A model whose sliding window, if it has one, reaches over all prompts."""
+    return unchanged(build_model(name, **({"sliding_window": 128} if name in WINDOWED else {})))
 
 
 def static_decoder(model: Any, end_ids: Sequence[int] = (), recorder: Recorder | None = None) -> GraphDecoder:
@@ -60,7 +79,7 @@ def shapes_of(decoder: GraphDecoder) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("taped", [False, True])
 @pytest.mark.parametrize("name", PLAIN)
 def test_completions_equal_generate(name: str, taped: bool) -> None:
-    model = build_model(name, **LONG_WINDOW[name]) if name in LONG_WINDOW else model_of(name)
+    model = with_window(name)
     assert uncapturable(model) is None
     recorder = TapeRecorder() if taped else None
     decoder = static_decoder(model, recorder=recorder)
@@ -255,7 +274,7 @@ def test_steps_that_wait_for_the_device_are_refused_by_the_tape() -> None:
 @needs_cuda
 @pytest.mark.parametrize("name", PLAIN)
 def test_captured_steps_equal_generate_on_cuda(name: str) -> None:
-    model = (build_model(name, **LONG_WINDOW[name]) if name in LONG_WINDOW else build_model(name)).cuda()
+    model = copy.deepcopy(with_window(name)).cuda()
     plain = [reference(model, prompt) for prompt in MIXED]
     end_ids = tuple({plain[0][4], plain[2][9], plain[3][0]})
     decoder = GraphDecoder(model, end_ids, 0, CudaRecorder(model.device))

@@ -11,12 +11,19 @@ from typing import Any
 import pytest
 
 from estune.config import Config
+from estune.engines.vllm.internals import prepare
 from estune.weights.checkpoint import Checkpoint
 from tests.models import save_model
+from tests.warm import POSSIBLE, start
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
+elif POSSIBLE:
+    import numba  # noqa: F401  # as vLLM will, for `prepare` to see it
+
+    prepare()
+    start("tests.vllm.packed", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker")
 
 # Heads as wide as vLLM's kernels for CPUs take; a vocabulary that is not a multiple of 64 and so is padded.
 SHAPE: dict[str, Any] = {

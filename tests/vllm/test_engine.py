@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,26 +126,9 @@ def test_prompts_that_do_not_fit_are_refused(saved: Any, engines: Any) -> None:
     assert engine.generate([], GREEDY) == []
 
 
-def test_a_layer_that_packs_its_weights_is_refused(saved: Any, tmp_path: Path) -> None:
-    """vLLM as it is without the way out."""
-    script = tmp_path / "packed.py"
-    script.write_text(
-        textwrap.dedent("""
-        import sys
-        from pathlib import Path
-        from estune.weights.checkpoint import Checkpoint
-        from estune.config import Config
-        from estune.engines.vllm import internals, weights
-        from estune.errors import EstuneError
-        internals.keep_weights_plain = lambda: None
-        try:
-            path = Path(sys.argv[1])
-            weights.open_vllm(Checkpoint(path), Config(model=str(path), engine="vllm", batch_size=8))
-        except EstuneError as error:
-            print("refused:", error)
-        """)
-    )
-    done = subprocess.run([sys.executable, script, saved("llama")], capture_output=True, text=True, check=False)
+def test_a_layer_that_packs_its_weights_is_refused(saved: Any) -> None:
+    command = [sys.executable, "-m", "tests.vllm.packed", saved("llama")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "refused: engine=vllm cannot train this model: vLLM has packed the weights of model.layers" in done.stdout
 
 

@@ -58,6 +58,13 @@ def _version(package: str) -> str | None:
         return None
 
 
+def prepare() -> None:
+    """Set what vLLM finds in this process and passes to those that it starts: it reads some of it when imported."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _hide_llvmlite()
+
+
 def start(path: Path, device: torch.device, parallel: int, **options: Any) -> Any:
     """vLLM's engine over a checkpoint, its workers extended by `WorkerExtension`.
 
@@ -67,8 +74,7 @@ def start(path: Path, device: torch.device, parallel: int, **options: Any) -> An
         parallel: processes that share the model (tensor parallelism).
         options: as `vllm.LLM` takes them, None for what it is to choose.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare()
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -77,7 +83,6 @@ def start(path: Path, device: torch.device, parallel: int, **options: Any) -> An
             f"device is {device.type}, and this vLLM is built for {current_platform.device_type or 'no device here'}: "
             "set device, or install the other build"
         )
-    _hide_llvmlite()
     threads = torch.set_num_threads  # on a CPU vLLM puts in its place one that does nothing
     try:
         return LLM(
