@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import atexit
 import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,13 +16,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="estune-tests-")  # what tests run is not what the user has run
 if shutil.which("nvidia-smi") is None:  # Triton reads it when it is imported, which may be at any test
     os.environ["TRITON_INTERPRET"] = "1"
-# Numba compiles a function again when its own file has changed, but not when one that it imports has, and throws away
-# what another version has compiled. It reads this when it is imported, here and in the processes that tests start.
-if "NUMBA_CACHE_DIR" not in os.environ:
-    root = Path(__file__).parents[1]
-    sources = b"".join(path.read_bytes() for path in sorted((root / "src" / "estune").rglob("*.py")))
-    compiled = root / ".pytest_cache" / f"numba-{version('numba')}" / hashlib.sha256(sources).hexdigest()[:16]
-    os.environ["NUMBA_CACHE_DIR"] = str(compiled)
 
 import pytest
 import torch
@@ -34,8 +25,7 @@ from tests.rays import shared_cluster, undisturbed_run  # noqa: F401
 from tests.warm import POSSIBLE, WarmPopen, start
 
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
-if POSSIBLE:
-    start()
+start()
 torch.set_num_threads(1)  # two threads on busy cores are many times slower than one
 
 

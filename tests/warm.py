@@ -18,6 +18,7 @@ import ctypes
 import faulthandler
 import fcntl
 import functools
+import hashlib
 import importlib
 import io
 import json
@@ -34,6 +35,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -52,6 +54,8 @@ POSSIBLE = sys.platform == "linux" and _CLONE is not None
 
 def start(*more: str) -> None:
     """Have the modules of `MODULES`, and more, and from now on start children of them warm."""
+    if not POSSIBLE:
+        return
     Warm.modules = (*MODULES, *more)
     for module in Warm.modules:
         importlib.import_module(module)
@@ -61,17 +65,34 @@ def start(*more: str) -> None:
     Warm.start()
 
 
+def _compiled() -> str:
+    """A folder for what Numba compiles, for this version of it and these sources.
+
+    It compiles a function again when its own file has changed, but not when one that it imports has, and throws away
+    what another version has compiled. It reads the variable when it is imported, here and in children.
+    """
+    root = Path(__file__).parents[1]
+    sources = b"".join(path.read_bytes() for path in sorted((root / "src" / "estune").rglob("*.py")))
+    kept = root / ".pytest_cache" / f"numba-{version('numba')}" / hashlib.sha256(sources).hexdigest()[:16]
+    return str(kept)
+
+
+os.environ.setdefault("NUMBA_CACHE_DIR", _compiled())
+
+
 @functools.cache
 def _run_once() -> None:
     """A run of one step: what runs import and compile is there, and on disk for those that are not warm.
 
     One process at a time, so that the second finds what the first has compiled.
     """
+    import numba
+
     from estune.config import Config
     from estune.run.trainer import Trainer
 
     small: dict[str, Any] = {"steps": 1, "population": 2, "prompts_per_step": 2, "max_new_tokens": 2, "eval_steps": 0}
-    compiled = Path(os.environ["NUMBA_CACHE_DIR"])
+    compiled = Path(numba.config.CACHE_DIR)
     compiled.mkdir(parents=True, exist_ok=True)
     with (compiled / "lock").open("w") as lock, tempfile.TemporaryDirectory() as folder:
         fcntl.flock(lock, fcntl.LOCK_EX)
