@@ -40,7 +40,27 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"tie_word_embeddings": False}),
     "mistral": ("MistralConfig", {"sliding_window": 12}),
     "phi3": ("Phi3Config", {}),
+    "phi3_longrope": (
+        "Phi3Config",
+        {
+            "hidden_size": 64,
+            "original_max_position_embeddings": 32,
+            # The longest waves alone would not show in so short texts.
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0],
+            },
+        },
+    ),
     "mamba": ("MambaConfig", {"state_size": 8}),
+    "mamba2": ("Mamba2Config", {"state_size": 8, "num_heads": 8, "head_dim": 12, "n_groups": 2, "chunk_size": 4}),
+    "rwkv": ("RwkvConfig", {"attention_hidden_size": 48, "context_length": 256}),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {"lru_width": 48, "attention_window_size": 8, "num_key_value_heads": 1, "head_dim": 12},
+    ),
     "qwen3_next": (
         "Qwen3NextConfig",
         {
@@ -51,6 +71,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+RECURRENT = {"mamba", "mamba2", "rwkv", "recurrent_gemma", "qwen3_next"}
 
 
 def build_config(name: str, **changes: Any) -> Any:

@@ -75,6 +75,25 @@ def test_batch_size_changes_nothing(engine: TransformersEngine, batch_size: int)
     assert engine.generate(ids, Sampling(16)) == expected
 
 
+@pytest.mark.parametrize("new", [3, 9, 20])
+def test_a_long_prompt_does_not_turn_the_angles_of_short_ones(tmp_path: Path, new: int) -> None:
+    """LongRoPE: texts of up to 32 tokens are short. Some are, some become long on the way, some are from the start."""
+    engine = TransformersEngine(save_model(tmp_path / "model", "phi3_longrope"))
+    prompts = [list(range(40, 40 + length)) for length in (2, 5, 13, 13, 29, 30, 31, 32, 33, 50)]
+    found = engine.generate(prompts, Sampling(new))
+    assert [c.token_ids for c in found] == [reference(engine, prompt, new) for prompt in prompts]
+
+
+def test_angles_that_follow_the_length_are_of_texts_that_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    engine = TransformersEngine(save_model(tmp_path / "model", "llama", rope_parameters=rope, max_position_embeddings=32))
+    prompts = [list(range(40, 40 + length)) for length in (2, 13, 24)]
+    found = engine.generate(prompts, Sampling(8))
+    assert [c.token_ids for c in found] == [reference(engine, prompt, 8) for prompt in prompts]
+    with pytest.raises(EstuneError, match="go beyond the 32 positions"):
+        engine.generate([*prompts, list(range(40, 65))], Sampling(8))
+
+
 def test_completion_ends_with_any_end_token(directory: Path, tmp_path: Path) -> None:
     engine = TransformersEngine(directory)
     ids = engine.encode(PROMPTS)
@@ -194,8 +213,8 @@ def test_rows_follow_memory(engine: TransformersEngine, monkeypatch: pytest.Monk
     for total, sizes in ((weights + 4 * 5 * row, [4, 4, 4]), (weights + 4 * 12 * row, [12]), (0, [1] * 12)):
         monkeypatch.setattr(engine_module, "total_memory", lambda device, total=total: total)
         found = TransformersEngine(engine.name)
-        assert [len(batch) for batch in found._batches([[7] * 30] * 12, 20)] == sizes
-        assert [len(batch) for batch in found._batches([[7] * 30] * 12, 20)] == sizes
+        assert [len(batch) for _, batch in found._batches([[7] * 30] * 12, 20)] == sizes
+        assert [len(batch) for _, batch in found._batches([[7] * 30] * 12, 20)] == sizes
 
 
 def test_memory_is_the_machines_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
