@@ -11,15 +11,25 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from estune.completion import Sampling
 from estune.engines.sampling import choose
 
+SINGLE = {"rwkv"}
+"""Types of models that take one prompt at a time, as transformers lets the rows of a batch leak into one another.
+
+RWKV's last hidden states, `[rows, hidden]`, are added to those of a new token, `[rows, 1, hidden]`: each row meets all.
+"""
+
 
 class GenerateDecoder:
     """Same calls as `Decoder`, at `generate`'s speed. Prompts of one batch must be of one length.
 
     Padding would do: but recurrent states differ in how, and whether, they skip it.
+
+    Attributes:
+        single: whether a batch may hold one prompt only.
     """
 
     def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int) -> None:
         self.model = model
+        self.single = model.config.model_type in SINGLE
         self._end_ids = list(end_ids)
         self._pad_id = pad_id
 

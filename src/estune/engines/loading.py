@@ -97,6 +97,8 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
             f"such as {missing[0]!r}; take a complete causal language model"
         )
     loaded.eval().requires_grad_(False)
+    if hasattr(loaded.config, "rescale_every"):
+        loaded.config.rescale_every = 0  # RWKV would halve weights in its first forward, for the sake of float16
     with memory_for(_WEIGHTS, _LESS):
         for parameter in loaded.parameters():
             # Loaded weights can be the file itself, mapped: they must outlive what becomes of the file.

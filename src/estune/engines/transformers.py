@@ -143,7 +143,8 @@ class TransformersEngine(PromptEncoder):
             alike = GenerateDecoder(self.model, self.end_ids, pad_token(self.tokenizer))
             groups += [(alike, list(group)) for _, group in groupby(order[mixed:], key=lambda i: len(prompt_ids[i]))]
         for decoder, group in groups:
-            count = math.ceil(len(group) / most)
+            single = isinstance(decoder, GenerateDecoder) and decoder.single
+            count = len(group) if single else math.ceil(len(group) / most)
             for part in range(count):
                 yield decoder, group[len(group) * part // count : len(group) * (part + 1) // count]
 
