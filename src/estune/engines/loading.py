@@ -6,13 +6,14 @@ model's own code may run.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from estune.config import Config
 from estune.engines.memory import memory_for
@@ -24,9 +25,23 @@ from estune.weights.sizes import check_sizes
 if TYPE_CHECKING:
     from estune.engines.prompts import PromptEncoder
 
+log = logging.getLogger(__name__)
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHTS = "the live weights"
 _LESS = "take a smaller model, dtype=bfloat16, or fewer replicas"
+# Of a generation config, what says which tokens may come and when to end, with the values that say nothing.
+_RULES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), (1.0,)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff", "penalty_alpha"), (0.0,)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "stop_strings"), ([],)),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ()),
+    **dict.fromkeys(("sequence_bias", "force_words_ids", "constraints"), ([], {})),
+    **dict.fromkeys(("max_time", "watermarking_config", "dola_layers"), ()),
+    "token_healing": (False,),
+    "num_beams": (1,),
+}
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
@@ -72,8 +87,8 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
         EstuneError: it cannot be read, it is not a causal language model, or weights are missing.
     """
     config = load_config(path)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a second or two, of which a bar says nothing
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()  # a second or two, of which a bar says nothing
     try:
         with memory_for(_WEIGHTS, _LESS):
             loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -89,7 +104,7 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
         raise _unreadable(path, error) from error
     finally:
         if bars:
-            logging.enable_progress_bar()
+            enable_progress_bar()
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise EstuneError(
@@ -137,6 +152,40 @@ def load_tokenizer(path: Path) -> Any:
         raise EstuneError(f"model {path}: its tokenizer cannot be loaded ({why}); save it again") from error
 
 
+def generation_config(path: Path, config: Any) -> GenerationConfig:
+    """What a checkpoint says of generating: in generation_config.json or, without that, in `config`, its config.json.
+
+    Raises:
+        EstuneError: it cannot be used.
+    """
+    try:
+        if (path / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(path)
+        return GenerationConfig.from_model_config(config)
+    except Exception as error:  # as for the configuration
+        raise _unreadable(path, error) from error
+
+
+def warn_of_rules(name: str, found: GenerationConfig) -> None:
+    """Log a warning that names what of a generation config no engine obeys, if there is such.
+
+    Sampling is up to the settings, where a run finds it; end tokens are obeyed.
+
+    Args:
+        name: what the user calls the model.
+        found: its generation config.
+    """
+    told = [
+        key for key, none in _RULES.items() if (value := getattr(found, key, None)) is not None and value not in none
+    ]
+    if told:
+        log.warning(
+            "model %s: its generation config sets %s; completions are drawn without, by the model's own probabilities",
+            name,
+            ", ".join(told),
+        )
+
+
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Every id at which a completion ends: the generation config's and the tokenizer's, sorted, maybe none."""
     config: GenerationConfig | None = getattr(model, "generation_config", None)
@@ -163,4 +212,5 @@ def open_encoder(config: Config) -> PromptEncoder:
     path = locate(config.model)
     most = config.vllm_max_model_length if config.engine == "vllm" else None
     settings = load_config(path)  # first: transformers' tokenizers look at it too, and at no size of it
+    warn_of_rules(config.model, generation_config(path, settings))
     return PromptEncoder(config.model, load_tokenizer(path), settings, most)

@@ -11,7 +11,7 @@ def short_reach(config: Any) -> int | None:
 
     LongRoPE (arXiv 2402.13753) has one set of angles for texts up to the length that the model was first trained with,
     and another beyond. transformers takes the longest row of a forward as the measure of all its rows, so that rows of
-    both kinds must not meet in one. "dynamic" angles change only beyond `max_position_embeddings`, where no engine goes.
+    both kinds must not meet in one. "dynamic" angles change beyond `max_position_embeddings`, where no engine goes.
 
     Args:
         config: a transformers model's.
