@@ -188,9 +188,11 @@ def warn_of_rules(name: str, found: GenerationConfig) -> None:
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Every id at which a completion ends: the generation config's and the tokenizer's, sorted, maybe none."""
-    config: GenerationConfig | None = getattr(model, "generation_config", None)
+    text = model.config.get_text_config(decoder=True)
+    own = getattr(model.config, "eos_token_id", getattr(text, "eos_token_id", None))  # a composite config names none
     ids: set[int] = set()
-    for source in (getattr(config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+    generation = getattr(model, "generation_config", None)
+    for source in (getattr(generation, "eos_token_id", None), own, tokenizer.eos_token_id):
         ids.update(source if isinstance(source, list | tuple) else [] if source is None else [source])
     return sorted(ids)
 

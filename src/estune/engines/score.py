@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from estune.engines.decode import unsupported
 from estune.engines.rotation import short_reach
 
 LARGEST_EXPONENT = 700.0  # of e, in a float
@@ -27,6 +28,7 @@ def log_probabilities(
     """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     short = short_reach(model.config)
+    alike = unsupported(model) is not None  # what `Decoder` cannot serve may look beyond a row's end, if by blocks
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     found: list[list[float]] = [[] for _ in rows]
@@ -37,6 +39,8 @@ def log_probabilities(
             following = order[count]
             first = min(first, len(prompts[following]))
             length = len(rows[following])
+            if alike and length > len(rows[order[0]]):
+                break
             if short is not None and len(rows[order[0]]) <= short < length:
                 break
             if (count + 1) * (length - first) * vocabulary > logits:
@@ -78,8 +82,8 @@ def divergence(now: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) 
 def _forward(model: Any, rows: Sequence[Sequence[int]], first: int) -> torch.Tensor:
     """Log-probabilities of the tokens from position `first`, 1 or more, on: `[rows, longest - first]`.
 
-    Rows are filled up on the right, where no causal model looks: neither a mask nor a state has to leave anything out.
-    They are filled up with tokens of their own, since some models warn of those that stand for padding.
+    Rows are filled up on the right, where causal attention does not look: no mask has to leave anything out. It is with
+    tokens of their own, since some models warn of those that stand for padding.
     """
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *row[-1:] * (width - len(row))] for row in rows], device=model.device)
