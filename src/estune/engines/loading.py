@@ -7,6 +7,7 @@ model's own code may run.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,7 @@ def load_config(path: Path) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file, or one made to do harm, makes transformers raise
         raise _unreadable(path, error) from error
+    _check_plain(path, values)
     _check_causal(path, config)
     return config
 
@@ -119,6 +121,20 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
             # Loaded weights can be the file itself, mapped: they must outlive what becomes of the file.
             parameter.data = parameter.data.to(device, copy=True)
         return loaded.to(device)
+
+
+def _check_plain(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse quantised weights: what they stand for cannot be perturbed in place."""
+    sections = [values, *(value for value in values.values() if isinstance(value, Mapping))]
+    for section in sections:
+        for key in ("quantization_config", "compression_config"):
+            how = section.get(key)
+            if how:
+                kind = how.get("quant_method", "unknown") if isinstance(how, Mapping) else "unknown"
+                raise EstuneError(
+                    f"model {path}: its weights are quantised ({kind!s:.40}), which cannot be perturbed; take the "
+                    "model that it was made of, in bfloat16, float16 or float32"
+                )
 
 
 def _check_causal(path: Path, config: Any) -> None:
