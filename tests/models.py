@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,28 @@ def build_tokenizer(*, chat: bool = True, pad: bool = True) -> PreTrainedTokeniz
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import Qwen2Config, Qwen2ForCausalLM
+Path({marker!r}).touch()
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+class OwnForCausalLM(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def save_own_code(directory: Path, marker: Path) -> Path:
+    """Write a random model that brings its own code, which leaves `marker` where it is run; return the directory."""
+    save_model(directory, max_position_embeddings=1024)
+    (directory / "own.py").write_text(OWN_CODE.format(marker=str(marker)))
+    file = directory / "config.json"
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    change = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": own}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    return directory
 
 
 def save_model(directory: Path, name: str = "qwen2", *, seed: int = 0, tokenizer: Any = None, **changes: Any) -> Path:

@@ -102,7 +102,8 @@ def test_its_own_code_never_runs_whatever_standard_input_says(
     ):
         (hostile / name).write_text(json.dumps({**json.loads((hostile / name).read_text()), **change}))
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
-    assert "contains custom code" in one_line(work, hostile)
+    said = one_line(work, hostile)
+    assert "contains custom code" in said or "if you trust them, set trust_remote_code to true" in said
     assert not marker.exists()
 
 

@@ -45,6 +45,10 @@ class Run(Section):
         "tiny", description="the embedded model (tiny), a checkpoint directory or a hub id, NAME or NAME@REVISION"
     )
     engine: Literal["transformers", "vllm"] = Field("transformers", description="what generates")
+    trust_remote_code: bool = Field(
+        False,
+        description="run the code that the model brings with it; read it first: it runs as you, with all you may do",
+    )
     start_from: Path | None = Field(
         None, description="a run to go on from, over the same model: its journal is replayed, then comes this run's"
     )

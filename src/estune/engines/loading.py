@@ -1,7 +1,7 @@
 """Model, tokenizer and end tokens from a checkpoint's directory; one clear line where that cannot be.
 
-`trust_remote_code=False` is said at every call: where it is left open, transformers asks on standard input whether a
-model's own code may run.
+`trust_remote_code` is said at every call: where it is left open, transformers asks on standard input whether a model's
+own code may run. It is True where the user has set it, and nowhere else.
 """
 
 from __future__ import annotations
@@ -60,8 +60,12 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dt
     return found
 
 
-def load_config(path: Path) -> Any:
+def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """A checkpoint's config.json, of a causal language model.
+
+    Args:
+        path: the checkpoint's directory.
+        trust_remote_code: run the code that the model brings, if it does.
 
     Raises:
         EstuneError: it cannot be read, or it is another kind of model's.
@@ -69,26 +73,28 @@ def load_config(path: Path) -> Any:
     try:
         values, _ = PretrainedConfig.get_config_dict(path)
         check_sizes(values)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a damaged file, or one made to do harm, makes transformers raise
         raise _unreadable(path, error) from error
     _check_plain(path, values)
-    _check_causal(path, config)
+    if not (trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})):
+        _check_causal(path, config)
     return config
 
 
-def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> Any:
+def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, trust_remote_code: bool = False) -> Any:
     """A causal language model in evaluation mode, its parameters without gradients.
 
     Args:
         path: a checkpoint's directory, as `estune.weights.checkpoint.locate` finds it.
         dtype: as `pick_dtype` takes it.
         device: where to put it.
+        trust_remote_code: as for `load_config`.
 
     Raises:
         EstuneError: it cannot be read, it is not a causal language model, or weights are missing.
     """
-    config = load_config(path)
+    config = load_config(path, trust_remote_code=trust_remote_code)
     bars = is_progress_bar_enabled()
     disable_progress_bar()  # a second or two, of which a bar says nothing
     try:
@@ -98,7 +104,7 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
                 config=config,
                 dtype=pick_dtype(dtype, device),
                 output_loading_info=True,
-                trust_remote_code=False,
+                trust_remote_code=trust_remote_code,
             )
     except EstuneError:
         raise
@@ -150,20 +156,44 @@ def _check_causal(path: Path, config: Any) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> EstuneError:
+    if _wants_code(error):
+        return _needs_code(path, "it")
     why = str(error).strip().partition("\n")[0] or type(error).__name__
     return EstuneError(f"model {path}: cannot be loaded ({why}); check that the directory is complete")
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in a model's directory. Raises `EstuneError` where there is none."""
+def _wants_code(error: Exception) -> bool:
+    """Whether transformers refuses a model for want of `trust_remote_code`."""
+    return "trust_remote_code" in str(error)
+
+
+def _needs_code(path: Path, what: str) -> EstuneError:
+    return EstuneError(
+        f"model {path}: {what} needs code that the model brings with it; read the .py files there and, if you trust "
+        "them, set trust_remote_code to true"
+    )
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a model's directory.
+
+    Args:
+        path: the directory.
+        trust_remote_code: as for `load_config`.
+
+    Raises:
+        EstuneError: there is none, or it cannot be loaded.
+    """
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise EstuneError(
             f"model {path}: no tokenizer in this directory (no tokenizer.json); save one there with "
             "tokenizer.save_pretrained"
         )
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # as for the configuration; the tokenizers' library raises this very class
+        if _wants_code(error):
+            raise _needs_code(path, "its tokenizer") from error
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise EstuneError(f"model {path}: its tokenizer cannot be loaded ({why}); save it again") from error
 
@@ -229,6 +259,9 @@ def open_encoder(config: Config) -> PromptEncoder:
 
     path = locate(config.model)
     most = config.vllm_max_model_length if config.engine == "vllm" else None
-    settings = load_config(path)  # first: transformers' tokenizers look at it too, and at no size of it
+    trust = config.trust_remote_code
+    settings = load_config(
+        path, trust_remote_code=trust
+    )  # first: transformers' tokenizers look at it too, and at no size of it
     warn_of_rules(config.model, generation_config(path, settings))
-    return PromptEncoder(config.model, load_tokenizer(path), settings, most)
+    return PromptEncoder(config.model, load_tokenizer(path, trust_remote_code=trust), settings, most)

@@ -88,7 +88,8 @@ def cached_elements(config: Any, parallel: int = 1) -> int:
     layers: int = text.num_hidden_layers
     attention = getattr(text, "num_attention_heads", None)
     if not attention:
-        return 2 * layers * (text.hidden_size // parallel)
+        hidden: int = text.hidden_size
+        return 2 * layers * (hidden // parallel)
     heads: int = getattr(text, "num_key_value_heads", None) or attention
     width: int = getattr(text, "head_dim", None) or text.hidden_size // attention
     return 2 * layers * max(heads // parallel, 1) * width

@@ -86,7 +86,7 @@ def _forward(model: Any, rows: Sequence[Sequence[int]], first: int) -> torch.Ten
     tokens of their own, since some models warn of those that stand for padding.
     """
     width = max(map(len, rows))
-    ids = torch.tensor([[*row, *row[-1:] * (width - len(row))] for row in rows], device=model.device)
+    ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=model.device)
     lean = {"logits_to_keep": width - first + 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     logits = model(ids, use_cache=False, **lean).logits[:, first - 1 - width : -1].float()
     chosen = logits.gather(-1, ids[:, first:, None]).squeeze(-1)

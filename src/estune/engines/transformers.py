@@ -45,6 +45,7 @@ class TransformersEngine(PromptEncoder):
         batch_size: rows decoded together; None chooses by the memory that the device has, whatever of it is in use.
         cuda_graphs: on CUDA, capture decoding steps as CUDA graphs and replay them, where the model permits it.
         sharers: engines that share the device's memory, this one included.
+        trust_remote_code: run the code that the model brings, if it does.
 
     Greedy completions are the model's own: the largest logit, no repetition penalty or other processor that a
     checkpoint's generation config may ask for. Same prompts and weights give the same completions, whatever was
@@ -63,6 +64,7 @@ class TransformersEngine(PromptEncoder):
         batch_size: int | None = None,
         cuda_graphs: bool = True,
         sharers: int = 1,
+        trust_remote_code: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise EstuneError(
@@ -71,8 +73,9 @@ class TransformersEngine(PromptEncoder):
         self.batch_size = batch_size
         self.device = pick_device(device)
         path = locate(model)
-        self.model: Any = load_model(path, dtype, self.device)
-        super().__init__(str(model), load_tokenizer(path), self.model.config)
+        self.model: Any = load_model(path, dtype, self.device, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        super().__init__(str(model), tokenizer, self.model.config)
         weights: int = sum(parameter.nbytes for parameter in self.model.parameters())
         self._batch_memory = (total_memory(self.device) // sharers - weights) // MEMORY_SHARE
         if self.device.type == "cpu":

@@ -52,8 +52,9 @@ class VllmEngine(PromptEncoder):
             )
         self._parallel = config.gpus_per_worker
         path = checkpoint.path
-        model = load_config(path)
-        super().__init__(str(path), load_tokenizer(path), model, config.vllm_max_model_length)
+        model = load_config(path, trust_remote_code=config.trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+        super().__init__(str(path), tokenizer, model, config.vllm_max_model_length)
         self.dtype = live_dtype(checkpoint, config, model)
         self.end_ids = end_tokens(
             SimpleNamespace(config=model, generation_config=generation_config(path, model)), self.tokenizer
@@ -77,6 +78,7 @@ class VllmEngine(PromptEncoder):
                     self.device,
                     self._parallel,
                     dtype=self.dtype,
+                    trust_remote_code=config.trust_remote_code,
                     max_model_len=config.vllm_max_model_length,
                     max_num_seqs=config.batch_size or (CPU_ROWS if on_cpu else None),
                     enforce_eager=on_cpu or not config.cuda_graphs,
