@@ -75,7 +75,11 @@ class Search(Section):
     lr_scheduler_type: Schedule = Field(
         "constant", description="learning rate over the run: constant, or falling to zero"
     )
-    weight_decay: float = Field(0.0, ge=0, description="decay toward zero a step, times the learning rate")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="decay toward zero a step, times the learning rate; none in a step whose rewards are all equal",
+    )
     mirrored: bool = Field(False, description="evaluate each perturbation with both signs")
     noise: NoiseMode = Field(
         "iid", description="correlated: equal noise for all tensors, as in the authors' first code"
