@@ -75,7 +75,7 @@ class EvolutionStrategy:
         learning_rate: alpha; sigma / 2 if None.
         steps: length of the run, which the schedule refers to.
         schedule: learning rate over the run: constant, or falling to zero after `steps` linearly or as a cosine.
-        weight_decay: share of the weights taken off per step, times the learning rate; none where `tell` learns nothing.
+        weight_decay: share of the weights taken off per step, times the learning rate; none where rewards are equal.
         mirrored: evaluate each direction with both signs (antithetic sampling).
     """
 
