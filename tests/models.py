@@ -81,6 +81,9 @@ def build_config(name: str, **changes: Any) -> Any:
     """The tiny config of an architecture, with `changes`."""
     kind, own = ARCHITECTURES[name]
     settings = {**_COMMON, **own, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **changes}
+    if name in ("mamba", "mamba2", "rwkv"):  # as theirs, which know of no heads
+        for unknown in ("num_attention_heads", "num_key_value_heads"):
+            settings.pop(unknown)
     if name == "gpt2":
         for ours, theirs in (
             ("hidden_size", "n_embd"),

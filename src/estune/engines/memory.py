@@ -85,14 +85,21 @@ def cached_elements(config: Any, parallel: int = 1) -> int:
         parallel: devices that the heads are split over; counted is what one of them holds.
     """
     text = config.get_text_config(decoder=True)
+    if getattr(text, "is_heterogeneous", False):  # it refuses to tell what differs from layer to layer
+        return sum(_layer_elements(layer, parallel) for layer in text.per_layer_config)
     layers: int = text.num_hidden_layers
-    attention = getattr(text, "num_attention_heads", None)
+    return layers * _layer_elements(text, parallel)
+
+
+def _layer_elements(layer: Any, parallel: int) -> int:
+    """Elements that a token leaves in a layer of this config."""
+    attention = getattr(layer, "num_attention_heads", None)
     if not attention:
-        hidden: int = text.hidden_size
-        return 2 * layers * (hidden // parallel)
-    heads: int = getattr(text, "num_key_value_heads", None) or attention
-    width: int = getattr(text, "head_dim", None) or text.hidden_size // attention
-    return 2 * layers * max(heads // parallel, 1) * width
+        hidden: int = layer.hidden_size
+        return 2 * (hidden // parallel)
+    heads: int = getattr(layer, "num_key_value_heads", None) or attention
+    width: int = getattr(layer, "head_dim", None) or layer.hidden_size // attention
+    return 2 * max(heads // parallel, 1) * width
 
 
 def fitting_rows(memory: int, *, cache: int, vocabulary: int, most: int) -> int:
