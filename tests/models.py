@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,29 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"tie_word_embeddings": False}),
     "mistral": ("MistralConfig", {"sliding_window": 12}),
     "phi3": ("Phi3Config", {}),
+    "phi3_longrope": (
+        "Phi3Config",
+        {
+            "hidden_size": 64,
+            "original_max_position_embeddings": 32,
+            # The longest waves alone would not show in so short texts.
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0],
+            },
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
     "mamba": ("MambaConfig", {"state_size": 8}),
+    "mamba2": ("Mamba2Config", {"state_size": 8, "num_heads": 8, "head_dim": 12, "n_groups": 2, "chunk_size": 4}),
+    "rwkv": ("RwkvConfig", {"attention_hidden_size": 48, "context_length": 256}),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {"lru_width": 48, "attention_window_size": 8, "num_key_value_heads": 1, "head_dim": 12},
+    ),
     "qwen3_next": (
         "Qwen3NextConfig",
         {
@@ -51,12 +74,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+RECURRENT = {"mamba", "mamba2", "rwkv", "recurrent_gemma", "qwen3_next"}
 
 
 def build_config(name: str, **changes: Any) -> Any:
     """The tiny config of an architecture, with `changes`."""
     kind, own = ARCHITECTURES[name]
     settings = {**_COMMON, **own, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **changes}
+    if name in ("mamba", "mamba2", "rwkv"):  # as theirs, which know of no heads
+        for unknown in ("num_attention_heads", "num_key_value_heads"):
+            settings.pop(unknown)
     if name == "gpt2":
         for ours, theirs in (
             ("hidden_size", "n_embd"),
@@ -97,6 +124,28 @@ def build_tokenizer(*, chat: bool = True, pad: bool = True) -> PreTrainedTokeniz
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import Qwen2Config, Qwen2ForCausalLM
+Path({marker!r}).touch()
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+class OwnForCausalLM(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def save_own_code(directory: Path, marker: Path) -> Path:
+    """Write a random model that brings its own code, which leaves `marker` where it is run; return the directory."""
+    save_model(directory, max_position_embeddings=1024)
+    (directory / "own.py").write_text(OWN_CODE.format(marker=str(marker)))
+    file = directory / "config.json"
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    change = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": own}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    return directory
 
 
 def save_model(directory: Path, name: str = "qwen2", *, seed: int = 0, tokenizer: Any = None, **changes: Any) -> Path:

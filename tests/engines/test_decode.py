@@ -16,10 +16,10 @@ from estune.completion import Sampling
 from estune.engines.decode import Decoder, unsupported
 from estune.engines.generate import GenerateDecoder
 from estune.engines.sampling import choose, truncate, uniform
-from tests.models import ARCHITECTURES, build_model
+from tests.models import ARCHITECTURES, RECURRENT, build_model
 
 NEW = 20
-PLAIN = [name for name in ARCHITECTURES if name not in {"mamba", "qwen3_next"}]
+PLAIN = [name for name in ARCHITECTURES if name not in {*RECURRENT, "phi3_longrope", "gpt_neox", "qwen3_moe"}]
 
 
 def random_prompts(lengths: tuple[int, ...], prefix: int = 0, seed: int = 0) -> list[list[int]]:
@@ -171,7 +171,7 @@ def test_bfloat16_runs_and_repeats(name: str) -> None:
     assert [row[0] for row in first] == [reference(model, prompt, new=1)[0] for prompt in MIXED]
 
 
-@pytest.mark.parametrize("name", ["mamba", "qwen3_next"])
+@pytest.mark.parametrize("name", sorted(RECURRENT))
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers")
 def test_unusual_caches_go_through_generate(name: str) -> None:
     model = model_of(name)

@@ -11,18 +11,48 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma4TextConfig
 
 from estune.completion import Sampling
 from estune.engines.cache import RowCache
-from estune.engines.memory import memory_for
+from estune.engines.memory import cached_elements, memory_for
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
-from tests.models import save_model
+from tests.models import build_config, save_model
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.21 GiB is "
     "free. Including non-PyTorch memory, this process has 22.4 GiB memory in use."
 )
+
+
+@pytest.mark.parametrize(
+    ("config", "parallel", "elements"),
+    [
+        (build_config("qwen2"), 1, 3 * 2 * 2 * 16),  # layers x (key, value) x heads x width
+        (build_config("qwen2"), 2, 3 * 2 * 1 * 16),
+        (build_config("gpt2"), 1, 3 * 2 * 48),
+        (build_config("mamba"), 1, 3 * 2 * 48),  # a state, counted as heads of the hidden size
+        (build_config("rwkv"), 1, 3 * 2 * 48),
+        # Full attention, the last of them, has half the heads at twice the width.
+        (
+            Gemma4TextConfig(
+                layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=16,
+                global_head_dim=32,
+                num_kv_shared_layers=0,
+            ),
+            1,
+            2 * 2 * 2 * 16 + 2 * 2 * 32,
+        ),
+    ],
+    ids=["grouped", "split", "multi-head", "mamba", "rwkv", "layers that differ"],
+)
+def test_what_a_token_leaves_in_the_cache(config: Any, parallel: int, elements: int) -> None:
+    assert cached_elements(config, parallel) == elements
 
 
 def test_torch_on_the_cpu() -> None:

@@ -11,7 +11,7 @@ import torch
 from estune.completion import Sampling
 from estune.engines.score import divergence, log_probabilities
 from estune.engines.transformers import TransformersEngine
-from tests.models import build_model, save_model
+from tests.models import RECURRENT, build_model, save_model
 
 PROMPTS = [[7, 8, 9, 10, 11], [20], [30, 31, 32]]
 COMPLETIONS = [[40, 41], [50, 51, 52, 53, 54, 55], [60]]
@@ -22,12 +22,21 @@ def plainly(model: torch.nn.Module, prompt: list[int], completion: list[int]) ->
     return [float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(completion)]
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama", "mistral", "gpt2", "gemma"])
-@pytest.mark.parametrize("logits", [1, 4000, 10**9])
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "gpt2", "gemma", *sorted(RECURRENT)])
+@pytest.mark.parametrize("logits", [1, 6000, 10**9])
+@pytest.mark.filterwarnings("ignore::UserWarning:transformers")
 def test_as_one_forward_a_row(name: str, logits: int) -> None:
     model = build_model(name)
-    found = log_probabilities(model, PROMPTS, COMPLETIONS, 0, logits)
+    found = log_probabilities(model, PROMPTS, COMPLETIONS, logits)
     for prompt, completion, row in zip(PROMPTS, COMPLETIONS, found, strict=True):
+        assert row == pytest.approx(plainly(model, prompt, completion), abs=2e-4)
+
+
+def test_a_long_text_does_not_turn_the_angles_of_short_ones() -> None:
+    model = build_model("phi3_longrope")
+    prompts = [[7, 8, 9, 10, 11], list(range(20, 50)), list(range(20, 80))]
+    found = log_probabilities(model, prompts, COMPLETIONS, 10**9)  # of 7, 36 and 61 tokens: short ones have up to 32
+    for prompt, completion, row in zip(prompts, COMPLETIONS, found, strict=True):
         assert row == pytest.approx(plainly(model, prompt, completion), abs=2e-4)
 
 

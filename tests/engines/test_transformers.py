@@ -15,10 +15,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from estune.completion import Completion, Sampling
+from estune.config import Config
 from estune.engines import memory
 from estune.engines import transformers as engine_module
 from estune.engines.decode import Decoder
 from estune.engines.generate import GenerateDecoder
+from estune.engines.loading import open_encoder
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from tests.models import SPECIAL, build_model, build_tokenizer, save_model
@@ -73,6 +75,66 @@ def test_batch_size_changes_nothing(engine: TransformersEngine, batch_size: int)
     expected = engine.generate(ids, Sampling(16))
     engine.batch_size = batch_size
     assert engine.generate(ids, Sampling(16)) == expected
+
+
+RULES = {
+    "repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 1,
+    "min_new_tokens": 9,
+    "suppress_tokens": list(range(9, 300)),
+    "begin_suppress_tokens": list(range(9, 300)),
+    "bad_words_ids": [[token] for token in range(9, 300)],
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 8,
+    "sequence_bias": [[[9], 50.0]],
+    "exponential_decay_length_penalty": [1, 2.0],
+    "guidance_scale": 2.0,
+    "stop_strings": ["a"],
+    "num_beams": 3,
+}
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "mamba"])  # fused, over the model's forward, by `generate`
+@pytest.mark.filterwarnings("ignore::UserWarning:transformers")
+def test_rules_of_a_generation_config_are_told_and_not_obeyed(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = save_model(tmp_path / "model", name)
+    engine = TransformersEngine(model)
+    ids = [row[:4] for row in engine.encode(PROMPTS[1:])]
+    expected = engine.generate(ids, Sampling(8))
+    assert [c.token_ids for c in expected] == [reference(engine, row, 8) for row in ids]
+    file = model / "generation_config.json"
+    settings = json.loads(file.read_text()) | {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.0}
+    file.write_text(json.dumps(settings))
+    open_encoder(Config(model=str(model)))
+    assert not [m for m in caplog.messages if "generation config" in m]
+    file.write_text(json.dumps(settings | RULES))
+    open_encoder(Config(model=str(model)))
+    (told,) = [m for m in caplog.messages if "generation config" in m]
+    assert all(f"{rule}," in told or f"{rule};" in told for rule in RULES)
+    assert TransformersEngine(model).generate(ids, Sampling(8)) == expected
+
+
+@pytest.mark.parametrize("new", [3, 9])
+def test_a_long_prompt_does_not_turn_the_angles_of_short_ones(tmp_path: Path, new: int) -> None:
+    """LongRoPE: texts of up to 32 tokens are short. Some are, some become long on the way, some are from the start."""
+    engine = TransformersEngine(save_model(tmp_path / "model", "phi3_longrope"))
+    prompts = [list(range(40, 40 + length)) for length in (2, 5, 13, 13, 29, 30, 31, 32, 33, 50)]
+    found = engine.generate(prompts, Sampling(new))
+    assert [c.token_ids for c in found] == [reference(engine, prompt, new) for prompt in prompts]
+
+
+def test_angles_that_follow_the_length_are_of_texts_that_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    engine = TransformersEngine(
+        save_model(tmp_path / "model", "llama", rope_parameters=rope, max_position_embeddings=32)
+    )
+    prompts = [list(range(40, 40 + length)) for length in (2, 13, 24)]
+    found = engine.generate(prompts, Sampling(8))
+    assert [c.token_ids for c in found] == [reference(engine, prompt, 8) for prompt in prompts]
+    with pytest.raises(EstuneError, match="go beyond the 32 positions"):
+        engine.generate([*prompts, list(range(40, 65))], Sampling(8))
 
 
 def test_completion_ends_with_any_end_token(directory: Path, tmp_path: Path) -> None:
@@ -194,8 +256,8 @@ def test_rows_follow_memory(engine: TransformersEngine, monkeypatch: pytest.Monk
     for total, sizes in ((weights + 4 * 5 * row, [4, 4, 4]), (weights + 4 * 12 * row, [12]), (0, [1] * 12)):
         monkeypatch.setattr(engine_module, "total_memory", lambda device, total=total: total)
         found = TransformersEngine(engine.name)
-        assert [len(batch) for batch in found._batches([[7] * 30] * 12, 20)] == sizes
-        assert [len(batch) for batch in found._batches([[7] * 30] * 12, 20)] == sizes
+        assert [len(batch) for _, batch in found._batches([[7] * 30] * 12, 20)] == sizes
+        assert [len(batch) for _, batch in found._batches([[7] * 30] * 12, 20)] == sizes
 
 
 def test_memory_is_the_machines_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

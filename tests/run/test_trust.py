@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from estune.run.dry_run import describe_rest
 from estune.run.evaluate import evaluate_model
 from estune.run.trainer import Trainer
 from tests.cli.test_commands import estune, refused
-from tests.models import save_model
+from tests.models import save_model, save_own_code
 from tests.runs import make_config, make_task
 
 CODE = """
@@ -64,8 +65,6 @@ def foreign(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tu
     assert marker.exists()
     marker.unlink()
     state(tmp_path / "ours", monkeypatch)
-    import sys
-
     for module in [m for m in sys.modules if name in m]:
         monkeypatch.delitem(sys.modules, module)
     return run, marker
@@ -128,6 +127,41 @@ def test_one_place_known_does_not_make_another_known(tmp_path: Path, monkeypatch
     assert "not run from there before" in describe_or_error(tmp_path / "mail" / "run")
     source.write_text(CODE.format(marker=str(marker)) + "\n")
     assert "has changed since you last ran it" in describe_or_error(tmp_path / "run")
+
+
+def test_code_of_a_model_runs_only_where_the_user_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    marker, run, trust = tmp_path / "was-run", tmp_path / "run", "--trust_remote_code"
+    model = save_own_code(tmp_path / "model", marker)
+    task = {"name": "countdown", "train_size": 20, "eval_size": 5}
+    settings = {**make_config(run, model, steps=1, prompts_per_step=2).model_dump(), "task": task}
+    with pytest.raises(EstuneError, match=r"needs code that .* if you trust them, set trust_remote_code to true"):
+        Trainer(parse(settings), monitors=[])
+    assert not run.exists()
+    assert not marker.exists()
+    Trainer(parse({**settings, "trust_remote_code": True}), monitors=[]).train()
+    assert marker.exists()
+    marker.unlink()
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert Journal.read(run).header.config["trust_remote_code"] is True
+    for command in (
+        ["eval", run],
+        ["eval", run, "--trust-task"],
+        ["train", "--resume", run, "--steps", 2],
+        ["train", "--resume", run, "--steps", 2, "--dry-run", "--trust-task", "--accept-changes"],
+    ):
+        assert f"only you can say; read it, and let it run by {trust} true" in refused(capsys, *command)
+    assert "set trust_remote_code to true" in refused(capsys, "train", "--resume", run, "--steps", 2, trust, "false")
+    assert not marker.exists()
+    assert estune("replay", run, "-o", tmp_path / "out") == 0  # runs no code, and needs no word
+    assert not marker.exists()
+    evaluate_model(str(run), overrides=["trust_remote_code=true"])
+    assert marker.exists()
+    Trainer.resume(run, steps=2, trust_remote_code=True, monitors=[]).train()
+    assert len(Journal.read(run).steps) == 2
 
 
 def test_a_cluster_that_a_journal_names_is_not_joined(tmp_path: Path, model: Path) -> None:

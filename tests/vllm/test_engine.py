@@ -103,7 +103,7 @@ def test_completions_are_scored_as_by_transformers(saved: Any, engines: Any) -> 
         for weights in (ours, theirs):
             weights.restore() if member is None else weights.perturb(member, 0.05)
         seen.append(engine.score(PROMPTS, completions))
-        expected = log_probabilities(reference.model, PROMPTS, completions, 0, 10**6)
+        expected = log_probabilities(reference.model, PROMPTS, completions, 10**6)
         for found, row, completion in zip(seen[-1], expected, completions, strict=True):
             assert len(found) == len(completion)
             assert found == pytest.approx(row, abs=1e-3)
@@ -113,7 +113,7 @@ def test_completions_are_scored_as_by_transformers(saved: Any, engines: Any) -> 
     prompt, completion = [5] * 250, [9, 8, 7, 6, 5, 4]
     (found,) = engine.score([prompt], [completion])
     theirs.restore()
-    (row,) = log_probabilities(reference.model, [prompt], [completion], 0, 10**6)
+    (row,) = log_probabilities(reference.model, [prompt], [completion], 10**6)
     assert found == pytest.approx(row[:-1], abs=1e-3)
 
 

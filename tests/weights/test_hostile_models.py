@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from estune.engines.loading import load_config, load_tokenizer
 from estune.errors import EstuneError
 from estune.rewards.model import RewardModel
 from estune.study.estimate.shapes import read_shape
-from estune.weights.checkpoint import Checkpoint
+from estune.weights.checkpoint import Checkpoint, locate
 from tests.models import save_model
 
 MARKED = """
@@ -100,7 +102,8 @@ def test_its_own_code_never_runs_whatever_standard_input_says(
     ):
         (hostile / name).write_text(json.dumps({**json.loads((hostile / name).read_text()), **change}))
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
-    assert "contains custom code" in one_line(work, hostile)
+    said = one_line(work, hostile)
+    assert "contains custom code" in said or "if you trust them, set trust_remote_code to true" in said
     assert not marker.exists()
 
 
@@ -122,6 +125,68 @@ def test_headers_of_weights(hostile: Path, entry: str) -> None:
     header = f'{{"a": {entry}}}'.encode()
     (hostile / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     assert "is not a safetensors file" in one_line(lambda: Checkpoint(hostile).tensors)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "size", "says"),
+    [
+        (((0, 8), (8, 16)), 15, "was cut short: it has .* by its header"),
+        (((0, 8), (8, 16)), 17, "holds more than its header tells"),
+        (((0, 8), (4, 12)), 16, "tensor b overlaps the one before"),
+        (((0, 8), (0, 8)), 8, "tensor b overlaps the one before"),
+        (((0, 8), (12, 20)), 20, "tensor b leaves a gap"),
+        (((4, 12), (12, 20)), 20, "tensor a leaves a gap"),
+        (((0, 8), (8, 15)), 15, "is not a safetensors file"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["F32", "I32"])
+def test_tensors_fill_their_file(
+    hostile: Path, offsets: tuple[tuple[int, int], ...], size: int, says: str, dtype: str
+) -> None:
+    entries = {n: {"dtype": dtype, "shape": [2], "data_offsets": o} for n, o in zip("ab", offsets, strict=True)}
+    header = json.dumps(entries).encode()
+    (hostile / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    assert re.search(says, one_line(lambda: Checkpoint(hostile).tensors))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"quantization_config": {"quant_method": kind, "bits": 4}} for kind in ("gptq", "awq", "fp8", "mxfp4")),
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"compression_config": {"quant_method": "compressed-tensors"}},
+    ],
+    ids=lambda change: next(iter(change.values()))["quant_method"],
+)
+def test_quantised_weights(hostile: Path, change: dict[str, Any]) -> None:
+    config = json.loads((hostile / "config.json").read_text())
+    (hostile / "config.json").write_text(json.dumps({**config, **change}))
+    kind = next(iter(change.values()))["quant_method"]
+    assert f"its weights are quantised ({kind})" in one_line(load_config, hostile)
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_a_pickle_that_runs_code(hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (hostile / "model.safetensors").unlink()
+    file = hostile / "pytorch_model.bin"
+    marker = tmp_path / "was-run"
+    torch.save({"a": torch.ones(2), "b": Trap(marker)}, file)
+    assert f"{file} cannot be loaded as tensors alone" in one_line(locate, hostile)
+    torch.save([torch.ones(2)], file)
+    assert f"{file} is no table of tensors" in one_line(locate, hostile)
+    file.write_bytes(file.read_bytes()[:100])
+    assert f"{file} cannot be loaded" in one_line(locate, hostile)
+    assert not marker.exists()
 
 
 def test_an_index_that_is_too_deep(hostile: Path) -> None:

@@ -170,7 +170,7 @@ def test_correlated_noise_is_equal_for_all_tensors() -> None:
     assert not torch.equal(ps[0].tensor, ps[1].tensor)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "gemma", "gpt2", "mistral"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "gemma", "gpt2", "mistral", "gpt_neox"])
 def test_every_parameter_is_found_in_the_checkpoint(name: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(save_model(tmp_path / name, name))
     model = build_model(name)
@@ -198,6 +198,18 @@ def test_a_prefix_that_the_checkpoint_lacks_is_found() -> None:
     model = build_model("gpt2")  # as on the hub, where GPT-2's names lack "transformer."
     names = {n.removeprefix("transformer.") for n, _ in model.named_parameters()}
     assert {p.name for p in trained_parameters(model, names)} == names
+
+
+def test_names_that_transformers_changes_on_loading_are_followed(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save_model(tmp_path / "neox", "gpt_neox"))
+    assert "embed_out.weight" in checkpoint.tensors  # the model's lm_head.weight
+    assert {p.name for p in trained_parameters(build_model("gpt_neox"), checkpoint.tensors)} == set(checkpoint.tensors)
+
+
+def test_tensors_that_are_merged_on_loading_are_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save_model(tmp_path / "moe", "qwen3_moe"))
+    with pytest.raises(EstuneError, match=r"the first is model\.layers\.0\.mlp\.experts\.gate_up_proj: .* merge"):
+        trained_parameters(build_model("qwen3_moe"), checkpoint.tensors)
 
 
 def test_patterns_choose_parameters() -> None:

@@ -25,8 +25,8 @@ def train(
 ) -> None:
     """Train a model. Give settings as `--key value`; `estune settings` lists them.
 
-    With `--resume`, only `--steps` (a new total), `--model` (where the base model is now), `--workers` and what belongs
-    to them, how rewards may fail and `--report_to` can be given.
+    With `--resume`, only `--steps` (a new total), `--model` (where the base model is now), `--trust_remote_code`,
+    `--workers` and what belongs to them, how rewards may fail and `--report_to` can be given.
     """
     overrides = overrides_of(context.args)
     if resume is not None:

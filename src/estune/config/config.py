@@ -21,7 +21,7 @@ from estune.tasks import DEFAULT, KINDS
 from estune.weights.policies import POLICIES
 
 RESUMABLE = (
-    *("steps", "model", "workers", "workers_per_gpu", "ray_address", "worker_timeout"),
+    *("steps", "model", "trust_remote_code", "workers", "workers_per_gpu", "ray_address", "worker_timeout"),
     *("graders", "reward_timeout", "reward_errors", "max_reward_errors", "report_to"),
 )
 """What a run that is resumed may change: its length, where its weights come from and are, what may fail, and who is

@@ -45,6 +45,10 @@ class Run(Section):
         "tiny", description="the embedded model (tiny), a checkpoint directory or a hub id, NAME or NAME@REVISION"
     )
     engine: Literal["transformers", "vllm"] = Field("transformers", description="what generates")
+    trust_remote_code: bool = Field(
+        False,
+        description="run the code that the model brings with it; read it first: it runs as you, with all you may do",
+    )
     start_from: Path | None = Field(
         None, description="a run to go on from, over the same model: its journal is replayed, then comes this run's"
     )
@@ -71,7 +75,11 @@ class Search(Section):
     lr_scheduler_type: Schedule = Field(
         "constant", description="learning rate over the run: constant, or falling to zero"
     )
-    weight_decay: float = Field(0.0, ge=0, description="decay toward zero a step, times the learning rate")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="decay toward zero a step, times the learning rate; none in a step whose rewards are all equal",
+    )
     mirrored: bool = Field(False, description="evaluate each perturbation with both signs")
     noise: NoiseMode = Field(
         "iid", description="correlated: equal noise for all tensors, as in the authors' first code"

@@ -11,17 +11,28 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from estune.completion import Sampling
 from estune.engines.sampling import choose
 
+SINGLE = {"rwkv"}
+"""Types of models that take one prompt at a time, as transformers lets the rows of a batch leak into one another.
+
+RWKV's last hidden states, `[rows, hidden]`, are added to those of a new token, `[rows, 1, hidden]`: each row meets all.
+"""
+
 
 class GenerateDecoder:
     """Same calls as `Decoder`, at `generate`'s speed. Prompts of one batch must be of one length.
 
     Padding would do: but recurrent states differ in how, and whether, they skip it.
+
+    Attributes:
+        single: whether a batch may hold one prompt only.
     """
 
     def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int) -> None:
         self.model = model
+        self.single = model.config.model_type in SINGLE
         self._end_ids = list(end_ids)
         self._pad_id = pad_id
+        model.generation_config = GenerationConfig()  # `generate` obeys the checkpoint's in all that it is not told
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> torch.Tensor:
@@ -31,13 +42,9 @@ class GenerateDecoder:
             do_sample=False,
             num_beams=1,
             max_new_tokens=sampling.max_new_tokens,
-            # An empty list never ends a row; None would bring back the checkpoint's own.
             eos_token_id=self._end_ids,
             pad_token_id=self._pad_id,
             use_cache=True,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            min_new_tokens=0,
         )
         rows = torch.tensor(list(indices), dtype=torch.int64, device=ids.device)
         found = self.model.generate(

@@ -1,18 +1,20 @@
 """Model, tokenizer and end tokens from a checkpoint's directory; one clear line where that cannot be.
 
-`trust_remote_code=False` is said at every call: where it is left open, transformers asks on standard input whether a
-model's own code may run.
+`trust_remote_code` is said at every call: where it is left open, transformers asks on standard input whether a model's
+own code may run. It is True where the user has set it, and nowhere else.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from estune.config import Config
 from estune.engines.memory import memory_for
@@ -24,9 +26,23 @@ from estune.weights.sizes import check_sizes
 if TYPE_CHECKING:
     from estune.engines.prompts import PromptEncoder
 
+log = logging.getLogger(__name__)
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHTS = "the live weights"
 _LESS = "take a smaller model, dtype=bfloat16, or fewer replicas"
+# Of a generation config, what says which tokens may come and when to end, with the values that say nothing.
+_RULES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), (1.0,)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff", "penalty_alpha"), (0.0,)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "stop_strings"), ([],)),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ()),
+    **dict.fromkeys(("sequence_bias", "force_words_ids", "constraints"), ([], {})),
+    **dict.fromkeys(("max_time", "watermarking_config", "dola_layers"), ()),
+    "token_healing": (False,),
+    "num_beams": (1,),
+}
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
@@ -44,8 +60,12 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dt
     return found
 
 
-def load_config(path: Path) -> Any:
+def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """A checkpoint's config.json, of a causal language model.
+
+    Args:
+        path: the checkpoint's directory.
+        trust_remote_code: run the code that the model brings, if it does.
 
     Raises:
         EstuneError: it cannot be read, or it is another kind of model's.
@@ -53,27 +73,30 @@ def load_config(path: Path) -> Any:
     try:
         values, _ = PretrainedConfig.get_config_dict(path)
         check_sizes(values)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a damaged file, or one made to do harm, makes transformers raise
         raise _unreadable(path, error) from error
-    _check_causal(path, config)
+    _check_plain(path, values)
+    if not (trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})):
+        _check_causal(path, config)
     return config
 
 
-def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> Any:
+def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, trust_remote_code: bool = False) -> Any:
     """A causal language model in evaluation mode, its parameters without gradients.
 
     Args:
         path: a checkpoint's directory, as `estune.weights.checkpoint.locate` finds it.
         dtype: as `pick_dtype` takes it.
         device: where to put it.
+        trust_remote_code: as for `load_config`.
 
     Raises:
         EstuneError: it cannot be read, it is not a causal language model, or weights are missing.
     """
-    config = load_config(path)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a second or two, of which a bar says nothing
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()  # a second or two, of which a bar says nothing
     try:
         with memory_for(_WEIGHTS, _LESS):
             loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -81,7 +104,7 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
                 config=config,
                 dtype=pick_dtype(dtype, device),
                 output_loading_info=True,
-                trust_remote_code=False,
+                trust_remote_code=trust_remote_code,
             )
     except EstuneError:
         raise
@@ -89,7 +112,7 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
         raise _unreadable(path, error) from error
     finally:
         if bars:
-            logging.enable_progress_bar()
+            enable_progress_bar()
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise EstuneError(
@@ -97,11 +120,27 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device) -> An
             f"such as {missing[0]!r}; take a complete causal language model"
         )
     loaded.eval().requires_grad_(False)
+    if hasattr(loaded.config, "rescale_every"):
+        loaded.config.rescale_every = 0  # RWKV would halve weights in its first forward, for the sake of float16
     with memory_for(_WEIGHTS, _LESS):
         for parameter in loaded.parameters():
             # Loaded weights can be the file itself, mapped: they must outlive what becomes of the file.
             parameter.data = parameter.data.to(device, copy=True)
         return loaded.to(device)
+
+
+def _check_plain(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse quantised weights: what they stand for cannot be perturbed in place."""
+    sections = [values, *(value for value in values.values() if isinstance(value, Mapping))]
+    for section in sections:
+        for key in ("quantization_config", "compression_config"):
+            how = section.get(key)
+            if how:
+                kind = how.get("quant_method", "unknown") if isinstance(how, Mapping) else "unknown"
+                raise EstuneError(
+                    f"model {path}: its weights are quantised ({kind!s:.40}), which cannot be perturbed; take the "
+                    "model that it was made of, in bfloat16, float16 or float32"
+                )
 
 
 def _check_causal(path: Path, config: Any) -> None:
@@ -117,29 +156,89 @@ def _check_causal(path: Path, config: Any) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> EstuneError:
+    if _wants_code(error):
+        return _needs_code(path, "it")
     why = str(error).strip().partition("\n")[0] or type(error).__name__
     return EstuneError(f"model {path}: cannot be loaded ({why}); check that the directory is complete")
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in a model's directory. Raises `EstuneError` where there is none."""
+def _wants_code(error: Exception) -> bool:
+    """Whether transformers refuses a model for want of `trust_remote_code`."""
+    return "trust_remote_code" in str(error)
+
+
+def _needs_code(path: Path, what: str) -> EstuneError:
+    return EstuneError(
+        f"model {path}: {what} needs code that the model brings with it; read the .py files there and, if you trust "
+        "them, set trust_remote_code to true"
+    )
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a model's directory.
+
+    Args:
+        path: the directory.
+        trust_remote_code: as for `load_config`.
+
+    Raises:
+        EstuneError: there is none, or it cannot be loaded.
+    """
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise EstuneError(
             f"model {path}: no tokenizer in this directory (no tokenizer.json); save one there with "
             "tokenizer.save_pretrained"
         )
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # as for the configuration; the tokenizers' library raises this very class
+        if _wants_code(error):
+            raise _needs_code(path, "its tokenizer") from error
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise EstuneError(f"model {path}: its tokenizer cannot be loaded ({why}); save it again") from error
 
 
+def generation_config(path: Path, config: Any) -> GenerationConfig:
+    """What a checkpoint says of generating: in generation_config.json or, without that, in `config`, its config.json.
+
+    Raises:
+        EstuneError: it cannot be used.
+    """
+    try:
+        if (path / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(path)
+        return GenerationConfig.from_model_config(config)
+    except Exception as error:  # as for the configuration
+        raise _unreadable(path, error) from error
+
+
+def warn_of_rules(name: str, found: GenerationConfig) -> None:
+    """Log a warning that names what of a generation config no engine obeys, if there is such.
+
+    Sampling is up to the settings, where a run finds it; end tokens are obeyed.
+
+    Args:
+        name: what the user calls the model.
+        found: its generation config.
+    """
+    told = [
+        key for key, none in _RULES.items() if (value := getattr(found, key, None)) is not None and value not in none
+    ]
+    if told:
+        log.warning(
+            "model %s: its generation config sets %s; completions are drawn without, by the model's own probabilities",
+            name,
+            ", ".join(told),
+        )
+
+
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Every id at which a completion ends: the generation config's and the tokenizer's, sorted, maybe none."""
-    config: GenerationConfig | None = getattr(model, "generation_config", None)
+    text = model.config.get_text_config(decoder=True)
+    own = getattr(model.config, "eos_token_id", getattr(text, "eos_token_id", None))  # a composite config names none
     ids: set[int] = set()
-    for source in (getattr(config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+    generation = getattr(model, "generation_config", None)
+    for source in (getattr(generation, "eos_token_id", None), own, tokenizer.eos_token_id):
         ids.update(source if isinstance(source, list | tuple) else [] if source is None else [source])
     return sorted(ids)
 
@@ -160,5 +259,9 @@ def open_encoder(config: Config) -> PromptEncoder:
 
     path = locate(config.model)
     most = config.vllm_max_model_length if config.engine == "vllm" else None
-    settings = load_config(path)  # first: transformers' tokenizers look at it too, and at no size of it
-    return PromptEncoder(config.model, load_tokenizer(path), settings, most)
+    trust = config.trust_remote_code
+    settings = load_config(
+        path, trust_remote_code=trust
+    )  # first: transformers' tokenizers look at it too, and at no size of it
+    warn_of_rules(config.model, generation_config(path, settings))
+    return PromptEncoder(config.model, load_tokenizer(path, trust_remote_code=trust), settings, most)

@@ -77,15 +77,29 @@ def group_limits(root: Path = Path("/")) -> list[int]:
 def cached_elements(config: Any, parallel: int = 1) -> int:
     """Elements of keys and values that a token leaves in all layers together.
 
+    Layers that keep a state of one size, whatever the length, are counted as if they attended: it is no more than that
+    but for the shortest texts. A config that names no heads is counted with as many as its hidden size has room for.
+
     Args:
-        config: a causal language model's, whose layers all attend to an ordinary cache.
+        config: a causal language model's.
         parallel: devices that the heads are split over; counted is what one of them holds.
     """
     text = config.get_text_config(decoder=True)
-    heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if getattr(text, "is_heterogeneous", False):  # it refuses to tell what differs from layer to layer
+        return sum(_layer_elements(layer, parallel) for layer in text.per_layer_config)
     layers: int = text.num_hidden_layers
-    return 2 * layers * max(heads // parallel, 1) * width
+    return layers * _layer_elements(text, parallel)
+
+
+def _layer_elements(layer: Any, parallel: int) -> int:
+    """Elements that a token leaves in a layer of this config."""
+    attention = getattr(layer, "num_attention_heads", None)
+    if not attention:
+        hidden: int = layer.hidden_size
+        return 2 * (hidden // parallel)
+    heads: int = getattr(layer, "num_key_value_heads", None) or attention
+    width: int = getattr(layer, "head_dim", None) or layer.hidden_size // attention
+    return 2 * max(heads // parallel, 1) * width
 
 
 def fitting_rows(memory: int, *, cache: int, vocabulary: int, most: int) -> int:

@@ -25,7 +25,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.config = config
         reach = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self.positions: int | None = min((n for n in (reach, most) if n is not None), default=None)
+        self.positions: int | None = min((n for n in (reach, most) if n and n > 0), default=None)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of each prompt.

@@ -4,41 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
+
+from estune.engines.decode import unsupported
+from estune.engines.rotation import short_reach
 
 LARGEST_EXPONENT = 700.0  # of e, in a float
 
 
 @torch.inference_mode()
 def log_probabilities(
-    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int, logits: int
+    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], logits: int
 ) -> list[list[float]]:
     """Log-probability (nats) of every token of every completion, given its prompt and the tokens before it.
 
     Args:
         model: a transformers causal language model.
         prompts, completions: token ids, one or more each.
-        pad: a token to fill gaps with.
         logits: the most logits to hold at once.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
-    found: list[list[float]] = [[] for _ in prompts]
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    short = short_reach(model.config)
+    alike = unsupported(model) is not None  # what `Decoder` cannot serve may look beyond a row's end, if by blocks
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    found: list[list[float]] = [[] for _ in rows]
     while order:
-        keep = len(completions[order[0]])
-        rows = 1
-        while rows < len(order):
-            longer = max(keep, len(completions[order[rows]]))
-            if (rows + 1) * (longer + 1) * model.config.get_text_config(decoder=True).vocab_size > logits:
+        count = 1
+        first = len(prompts[order[0]])
+        while count < len(order):
+            following = order[count]
+            first = min(first, len(prompts[following]))
+            length = len(rows[following])
+            if alike and length > len(rows[order[0]]):
                 break
-            rows = rows + 1
-            keep = longer
-        batch = order[:rows]
-        order = order[rows:]
-        values = _forward(model, [[*prompts[i], *completions[i]] for i in batch], keep, pad)
+            if short is not None and len(rows[order[0]]) <= short < length:
+                break
+            if (count + 1) * (length - first) * vocabulary > logits:
+                break
+            count = count + 1
+        batch = order[:count]
+        order = order[count:]
+        first = min(len(prompts[i]) for i in batch)
+        values = _forward(model, [rows[i] for i in batch], first)
         for i, row in zip(batch, values, strict=True):
-            found[i] = row[-len(completions[i]) :].tolist()
+            found[i] = row[len(prompts[i]) - first :][: len(completions[i])].tolist()
     return found
 
 
@@ -66,18 +79,16 @@ def divergence(now: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) 
     return math.fsum(math.expm1(log) - log for log in logs) / len(logs)
 
 
-def _forward(model: Any, rows: Sequence[Sequence[int]], keep: int, pad: int) -> torch.Tensor:
-    """Log-probabilities of the last `keep` tokens of each row, [rows, keep]; rows are filled up on the left."""
+def _forward(model: Any, rows: Sequence[Sequence[int]], first: int) -> torch.Tensor:
+    """Log-probabilities of the tokens from position `first`, 1 or more, on: `[rows, longest - first]`.
+
+    Rows are filled up on the right, where causal attention does not look: no mask has to leave anything out. It is with
+    tokens of their own, since some models warn of those that stand for padding.
+    """
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    keep = min(keep, width - 1)
-    logits = (
-        model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep + 1)
-        .logits[:, -keep - 1 : -1]
-        .float()
-    )
-    chosen = logits.gather(-1, ids[:, -keep:, None]).squeeze(-1)
+    ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=model.device)
+    lean = {"logits_to_keep": width - first + 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    logits = model(ids, use_cache=False, **lean).logits[:, first - 1 - width : -1].float()
+    chosen = logits.gather(-1, ids[:, first:, None]).squeeze(-1)
     found: torch.Tensor = chosen - logits.logsumexp(-1)
     return found

@@ -18,6 +18,7 @@ from estune.engines.graph import CudaRecorder, GraphDecoder, uncapturable
 from estune.engines.loading import end_tokens, load_model, load_tokenizer, pad_token
 from estune.engines.memory import cached_elements, fitting_rows, keep_freed_memory, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
+from estune.engines.rotation import short_reach
 from estune.engines.score import log_probabilities
 from estune.errors import EstuneError
 from estune.weights.checkpoint import locate
@@ -29,6 +30,8 @@ MAX_ROWS_ELSEWHERE = 1024
 SCORE_COPIES = 4  # of a batch's logits in float32, while completions are scored
 MEMORY_SHARE = 4
 """A batch takes at most this part, one in so many, of the memory that a device has beyond the model's weights."""
+
+AnyDecoder = Decoder | FusedDecoder | GenerateDecoder
 
 
 class TransformersEngine(PromptEncoder):
@@ -42,6 +45,7 @@ class TransformersEngine(PromptEncoder):
         batch_size: rows decoded together; None chooses by the memory that the device has, whatever of it is in use.
         cuda_graphs: on CUDA, capture decoding steps as CUDA graphs and replay them, where the model permits it.
         sharers: engines that share the device's memory, this one included.
+        trust_remote_code: run the code that the model brings, if it does.
 
     Greedy completions are the model's own: the largest logit, no repetition penalty or other processor that a
     checkpoint's generation config may ask for. Same prompts and weights give the same completions, whatever was
@@ -60,6 +64,7 @@ class TransformersEngine(PromptEncoder):
         batch_size: int | None = None,
         cuda_graphs: bool = True,
         sharers: int = 1,
+        trust_remote_code: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise EstuneError(
@@ -68,16 +73,18 @@ class TransformersEngine(PromptEncoder):
         self.batch_size = batch_size
         self.device = pick_device(device)
         path = locate(model)
-        self.model: Any = load_model(path, dtype, self.device)
-        super().__init__(str(model), load_tokenizer(path), self.model.config)
+        self.model: Any = load_model(path, dtype, self.device, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        super().__init__(str(model), tokenizer, self.model.config)
         weights: int = sum(parameter.nbytes for parameter in self.model.parameters())
         self._batch_memory = (total_memory(self.device) // sharers - weights) // MEMORY_SHARE
         if self.device.type == "cpu":
             keep_freed_memory()
         self.end_ids = end_tokens(self.model, self.tokenizer)
         self.decoder = self.make_decoder(cuda_graphs)
+        self._short = short_reach(self.model.config)
 
-    def make_decoder(self, cuda_graphs: bool) -> Decoder | FusedDecoder | GenerateDecoder:
+    def make_decoder(self, cuda_graphs: bool) -> AnyDecoder:
         """The fastest decoder that this model and device allow; `cuda_graphs` allows those that replay graphs."""
         model = self.model
         pad = pad_token(self.tokenizer)
@@ -109,9 +116,9 @@ class TransformersEngine(PromptEncoder):
         self.check(prompt_ids, sampling)
         ends = set(self.end_ids)
         token_ids: list[list[int]] = [[] for _ in prompt_ids]
-        for batch in self._batches(prompt_ids, sampling.max_new_tokens):
+        for decoder, batch in self._batches(prompt_ids, sampling.max_new_tokens):
             with memory_for("the activations of a batch", "lower batch_size or max_new_tokens"):
-                rows = self.decoder.run([prompt_ids[i] for i in batch], batch, sampling).tolist()
+                rows = decoder.run([prompt_ids[i] for i in batch], batch, sampling).tolist()
             for i, row in zip(batch, rows, strict=True):
                 stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
                 token_ids[i] = row[:stop]
@@ -122,19 +129,27 @@ class TransformersEngine(PromptEncoder):
         """Log-probability (nats) of every token of every completion under the live weights."""
         logits = self._batch_memory // (4 * SCORE_COPIES)
         with memory_for("the logits of a batch", "lower max_new_tokens"):
-            return log_probabilities(self.model, prompt_ids, completion_ids, pad_token(self.tokenizer), logits)
+            return log_probabilities(self.model, prompt_ids, completion_ids, logits)
 
-    def _batches(self, prompt_ids: Sequence[Sequence[int]], new: int) -> Iterator[list[int]]:
-        """Prompt numbers by rising length, in batches of equal size; of equal length where the decoder asks for it."""
+    def _batches(self, prompt_ids: Sequence[Sequence[int]], new: int) -> Iterator[tuple[AnyDecoder, list[int]]]:
+        """Prompt numbers by rising length, in batches of equal size, each with its decoder.
+
+        A batch is of equal lengths where its decoder asks for it, and where texts grow beyond a model's short ones.
+        """
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
         most = self.batch_size or self.fitting_rows(len(prompt_ids[order[-1]]) + new)
-        groups = [order]
-        if isinstance(self.decoder, GenerateDecoder):
-            groups = [list(group) for _, group in groupby(order, key=lambda i: len(prompt_ids[i]))]
-        for group in groups:
-            count = math.ceil(len(group) / most)
+        mixed = 0 if isinstance(self.decoder, GenerateDecoder) else len(order)
+        if self._short is not None:
+            mixed = min(mixed, sum(len(ids) + new - 1 <= self._short for ids in prompt_ids))  # the last one is not read
+        groups: list[tuple[AnyDecoder, list[int]]] = [(self.decoder, order[:mixed])]
+        if mixed < len(order):
+            alike = GenerateDecoder(self.model, self.end_ids, pad_token(self.tokenizer))
+            groups += [(alike, list(group)) for _, group in groupby(order[mixed:], key=lambda i: len(prompt_ids[i]))]
+        for decoder, group in groups:
+            single = isinstance(decoder, GenerateDecoder) and decoder.single
+            count = len(group) if single else math.ceil(len(group) / most)
             for part in range(count):
-                yield group[len(group) * part // count : len(group) * (part + 1) // count]
+                yield decoder, group[len(group) * part // count : len(group) * (part + 1) // count]
 
     def fitting_rows(self, slots: int) -> int:
         """Rows of `slots` tokens that fit in a batch's memory, within what is fast on this device.

@@ -75,7 +75,7 @@ class EvolutionStrategy:
         learning_rate: alpha; sigma / 2 if None.
         steps: length of the run, which the schedule refers to.
         schedule: learning rate over the run: constant, or falling to zero after `steps` linearly or as a cosine.
-        weight_decay: share of the weights taken off per step, times the learning rate.
+        weight_decay: share of the weights taken off per step, times the learning rate; none where rewards are equal.
         mirrored: evaluate each direction with both signs (antithetic sampling).
     """
 
@@ -128,7 +128,7 @@ class EvolutionStrategy:
         """z-score the rewards (population standard deviation) and turn them into coefficients.
 
         Members whose reward is None or not finite get no weight, and N counts the rest. Where all rewards are equal
-        there is nothing to learn: the coefficients are zero and a warning is logged.
+        there is nothing to learn: coefficients and decay are zero and a warning is logged.
         """
         members = self.ask()
         if len(rewards) != len(members):

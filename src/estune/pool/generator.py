@@ -67,6 +67,7 @@ def open_transformers(checkpoint: Checkpoint, config: Config, device: torch.devi
         batch_size=config.batch_size,
         cuda_graphs=config.cuda_graphs,
         sharers=sharers(config, device),
+        trust_remote_code=config.trust_remote_code,
     )
 
 

@@ -7,6 +7,7 @@ import os
 from estune.config import Config
 from estune.pool.base import Pool
 from estune.pool.local import open_local_pool
+from estune.pool.waiting import told_while
 from estune.weights.checkpoint import Checkpoint, locate, pinned
 from estune.weights.device import chosen_device, training_device
 from estune.weights.policies import POLICIES
@@ -67,11 +68,13 @@ def open_pool(config: Config) -> Pool:
     Raises:
         EstuneError: for a model that cannot be had or trained, or a cluster that cannot be reached.
     """
-    if config.workers:
-        from estune.pool.ray.pool import open_ray_pool
+    where = f" on {config.workers} Ray workers" if config.workers else ""
+    with told_while(f"loading {config.model} with {config.engine}{where}"):
+        if config.workers:
+            from estune.pool.ray.pool import open_ray_pool
 
-        return open_ray_pool(config)
-    return open_local_pool(config)
+            return open_ray_pool(config)
+        return open_local_pool(config)
 
 
 def available_cores() -> int:

@@ -133,8 +133,9 @@ class Trainer:
             accept_changes: go on with the model's configuration and tokenizer and the task's code as they are now,
                 where they are not what the run began with; the journal says so from here on.
             trust_task: run the code that the journal names, which you have not run before.
-            changed: settings of `RESUMABLE`: `steps`, a new total; `model`, where the base model lies now; `workers`
-                and what belongs to them; `report_to`.
+            changed: settings of `RESUMABLE`: `steps`, a new total; `model`, where the base model lies now;
+                `trust_remote_code`, to be given again where the run had it; `workers` and what belongs to them;
+                `report_to`.
 
         Raises:
             EstuneError: where journal, base model or data are not what the run began with, nothing is left to do, or

@@ -20,6 +20,7 @@ from estune.journal.identity import ACCEPT
 from estune.run.code import code_file, references
 
 TRUST = "--trust-task (in Python trust_task=True)"
+TRUST_MODEL = "--trust_remote_code true (in Python trust_remote_code=True)"
 
 
 def refuse_foreign(
@@ -44,6 +45,11 @@ def refuse_foreign(
     Raises:
         EstuneError: naming the file, module or cluster.
     """
+    if config.trust_remote_code and given.get("trust_remote_code") is None:
+        raise EstuneError(
+            f"{where}: its journal says that code of the model {config.model} may run, which only you can say; read "
+            f"it, and let it run by {TRUST_MODEL}"
+        )
     if trust:
         return
     named = set(_texts(given))

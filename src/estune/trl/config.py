@@ -66,7 +66,6 @@ _MISSING: dict[str, Any] = {
     "min_p": None,
     "multi_objective_aggregation": "sum_then_normalize",
     "repetition_penalty": 1.0,
-    "trust_remote_code": False,
     "vllm_mode": "colocate",
     "vllm_structured_outputs_regex": None,
 }
@@ -216,6 +215,8 @@ class ESConfig:
                 values.setdefault(key, chosen)
         if dtype := _loading(self.model_init_kwargs or {}).get("dtype"):
             values.setdefault("dtype", str(dtype).removeprefix("torch."))
+        if (self.model_init_kwargs or {}).get("trust_remote_code"):
+            values.setdefault("trust_remote_code", True)
         if isinstance(values.get("log_completions"), bool):
             values["log_completions"] = int(values["log_completions"])
         if values.get("report_to") in ("all", ["all"]):
@@ -258,7 +259,7 @@ def _check(name: str, value: Any) -> None:
         if value not in (_MISSING[name], None, {}):
             raise EstuneError(f"ESConfig: estune cannot do {name}={value!r}; leave it out")
     elif name == "model_init_kwargs":
-        other = next((key for key in _loading(value or {}) if key != "dtype"), None)
+        other = next((key for key in _loading(value or {}) if key not in ("dtype", "trust_remote_code")), None)
         if other is not None:
             raise EstuneError(f"ESConfig: estune cannot load a model with {other}; leave it out of model_init_kwargs")
     elif name not in {*Config.model_fields, *_OWN, *_RENAMED, *MEANINGLESS}:

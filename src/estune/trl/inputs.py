@@ -83,22 +83,22 @@ def accuracy_name(names: Sequence[str], metric: str) -> str:
     return wanted if wanted in names else names[0]
 
 
-def has_other_tokenizer(model: Path, tokenizer: Any) -> bool:
+def has_other_tokenizer(model: Path, tokenizer: Any, *, trust_remote_code: bool) -> bool:
     """Whether a tokenizer encodes, renders or ends otherwise than the one in a model's directory; padding aside."""
     try:
-        own = load_tokenizer(model)
+        own = load_tokenizer(model, trust_remote_code=trust_remote_code)
     except EstuneError:
         return True  # none there
     return _substance(own) != _substance(tokenizer)
 
 
-def tokenizer_of(model: Any) -> Any:
+def tokenizer_of(model: Any, *, trust_remote_code: bool) -> Any:
     """The tokenizer that belongs to a model in memory, by the name it was loaded under."""
     from transformers import AutoTokenizer
 
     name = model.config.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub's, the network's and the loaders' own
         raise EstuneError(
             f"ESTrainer: the model in memory comes with no tokenizer (looked at {name!r}); give processing_class"

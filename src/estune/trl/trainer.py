@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,17 +311,19 @@ class ESTrainer:
         output = self.directory.path
         model = self.model
         tokenizer = self.processing_class
-        if isinstance(model, str) and (tokenizer is None or not has_other_tokenizer(locate(model), tokenizer)):
+        trust = bool(self.args.settings().get("trust_remote_code"))
+        is_other = partial(has_other_tokenizer, tokenizer=tokenizer, trust_remote_code=trust)
+        if isinstance(model, str) and (tokenizer is None or not is_other(locate(model))):
             return model
         base = output / BASE
         if base.is_dir() and ((output / FILE).is_file() or base == self._saved):  # a run was trained over it
-            if tokenizer is not None and has_other_tokenizer(base, tokenizer):
+            if tokenizer is not None and is_other(base):
                 raise EstuneError(
                     f"ESTrainer: processing_class is not the tokenizer that the run in {output} began with, which "
                     f"is in {base}: leave it out, or give another output_dir"
                 )
             return str(base)
-        tokenizer = tokenizer or tokenizer_of(model)
+        tokenizer = tokenizer or tokenizer_of(model, trust_remote_code=trust)
         with replacing(base) as folder:
             if isinstance(model, str):
                 link_model(locate(model), folder)

@@ -13,11 +13,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from estune.errors import EstuneError
 from estune.files import replacing
+from estune.weights.pickles import PICKLES, in_safetensors
 
 EMBEDDED = {"tiny": Path(__file__).parents[1] / "models" / "tiny"}
 """Models shipped inside the package, by the name a user gives for `model`."""
@@ -56,6 +57,13 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@\w[\w./-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _STORAGE: dict[str, Any] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}
+"""Of one element, by safetensors' name of a type. Types of less than a byte are not there."""
 
 Array = npt.NDArray[Any]
 
@@ -230,6 +238,8 @@ def pinned(model: str) -> str:
 def locate(model: str | Path) -> Path:
     """Directory of a model given as an embedded name, a local directory or a hub id (downloaded if needed).
 
+    Of a model that has its weights as PyTorch's own files alone, it is that of a copy in safetensors.
+
     Raises:
         EstuneError: where there is no such model, or the directory holds none.
     """
@@ -242,6 +252,7 @@ def locate(model: str | Path) -> Path:
     if not (path / "config.json").is_file():
         kind = "a file" if path.is_file() else "a directory without config.json"
         raise EstuneError(f"model {model} is {kind}, not a checkpoint: give a directory made by save_pretrained")
+    path = in_safetensors(path, companions(path))
     _weight_files(path)
     return path
 
@@ -250,16 +261,11 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, revision = hub_name(model)
+    # Repositories can hold the same weights again: in the original format, in folders for other libraries.
+    load = partial(snapshot_download, name, revision=revision, ignore_patterns=["consolidated*", "*/*"])
     try:
-        # Repositories can hold the same weights again: in the original format, in folders for other libraries.
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"],
-                ignore_patterns=["consolidated*", "*/*"],
-            )
-        )
+        folder = Path(load(allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"]))
+        return folder if any(folder.glob("*.safetensors")) else Path(load(allow_patterns=[*COMPANIONS, *PICKLES]))
     except Exception as error:  # the hub's library raises a dozen kinds; each means that the model cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         names = ", ".join(EMBEDDED)
@@ -327,11 +333,13 @@ def _read_header(file: Path) -> dict[str, Tensor]:
             length = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(length)) if 0 < length < 1 << 28 else None
         entries = {k: v for k, v in header.items() if k != "__metadata__"}  # type: ignore[union-attr]
-        return {name: _tensor(name, file, entry, 8 + length) for name, entry in entries.items()}
+        tensors = {name: _tensor(name, file, entry, 8 + length) for name, entry in entries.items()}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise EstuneError(
             f"{file} is not a safetensors file: its header cannot be read; copy or save it again"
         ) from error
+    _check_extents(file, 8 + length, tensors.values())
+    return tensors
 
 
 def _tensor(name: str, file: Path, entry: dict[str, Any], data: int) -> Tensor:
@@ -339,9 +347,27 @@ def _tensor(name: str, file: Path, entry: dict[str, Any], data: int) -> Tensor:
     (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
     if not all(isinstance(n, int) and n >= 0 for n in (begin, end - begin, *shape)) or not isinstance(dtype, str):
         raise ValueError
-    if dtype in _STORAGE and end - begin != math.prod(shape) * _STORAGE[dtype].itemsize:
+    if dtype in _BYTES and end - begin != math.prod(shape) * _BYTES[dtype]:
         raise ValueError
     return Tensor(name, file, dtype, shape, data + begin, end - begin)
+
+
+def _check_extents(file: Path, data: int, tensors: Iterable[Tensor]) -> None:
+    """See that tensors fill a file from its byte `data` to its end: one after another, without gap or overlap.
+
+    Raises:
+        EstuneError: they do not, as in a file that was cut short.
+    """
+    position = data
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.size)):
+        if tensor.offset != position:
+            how = "overlaps the one before" if tensor.offset < position else "leaves a gap"
+            raise EstuneError(f"{file}: tensor {tensor.name} {how} in the file; copy or save it again")
+        position += tensor.size
+    size = file.stat().st_size
+    if size != position:
+        how = "was cut short" if size < position else "holds more than its header tells"
+        raise EstuneError(f"{file} {how}: it has {size:,} bytes, by its header {position:,}; copy it again")
 
 
 def _write_file(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from estune.errors import EstuneError
 from estune.noise.rows import Rows
@@ -77,11 +77,10 @@ def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = 
     Raises:
         EstuneError: where a parameter is not one tensor of the checkpoint, or the pattern fits none.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    checkpoint_names = _checkpoint_names(model, names)
     by_storage: dict[int, tuple[Tensor, list[str]]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
-        bare = name.removeprefix(prefix)
-        found = next((n for n in (name, bare, prefix + name) if n in names), None)
+        found = checkpoint_names.get(name)
         stored = by_storage.setdefault(tensor.data_ptr(), (tensor, []))[1]
         if found is not None and found not in stored:
             stored.append(found)
@@ -99,3 +98,28 @@ def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = 
     if not chosen:
         raise EstuneError(f"no parameter's name fits the pattern {pattern!r}; names look like {next(iter(names))}")
     return chosen
+
+
+def _checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:
+    """Of each parameter that is one tensor of the checkpoint, as it is, the name there.
+
+    transformers renames some tensors on loading, and makes others of several, or in another order of elements. Which
+    and how its conversion mapping says (`transformers.conversion_mapping`): one that is only renamed is followed.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sources: dict[str, list[str]] = {}
+    for name in sorted(names):  # the order in which transformers renames, and some of its renamings depend on
+        target, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if converted is None and target in parameters:
+            sources.setdefault(target, []).append(name)
+    return {
+        target: target if target in found else found[0]
+        for target, found in sources.items()
+        if target in found or len(found) == 1
+    }

@@ -12,11 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
-from estune.engines.loading import end_tokens, load_config, load_tokenizer, pick_dtype
+from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer, pick_dtype
 from estune.engines.memory import cached_elements, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
 from estune.engines.vllm import internals
@@ -53,11 +52,12 @@ class VllmEngine(PromptEncoder):
             )
         self._parallel = config.gpus_per_worker
         path = checkpoint.path
-        model = load_config(path)
-        super().__init__(str(path), load_tokenizer(path), model, config.vllm_max_model_length)
+        model = load_config(path, trust_remote_code=config.trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+        super().__init__(str(path), tokenizer, model, config.vllm_max_model_length)
         self.dtype = live_dtype(checkpoint, config, model)
         self.end_ids = end_tokens(
-            SimpleNamespace(config=model, generation_config=_generation(checkpoint)), self.tokenizer
+            SimpleNamespace(config=model, generation_config=generation_config(path, model)), self.tokenizer
         )
         self._threads = config.threads or 1
         self.llm = self._start(checkpoint, config, base)
@@ -78,6 +78,7 @@ class VllmEngine(PromptEncoder):
                     self.device,
                     self._parallel,
                     dtype=self.dtype,
+                    trust_remote_code=config.trust_remote_code,
                     max_model_len=config.vllm_max_model_length,
                     max_num_seqs=config.batch_size or (CPU_ROWS if on_cpu else None),
                     enforce_eager=on_cpu or not config.cuda_graphs,
@@ -181,10 +182,3 @@ def live_dtype(checkpoint: Checkpoint, config: Config, model: Any) -> str:
         return type_name(model.dtype) if isinstance(model.dtype, torch.dtype) else str(model.dtype)
     stored = {safetensors: name for name, safetensors in DTYPES.items()}
     return next((stored[t.dtype] for t in checkpoint.tensors.values() if t.dtype in stored), "float32")
-
-
-def _generation(checkpoint: Checkpoint) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(checkpoint.path)
-    except OSError:  # it has none
-        return None

@@ -199,7 +199,8 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
         EstuneError: vLLM is missing or of an unknown version, or cannot run the model or train it.
     """
     device = chosen_device(config.device)
-    dtype = live_dtype(checkpoint, config, load_config(checkpoint.path))
+    model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
+    dtype = live_dtype(checkpoint, config, model)
     elements = sum(t.elements for name, t in checkpoint.tensors.items() if fnmatchcase(name, config.train_parameters))
     size = getattr(torch, dtype).itemsize
     base = POLICIES[config.weights].base_bytes(elements, dtype)

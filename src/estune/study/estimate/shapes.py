@@ -80,7 +80,9 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
     matrices = {n: p for n, p in parameters.items() if p.ndim > 1 and p is not output and id(p) not in lookups}
     share = _active_experts(text)
     active = sum(p.numel() * (share if ".experts." in name else 1) for name, p in matrices.items())
-    heads = getattr(text, "num_attention_heads", None) or 1
+    # Of layers that differ, a config refuses to tell what all would have: the first stands for them.
+    layer = text.per_layer_config[0] if getattr(text, "is_heterogeneous", False) else text
+    heads = getattr(layer, "num_attention_heads", None) or 1
     return Shape(
         parameters=sum(p.numel() for p in parameters.values()),
         trained=trained,
@@ -88,7 +90,7 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
         active=int(active),
         output=output.numel() if output is not None else 0,
         cached=three - two,
-        grouped=max(1, heads // (getattr(text, "num_key_value_heads", None) or heads)),
+        grouped=max(1, heads // (getattr(layer, "num_key_value_heads", None) or heads)),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         width=max((max(p.shape[-2:]) for p in matrices.values()), default=text.hidden_size),
