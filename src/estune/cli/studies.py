@@ -67,11 +67,15 @@ def sweep(
     config: ConfigFile = None,
     output_dir: Folder = Path("runs/sweep"),
     jobs: Annotated[int, typer.Option(help="runs at a time")] = 1,
-    search: Annotated[str | None, typer.Option(help="optuna: choose values by the runs before")] = None,
-    trials: Annotated[int | None, typer.Option(help="runs of a search")] = None,
+    search: Annotated[str | None, typer.Option(help="optuna: choose values by the runs before; allows ranges")] = None,
+    trials: Annotated[int | None, typer.Option(help="how many combinations a search draws")] = None,
     metric: Annotated[str, typer.Option(help="of each run's best evaluation: what is compared")] = "eval_accuracy",
 ) -> None:
     """Train with every combination of `--sweep.KEY A,B,C`, and say which setting did what.
+
+    With `--search optuna --trials N`, N combinations are chosen by the runs before, and `--sweep.KEY LOW..HIGH` is a
+    range: `--sweep.sigma 0.001..0.1`, or of whole numbers `--sweep.population 10..60`. This needs Optuna: `pip install
+    'estune[sweep]'`.
 
     Further settings are those of all runs. The same command again goes on where it was. Exit code 1 if a run failed.
     """
