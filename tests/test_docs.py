@@ -23,9 +23,10 @@ import estune
 from estune.cli import app
 from estune.cli.options import overrides_of
 from estune.config import RESUMABLE, Config, parse, read
+from estune.config.names import MEANINGLESS
 from estune.errors import EstuneError
 from estune.tasks import KINDS
-from estune.trl.config import _MISSING, _OWN, _RENAMED, MEANINGLESS
+from estune.trl.config import _MISSING, _OWN, _RENAMED
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from estune import ESConfig, ESTrainer, EstuneError
 from estune.config import Config
+from estune.config.names import MEANINGLESS
 from estune.journal.journal import Journal
-from estune.trl.config import _MISSING, _OWN, _RENAMED, MEANINGLESS
+from estune.trl.config import _MISSING, _OWN, _RENAMED
 from tests.models import VOCABULARY, build_tokenizer, save_model
 from tests.runs import PROMPTS, assert_same_run, variety
 
@@ -109,6 +110,12 @@ def test_settings_carry_over(given: dict[str, Any], found: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
+        ({"population_size": 5}, "unknown setting population_size; here it is population"),
+        ({"max_prompt_length": 5}, "prompts are never cut"),
+        ({"torch_dtype": "float16"}, "here it is dtype"),
+        ({"lora_rank": 5}, "all weights are trained"),
+        ({"dataset_name": "x"}, "ESTrainer takes model, reward_funcs and data itself"),
+        ({"num_generation": 5}, "unknown setting num_generation; see docs/trl.md"),
         ({"max_completion_lenght": 5}, "unknown setting max_completion_lenght; did you mean max_completion_length"),
         ({"population": 1}, "population"),
         ({"model": "x"}, "ESTrainer takes model"),

@@ -106,6 +106,8 @@ def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:
     """
     other = next((key for key in changed if key not in RESUMABLE), None)
     if other is not None:
+        if other not in Config.model_fields:
+            parse({other: changed[other]}, str(journal.path))  # which says what it is called here
         raise EstuneError(f"--resume keeps the run's settings, found {other}; only {', '.join(RESUMABLE)} may change")
     settings = {**journal.settings, **changed}
     name, commit = hub_name(str(journal.settings.get("model")))
