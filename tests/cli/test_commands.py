@@ -296,14 +296,38 @@ def test_help_is_quick_and_names_every_command() -> None:
         assert command in done.stdout
 
 
-def test_settings_lists_every_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    from estune.config import Config
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["settings"], "--task.eval_size "),
+        (["settings", "--task=math"], "--task.levels "),
+        (["train", "-h"], "--resume "),
+    ],
+)
+def test_settings_are_listed_in_their_sections(
+    command: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from estune.config import SECTIONS
 
-    assert estune("settings") == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in Config.model_fields)
-    assert "task.eval_size" in out
+    assert estune(*command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for section in SECTIONS:
+        first = next(i for i, line in enumerate(lines) if line.startswith(f"{section.__name__}: "))
+        last = next(i for i, line in enumerate(lines) if i > first and not line.strip())
+        named = [line.split()[0] for line in lines[first:last] if line.startswith("--")]
+        assert named == [f"--{name}" for name in section.model_fields]
+    assert any(option in line for line in lines)
+    assert next(line.split()[1] for line in lines if line.startswith("--report_to ")) == "tensorboard"
+
+
+def test_every_command_has_help_and_a_version(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [[command.name] for command in cli.app.registered_commands]
+    assert len(commands) == 10
+    for command in [[], *commands]:
+        assert estune(*command, "-h") == 0
+        assert "Usage: " in capsys.readouterr().out
+        assert estune(*command, "--version") == 0
+        assert capsys.readouterr().out == f"estune {importlib.metadata.version('estune')}\n"
 
 
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
