@@ -274,7 +274,9 @@ def test_dry_run_of_resuming_tells_what_is_left_and_writes_nothing(
     assert "2 of 2 steps done, 0 to go" in capsys.readouterr().out
     assert contents(folder) == before
     assert "this is no run" in refused(capsys, "train", "--dry-run", "--resume", tmp_path)
-    assert "the task variety, not countdown" in refused(capsys, "train", "--dry-run", "--resume", own)
+    line = refused(capsys, "train", "--dry-run", "--resume", own)
+    assert "the task variety, not countdown" in line
+    assert "Trainer.resume(run, task=...), or with the ESTrainer that began it" in line
 
 
 def test_resume_over_a_base_that_has_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

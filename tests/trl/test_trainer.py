@@ -231,7 +231,9 @@ def test_resuming_is_as_if_undisturbed(model: Path, tmp_path: Path) -> None:
     for key in ("reward", "eval_reward"):
         a, b = ([logs[key] for logs in t.state.log_history if key in logs] for t in (whole, again))
         assert a == b
-    with pytest.raises(EstuneError, match="already holds a run"):
+    with pytest.raises(
+        EstuneError, match=r"holds a run: go on with `trainer.train\(resume_from_checkpoint='.*/run'\)`"
+    ):
         make(tmp_path / "run", str(model)).train()
     with pytest.raises(EstuneError, match="nowhere"):
         make(tmp_path / "run", str(model)).train(resume_from_checkpoint=tmp_path / "nowhere")

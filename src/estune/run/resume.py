@@ -19,7 +19,10 @@ from estune.run.trust import refuse_foreign, remember
 from estune.tasks.base import Task
 from estune.weights.checkpoint import Checkpoint, hub_name
 
-RESUME_FROM_PYTHON = "resume it from Python, with Trainer.resume(run, task=...)"
+RESUME_FROM_PYTHON = (
+    "resume it from Python, with Trainer.resume(run, task=...), or with the ESTrainer that began it, by "
+    "train(resume_from_checkpoint=True)"
+)
 
 
 @dataclass(frozen=True)

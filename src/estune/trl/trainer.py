@@ -43,6 +43,7 @@ from estune.weights.checkpoint import locate
 
 log = logging.getLogger(__name__)
 
+RESUME = "trainer.train(resume_from_checkpoint='{run}')"  # what a user does to go on with a run
 _REFUSED = {
     "optimizers": "there is no optimizer: the update is the method",
     "peft_config": "all weights are trained, and an adapter saves no memory here",
@@ -183,9 +184,9 @@ class ESTrainer:
             given = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
             run = self._resume(given, accept_changes=accept_changes)
         else:
-            refuse_used(self.directory.path)
+            refuse_used(self.directory.path, RESUME)
             config = self.config.model_copy(update={"model": self._base()})
-            run = Trainer(config, task=self.task, monitors=self._monitors, best_by=self.args.best_by)
+            run = Trainer(config, task=self.task, monitors=self._monitors, best_by=self.args.best_by, go_on=RESUME)
         try:
             self._run = run
             summary = run.train()
@@ -338,7 +339,12 @@ class ESTrainer:
         changed = {key: getattr(self.config, key) for key in RESUMABLE if key in self.args.settings()}
         changed |= {"model": self._base(), "steps": self.config.steps}
         run = Trainer.resume(
-            self.directory.path, task=self.task, monitors=self._monitors, accept_changes=accept_changes, **changed
+            self.directory.path,
+            task=self.task,
+            monitors=self._monitors,
+            accept_changes=accept_changes,
+            go_on=RESUME,
+            **changed,
         )
         own = (*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size")
         here, there = (c.model_dump(exclude=set(own)) for c in (self.config, run.config))
