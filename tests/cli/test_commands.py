@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import signal
@@ -242,6 +244,23 @@ def test_dry_run_refuses_what_training_would(run: Path, tmp_path: Path, capsys: 
         assert message in dry
         assert message in refused(capsys, "train", *SMALL, "--output-dir", tmp_path / "r", *options)
     assert not (tmp_path / "r").exists()
+
+
+def test_the_model_s_name_is_checked_before_data_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--task=math", "--task.data", tmp_path / "none.jsonl"]
+    for command in (["train"], ["train", "--dry-run"], ["probe"], ["compare", "--methods=es"]):
+        assert "model ./nowhere: no such directory" in refused(capsys, *command, *data, "--model=./nowhere")
+    assert "model ./nowhere: no such directory" in refused(capsys, "eval", "./nowhere", *data)
+
+
+def test_warnings_of_the_hub_are_told_once() -> None:
+    """Its library prints what it logs, and passes it on to whoever listens to everything."""
+    library = importlib.import_module("huggingface_hub.utils.logging")
+    library.get_logger("huggingface_hub").addHandler(logging.StreamHandler())
+    assert estune("--help") == 0
+    importlib.reload(library)  # as an import that comes later
+    logger = logging.getLogger("huggingface_hub")
+    assert (logger.handlers, logger.propagate) == ([], True)
 
 
 def test_dry_run_counts_positions_for_training_prompts_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

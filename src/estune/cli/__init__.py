@@ -66,6 +66,7 @@ def main() -> None:
     handler = RichHandler(show_path=False)
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    _log_once()
     try:
         clear_temporary()
         with spared_imports():
@@ -96,6 +97,14 @@ class _Printable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(super().format(record))
+
+
+def _log_once() -> None:
+    """Leave the warnings of libraries that print them, and pass them on as well, to our handler alone."""
+    for name in ("huggingface_hub", "datasets"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.addHandler = lambda hdlr: None  # type: ignore[method-assign]  # they add theirs when they are imported
 
 
 def _open_streams() -> None:

@@ -17,7 +17,7 @@ from estune.run.code import code_of
 from estune.run.directory import RunDirectory
 from estune.run.trust import refuse_foreign, remember
 from estune.tasks.base import Task
-from estune.weights.checkpoint import Checkpoint, hub_name
+from estune.weights.checkpoint import Checkpoint, check_name, hub_name
 
 RESUME_FROM_PYTHON = (
     "resume it from Python, with Trainer.resume(run, task=...), or with the ESTrainer that began it, by "
@@ -55,6 +55,7 @@ def reopen(
     try:
         config = resumed(journal, changed)
         done = len(journal.steps)
+        check_name(config.model)
         insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}
         task, code = task_of(journal, config, changed, RESUME_FROM_PYTHON, task=task, **insists)
         base = base_checkpoint(journal.header, config.model)

@@ -38,7 +38,7 @@ from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
 from estune.versions import packages
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.checkpoint import Checkpoint, check_name, locate
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class Trainer:
     ) -> None:
         options = config.task if task is None else None
         go_on = go_on or (RESUME if task is None else RESUME_OWN)
+        if past is None:
+            check_name(config.model)
         task = task or config.task.build(config.seed)
         if past is None:
             path = config.output_dir or default_path(config, task.name)

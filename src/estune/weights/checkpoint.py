@@ -246,7 +246,20 @@ def locate(model: str | Path) -> Path:
     return path
 
 
-def _download(model: str) -> Path:
+def check_name(model: str | Path) -> None:
+    """See that there is a model of this name, before anything large is fetched: of a hub id, only its config.json is.
+
+    Raises:
+        EstuneError: as `locate`.
+    """
+    path = EMBEDDED.get(str(model), Path(model))
+    if path.exists() or not _HUB_ID.fullmatch(str(model)):
+        locate(model)
+    else:
+        _download(str(model), ["config.json"])
+
+
+def _download(model: str, patterns: Collection[str] = (*COMPANIONS, INDEX, "*.safetensors")) -> Path:
     from huggingface_hub import snapshot_download
 
     name, revision = hub_name(model)
@@ -256,7 +269,7 @@ def _download(model: str) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"],
+                allow_patterns=list(patterns),
                 ignore_patterns=["consolidated*", "*/*"],
             )
         )
