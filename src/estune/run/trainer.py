@@ -19,6 +19,7 @@ from estune.es.strategy import member_seed
 from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
+from estune.grading.isolation import refuse_grader
 from estune.journal.identity import ACCEPT
 from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, rank
 from estune.journal.replay import holds, rebuild
@@ -71,6 +72,7 @@ class Trainer:
         past: Past | None = None,
         go_on: str | None = None,
     ) -> None:
+        refuse_grader()
         options = config.task if task is None else None
         go_on = go_on or (RESUME if task is None else RESUME_OWN)
         if past is None:

@@ -16,6 +16,7 @@ from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.files import make_temporary, remove, remove_temporary, replacing, write_text
 from estune.grading.convention import reward_name
+from estune.grading.isolation import refuse_grader
 from estune.journal.journal import FILE
 from estune.pool.generators import open_generators
 from estune.pool.open import with_resources_to_generate
@@ -180,6 +181,7 @@ class ESTrainer:
         Raises:
             EstuneError: as `Trainer` and `Trainer.resume`.
         """
+        refuse_grader()
         if resume_from_checkpoint:
             given = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
             run = self._resume(given, accept_changes=accept_changes)
