@@ -20,7 +20,8 @@ HEAD = """# Settings
 
 Every setting is an option of `estune train` (`--sigma 0.002`, `--task.eval_size 500`) and a key of a YAML or TOML file
 given with `--config`. Options win over the file, and the file over the defaults. `estune train --dry-run` shows what a
-run would use and refuses what training would; a key that does not exist is refused, with the nearest one that does.
+run would use and refuses what training would. A key that does not exist is refused: a name of TRL's, verl's, Unsloth's,
+prime-rl's or the paper's scripts with what stands for it here, a slip of the pen with the key that was meant.
 
 An option's value takes the type of its setting: `--model 123` is a name, `--steps true` an error. A switch can stand
 alone (`--mirrored`), and `null` stands for a setting that is not given.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 
 from estune.config import EMBEDDED_SETTINGS, SECTIONS, Config, embedded_settings, load, parse, read
+from estune.config.names import ANSWERS, MEANINGLESS, RENAMED
 from estune.errors import EstuneError
 from estune.tasks import KINDS
 
@@ -131,6 +134,107 @@ def test_mistakes_are_one_clear_line(overrides: list[str], message: str) -> None
     with pytest.raises(EstuneError, match=message) as caught:
         load(None, overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        # TRL, transformers, Unsloth
+        ("num_generations=8", "a step is population members that answer the same prompts_per_step prompts"),
+        ("per-device-train-batch-size=8", "a step is population members"),
+        ("max_completion_length=8", "here it is max_new_tokens"),
+        ("max_prompt_length=8", "prompts are never cut"),
+        ("max_seq_length=8", "prompts are never cut"),
+        ("max_steps=8", "here it is steps"),
+        ("num_train_epochs=1", "set steps: each draws"),
+        ("torch_dtype=float16", "here it is dtype"),
+        ("beta=0.1", "there is no KL penalty"),
+        ("logging_steps=1", "every step is logged: leave it out"),
+        ("lora_rank=8", "all weights are trained"),
+        ("gradient_accumulation_steps=8", "no meaning for Evolution Strategies: leave it out"),
+        ("resume_from_checkpoint=x", "go on with a run by `estune train --resume RUN`"),
+        # the paper's scripts
+        ("population-size=30", "here it is population"),
+        ("num_iterations=500", "set steps"),
+        ("n_iterations=500", "here it is steps"),
+        ("alpha=0.1", "here it is learning_rate"),
+        ("model_name=x", "here it is model"),
+        # verl, prime-rl
+        ("lr=0.1", "here it is learning_rate"),
+        ("data.max_response_length=8", r"data\.max_response_length; here it is max_new_tokens"),
+        ("actor_rollout_ref.rollout.n=8", r"rollout\.n; a step is population members"),
+        ("actor_rollout_ref.rollout.temperature=1", "here it is temperature"),
+        ("actor_rollout_ref.actor.optim.lr=1e-6", r"actor\.optim\.lr; here it is learning_rate"),
+        ("critic.optim.lr=1e-6", "no meaning"),
+        ("trainer.model.lora.alpha=32", "all weights are trained"),
+        ("orchestrator.batch_size=8", "a step is population members"),
+        ("trainer.nnodes=1", "unknown setting trainer; see `estune train --help`"),
+        ("model.name=x", "model: .*, found a section, model.name"),
+        # what stands elsewhere here
+        ("eval_size=8", r"did you mean task\.eval_size\?"),
+        ("task.max_tokens=8", "here it is max_new_tokens"),
+        ("task.steps=8", "it is none of the task's: give steps itself"),
+        ("task.rewards=f", "it is an option of custom$"),
+    ],
+)
+def test_names_of_other_trainers_are_answered_with_ours(override: str, answer: str) -> None:
+    with pytest.raises(EstuneError, match=f"^settings: .*{answer}") as caught:
+        load(None, [override])
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("settings: ") == 1
+
+
+def test_a_file_of_another_trainer_s_is_answered_name_by_name(tmp_path: Path) -> None:
+    (tmp_path / "rl.toml").write_text(
+        'max_steps = 20\n[monitors.wandb]\nname = "x"\n[trainer.optim]\nlr = 1e-5\nbetas = [1, 2]\n'
+    )
+    with pytest.raises(EstuneError) as caught:
+        load(tmp_path / "rl.toml")
+    said = str(caught.value).replace(f"{tmp_path / 'rl.toml'}: ", "").split("; ")
+    assert said == [
+        *("unknown setting max_steps", "here it is steps"),
+        *("unknown setting monitors", "see `estune train --help`"),
+        *("unknown setting trainer.optim.lr", "here it is learning_rate"),
+    ]
+    (tmp_path / "dashes.yaml").write_text("report-to: none\n")
+    with pytest.raises(EstuneError, match=r"unknown setting report-to; did you mean report_to\?"):
+        load(tmp_path / "dashes.yaml")
+
+
+# Of transformers 4 and TRL 0.x, verl, OpenRLHF, prime-rl and Unsloth: none of them a slip of the pen.
+OTHERS = """
+    evaluation_strategy eval_delay logging_dir overwrite_output_dir warmup_ratio warmup_steps per_gpu_train_batch_size
+    half_precision_backend jit_mode_eval torchdynamo mp_parameters no_cuda use_ipex group_by_length use_mps_device
+    push_to_hub_token include_inputs_for_metrics fp16_backend dispatch_batches split_batches tpu_num_cores past_index
+    ref_model_init_kwargs vllm_device vllm_dtype vllm_guided_decoding_regex wandb_log_unique_prompts model_adapter_name
+    missing_eos_penalty num_ppo_epochs whiten_rewards kl_estimator cliprange vf_coef response_length stop_token
+    ppo_mini_batch_size clip_ratio adv_estimator nnodes total_epochs test_freq val_only reward_manager critic_warmup
+    rollout_batch_size micro_train_batch_size n_samples_per_prompt init_kl_coef zero_stage actor_learning_rate
+    seq_len max_async_level max_off_policy_steps advantage_range env_args ckpt inference orchestrator trainer
+    load_in_4bit max_lora_rank random_state use_gradient_checkpointing loftq_config bias token target_modules
+    reward_shaping n_gpu_per_vllm_engine save_best_models wandb_project eval_freq start_iteration verbose
+""".split()  # noqa: SIM905
+
+
+def test_no_name_of_another_trainer_gets_a_wrong_suggestion() -> None:
+    """A setting that is named is one that the answer was written for, not one that looks alike."""
+    names = set(OTHERS) | MEANINGLESS
+    if find_spec("trl") is not None:
+        from trl import GRPOConfig
+
+        names |= {field.name for field in fields(GRPOConfig)}
+    ours = {*Config.model_fields, *(name for kind in KINDS.values() for name in kind.model_fields)}
+    for name in names - ours:
+        with pytest.raises(EstuneError, match=f"^settings: unknown setting {name}; ") as caught:
+            parse({name: 1})
+        assert "did you mean" not in str(caught.value)
+
+
+def test_answers_name_settings_that_there_are() -> None:
+    known = {*Config.model_fields, *(f"task.{name}" for kind in KINDS.values() for name in kind.model_fields)}
+    assert set(RENAMED.values()) <= known
+    assert not RENAMED.keys() & ANSWERS.keys()
+    assert not (RENAMED.keys() | ANSWERS.keys()) & known
 
 
 def test_several_mistakes_are_told_at_once() -> None:

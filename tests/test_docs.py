@@ -23,9 +23,10 @@ import estune
 from estune.cli import app
 from estune.cli.options import overrides_of
 from estune.config import RESUMABLE, Config, parse, read
+from estune.config.names import MEANINGLESS
 from estune.errors import EstuneError
 from estune.tasks import KINDS
-from estune.trl.config import _MISSING, _OWN, _RENAMED, MEANINGLESS
+from estune.trl.config import _MISSING, _OWN, _RENAMED
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -37,6 +38,7 @@ NAMES = {*Config.model_fields, *_OWN, *_MISSING, *_RENAMED, *MEANINGLESS}
 PLACEHOLDERS = {"key", "OPTION", "NAME", "sweep.KEY"}
 COMMANDS = typer.main.get_command(app)
 OPTIONS = {name for command in COMMANDS.commands.values() for option in command.params for name in option.opts}  # type: ignore[attr-defined]
+OPTIONS |= {"--help", "--version"}  # every command's
 USAGE: type[Exception] = typer.BadParameter.__bases__[0]  # typer has a click of its own
 TASK_OPTIONS = {name for options in KINDS.values() for name in options.model_fields}
 

@@ -70,7 +70,7 @@ def writing(target: Path) -> Iterator[None]:
         why = os.strerror(error.errno or 0)
         raise EstuneError(
             f"{target}: {why} while writing; what was there is untouched: {_remedy(error)}, then give the same command "
-            "again or, if the run has begun, `estune train --resume`"
+            "again or, if the run has begun, resume it"
         ) from error
 
 

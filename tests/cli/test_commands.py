@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import signal
@@ -244,6 +246,23 @@ def test_dry_run_refuses_what_training_would(run: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "r").exists()
 
 
+def test_the_model_s_name_is_checked_before_data_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--task=math", "--task.data", tmp_path / "none.jsonl"]
+    for command in (["train"], ["train", "--dry-run"], ["probe"], ["compare", "--methods=es"]):
+        assert "model ./nowhere: no such directory" in refused(capsys, *command, *data, "--model=./nowhere")
+    assert "model ./nowhere: no such directory" in refused(capsys, "eval", "./nowhere", *data)
+
+
+def test_warnings_of_the_hub_are_told_once() -> None:
+    """Its library prints what it logs, and passes it on to whoever listens to everything."""
+    library = importlib.import_module("huggingface_hub.utils.logging")
+    library.get_logger("huggingface_hub").addHandler(logging.StreamHandler())
+    assert estune("--help") == 0
+    importlib.reload(library)  # as an import that comes later
+    logger = logging.getLogger("huggingface_hub")
+    assert (logger.handlers, logger.propagate) == ([], True)
+
+
 def test_dry_run_counts_positions_for_training_prompts_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = {"numbers": [1, 2], "target": 3, "context": "x" * 100}
     (tmp_path / "train.json").write_text(json.dumps([long]))
@@ -274,7 +293,9 @@ def test_dry_run_of_resuming_tells_what_is_left_and_writes_nothing(
     assert "2 of 2 steps done, 0 to go" in capsys.readouterr().out
     assert contents(folder) == before
     assert "this is no run" in refused(capsys, "train", "--dry-run", "--resume", tmp_path)
-    assert "the task variety, not countdown" in refused(capsys, "train", "--dry-run", "--resume", own)
+    line = refused(capsys, "train", "--dry-run", "--resume", own)
+    assert "the task variety, not countdown" in line
+    assert "Trainer.resume(run, task=...), or with the ESTrainer that began it" in line
 
 
 def test_resume_over_a_base_that_has_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,14 +317,38 @@ def test_help_is_quick_and_names_every_command() -> None:
         assert command in done.stdout
 
 
-def test_settings_lists_every_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    from estune.config import Config
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["settings"], "--task.eval_size "),
+        (["settings", "--task=math"], "--task.levels "),
+        (["train", "-h"], "--resume "),
+    ],
+)
+def test_settings_are_listed_in_their_sections(
+    command: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from estune.config import SECTIONS
 
-    assert estune("settings") == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in Config.model_fields)
-    assert "task.eval_size" in out
+    assert estune(*command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for section in SECTIONS:
+        first = next(i for i, line in enumerate(lines) if line.startswith(f"{section.__name__}: "))
+        last = next(i for i, line in enumerate(lines) if i > first and not line.strip())
+        named = [line.split()[0] for line in lines[first:last] if line.startswith("--")]
+        assert named == [f"--{name}" for name in section.model_fields]
+    assert any(option in line for line in lines)
+    assert next(line.split()[1] for line in lines if line.startswith("--report_to ")) == "tensorboard"
+
+
+def test_every_command_has_help_and_a_version(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [[command.name] for command in cli.app.registered_commands]
+    assert len(commands) == 10
+    for command in [[], *commands]:
+        assert estune(*command, "-h") == 0
+        assert "Usage: " in capsys.readouterr().out
+        assert estune(*command, "--version") == 0
+        assert capsys.readouterr().out == f"estune {importlib.metadata.version('estune')}\n"
 
 
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

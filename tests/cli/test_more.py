@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,7 +190,7 @@ def result(method: str, seed: int, rate: float | None, *, trial: bool = False, *
     return {"job": {"method": method, "seed": seed, "rate": rate, "trial": trial}, **figures}
 
 
-FIGURES = {"base_accuracy": 0.1, "accuracy": 0.5, "reward": 0.6, "kl": 0.01}
+FIGURES = {"base_accuracy": 0.1, "accuracy": 0.5, "reward": 0.6, "kl": 0.01, "tokens": 1_500_000}
 
 
 @pytest.mark.parametrize(
@@ -225,8 +226,29 @@ def test_compare(
     assert out.startswith("note: TRL has no PPO trainer any more; its nearest kin, rloo, runs in ppo's place\n")
     assert "es-seed0: accuracy 0.5000\n" in out
     assert ("failed: burnt" in out) == ("error" in last)
+    assert "\nover the budget, by the step that spent the last of it: ES 50.0%" in out
     assert out.rstrip().endswith("report.md")
     assert "| ES |" in (tmp_path / "report.md").read_text()
+
+
+def test_compare_tells_its_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert estune("compare", "-h") == 0
+    said = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│ --")}
+    plan = Plan()
+    for name, default in (
+        ("budget", plan.budget),
+        ("batch", plan.batch),
+        ("generations", plan.generations),
+        ("rl-temperature", plan.rl_temperature),
+        ("beta", plan.beta),
+    ):
+        assert float(re.search(r"; (\S+) by default", said[f"--{name}"])[1]) == default  # type: ignore[index]
+    for name, defaults in (("seeds", plan.seeds), ("rates", plan.rates)):
+        told = re.search(r"; (\S+) by default", said[f"--{name}"])
+        assert told is not None
+        assert [float(value) for value in told[1].split(",")] == defaults
+    assert f"some of {','.join(plan.methods)}, all by default" in said["--methods"]
 
 
 def test_a_comparison_of_its_own_kind_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

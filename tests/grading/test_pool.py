@@ -8,12 +8,14 @@ import math
 import os
 import pickle
 import pkgutil
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -284,16 +286,40 @@ def test_functions_of_files_and_scripts_reach_the_graders(tmp_path: Path) -> Non
     with Grading([load_reward(f"{file}:mine")], processes=1) as grading:
         assert grading.grade(*batch(["x"])).total == [0.5]
 
+    # Refused before there is anything to grade.
     run = (
         "from estune.grading.grading import Grading\nfrom estune.completion import Completion\n\ndef main():\n"
-        "    with Grading([mine], processes=1) as grading:\n"
+        "    with Grading([mine], processes=1) as grading:\n        print('ready')\n"
         "        print(grading.grade([{'prompt': 'p'}], [Completion('x', [], True)]).total)\n\n"
     )
-    for guard, expected in (("if __name__ == '__main__':\n    main()\n", "[0.5]"), ("main()\n", "put what it runs")):
+    for guard, expected in (
+        ("if __name__ == '__main__':\n    main()\n", r"\[0\.5\]"),
+        ("main()\n", "process: a grader imports the script that trains: put what it runs behind `if __name__"),
+        (
+            f"open({str(tmp_path / 'new')!r}, 'x')\nmain()\n",
+            r"import them from there \(run again, it raised FileExists",
+        ),
+    ):
         script = tmp_path / "script.py"
         script.write_text(source + run + guard)
         done = subprocess.run([sys.executable, str(script)], check=False, capture_output=True, text=True, timeout=60)
-        assert expected in done.stdout + done.stderr
+        assert re.search(expected, done.stdout + done.stderr)
+        assert ("ready" in done.stdout) == guard.startswith("if ")
+
+
+@pytest.mark.parametrize("file", [None, "<stdin>"])
+def test_functions_of_a_notebook_are_refused_with_the_remedy(file: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    @isolated
+    def mine(**_: Any) -> list[float]:
+        return [1.0]
+
+    main = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    mine.__module__ = "__main__"
+    mine.__qualname__ = "mine"
+    vars(main).update({"mine": mine} if file is None else {"mine": mine, "__file__": file})
+    with pytest.raises(EstuneError, match=r"reward mine is isolated, .* notebook .*such as my_rewards\.py"):
+        Grading([mine])
 
 
 def test_functions_that_cannot_be_imported_are_refused_at_once() -> None:

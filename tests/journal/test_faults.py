@@ -18,6 +18,7 @@ import pytest
 from estune.es.strategy import Update
 from estune.journal.journal import Journal
 from estune.journal.replay import replay
+from estune.run.monitors.base import Monitor
 from estune.run.trainer import Trainer
 from tests import warm
 from tests.runs import assert_same_run, make_config, make_task, slow_variety
@@ -99,13 +100,37 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(model: Path, tmp_path: P
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert f"estune train --resume {folder}" in out
+    assert f"go on with: Trainer.resume('{folder}', task=...)" in out
     journal = Journal.read(folder)
     assert 2 <= len(journal.steps) < 500
     replay(folder, tmp_path / "replayed")
     replayed = (tmp_path / "replayed" / "model.safetensors").read_bytes()
     assert (folder / "final" / "model.safetensors").read_bytes() == replayed
     Trainer.resume(folder, steps=len(journal.steps) + 1, task=make_task(slow_variety), monitors=[]).train()
+
+
+class _Presses(Monitor):
+    """Presses Ctrl-C twice as a step begins."""
+
+    def on_step_begin(self, step: int) -> None:
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    Trainer(make_config(whole, model), task=make_task(), monitors=[]).train()
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(make_config(cut, model), task=make_task(), monitors=[_Presses()]).train()
+    first, second = caplog.messages
+    assert first.startswith("stopping after this step; press Ctrl-C again to stop at once")
+    assert second == f"stopped at once, and no step is lost; go on with: Trainer.resume('{cut}', task=...)"
+    assert len(Journal.read(cut).steps) == 2
+    Trainer.resume(cut, task=make_task(), monitors=[]).train()
+    assert_same_run(whole, cut)
 
 
 @pytest.mark.parametrize(("kind", "save_steps"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 2)], ids=["killed", "stopped"])

@@ -135,7 +135,7 @@ def test_any_changed_byte_is_refused_and_named(run: Path) -> None:
         (run / FILE).write_bytes(bytes(changed))
         with pytest.raises(EstuneError) as caught:
             Journal.read(run)
-        where = ["header", "step 0", "step 0", "after step 0", "after step 1", "after step 2"][line_of[i]]
+        where = ["header", "before step 1", "before step 1", "after step 1", "after step 2", "after step 3"][line_of[i]]
         assert where in str(caught.value), i
         assert "\n" not in str(caught.value)
 
@@ -176,7 +176,7 @@ def test_a_line_with_other_fields_is_refused_in_one_line(run: Path, line: dict[s
     journal = Journal.resume(run)
     journal._write(line.pop("kind"), line)
     journal.close()
-    with pytest.raises(EstuneError, match=r"line 7, after step 2: .*: no line that estune wrote; restore it"):
+    with pytest.raises(EstuneError, match=r"line 7, after step 3: .*: no line that estune wrote; restore it"):
         Journal.read(run)
 
 

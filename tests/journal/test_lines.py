@@ -17,7 +17,7 @@ from tests.journal.test_journal import header, steps
 
 DEEP = "[" * 100_000 + "]" * 100_000
 WRONG: list[Any] = [None, -1, 2.5, "x", [], {}, [None], {"a": None}, True, 10**30, math.nan]
-WHERE = ["its header", "line 2, step 0", "line 3, step 0", "line 4, after step 0", "line 5, after step 0"]
+WHERE = ["its header", "line 2, before step 1", "line 3, before step 1", "line 4, after step 1", "line 5, after step 1"]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_bases_of_their_own_are_compared(model: Path, tmp_path: Path) -> None:
     assert pool.apply(UPDATE) == replicas[0].weights.fingerprint() == replicas[1].weights.fingerprint()
     array = next(iter(replicas[1].weights.base.values()))
     array[0] += 1
-    with pytest.raises(EstuneError, match="step 0: after the same update replicas' weights differ"):
+    with pytest.raises(EstuneError, match="step 1: after the same update replicas' weights differ"):
         pool.apply(UPDATE)
     pool.close()
 

@@ -205,8 +205,8 @@ def test_monitors_ask_for_evaluations_checkpoints_and_the_end(model: Path, tmp_p
     summary = Trainer(make_config(run, model, **settings), task=make_task(), monitors=[steering, other]).train()
     assert (summary.ended, summary.steps) == ("stopped early", 3)
     assert steering.seen == other.seen == [
-        *("evaluation 0", "begin 0", "end 1", "evaluation 1", "save 1"),
-        *("begin 1", "end 2", "save 2", "begin 2", "end 3"),
+        *("evaluation 0", "begin 1", "end 1", "evaluation 1", "save 1"),
+        *("begin 2", "end 2", "save 2", "begin 3", "end 3"),
     ]  # fmt: skip
     assert there == [1, 2]
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]

@@ -217,7 +217,8 @@ def test_a_used_directory_is_refused_with_the_remedies(model: Path, tmp_path: Pa
     run(make_config(folder, model, steps=1))
     before = (folder / "journal.jsonl").read_bytes()
     with pytest.raises(
-        EstuneError, match="already holds a run: go on with `estune train --resume .*another --output-dir"
+        EstuneError,
+        match=r"already holds a run: go on with `Trainer.resume\('.*/run', task=...\)`, give another --output-dir",
     ):
         run(make_config(folder, model, steps=1))
     assert (folder / "journal.jsonl").read_bytes() == before

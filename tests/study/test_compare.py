@@ -136,6 +136,17 @@ def test_a_rate_at_an_end_of_those_tried_is_marked() -> None:
     assert table([result("grpo", 0, 1e-4)])[1][1] == "0.0001"  # nothing was chosen
 
 
+def test_a_budget_smaller_than_a_step_is_said() -> None:
+    config = load(None, ["model=some/model", "population=4", "prompts_per_step=16", "max_new_tokens=10"])
+    assert Plan(budget=640, batch=64).large_steps(config, rows=40) == []
+    es, rl = Plan(budget=639, batch=64).large_steps(config, rows=40)
+    assert es.startswith("budget 639: one step of es is 64 completions, which can take 640 tokens")
+    assert rl.startswith("budget 639: one step of RL is 64 completions")
+    assert rl.endswith("give a larger --budget or a smaller --batch")
+    (rl,) = Plan(budget=639, batch=64).large_steps(config, rows=15)
+    assert Plan(budget=639, methods=["es"]).large_steps(config, rows=15) == []
+
+
 def test_short_answers_that_are_wrong_are_counted() -> None:
     task = make_task(evaluation=4)
     completions = [Completion("", list(range(n)), True) for n in (2, 2, 9, 9)]
@@ -278,7 +289,18 @@ def test_the_report_has_means_deviations_and_trials(tmp_path: Path) -> None:
     assert trials_table(found)[1:] == [
         ["GRPO", "0.001", "30.0", "0.600", "0.100"], ["GRPO", "0.01", "failed", "", ""]
     ]  # fmt: skip
-    text = write_report(tmp_path, found).read_text()
+    plan = Plan(budget=800_000, seeds=[0, 1], rates=[1e-3, 1e-2])
+    config = load(None, ["model=some/model", "task=conciseness", "population=12", "sigma=0.02"])
+    text = write_report(tmp_path, found, plan, config).read_text()
+    for said in (
+        "model some/model, task conciseness, completions of at most 1024 tokens",
+        "budget: 800,000 generated tokens a run; seeds 0, 1",
+        "ES: population 12, 200 prompts a step, sigma 0.02, learning rate sigma / 2",
+        "RL: 256 completions a step in groups of 8, temperature 1, weight of the KL penalty 0",
+        "RLOO stands in for PPO",
+        "over the budget, by the step that spent the last of it: ES 25.0%, GRPO 25.0%",
+    ):
+        assert said in text
     assert "50.0 ± 14.1" in text
     assert "killed" in text
     accuracy, kl = charts(by_method([*found, result("es", 2, kl=math.inf)]))
@@ -290,4 +312,6 @@ def test_the_report_has_means_deviations_and_trials(tmp_path: Path) -> None:
     ]
     assert [len(s.x) for s in kl.series] == [2, 1]
     assert ElementTree.fromstring((tmp_path / "report.svg").read_text()).get("role") == "img"
-    assert "![" not in write_report(tmp_path, found[:2]).read_text()  # nothing to draw
+    alone = write_report(tmp_path, found[:2], Plan(methods=["es"]), config).read_text()
+    assert "![" not in alone  # nothing to draw
+    assert "RL" not in alone.split("Learning rates")[0]

@@ -46,6 +46,7 @@ def test_no_file_in_the_working_directory_is_taken_for_a_library(
         (f"Traceback (most recent call last):\n  File x\nValueError: odd\n\nmore of it\n{BOX}", "ValueError: odd"),
         (f"Killed by the host\n{BOX}", "Killed by the host"),
         (BOX.replace("3", "─"), None),
+        ("out of luck\n+- run -+\n| 3    |\n+------+\n", "out of luck"),
         ("", None),
         (f"error: {'long' * 200}", ("long" * 75)),
     ],

@@ -17,7 +17,7 @@ from estune.errors import EstuneError
 from estune.files import locked
 from estune.journal.journal import FILE, Journal
 from estune.study.jobs import LOCK
-from estune.study.sweep import Space, Trial, split, sweep
+from estune.study.sweep import Space, Trial, name_of, split, sweep
 from estune.study.sweep_report import draw_effects, effect_chart, effects, groups, rows
 
 
@@ -246,11 +246,50 @@ def test_a_search_goes_on_with_the_trials_it_has(tmp_path: Path) -> None:
     assert sweep(folder, None, given, search="optuna", trials=3) == three
 
 
+def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs whose accuracy follows from their sigma; the names of those that were asked for."""
+    made: list[str] = []
+
+    def run(_: object, name: str, values: dict[str, str]) -> Trial:
+        made.append(name)
+        return Trial(name, values, {"eval_accuracy": float(values.get("sigma", 0.5))})
+
+    monkeypatch.setattr("estune.study.sweep._Runner.run", run)
+    return made
+
+
+def test_a_search_that_was_stopped_draws_what_it_would_have_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the ten trials that Optuna draws by chance alone; the seed is one that fits no 32 bits."""
+    pytest.importorskip("optuna")
+    fake_runs(monkeypatch)
+    given = [*settings(seed=2**40), "sweep.sigma=0.001..0.1", "sweep.population=4..60"]
+    whole = sweep(tmp_path / "whole", None, given, search="optuna", trials=14)
+    assert len({name_of(trial.values) for trial in whole}) == 14
+    for trials in (3, 6, 12, 14):
+        parts = sweep(tmp_path / "parts", None, given, search="optuna", trials=trials)
+    assert parts == whole
+    other = sweep(tmp_path / "other", None, [*given, "seed=1"], search="optuna", trials=3)
+    assert not {name_of(trial.values) for trial in other} & {name_of(trial.values) for trial in whole}
+
+
+def test_values_that_are_drawn_twice_are_run_once_and_are_no_replication(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    made = fake_runs(monkeypatch)
+    given = [*settings(), "sweep.mirrored=true,false"]
+    found = sweep(tmp_path / "s", None, given, search="optuna", trials=5)
+    assert len(found) == 5
+    assert len(made) == 2
+    assert [row[2:] for row in rows(found)[1:]] == [["", "0.5000", "0.5000", "1"]] * 2
+    assert effects(found) == {"mirrored": {"true": [0.5], "false": [0.5]}}
+
+
 def test_ends_of_a_range_are_checked_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
-    monkeypatch.setattr(
-        "estune.study.sweep._Runner.run", lambda _, name, values: Trial(name, values, {"eval_accuracy": 0.5})
-    )
+    fake_runs(monkeypatch)
     found = sweep(tmp_path / "s", None, [*settings(), "sweep.seed=7..1234567"], search="optuna", trials=1)
     assert 7 <= int(found[0].values["seed"]) <= 1234567
 

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from estune import ESConfig, ESTrainer, EstuneError
 from estune.config import Config
+from estune.config.names import MEANINGLESS
 from estune.journal.journal import Journal
-from estune.trl.config import _MISSING, _OWN, _RENAMED, MEANINGLESS
+from estune.trl.config import _MISSING, _OWN, _RENAMED
 from tests.models import VOCABULARY, build_tokenizer, save_model
 from tests.runs import PROMPTS, assert_same_run, variety
 
@@ -109,6 +110,12 @@ def test_settings_carry_over(given: dict[str, Any], found: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
+        ({"population_size": 5}, "unknown setting population_size; here it is population"),
+        ({"max_prompt_length": 5}, "prompts are never cut"),
+        ({"torch_dtype": "float16"}, "here it is dtype"),
+        ({"lora_rank": 5}, "all weights are trained"),
+        ({"dataset_name": "x"}, "ESTrainer takes model, reward_funcs and data itself"),
+        ({"num_generation": 5}, "unknown setting num_generation; see docs/trl.md"),
         ({"max_completion_lenght": 5}, "unknown setting max_completion_lenght; did you mean max_completion_length"),
         ({"population": 1}, "population"),
         ({"model": "x"}, "ESTrainer takes model"),
@@ -224,7 +231,9 @@ def test_resuming_is_as_if_undisturbed(model: Path, tmp_path: Path) -> None:
     for key in ("reward", "eval_reward"):
         a, b = ([logs[key] for logs in t.state.log_history if key in logs] for t in (whole, again))
         assert a == b
-    with pytest.raises(EstuneError, match="already holds a run"):
+    with pytest.raises(
+        EstuneError, match=r"holds a run: go on with `trainer.train\(resume_from_checkpoint='.*/run'\)`"
+    ):
         make(tmp_path / "run", str(model)).train()
     with pytest.raises(EstuneError, match="nowhere"):
         make(tmp_path / "run", str(model)).train(resume_from_checkpoint=tmp_path / "nowhere")

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
+from estune import __version__
 from estune.cli import estimate, lists, runs, studies
 from estune.cli.signals import spared_imports, terminable
 from estune.errors import EstuneError, printable, printable_lines
@@ -35,13 +36,15 @@ app = typer.Typer(
     help=(
         "Fine-tune all weights of a language model with Evolution Strategies: for any reward, with inference alone.\n\n"
         "`estune train` without options teaches the embedded model Countdown in two minutes. Every setting is an "
-        "option (`--sigma 0.01`, `--task.eval_size 500`) and a key of the config file."
+        "option (`--sigma 0.01`, `--task.eval_size 500`) and a key of the config file; `estune train --help` lists "
+        "them. `estune --version` tells the version."
     ),
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command("train", context_settings=SETTINGS)(runs.train)
+app.command("train", context_settings=SETTINGS, cls=lists.WithSettings)(runs.train)
 app.command("eval", context_settings=SETTINGS)(runs.evaluate)
 app.command("replay")(runs.replay)
 app.command("report")(studies.report)
@@ -63,9 +66,13 @@ def main() -> None:
     handler = RichHandler(show_path=False)
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    _log_once()
     try:
         clear_temporary()
         with spared_imports():
+            if "--version" in sys.argv:
+                print(f"estune {__version__}")
+                return
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except EstuneError as error:
         code = _refuse(str(error), 1)
@@ -90,6 +97,14 @@ class _Printable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(super().format(record))
+
+
+def _log_once() -> None:
+    """Leave the warnings of libraries that print them, and pass them on as well, to our handler alone."""
+    for name in ("huggingface_hub", "datasets"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.addHandler = lambda hdlr: None  # type: ignore[method-assign]  # they add theirs when they are imported
 
 
 def _open_streams() -> None:

@@ -23,7 +23,7 @@ def train(
     accept_changes: AcceptChanges = False,
     trust_task: TrustTask = False,
 ) -> None:
-    """Train a model. Give settings as `--key value`; `estune settings` lists them.
+    """Train a model. Give settings as `--key value`; `estune train --help` lists them.
 
     With `--resume`, only `--steps` (a new total), `--model` (where the base model is now), `--trust_remote_code`,
     `--workers` and what belongs to them, how rewards may fail and `--report_to` can be given.

@@ -67,11 +67,15 @@ def sweep(
     config: ConfigFile = None,
     output_dir: Folder = Path("runs/sweep"),
     jobs: Annotated[int, typer.Option(help="runs at a time")] = 1,
-    search: Annotated[str | None, typer.Option(help="optuna: choose values by the runs before")] = None,
-    trials: Annotated[int | None, typer.Option(help="runs of a search")] = None,
+    search: Annotated[str | None, typer.Option(help="optuna: choose values by the runs before; allows ranges")] = None,
+    trials: Annotated[int | None, typer.Option(help="how many combinations a search draws")] = None,
     metric: Annotated[str, typer.Option(help="of each run's best evaluation: what is compared")] = "eval_accuracy",
 ) -> None:
     """Train with every combination of `--sweep.KEY A,B,C`, and say which setting did what.
+
+    With `--search optuna --trials N`, N combinations are chosen by the runs before, and `--sweep.KEY LOW..HIGH` is a
+    range: `--sweep.sigma 0.001..0.1`, or of whole numbers `--sweep.population 10..60`. This needs Optuna: `pip install
+    'estune[sweep]'`.
 
     Further settings are those of all runs. The same command again goes on where it was. Exit code 1 if a run failed.
     """
@@ -119,15 +123,24 @@ def compare(
     context: typer.Context,
     config: ConfigFile = None,
     output_dir: Folder = Path("runs/compare"),
-    methods: Annotated[str | None, typer.Option(help="es,grpo,dr_grpo,dapo,rloo or some of them; ppo is rloo")] = None,
-    budget: Annotated[float | None, typer.Option(help="tokens that each run generates, such as 1e6")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="some of es,grpo,dr_grpo,dapo,rloo, all by default; ppo is rloo")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="tokens that each run generates; 1e6 by default")] = None,
     seeds: Annotated[str | None, typer.Option(help="seeds, with commas between; 0,1,2 by default")] = None,
-    rates: Annotated[str | None, typer.Option(help="learning rates that RL chooses from, with commas between")] = None,
-    batch: Annotated[int | None, typer.Option(help="completions of an RL step")] = None,
-    generations: Annotated[int | None, typer.Option(help="completions of a prompt in a group of RL's")] = None,
-    rl_temperature: Annotated[float | None, typer.Option(help="at which RL draws")] = None,
-    beta: Annotated[float | None, typer.Option(help="weight of RL's KL penalty")] = None,
-    short_tokens: Annotated[int | None, typer.Option(help="an answer of so many tokens is short")] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(help="learning rates that RL chooses from, with commas between; 1e-6,1e-5,1e-4,1e-3 by default"),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="completions of an RL step; 256 by default")] = None,
+    generations: Annotated[
+        int | None, typer.Option(help="completions of a prompt in a group of RL's; 8 by default")
+    ] = None,
+    rl_temperature: Annotated[float | None, typer.Option(help="at which RL draws; 1 by default")] = None,
+    beta: Annotated[float | None, typer.Option(help="weight of RL's KL penalty; 0 by default")] = None,
+    short_tokens: Annotated[
+        int | None, typer.Option(help="an answer of so many tokens is short; half of the base's mean length by default")
+    ] = None,
 ) -> None:
     """Train one model by Evolution Strategies and by TRL's reinforcement learning, with one budget.
 
@@ -152,7 +165,7 @@ def compare(
     )
     settings = load(config, overrides_of(context.args))
     from estune.study.compare.plan import Job
-    from estune.study.compare.report import table, write_report
+    from estune.study.compare.report import over_budget, table, write_report
     from estune.study.compare.run import compare as run_all
 
     def told(result: dict[str, Any]) -> None:
@@ -160,10 +173,12 @@ def compare(
         say(f"{Job(**result['job']).name}: {what}")
 
     results = run_all(plan, settings, output_dir, told)
-    path = write_report(output_dir, results)
+    path = write_report(output_dir, results, plan, settings)
     lines = table(results)
     say("")
     say_table(lines, names=1)
+    if len(lines) > 1:
+        say(f"\n{over_budget(results, plan.budget)}")
     say(f"\n{path}")
     if len(lines) == 1 or any("error" in result for result in results if not result["job"]["trial"]):
         raise typer.Exit(1)

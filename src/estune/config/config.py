@@ -6,7 +6,6 @@ The embedded model is a thousand times smaller than the paper's, and comes with 
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from estune.config.names import answer, hint
 from estune.config.sections import Evaluation, Generation, Grading, Logging, Run, Search, Section, Weights, Workers
 from estune.errors import EstuneError
 from estune.tasks import DEFAULT, KINDS
@@ -26,6 +26,7 @@ RESUMABLE = (
 )
 """What a run that is resumed may change: its length, where its weights come from and are, what may fail, and who is
 told."""
+_SEE = "see `estune train --help`"
 EMBEDDED_SETTINGS = Path(__file__).parents[1] / "models" / "tiny" / "estune.yaml"
 
 SECTIONS: tuple[type[Section], ...] = (Run, Search, Generation, Workers, Weights, Grading, Evaluation, Logging)
@@ -154,13 +155,41 @@ def _complaint(error: Any, source: str) -> str:
     parts = [str(part) for part in error["loc"]]
     path = [part for part in parts if not part.startswith("<")]
     where = ".".join(path)
+    given = error["input"]
     if error["type"] != "extra_forbidden":
-        found = f", found {error['input']!r}" if where and not isinstance(error["input"], dict) else ""
+        found = f", found {given!r}" if where and not isinstance(given, dict) else ""
+        if isinstance(given, dict) and len(path) == 1 and given:
+            found = f", found a section, {where}.{next(iter(given))}"
         return f"{source}: {where + ': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{found}"
-    *section, key = path
     tried = parts[-2].strip("<>") if len(parts) > 1 else ""
-    model: type[BaseModel] | None = KINDS.get(tried) or (None if section else Config)
-    known = model.model_fields if model else {}
-    near = difflib.get_close_matches(key, known, 1, 0.5)
-    hint = f"did you mean {'.'.join([*section, near[0]])}?" if near else "see `estune train --help`"
-    return f"{source}: unknown setting {where}; {hint}"
+    if isinstance(given, Mapping):  # a section of others: what is known of what stands in it
+        known = {name: answer(name) for name in _leaves(where, given)}
+        if any(known.values()):
+            return "; ".join(f"{source}: unknown setting {name}; {said}" for name, said in known.items() if said)
+    return f"{source}: unknown setting {where}; {_hint(path, KINDS.get(tried))}"
+
+
+def _hint(path: list[str], options: type[BaseModel] | None) -> str:
+    """What to say of an unknown setting: of the run, or of a task with these options."""
+    *section, key = path
+    where = ".".join(path)
+    if options is not None:
+        if key in Config.model_fields:
+            return f"it is none of the task's: give {key} itself"
+        if other := [name for name, kind in KINDS.items() if key in kind.model_fields]:
+            return f"it is an option of {', '.join(other)}"
+        return hint(where, options.model_fields, "see `estune settings --task NAME`")
+    if section:
+        return answer(where) or _SEE
+    if any(key.replace("-", "_") in kind.model_fields for kind in KINDS.values()):
+        return f"did you mean task.{key.replace('-', '_')}?"
+    return hint(key, Config.model_fields, _SEE)
+
+
+def _leaves(where: str, section: Mapping[str, Any]) -> list[str]:
+    """The names of what stands in a section, and in those in it."""
+    found = []
+    for key, value in section.items():
+        name = f"{where}.{key}"
+        found += _leaves(name, value) if isinstance(value, Mapping) else [name]
+    return found

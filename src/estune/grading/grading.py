@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 from estune.completion import Completion
 from estune.errors import EstuneError
-from estune.grading import isolation
 from estune.grading.containment import contained
 from estune.grading.convention import (
     Batch,
@@ -38,7 +37,7 @@ from estune.grading.convention import (
     reward_name,
     weighted,
 )
-from estune.grading.isolation import Isolation, isolation_of
+from estune.grading.isolation import Isolation, isolation_of, refuse_grader
 from estune.grading.pool import GraderPool
 from estune.grading.process import Call
 from estune.grading.verdict import Verdict
@@ -81,11 +80,7 @@ class Grading:
         max_errors: int = 100,
         state: TrainerState | None = None,
     ) -> None:
-        if isolation.IN_GRADER:
-            raise EstuneError(
-                "a grader imports the script that trains, and the script began to train again: put what it runs behind "
-                'if __name__ == "__main__":'
-            )
+        refuse_grader()
         self.functions = list(functions)
         self.weights = list(weights or [1.0] * len(functions))
         if len(self.weights) != len(self.functions):

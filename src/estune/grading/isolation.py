@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
+from estune.errors import EstuneError
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MARK = "__estune_isolation__"
@@ -76,3 +78,18 @@ def isolation_of(function: Any) -> Isolation | None:
 
 IN_GRADER = False
 """Whether this process is a grader, which imports the user's script, but must not train by it."""
+
+GUARD = (
+    'a grader imports the script that trains: put what it runs behind `if __name__ == "__main__":`, or define the '
+    "isolated rewards in a file of their own and import them from there"
+)
+
+
+def refuse_grader() -> None:
+    """Refuse to train in a grader, before anything is written.
+
+    Raises:
+        EstuneError: with what to change in the script.
+    """
+    if IN_GRADER:
+        raise EstuneError(GUARD)

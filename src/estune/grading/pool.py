@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import spawn
+from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError
@@ -37,15 +38,16 @@ _START = "from estune.grading.process import main; main()"
 
 
 class GraderPool:
-    """Calls functions in `processes` graders, which start when they are first needed.
+    """Calls functions in `processes` graders.
 
     Args:
         functions: what a `Call` refers to, by number.
-        processes: number of graders.
+        processes: number of graders, which start when they are first needed; where the user's script has functions,
+            one at once.
         memory: bytes a grader may grow by, with its children, beyond what importing its functions takes.
 
     Raises:
-        EstuneError: for a function that another process could not import.
+        EstuneError: for a function that another process cannot import.
     """
 
     def __init__(self, functions: Mapping[int, RewardFunction], processes: int, memory: int) -> None:
@@ -59,6 +61,8 @@ class GraderPool:
         self._graders: set[_Grader] = set()
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
+        if any(key.startswith("init_main") for key in self._setup.preparation):
+            self._try_script()
 
     def submit(self, call: Call, deadline: float) -> Future[Verdict]:
         """Have a call made by whichever grader is free first; `deadline` in seconds from when it begins."""
@@ -79,6 +83,14 @@ class GraderPool:
         for grader in self._graders:
             grader.close()
         self._graders.clear()
+
+    def _try_script(self) -> None:
+        """Start a grader before anything else is done: whether it can import the user's script, only that tells."""
+        try:
+            self._threads.submit(lambda: self._start().get_ready()).result()
+        except BaseException:
+            self.close()
+            raise
 
     def _run(self, call: Call, deadline: float) -> Verdict:
         grader = self._mine.__dict__.get("grader") or self._start()
@@ -156,7 +168,7 @@ class _Grader:
     def call(self, call: Call, deadline: float) -> Verdict:
         """Make a call. A grader that gave no verdict in time, or crashed, must not be used any more."""
         try:
-            self._get_ready()
+            self.get_ready()
             number = self.calls
             self.calls += 1
             # One that an earlier completion has stopped may not even take the call.
@@ -199,7 +211,7 @@ class _Grader:
         self.process.stdin.close()
         self._wire.close()
 
-    def _get_ready(self) -> None:
+    def get_ready(self) -> None:
         """Let the process import what it needs; that is not the completion's time.
 
         Raises:
@@ -215,7 +227,7 @@ class _Grader:
                 f"a grader needs more than {START_SECONDS} s to import the rewards; make that faster"
             ) from error
         if problem:
-            raise EstuneError(f"a grader cannot load the isolated rewards: importing them {problem}")
+            raise EstuneError(f"the isolated rewards cannot be loaded in another process: {problem}")
         self._most = held_at_most(self.process.pid) + self._setup.memory
         self._ready = True
 
@@ -231,7 +243,14 @@ def _setup(functions: Mapping[int, RewardFunction], memory: int) -> Setup:
                 f"({' '.join(str(error).split())}); define it at the top level of a module"
             ) from error
     preparation: dict[str, Any] = spawn.get_preparation_data("estune-grader")
-    if not any(b"__main__" in data for data in pickles):
+    mains = [f for f, data in zip(functions.values(), pickles, strict=True) if b"__main__" in data]
+    file = preparation.get("init_main_from_path", "")
+    if mains and "init_main_from_name" not in preparation and not Path(file).is_file():
+        raise EstuneError(
+            f"reward {reward_name(mains[0])} is isolated, and it is defined in a notebook or at a prompt, which other "
+            "processes cannot import: define it in a file of its own, such as my_rewards.py, and import it from there"
+        )
+    if not mains:
         # The user's script may be heavy to import, or be no module at all.
         preparation = {key: value for key, value in preparation.items() if not key.startswith("init_main")}
     preparation.pop("authkey", None)

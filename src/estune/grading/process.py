@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.children import end_with_parent
+from estune.errors import EstuneError
 from estune.grading.containment import State, contained
 from estune.grading.convention import Log, TrainerState, arguments, as_scores, describe, is_async
 from estune.grading.seccomp import deny_shared_memory
@@ -88,7 +89,11 @@ def _prepare(setup: Setup) -> dict[int, Any]:
     from estune.grading import isolation, modules
 
     isolation.IN_GRADER = True
-    spawn.prepare(setup.preparation)
+    try:
+        spawn.prepare(setup.preparation)
+    except BaseException as error:  # whatever the user's script does when it runs again
+        said = "" if str(error) == isolation.GUARD else f" (run again, it {describe(error)})"
+        raise EstuneError(f"{isolation.GUARD}{said}") from error
     for path in setup.files.values():
         modules.load_file(Path(path))
     functions: dict[int, Any] = pickle.loads(setup.functions)

@@ -123,6 +123,7 @@ class Journal:
         self.code = header.code
         self.ended: str | None = None
         self.check = check  # of the last line, hence of all
+        self.go_on = f"estune train --resume {path.parent}"  # what its user does to go on with the run
         self._file: Any = None
 
     @classmethod
@@ -198,7 +199,8 @@ class Journal:
         _take_kind(path, "its header", payload, None)
         journal = cls(path, Header(**payload), check)
         for number, line in enumerate(lines[1:], 2):
-            where = f"line {number}, after step {len(journal.steps) - 1}" if journal.steps else f"line {number}, step 0"
+            done = len(journal.steps)
+            where = f"line {number}, " + (f"after step {done}" if done else "before step 1")
             check, payload = _verified(line, check, path, where)
             journal._take(_take_kind(path, where, payload, len(journal.steps)), payload)
         journal.check = check
@@ -339,7 +341,7 @@ class Journal:
             self._file.truncate(end)
             self.close()
             whole = f"; the run is whole up to step {len(self.steps)}" if self.check else ""
-            then = f"`estune train --resume {self.path.parent}`" if self.check else "start it again"
+            then = f"go on with `{self.go_on}`" if self.check else "start it again"
             raise EstuneError(f"{self.path}: {error.strerror} while writing{whole}: make room, then {then}") from error
         self.check = check
         self.ended = None

@@ -142,7 +142,7 @@ class LocalPool(Generators[Evaluator]):
         fingerprints = {as_fingerprint(total) for total in sums}
         if len(fingerprints) > 1:
             raise EstuneError(
-                f"step {update.step}: after the same update replicas' weights differ ({', '.join(fingerprints)}): "
+                f"step {update.step + 1}: after the same update replicas' weights differ ({', '.join(fingerprints)}): "
                 "no sound machine does that; nothing wrong was recorded: resume, on another machine if it happens again"
             )
         (fingerprint,) = fingerprints
@@ -163,8 +163,8 @@ class LocalPool(Generators[Evaluator]):
                 found = as_fingerprint(sum(total for total in outcomes if not isinstance(total, Lost)))
                 if losses and done == len(updates) - 1 and found != before:
                     raise EstuneError(
-                        f"step {update.step}: made anew, weights have fingerprint {found}, and had {before} before: no "
-                        "sound machine does that; nothing wrong was recorded: resume"
+                        f"step {update.step + 1}: made anew, weights have fingerprint {found}, not {before} as before: "
+                        "no sound machine does that; nothing wrong was recorded: resume"
                     )
                 continue
             losses += 1

@@ -16,6 +16,10 @@ from estune.files import make_folder, write_text
 from estune.journal.journal import FILE, TEMPORARY
 from estune.weights.checkpoint import hub_name, locate
 
+RESUME = "estune train --resume {run}"
+"""What a user does to go on with a run, where the command line knows its task."""
+RESUME_OWN = "Trainer.resume('{run}', task=...)"
+"""The same where the task was given from Python."""
 BASE = "base"  # where a model that was given in memory lies in a run's directory
 
 
@@ -87,15 +91,19 @@ class RunDirectory:
         write_text(self.settings, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def refuse_used(path: Path) -> None:
+def refuse_used(path: Path, go_on: str = RESUME) -> None:
     """Refuse a directory that holds something.
+
+    Args:
+        path: the directory.
+        go_on: what the user does to go on with a run that lies in `{run}`.
 
     Raises:
         EstuneError: with what can be done.
     """
     if path.exists() and (not path.is_dir() or any(not _precedes(p.name) for p in path.iterdir())):
         held = "already holds a run" if (path / FILE).is_file() else "exists and is not empty"
-        resume = f"go on with `estune train --resume {path}`, " if (path / FILE).is_file() else ""
+        resume = f"go on with `{go_on.format(run=path)}`, " if (path / FILE).is_file() else ""
         raise EstuneError(f"output_dir {path} {held}: {resume}give another --output-dir, or remove it")
 
 

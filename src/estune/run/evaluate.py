@@ -15,6 +15,7 @@ from estune.run.directory import find_checkpoint
 from estune.run.resume import task_of
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
+from estune.weights.checkpoint import check_name
 
 if TYPE_CHECKING:
     pass
@@ -62,6 +63,8 @@ def evaluate_model(
         else:
             refuse_foreign(model, config, given, has_task=True, trust=trust_task, accept=accept_changes)
         refuse_changed_model(journal, find_checkpoint(model), accept=accept_changes)
+    else:
+        check_name(model)
     task = task or config.task.build(config.seed)
     config = config.model_copy(update={"model": str(find_checkpoint(model)), "workers": None})
     config = with_resources_to_generate(config)

@@ -13,6 +13,7 @@ from estune.es.strategy import mean_and_std
 from estune.files import replacing
 from estune.grading.convention import FAILURES, Grades, Row
 from estune.grading.grading import Grading, grade
+from estune.journal.identity import ACCEPT
 from estune.run.monitors.base import Sample
 from estune.tasks.base import Task
 
@@ -94,7 +95,7 @@ def evaluation_metrics(task: Task, graded: Graded) -> dict[str, float]:
     if "" not in accuracy or "eval_reward" not in metrics:
         raise EstuneError(
             f"task {task.name}: on the evaluation set the reward is not finite, or {' and '.join(task.accuracies)} "
-            "applies to no row; mend the reward, then resume with --accept-changes"
+            f"applies to no row; mend the reward, then resume with {ACCEPT}"
         )
     return metrics | {f"eval_accuracy/{group}" if group else "eval_accuracy": a for group, a in accuracy.items()}
 

@@ -22,7 +22,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        log.warning("stopping after this step; press Ctrl-C again to stop at once")
+        log.warning("stopping after this step; press Ctrl-C again to stop at once, which loses this step alone")
 
     if threading.current_thread() is not threading.main_thread():
         yield stop.is_set

@@ -17,9 +17,12 @@ from estune.run.code import code_of
 from estune.run.directory import RunDirectory
 from estune.run.trust import refuse_foreign, remember
 from estune.tasks.base import Task
-from estune.weights.checkpoint import Checkpoint, hub_name
+from estune.weights.checkpoint import Checkpoint, check_name, hub_name
 
-RESUME_FROM_PYTHON = "resume it from Python, with Trainer.resume(run, task=...)"
+RESUME_FROM_PYTHON = (
+    "resume it from Python, with Trainer.resume(run, task=...), or with the ESTrainer that began it, by "
+    "train(resume_from_checkpoint=True)"
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def reopen(
     try:
         config = resumed(journal, changed)
         done = len(journal.steps)
+        check_name(config.model)
         insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}
         task, code = task_of(journal, config, changed, RESUME_FROM_PYTHON, task=task, **insists)
         base = base_checkpoint(journal.header, config.model)
@@ -106,6 +110,8 @@ def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:
     """
     other = next((key for key in changed if key not in RESUMABLE), None)
     if other is not None:
+        if other not in Config.model_fields:
+            parse({other: changed[other]}, str(journal.path))  # which says what it is called here
         raise EstuneError(f"--resume keeps the run's settings, found {other}; only {', '.join(RESUMABLE)} may change")
     settings = {**journal.settings, **changed}
     name, commit = hub_name(str(journal.settings.get("model")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +19,13 @@ from estune.es.strategy import member_seed
 from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
+from estune.grading.isolation import refuse_grader
+from estune.journal.identity import ACCEPT
 from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, rank
 from estune.journal.replay import holds, rebuild
 from estune.pool.open import open_pool, with_resources
 from estune.run.code import code_of
-from estune.run.directory import RunDirectory, default_path, refuse_used
+from estune.run.directory import RESUME, RESUME_OWN, RunDirectory, default_path, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
 from estune.run.held_out import HeldOut, encode_rows
 from estune.run.interrupt import interruptible
@@ -36,7 +39,9 @@ from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
 from estune.versions import packages
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.checkpoint import Checkpoint, check_name, locate
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -50,6 +55,8 @@ class Trainer:
         best_by: metrics that tell which evaluation is the best, the first first; `-` stands before one of which less is
             better.
         past: the run to go on with, which `resume` gives.
+        go_on: what the user does to go on with the run, in which `{run}` stands for its directory: for messages; by
+            default the command, or `Trainer.resume` where the task is one of your own.
 
     Raises:
         EstuneError: for settings, data or a model that cannot be trained with, before anything is written.
@@ -63,12 +70,17 @@ class Trainer:
         monitors: Monitors | None = None,
         best_by: Sequence[str] = BEST_BY,
         past: Past | None = None,
+        go_on: str | None = None,
     ) -> None:
+        refuse_grader()
         options = config.task if task is None else None
+        go_on = go_on or (RESUME if task is None else RESUME_OWN)
+        if past is None:
+            check_name(config.model)
         task = task or config.task.build(config.seed)
         if past is None:
             path = config.output_dir or default_path(config, task.name)
-            refuse_used(path)
+            refuse_used(path, go_on)
         with ExitStack() as opened, ExitStack() as undo:
             if past is not None:
                 opened.callback(past.journal.close)
@@ -97,6 +109,7 @@ class Trainer:
                 self.journal = past.journal
                 self.base = past.base
                 self._rebuild()
+            self.journal.go_on = go_on.format(run=self.run.path)
             origin = self.journal.header.fingerprint if self.journal.header.ancestors else None
             self.strategy = make_strategy(config, origin)
             self.strategy.step = self._began_at
@@ -121,6 +134,7 @@ class Trainer:
         monitors: Monitors | None = None,
         accept_changes: bool = False,
         trust_task: bool = False,
+        go_on: str | None = None,
         **changed: Any,
     ) -> Self:
         """Go on with a run where its journal ends, to the same bits an undisturbed run would have.
@@ -129,7 +143,7 @@ class Trainer:
 
         Args:
             run: the run's directory.
-            task, monitors: as for a new run.
+            task, monitors, go_on: as for a new run.
             accept_changes: go on with the model's configuration and tokenizer and the task's code as they are now,
                 where they are not what the run began with; the journal says so from here on.
             trust_task: run the code that the journal names, which you have not run before.
@@ -142,7 +156,8 @@ class Trainer:
                 another setting is to change.
         """
         past = reopen(Path(run), changed, task=task, accept_changes=accept_changes, trust_task=trust_task)
-        return cls(past.config, task=past.task, monitors=monitors, past=past)
+        go_on = go_on or (RESUME if task is None else RESUME_OWN)
+        return cls(past.config, task=past.task, monitors=monitors, past=past, go_on=go_on)
 
     def train(self) -> Summary:
         """Take the steps that are left; Ctrl-C ends the run after the step in hand, a second one at once.
@@ -163,6 +178,9 @@ class Trainer:
             self._tell(lambda m: m.on_train_end(summary))
             self.journal.append_end(ended)  # last: it says that all is there
             return summary
+        except KeyboardInterrupt:
+            log.warning("stopped at once, and no step is lost; go on with: %s", self.journal.go_on)
+            raise
         finally:
             self.close()
 
@@ -310,7 +328,7 @@ class Trainer:
             if self._patience_is_over() or "stop" in self._requests():
                 return "stopped early"
             for monitor in self.monitors:
-                monitor.on_step_begin(step)
+                monitor.on_step_begin(step + 1)
             self._step()
             if "evaluate" in self._requests():
                 self._evaluate(step + 1)
@@ -349,8 +367,7 @@ class Trainer:
         rewards = [g.grades.mean for g in in_order]
         if all(r is None for r in rewards):
             raise EstuneError(
-                f"step {step}: no member has a reward, see the warnings; mend the reward, then resume with "
-                "--accept-changes"
+                f"step {step + 1}: no member has a reward, see the warnings; mend the reward, then resume with {ACCEPT}"
             )
 
         drift = self.pool.drift()
@@ -439,6 +456,7 @@ class Trainer:
             after=evaluations[-1].metrics if evaluations else {},
             best=best.metrics if best else {},
             ended=ended,
+            go_on=self.journal.go_on,
         )
 
     def _tell(self, call: Callable[[Monitor], None]) -> None:

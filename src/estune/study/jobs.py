@@ -32,7 +32,8 @@ LONGEST = 300  # characters of an error
 GRACE = 10.0  # seconds that a child has to end in once it was asked to
 ERROR = "error: "
 TRACEBACK = "Traceback (most recent call last):"
-_FRAME = re.compile(r"\s*[\u2500-\u257f]")  # Unicode's box drawing
+# Unicode's box drawing, or what rich draws where there is no Unicode.
+_FRAME = re.compile(r"\s*([\u2500-\u257f]|\+-.*-\+$|\|.*\|$)")
 
 
 class Jobs:

@@ -24,6 +24,7 @@ from estune.run.graded import Graded, grade_completions
 from estune.run.make import make_grading, make_sampling
 from estune.run.order import StagedOrder
 from estune.tasks.base import Task
+from estune.weights.checkpoint import check_name
 
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 # Share of the base's reward, above the worst that any member fell to, that the mean over members has to keep.
@@ -146,6 +147,8 @@ def probe(
             f"probe: {members} members, {repeats} repeats, {prompts} prompts; a spread takes two members and two "
             "repeats, and a reward one prompt"
         )
+    if pool is None:
+        check_name(config.model)
     task = task or config.task.build(config.seed)
     opened = None
     if pool is None:

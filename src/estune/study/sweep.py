@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import yaml
@@ -137,7 +138,7 @@ def sweep(
         file, overrides: settings, and with `sweep.` before them what is swept.
         jobs: runs at a time.
         search: choose values by what the runs so far came to, by Optuna's default method, instead of trying them all.
-        trials: how many runs a search makes.
+        trials: how many points a search draws.
         metric: of a run's best evaluation: what a search maximises.
         told: called with each trial as it ends; those that were done before are not told.
 
@@ -285,7 +286,13 @@ def _search(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -
 
 
 def _choose(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -> list[Trial]:
-    """Run trials, each with the values that Optuna chooses by those before it."""
+    """Run trials, each with the values that Optuna chooses by those before it.
+
+    What a trial draws follows from its number and the trials before it, not from when the search was begun: one that
+    was stopped goes on as if it had not been. Values that were drawn before are not run again: the run would be the
+    same to the bit.
+    """
+    import numpy as np
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -294,22 +301,32 @@ def _choose(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -
     study = optuna.create_study(
         study_name="sweep",
         storage=JournalStorage(JournalFileBackend(str(runner.folder / STUDY))),
-        sampler=optuna.samplers.TPESampler(seed=int(runner.settings.get("seed", 0)), constant_liar=jobs > 1),
         direction="maximize",
         load_if_exists=True,
     )
     # Of a sweep that was cut off: a trial that was running goes on, one that had failed is tried again.
     begun = {trial.number: trial for trial in study.trials if trial.params.keys() == space.names}
     running = optuna.trial.TrialState.RUNNING
+    seed = int(runner.settings.get("seed", 0))
+    asking = Lock()
+    ended: dict[str, Trial] = {}
+
+    def ask() -> tuple[int, Values]:
+        with asking:
+            drawn = np.random.SeedSequence([seed, len(study.trials)]).generate_state(1)
+            study.sampler = optuna.samplers.TPESampler(seed=int(drawn[0]), constant_liar=jobs > 1)
+            asked = study.ask()
+            return asked.number, _as_text(_suggest(asked, space))
 
     def one(old: Any) -> Trial:
-        asked = old or study.ask()
-        values = _as_text(old.params if old else _suggest(asked, space))
-        trial = runner.run(f"trial-{asked.number:03d}", values)
+        number, values = (old.number, _as_text(old.params)) if old else ask()
+        trial = ended.get(name_of(values)) or runner.run(f"trial-{number:03d}", values)
+        if trial.error is None:
+            ended[name_of(values)] = trial
         if old is None or old.state == running:
             value = trial.metrics.get(metric)
             failed = optuna.trial.TrialState.FAIL
-            study.tell(asked.number, value, state=failed if value is None else None)
+            study.tell(number, value, state=failed if value is None else None)
         return trial
 
     first = list(begun.values())[:count]

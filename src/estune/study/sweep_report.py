@@ -18,10 +18,11 @@ LABELLED = 8
 def groups(trials: Sequence[Trial], metric: str = METRICS[0]) -> list[tuple[Values, list[float]]]:
     """The metric of the trials that differ by nothing but their seed, under the settings that they share; best first.
 
-    Trials that failed are left out.
+    Trials that failed are left out, and one that a search drew twice counts once: a run that is the same to the bit is
+    no replication.
     """
     found: dict[str, tuple[Values, list[float]]] = {}
-    for trial in trials:
+    for trial in _distinct(trials):
         values = {key: value for key, value in trial.values.items() if key != "seed"}
         if metric in trial.metrics:
             found.setdefault(name_of(values), (values, []))[1].append(trial.metrics[metric])
@@ -49,7 +50,7 @@ def rows(trials: Sequence[Trial], metric: str = METRICS[0]) -> list[list[str]]:
 def effects(trials: Sequence[Trial], metric: str = METRICS[0]) -> dict[str, dict[str, list[float]]]:
     """For each swept setting that has several values, the metric of all trials at each of its values."""
     found: dict[str, dict[str, list[float]]] = {}
-    for trial in trials:
+    for trial in _distinct(trials):
         for key, value in trial.values.items():
             if metric in trial.metrics:
                 found.setdefault(key, {}).setdefault(value, []).append(trial.metrics[metric])
@@ -83,6 +84,10 @@ def effect_chart(setting: str, by: Mapping[str, Sequence[float]], metric: str) -
     wide = numbers is not None and min(places) > 0 and max(places) / min(places) >= (10 if many else 4)
     labels = {} if many else dict(zip(places, by, strict=True))
     return Plot(setting, metric, series, buttons=False, along=setting, labels=labels, log=wide)
+
+
+def _distinct(trials: Sequence[Trial]) -> list[Trial]:
+    return list({name_of(trial.values): trial for trial in trials if trial.error is None}.values())
 
 
 def _numbers(values: Iterable[str]) -> list[float] | None:

@@ -5,7 +5,6 @@ The names are those of TRL 1.16 and of transformers' `TrainingArguments`. Neithe
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.config import Config, parse
+from estune.config.names import MEANINGLESS, RENAMED, hint
 from estune.errors import EstuneError
 
 log = logging.getLogger(__name__)
@@ -20,11 +20,8 @@ log = logging.getLogger(__name__)
 GRADIENT_RATE = 0.01
 """A learning rate below this part of sigma is a gradient's: with it thousands of steps would move no completion."""
 
-_RENAMED = {
-    "max_completion_length": "max_new_tokens",
-    "vllm_tensor_parallel_size": "gpus_per_worker",
-    "alpha": "learning_rate",  # taken as it is given
-}
+# Taken under these names too; `alpha` as it is given.
+_RENAMED = {name: RENAMED[name] for name in ("max_completion_length", "vllm_tensor_parallel_size", "alpha")}
 
 # What `ESTrainer` and callbacks read, with what it is if not given.
 _OWN: dict[str, Any] = {
@@ -69,38 +66,6 @@ _MISSING: dict[str, Any] = {
     "vllm_mode": "colocate",
     "vllm_structured_outputs_regex": None,
 }
-
-# The rest: gradients, their optimizers and their parallelism, GRPO's loss, and details of transformers' loop.
-MEANINGLESS = frozenset(
-    """
-    accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
-    auto_find_batch_size average_tokens_across_devices batch_eval_metrics beta bf16_full_eval cache_implementation
-    cast_lm_head_to_fp32 data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
-    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend
-    ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed
-    delta disable_dropout do_eval do_predict do_train ds3_gather_for_generation enable_jit_checkpoint entropy_coef
-    entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target epsilon epsilon_high eval_accumulation_steps
-    eval_delay eval_do_concat_batches eval_use_gather_object fp16_full_eval fsdp fsdp_config full_determinism
-    generation_batch_size gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs
-    hub_always_push hub_strategy ignore_data_skip importance_sampling_level include_for_metrics
-    include_num_input_tokens_seen label_names label_smoothing_factor length_column_name liger_kernel_config local_rank
-    log_completions_hub_repo log_level log_level_replica log_multimodal log_on_each_node log_unique_prompts
-    logging_nan_inf_filter loss_type max_grad_norm neftune_noise_alpha num_completions_to_print num_generations
-    num_generations_eval num_iterations off_policy_mask_threshold optim optim_args optim_target_modules
-    pad_to_multiple_of parallelism_config per_device_eval_batch_size per_device_train_batch_size prediction_loss_only
-    project ref_model_mixup_alpha ref_model_sync_steps remove_unused_columns restore_callback_states_from_checkpoint
-    router_aux_loss_coef sapo_temperature_neg sapo_temperature_pos save_on_each_node save_only_model scale_rewards
-    shuffle_dataset skip_memory_metrics steps_per_generation sync_ref_model tf32 top_entropy_quantile torch_compile
-    torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id
-    trackio_static_space_id train_sampling_strategy transformers_continuous_batching_config use_adaptive_entropy
-    use_bias_correction_kl use_cache use_liger_kernel use_transformers_continuous_batching use_transformers_paged
-    vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos vllm_enable_sleep_mode vllm_group_port
-    vllm_importance_sampling_cap vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
-    vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_model_impl vllm_server_base_url
-    vllm_server_host vllm_server_port vllm_server_timeout warmup_ratio warmup_steps
-    """.split()  # noqa: SIM905
-)
-"""Names of `GRPOConfig` that are accepted and not used."""
 
 # Ways to load a model that change none of its weights.
 _LOADING = ("attn_implementation", "device_map", "low_cpu_mem_usage", "use_cache")
@@ -253,7 +218,7 @@ _SAVES = ("no", "steps", "epoch", "best")
 
 def _check(name: str, value: Any) -> None:
     """Refuse a name that nobody knows, and a value that would silently be something else."""
-    if name in ("model", "task"):
+    if RENAMED.get(name, name).partition(".")[0] in ("model", "task"):
         raise EstuneError(f"ESConfig: {name} is no setting here; ESTrainer takes model, reward_funcs and data itself")
     if name in _MISSING:
         if value not in (_MISSING[name], None, {}):
@@ -263,11 +228,8 @@ def _check(name: str, value: Any) -> None:
         if other is not None:
             raise EstuneError(f"ESConfig: estune cannot load a model with {other}; leave it out of model_init_kwargs")
     elif name not in {*Config.model_fields, *_OWN, *_RENAMED, *MEANINGLESS}:
-        near = difflib.get_close_matches(
-            name, {*Config.model_fields, *_OWN, *_RENAMED, *_MISSING, *MEANINGLESS}, 1, 0.5
-        )
-        hint = f"did you mean {near[0]}?" if near else "see docs/trl.md"
-        raise EstuneError(f"ESConfig: unknown setting {name}; {hint}")
+        taken = {*Config.model_fields, *_OWN, *_RENAMED, *_MISSING}
+        raise EstuneError(f"ESConfig: unknown setting {name}; {hint(name, taken, 'see docs/trl.md')}")
 
 
 def _loading(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.files import make_temporary, remove, remove_temporary, replacing, write_text
 from estune.grading.convention import reward_name
+from estune.grading.isolation import refuse_grader
 from estune.journal.journal import FILE
 from estune.pool.generators import open_generators
 from estune.pool.open import with_resources_to_generate
@@ -44,6 +45,7 @@ from estune.weights.checkpoint import locate
 
 log = logging.getLogger(__name__)
 
+RESUME = "trainer.train(resume_from_checkpoint='{run}')"  # what a user does to go on with a run
 _REFUSED = {
     "optimizers": "there is no optimizer: the update is the method",
     "peft_config": "all weights are trained, and an adapter saves no memory here",
@@ -180,13 +182,14 @@ class ESTrainer:
         Raises:
             EstuneError: as `Trainer` and `Trainer.resume`.
         """
+        refuse_grader()
         if resume_from_checkpoint:
             given = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
             run = self._resume(given, accept_changes=accept_changes)
         else:
-            refuse_used(self.directory.path)
+            refuse_used(self.directory.path, RESUME)
             config = self.config.model_copy(update={"model": self._base()})
-            run = Trainer(config, task=self.task, monitors=self._monitors, best_by=self.args.best_by)
+            run = Trainer(config, task=self.task, monitors=self._monitors, best_by=self.args.best_by, go_on=RESUME)
         try:
             self._run = run
             summary = run.train()
@@ -341,7 +344,12 @@ class ESTrainer:
         changed = {key: getattr(self.config, key) for key in RESUMABLE if key in self.args.settings()}
         changed |= {"model": self._base(), "steps": self.config.steps}
         run = Trainer.resume(
-            self.directory.path, task=self.task, monitors=self._monitors, accept_changes=accept_changes, **changed
+            self.directory.path,
+            task=self.task,
+            monitors=self._monitors,
+            accept_changes=accept_changes,
+            go_on=RESUME,
+            **changed,
         )
         own = (*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size")
         here, there = (c.model_dump(exclude=set(own)) for c in (self.config, run.config))

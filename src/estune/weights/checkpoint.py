@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,9 @@ def locate(model: str | Path) -> Path:
         if not _HUB_ID.fullmatch(str(model)):
             names = ", ".join(EMBEDDED)
             raise EstuneError(f"model {model}: no such directory; give a directory, a hub id or one of: {names}")
-        path = _download(str(model))
+        path = _download(str(model), *COMPANIONS, INDEX, "*.safetensors")
+        if not any(path.glob("*.safetensors")):
+            path = _download(str(model), *COMPANIONS, *PICKLES)
     if not (path / "config.json").is_file():
         kind = "a file" if path.is_file() else "a directory without config.json"
         raise EstuneError(f"model {model} is {kind}, not a checkpoint: give a directory made by save_pretrained")
@@ -257,15 +259,28 @@ def locate(model: str | Path) -> Path:
     return path
 
 
-def _download(model: str) -> Path:
+def check_name(model: str | Path) -> None:
+    """See that there is a model of this name, before anything large is fetched: of a hub id, only its config.json is.
+
+    Raises:
+        EstuneError: as `locate`.
+    """
+    path = EMBEDDED.get(str(model), Path(model))
+    if path.exists() or not _HUB_ID.fullmatch(str(model)):
+        locate(model)
+    else:
+        _download(str(model), "config.json")
+
+
+def _download(model: str, *patterns: str) -> Path:
+    """The directory of a hub id, with the files that fit the patterns."""
     from huggingface_hub import snapshot_download
 
     name, revision = hub_name(model)
-    # Repositories can hold the same weights again: in the original format, in folders for other libraries.
-    load = partial(snapshot_download, name, revision=revision, ignore_patterns=["consolidated*", "*/*"])
     try:
-        folder = Path(load(allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"]))
-        return folder if any(folder.glob("*.safetensors")) else Path(load(allow_patterns=[*COMPANIONS, *PICKLES]))
+        # Repositories can hold the same weights again: in the original format, in folders for other libraries.
+        others = ["consolidated*", "*/*"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=others))
     except Exception as error:  # the hub's library raises a dozen kinds; each means that the model cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         names = ", ".join(EMBEDDED)

@@ -150,7 +150,7 @@ class RayPool:
                 votes |= self.crew.ask(odd, "rebuild", (history, None))
         if len(set(votes.values())) > 1:
             raise EstuneError(
-                f"step {len(history) - 1}: after the same updates workers' weights differ "
+                f"step {len(history)}: after the same updates workers' weights differ "
                 f"({', '.join(f'{slot}: {vote}' for slot, vote in votes.items())}): no sound machine does that; "
                 "nothing wrong was recorded: resume without the machine that is alone with its result"
             )

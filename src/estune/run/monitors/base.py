@@ -28,7 +28,7 @@ class Plan:
     parameters: int
     task: str
     steps: int
-    first_step: int  # above 0 when a run is resumed
+    first_step: int  # steps that are done; above 0 when a run is resumed
     population: int
     prompts_per_step: int
     train_size: int
@@ -48,6 +48,7 @@ class Summary:
     after: dict[str, float]
     best: dict[str, float]
     ended: str  # "finished", "stopped early" or "interrupted"
+    go_on: str = ""  # what its user does to go on with the run
 
 
 Request = Literal["stop", "evaluate", "save"]
@@ -60,7 +61,7 @@ class Monitor:
         """A run begins or goes on."""
 
     def on_step_begin(self, step: int) -> None:
-        """A step begins, from 0."""
+        """A step begins, the first of a run being 1."""
 
     def on_member_end(self, done: int, population: int) -> None:
         """One more member of the step has been graded."""

@@ -53,7 +53,7 @@ class ConsoleMonitor(Monitor):
 
     def on_train_begin(self, plan: Plan) -> None:
         """Say what the run is, and start the display."""
-        again = f", going on from step {plan.first_step}" if plan.first_step else ""
+        again = f", going on after step {plan.first_step}" if plan.first_step else ""
         self.console.print(
             f"[bold]{escape(printable(plan.task))}[/] with {escape(printable(plan.model))} "
             f"({plan.parameters:,} parameters): "
@@ -183,6 +183,6 @@ def _summary(s: Summary) -> Panel:
         lines += [escape(text) for text in _instruments(s.after, s.before)]
     lines.append(f"in {escape(str(s.run))}:")
     lines += [f"  {name:<14} {what}" for name, what in CONTENTS.items() if (s.run / name).exists()]
-    if s.ended != "finished":
-        lines.append(f"go on with: estune train --resume {escape(str(s.run))}")
+    if s.ended != "finished" and s.go_on:
+        lines.append(f"go on with: {escape(s.go_on)}")
     return Panel("\n".join(lines), title="run", title_align="left")

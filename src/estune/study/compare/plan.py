@@ -81,6 +81,24 @@ class Plan(BaseModel):
         if config.start_from is not None:
             raise EstuneError("compare begins with a model: export the run of start_from, and give that as the model")
 
+    def large_steps(self, config: Config, rows: int) -> list[str]:
+        """A sentence for each kind of method one step of which can take more than the whole budget.
+
+        Args:
+            config: the settings.
+            rows: of the training set.
+        """
+        steps = {"es": config.population * min(config.prompts_per_step, rows), "RL": self.batch}
+        smaller = {"es": "--population or --prompts_per_step", "RL": "--batch"}
+        kinds = dict.fromkeys("es" if method == "es" else "RL" for method in self.methods)
+        return [
+            f"budget {self.budget:,}: one step of {kind} is {steps[kind]:,} completions, which can take "
+            f"{steps[kind] * config.max_new_tokens:,} tokens, and it is finished; give a larger --budget or a smaller "
+            f"{smaller[kind]}"
+            for kind in kinds
+            if steps[kind] * config.max_new_tokens > self.budget
+        ]
+
     @property
     def micro_batch(self) -> int:
         """Completions in one backward pass: the largest part of a batch, of at most 32."""

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import write_text
 from estune.study import picture
 from estune.study.chart import Plot, Series
-from estune.study.compare.plan import at_an_end, best_tried
+from estune.study.compare.plan import Plan, at_an_end, best_tried
 from estune.study.table import markdown, spread
 
 Result = Mapping[str, Any]
@@ -75,9 +76,41 @@ def trials_table(results: Sequence[Result]) -> list[list[str]]:
     return [["method", "rate", "accuracy %", "reward", "KL"], *rows]
 
 
-def write_report(folder: Path, results: Sequence[Result]) -> Path:
+def over_budget(results: Sequence[Result], budget: int) -> str:
+    """By how much of the budget each method's runs went over it, the mean over seeds: a step is always finished."""
+    spent = {m: [r["tokens"] for r in runs if "tokens" in r] for m, runs in by_method(results).items()}
+    shares = [f"{NAMES[m]} {statistics.fmean(each) / budget - 1:.1%}" for m, each in spent.items() if each]
+    return f"over the budget, by the step that spent the last of it: {', '.join(shares)}"
+
+
+def described(plan: Plan, config: Config) -> str:
+    """What was compared, as a list: model, task, budget and the settings of each kind of method."""
+    rate = "sigma / 2" if config.learning_rate is None else f"{config.learning_rate:g}"
+    lines = [
+        f"model {config.model}, task {config.task.name}, completions of at most {config.max_new_tokens} tokens",
+        f"budget: {plan.budget:,} generated tokens a run; seeds {', '.join(map(str, plan.seeds))}",
+    ]
+    if "es" in plan.methods:
+        lines.append(
+            f"ES: population {config.population}, {config.prompts_per_step} prompts a step, sigma {config.sigma:g}, "
+            f"learning rate {rate}, temperature {config.temperature:g}, weights {config.weights}"
+        )
+    if plan.methods != ["es"]:
+        rates = ", ".join(f"{rate:g}" for rate in plan.rates)
+        lines.append(
+            f"RL: {plan.batch} completions a step in groups of {plan.generations}, temperature "
+            f"{plan.rl_temperature:g}, weight of the KL penalty {plan.beta:g}, learning rates {rates}"
+        )
+    if "rloo" in plan.methods:
+        lines.append("RLOO stands in for PPO, with which the paper compares: TRL has no PPO trainer any more")
+    task = config.task.model_dump(mode="json", exclude_none=True, exclude={"name"})
+    lines.append("task options: " + ", ".join(f"{key} {value}" for key, value in task.items()))
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def write_report(folder: Path, results: Sequence[Result], plan: Plan, config: Config) -> Path:
     """Write `report.md`, and `report.svg` beside it if there is anything to draw; return the former."""
-    parts = ["# Comparison", markdown(table(results))]
+    parts = ["# Comparison", described(plan, config), markdown(table(results))]
     if any(r["job"]["trial"] for r in results):
         parts += [f"{END} at an end of the rates that were tried: others may be better."]
         parts += ["Learning rates that were tried:", markdown(trials_table(results))]
@@ -85,6 +118,7 @@ def write_report(folder: Path, results: Sequence[Result]) -> Path:
     if failed:
         parts += ["Runs that failed:", "\n".join(failed)]
     if by_method(results):
+        parts.insert(3, over_budget(results, plan.budget))
         draw(results, folder / "report.svg")
         parts.insert(1, "![accuracy of each method](report.svg)")
     path = folder / "report.md"

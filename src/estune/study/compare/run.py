@@ -58,6 +58,8 @@ def compare(
     _check_task(task)
     with make_grading(config, task) as grading:
         preflight(task, grading)
+    for text in plan.large_steps(config, len(task.train)):
+        log.warning("%s", text)
     with _claimed(folder, plan, config):
         results = _work(plan, config, folder, plan.trials(), told)
         runs = plan.runs(results)

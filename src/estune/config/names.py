@@ -1,0 +1,187 @@
+"""What other trainers call things, and what stands for them here: the answer to a setting that there is none of.
+
+The names are those of TRL 1.16's `GRPOConfig` and transformers' `TrainingArguments`, with some that these have dropped,
+of verl's `ppo_trainer.yaml`, of Unsloth's notebooks, of prime-rl's files and of the scripts of the paper
+(github.com/VsonicV/es-fine-tuning-paper). Which of them `ESConfig` takes is said in `trl/config.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+NEAR = 0.8
+"""Likeness (`difflib`'s ratio) from which on a name passes for a slip of the pen; one that is less like may mean
+something else."""
+NO_MEANING = "it has no meaning for Evolution Strategies: leave it out"
+
+_RENAMED = {
+    "model": "model_name model_name_or_path model_id pretrain actor_rollout_ref.model.path",
+    "task.data": "train_dataset dataset dataset_name train_files train_data data_path",
+    "task.eval_data": "eval_dataset val_files val_data",
+    "task.split": "dataset_train_split train_split",
+    "task.eval_split": "dataset_test_split eval_split",
+    "task.rewards": "reward_funcs reward_functions reward_function reward_fn custom_reward_function.path",
+    "start_from": "checkpoint load_checkpoint",
+    "output_dir": "output_directory experiment_dir default_local_dir",
+    "seed": "global_seed random_seed random_state",
+    "steps": "max_steps n_iterations total_training_steps num_steps train_steps",
+    "population": "population_size pop_size n_population",
+    "learning_rate": "lr alpha step_size actor_learning_rate",
+    "lr_scheduler_type": "lr_scheduler lr_schedule warmup_style",
+    "mirrored": "antithetic use_antithetic",
+    "max_new_tokens": "max_completion_length max_response_length response_length max_completion_tokens max_tokens",
+    "batch_size": "mini_batch_size eval_batch_size val_batch_size per_device_eval_batch_size",
+    "dtype": "torch_dtype precision",
+    "workers": "num_engines n_vllm_engines",
+    "gpus_per_worker": (
+        "vllm_tensor_parallel_size n_gpu_per_vllm_engine tensor_parallel_size tensor_model_parallel_size"
+    ),
+    "vllm_gpu_memory_utilization": "gpu_memory_utilization",
+    "vllm_max_model_length": "max_model_len vllm_max_model_len",
+    "reward_timeout": "reward_function_timeout",
+    "eval_steps": "eval_freq test_freq eval_interval",
+    "eval_temperature": "actor_rollout_ref.rollout.val_kwargs.temperature",
+    "save_steps": "save_freq save_interval checkpoint_interval ckpt.interval",
+    "report_to": "logger logging",
+}
+RENAMED = {theirs: ours for ours, names in _RENAMED.items() for theirs in names.split()}
+"""Names of others for a setting of ours that means the same."""
+
+_ANSWERS = {
+    "a step is population members that answer the same prompts_per_step prompts each: set these": (
+        "num_generations actor_rollout_ref.rollout.n rollouts_per_example group_size n_samples_per_prompt "
+        "per_device_train_batch_size per_gpu_train_batch_size train_batch_size generation_batch_size "
+        "rollout_batch_size orchestrator.batch_size examples_per_env examples_per_step num_prompts_per_step"
+    ),
+    "set eval_samples, with eval_temperature": "num_generations_eval",
+    "set steps: GRPO's updates by one batch have no counterpart": "num_iterations",
+    "set steps: each draws prompts_per_step prompts of the training set": (
+        "num_train_epochs num_epochs n_epochs epochs total_epochs"
+    ),
+    "prompts are never cut, and max_new_tokens is the longest completion: leave it out": (
+        "max_prompt_length max_seq_length max_seq_len max_length seq_len prompt_length truncation"
+    ),
+    "set dtype: auto, float32, bfloat16 or float16": "bf16 fp16 model_init_kwargs",
+    "set device: cpu": "use_cpu no_cuda",
+    "set engine: vllm": "use_vllm fast_inference",
+    "set engine: transformers or vllm": "actor_rollout_ref.rollout.name",
+    "set CUDA_VISIBLE_DEVICES in the environment, and workers": "cuda_devices use_gpus n_gpus_per_node num_gpus",
+    "all weights are trained, and adapters save no memory here: leave it out (train_parameters trains a part)": (
+        "use_peft peft_config lora_rank lora_r lora_alpha lora_dropout max_lora_rank target_modules"
+    ),
+    "all weights are trained: leave it out": "full_finetuning",
+    "weights that are trained are not quantised: leave it out": (
+        "load_in_4bit load_in_8bit quantization quantization_config"
+    ),
+    "set eval_steps; 0 evaluates at the start and the end": "eval_strategy evaluation_strategy",
+    "the start is always evaluated: leave it out": "val_before_train",
+    "set save_steps; 0 saves none": "save_strategy",
+    "best/, final/ and every checkpoint are kept: leave it out": (
+        "save_total_limit load_best_model_at_end save_best_models"
+    ),
+    "the best evaluation is that of the highest accuracy: leave it out": "metric_for_best_model greater_is_better",
+    "every step is logged: leave it out": "logging_strategy logging_steps logging_first_step logging_dir",
+    "a run is called by its output_dir, and trackers take the project from WANDB_PROJECT or TRACKIO_PROJECT": (
+        "run_name experiment_name project project_name wandb_project"
+    ),
+    "where there is no terminal, a step is a line: leave it out": "disable_tqdm",
+    "go on with a run by `estune train --resume RUN`": (
+        "resume_from_checkpoint resume_from_path resume_mode start_iteration"
+    ),
+    "an output_dir that holds a run is never overwritten: leave it out": "overwrite_output_dir clean_output_dir",
+    "best/ and final/ are Hugging Face checkpoints: upload one with `hf upload NAME RUN/best`": (
+        "push_to_hub push_to_hub_model_id hub_model_id hub_token hub_private_repo hub_revision"
+    ),
+    "rewards are standardised over the population: leave it out": "reward_shaping reward_normalization scale_rewards",
+    "there is no KL penalty: leave it out (compare_with_base tells how far a model has gone)": (
+        "beta init_kl_coef kl_coef kl_loss_coef kl_penalty use_kl_in_reward use_kl_loss"
+    ),
+    "estune cannot do it: leave it out": (
+        "generation_kwargs lr_scheduler_kwargs mask_truncated_completions max_tool_calling_iterations min_p "
+        "multi_objective_aggregation repetition_penalty vllm_mode vllm_structured_outputs_regex"
+    ),
+}
+ANSWERS = {theirs: said for said, names in _ANSWERS.items() for theirs in names.split()}
+"""Names of others for what is done in another way here, or not at all, with what to do."""
+
+MEANINGLESS = frozenset(
+    """
+    accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
+    auto_find_batch_size average_tokens_across_devices batch_eval_metrics beta bf16_full_eval cache_implementation
+    cast_lm_head_to_fp32 data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
+    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend
+    ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed
+    delta disable_dropout do_eval do_predict do_train ds3_gather_for_generation enable_jit_checkpoint entropy_coef
+    entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target epsilon epsilon_high eval_accumulation_steps
+    eval_delay eval_do_concat_batches eval_use_gather_object fp16_full_eval fsdp fsdp_config full_determinism
+    generation_batch_size gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs
+    hub_always_push hub_strategy ignore_data_skip importance_sampling_level include_for_metrics
+    include_num_input_tokens_seen label_names label_smoothing_factor length_column_name liger_kernel_config local_rank
+    log_completions_hub_repo log_level log_level_replica log_multimodal log_on_each_node log_unique_prompts
+    logging_nan_inf_filter loss_type max_grad_norm neftune_noise_alpha num_completions_to_print num_generations
+    num_generations_eval num_iterations off_policy_mask_threshold optim optim_args optim_target_modules
+    pad_to_multiple_of parallelism_config per_device_eval_batch_size per_device_train_batch_size prediction_loss_only
+    project ref_model_mixup_alpha ref_model_sync_steps remove_unused_columns restore_callback_states_from_checkpoint
+    router_aux_loss_coef sapo_temperature_neg sapo_temperature_pos save_on_each_node save_only_model scale_rewards
+    shuffle_dataset skip_memory_metrics steps_per_generation sync_ref_model tf32 top_entropy_quantile torch_compile
+    torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id
+    trackio_static_space_id train_sampling_strategy transformers_continuous_batching_config use_adaptive_entropy
+    use_bias_correction_kl use_cache use_liger_kernel use_transformers_continuous_batching use_transformers_paged
+    vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos vllm_enable_sleep_mode vllm_group_port
+    vllm_importance_sampling_cap vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
+    vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_model_impl vllm_server_base_url
+    vllm_server_host vllm_server_port vllm_server_timeout warmup_ratio warmup_steps
+    """.split()  # noqa: SIM905
+)
+"""Names of `GRPOConfig` for gradients, their optimizers and their parallelism, GRPO's loss, and details of
+transformers' loop."""
+
+_MEANINGLESS = frozenset(
+    """
+    adv_estimator clip_ratio clip_ratio_high clip_ratio_low critic_warmup entropy_coeff fp16_opt_level gamma grad_clip
+    half_precision_backend kl_ctrl kl_loss_type lam lr_warmup_steps lr_warmup_steps_ratio norm_adv_by_std_in_grpo
+    param_offload ppo_epochs ppo_max_token_len_per_gpu ppo_micro_batch_size ppo_micro_batch_size_per_gpu
+    ppo_mini_batch_size use_gradient_checkpointing
+    """.split()  # noqa: SIM905
+)
+"""The like of other trainers."""
+
+_SAME = ("dtype", "learning_rate", "max_new_tokens", "population", "seed", "sigma", "temperature", "top_k", "top_p")
+"""Names of ours that mean the same in others' sections, such as `actor_rollout_ref.rollout.temperature`."""
+
+
+def hint(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What to say of a setting that there is none of.
+
+    Args:
+        name: what was given; sections before it, with dots between.
+        known: the names that are taken where it stands.
+        otherwise: what to say where nothing of the kind is known.
+    """
+    *section, key = name.replace("-", "_").split(".")
+    known = set(known)
+    near = [key] if key in known else difflib.get_close_matches(key, sorted(known), 1, NEAR)
+    if key not in known and (found := answer(".".join([*section, key]))):
+        return found
+    return f"did you mean {'.'.join([*section, near[0]])}?" if near else otherwise
+
+
+def answer(name: str) -> str | None:
+    """What stands here for a name of other trainers, or None.
+
+    In their sections it is known with all of them, or by its last part.
+    """
+    *section, leaf = name.split(".")
+    if "critic" in section:
+        return NO_MEANING
+    if "lora" in section:
+        return ANSWERS["lora_rank"]
+    for key in (name, leaf):
+        if key in RENAMED:
+            return f"here it is {RENAMED[key]}"
+        if key in ANSWERS:
+            return ANSWERS[key]
+        if key in MEANINGLESS or key in _MEANINGLESS:
+            return NO_MEANING
+    return f"here it is {leaf}" if section and leaf in _SAME else None
