@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from estune.rewards.answers import final_answer
 from estune.rewards.code import extract_code
 from estune.rewards.conciseness import contains
 from estune.rewards.countdown import answer_reward, format_reward
 from estune.rewards.instructions import CHECKS
-from estune.rewards.math import final_answer
 from estune.rewards.readable import is_formula, is_literal
 
 LENGTH = 200_000

@@ -12,7 +12,7 @@ from typing import Any
 
 from estune.errors import EstuneError
 from estune.rewards.expression import ExpressionError, Value, evaluate, tokenize
-from estune.rewards.text import Text, as_text
+from estune.rewards.text import Text, as_text, last_answer
 
 _THINK = "<think>"
 _END_THINK = "</think>"
@@ -53,13 +53,6 @@ def format_reward(*, prompts: Sequence[Text], completions: Sequence[Text], **_: 
     prompt belongs to the completion.
     """
     return [_format(as_text(prompt), as_text(text)) for prompt, text in zip(prompts, completions, strict=True)]
-
-
-def last_answer(text: str) -> str | None:
-    """What stands between the last `</answer>` and the `<answer>` before it; None without such a pair."""
-    end = text.rfind(_END_ANSWER)
-    start = text.rfind(_ANSWER, 0, max(end, 0))
-    return None if start < 0 else text[start + len(_ANSWER) : end]
 
 
 def parse_target(target: Any) -> tuple[Fraction, Fraction]:
