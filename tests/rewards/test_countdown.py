@@ -46,6 +46,9 @@ def form(text: Any, prompt: Any = PAPER_PROMPT) -> float | None:
         ("<answer>1</answer> no, <answer>44+19+35</answer>", 1),
         ("<answer>44+19+35</answer> no, <answer>1</answer>", 0),
         ("<answer>44+19+35</answer> and <answer>", 1),
+        ("<answer>44+19+35</answer></answer>", 1),
+        ("<answer>44+19+35</answer> stands between <answer> and </answer>", 0),
+        ("<answer>44+19+35</answer>, closed by </answer>", 1),
         ("<answer>44+19+35", 0),
         ("44+19+35</answer>", 0),
         ("</answer>44+19+35<answer>", 0),
@@ -71,7 +74,9 @@ def test_answer(text: str, expected: float) -> None:
     [
         ("800/3", "266.666", 1), ("800/3", 266.667, 1), ("800/3", "266.66", 0), ("800/3", "266.664", 0),
         ("137/5", "27.4", 1), ("137/5", 27.4, 1), ("137/5", "27", 0), ("137/5", "27.400", 1), ("96/2", "48", 1),
-        ("96/2", 48.0, 1), ("96/2", " 48 ", 1), ("2-96", "-94", 1),
+        ("96/2", 48.0, 1), ("96/2", " 48 ", 1), ("2-96", "-94", 1), ("71/3", 71 / 3, 1), ("71/3", str(71 / 3), 1),
+        ("71/3", "23.66666", 1), ("72/3", 71 / 3, 0), ("1/99999", 1 / 99999, 1), ("1/99998", 1 / 99999, 0),
+        ("2-97/3", 2 - 97 / 3, 1), ("96/2", "4.8e1", 1), ("97/2", "4.8e1", 0),
     ],
 )  # fmt: skip
 def test_targets_are_rationals(expression: str, target: Any, expected: float) -> None:
@@ -79,7 +84,14 @@ def test_targets_are_rationals(expression: str, target: Any, expected: float) ->
     assert answer(f"<answer>{expression}</answer>", numbers, target) == expected
 
 
-@pytest.mark.parametrize("target", ["x", "", None, "1e9", "nan", "1/3", "9" * 1000])
+@given(st.integers(1, 99), st.integers(2, 99), st.integers(1, 99))
+def test_the_float_of_a_quotient_is_reached_by_it_and_by_no_other(one: int, other: int, more: int) -> None:
+    assert answer(f"<answer>{one}/{other}</answer>", [one, other], one / other) == 1.0
+    if Fraction(more, other) != Fraction(one, other):
+        assert answer(f"<answer>{more}/{other}</answer>", [more, other], one / other) == 0.0
+
+
+@pytest.mark.parametrize("target", ["x", "", None, "1e999", "nan", "inf", "1/3", "9" * 1000])
 def test_a_target_that_is_no_number_is_an_error_not_a_zero(target: Any) -> None:
     with pytest.raises(EstuneError, match="target"):
         answer("<answer>1</answer>", [1], target)
