@@ -73,11 +73,88 @@ def test_weights_and_what_does_not_apply() -> None:
     assert nothing.mean is None
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e308])
+@pytest.mark.parametrize("bad", [math.inf, -1e308, 10**400])
 def test_scores_that_are_no_numbers_fail_the_member(bad: float, caplog: pytest.LogCaptureFixture) -> None:
     grades = grade([lambda **_: [1.0, bad, 1.0]], [1.0], ROWS, COMPLETIONS)
     assert grades.mean is None
     assert "'x'" in caplog.text
+
+
+def test_nan_does_not_apply(caplog: pytest.LogCaptureFixture) -> None:
+    """As TRL's sum over functions, `nansum`: a completion for which all are NaN or None does not count."""
+
+    async def some(**_: Any) -> list[float | None]:
+        return [math.nan, 0.5, None]
+
+    def others(**_: Any) -> list[float | None]:
+        return [None, 1.0, math.nan]
+
+    grades = grade([right, some], [1.0, 2.0], ROWS, COMPLETIONS)
+    assert grades.total == [1.0, 1.0, 1.0]
+    assert grades.scores["some"] == [None, 0.5, None]
+    assert grade([others, some], [1.0, 2.0], ROWS, COMPLETIONS).total == [None, 2.0, None]
+    assert not caplog.records
+    with Grading([lambda **_: [math.nan] * 3]) as grading:
+        assert [grading.grade(ROWS, COMPLETIONS).mean for _ in range(3)] == [None] * 3
+    assert caplog.text.count("no reward applies to any of 3 completions, such as '1'") == 1
+
+
+def test_no_call_sees_what_another_changed() -> None:
+    rows = [{"prompt": [{"role": "user", "content": "p"}], "own": [n, [n]], "more": {"a": [n]}} for n in range(3)]
+    before = repr(rows)
+
+    def takes(prompts: Any, completions: Any, own: Any, more: Any, completion_ids: Any, **_: Any) -> list[float]:
+        sizes = [len(o) + len(o[1]) + len(m["a"]) + len(p) + len(c) + len(i) for o, m, p, c, i in
+                 zip(own, more, prompts, completions, completion_ids, strict=True)]  # fmt: skip
+        for o, m, p, c, i in zip(own, more, prompts, completions, completion_ids, strict=True):
+            o.pop().pop()
+            m["a"].clear()
+            p[0]["content"] = ""
+            p.pop()
+            c.pop()
+            i.clear()
+        own.clear()
+        return [float(size) for size in sizes]
+
+    def takes_again(**columns: Any) -> list[float]:
+        return takes(**columns)
+
+    async def takes_too(**columns: Any) -> list[float]:
+        return takes(**columns)
+
+    with Grading([takes, functools.partial(takes_again), takes_too]) as grading:
+        for _ in range(2):
+            scores = grading.grade(rows, COMPLETIONS).scores
+            assert set(map(tuple, scores.values())) == {(9.0, 9.0, 9.0)}
+    assert repr(rows) == before
+    assert [c.token_ids for c in COMPLETIONS] == [[7, 8, 0], [7, 8, 1], [7, 8, 2]]
+
+
+@pytest.mark.parametrize(
+    ("returned", "complaint"),
+    [
+        (
+            {"a": 1.0, "b": 2.0, "c": 3.0},
+            r"{'a': 1.0, 'b': 2.0, 'c': 3.0} \(dict\), not a list of numbers",
+        ),
+        ("123", r"'123' \(str\)"),
+        (b"123", r"b'123' \(bytes\)"),
+        ({1.0, 2.0, 3.0}, r"\(set\)"),
+        (None, r"None \(NoneType\)"),
+        (1.0, r"1.0 \(float\)"),
+        (["1", "2", "3"], r"'1' \(str\) for completion 0, not a number or None"),
+        ([1.0, b"2", 3.0], r"b'2' \(bytes\) for completion 1"),
+        ([1.0, 2.0, {"score": 1}], r"{'score': 1} \(dict\) for completion 2"),
+        ([1.0, [2.0], 3.0], r"\[2.0\] \(list\) for completion 1"),
+        ([1.0, 1j, 3.0], r"\(complex\) for completion 1"),
+    ],
+)
+def test_what_is_no_list_of_numbers_is_refused(returned: Any, complaint: str) -> None:
+    def reward(**_: Any) -> Any:
+        return returned
+
+    with pytest.raises(EstuneError, match=f"reward reward returned .*{complaint}"):
+        grade([reward], [1.0], ROWS, COMPLETIONS)
 
 
 def test_mistakes_are_one_line() -> None:
@@ -235,7 +312,9 @@ def fails_on_two(answer: list[int], **_: Any) -> list[float]:
 
 
 def test_an_error_names_the_row() -> None:
-    with pytest.raises(EstuneError, match="fails_on_two raised ZeroDivisionError: division by zero on row 1, 'x'"):
+    with pytest.raises(
+        EstuneError, match=r"raised ZeroDivisionError: division by zero \(\S*test_convention.py:\d+\) on row 1, 'x'"
+    ):
         grade([fails_on_two], [1.0], ROWS, COMPLETIONS)
 
 
@@ -407,7 +486,7 @@ async def stays(completions: list[str], **_: Any) -> list[float]:
 
 
 def test_a_function_that_exits_has_failed(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(EstuneError, match="reward leaves raised SystemExit: 3 on row 0"):
+    with pytest.raises(EstuneError, match=r"reward leaves raised SystemExit: 3 \(.*test_convention.py:\d+\) on row 0"):
         grade([leaves], [1.0], ROWS, COMPLETIONS)
     with Grading([leaves_later, stays], errors="exclude") as grading:
         for _ in range(2):  # its exit does not end the loop for others

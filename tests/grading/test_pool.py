@@ -146,7 +146,7 @@ def test_what_a_function_does_to_its_grader_is_undone_and_said(caplog: pytest.Lo
     assert "changed the working directory" in caplog.text
     assert "standard descriptor 1" in caplog.text
     assert "SIGTERM" in caplog.text
-    assert "reward obey raised SystemExit: enough on row 3" in caplog.text
+    assert re.search(r"obey raised SystemExit: enough \(.*hostile_rewards.py:\d+\) on row 3", caplog.text)
 
 
 def test_a_grader_that_no_longer_listens_is_replaced(grading: Grading) -> None:
@@ -206,7 +206,7 @@ def test_graders_import_nothing_heavy_and_what_they_log_comes_back() -> None:
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ("raise", "reward obey raised KeyError: 'gold' on row 1, 'raise'"),
+        ("raise", r"reward obey raised KeyError: 'gold' \(.*hostile_rewards.py:\d+\) on row 1, 'raise'"),
         ("two", "reward obey returned 2 values for 1 completions"),
         ("no JSON", "reward obey logged what JSON cannot hold: Object of type function"),
     ],
@@ -223,12 +223,12 @@ def test_what_a_completion_raises_can_be_a_crash_and_what_a_row_raises_cannot(ca
         grades = grading.grade(*batch(["fine", "raise", "say that it raised", "fine"]))
     assert grades.total == [1.0, 0.0, 0.0, 1.0]
     assert grades.failures["obey"]["crashes"] == 2
-    assert "reward obey: raised KeyError: 'gold' on row 1, 'raise'" in caplog.text
+    assert re.search(r"reward obey: raised KeyError: 'gold' \(.*\) on row 1, 'raise'", caplog.text)
     assert "reward obey: no disk on row 2, 'say that it raised'" in caplog.text
     rows, completions = [{"prompt": "p", "answer": 0}], [Completion("x", [1], True)]
     with (
         Grading([one_over], processes=1) as grading,
-        pytest.raises(EstuneError, match="reward one_over raised ZeroDivisionError: division by zero on row 0, 'x'"),
+        pytest.raises(EstuneError, match=r"one_over raised ZeroDivisionError: division by zero \(.*\) on row 0, 'x'"),
     ):
         grading.grade(rows, completions)
 

@@ -22,7 +22,9 @@ from estune.errors import EstuneError
 from estune.grading import sandbox
 from estune.grading.grading import Grading
 from estune.grading.sandbox import Limits, run_code
-from estune.rewards.code import extract_code, unit_test_fraction, unit_tests
+from estune.rewards.code import unit_test_fraction, unit_tests
+from estune.rewards.programs import extract_code
+from estune.tasks.base import Task
 
 # Of wall time enough for a machine that stands still for a moment; what loops is ended by its processor time.
 LIMITS = Limits(wall=4, cpu=1, memory=256 << 20, disk=1 << 20, output=1000)
@@ -302,11 +304,84 @@ def test_without_isolation_there_is_a_refusal_unless_it_is_wanted(monkeypatch: p
     assert time.monotonic() - began < 10
 
 
-def test_the_last_block_is_the_program() -> None:
-    assert extract_code("a\n```python\nx = 1\n```\nno:\n```py\nx = 2\n```\nso") == "x = 2\n"
-    assert extract_code("```\nx = 1\n```") == "x = 1\n"
-    assert extract_code("```python\nx = 1") == "x = 1"
-    assert extract_code("x = 1") == "x = 1"
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("a\n```python\nx = 1\n```\nno:\n```py\nx = 2\n```\nso", "x = 2\n"), ("```\nx = 1\n```", "x = 1\n"),
+        ("```python\nx = 1", "x = 1"), ("x = 1", "x = 1"), ("```python3\nx\n```", "x\n"), ("```py3\nx\n```", "x\n"),
+        ("``` python\nx\n```", "x\n"), ("```python title=x\nx\n```", "x\n"), ("```{.python}\nx\n```", "x\n"),
+        ("~~~python\nx\n~~~", "x\n"), ("~~~\nx\n~~~\n", "x\n"), ("````python\n```\nx\n````", "```\nx\n"),
+        ("1. so\n   ```python\n   x\n     y\n   ```\n", "x\n  y\n"), ("\t```python\n\tx\n\t```", "x\n"),
+        ("```python\r\nx\r\ny\r\n```\r\n", "x\ny\n"), ("So: ```python\nx\n```", "x\n"),
+        ("```python\nx\n```\n```bash\npip\n```\nso", "x\n"), ("```bash\npip\n```\nso\n```python\nx\n```", "x\n"),
+        ("```bash\npip\n```\nso", "```bash\npip\n```\nso"), ("```python\nx = '```'\n```", "x = '```'\n"),
+    ],
+)  # fmt: skip
+def test_the_last_block_is_the_program(text: str, program: str) -> None:
+    assert extract_code(text) == program
+
+
+ADD = "def add(a, b):\n    return a + b\n"
+METHOD = "class Solution:\n    def add(self, a, b):\n        return a + b\n"
+READ = "print(sum(map(int, input().split())))"
+
+
+@pytest.mark.parametrize(
+    ("tests", "right", "wrong"),
+    [
+        ("assert add(1, 2) == 3", ADD, ADD.replace("+", "-")),
+        ('["assert add(1, 2) == 3"]', ADD, ADD.replace("+", "-")),
+        ("def check(f):\n    assert f(1, 2) == 3\ncheck(add)", ADD, ADD.replace("+", "-")),
+        ('[{"input": "1 2\\n", "output": "3\\n", "type": "stdin_stdout"}]', READ, READ.replace("int", "ord")),
+        ({"inputs": ["1 2", "2 2"], "outputs": ["3", "4.0"]}, READ, "print(3)"),
+        ({"inputs": [["1 2", "7"]], "outputs": [["3"]]}, READ, "print(3, 7)"),
+        ('{"inputs": [[1, 2], [[1], [2]]], "outputs": [[3], [[1, 2]]], "fn_name": "add"}', METHOD, "add = max"),
+        ({"inputs": [[[1], [2]]], "outputs": [[1, 2]], "fn_name": "add"}, "def add(*a): return (1, 2)", "add = max"),
+        (
+            [{"input": "1\n2", "output": "3", "testtype": "functional", "metadata": {"func_name": "add"}}],
+            ADD,
+            METHOD[:20],
+        ),
+    ],
+)
+def test_every_shape_of_tests(tests: Any, right: str, wrong: str) -> None:
+    texts = [f"```python\n{program}\n```" for program in (right, wrong)]
+    assert unit_tests(prompts=["", ""], completions=texts, tests=[tests] * 2) == [1.0, 0.0]
+
+
+def test_the_fraction_of_pairs_that_fit() -> None:
+    pairs = {"inputs": ["1 2", "2 2"], "outputs": ["3", "4"]}
+    assert unit_test_fraction(prompts=[""], completions=["print(3)"], tests=[pairs]) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (
+            {"tests": "f(2) == 4"},
+            "tests has 'f(2) == 4', which checks nothing: every program passes it; give as",
+        ),
+        ({"tests": ["assert f(1)", "f(2)"]}, "tests has 'f(2)', which checks nothing"),
+        ({"tests": "def check(f):\n    assert f(1)"}, "which checks nothing"),
+        (
+            {"tests": "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertTrue(f(1))"},
+            "nothing",
+        ),
+        ({"tests": "1 +"}, "tests has '1 +', which is no Python"),
+        ({"tests": '[{"in": "1"}]'}, "tests is or has {'in': '1'}; give assertions"),
+        ({"tests": "{}"}, "tests is or has {}"),
+        ({"tests": {"inputs": ["1"], "outputs": []}}, "tests is or has {'inputs': "),
+        ({"tests": [{"input": "1", "output": None}]}, "tests is or has None"),
+        ({"tests": [{"input": [1], "output": 1, "type": "function_call"}]}, "tests is or has {'input'"),
+        ({"tests": 5}, "tests is or has 5"),
+        ({"test_list": ["f(2) == 4"]}, "test_list has 'f"),
+        ({"test": "def check(f):\n    f(2) == 4", "entry_point": "f"}, "test has 'def check"),
+    ],
+)
+def test_tests_that_would_pass_everything_are_refused_before_training(row: Any, complaint: str) -> None:
+    with pytest.raises(EstuneError, match=r"^task t: training row 0: .*; give assertions") as refused:
+        Task("t", [{"prompt": "p", **row}], [], [unit_tests], [1.0], None)
+    assert complaint in str(refused.value)
 
 
 def test_rows_of_the_two_common_data_sets() -> None:

@@ -8,17 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from estune.rewards.code import extract_code
+from estune.rewards.answers import final_answer
 from estune.rewards.conciseness import contains
 from estune.rewards.countdown import answer_reward, format_reward
 from estune.rewards.instructions import CHECKS
-from estune.rewards.math import final_answer
+from estune.rewards.programs import extract_code
 from estune.rewards.readable import is_formula, is_literal
 
 LENGTH = 200_000
 PIECES = [
     *("\n", " ", "\r", "\n ", "a", "a ", "1", "-", "*", "**", "*a", "<<a", "[a", "{", "(", '"', ".", '!"'),
-    *("```\n", "#", "answer is", "\\boxed{", "$", ":", "<answer>", "P.S.\n", "Section ", "***", "1+", "\ud800"),
+    *(
+        "```",
+        "~~~\n",
+        "```\n",
+        "#",
+        "answer is",
+        "\\boxed{",
+        "$",
+        ":",
+        "<answer>",
+        "P.S.\n",
+        "Section ",
+        "***",
+        "1+",
+        "\ud800",
+    ),
 ]
 VALUES: dict[str, dict[str, Any]] = {
     "keywords:existence": {"keywords": ["a b", "\n\n-", "aaab"]},

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from estune.errors import EstuneError
-from estune.rewards.countdown import answer_reward, format_reward, last_answer
+from estune.rewards.countdown import answer_reward, format_reward
+from estune.rewards.text import last_answer
 from estune.tasks import CountdownConfig, Task, data_hash
 from estune.tasks.countdown_problems import HELD_OUT_FRACTION, Problem, countdown_prompt, generate_problems, is_held_out
 from tests.work import lines_run
@@ -45,6 +46,9 @@ def form(text: Any, prompt: Any = PAPER_PROMPT) -> float | None:
         ("<answer>1</answer> no, <answer>44+19+35</answer>", 1),
         ("<answer>44+19+35</answer> no, <answer>1</answer>", 0),
         ("<answer>44+19+35</answer> and <answer>", 1),
+        ("<answer>44+19+35</answer></answer>", 1),
+        ("<answer>44+19+35</answer> stands between <answer> and </answer>", 0),
+        ("<answer>44+19+35</answer>, closed by </answer>", 1),
         ("<answer>44+19+35", 0),
         ("44+19+35</answer>", 0),
         ("</answer>44+19+35<answer>", 0),
@@ -70,7 +74,9 @@ def test_answer(text: str, expected: float) -> None:
     [
         ("800/3", "266.666", 1), ("800/3", 266.667, 1), ("800/3", "266.66", 0), ("800/3", "266.664", 0),
         ("137/5", "27.4", 1), ("137/5", 27.4, 1), ("137/5", "27", 0), ("137/5", "27.400", 1), ("96/2", "48", 1),
-        ("96/2", 48.0, 1), ("96/2", " 48 ", 1), ("2-96", "-94", 1),
+        ("96/2", 48.0, 1), ("96/2", " 48 ", 1), ("2-96", "-94", 1), ("71/3", 71 / 3, 1), ("71/3", str(71 / 3), 1),
+        ("71/3", "23.66666", 1), ("72/3", 71 / 3, 0), ("1/99999", 1 / 99999, 1), ("1/99998", 1 / 99999, 0),
+        ("2-97/3", 2 - 97 / 3, 1), ("96/2", "4.8e1", 1), ("97/2", "4.8e1", 0),
     ],
 )  # fmt: skip
 def test_targets_are_rationals(expression: str, target: Any, expected: float) -> None:
@@ -78,7 +84,14 @@ def test_targets_are_rationals(expression: str, target: Any, expected: float) ->
     assert answer(f"<answer>{expression}</answer>", numbers, target) == expected
 
 
-@pytest.mark.parametrize("target", ["x", "", None, "1e9", "nan", "1/3", "9" * 1000])
+@given(st.integers(1, 99), st.integers(2, 99), st.integers(1, 99))
+def test_the_float_of_a_quotient_is_reached_by_it_and_by_no_other(one: int, other: int, more: int) -> None:
+    assert answer(f"<answer>{one}/{other}</answer>", [one, other], one / other) == 1.0
+    if Fraction(more, other) != Fraction(one, other):
+        assert answer(f"<answer>{more}/{other}</answer>", [more, other], one / other) == 0.0
+
+
+@pytest.mark.parametrize("target", ["x", "", None, "1e999", "nan", "inf", "1/3", "9" * 1000])
 def test_a_target_that_is_no_number_is_an_error_not_a_zero(target: Any) -> None:
     with pytest.raises(EstuneError, match="target"):
         answer("<answer>1</answer>", [1], target)
@@ -154,10 +167,7 @@ def test_format_is_the_regular_expression(text: str) -> None:
 @given(st.lists(st.sampled_from(["<answer>", "</answer>", "1", "2"]), max_size=9).map("".join))
 def test_last_answer_is_innermost_of_the_last_pair(text: str) -> None:
     found = re.findall(r"<answer>((?:(?!<answer>|</answer>).)*)</answer>", text)
-    last = last_answer(text)
-    if found and text.rfind("</answer>") == text.rfind(f"{found[-1]}</answer>") + len(found[-1]):
-        assert last is not None
-        assert last.startswith(found[-1])
+    assert last_answer(text) == (found[-1] if found else None)
 
 
 # Generated problems

@@ -263,14 +263,14 @@ def test_resume_refuses_another_type_of_live_weights(
         Trainer.resume(folder, steps=4, task=make_task(), monitors=[])
 
 
-def test_members_with_nan_rewards_are_left_out(model: Path, tmp_path: Path) -> None:
+def test_members_with_infinite_rewards_are_left_out(model: Path, tmp_path: Path) -> None:
     calls = iter(range(1000))
 
-    def sometimes_nan(completions: list[str], **_: Any) -> list[float]:
+    def sometimes_infinite(completions: list[str], **_: Any) -> list[float]:
         scores = variety(completions)
-        return [math.nan, *scores[1:]] if next(calls) == 2 else scores  # call 0 is the first evaluation
+        return [math.inf, *scores[1:]] if next(calls) == 2 else scores  # call 0 is the first evaluation
 
-    run(make_config(tmp_path / "run", model, steps=1), sometimes_nan)
+    run(make_config(tmp_path / "run", model, steps=1), sometimes_infinite)
     (record,) = Journal.read(tmp_path / "run").steps
     assert [r is None for r in record.rewards].count(True) == 1
     assert record.update.coefficients[record.rewards.index(None)] == 0.0
@@ -297,9 +297,12 @@ resumed = partial(Trainer.resume, monitors=[], accept_changes=True)  # another r
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("raises", "reward reward raised ZeroDivisionError: by zero on row 0, .*; nothing is lost"),
+        (
+            "raises",
+            "reward reward raised ZeroDivisionError: by zero .*test_trainer.py:[0-9]+. on row 0, .*; nothing is lost",
+        ),
         ("too few", "reward reward returned 1 values for"),
-        ("text", "reward reward raised ValueError"),
+        ("text", "reward reward returned 'good' .str. for completion 0, not a number or None"),
         ("nan", "no member has a reward"),
     ],
 )
@@ -314,7 +317,7 @@ def test_a_reward_that_fails_stops_the_run_and_loses_nothing(
     assert substance(Journal.read(tmp_path / "run").steps[3]) == substance(Journal.read(tmp_path / "whole").steps[3])
 
 
-@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("score", [math.inf, -math.inf])
 def test_an_evaluation_that_cannot_be_compared_stops_with_one_line(model: Path, tmp_path: Path, score: float) -> None:
     def broken(completions: list[str], **_: Any) -> list[float]:
         return [score, *([1.0] * (len(completions) - 1))]

@@ -62,6 +62,23 @@ def test_solutions_pass_and_others_do_not(tmp_path: Path) -> None:
     assert scores(task, task.evaluation, ["```python\ndef largest(n):\n    return sorted(n)[-1]\n```"]) == [1.0]
 
 
+def test_rows_with_tests_of_their_own(tmp_path: Path) -> None:
+    pairs = json.dumps([{"input": "1 2", "output": "3", "type": "stdin_stdout"}])
+    call = {"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"}
+    rows = [
+        {"problem": "Add two numbers.", "tests": pairs, "solution": "print(sum(map(int, input().split())))"},
+        {"problem": "Sum up.", "tests": json.dumps(call), "solution": "def add(a, b): return a + b"},
+        {"problem": "Join.", "tests": json.dumps("assert add(1, 2) == 3"), "solution": "def add(a, b): return a + b"},
+    ]
+    task = build(tmp_path, train=rows)
+    prompts = [row["prompt"][0]["content"] for row in task.train]
+    for prompt, told in zip(prompts, ("standard input", "function is `add`", "assert add(1, 2) == 3"), strict=True):
+        assert told in prompt
+    assert task.gold is not None
+    assert scores(task, task.train, [str(task.gold(row)) for row in task.train]) == [1.0, 1.0, 1.0]
+    assert scores(task, task.train, ["print(4)"] * 3) == [0.0, 0.0, 0.0]
+
+
 def test_tests_that_can_be_forged_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     build(tmp_path)
     assert not caplog.records
@@ -99,6 +116,8 @@ def test_the_split_where_only_one_set_is_given(tmp_path: Path) -> None:
         ([{**MBPP[0], "text": ""}], "row 1: text is ''"),
         ([{"entry_point": "f", "prompt": "def f():"}], "no column test; there are entry_point, prompt"),
         ([{**HUMAN_EVAL[0], "test": None}], "row 1: test is None"),
+        ([{"problem": "p", "tests": []}], r"row 1: tests is \[\]; give at least one"),
+        ([{"problem": "p", "tests": "f(1) == 2"}], "row 1: tests has 'f.1. == 2', which checks nothing"),
     ],
 )
 def test_bad_rows(tmp_path: Path, rows: Any, complaint: str) -> None:

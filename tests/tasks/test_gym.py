@@ -46,9 +46,10 @@ def test_gold_answers_get_full_marks_after_a_round_trip_through_json(name: str) 
 def test_a_known_answer() -> None:
     row = {"question": "1+1?", "answer": "2", "metadata": "{}"}
     reward = GymReward("chain_sum")
-    columns = {key: [value] * 5 for key, value in row.items()}
+    columns = {key: [value] * 6 for key, value in row.items()}
     texts = ["so <answer>2</answer>", "<answer> 2 </answer>", "<answer>3</answer>", "2", "<answer></answer>"]
-    assert reward(prompts=[""] * 5, completions=texts, **columns) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    texts += ["<answer>2</answer></answer>, closed by </answer>"]
+    assert reward(prompts=[""] * 6, completions=texts, **columns) == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
     whole = {key: values[:2] for key, values in columns.items()}
     assert GymReward("chain_sum", tags=False)(prompts=["", ""], completions=["2", " "], **whole) == [1.0, 0.0]
     limits = isolation_of(reward)

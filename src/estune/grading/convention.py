@@ -2,16 +2,23 @@
 
 A reward function is called once per batch, by keyword: `prompts`, `completions`, `completion_ids`, every further column
 of the data set as a list, `trainer_state`, `log_extra` and `log_metric`. It returns one float per completion, or None
-where it does not apply. It may be `async`.
+or NaN where it does not apply. It may be `async`. What it is given is its own: it may change it.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import site
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from estune.completion import Completion
@@ -26,6 +33,16 @@ FAILURES = ("errors", "timeouts", "crashes", "too_long")
 LARGEST = 1e100
 """Scores and logged values beyond this count as infinite: of larger ones, sums and squares may be."""
 
+_OURS = os.path.join(str(Path(__file__).parents[1]), "")
+_INSTALLED = tuple(
+    os.path.join(folder, "")
+    for folder in (
+        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        *site.getsitepackages(),
+        site.getusersitepackages(),
+    )
+)
+_ATOMS = frozenset((str, bytes, int, float, complex, bool, type(None)))
 _NO_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL does not pass these on
 _OUR_RECORDS = ("step", "member", "prompt", "completion", "reward", "tokens", "finished")
 _OUR_METRICS = (
@@ -142,22 +159,49 @@ class Batch:
         return repr(self.columns["completions"][index])[:100]
 
 
+def copied(value: Any) -> Any:
+    """A copy of what a column holds, to any depth; what cannot be copied is itself."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is list and _ATOMS.issuperset(map(type, value)):
+        return list(value)
+    with suppress(Exception):
+        # Lists of lists are most of it, and `deepcopy` takes ten times as long over them.
+        if kind is list:
+            return [copied(item) for item in value]
+        if kind is dict:
+            return {key: copied(item) for key, item in value.items()}
+        return copy.deepcopy(value)
+    return value
+
+
 def arguments(columns: Mapping[str, Any], state: TrainerState, log: Log) -> dict[str, Any]:
-    """All that a reward function is called with."""
-    return {**columns, "trainer_state": state, "log_extra": log.extra, "log_metric": log.metric}
+    """All that a reward function is called with; the columns are copies, so that no call sees what another changed."""
+    return {**copied(columns), "trainer_state": state, "log_extra": log.extra, "log_metric": log.metric}
 
 
 def as_scores(returned: Any, size: int) -> list[float | None]:
     """What a reward function returned, as floats, those beyond `LARGEST` infinite.
 
     Raises:
-        EstuneError: not one value per completion.
-        TypeError, ValueError: no list, or not of numbers.
+        EstuneError: not one number or None per completion.
     """
-    values = [None if v is None else bounded(v) for v in returned]
+    if isinstance(returned, str | bytes | bytearray | Mapping | set | frozenset) or not isinstance(returned, Iterable):
+        raise EstuneError(f"returned {returned!r:.60} ({type(returned).__name__}), not a list of numbers")
+    values = [_score(value, number) for number, value in enumerate(returned)]
     if len(values) != size:
         raise EstuneError(f"returned {len(values)} values for {size} completions: one each")
     return values
+
+
+def _score(value: Any, number: int) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | bytes | bytearray):
+        with suppress(TypeError, ValueError):
+            return bounded(value)
+    raise EstuneError(f"returned {value!r:.60} ({type(value).__name__}) for completion {number}, not a number or None")
 
 
 def bounded(value: Any) -> float:
@@ -166,17 +210,36 @@ def bounded(value: Any) -> float:
     Raises:
         TypeError, ValueError: it is no number.
     """
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf if value > 0 else -math.inf
     return math.copysign(math.inf, number) if abs(number) > LARGEST else number
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong in a reward function, in one line."""
+    """What went wrong in a reward function, and where, in one line."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, EstuneError):
         return text
     hint = "; end its parameters with **kwargs" if "got an unexpected keyword argument" in text else ""
-    return f"raised {type(error).__name__}: {text}{hint}"
+    return f"raised {type(error).__name__}: {text}{place(error)}{hint}"
+
+
+def place(error: BaseException) -> str:
+    """The file and line of the user's that an error comes from, as ` (FILE:LINE)`; nothing where there is none.
+
+    The innermost line that is not estune's and, if there is such a one, not an installed package's either.
+    """
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((error.filename, error.lineno))
+    frames = [(name, line) for name, line in frames if not name.startswith((_OURS, "<"))]
+    mine = [frame for frame in frames if not frame[0].startswith(_INSTALLED)] or frames
+    if not mine:
+        return ""
+    name, line = mine[-1]
+    return f" ({name.removeprefix(os.path.join(os.getcwd(), ''))}:{line})"
 
 
 def reward_name(function: RewardFunction) -> str:
@@ -197,6 +260,11 @@ def weighted(scores: Sequence[float | None], weights: Sequence[float]) -> float 
     """The sum of scores times weights over those that apply; None where none does, NaN where one is not finite."""
     terms = [bounded(w * s) for w, s in zip(weights, scores, strict=True) if s is not None]
     return math.fsum(terms) if terms and all(map(math.isfinite, terms)) else (math.nan if terms else None)
+
+
+def without_nan(scores: Sequence[float | None]) -> list[float | None]:
+    """Scores with None for NaN: where a function does not apply, as in TRL, whose sum leaves both out."""
+    return [None if score is None or math.isnan(score) else score for score in scores]
 
 
 def _means(columns: Mapping[str, Sequence[float | None]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -36,6 +36,7 @@ from estune.grading.convention import (
     is_async,
     reward_name,
     weighted,
+    without_nan,
 )
 from estune.grading.isolation import Isolation, isolation_of, refuse_grader
 from estune.grading.pool import GraderPool
@@ -89,6 +90,7 @@ class Grading:
         self.errors = errors
         self.max_errors = max_errors
         self._excluded = 0
+        self._told_nothing = False
         self._deadline = deadline
         self._notes: dict[str, int] = {}
         self._isolations = [isolation_of(function) for function in self.functions]
@@ -162,6 +164,15 @@ class Grading:
                 f"the last: reward {reward_name(function)} {why}{where}; mend it, then resume with --accept-changes"
             )
         log.warning("reward %s %s%s: left out", reward_name(function), why, where)
+
+    def note_nothing(self, total: Sequence[float | None], left_out: Collection[int], batch: Batch) -> None:
+        """Say once in a run that no function applies to any completion of a batch, which is hardly ever meant."""
+        if not self._told_nothing and not left_out and all(value is None for value in total):
+            self._told_nothing = True
+            log.warning(
+                "no reward applies to any of %d completions, such as %s: all gave None or NaN; they do not count",
+                *(len(total), batch.show(0)),
+            )
 
     def _plain(self, number: int, batch: Batch) -> _Marks:
         function = self.functions[number]
@@ -315,6 +326,7 @@ class Pending:
         logged: dict[str, list[float]] = {}
         for function, collect in zip(functions, self._collect, strict=True):
             marks = marked[reward_name(function)] = collect()
+            marks.values = without_nan(marks.values)
             for row, why in marks.errors.items():
                 self._grading.exclude(function, self._batch, row, why)
                 left_out.update(range(size) if row is None else (row,))
@@ -331,6 +343,7 @@ class Pending:
         total = [
             None if i in left_out else weighted(scores, weights) for i, scores in enumerate(zip(*columns, strict=True))
         ]
+        self._grading.note_nothing(total, left_out, self._batch)
         return Grades(
             total,
             {name: marks.values for name, marks in marked.items()},

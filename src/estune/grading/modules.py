@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from estune.errors import EstuneError
+from estune.grading.convention import place
 
 FILES: dict[str, str] = {}
 """Modules loaded from files by path: name to path. Graders load them in the same way."""
@@ -42,5 +43,5 @@ def load_file(path: Path) -> ModuleType:
 
 
 def one_line(error: Exception) -> str:
-    """An exception for a message: its type, and what it says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """An exception for a message: its type, what it says, and where in the user's files it comes from."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place(error)}"

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from estune.errors import EstuneError
 from estune.grading.isolation import isolated
 from estune.grading.sandbox import Isolation, Limits, run_code
 from estune.grading.sealed import seal
+from estune.rewards.programs import COLUMNS, Tests, extract_code, same_output, tests_of
 from estune.rewards.text import Text, as_text
-
-_COLUMNS = ("tests", "setup", "test_list", "test_setup_code", "test", "entry_point", "code_prompt", "packages")
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
-
-
-def extract_code(text: str) -> str:
-    """The last block between ``` and ```; the whole text where there is none."""
-    blocks: list[str] = _BLOCK.findall(text)
-    return blocks[-1] if blocks else text
 
 
 @isolated(deadline=30.0, errors_as_crashes=True)
 def unit_tests(*, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
     """1.0 where the program passes all tests of its row, else 0.0; None for a row without tests.
 
-    The program is the last block between ``` of the completion. Columns read are one of these groups:
+    The program is the last Python block between ``` or ~~~ of the completion. Columns read are one of these groups:
 
-    - `tests`, a text or a list of such, and `setup`, put before the program, where there is one.
+    - `tests`, and `setup`, put before the program, where there is one. Tests are assertions, a text or a list of such;
+      or what goes in and has to come out, through standard input and output or, where a `fn_name` is given, by a call:
+      a list of `{input, output}`, or `{inputs, outputs}` with a list each. All may be JSON text.
     - MBPP's `test_list`, and `test_setup_code`, put before each test, where there is one.
     - HumanEval's `test`, which defines `check(candidate)`, and `entry_point`, the function's name. `code_prompt`, where
       there is one, is put before a program that does not define the function itself.
@@ -40,9 +33,10 @@ def unit_tests(*, prompts: Sequence[Text], completions: Sequence[Text], **column
     process. `unsealed_tests` counts the others.
 
     Raises:
-        EstuneError: other columns, a package that is not installed, or a system without sandboxes.
+        EstuneError: other columns, tests of another shape or that check nothing, a package that is not installed, or a
+            system without sandboxes.
     """
-    return [None if score is None else float(score == 1.0) for score in _scores(completions, columns)]
+    return [None if score is None else float(score == 1.0) for score in _scores(completions, columns, all_of_them=True)]
 
 
 @isolated(deadline=30.0, errors_as_crashes=True)
@@ -67,32 +61,30 @@ def passed_fraction(
 
 def unsealed_tests(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
     """Of how many tests a program could forge the pass, and how many there are, in rows with `unit_tests`' columns."""
-    found = [seal(test, tests.setup) for row in rows for tests in [_tests(row)] for test in tests.tests]
-    return sum(test is None for test in found), len(found)
+    all_tests = [tests_of(row) for row in rows]
+    found = [seal(test, tests.setup) for tests in all_tests for test in tests.asserts]
+    # What a pair wants stays out of the sandbox, whatever it is.
+    return sum(test is None for test in found), len(found) + sum(len(tests.pairs) for tests in all_tests)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tests:
-    """What comes before the program, and what after it; `head` only before a program that does not define `entry`."""
+def check_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Look at the tests of all rows before any program is run.
 
-    setup: str
-    tests: list[str]
-    head: str = ""
-    entry: str = ""
-
-
-def _tests(row: dict[str, Any]) -> _Tests:
-    if row.get("tests"):
-        return _Tests(row.get("setup") or "", [row["tests"]] if isinstance(row["tests"], str) else list(row["tests"]))
-    if row.get("test_list"):
-        return _Tests("", [f"{row.get('test_setup_code') or ''}\n{test}" for test in row["test_list"]])
-    if row.get("test"):
-        entry = row["entry_point"]
-        return _Tests("", [f"{row['test']}\ncheck({entry})"], row.get("code_prompt") or "", entry)
-    return _Tests("", [])
+    Raises:
+        EstuneError: tests of another shape, or that check nothing; with the number of the row, from 0.
+    """
+    for number, row in enumerate(rows):
+        try:
+            tests_of(row)
+        except EstuneError as error:
+            raise EstuneError(f"row {number}: {error}") from error
 
 
-def _scores(completions: Sequence[Text], columns: dict[str, Any]) -> list[float | None]:
+for function in (unit_tests, unit_test_fraction):
+    setattr(function, "check_rows", check_rows)  # noqa: B010 - a function has no such attribute to the type checker
+
+
+def _scores(completions: Sequence[Text], columns: dict[str, Any], all_of_them: bool = False) -> list[float | None]:
     if not (
         {"tests"} <= columns.keys() or {"test_list"} <= columns.keys() or {"test", "entry_point"} <= columns.keys()
     ):
@@ -100,12 +92,33 @@ def _scores(completions: Sequence[Text], columns: dict[str, Any]) -> list[float 
     scores: list[float | None] = []
     for i, completion in enumerate(completions):
         program = extract_code(as_text(completion))
-        row = {name: columns[name][i] for name in _COLUMNS if name in columns}
-        found = _tests(row)
+        row = {name: columns[name][i] for name in COLUMNS if name in columns}
+        found = tests_of(row)
         if found.head and not re.search(rf"^def {re.escape(found.entry)}\b", program, re.MULTILINE):
             program = found.head + program
-        packages = row.get("packages") or ()
-        scores.append(
-            passed_fraction(program, found.tests, setup=found.setup, packages=packages) if found.tests else None
-        )
+        scores.append(_score(program, found, row.get("packages") or (), all_of_them))
     return scores
+
+
+def _score(program: str, tests: Tests, packages: Sequence[str], all_of_them: bool) -> float | None:
+    """The fraction that passes; where all have to, whatever is less than 1 once one does not."""
+    asserts = [*tests.asserts, *(pair.as_assertion(program) for pair in tests.pairs if pair.function)]
+    pairs = [pair for pair in tests.pairs if not pair.function]
+    number = len(asserts) + len(pairs)
+    if not number:
+        return None
+    passed = 0.0
+    if asserts:
+        share = passed_fraction(program, asserts, setup=tests.setup, packages=packages)
+        passed = share * len(asserts)
+        if all_of_them and share < 1:
+            return 0.0
+    for pair in pairs:
+        wanted: str = pair.wanted
+        limits = Limits(output=max(Limits().output, 2 * len(wanted.encode(errors="replace"))))
+        outcome = run_code(program, stdin=pair.given, setup=tests.setup, packages=packages, limits=limits)
+        if outcome.status == "passed" and same_output(outcome.stdout, wanted):
+            passed += 1
+        elif all_of_them:
+            return 0.0
+    return passed / number

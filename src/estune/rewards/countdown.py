@@ -12,16 +12,18 @@ from typing import Any
 
 from estune.errors import EstuneError
 from estune.rewards.expression import ExpressionError, Value, evaluate, tokenize
-from estune.rewards.text import Text, as_text
+from estune.rewards.text import Text, as_text, last_answer
 
 _THINK = "<think>"
 _END_THINK = "</think>"
 _ANSWER = "<answer>"
 _END_ANSWER = "</answer>"
-_TARGET = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?")
+_TARGET = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?(e[-+]?[0-9]{1,2})?", re.IGNORECASE)
 
 # With so many decimals a target may be a longer number cut short: 266.666 stands for 800/3.
 _ROUNDED_DECIMALS = 3
+# And 23.666666666666668 is the float nearest to 71/3, and further from it than one unit of its last place.
+_RELATIVE = Fraction(1, 10**9)
 
 
 def answer_reward(
@@ -34,7 +36,8 @@ def answer_reward(
         completions: strings, or lists of messages of which the last is graded.
         numbers: for each completion, the integers to use.
         target: for each completion, what to reach: an integer, a decimal, or either as a string. An integer or a
-            decimal of up to two places must be reached exactly, a longer one to within one unit of its last place.
+            decimal of up to two places must be reached exactly, a longer one to within one unit of its last place or
+            1e-9 of itself, whichever is more.
 
     Returns:
         One of 0.0 and 1.0 for each completion. No text raises, and the work is linear in its length.
@@ -55,18 +58,12 @@ def format_reward(*, prompts: Sequence[Text], completions: Sequence[Text], **_: 
     return [_format(as_text(prompt), as_text(text)) for prompt, text in zip(prompts, completions, strict=True)]
 
 
-def last_answer(text: str) -> str | None:
-    """What stands between the last `</answer>` and the `<answer>` before it; None without such a pair."""
-    end = text.rfind(_END_ANSWER)
-    start = text.rfind(_ANSWER, 0, max(end, 0))
-    return None if start < 0 else text[start + len(_ANSWER) : end]
-
-
 def parse_target(target: Any) -> tuple[Fraction, Fraction]:
     """A target as a rational, and how far below this distance a value must lie to count (0: it must be equal).
 
     Raises:
-        EstuneError: not an integer or a decimal of at most 20 digits before and after its point.
+        EstuneError: not an integer or a decimal of at most 20 digits before and after its point, with or without an
+            exponent of two.
     """
     return _parse_target(str(target).strip())
 
@@ -76,9 +73,11 @@ def _parse_target(text: str) -> tuple[Fraction, Fraction]:
     match = _TARGET.fullmatch(text)
     if not match:
         raise EstuneError(f"countdown: the target {text[:40]!r} is no number; give an integer or a decimal like 27.4")
-    decimals = len(match[1] or ".") - 1
-    tolerance = Fraction(1, 10**decimals) if decimals >= _ROUNDED_DECIMALS else Fraction(0)
-    return Fraction(text), tolerance
+    goal = Fraction(text)
+    decimals = len(match[1] or ".") - 1 - int((match[2] or "e0")[1:])
+    if decimals < _ROUNDED_DECIMALS:
+        return goal, Fraction(0)
+    return goal, max(Fraction(1, 10**decimals), _RELATIVE * abs(goal))
 
 
 def _solves(text: str, numbers: Sequence[int], target: Any) -> bool:

@@ -12,9 +12,8 @@ from typing import Any
 
 from estune.errors import EstuneError
 from estune.grading.isolation import isolated
-from estune.rewards.countdown import last_answer
 from estune.rewards.readable import is_formula, is_literal
-from estune.rewards.text import Text, as_text
+from estune.rewards.text import Text, as_text, last_answer
 
 VERSION = "0.1.25"
 """The reasoning-gym whose scores have all been looked at: what each of them does with an answer."""
@@ -35,7 +34,7 @@ class GymReward:
     Args:
         generator: its name in reasoning-gym.
         options: its options, as JSON.
-        tags: the answer is what stands between the last `<answer>` and `</answer>` (0.0 without them), or, if
+        tags: the answer is what the last closed `<answer>` holds (0.0 without one), or, if
             False, the whole.
     """
 

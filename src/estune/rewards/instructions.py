@@ -18,6 +18,9 @@ Check = Callable[..., bool]
 CHECKS: dict[str, Check] = {}
 
 _WORD = re.compile(r"\w+")
+_HYPHENATED = re.compile(r"\w+(?:-\w+)*")
+_PUNCTUATION = re.compile(r"[.,?!'\"]")
+_POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
 _LONGEST_MARKER = 50  # the time to look for one is its length times the text's
 _CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
@@ -145,12 +148,13 @@ def _number_paragraphs(text: str, num_paragraphs: int) -> bool:
 
 @_named("length_constraints:nth_paragraph_first_word")
 def _nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Paragraphs are separated by an empty line."""
-    parts = [part.strip() for part in re.split(r"\n\n", text) if part.strip()]
-    if len(parts) != num_paragraphs or not 1 <= nth_paragraph <= len(parts):
+    """Paragraphs are separated by an empty line. Empty ones do not count, but the number of the wanted one has them."""
+    parts = [part.strip() for part in text.split("\n\n")]
+    number = sum(map(bool, parts))
+    if number != num_paragraphs or not 1 <= nth_paragraph <= number or not parts[nth_paragraph - 1]:
         return False
-    found = _WORD.search(parts[nth_paragraph - 1].split()[0])
-    return found is not None and found[0].lower() == first_word.lower()
+    word = parts[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"')
+    return _PUNCTUATION.split(word, 1)[0].lower() == first_word.lower()
 
 
 @_named("detectable_content:number_placeholders")
@@ -160,13 +164,11 @@ def _placeholders(text: str, num_placeholders: int) -> bool:
 
 @_named("detectable_content:postscript")
 def _postscript(text: str, postscript_marker: str) -> bool:
-    """The marker, with or without its points and spaces, followed by something on its line."""
+    """The marker is anywhere; IFEval's own two, with their points, may have a space in them."""
     if len(postscript_marker) > _LONGEST_MARKER:
         raise ValueError(f"postscript_marker has {len(postscript_marker)} characters, more than {_LONGEST_MARKER}")
-    letters = [re.escape(letter) for letter in postscript_marker if not re.match(r"[\s.]", letter)]
-    marker = re.compile(r"\.?[^\S\n]?".join(letters), re.IGNORECASE)
-    # Of a line's markers the first is enough: what follows another follows it too.
-    return any((found := marker.search(line)) and _WORD.search(line, found.end()) for line in text.split("\n"))
+    marker = postscript_marker.strip()
+    return bool(re.search(_POSTSCRIPTS.get(marker) or re.escape(marker.lower()), text.lower()))
 
 
 @_named("detectable_format:number_bullet_lists")
@@ -182,8 +184,8 @@ def _constrained(text: str) -> bool:
 
 @_named("detectable_format:number_highlighted_sections")
 def _highlighted(text: str, num_highlights: int) -> bool:
-    parts = re.findall(r"\*\*([^\n*]+)\*\*|\*([^\n*]+)\*", text)
-    return sum(bool((double or single).strip()) for double, single in parts) >= num_highlights
+    found = [*re.findall(r"\*[^\n*]*\*", text), *re.findall(r"\*\*[^\n*]*\*\*", text)]
+    return sum(bool(part.strip("*").strip()) for part in found) >= num_highlights
 
 
 @_named("detectable_format:multiple_sections")
@@ -204,7 +206,14 @@ def _json(text: str) -> bool:
 
 @_named("detectable_format:title")
 def _title(text: str) -> bool:
-    return any(title.strip(" <>") for title in re.findall(r"<<[^\n<>]+>>", text))
+    """Something in double angular brackets, from the first to the last of a line."""
+    return any(map(_line_has_title, text.split("\n")))
+
+
+def _line_has_title(line: str) -> bool:
+    start = line.find("<<")
+    end = line.rfind(">>")
+    return 0 <= start < end - 2 and bool(line[start:end].lstrip("<").rstrip(">").strip())
 
 
 @_named("combination:repeat_prompt")
@@ -232,7 +241,7 @@ def _quotation(text: str) -> bool:
 
 @_named("change_case:capital_word_frequency")
 def _capital_words(text: str, capital_frequency: int, capital_relation: str) -> bool:
-    return _compare(sum(word.isupper() for word in _WORD.findall(text)), capital_relation, capital_frequency)
+    return _compare(sum(word.isupper() for word in _HYPHENATED.findall(text)), capital_relation, capital_frequency)
 
 
 @_named("change_case:english_capital")

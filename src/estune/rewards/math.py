@@ -1,4 +1,8 @@
-r"""Reward for mathematics: the last `\boxed` answer, compared with the gold answer by `math-verify`."""
+r"""Reward for mathematics: the final answer, compared with the gold answer by `math-verify`.
+
+Before it comes `notation.py`, which rewrites what it misreads; and after it what it finds equal and is not: values so
+small that their first six decimals are 0, numbers of another base, and lists where a point is asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,22 @@ from typing import Any
 
 from estune.errors import EstuneError
 from estune.grading.isolation import isolated
+from estune.rewards.answers import MAX_LENGTH, final_answer
+from estune.rewards.notation import rewritten, unwrapped
 from estune.rewards.text import Text, as_text
 
-MAX_LENGTH = 1000
-"""Longest answer read, in characters; a longer one is wrong. Gold answers have at most a few hundred."""
-
-_BOXES = ("\\boxed{", "\\fbox{")
-_STATED = re.compile(r"(?:answer is|answer:|####)[: \t]*((?:(?!answer is|answer:|####)[^\n])+)", re.IGNORECASE)
-_THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,|\\!|,\\!)(?=\d{3}(?!\d))")
-_PLAIN_GROUPS = re.compile(r"[-+]?\d{1,3}(?:(?:,|\{,\}|\\,|,\\!)\d{3})+(?:\.\d+)?")
-_NOISE = re.compile(r"\s+|\$|\\left|\\right|\\!|\\,|\\;")
+_NOISE = re.compile(r"(?<!\w)\s+|\s+(?!\w)|\$|\\left|\\right|\\!|\\,|\\;")
+_LETTERS = re.compile(r"[A-Za-z][A-Za-z ,-]+")
+_CHOICE = re.compile(r"\(?([A-J])\)?")
+_CHOSEN = re.compile(r"(?:\\(?:text|math)\w*\s*\{)?\s*(?:\(([A-Ja-j])\)|([A-Ja-j])(?:[).:]|\s*\}|$)).*", re.DOTALL)
+_BASE = re.compile(r"\w+_\{?\d+\}?")
+_POINT = re.compile(r"(?:\\left)?[(\[].*,.*[)\]]", re.DOTALL)
+_BARE_LIST = re.compile(r"[^()\[\]{}=]*,[^()\[\]{}=]*")
+_INTEGER = re.compile(r"[-+]?\d+", re.ASCII)
+_DECIMAL = re.compile(r"[-+]?\d+\.\d+")
+_DECIMAL_COMMA = re.compile(r"([-+]?\d+)(?:,|\{,\})(\d{1,2}|\d{4,})")
+_CLOSE = 1e-4  # how far from each other, relative to the larger, values may be that math-verify finds equal
+_SAME = 1e-12  # how near to each other they must be where it does not
 
 
 # Sympy can compute without end on what a model writes.
@@ -29,8 +39,9 @@ def math_reward(
 ) -> list[float | None]:
     r"""1.0 where the completion's final answer equals the gold answer, else 0.0.
 
-    The final answer is what the last `\boxed{...}` holds; where there is none, what the last `answer is`, `answer:` or
-    `####` is followed by on its line. Equal are the same text but for spaces, and what `math-verify` proves equal.
+    The final answer is what the last complete `\boxed{...}` holds or, without one, what is stated as the answer
+    (`estune.rewards.answers.final_answer`). Equal are the same text but for spaces, and what `math-verify` proves equal
+    when both are rewritten by `estune.rewards.notation`.
 
     Args:
         prompts: not read.
@@ -51,42 +62,69 @@ def is_right(text: str, gold: str | Sequence[str]) -> bool:
     return any(same(right, found) for right in ([gold] if isinstance(gold, str) else gold))
 
 
-def final_answer(text: str) -> str | None:
-    """What the last complete box holds, else what is stated as the answer; None without either."""
-    starts = sorted((text.rfind(box), len(box)) for box in _BOXES)
-    start, width = starts[-1]
-    if start >= 0:
-        return _to_closing_brace(text[start + width :])
-    stated = _STATED.findall(text[-10 * MAX_LENGTH :])
-    return str(stated[-1]).strip().removesuffix(".") if stated else None
-
-
 def same(gold: str, answer: str) -> bool:
     """Whether two answers are equal, as text or to `math-verify`, which is told first which one is gold."""
     if _plain(gold) == _plain(answer):
         return True
+    right = rewritten(gold)
+    choice = _CHOICE.fullmatch(right)
+    if choice:
+        chosen = _CHOSEN.fullmatch(answer.strip())
+        return chosen is not None and (chosen[1] or chosen[2]).upper() == choice[1]
+    if _DECIMAL.fullmatch(right) and (decimal := _DECIMAL_COMMA.fullmatch(answer.strip(" $"))):
+        answer = f"{decimal[1]}.{decimal[2]}"
+    given = rewritten(answer)
+    if _plain(right) == _plain(given):
+        return True
+    is_text = gold.lstrip().startswith("\\text")
+    return not _differ(right, given, is_text) and _verified(_parsed(right), _parsed(given))
+
+
+def _differ(gold: str, answer: str, is_text: bool) -> bool:
+    """Whether two answers that are not the same text are known to differ, whatever `math-verify` finds.
+
+    - Words, whose letters it takes for factors, in any order; and whole numbers.
+    - A number of another base than ten, without its base.
+    - A list where a point or an interval is asked for.
+    """
+    return (
+        (is_text and _LETTERS.fullmatch(gold) is not None)
+        or (
+            _INTEGER.fullmatch(gold) is not None and _INTEGER.fullmatch(answer) is not None and int(gold) != int(answer)
+        )
+        or (_BASE.fullmatch(gold) is not None and "_" not in answer)
+        or (_POINT.fullmatch(gold) is not None and _BARE_LIST.fullmatch(answer) is not None)
+    )
+
+
+def _verified(gold: Any, answer: Any) -> bool:
     _, verify = _math_verify()
     # Its timeouts are signals, which only a main thread can have: the deadline is the grader's.
-    return bool(verify(_parsed(_grouped(gold)), _parsed(_grouped(answer)), timeout_seconds=None))
+    equal = bool(verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None))
+    if not equal and not any(parsed and getattr(parsed[0], "is_Float", False) for parsed in (gold, answer)):
+        return False
+    difference = _difference(gold, answer)
+    return equal if difference is None else difference < (_CLOSE if equal else _SAME)
 
 
-def _to_closing_brace(text: str) -> str | None:
-    depth = 1
-    for match in re.finditer(r"\\.|[{}]", text[: 2 * MAX_LENGTH], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return text[: match.start()].strip()
-    return None
+def _difference(gold: Any, answer: Any) -> float | None:
+    """How far two numbers are from each other, relative to the larger; None unless both are numbers."""
+    from sympy import UnevaluatedExpr
+
+    values = [parsed[0] for parsed in (gold, answer) if parsed and getattr(parsed[0], "is_number", False)]
+    # A percentage, which equals two numbers: 50% is 0.5 and 50.
+    if len(values) < 2 or any(value.has(UnevaluatedExpr) for value in values):
+        return None
+    one, other = (value.evalf(20) for value in values)
+    larger = max(abs(one), abs(other))
+    return float(abs(one - other) / larger) if larger.is_finite and larger > 0 else None
 
 
 def _plain(text: str) -> str:
-    return _NOISE.sub("", text.replace("dfrac", "frac").replace("tfrac", "frac")).removesuffix(".")
-
-
-def _grouped(text: str) -> str:
-    """A number written in groups of three, as one; anything else could be a list."""
-    stripped = text.strip().strip("$")
-    return _THOUSANDS.sub("", stripped) if _PLAIN_GROUPS.fullmatch(stripped) else stripped
+    r"""As text: without spaces, but for those between letters or digits, which tell `2 1/2` from `21/2`."""
+    text = unwrapped(text.strip())
+    text = _NOISE.sub("", text.replace("dfrac", "frac").replace("tfrac", "frac")).removesuffix(".")
+    return text.lower() if _LETTERS.fullmatch(text) else text
 
 
 @lru_cache(maxsize=4096)

@@ -1,9 +1,12 @@
-"""What a reward function is given, as plain text: a string, or a list of chat messages."""
+"""What a reward function is given, as plain text: a string, or a list of chat messages; and the answer in its tags."""
 
 from collections.abc import Mapping, Sequence
 
 Messages = Sequence[Mapping[str, str]]
 Text = str | Messages
+
+_ANSWER = "<answer>"
+_END_ANSWER = "</answer>"
 
 
 def as_text(text: Text) -> str:
@@ -11,3 +14,12 @@ def as_text(text: Text) -> str:
     if isinstance(text, str):
         return text
     return text[-1].get("content") or "" if text else ""
+
+
+def last_answer(text: str) -> str | None:
+    """What stands between the last `<answer>` that is closed and the first `</answer>` after it; None without a pair.
+
+    A `</answer>` too many, or one in prose further on, belongs to nothing.
+    """
+    start = text.rfind(_ANSWER, 0, max(text.rfind(_END_ANSWER), 0))
+    return None if start < 0 else text[start + len(_ANSWER) : text.find(_END_ANSWER, start)]

@@ -73,14 +73,27 @@ class Task:
         unknown = next((name for name in self.accuracies if name not in names), None)
         if unknown is not None or (self.evaluation and not self.accuracies):
             raise EstuneError(f"task {self.name}: accuracy is {unknown!r}; choose one of {', '.join(names)}")
-        sides = {"training": self.train} | ({} if self.accuracy is None else {"evaluation": self.evaluation})
+        sides: dict[str, Sequence[Row]] = {"training": self.train} | (
+            {} if self.accuracy is None else {"evaluation": self.evaluation}
+        )
         for side, rows in sides.items():
             if not rows:
                 raise EstuneError(f"task {self.name}: the {side} set is empty; give it at least one row")
             _check_columns(f"task {self.name}: {side} row", rows)
+        self._have_rows_checked(sides)
         refuse_overlap(
             self.name, *((_canonical(row["prompt"]) for row in rows) for rows in (self.train, self.evaluation))
         )
+
+    def _have_rows_checked(self, sides: Mapping[str, Sequence[Row]]) -> None:
+        """Let reward functions that have a `check_rows` say what is wrong with the rows before any is trained on."""
+        for function in self.reward_funcs:
+            check: Callable[[Sequence[Row]], None] = getattr(function, "check_rows", lambda _: None)
+            for side, rows in sides.items():
+                try:
+                    check(rows)
+                except EstuneError as error:
+                    raise EstuneError(f"task {self.name}: {side} {error}") from error
 
     @property
     def accuracies(self) -> list[str]:

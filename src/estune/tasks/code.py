@@ -1,4 +1,4 @@
-"""Code: write a function that passes its unit tests. Rows in the shape of MBPP or of HumanEval."""
+"""Code: write a program that passes its tests. Rows in the shape of MBPP, of HumanEval, or with a column `tests`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from pydantic import Field
 from estune.errors import EstuneError
 from estune.grading.convention import Row
 from estune.rewards.code import unit_tests, unsealed_tests
+from estune.rewards.programs import tests_of
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions, text_of
 from estune.tasks.records import Record, require_columns
 
 log = logging.getLogger(__name__)
+
+_PROBLEMS = ("text", "prompt", "problem", "question")
+_TESTS = ("tests", "input_output")
 
 INSTRUCTION = "Answer with the whole program in one Python code block."
 
@@ -29,8 +33,8 @@ class CodeConfig(DataOptions):
     name: Literal["code"] = Field("code", description="the task")
     data: str | None = Field(
         "google-research-datasets/mbpp:full",
-        description="file, directory or hub id; columns as MBPP's (text or prompt, test_list, code) or HumanEval's "
-        "(prompt, test, entry_point, canonical_solution)",
+        description="file, directory or hub id; columns as MBPP's (text or prompt, test_list, code), HumanEval's "
+        "(prompt, test, entry_point, canonical_solution), or problem, tests, and optionally setup and solution",
     )
     eval_data: str | None = Field(
         "openai/openai_humaneval", description="as `data`, to evaluate on; several with commas between"
@@ -67,12 +71,17 @@ class CodeConfig(DataOptions):
 
     def _rows(self, source: str, records: Sequence[Record]) -> Iterator[Row]:
         human_eval = "entry_point" in records[0]
-        names = (("prompt",), ("test",)) if human_eval else (("text", "prompt"), ("test_list",))
-        problem, _ = require_columns(source, records, *names)
+        names = (("prompt",), ("test",)) if human_eval else (_PROBLEMS, ("test_list", *_TESTS))
+        problem, tests = require_columns(source, records, *names)
         packages: Any = [name.strip() for name in self.packages.split(",") if name.strip()]
         for number, record in enumerate(records, 1):
             where = f"data {source}: row {number}"
-            text, columns = _human_eval(record, where) if human_eval else _mbpp(record, problem, where)
+            if human_eval:
+                text, columns = _human_eval(record, where)
+            elif tests == "test_list":
+                text, columns = _mbpp(record, problem, where)
+            else:
+                text, columns = _own(record, problem, tests, where)
             # All columns in all rows, so that one shape can be trained on and the other evaluated.
             empty = dict.fromkeys(("test", "entry_point", "code_prompt", "test_list", "test_setup_code", "solution"))
             if packages:
@@ -108,3 +117,21 @@ def _mbpp(record: Record, problem: str, where: str) -> tuple[str, dict[str, Any]
         "test_setup_code": record.get("test_setup_code") or "\n".join(record.get("test_imports") or []),
         "solution": record.get("code") or None,
     }
+
+
+def _own(record: Record, problem: str, tests: str, where: str) -> tuple[str, dict[str, Any]]:
+    """A sentence, and tests of which the model is shown what it has to know: assertions, or the function's name."""
+    columns = {"tests": record.get(tests), "setup": record.get("setup") or "", "solution": record.get("solution")}
+    try:
+        found = tests_of(columns)
+    except EstuneError as error:
+        raise EstuneError(f"{where}: {error}") from error
+    text = text_of(record, problem, where).strip()
+    if not found.asserts and not found.pairs:
+        raise EstuneError(f"{where}: {tests} is {columns['tests']!r:.80}; give at least one test")
+    if found.asserts:
+        lines = "\n".join(found.asserts)
+        return f"{text}\nIt has to pass:\n\n{block(lines)}", columns
+    name = found.pairs[0].function
+    told = f"The function is `{name}`." if name else "It reads standard input and writes to standard output."
+    return f"{text}\n{told}", columns

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from estune.errors import EstuneError
 from estune.grading.convention import Row
-from estune.rewards.math import final_answer, math_reward
+from estune.rewards.answers import final_answer
+from estune.rewards.math import math_reward
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions, text_of
 from estune.tasks.records import Record, require_columns

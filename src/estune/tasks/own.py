@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from estune.errors import EstuneError
-from estune.grading.convention import Row, reward_name
+from estune.grading.convention import Row, describe, reward_name
 from estune.grading.modules import load_file
 from estune.rewards.load import load_reward
 from estune.tasks.base import Task
@@ -57,9 +57,7 @@ class OwnConfig(TaskOptions):
             except EstuneError:
                 raise
             except Exception as error:
-                raise EstuneError(
-                    f"task {self.name}: its function task raised {type(error).__name__}: {' '.join(str(error).split())}"
-                ) from error
+                raise EstuneError(f"task {self.name}: its function task {describe(error)}") from error
             if not isinstance(task, Task):
                 raise EstuneError(f"task {self.name}: its function task gave {type(task).__name__}, not a Task")
         else:
