@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any, Protocol
 
 Message = dict[str, str]
 Prompt = str | list[Message]
 """Plain text, sent as it is, or a conversation, rendered by the tokenizer's chat template."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """What a chat template is told beside a conversation.
+
+    Attributes:
+        date: the date that its `strftime_now` gives; today's if None.
+        options: further variables of its own, such as `enable_thinking`; of what JSON knows.
+    """
+
+    date: date | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from estune.completion import Rendering
 from estune.config.sections import Evaluation, Generation, Grading, Logging, Run, Search, Section, Weights, Workers
 from estune.errors import EstuneError
 from estune.tasks import DEFAULT, KINDS
@@ -37,6 +38,11 @@ class Config(Logging, Evaluation, Grading, Weights, Workers, Generation, Search,
 
     Of several bases pydantic takes the last one's fields first, hence their order.
     """
+
+    @property
+    def rendering(self) -> Rendering:
+        """What chat templates are told."""
+        return Rendering(self.template_date, self.chat_template_kwargs)
 
     @model_validator(mode="before")
     @classmethod

@@ -161,4 +161,4 @@ def open_encoder(config: Config) -> PromptEncoder:
     path = locate(config.model)
     most = config.vllm_max_model_length if config.engine == "vllm" else None
     settings = load_config(path)  # first: transformers' tokenizers look at it too, and at no size of it
-    return PromptEncoder(config.model, load_tokenizer(path), settings, most)
+    return PromptEncoder(config.model, load_tokenizer(path), settings, most, config.rendering)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from estune.completion import Prompt, Sampling
+from estune.completion import Prompt, Rendering, Sampling
 from estune.errors import EstuneError
 from estune.render import RENDERER, Refused
 
@@ -18,12 +18,21 @@ class PromptEncoder:
         tokenizer: its tokenizer.
         config: its config, which says how many positions it has.
         most: the most positions that the engine is set up for, if fewer.
+        rendering: what the tokenizer's chat template is told.
     """
 
-    def __init__(self, name: str, tokenizer: Any, config: Any, most: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Any,
+        config: Any,
+        most: int | None = None,
+        rendering: Rendering = Rendering(),  # noqa: B008
+    ) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.config = config
+        self.rendering = rendering
         reach = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.positions: int | None = min((n for n in (reach, most) if n is not None), default=None)
 
@@ -61,7 +70,7 @@ class PromptEncoder:
             )
         proceed = prompt[-1].get("role") == "assistant"
         try:
-            return RENDERER.render(self.tokenizer, prompt, begin=not proceed, proceed=proceed)
+            return RENDERER.render(self.tokenizer, prompt, self.rendering, begin=not proceed, proceed=proceed)
         except EstuneError:
             raise
         except (Refused, ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -66,6 +66,7 @@ class Header:
     files: dict[str, str] = field(default_factory=dict)  # hashes of the base model's configuration, tokenizer, ...
     code: dict[str, str] = field(default_factory=dict)  # hashes of the task's file and its reward functions
     best_by: list[str] = field(default_factory=lambda: list(BEST_BY))  # metrics that tell the best evaluation
+    prompts_hash: str = ""  # of the token ids of the first step's prompts and the evaluation set's
     format: int = FORMAT
     noise_version: int = NOISE_VERSION
 
@@ -104,7 +105,7 @@ class EvaluationRecord:
 class Journal:
     """An open journal. `steps` and `evaluations` hold what it records so far.
 
-    `settings`, `files` and `code` are those of the run by now: the header's, with what has changed since.
+    `settings`, `files`, `code` and `prompts_hash` are those of the run by now: the header's, with what has changed since.
 
     `ended` says how the run ended ("finished", "stopped early" or "interrupted"). It is None where the last line is
     another: the run goes on, or was cut off, or the journal was.
@@ -121,6 +122,7 @@ class Journal:
         self.settings = dict(header.config)
         self.files = header.files
         self.code = header.code
+        self.prompts_hash = header.prompts_hash
         self.ended: str | None = None
         self.check = check  # of the last line, hence of all
         self._file: Any = None
@@ -217,6 +219,7 @@ class Journal:
             case "accepted":
                 self.files = payload["files"]
                 self.code = payload["code"]
+                self.prompts_hash = payload.get("prompts_hash", self.prompts_hash)
             case "end":
                 self.ended = payload["ended"]
 
@@ -267,12 +270,14 @@ class Journal:
         self._write("settings", changed)
         self.settings |= changed
 
-    def append_accepted(self, files: dict[str, str], code: dict[str, str]) -> None:
+    def append_accepted(self, files: dict[str, str], code: dict[str, str], prompts_hash: str | None = None) -> None:
         """Write what the run depends on from here on, where the user insisted on going on with it. Not in format 1."""
         if self.header.format > 1:
-            self._write("accepted", {"files": files, "code": code})
+            prompts_hash = self.prompts_hash if prompts_hash is None else prompts_hash
+            self._write("accepted", {"files": files, "code": code, "prompts_hash": prompts_hash})
             self.files = files
             self.code = code
+            self.prompts_hash = prompts_hash
 
     def append_end(self, ended: str) -> None:
         """Write how the run ended, as its last line until it goes on. Format 1 has no such line."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from estune.completion import Rendering
 from estune.errors import EstuneError
 
 
@@ -53,11 +54,14 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
 
-    def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
-        """One logit per completion."""
+    def __call__(
+        self, *, prompts: Sequence[Any], completions: Sequence[Any], trainer_state: Any = None, **_: Any
+    ) -> list[float | None]:
+        """One logit per completion. Conversations are rendered with the date and the options of the run."""
         import torch
 
-        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        rendering = getattr(trainer_state, "rendering", Rendering())
+        texts = [self._text(prompt, completion, rendering) for prompt, completion in zip(prompts, completions, strict=True)]
         scores: list[float | None] = []
         with torch.inference_mode():
             for start in range(0, len(texts), self.batch_size):
@@ -71,13 +75,13 @@ class RewardModel:
                 scores += self.model(**inputs).logits[:, 0].float().tolist()
         return scores
 
-    def _text(self, prompt: Any, completion: Any) -> str:
+    def _text(self, prompt: Any, completion: Any, rendering: Rendering) -> str:
         if isinstance(prompt, str):
             return prompt + str(completion)
         from estune.render import RENDERER, Refused
 
         try:
-            return RENDERER.render(self.tokenizer, [*prompt, *completion])
+            return RENDERER.render(self.tokenizer, [*prompt, *completion], rendering)
         except Refused as error:
             raise EstuneError(
                 f"reward model {self.__name__}: its chat template refuses a conversation ({error})"

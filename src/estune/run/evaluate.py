@@ -12,7 +12,7 @@ from estune.errors import EstuneError
 from estune.journal.journal import FILE, Journal
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import find_checkpoint
-from estune.run.resume import task_of
+from estune.run.resume import settings_of, task_of
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
 
@@ -93,7 +93,7 @@ def _settings_for(model: str, given: Mapping[str, Any]) -> Config:
         return parse({**given, "model": model})
     journal = Journal.read(Path(model))
     journal.warn_of_shortfall()
-    settings = journal.settings
+    settings = settings_of(journal)
     return parse(merge({**settings, "device": _device_of(settings)}, given), model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
 from estune.grading.convention import Row
 from estune.grading.grading import Grading
+from estune.journal.identity import hash_of
 from estune.pool.base import Generating
 from estune.run.graded import Graded, evaluation_metrics
 from estune.run.make import make_grading, make_sampling
@@ -87,6 +89,11 @@ def encode_rows(encoder: PromptEncoder, rows: Mapping[int, Row], what: str, samp
             except EstuneError as error:
                 raise EstuneError(f"{what} {number}: {str(error).removeprefix('prompt 0: ')}") from error
         raise
+
+
+def hash_of_prompts(*prompts: Sequence[Sequence[int]]) -> str:
+    """32 hexadecimal digits of BLAKE2b over token ids: what the model is shown, whatever made it of the data."""
+    return hash_of(json.dumps(prompts).encode())
 
 
 def evaluation_sampling(config: Config) -> Sampling:

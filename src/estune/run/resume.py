@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from estune.config import RESUMABLE, Config, parse
 from estune.errors import EstuneError
 from estune.files import clear_leftovers
-from estune.journal.identity import refuse_changes
+from estune.journal.identity import ACCEPT, refuse_changes
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import holds, refuse_changed_model
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory
 from estune.run.trust import refuse_foreign, remember
 from estune.tasks.base import Task
+from estune.versions import packages
 from estune.weights.checkpoint import Checkpoint, hub_name
 
 RESUME_FROM_PYTHON = "resume it from Python, with Trainer.resume(run, task=...)"
@@ -33,6 +36,7 @@ class Past:
     task: Task
     files: dict[str, str]  # hashes of the model's files, where they are others than before and the user accepts them
     code: dict[str, str]  # of the task's code, likewise
+    accept_changes: bool = False
 
 
 def reopen(
@@ -63,7 +67,7 @@ def reopen(
     except BaseException:
         journal.close()
         raise
-    return Past(run, journal, base, config, task, files, code)
+    return Past(run, journal, base, config, task, files, code, accept_changes)
 
 
 def _is_whole(run: RunDirectory, journal: Journal, base: Checkpoint) -> bool:
@@ -107,13 +111,48 @@ def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:
     other = next((key for key in changed if key not in RESUMABLE), None)
     if other is not None:
         raise EstuneError(f"--resume keeps the run's settings, found {other}; only {', '.join(RESUMABLE)} may change")
-    settings = {**journal.settings, **changed}
+    settings = {**settings_of(journal), **changed}
     name, commit = hub_name(str(journal.settings.get("model")))
     if commit and changed.get("model") == name and not Path(name).exists():
         settings["model"] = f"{name}@{commit}"  # the one that the run began with
     if "workers" in changed:
         settings["replicas"] = None  # as many as there is room for beside workers, or instead of them
     return parse(settings, str(journal.path))
+
+
+def settings_of(journal: Journal) -> dict[str, Any]:
+    """A run's settings; those of a journal that names no date for chat templates with that of the run's beginning."""
+    began = journal.header.created[:10]
+    with suppress(ValueError):
+        return {"template_date": date.fromisoformat(began).isoformat(), **journal.settings}
+    return journal.settings
+
+
+def refuse_changed_prompts(journal: Journal, now: str, *, accept: bool) -> str | None:
+    """Refuse prompts that are not, token for token, those that a run began with.
+
+    Args:
+        journal: the run's; one without a hash of its prompts is not compared.
+        now: the hash of what they are here.
+        accept: the user insists on going on.
+
+    Returns:
+        The hash to record, if they are others and the user accepts them; None otherwise.
+
+    Raises:
+        EstuneError: they are others, with the libraries of which the run had other versions.
+    """
+    if journal.prompts_hash in ("", now):
+        return None
+    if not accept:
+        before = journal.header.packages
+        other = ", ".join(f"{name} {before[name]}" for name, v in packages().items() if before.get(name, v) != v)
+        raise EstuneError(
+            f"{journal.path.parent}: its prompts come to other tokens here than when the run began, though data, "
+            f"tokenizer and chat template are the same; take the libraries that it began with"
+            f"{f' ({other})' if other else ''}, or go on with what is there now by {ACCEPT}"
+        )
+    return now
 
 
 def task_of(

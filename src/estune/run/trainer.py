@@ -24,14 +24,14 @@ from estune.pool.open import open_pool, with_resources
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
-from estune.run.held_out import HeldOut, encode_rows
+from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts
 from estune.run.interrupt import interruptible
 from estune.run.make import make_grading, make_sampling, make_strategy
 from estune.run.monitors import Monitors, check_trackers, default_monitors
 from estune.run.monitors.base import Monitor, Plan, Summary
 from estune.run.monitors.files import rewrite_metrics
 from estune.run.order import StagedOrder
-from estune.run.resume import Past, parent_of, reopen
+from estune.run.resume import Past, parent_of, refuse_changed_prompts, reopen
 from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
@@ -79,8 +79,8 @@ class Trainer:
             self.task = task
             self._began_at = 0 if past is None else len(past.journal.steps)
             self.order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)
-            self.state = TrainerState(self._began_at, config.steps)
-            self._open_all(opened)
+            self.state = TrainerState(self._began_at, config.steps, rendering=config.rendering)
+            self._open_all(opened, past)
             self.trained = self.pool.describe()
             if past is None:
                 self.base = Checkpoint(locate(config.model))
@@ -169,7 +169,7 @@ class Trainer:
         """Release processes, threads and files. `train` does so itself."""
         self._opened.close()
 
-    def _open_all(self, opened: ExitStack) -> None:
+    def _open_all(self, opened: ExitStack, past: Past | None) -> None:
         """See that everything the run will generate can be generated, and load the model."""
         clear_temporary()
         config = self.config
@@ -178,8 +178,14 @@ class Trainer:
         used = self.order.used(self._began_at, config.steps)
         encode_rows(self.encoder, {i: task.train[i] for i in used}, "training row", make_sampling(config))
         self.grading = make_grading(config, task, self.state)
+        first = self.encoder.encode([task.train[i]["prompt"] for i in self.order.rows(0)])
         opened.callback(self.grading.close)
         self.held_out = HeldOut(task, config, self.encoder, self.grading)
+        self._prompts_hash = hash_of_prompts(first, self.held_out.prompt_ids)
+        if past is not None:
+            self._accepted_prompts = refuse_changed_prompts(
+                past.journal, self._prompts_hash, accept=past.accept_changes
+            )
         preflight(task, self.grading)
         self.watched = {}
         for options in config.watch:
@@ -212,6 +218,7 @@ class Trainer:
             files=trained.files,
             code=code,
             best_by=list(best_by),
+            prompts_hash=self._prompts_hash,
         )
 
     def _note_changes(self, past: Past) -> None:
@@ -221,8 +228,10 @@ class Trainer:
             journal.append_settings(other)
         if other or not self.run.settings.is_file():
             self.run.write_settings(self.config)
-        if past.files or past.code:
-            journal.append_accepted(past.files or journal.files, past.code or journal.code)
+        if past.files or past.code or self._accepted_prompts:
+            journal.append_accepted(
+                past.files or journal.files, past.code or journal.code, self._accepted_prompts or journal.prompts_hash
+            )
 
     def _inherit(self, parent: Journal) -> str:
         """Bring the weights to where another run ended; return the fingerprint there."""

@@ -57,7 +57,6 @@ _OWN: dict[str, Any] = {
 
 # What would change the run but cannot be done, with the value that asks for nothing.
 _MISSING: dict[str, Any] = {
-    "chat_template_kwargs": None,
     "eval_on_start": True,
     "generation_kwargs": None,
     "lr_scheduler_kwargs": None,

@@ -186,6 +186,7 @@ class ESTrainer:
             refuse_used(self.directory.path)
             config = self.config.model_copy(update={"model": self._base()})
             run = Trainer(config, task=self.task, monitors=self._monitors, best_by=self.args.best_by)
+        self.config = self.config.model_copy(update={"template_date": run.config.template_date})
         try:
             self._run = run
             summary = run.train()
@@ -340,7 +341,7 @@ class ESTrainer:
         run = Trainer.resume(
             self.directory.path, task=self.task, monitors=self._monitors, accept_changes=accept_changes, **changed
         )
-        own = (*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size")
+        own = (*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size", "template_date")
         here, there = (c.model_dump(exclude=set(own)) for c in (self.config, run.config))
         if other := [key for key in here if here[key] != there[key]]:
             log.warning("%s keeps its settings: not used here are %s", self.directory.path, ", ".join(other))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
+from estune.engines.loading import open_encoder
 from estune.engines.score import divergence
 from estune.engines.transformers import TransformersEngine
 from estune.run.graded import Graded, evaluation_metrics, grade_completions
@@ -39,7 +40,7 @@ def measure(checkpoint: Path, base: Path, config: Config, task: Task, short_toke
     prompts = [row["prompt"] for row in task.evaluation]
     greedy = make_sampling(config.model_copy(update={"temperature": 0.0}))
     before = _engine(base, config)
-    ids = before.encode(prompts)
+    ids = open_encoder(config).encode(prompts)
     answers = before.generate(ids, greedy)
     if short_tokens is None:
         short_tokens = round(mean_length(answers) / 2)

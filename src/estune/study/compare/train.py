@@ -109,9 +109,12 @@ def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -
     from transformers import AutoTokenizer
     from transformers.trainer_callback import TrainerCallback
 
+    from estune.render import stop_clock
     from estune.run.make import make_grading
 
     torch.set_num_threads(config.threads or 1)
+    if config.template_date is not None:
+        stop_clock(config.template_date)  # TRL renders in this process
     path = locate(config.model)
     arguments, trainer_class = trl_arguments(plan, job, config, folder)
     # Rows travel by number: a column of a data set must be of one type, and a task's may be of any.
@@ -158,6 +161,7 @@ def trl_arguments(plan: Plan, job: Job, config: Config, folder: Path) -> tuple[A
         "gradient_accumulation_steps": plan.batch // plan.micro_batch,
         "num_generations": plan.generations,
         "max_completion_length": config.max_new_tokens,
+        "chat_template_kwargs": config.chat_template_kwargs,
         "temperature": plan.rl_temperature,
         "beta": plan.beta,
         "activation_checkpointing": False,  # slower, and small models have the memory
