@@ -150,7 +150,7 @@ def stop_clock(day: date) -> None:
     """
     from transformers.utils import chat_template_utils
 
-    then = datetime(day.year, day.month, day.day)  # noqa: DTZ001
+    then = datetime(day.year, day.month, day.day)
     chat_template_utils.datetime = SimpleNamespace(now=lambda: then)
 
 

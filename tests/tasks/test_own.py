@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 import estune
+from estune.completion import Completion
 from estune.config import load
 from estune.errors import EstuneError
-from estune.tasks.base import Task
+from estune.grading.convention import Batch, TrainerState
+from estune.tasks.base import Task, data_hash
 from estune.tasks.custom import CustomConfig
+from estune.tasks.mix import MixConfig
 from estune.tasks.own import OwnConfig
 from estune.tasks.preference import PreferenceConfig
 
@@ -70,6 +73,56 @@ def test_rows_may_be_a_file_and_rewards_names(tmp_path: Path) -> None:
     graders.write_text(REWARDS)
     task = own(tmp_path, f"train = {str(data)!r}\nrewards = [{str(graders) + ':brief'!r}]\n")
     assert task.reward_funcs[0](completions=["ab"]) == [-0.02]
+
+
+USER = [{"role": "user", "content": "3 2"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "shown"),
+    [
+        (FUNCTION, {}, USER),
+        (FUNCTION, {"chat": False}, "3 2"),
+        (FUNCTION.replace('"right")', '"right", chat=False)'), {}, "3 2"),
+        (FUNCTION.replace('"right")', '"right", chat=False)'), {"chat": True}, USER),
+        (NAMES.replace("f'{n}+1='", "f'3 {n}'") + "rewards = right", {}, USER),
+        (NAMES.replace("f'{n}+1='", "f'3 {n}'") + "rewards = right\nchat = False", {}, "3 2"),
+        (
+            NAMES.replace("f'{n}+1='", "[dict(role='user', content=f'3 {n}')]") + "rewards = right",
+            {"chat": False},
+            USER,
+        ),
+    ],
+)
+def test_text_is_text_for_rewards_and_a_users_message_for_the_model(
+    tmp_path: Path, text: str, options: dict[str, Any], shown: Any
+) -> None:
+    task = own(tmp_path, text, **options)
+    row = next(row for row in (*task.train, *task.evaluation) if row["prompt"] in ("3 2", USER))
+    assert task.shown(row, template=True) == shown
+    assert task.shown(row, template=False) == row["prompt"]
+    columns = Batch([row], [Completion("5", [1], finished=True)], TrainerState()).columns
+    said: Any = "5" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": "5"}]
+    assert (columns["prompts"], columns["completions"]) == ([row["prompt"]], [said])
+
+
+def test_a_mix_shows_each_task_as_it_is_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(f"{NAMES}rewards = right")
+    name = str(tmp_path / "a.py")
+    mix = MixConfig.model_validate({"tasks": {"chat": {"name": name}, "plain": {"name": name, "chat": False}}}).build(0)
+    kinds = {(row["task"], type(mix.shown(row, template=True))) for row in mix.train}
+    assert kinds == {("chat", list), ("plain", str)}
+    assert {type(row["prompt"]) for row in mix.train} == {str}
+
+
+def test_data_are_hashed_as_they_are_shown(tmp_path: Path) -> None:
+    """So that journals from before text stayed text, and their hashes, still tell the same data."""
+    plain = own(tmp_path, f"{NAMES}rewards = right", chat=False)
+    assert plain.data_hash() == data_hash([*plain.train, {"side": "evaluation"}, *plain.evaluation])
+    chat = own(tmp_path, f"{NAMES}rewards = right")
+    rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in chat.train]
+    held_out = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in chat.evaluation]
+    assert chat.data_hash() == data_hash([*rows, {"side": "evaluation"}, *held_out]) != plain.data_hash()
 
 
 def test_a_function_makes_a_task_under_the_files_name(tmp_path: Path) -> None:
@@ -132,7 +185,10 @@ def test_custom(tmp_path: Path) -> None:
     task = custom(tmp_path, reward_weights="1,0.5", gold_column="answer", system_prompt="Hm.", accuracy="brief")
     assert len(task.train) + len(task.evaluation) == 60
     row = task.train[0]
-    assert row["prompt"] == [{"role": "system", "content": "Hm."}, {"role": "user", "content": row["question"]}]
+    assert row["prompt"] == row["question"]
+    conversation = [{"role": "system", "content": "Hm."}, {"role": "user", "content": row["question"]}]
+    assert task.shown(row, template=True) == conversation
+    assert task.shown(row, template=False) == f"Hm.\n\n{row['question']}"
     assert (task.reward_weights, task.accuracies) == ([1.0, 0.5], ["brief"])
     assert task.gold is not None
     assert task.gold(row) == row["answer"]

@@ -36,6 +36,11 @@ class PromptEncoder:
         reach = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.positions: int | None = min((n for n in (reach, most) if n is not None), default=None)
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return self.tokenizer.chat_template is not None
+
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of each prompt.
 
@@ -50,7 +55,7 @@ class PromptEncoder:
             chosen = [i for i, prompt in enumerate(prompts) if isinstance(prompt, kind)]
             if not chosen:
                 continue
-            texts = [self._render(i, prompts[i]) for i in chosen]
+            texts = [self.render(prompts[i], i) for i in chosen]
             for i, ids in zip(chosen, self.tokenizer(texts, add_special_tokens=special)["input_ids"], strict=True):
                 found[i] = ids
         for i, ids in enumerate(found):
@@ -58,12 +63,21 @@ class PromptEncoder:
                 raise EstuneError(f"prompt {i}: {prompts[i]!r} encodes to no token; give it text")
         return found
 
-    def _render(self, index: int, prompt: Prompt) -> str:
+    def render(self, prompt: Prompt, index: int = 0) -> str:
+        """The text that the model is shown.
+
+        Args:
+            prompt: text, as it is, or a conversation, as the chat template has it.
+            index: its number, for messages.
+
+        Raises:
+            EstuneError: as `encode`.
+        """
         if isinstance(prompt, str):
             return prompt
         if not prompt:
             raise EstuneError(f"prompt {index}: a conversation without messages; give it at least one")
-        if self.tokenizer.chat_template is None:
+        if not self.has_template:
             raise EstuneError(
                 f"prompt {index}: a conversation, but the tokenizer of {self.name!r} has no chat template; "
                 "give plain text, or a model with a template"

@@ -105,7 +105,8 @@ class EvaluationRecord:
 class Journal:
     """An open journal. `steps` and `evaluations` hold what it records so far.
 
-    `settings`, `files`, `code` and `prompts_hash` are those of the run by now: the header's, with what has changed since.
+    `settings`, `files`, `code` and `prompts_hash` are those of the run by now: the header's, with what has changed
+    since.
 
     `ended` says how the run ended ("finished", "stopped early" or "interrupted"). It is None where the last line is
     another: the run goes on, or was cut off, or the journal was.

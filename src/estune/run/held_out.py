@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from estune.completion import Sampling
@@ -42,7 +42,7 @@ class HeldOut:
         self._count = config.eval_samples
         self._grading = grading or make_grading(config, task)
         self._sampling = evaluation_sampling(config)
-        self.prompt_ids = encode_rows(encoder, dict(enumerate(task.evaluation)), "evaluation row", self._sampling)
+        self.prompt_ids = encode_rows(encoder, task, dict(enumerate(task.evaluation)), "evaluation row", self._sampling)
 
     def evaluate(self, generator: Generating, *, compare: Compare | None = None) -> tuple[dict[str, float], Graded]:
         """Metrics with `eval_` before them, and what they are made of: each prompt's completions, one after another.
@@ -72,23 +72,30 @@ class HeldOut:
         self._grading.close()
 
 
-def encode_rows(encoder: PromptEncoder, rows: Mapping[int, Row], what: str, sampling: Sampling) -> list[list[int]]:
-    """Token ids of rows' prompts; `what` is what a row is called where its prompt cannot be completed.
+def encode_rows(
+    encoder: PromptEncoder, task: Task, rows: Mapping[int, Row], what: str, sampling: Sampling
+) -> list[list[int]]:
+    """Token ids of prompts of a task's rows; `what` is what a row is called where its prompt cannot be completed.
 
     Raises:
         EstuneError: naming the row.
     """
     try:
-        ids = encoder.encode([row["prompt"] for row in rows.values()])
+        ids = token_ids(encoder, task, rows.values())
         encoder.check(ids, sampling)
         return ids
     except EstuneError:
         for number, row in rows.items():
             try:
-                encoder.check(encoder.encode([row["prompt"]]), sampling)
+                encoder.check(token_ids(encoder, task, [row]), sampling)
             except EstuneError as error:
                 raise EstuneError(f"{what} {number}: {str(error).removeprefix('prompt 0: ')}") from error
         raise
+
+
+def token_ids(encoder: PromptEncoder, task: Task, rows: Iterable[Row]) -> list[list[int]]:
+    """Token ids of what the model is shown for each row."""
+    return encoder.encode([task.shown(row, template=encoder.has_template) for row in rows])
 
 
 def hash_of_prompts(*prompts: Sequence[Sequence[int]]) -> str:

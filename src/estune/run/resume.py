@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,9 @@ def task_of(
     code = code_of(task.reward_funcs, None if has_task else config.task)
     changed = refuse_changes(str(run), journal.code, code, accept=accept_changes or _names_task(given))
     remember(config)
+    if not other_data and not journal.prompts_hash and task.data_hash() != header.data_hash:
+        # Before journals had it, text in a task's file was never made a conversation.
+        task = replace(task, chat=False, show=None)
     if not other_data and task.data_hash() != header.data_hash:
         raise EstuneError(
             f"{run}: the data of task {name} are not those that the run was trained on; put them back, or, if it is a "

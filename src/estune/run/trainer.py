@@ -24,7 +24,7 @@ from estune.pool.open import open_pool, with_resources
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
-from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts
+from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, token_ids
 from estune.run.interrupt import interruptible
 from estune.run.make import make_grading, make_sampling, make_strategy
 from estune.run.monitors import Monitors, check_trackers, default_monitors
@@ -176,9 +176,9 @@ class Trainer:
         task = self.task
         self.encoder = open_encoder(config)
         used = self.order.used(self._began_at, config.steps)
-        encode_rows(self.encoder, {i: task.train[i] for i in used}, "training row", make_sampling(config))
+        encode_rows(self.encoder, task, {i: task.train[i] for i in used}, "training row", make_sampling(config))
         self.grading = make_grading(config, task, self.state)
-        first = self.encoder.encode([task.train[i]["prompt"] for i in self.order.rows(0)])
+        first = token_ids(self.encoder, task, (task.train[i] for i in self.order.rows(0)))
         opened.callback(self.grading.close)
         self.held_out = HeldOut(task, config, self.encoder, self.grading)
         self._prompts_hash = hash_of_prompts(first, self.held_out.prompt_ids)
@@ -339,7 +339,7 @@ class Trainer:
         rate = self.strategy.learning_rate
         indices = self.order.rows(step, {e.step: e.metrics for e in self.journal.evaluations})
         rows = [self.task.train[i] for i in indices]
-        prompt_ids = self.encoder.encode([row["prompt"] for row in rows])
+        prompt_ids = token_ids(self.encoder, self.task, rows)
         sampling = make_sampling(config, member_seed(self.strategy.seed, step, 1 << 23))
         members = self.strategy.ask()
         pending: dict[int, tuple[list[Completion], Pending]] = {}

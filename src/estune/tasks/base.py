@@ -7,6 +7,7 @@ from hashlib import blake2b
 from math import fsum, inf, isfinite
 from typing import Any
 
+from estune.completion import Prompt
 from estune.errors import EstuneError
 from estune.grading.convention import RewardFunction, Row, reward_name
 
@@ -42,6 +43,10 @@ class Task:
     none: all of them, always. A task without `accuracy` has no evaluation set. Both sets become lists, whatever kind of
     sequence they are given as.
 
+    A prompt that is text stays text for reward functions, and so do its completions. `chat` says whether a model that
+    has a chat template is shown it as a user's message; None is False, but True in a task's file. `show` says so row by
+    row instead: what a model is shown for a row, with or without a template.
+
     Raises:
         EstuneError: an empty set, a prompt in both sets, weights that do not match the functions, an unknown accuracy.
     """
@@ -55,6 +60,8 @@ class Task:
     gold: Callable[[Row], str | None] | None = None
     group: str | None = None
     stages: Sequence[Stage] = field(default=())
+    chat: bool | None = None
+    show: Callable[[Row, bool], Prompt] | None = None
 
     def __post_init__(self) -> None:
         for side in ("train", "evaluation"):
@@ -105,9 +112,36 @@ class Task:
                     found.setdefault(key, []).append(value)
         return {key: fsum(values) / len(values) for key, values in found.items()}
 
+    def shown(self, row: Row, *, template: bool) -> Prompt:
+        """What a model is shown for a row: messages, or text as it is.
+
+        Args:
+            row: one of either set.
+            template: whether the model has a chat template.
+        """
+        prompt: Prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            return prompt
+        if self.show is not None:
+            return self.show(row, template)
+        return as_message(row, template) if self.chat else prompt
+
     def data_hash(self) -> str:
-        """Hash of both sets, in order: two runs with equal hashes saw equal data."""
-        return data_hash([*self.train, {"side": "evaluation"}, *self.evaluation])
+        """Hash of both sets, in order, with prompts as a model with a chat template is shown them.
+
+        Two runs with equal hashes saw equal data.
+        """
+        train, evaluation = (
+            [{**row, "prompt": self.shown(row, template=True)} for row in rows]
+            for rows in (self.train, self.evaluation)
+        )
+        return data_hash([*train, {"side": "evaluation"}, *evaluation])
+
+
+def as_message(row: Row, template: bool) -> Prompt:
+    """A prompt that is text as a user's message, where there is a chat template; else as it is."""
+    text: str = row["prompt"]
+    return [{"role": "user", "content": text}] if template else text
 
 
 def _check_columns(where: str, rows: Sequence[Row]) -> None:

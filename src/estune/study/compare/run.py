@@ -14,9 +14,9 @@ from typing import Any
 
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.files import make_folder, write_text
+from estune.files import make_folder, read_claim, write_text
 from estune.study.compare.plan import Job, Plan, at_an_end, read_results
-from estune.study.jobs import Jobs, claimed, read_claim
+from estune.study.jobs import Jobs, claimed
 from estune.tasks.base import Task
 from estune.weights.checkpoint import locate
 

@@ -117,8 +117,10 @@ def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -
         stop_clock(config.template_date)  # TRL renders in this process
     path = locate(config.model)
     arguments, trainer_class = trl_arguments(plan, job, config, folder)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
     # Rows travel by number: a column of a data set must be of one type, and a task's may be of any.
-    rows = [{"prompt": row["prompt"], "row": i} for i, row in enumerate(task.train)]
+    template = tokenizer.chat_template is not None
+    rows = [{"prompt": task.shown(row, template=template), "row": i} for i, row in enumerate(task.train)]
     with make_grading(config, task) as grading:
         reward = TaskReward(task, grading)
 
@@ -131,7 +133,7 @@ def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -
             reward_funcs=reward,
             args=arguments,
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False),
+            processing_class=tokenizer,
             callbacks=[Spent()],
         )
         trainer.train()
