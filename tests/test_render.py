@@ -43,6 +43,18 @@ def test_it_is_what_transformers_renders(conversation: list[Any]) -> None:
         assert RENDERER.render(each.tokenizer, conversation, begin=not open_end, proceed=open_end) == expected
 
 
+def test_a_list_of_parts_is_their_text() -> None:
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?", "image": None}]
+    for content in (parts, ["2+", "2?"]):
+        assert encoder().encode([[{"role": "user", "content": content}]]) == encoder().encode(
+            [[{"role": "user", "content": "2+2?"}]]
+        )
+    with pytest.raises(
+        EstuneError, match="prompt 0: a message has a part of type 'image_url', and models are given text"
+    ):
+        encoder().encode([[{"role": "user", "content": [*parts, {"type": "image_url", "image_url": "x"}]}]])
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from estune.children import die_with_thread
-from estune.completion import Rendering
+from estune.completion import Rendering, content_text
 from estune.errors import EstuneError
 
 START_SECONDS = 120.0
@@ -64,8 +64,10 @@ class Renderer:
             EstuneError: the process cannot be started.
         """
         request = {
-            # As `apply_chat_template` does: a key without a value is no key.
-            "conversation": [{k: v for k, v in message.items() if v is not None} for message in conversation],
+            # As `apply_chat_template` does: a key without a value is no key. A list of parts is the text of them.
+            "conversation": [
+                {k: _plain(k, v) for k, v in message.items() if v is not None} for message in conversation
+            ],
             "template": tokenizer.get_chat_template(),
             "variables": {**tokenizer.special_tokens_map, **rendering.options},
             "date": (rendering.date or date.today()).isoformat(),
@@ -141,6 +143,11 @@ class Renderer:
 RENDERER = Renderer()
 """This process's. It has one process for all models, which ends with this one."""
 atexit.register(RENDERER.close)
+
+
+def _plain(key: str, value: Any) -> Any:
+    is_parts = key == "content" and isinstance(value, list | tuple) and all(isinstance(p, str | dict) for p in value)
+    return content_text(value) if is_parts else value
 
 
 def stop_clock(day: date) -> None:

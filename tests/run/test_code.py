@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 import sys
+from contextlib import chdir
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -135,6 +136,56 @@ def test_other_prompts_that_are_accepted_are_those_of_the_run_from_then_on(dated
     journal.append_accepted(journal.files, journal.code)
     journal.close()
     assert Journal.read(tmp_path / "run").prompts_hash == "ab"
+
+
+@pytest.fixture(scope="module")
+def relative(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a task's file that names a file of rows, and a run that was begun there by such names."""
+    folder = tmp_path_factory.mktemp("relative") / "project"
+    save_model(folder / "models" / "m")
+    rows = [{"prompt": f"{n} and "} for n in range(60)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.py").write_text(REWARD.format(10) + "train = 'rows.jsonl'\nrewards = [brief]\n")
+    with chdir(folder):
+        task = {"name": "task.py", "eval_size": 3}
+        Trainer(
+            make_config(Path("runs/x"), Path("models/m"), steps=1, task=task, watch=["task.py"]), monitors=[]
+        ).train()
+    return folder
+
+
+def test_a_run_is_replayed_evaluated_and_gone_on_with_from_anywhere(
+    relative: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = relative / "runs" / "x"
+    journal = Journal.read(run)
+    assert (journal.header.model, journal.header.task) == (str(relative / "models" / "m"), "task.py")
+    monkeypatch.chdir(tmp_path)
+    assert replay(run, tmp_path / "out") == journal.fingerprint()
+    found = evaluate_model(str(run))
+    assert journal.best is not None
+    assert {key: journal.best.metrics[key] for key in found} == found
+    assert "watch/task.py/accuracy" in found
+    Trainer.resume(run, monitors=[], steps=2).close()
+    assert Path.cwd() == tmp_path
+
+
+def test_a_run_that_is_moved_with_what_it_depends_on_finds_it(
+    relative: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "elsewhere" / "project"
+    shutil.copytree(relative, moved)
+    hidden = relative.rename(relative.with_name("gone"))
+    try:
+        monkeypatch.chdir(tmp_path)
+        assert replay(moved / "runs" / "x", tmp_path / "out")
+        assert "as the run began" in describe_rest(moved / "runs" / "x", {"steps": 2}, trust_task=True)
+        shutil.rmtree(moved / "models")
+        with pytest.raises(EstuneError, match=r"base model .*models/m is not there; say where it is now with --model"):
+            replay(moved / "runs" / "x", tmp_path / "out-2")
+        replay(moved / "runs" / "x", tmp_path / "out-2", model=str(hidden / "models" / "m"))
+    finally:
+        hidden.rename(relative)
 
 
 def test_text_of_a_run_from_before_it_was_made_a_conversation_stays_as_it_was(dated: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from estune.grading.convention import Batch, TrainerState
 from estune.tasks.base import Task, data_hash
 from estune.tasks.custom import CustomConfig
 from estune.tasks.mix import MixConfig
+from estune.tasks.options import identity
 from estune.tasks.own import OwnConfig
 from estune.tasks.preference import PreferenceConfig
 
@@ -216,6 +217,19 @@ def test_gold_answers_may_be_numbers(tmp_path: Path) -> None:
     task = custom(tmp_path, data=str(data), gold_column="answer")
     assert task.gold is not None
     assert task.gold(task.train[0]) == str(task.train[0]["answer"])
+
+
+def test_a_gold_answer_that_is_no_number_is_none(tmp_path: Path) -> None:
+    data = tmp_path / "numbers.jsonl"
+    data.write_text("".join(f'{{"question": "q{n}", "answer": {n if n % 2 else "NaN"}}}\n' for n in range(60)))
+    task = custom(tmp_path, data=str(data), gold_column="answer")
+    assert task.gold is not None
+    assert {task.gold(row) for row in task.train if int(row["question"][1:]) % 2 == 0} == {None}
+
+
+def test_the_same_prompt_in_parts_is_held_out_alike() -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": " 2+2?"}]}]
+    assert identity({"prompt": parts}) == identity({"prompt": "what is 2+2?"}) == "what is 2+2?"
 
 
 @pytest.mark.parametrize("text", ["x = (", "raise RuntimeError('two\\nlines')"])

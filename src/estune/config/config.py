@@ -145,7 +145,8 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise EstuneError(f"config {file}: no such file")
     try:
-        values = tomllib.loads(file.read_text()) if file.suffix == ".toml" else yaml.safe_load(file.read_text())
+        text = file.read_text(encoding="utf-8-sig")
+        values = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
     # Beside errors of their own, the readers raise what making a value raises: `!!bool x` is a KeyError.
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise EstuneError(f"config {file} cannot be read: {' '.join(str(error).split())}") from error

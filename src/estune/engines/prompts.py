@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from estune.completion import Prompt, Rendering, Sampling
+from estune.completion import Message, Prompt, Rendering, Sampling
 from estune.errors import EstuneError
 from estune.render import RENDERER, Refused
 
@@ -82,6 +82,11 @@ class PromptEncoder:
                 f"prompt {index}: a conversation, but the tokenizer of {self.name!r} has no chat template; "
                 "give plain text, or a model with a template"
             )
+        if other := next((kind for kind in _kinds(prompt) if kind != "text"), None):
+            raise EstuneError(
+                f"prompt {index}: a message has a part of type {other!r:.40}, and models are given text alone; leave "
+                "it out"
+            )
         proceed = prompt[-1].get("role") == "assistant"
         try:
             return RENDERER.render(self.tokenizer, prompt, self.rendering, begin=not proceed, proceed=proceed)
@@ -118,3 +123,11 @@ class PromptEncoder:
                     f"prompt {i}: {len(ids)} tokens and max_new_tokens {sampling.max_new_tokens} go beyond the "
                     f"{self.positions} positions of {self.name!r}; shorten the prompt or lower max_new_tokens"
                 )
+
+
+def _kinds(conversation: list[Message]) -> Iterator[Any]:
+    """The types of the parts that messages have for their content."""
+    for message in conversation:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            yield from (part.get("type", "text") for part in content if isinstance(part, dict))

@@ -66,6 +66,8 @@ class Header:
     files: dict[str, str] = field(default_factory=dict)  # hashes of the base model's configuration, tokenizer, ...
     code: dict[str, str] = field(default_factory=dict)  # hashes of the task's file and its reward functions
     best_by: list[str] = field(default_factory=lambda: list(BEST_BY))  # metrics that tell the best evaluation
+    place: str = ""  # the run's directory, from the root on
+    folder: str = ""  # the directory that the run was begun in, to which paths in its settings are relative
     prompts_hash: str = ""  # of the token ids of the first step's prompts and the evaluation set's
     format: int = FORMAT
     noise_version: int = NOISE_VERSION
@@ -286,6 +288,26 @@ class Journal:
             self._write("end", {"step": len(self.steps), "ended": ended})
             self.ended = ended
 
+    def base_model(self) -> str:
+        """The base model as the run named it; where it and the run were moved together, where it lies now."""
+        return self._moved(self.header.model)
+
+    def folders(self) -> list[Path]:
+        """Where paths in the run's settings may be relative to, likeliest first.
+
+        These are the directory that it was begun in, the one that lies as that did from the run's, if both were moved,
+        and this process's own.
+        """
+        folder = self.header.folder
+        found = [Path(folder), Path(self._moved(folder))] if folder else []
+        return [path for path in (*found, Path.cwd()) if path.is_dir()]
+
+    def _moved(self, path: str) -> str:
+        if not os.path.isabs(path) or os.path.exists(path) or not self.header.place:
+            return path
+        now = os.path.join(os.path.abspath(self.path.parent), os.path.relpath(path, self.header.place))
+        return os.path.normpath(now) if os.path.exists(now) else path
+
     @property
     def best(self) -> EvaluationRecord | None:
         """The best evaluation so far, by the header's `best_by`; of equals the earliest."""
@@ -421,11 +443,14 @@ def _decode_step(payload: dict[str, Any]) -> StepRecord:
 
 def base_checkpoint(header: Header, model: str | None = None) -> Checkpoint:
     """The base checkpoint of a run, its content checked against the journal's hash."""
-    base = Checkpoint(locate(model or header.model))
+    model = model or header.model
+    if os.path.isabs(model) and not os.path.exists(model):
+        raise EstuneError(f"base model {model} is not there; say where it is now with --model")
+    base = Checkpoint(locate(model))
     found = base.content_hash()
     if found != header.base_hash:
         raise EstuneError(
-            f"base model {model or header.model}: content hash {found}, the journal was written over "
+            f"base model {model}: content hash {found}, the journal was written over "
             f"{header.base_hash}; give the original with --model"
         )
     for name, aliases in header.tensors.items():

@@ -54,6 +54,8 @@ class HeaderLine(Line):
     files: Names = {}
     code: Names = {}
     best_by: Annotated[list[str], Field(min_length=1)] = ["eval_accuracy", "eval_reward"]
+    place: str = ""
+    folder: str = ""
     prompts_hash: MaybeHash = ""
     format: int
     noise_version: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from estune.errors import EstuneError
 from estune.journal.journal import FILE, Journal
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import find_checkpoint
-from estune.run.resume import settings_of, task_of
+from estune.run.resume import settings_of, task_folder, task_of
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
 
@@ -52,11 +53,13 @@ def evaluate_model(
     from estune.run.graded import write_completions
     from estune.run.held_out import HeldOut
 
-    given = read(file, overrides or [])
+    given = _from_here(read(file, overrides or []))
+    folder = Path.cwd()
     config = _settings_for(model, given)
     run = Path(model)
     if (run / FILE).is_file():
         journal = Journal.read(run)
+        folder = folder if "watch" in given else task_folder(journal, config, given)
         if task is None:
             task = _task_for(journal, config, given, accept_changes=accept_changes, trust_task=trust_task)
         else:
@@ -70,7 +73,9 @@ def evaluate_model(
     records = list[dict[str, Any]]()
     with ExitStack() as opened:
         held_out = []
-        for each in (task, *(options.build(config.seed) for options in config.watch)):
+        with chdir(folder):
+            watched_tasks = [options.build(config.seed) for options in config.watch]
+        for each in (task, *watched_tasks):
             if not each.evaluation:
                 raise EstuneError(f"task {each.name} has no evaluation set: give it one, or another task")
             held_out.append(HeldOut(each, config, encoder))
@@ -86,6 +91,21 @@ def evaluate_model(
     if output is not None:
         write_completions(output, records)
     return metrics
+
+
+def _from_here(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the user's own paths of data from the root on: a run's are relative to where it was begun."""
+    task = given.get("task")
+    if not isinstance(task, dict) or "name" in task:
+        return given
+    found = {
+        key: ",".join(
+            os.path.abspath(part.strip()) if os.path.exists(part.strip()) else part for part in value.split(",")
+        )
+        for key, value in task.items()
+        if key in ("data", "eval_data") and isinstance(value, str)
+    }
+    return {**given, "task": {**task, **found}}
 
 
 def _settings_for(model: str, given: Mapping[str, Any]) -> Config:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -17,7 +19,7 @@ from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import holds, refuse_changed_model
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory
-from estune.run.trust import refuse_foreign, remember
+from estune.run.trust import refuse_foreign, remember, texts
 from estune.tasks.base import Task
 from estune.versions import packages
 from estune.weights.checkpoint import Checkpoint, hub_name
@@ -37,6 +39,7 @@ class Past:
     files: dict[str, str]  # hashes of the model's files, where they are others than before and the user accepts them
     code: dict[str, str]  # of the task's code, likewise
     accept_changes: bool = False
+    folder: Path = Path()  # that paths in the task's settings are relative to
 
 
 def reopen(
@@ -67,7 +70,7 @@ def reopen(
     except BaseException:
         journal.close()
         raise
-    return Past(run, journal, base, config, task, files, code, accept_changes)
+    return Past(run, journal, base, config, task, files, code, accept_changes, task_folder(journal, config, changed))
 
 
 def _is_whole(run: RunDirectory, journal: Journal, base: Checkpoint) -> bool:
@@ -111,7 +114,7 @@ def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:
     other = next((key for key in changed if key not in RESUMABLE), None)
     if other is not None:
         raise EstuneError(f"--resume keeps the run's settings, found {other}; only {', '.join(RESUMABLE)} may change")
-    settings = {**settings_of(journal), **changed}
+    settings = {**settings_of(journal), "model": journal.base_model(), **changed}
     name, commit = hub_name(str(journal.settings.get("model")))
     if commit and changed.get("model") == name and not Path(name).exists():
         settings["model"] = f"{name}@{commit}"  # the one that the run began with
@@ -186,11 +189,12 @@ def task_of(
     if header.task != name:
         raise EstuneError(f"{run} was trained on the task {header.task}, not {name}: if it is your own, {remedy}")
     has_task = task is not None
-    refuse_foreign(str(run), config, given, has_task=has_task, trust=trust_task, accept=accept_changes)
-    task = task or config.task.build(config.seed)
-    code = code_of(task.reward_funcs, None if has_task else config.task)
-    changed = refuse_changes(str(run), journal.code, code, accept=accept_changes or _names_task(given))
-    remember(config)
+    with chdir(task_folder(journal, config, given)):
+        refuse_foreign(str(run), config, given, has_task=has_task, trust=trust_task, accept=accept_changes)
+        task = task or config.task.build(config.seed)
+        code = code_of(task.reward_funcs, None if has_task else config.task)
+        changed = refuse_changes(str(run), journal.code, code, accept=accept_changes or _names_task(given))
+        remember(config)
     if not other_data and not journal.prompts_hash and task.data_hash() != header.data_hash:
         # Before journals had it, text in a task's file was never made a conversation.
         task = replace(task, chat=False, show=None)
@@ -200,6 +204,20 @@ def task_of(
             f"task of your own, {remedy}"
         )
     return task, changed
+
+
+def task_folder(journal: Journal, config: Config, given: Mapping[str, Any]) -> Path:
+    """The directory that paths in the settings of a run's tasks are relative to: where most of them are.
+
+    Args:
+        journal: the run's.
+        config, given: its settings, and what the user gave of them, whose paths are relative to where he is.
+    """
+    if _names_task(given):
+        return Path.cwd()
+    named = texts([options.model_dump(mode="json") for options in (config.task, *config.watch)])
+    paths = {re.sub(r"\.py:\w+$", ".py", text) for text in named} - {""}
+    return max(journal.folders(), key=lambda folder: sum(os.path.exists(folder / path) for path in paths))
 
 
 def _names_task(given: Mapping[str, Any]) -> bool:

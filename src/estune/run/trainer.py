@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -85,7 +86,7 @@ class Trainer:
             if past is None:
                 self.base = Checkpoint(locate(config.model))
                 fingerprint = self._inherit(parent) if parent is not None else self.trained.fingerprint
-                header = self._header(fingerprint, code_of(task.reward_funcs, options), best_by)
+                header = self._header(path, fingerprint, code_of(task.reward_funcs, options), best_by)
                 self.run = RunDirectory.create(path)
                 # Of two that begin here at once, one gets no further.
                 self.journal = Journal.create(self.run.path, header, parent)
@@ -189,7 +190,8 @@ class Trainer:
         preflight(task, self.grading)
         self.watched = {}
         for options in config.watch:
-            other = options.build(config.seed)
+            with chdir(Path.cwd() if past is None else past.folder):
+                other = options.build(config.seed)
             empty = next((t.name for t in (task, other) if not t.evaluation), None)
             if empty is not None:
                 raise EstuneError(f"watch: task {empty} has no evaluation set; give it one, or leave out watch")
@@ -198,7 +200,7 @@ class Trainer:
         self.pool = open_pool(config)
         opened.callback(self.pool.close)
 
-    def _header(self, fingerprint: str, code: dict[str, str], best_by: Sequence[str]) -> Header:
+    def _header(self, path: Path, fingerprint: str, code: dict[str, str], best_by: Sequence[str]) -> Header:
         trained = self.trained
         return Header(
             model=self.config.model,
@@ -218,6 +220,8 @@ class Trainer:
             files=trained.files,
             code=code,
             best_by=list(best_by),
+            place=os.path.abspath(path),
+            folder=os.getcwd(),
             prompts_hash=self._prompts_hash,
         )
 

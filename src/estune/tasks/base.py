@@ -10,6 +10,7 @@ from typing import Any
 from estune.completion import Prompt
 from estune.errors import EstuneError
 from estune.grading.convention import RewardFunction, Row, reward_name
+from estune.tasks.records import whole_rows
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Task:
     def __post_init__(self) -> None:
         for side in ("train", "evaluation"):
             # A slice of a data set of the library datasets is no list of rows.
-            object.__setattr__(self, side, list(getattr(self, side)))
+            object.__setattr__(self, side, whole_rows(list(getattr(self, side)), f"task {self.name}: {side} set"))
         names = [reward_name(function) for function in self.reward_funcs]
         if len(self.reward_weights) != len(names):
             raise EstuneError(

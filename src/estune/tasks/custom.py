@@ -12,7 +12,7 @@ from estune.grading.convention import Row, reward_name
 from estune.rewards.load import in_conversation, load_reward
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions
-from estune.tasks.records import Record, require_columns
+from estune.tasks.records import Record, is_nan, require_columns
 
 
 def _items(value: Any) -> Any:
@@ -62,7 +62,7 @@ class CustomConfig(DataOptions):
     def _gold(self, row: Row) -> str | None:
         """The gold column's text, which may be a number there."""
         value = row[self.gold_column or ""]
-        return None if value is None else str(value)
+        return None if value is None or is_nan(value) else str(value)
 
     def _rows(self, source: str, records: Sequence[Record]) -> Iterator[Row]:
         wanted = [self.prompt_column, *([self.gold_column] if self.gold_column else [])]

@@ -17,7 +17,7 @@ from estune.grading.modules import load_file
 from estune.rewards.load import in_conversation, load_reward
 from estune.tasks.base import Task, as_message
 from estune.tasks.options import TaskOptions, identity, is_held_out
-from estune.tasks.records import load_records
+from estune.tasks.records import load_records, whole_rows
 
 SUFFIX = ".py"
 
@@ -117,4 +117,4 @@ class OwnConfig(TaskOptions):
         bad = next((number for number, row in enumerate(rows) if not row.get("prompt")), None)
         if bad is not None:
             raise EstuneError(f"task {self.name}: {what} row {bad} has no prompt; give it text, or messages")
-        return rows
+        return whole_rows(rows, f"task {self.name}: {what}")
