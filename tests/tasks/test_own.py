@@ -126,6 +126,19 @@ def test_data_are_hashed_as_they_are_shown(tmp_path: Path) -> None:
     assert chat.data_hash() == data_hash([*rows, {"side": "evaluation"}, *held_out]) != plain.data_hash()
 
 
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_pictures_are_not_passed_over(column: str) -> None:
+    def task(value: Any) -> Task:
+        rows = [{"prompt": "a", column: None}, {"prompt": "b", column: value}]
+        return Task("mine", rows, [], [print], [1.0], None)
+
+    for nothing in (None, [], [None]):
+        assert len(task(nothing).train) == 2
+    for picture in ("x.png", [b"PNG"], {"bytes": b"PNG"}):
+        with pytest.raises(EstuneError, match=f"task mine: training row 1 has a picture in its column {column}"):
+            task(picture)
+
+
 def test_a_function_makes_a_task_under_the_files_name(tmp_path: Path) -> None:
     task = own(tmp_path, FUNCTION, options={"size": 5}, train_size=4)
     assert (len(task.train), len(task.evaluation)) == (4, 2)

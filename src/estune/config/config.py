@@ -66,9 +66,7 @@ class Config(Logging, Evaluation, Grading, Weights, Workers, Generation, Search,
         return self
 
     @model_validator(mode="after")
-    def _check_sampled_evaluations(self) -> Config:
-        if self.eval_samples > 1 and not (self.temperature if self.eval_temperature is None else self.eval_temperature):
-            raise ValueError("eval_samples draws several completions of a prompt: give eval_temperature above 0")
+    def _check_stages(self) -> Config:
         stages = getattr(self.task, "stages", [])
         if not self.eval_steps and any(s.until_accuracy and s.until_step is None for s in stages[:-1]):
             raise ValueError("a stage ends by accuracy, and eval_steps 0 makes no evaluation on the way")

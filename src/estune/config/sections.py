@@ -233,6 +233,7 @@ class Evaluation(Section):
     """When and how the held-out set is evaluated."""
 
     eval_steps: int = Field(10, ge=0, description="steps between evaluations; 0 evaluates at the start and the end")
+    eval_on_start: bool = Field(True, description="evaluate before the first step")
     eval_samples: int = Field(
         1, ge=1, description="completions of each held-out prompt; of several, pass@k and mean@k are told"
     )

@@ -16,6 +16,8 @@ from estune.grading.convention import Batch, Row
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import RunDirectory, default_path, refuse_used
+from estune.run.order import StagedOrder
+from estune.run.remarks import before
 from estune.run.resume import RESUME_FROM_PYTHON, resumed, task_of
 from estune.tasks.base import Task
 from estune.weights.checkpoint import Checkpoint, locate
@@ -47,6 +49,8 @@ def describe(config: Config) -> str:
     task = config.task.build(config.seed)
     _check_weights(config, checkpoint)
     example = _try_prompts(config, task)
+    order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)
+    notes = "".join(f"note: {remark}\n" for remark in before(config, task, order))
     prompts = min(config.prompts_per_step, len(task.train))
     completions = config.steps * config.population * prompts
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -56,7 +60,7 @@ def describe(config: Config) -> str:
         f"task {task.name}: {len(task.train):,} training and {len(task.evaluation):,} held-out rows\n"
         f"{config.steps} steps x {config.population} members x {prompts} prompts = {completions:,} completions of at "
         f"most {config.max_new_tokens} tokens\n"
-        f"{example}\n"
+        f"{example}\n{notes}"
         f"output goes to {output}; nothing has been written"
     )
 

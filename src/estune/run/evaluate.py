@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack, chdir
@@ -13,12 +14,15 @@ from estune.errors import EstuneError
 from estune.journal.journal import FILE, Journal
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import find_checkpoint
+from estune.run.remarks import of_evaluation
 from estune.run.resume import settings_of, task_folder, task_of
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
 
 if TYPE_CHECKING:
     pass
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_model(
@@ -68,6 +72,8 @@ def evaluate_model(
     task = task or config.task.build(config.seed)
     config = config.model_copy(update={"model": str(find_checkpoint(model)), "workers": None})
     config = with_resources_to_generate(config)
+    for remark in of_evaluation(config):
+        log.warning("%s", remark)
     encoder = open_encoder(config)
     metrics = dict[str, float]()
     records = list[dict[str, Any]]()

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from estune.completion import Sampling
 from estune.config import Config
@@ -19,6 +20,8 @@ from estune.run.graded import Graded, evaluation_metrics
 from estune.run.make import make_grading, make_sampling
 from estune.tasks.base import Task
 from estune.tasks.preflight import FULL_MARKS
+
+T = TypeVar("T")
 
 Compare = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], dict[str, float]]
 COMPARED = 64  # completions of an evaluation that are scored by the base model too
@@ -54,9 +57,12 @@ class HeldOut:
         Raises:
             EstuneError: where the reward cannot be told.
         """
-        rows = [row for row in self.task.evaluation for _ in range(self._count)]
-        prompt_ids = [ids for ids in self.prompt_ids for _ in range(self._count)]
-        completions = generator.generate(prompt_ids, self._sampling)
+        rows = self._each(self.task.evaluation)
+        prompt_ids = self._each(self.prompt_ids)
+        if self._sampling.temperature:
+            completions = generator.generate(prompt_ids, self._sampling)
+        else:  # all of a prompt would be alike
+            completions = self._each(generator.generate(self.prompt_ids, self._sampling))
         graded = Graded(rows, completions, self._grading.grade(rows, completions))
         metrics = evaluation_metrics(self.task, graded)
         if self._count > 1:
@@ -66,6 +72,10 @@ class HeldOut:
             ids = [prompt_ids[i] for i in chosen], [completions[i].token_ids for i in chosen]
             metrics |= {f"eval_{key}": value for key, value in compare(*ids).items()}
         return metrics, graded
+
+    def _each(self, items: Sequence[T]) -> list[T]:
+        """Each item as often as there are completions of a prompt, one after another."""
+        return [item for item in items for _ in range(self._count)]
 
     def close(self) -> None:
         """End what grades."""

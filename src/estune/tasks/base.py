@@ -12,6 +12,9 @@ from estune.errors import EstuneError
 from estune.grading.convention import RewardFunction, Row, reward_name
 from estune.tasks.records import whole_rows
 
+IMAGES = frozenset(("image", "images"))
+"""Columns of pictures, as TRL names them."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -86,6 +89,7 @@ class Task:
             if not rows:
                 raise EstuneError(f"task {self.name}: the {side} set is empty; give it at least one row")
             _check_columns(f"task {self.name}: {side} row", rows)
+            _refuse_images(f"task {self.name}: {side} row", rows)
         refuse_overlap(
             self.name, *((_canonical(row["prompt"]) for row in rows) for rows in (self.train, self.evaluation))
         )
@@ -155,6 +159,21 @@ def _check_columns(where: str, rows: Sequence[Row]) -> None:
             raise EstuneError(
                 f"{where} {number} has the columns {', '.join(row)}, row 0 has {', '.join(columns)}; give all the same"
             )
+
+
+def _refuse_images(where: str, rows: Sequence[Row]) -> None:
+    """A column that TRL's trainers take for pictures must not be passed over: nothing here looks at it."""
+    for column in sorted(IMAGES.intersection(rows[0])):
+        number = next((n for n, row in enumerate(rows) if not _is_nothing(row[column])), None)
+        if number is not None:
+            raise EstuneError(
+                f"{where} {number} has a picture in its column {column}, and models are given text alone: leave the "
+                "column out, or rename it if it is for the rewards"
+            )
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, list | tuple) and all(map(_is_nothing, value)))
 
 
 def data_hash(rows: Sequence[Mapping[str, Any]]) -> str:

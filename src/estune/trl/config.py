@@ -23,7 +23,16 @@ GRADIENT_RATE = 0.01
 _RENAMED = {
     "max_completion_length": "max_new_tokens",
     "vllm_tensor_parallel_size": "gpus_per_worker",
+    "num_generations_eval": "eval_samples",
     "alpha": "learning_rate",  # taken as it is given
+}
+
+# Switches that are values of settings.
+_SWITCHES = {
+    "bf16": ("dtype", "bfloat16"),
+    "fp16": ("dtype", "float16"),
+    "use_cpu": ("device", "cpu"),
+    "use_vllm": ("engine", "vllm"),
 }
 
 # What `ESTrainer` and callbacks read, with what it is if not given.
@@ -57,7 +66,6 @@ _OWN: dict[str, Any] = {
 
 # What would change the run but cannot be done, with the value that asks for nothing.
 _MISSING: dict[str, Any] = {
-    "eval_on_start": True,
     "generation_kwargs": None,
     "lr_scheduler_kwargs": None,
     "mask_truncated_completions": False,
@@ -86,7 +94,7 @@ MEANINGLESS = frozenset(
     include_num_input_tokens_seen label_names label_smoothing_factor length_column_name liger_kernel_config local_rank
     log_completions_hub_repo log_level log_level_replica log_multimodal log_on_each_node log_unique_prompts
     logging_nan_inf_filter loss_type max_grad_norm neftune_noise_alpha num_completions_to_print num_generations
-    num_generations_eval num_iterations off_policy_mask_threshold optim optim_args optim_target_modules
+    num_iterations off_policy_mask_threshold optim optim_args optim_target_modules
     pad_to_multiple_of parallelism_config per_device_eval_batch_size per_device_train_batch_size prediction_loss_only
     project ref_model_mixup_alpha ref_model_sync_steps remove_unused_columns restore_callback_states_from_checkpoint
     router_aux_loss_coef sapo_temperature_neg sapo_temperature_pos save_on_each_node save_only_model scale_rewards
@@ -129,6 +137,7 @@ class ESConfig:
         self._given = {name: getattr(value, "value", value) for name, value in settings.items()}
         for name, value in self._given.items():
             _check(name, value)
+        self._refuse_doubles()
         for name, chosen in (("eval_strategy", _EVERY), ("logging_strategy", _EVERY), ("save_strategy", _SAVES)):
             if self._given.get(name) not in (None, *chosen):
                 raise EstuneError(f"ESConfig: {name} is one of {', '.join(chosen)}, found {self._given[name]!r}")
@@ -199,20 +208,15 @@ class ESConfig:
 
     def settings(self) -> dict[str, Any]:
         """What does not depend on the data, under the names of `Config`."""
-        values = {_RENAMED.get(name, name): value for name, value in self._given.items()}
+        values = {_RENAMED.get(name, name): value for name, value in self._given.items() if value is not None}
         values = {name: value for name, value in values.items() if name in Config.model_fields}
         for every in ("eval_steps", "save_steps"):
             value = values.get(every, 0)
             if value is None or 0 < value < 1:  # a share of the run's steps
                 values.pop(every)
-        for name, key, chosen in (
-            ("bf16", "dtype", "bfloat16"),
-            ("fp16", "dtype", "float16"),
-            ("use_cpu", "device", "cpu"),
-            ("use_vllm", "engine", "vllm"),
-        ):
+        for name, (key, chosen) in _SWITCHES.items():
             if self._given.get(name):
-                values.setdefault(key, chosen)
+                values[key] = chosen
         if dtype := _loading(self.model_init_kwargs or {}).get("dtype"):
             values.setdefault("dtype", str(dtype).removeprefix("torch."))
         if isinstance(values.get("log_completions"), bool):
@@ -220,6 +224,21 @@ class ESConfig:
         if values.get("report_to") in ("all", ["all"]):
             values["report_to"] = ["tensorboard"]
         return {name: value for name, value in values.items() if value is not None}
+
+    def _refuse_doubles(self) -> None:
+        """Refuse two names for one setting: which of them counts, nobody could tell."""
+        names: dict[str, str] = {}
+        for name in (name for name, value in self._given.items() if value is not None):
+            own = "steps" if name == "max_steps" and self.max_steps > 0 else _RENAMED.get(name, name)
+            if own in names:
+                raise EstuneError(
+                    f"ESConfig: {names[own]} and {name} are both given, and are one setting: leave out one"
+                )
+            names[own] = name
+        for name, (key, chosen) in _SWITCHES.items():
+            other = self._given.get(key)
+            if self._given.get(name) and str(other).removeprefix("torch.") not in ("None", "auto", chosen):
+                raise EstuneError(f"ESConfig: {name}=True is {key}={chosen!r}, and {key} is {other!r}: leave out one")
 
     def _usual_rate(self, sigma: float) -> bool:
         """Whether the learning rate that was given is a gradient's, so that sigma / 2 is used instead."""

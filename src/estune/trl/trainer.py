@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,10 @@ class ESTrainer:
                 raise EstuneError(f"ESTrainer has no argument {name}; see docs/trl.md for those it has")
             if value not in (None, (None, None), [], ()):
                 raise EstuneError(f"ESTrainer: {name} cannot be used ({_REFUSED[name]}); leave it out")
-        self.args = args = args or ESConfig()
+        args = ESConfig() if args is None else args
         if not isinstance(args, ESConfig):
             raise EstuneError(f"ESTrainer: args is {type(args).__name__}; give an ESConfig")
+        self.args = args = copy(args)  # what becomes of it here is not the caller's
         if hasattr(model, "peft_config"):
             raise EstuneError(
                 "ESTrainer: the model has adapters, and all weights are trained: merge_and_unload() first"
