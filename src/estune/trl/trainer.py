@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.files import make_temporary, remove, remove_temporary, replacing, write_text
 from estune.grading.convention import reward_name
-from estune.journal.journal import FILE
+from estune.journal.journal import FILE, Journal
 from estune.pool.generators import open_generators
 from estune.pool.open import with_resources_to_generate
 from estune.run.directory import BASE, RunDirectory, default_path, refuse_used
@@ -25,6 +26,7 @@ from estune.run.held_out import HeldOut
 from estune.run.monitors import default_monitors
 from estune.run.monitors.base import Monitor
 from estune.run.monitors.console import ConsoleMonitor
+from estune.run.resume import settings_of
 from estune.run.trainer import Trainer
 from estune.tasks.base import Task
 from estune.trl.callbacks import CallbackMonitor
@@ -220,6 +222,9 @@ class ESTrainer:
             group=EVAL_SET if isinstance(given, Mapping) else None,
         )
         config = self.config.model_copy(update={"model": str(self._trained() or self._base()), "workers": None})
+        if (self.directory.path / FILE).is_file():  # prompts are those that it was trained on, whatever day it is
+            began = settings_of(Journal.read(self.directory.path)).get("template_date")
+            config = config.model_copy(update={"template_date": date.fromisoformat(began) if began else None})
         config = with_resources_to_generate(config)
         with ExitStack() as opened:
             held_out = HeldOut(task, config, open_encoder(config))
