@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from estune.completion import Rendering
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
 from estune.render import RENDERER, Refused, Renderer
@@ -39,6 +41,18 @@ def test_it_is_what_transformers_renders(conversation: list[Any]) -> None:
             conversation, tokenize=False, add_generation_prompt=not open_end, continue_final_message=open_end
         )
         assert RENDERER.render(each.tokenizer, conversation, begin=not open_end, proceed=open_end) == expected
+
+
+def test_a_list_of_parts_is_their_text() -> None:
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?", "image": None}]
+    for content in (parts, ["2+", "2?"]):
+        assert encoder().encode([[{"role": "user", "content": content}]]) == encoder().encode(
+            [[{"role": "user", "content": "2+2?"}]]
+        )
+    with pytest.raises(
+        EstuneError, match="prompt 0: a message has a part of type 'image_url', and models are given text"
+    ):
+        encoder().encode([[{"role": "user", "content": [*parts, {"type": "image_url", "image_url": "x"}]}]])
 
 
 @pytest.mark.parametrize(
@@ -101,3 +115,15 @@ def test_what_json_does_not_know_is_shown_as_text() -> None:
         nested = [nested]
     with pytest.raises(EstuneError, match="prompt 0: the chat template of 'm' refuses it"):
         encoder(template).encode([[{"role": "user", "content": nested}]])
+
+
+def test_a_template_is_told_the_date_of_the_run_and_its_options() -> None:
+    template = "{{ strftime_now('%d %b %Y') }}{% if enable_thinking is false %} no thinking{% endif %}{{ bos_token }}"
+    tokenizer = encoder(template).tokenizer
+    rendering = Rendering(date(2024, 7, 26), {"enable_thinking": False, "bos_token": "<>"})
+    assert RENDERER.render(tokenizer, MESSAGES, rendering) == "26 Jul 2024 no thinking<>"
+    before = date.today()
+    now = RENDERER.render(tokenizer, MESSAGES)
+    assert now in {f"{day:%d %b %Y}" for day in (before, date.today())}
+    told = PromptEncoder("m", tokenizer, build_config("qwen2"), rendering=rendering)
+    assert tokenizer.decode(told.encode([MESSAGES])[0]) == "26 Jul 2024 no thinking<>"

@@ -37,6 +37,7 @@ from bench.common import options, rounded, settings, write_result
 from estune.config import load
 from estune.es.strategy import Member
 from estune.pool.base import Evaluated, Evaluator
+from estune.run.held_out import token_ids
 from estune.run.make import make_sampling
 from estune.run.monitors.base import Metrics, Monitor, Sample
 from estune.run.monitors.files import JsonlMonitor, TensorBoardMonitor
@@ -98,7 +99,7 @@ class Stopwatch:
     def plain(self, members: Sequence[Member], rows: Sequence[int]) -> float:
         """Tokens a second of all replicas together, each generating its share of the members back to back."""
         trainer = self.trainer
-        prompts = trainer.encoder.encode([trainer.task.train[i]["prompt"] for i in rows])
+        prompts = token_ids(trainer.encoder, trainer.task, (trainer.task.train[i] for i in rows))
         sampling, sigma = make_sampling(trainer.config), trainer.strategy.sigma
 
         def rate(replica: Evaluator, share: Sequence[Member]) -> float:

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any, Protocol
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Prompt = str | list[Message]
 """Plain text, sent as it is, or a conversation, rendered by the tokenizer's chat template."""
+
+
+def content_text(content: Any) -> str:
+    """The text of a message's content: a string, nothing, or a list of parts, whose texts are joined."""
+    if isinstance(content, list | tuple):
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content or ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """What a chat template is told beside a conversation.
+
+    Attributes:
+        date: the date that its `strftime_now` gives; today's if None.
+        options: further variables of its own, such as `enable_thinking`; of what JSON knows.
+    """
+
+    date: date | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,13 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import date, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from estune.children import die_with_thread
+from estune.completion import Rendering, content_text
 from estune.errors import EstuneError
 
 START_SECONDS = 120.0
@@ -38,12 +41,21 @@ class Renderer:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
-    def render(self, tokenizer: Any, conversation: list[Any], *, begin: bool = False, proceed: bool = False) -> str:
+    def render(
+        self,
+        tokenizer: Any,
+        conversation: list[Any],
+        rendering: Rendering = Rendering(),  # noqa: B008
+        *,
+        begin: bool = False,
+        proceed: bool = False,
+    ) -> str:
         """A conversation as its tokenizer's chat template shows it.
 
         Args:
             tokenizer: gives the template, and the special tokens that it may use.
             conversation: messages, of what JSON knows.
+            rendering: the date that the template is told, and its options.
             begin: let a message of the assistant's begin at the end.
             proceed: leave the last message open, to be gone on with.
 
@@ -52,10 +64,13 @@ class Renderer:
             EstuneError: the process cannot be started.
         """
         request = {
-            # As `apply_chat_template` does: a key without a value is no key.
-            "conversation": [{k: v for k, v in message.items() if v is not None} for message in conversation],
+            # As `apply_chat_template` does: a key without a value is no key. A list of parts is the text of them.
+            "conversation": [
+                {k: _plain(k, v) for k, v in message.items() if v is not None} for message in conversation
+            ],
             "template": tokenizer.get_chat_template(),
-            "tokens": tokenizer.special_tokens_map,
+            "variables": {**tokenizer.special_tokens_map, **rendering.options},
+            "date": (rendering.date or date.today()).isoformat(),
             "begin": begin,
             "proceed": proceed,
         }
@@ -130,6 +145,22 @@ RENDERER = Renderer()
 atexit.register(RENDERER.close)
 
 
+def _plain(key: str, value: Any) -> Any:
+    is_parts = key == "content" and isinstance(value, list | tuple) and all(isinstance(p, str | dict) for p in value)
+    return content_text(value) if is_parts else value
+
+
+def stop_clock(day: date) -> None:
+    """Let `strftime_now` of all chat templates of this process give the beginning of a day.
+
+    transformers lets a template see no function but its own, which asks the clock.
+    """
+    from transformers.utils import chat_template_utils
+
+    then = datetime(day.year, day.month, day.day)
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: then)
+
+
 def main() -> None:
     """Answer requests until standard input ends."""
     die_with_thread()
@@ -144,13 +175,14 @@ def main() -> None:
     answers.flush()
     for line in requests:
         request = json.loads(line)
+        stop_clock(date.fromisoformat(request["date"]))
         try:
             (text,), _ = render_jinja_template(
                 conversations=[request["conversation"]],
                 chat_template=request["template"],
                 add_generation_prompt=request["begin"],
                 continue_final_message=request["proceed"],
-                **request["tokens"],
+                **request["variables"],
             )
             long = len(text) > MOST_CHARACTERS
             answer = {"error": f"makes {len(text):,} characters of it"} if long else {"text": str(text)}

@@ -263,6 +263,42 @@ def test_warnings_of_the_hub_are_told_once() -> None:
     assert (logger.handlers, logger.propagate) == ([], True)
 
 
+GRADER = """
+def right(prompts, completions, answer, **_):
+    return [float(gold in text + prompt) for prompt, text, gold in zip(prompts, completions, answer, strict=True)]
+
+def wrong(completions, **_):
+    return [text["content"] for text in completions]
+"""
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_dry_run_shows_what_model_and_rewards_are_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], chat: bool
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "say {n}", "answer": "42"}}\n' for n in range(40)))
+    (tmp_path / "grader_of_dry_runs.py").write_text(GRADER)
+    data = ["--task", "custom", "--task.data", tmp_path / "rows.jsonl", "--task.rewards"]
+    grader = tmp_path / "grader_of_dry_runs.py"
+    settings = ["--task.chat", str(chat).lower(), "--prompts_per_step", 100]
+    assert estune("train", "--dry-run", *data, f"{grader}:right", *settings) == 0
+    out = capsys.readouterr().out
+    _, _, shown = out.partition("as the model is shown it:\n")
+    assert shown.startswith("  <|im_start|>user\n  say 0<|im_end|>\n  <|im_start|>assistant\n" if chat else "  say 0\n")
+    assert "  prompts = ['say 0']\n  completions = ['The answer is 42.']\n" in shown
+    assert "  right: 1.0\n  in all: 1.0\n" in shown
+    assert "note: prompts_per_step is 100, and the training set has " in shown
+    said = refused(capsys, "train", "--dry-run", *data, f"{grader}:wrong", *settings)
+    assert "reward wrong raised TypeError" in said
+
+
+def test_dry_run_refuses_an_engine_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("estune.engines.vllm.internals._PACKAGES", ("no-such-package-as-this",))
+    assert "vLLM is not installed; pip install" in refused(capsys, "train", "--dry-run", *SMALL, "--engine", "vllm")
+
+
 def test_dry_run_counts_positions_for_training_prompts_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = {"numbers": [1, 2], "target": 3, "context": "x" * 100}
     (tmp_path / "train.json").write_text(json.dumps([long]))

@@ -295,7 +295,6 @@ def test_eval_draws_several_completions_and_watches_other_tasks(
 
 
 def test_mistakes_of_eval_are_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "give eval_temperature above 0" in refused(capsys, "eval", run, "--eval_samples", 4)
     assert "no task is called 'chess'" in refused(capsys, "eval", run, "--watch", "chess")
     assert "no such directory" in refused(capsys, "eval", "./nowhere")
     assert "Missing argument 'model'" in usage(capsys, "eval")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from transformers import Qwen2ForSequenceClassification
 
-from estune.completion import Completion
+from estune.completion import Completion, Rendering
 from estune.errors import EstuneError
+from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading
-from estune.rewards.load import load_reward
+from estune.rewards.load import in_conversation, load_reward
 from estune.rewards.model import RewardModel
+from estune.tasks.base import as_message
 from tests.models import build_config, build_tokenizer
 
 PLAIN = [{"prompt": "one "}, {"prompt": "two, longer "}, {"prompt": "three "}]
@@ -54,6 +57,22 @@ def test_conversations_are_rendered_by_its_own_template(folder: Path) -> None:
     rows = [{"prompt": [{"role": "user", "content": "one"}]}]
     with Grading([RewardModel(build(), build_tokenizer())]) as grading:
         (score,) = grading.grade(rows, COMPLETIONS[:1]).total
+    assert score == pytest.approx(logit(build(), "<|user|>one<|end|><|assistant|>a"), abs=1e-4)
+
+
+def test_a_template_is_told_the_date_and_the_options_of_the_run() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    state = TrainerState(rendering=Rendering(date(2024, 7, 26), {"mood": "!"}))
+    with Grading([RewardModel(build(), tokenizer)], state=state) as grading:
+        (score,) = grading.grade([{"prompt": [{"role": "user", "content": "one"}]}], COMPLETIONS[:1]).total
+    assert score == pytest.approx(logit(build(), "2024!onea"), abs=1e-4)
+
+
+def test_text_that_is_shown_as_a_conversation_is_one_here_too() -> None:
+    reward = in_conversation(RewardModel(build(), build_tokenizer()), as_message)
+    with Grading([reward]) as grading:
+        (score,) = grading.grade([{"prompt": "one"}], COMPLETIONS[:1]).total
     assert score == pytest.approx(logit(build(), "<|user|>one<|end|><|assistant|>a"), abs=1e-4)
 
 

@@ -96,6 +96,18 @@ def sampled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_greedy_completions_of_a_prompt_are_all_that_one(plain: Path, model: Path, tmp_path: Path) -> None:
+    journal = train(tmp_path / "run", model, rich, variety, steps=0, eval_samples=4)
+    (found,), expected = journal.evaluations, Journal.read(plain).evaluations[0].metrics
+    expected["eval_completions/distinct"] /= 4
+    assert {key: found.metrics[key] for key in expected} == pytest.approx(
+        expected | {"eval_completions/distinct": 0.25}
+    )
+    assert found.metrics["eval_mean@4"] == found.metrics["eval_pass@4"] == expected["eval_accuracy"]
+    one, four = (table(folder, "evaluation-00000") for folder in (plain, tmp_path / "run"))
+    assert four == [row for row in one for _ in range(4)]
+
+
 def test_several_completions_of_a_prompt(sampled: Path) -> None:
     journal, seen = Journal.read(sampled), []
     for record in journal.evaluations:

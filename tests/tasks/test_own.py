@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 
 import estune
+from estune.completion import Completion
 from estune.config import load
 from estune.errors import EstuneError
-from estune.tasks.base import Task
+from estune.grading.convention import Batch, TrainerState
+from estune.tasks.base import Task, data_hash
 from estune.tasks.custom import CustomConfig
+from estune.tasks.mix import MixConfig
+from estune.tasks.options import identity
 from estune.tasks.own import OwnConfig
 from estune.tasks.preference import PreferenceConfig
 
@@ -70,6 +74,69 @@ def test_rows_may_be_a_file_and_rewards_names(tmp_path: Path) -> None:
     graders.write_text(REWARDS)
     task = own(tmp_path, f"train = {str(data)!r}\nrewards = [{str(graders) + ':brief'!r}]\n")
     assert task.reward_funcs[0](completions=["ab"]) == [-0.02]
+
+
+USER = [{"role": "user", "content": "3 2"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "shown"),
+    [
+        (FUNCTION, {}, USER),
+        (FUNCTION, {"chat": False}, "3 2"),
+        (FUNCTION.replace('"right")', '"right", chat=False)'), {}, "3 2"),
+        (FUNCTION.replace('"right")', '"right", chat=False)'), {"chat": True}, USER),
+        (NAMES.replace("f'{n}+1='", "f'3 {n}'") + "rewards = right", {}, USER),
+        (NAMES.replace("f'{n}+1='", "f'3 {n}'") + "rewards = right\nchat = False", {}, "3 2"),
+        (
+            NAMES.replace("f'{n}+1='", "[dict(role='user', content=f'3 {n}')]") + "rewards = right",
+            {"chat": False},
+            USER,
+        ),
+    ],
+)
+def test_text_is_text_for_rewards_and_a_users_message_for_the_model(
+    tmp_path: Path, text: str, options: dict[str, Any], shown: Any
+) -> None:
+    task = own(tmp_path, text, **options)
+    row = next(row for row in (*task.train, *task.evaluation) if row["prompt"] in ("3 2", USER))
+    assert task.shown(row, template=True) == shown
+    assert task.shown(row, template=False) == row["prompt"]
+    columns = Batch([row], [Completion("5", [1], finished=True)], TrainerState()).columns
+    said: Any = "5" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": "5"}]
+    assert (columns["prompts"], columns["completions"]) == ([row["prompt"]], [said])
+
+
+def test_a_mix_shows_each_task_as_it_is_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(f"{NAMES}rewards = right")
+    name = str(tmp_path / "a.py")
+    mix = MixConfig.model_validate({"tasks": {"chat": {"name": name}, "plain": {"name": name, "chat": False}}}).build(0)
+    kinds = {(row["task"], type(mix.shown(row, template=True))) for row in mix.train}
+    assert kinds == {("chat", list), ("plain", str)}
+    assert {type(row["prompt"]) for row in mix.train} == {str}
+
+
+def test_data_are_hashed_as_they_are_shown(tmp_path: Path) -> None:
+    """So that journals from before text stayed text, and their hashes, still tell the same data."""
+    plain = own(tmp_path, f"{NAMES}rewards = right", chat=False)
+    assert plain.data_hash() == data_hash([*plain.train, {"side": "evaluation"}, *plain.evaluation])
+    chat = own(tmp_path, f"{NAMES}rewards = right")
+    rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in chat.train]
+    held_out = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in chat.evaluation]
+    assert chat.data_hash() == data_hash([*rows, {"side": "evaluation"}, *held_out]) != plain.data_hash()
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_pictures_are_not_passed_over(column: str) -> None:
+    def task(value: Any) -> Task:
+        rows = [{"prompt": "a", column: None}, {"prompt": "b", column: value}]
+        return Task("mine", rows, [], [print], [1.0], None)
+
+    for nothing in (None, [], [None]):
+        assert len(task(nothing).train) == 2
+    for picture in ("x.png", [b"PNG"], {"bytes": b"PNG"}):
+        with pytest.raises(EstuneError, match=f"task mine: training row 1 has a picture in its column {column}"):
+            task(picture)
 
 
 def test_a_function_makes_a_task_under_the_files_name(tmp_path: Path) -> None:
@@ -132,7 +199,10 @@ def test_custom(tmp_path: Path) -> None:
     task = custom(tmp_path, reward_weights="1,0.5", gold_column="answer", system_prompt="Hm.", accuracy="brief")
     assert len(task.train) + len(task.evaluation) == 60
     row = task.train[0]
-    assert row["prompt"] == [{"role": "system", "content": "Hm."}, {"role": "user", "content": row["question"]}]
+    assert row["prompt"] == row["question"]
+    conversation = [{"role": "system", "content": "Hm."}, {"role": "user", "content": row["question"]}]
+    assert task.shown(row, template=True) == conversation
+    assert task.shown(row, template=False) == f"Hm.\n\n{row['question']}"
     assert (task.reward_weights, task.accuracies) == ([1.0, 0.5], ["brief"])
     assert task.gold is not None
     assert task.gold(row) == row["answer"]
@@ -160,6 +230,19 @@ def test_gold_answers_may_be_numbers(tmp_path: Path) -> None:
     task = custom(tmp_path, data=str(data), gold_column="answer")
     assert task.gold is not None
     assert task.gold(task.train[0]) == str(task.train[0]["answer"])
+
+
+def test_a_gold_answer_that_is_no_number_is_none(tmp_path: Path) -> None:
+    data = tmp_path / "numbers.jsonl"
+    data.write_text("".join(f'{{"question": "q{n}", "answer": {n if n % 2 else "NaN"}}}\n' for n in range(60)))
+    task = custom(tmp_path, data=str(data), gold_column="answer")
+    assert task.gold is not None
+    assert {task.gold(row) for row in task.train if int(row["question"][1:]) % 2 == 0} == {None}
+
+
+def test_the_same_prompt_in_parts_is_held_out_alike() -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": " 2+2?"}]}]
+    assert identity({"prompt": parts}) == identity({"prompt": "what is 2+2?"}) == "what is 2+2?"
 
 
 @pytest.mark.parametrize("text", ["x = (", "raise RuntimeError('two\\nlines')"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from estune.errors import EstuneError
+from estune.rewards.countdown import answer_reward
 from estune.tasks import CountdownConfig, Task
 from estune.tasks.records import load_records
 from tests.rewards.test_countdown import PAPER_PROMPT
@@ -134,7 +136,6 @@ def test_the_same_problem_in_another_order_is_an_overlap(tmp_path: Path) -> None
         ("x.json", b"\xff\xfe", "cannot be read"),
         ("x.json", "[" * 100_000, "cannot be read: RecursionError"),
         ("x.jsonl", '{"prompt": ' + "[" * 100_000, "cannot be read: RecursionError"),
-        ("x.json", r'[{"prompt": "\ud83d\ude00"}, {"prompt": ["\ud800"]}]', "row 2 has half a character"),
         ("x.parquet", "no parquet", "cannot be read"),
         ("x.csv", "nums,target", "x.csv"),
     ],
@@ -144,6 +145,48 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: str | byt
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with expect_one_line(complaint):
         load_records(str(path))
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_lines_end_where_json_lines_says(tmp_path: Path, name: str, end: str, mark: str) -> None:
+    """Separators of lines and paragraphs, and a next line, may stand in a text as they are."""
+    records = [{"prompt": "a\u2028b\u2029c\u0085d"}, {"prompt": "f"}]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    (tmp_path / name).write_bytes((mark + end.join(lines) + end).encode())
+    assert load_records(str(tmp_path / name)) == records
+
+
+def test_half_a_character_is_replaced_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(r'{"prompt": "\ud83d\ude00"}' + "\n" + r'{"prompt": ["\ud83d", {"\udc00": 1}], "a": "x\ude00"}')
+    assert load_records(str(path)) == [{"prompt": "😀"}, {"prompt": ["\ufffd", {"\ufffd": 1}], "a": "x\ufffd"}]
+    (said,) = caplog.messages
+    assert said.endswith("1 rows have half a character, such as \\ud800, the first is row 2: U+FFFD stands for it now")
+
+
+def test_a_task_holds_whole_characters_wherever_its_rows_come_from() -> None:
+    rows: list[Any] = [{"prompt": "a\ud800", "x": (1, "\ud800")}]
+    task = Task("mine", rows, [], [answer_reward], [1.0], None)
+    assert task.train == [{"prompt": "a\ufffd", "x": (1, "\ufffd")}]
+    assert len(task.data_hash()) == 32
+    assert rows[0]["prompt"] == "a\ud800"
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+def test_nan_is_nothing_where_others_are_text(tmp_path: Path, name: str) -> None:
+    """As pandas writes a column of text with gaps; in a column of numbers it is a number."""
+    path = tmp_path / name
+    records = [{"answer": "1", "n": 1.0}, {"answer": None, "n": 2.0}]
+    if name == "x.jsonl":
+        path.write_text('{"answer": "1", "n": 1.0}\n{"answer": NaN, "n": 2.0}\n{"answer": "2", "n": NaN}\n')
+    else:
+        write(path, [*records, {"answer": "2", "n": math.nan}])
+    *first, last = load_records(str(path))
+    assert first == records
+    assert last["answer"] == "2"
+    assert math.isnan(last["n"])
 
 
 def test_missing_files(tmp_path: Path) -> None:

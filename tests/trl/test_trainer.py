@@ -98,6 +98,12 @@ def test_every_name_of_grpo_config_is_known() -> None:
         ({"learning_rate": 1e-6}, {"learning_rate": None}),
         ({"learning_rate": 2e-4}, {"learning_rate": 2e-4}),
         ({"alpha": 1e-6}, {"learning_rate": 1e-6}),
+        ({"alpha": 1e-6, "learning_rate": None}, {"learning_rate": 1e-6}),
+        ({"eval_on_start": False, "num_generations_eval": 4}, {"eval_on_start": False, "eval_samples": 4}),
+        ({}, {"eval_on_start": True, "eval_samples": 1, "chat_template_kwargs": {}}),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template_kwargs": {"enable_thinking": False}}),
+        ({"chat_template_kwargs": '{"enable_thinking": false}'}, {"chat_template_kwargs": {"enable_thinking": False}}),
+        ({"bf16": True, "dtype": "auto"}, {"dtype": "bfloat16"}),
         ({"lr_scheduler_type": "cosine", "weight_decay": 0.1}, {"lr_scheduler_type": "cosine", "weight_decay": 0.1}),
         ({"seed": 3, "report_to": ["tensorboard"]}, {"seed": 3, "report_to": ["tensorboard"]}),
     ],
@@ -124,6 +130,12 @@ def test_settings_carry_over(given: dict[str, Any], found: dict[str, Any]) -> No
         ({"model_init_kwargs": {"revision": "a"}}, "cannot load a model with revision"),
         ({"eval_strategy": "often"}, "eval_strategy is one of no, steps, epoch"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16"),
+        ({"alpha": 1e-3, "learning_rate": 1e-3}, "alpha and learning_rate are both given, and are one setting: leave"),
+        ({"max_new_tokens": 5, "max_completion_length": 6}, "max_new_tokens and max_completion_length are both given"),
+        ({"steps": 5, "max_steps": 6}, "steps and max_steps are both given"),
+        ({"bf16": True, "dtype": "float16"}, "bf16=True is dtype='bfloat16', and dtype is 'float16': leave out one"),
+        ({"use_cpu": True, "device": "cuda"}, "use_cpu=True is device='cpu', and device is 'cuda'"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs: messages cannot be given here"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(given: dict[str, Any], complaint: str) -> None:
@@ -298,6 +310,17 @@ def slow(completions: list[Any], **_: Any) -> list[float]:
 def test_importing_is_cheap() -> None:
     code = "import sys, estune; estune.ESConfig(max_steps=1); sys.exit('torch' in sys.modules or 'trl' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_callers_settings_stay_the_callers(model: Path, tmp_path: Path) -> None:
+    args = ESConfig(max_steps=1, report_to="none")
+    before = repr(args), dict(vars(args))
+    trainer = ESTrainer(str(model), variety, args, [{"prompt": p} for p in PROMPTS])
+    assert (repr(args), vars(args)) == before
+    assert args.output_dir is None
+    assert trainer.args.output_dir == str(trainer.directory.path)
+    other = ESTrainer(str(model), variety, args, [{"prompt": p} for p in PROMPTS[4:]], [{"prompt": PROMPTS[0]}])
+    assert (trainer.args.eval_strategy, other.args.eval_strategy) == ("no", "steps")
 
 
 def test_without_an_evaluation_set_nothing_is_evaluated(model: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from estune.completion import Rendering
 from estune.config.names import answer, hint
 from estune.config.sections import Evaluation, Generation, Grading, Logging, Run, Search, Section, Weights, Workers
 from estune.errors import EstuneError
@@ -39,6 +40,11 @@ class Config(Logging, Evaluation, Grading, Weights, Workers, Generation, Search,
     Of several bases pydantic takes the last one's fields first, hence their order.
     """
 
+    @property
+    def rendering(self) -> Rendering:
+        """What chat templates are told."""
+        return Rendering(self.template_date, self.chat_template_kwargs)
+
     @model_validator(mode="before")
     @classmethod
     def _with_settings_of_the_embedded_model(cls, values: Any) -> Any:
@@ -61,9 +67,7 @@ class Config(Logging, Evaluation, Grading, Weights, Workers, Generation, Search,
         return self
 
     @model_validator(mode="after")
-    def _check_sampled_evaluations(self) -> Config:
-        if self.eval_samples > 1 and not (self.temperature if self.eval_temperature is None else self.eval_temperature):
-            raise ValueError("eval_samples draws several completions of a prompt: give eval_temperature above 0")
+    def _check_stages(self) -> Config:
         stages = getattr(self.task, "stages", [])
         if not self.eval_steps and any(s.until_accuracy and s.until_step is None for s in stages[:-1]):
             raise ValueError("a stage ends by accuracy, and eval_steps 0 makes no evaluation on the way")
@@ -140,7 +144,8 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise EstuneError(f"config {file}: no such file")
     try:
-        values = tomllib.loads(file.read_text()) if file.suffix == ".toml" else yaml.safe_load(file.read_text())
+        text = file.read_text(encoding="utf-8-sig")
+        values = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
     # Beside errors of their own, the readers raise what making a value raises: `!!bool x` is a KeyError.
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise EstuneError(f"config {file} cannot be read: {' '.join(str(error).split())}") from error

@@ -41,6 +41,7 @@ _RENAMED = {
     "vllm_max_model_length": "max_model_len vllm_max_model_len",
     "reward_timeout": "reward_function_timeout",
     "eval_steps": "eval_freq test_freq eval_interval",
+    "eval_samples": "num_generations_eval",
     "eval_temperature": "actor_rollout_ref.rollout.val_kwargs.temperature",
     "save_steps": "save_freq save_interval checkpoint_interval ckpt.interval",
     "report_to": "logger logging",
@@ -54,7 +55,6 @@ _ANSWERS = {
         "per_device_train_batch_size per_gpu_train_batch_size train_batch_size generation_batch_size "
         "rollout_batch_size orchestrator.batch_size examples_per_env examples_per_step num_prompts_per_step"
     ),
-    "set eval_samples, with eval_temperature": "num_generations_eval",
     "set steps: GRPO's updates by one batch have no counterpart": "num_iterations",
     "set steps: each draws prompts_per_step prompts of the training set": (
         "num_train_epochs num_epochs n_epochs epochs total_epochs"
@@ -120,7 +120,7 @@ MEANINGLESS = frozenset(
     include_num_input_tokens_seen label_names label_smoothing_factor length_column_name liger_kernel_config local_rank
     log_completions_hub_repo log_level log_level_replica log_multimodal log_on_each_node log_unique_prompts
     logging_nan_inf_filter loss_type max_grad_norm neftune_noise_alpha num_completions_to_print num_generations
-    num_generations_eval num_iterations off_policy_mask_threshold optim optim_args optim_target_modules
+    num_iterations off_policy_mask_threshold optim optim_args optim_target_modules
     pad_to_multiple_of parallelism_config per_device_eval_batch_size per_device_train_batch_size prediction_loss_only
     project ref_model_mixup_alpha ref_model_sync_steps remove_unused_columns restore_callback_states_from_checkpoint
     router_aux_loss_coef sapo_temperature_neg sapo_temperature_pos save_on_each_node save_only_model scale_rewards

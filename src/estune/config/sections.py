@@ -5,10 +5,22 @@ Defaults are those of the paper (arXiv 2509.24372).
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from estune.es.strategy import Schedule
 from estune.tasks import CountdownConfig, TaskConfig
@@ -22,6 +34,36 @@ def _names(value: Any) -> Any:
         value = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
     return [] if value == ["none"] else value
 
+
+def _json(value: Any) -> Any:
+    """A mapping whose texts are read as JSON where that gives something else, as from a command line; or all as JSON.
+
+    Raises:
+        ValueError: no mapping, or a name that is not the user's to give.
+    """
+    value = _number_or_switch(value) if isinstance(value, str) else value
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError("write a mapping, such as {enable_thinking: false}")
+    if own := sorted(_NOT_FOR_TEMPLATES.intersection(value)):
+        raise ValueError(f"{', '.join(own)} cannot be given here: it is what estune itself tells the template")
+    found = {key: _number_or_switch(item) if isinstance(item, str) else item for key, item in value.items()}
+    json.dumps(found, allow_nan=False, default=str)  # what is not finite has no JSON
+    return found
+
+
+def _number_or_switch(text: str) -> Any:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return text if isinstance(found, str) else found
+
+
+_NOT_FOR_TEMPLATES = frozenset(
+    ("messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message")
+) | {"return_assistant_tokens_mask", "tokenize"}
 
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_names)]
 
@@ -58,6 +100,12 @@ class Run(Section):
     device: str = Field("auto", description="where the model runs: cuda, cuda:1, cpu; auto is CUDA where there is one")
     task: TaskConfig = Field(
         default_factory=CountdownConfig, description="what to learn (`estune tasks`); its options are task.NAME"
+    )
+    chat_template_kwargs: Annotated[dict[str, JsonValue], BeforeValidator(_json)] = Field(
+        {}, description="what the chat template takes beside messages, as chat_template_kwargs.enable_thinking=false"
+    )
+    template_date: date | None = Field(
+        None, description="the date that a chat template that asks for it is told; the day on which the run begins"
     )
     output_dir: Path | None = Field(None, description="directory of the run; runs/TASK-MODEL-TIME if not given")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the run: perturbations and order of the prompts")
@@ -193,6 +241,7 @@ class Evaluation(Section):
     """When and how the held-out set is evaluated."""
 
     eval_steps: int = Field(10, ge=0, description="steps between evaluations; 0 evaluates at the start and the end")
+    eval_on_start: bool = Field(True, description="evaluate before the first step")
     eval_samples: int = Field(
         1, ge=1, description="completions of each held-out prompt; of several, pass@k and mean@k are told"
     )

@@ -260,8 +260,8 @@ def open_encoder(config: Config) -> PromptEncoder:
     path = locate(config.model)
     most = config.vllm_max_model_length if config.engine == "vllm" else None
     trust = config.trust_remote_code
-    settings = load_config(
-        path, trust_remote_code=trust
-    )  # first: transformers' tokenizers look at it too, and at no size of it
+    # First: transformers' tokenizers look at it too, and at no size of it.
+    settings = load_config(path, trust_remote_code=trust)
     warn_of_rules(config.model, generation_config(path, settings))
-    return PromptEncoder(config.model, load_tokenizer(path, trust_remote_code=trust), settings, most)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust)
+    return PromptEncoder(config.model, tokenizer, settings, most, config.rendering)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from estune.completion import Prompt, Sampling
+from estune.completion import Message, Prompt, Rendering, Sampling
 from estune.errors import EstuneError
 from estune.render import RENDERER, Refused
 
@@ -18,14 +18,28 @@ class PromptEncoder:
         tokenizer: its tokenizer.
         config: its config, which says how many positions it has.
         most: the most positions that the engine is set up for, if fewer.
+        rendering: what the tokenizer's chat template is told.
     """
 
-    def __init__(self, name: str, tokenizer: Any, config: Any, most: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Any,
+        config: Any,
+        most: int | None = None,
+        rendering: Rendering = Rendering(),  # noqa: B008
+    ) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.config = config
+        self.rendering = rendering
         reach = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.positions: int | None = min((n for n in (reach, most) if n and n > 0), default=None)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return self.tokenizer.chat_template is not None
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of each prompt.
@@ -41,7 +55,7 @@ class PromptEncoder:
             chosen = [i for i, prompt in enumerate(prompts) if isinstance(prompt, kind)]
             if not chosen:
                 continue
-            texts = [self._render(i, prompts[i]) for i in chosen]
+            texts = [self.render(prompts[i], i) for i in chosen]
             for i, ids in zip(chosen, self.tokenizer(texts, add_special_tokens=special)["input_ids"], strict=True):
                 found[i] = ids
         for i, ids in enumerate(found):
@@ -49,19 +63,33 @@ class PromptEncoder:
                 raise EstuneError(f"prompt {i}: {prompts[i]!r} encodes to no token; give it text")
         return found
 
-    def _render(self, index: int, prompt: Prompt) -> str:
+    def render(self, prompt: Prompt, index: int = 0) -> str:
+        """The text that the model is shown.
+
+        Args:
+            prompt: text, as it is, or a conversation, as the chat template has it.
+            index: its number, for messages.
+
+        Raises:
+            EstuneError: as `encode`.
+        """
         if isinstance(prompt, str):
             return prompt
         if not prompt:
             raise EstuneError(f"prompt {index}: a conversation without messages; give it at least one")
-        if self.tokenizer.chat_template is None:
+        if not self.has_template:
             raise EstuneError(
                 f"prompt {index}: a conversation, but the tokenizer of {self.name!r} has no chat template; "
                 "give plain text, or a model with a template"
             )
+        if other := next((kind for kind in _kinds(prompt) if kind != "text"), None):
+            raise EstuneError(
+                f"prompt {index}: a message has a part of type {other!r:.40}, and models are given text alone; leave "
+                "it out"
+            )
         proceed = prompt[-1].get("role") == "assistant"
         try:
-            return RENDERER.render(self.tokenizer, prompt, begin=not proceed, proceed=proceed)
+            return RENDERER.render(self.tokenizer, prompt, self.rendering, begin=not proceed, proceed=proceed)
         except EstuneError:
             raise
         except (Refused, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -95,3 +123,11 @@ class PromptEncoder:
                     f"prompt {i}: {len(ids)} tokens and max_new_tokens {sampling.max_new_tokens} go beyond the "
                     f"{self.positions} positions of {self.name!r}; shorten the prompt or lower max_new_tokens"
                 )
+
+
+def _kinds(conversation: list[Message]) -> Iterator[Any]:
+    """The types of the parts that messages have for their content."""
+    for message in conversation:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            yield from (part.get("type", "text") for part in content if isinstance(part, dict))

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from estune.completion import Completion
+from estune.completion import Completion, Rendering
 from estune.errors import EstuneError, printable
 
 RewardFunction = Callable[..., Any]
@@ -62,11 +62,13 @@ class TrainerState:
     """What a reward function may know of the run, under the names of transformers' `TrainerState`.
 
     `global_step` counts the steps done, of `max_steps`; `epoch` is how often the training set has been gone through.
+    `rendering` is what the run tells chat templates.
     """
 
     global_step: int = 0
     max_steps: int = 0
     epoch: float = 0.0
+    rendering: Rendering = field(default_factory=Rendering)
 
 
 @dataclass(frozen=True, slots=True)

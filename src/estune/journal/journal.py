@@ -66,6 +66,9 @@ class Header:
     files: dict[str, str] = field(default_factory=dict)  # hashes of the base model's configuration, tokenizer, ...
     code: dict[str, str] = field(default_factory=dict)  # hashes of the task's file and its reward functions
     best_by: list[str] = field(default_factory=lambda: list(BEST_BY))  # metrics that tell the best evaluation
+    place: str = ""  # the run's directory, from the root on
+    folder: str = ""  # the directory that the run was begun in, to which paths in its settings are relative
+    prompts_hash: str = ""  # of the token ids of the first step's prompts and the evaluation set's
     format: int = FORMAT
     noise_version: int = NOISE_VERSION
 
@@ -104,7 +107,8 @@ class EvaluationRecord:
 class Journal:
     """An open journal. `steps` and `evaluations` hold what it records so far.
 
-    `settings`, `files` and `code` are those of the run by now: the header's, with what has changed since.
+    `settings`, `files`, `code` and `prompts_hash` are those of the run by now: the header's, with what has changed
+    since.
 
     `ended` says how the run ended ("finished", "stopped early" or "interrupted"). It is None where the last line is
     another: the run goes on, or was cut off, or the journal was.
@@ -121,6 +125,7 @@ class Journal:
         self.settings = dict(header.config)
         self.files = header.files
         self.code = header.code
+        self.prompts_hash = header.prompts_hash
         self.ended: str | None = None
         self.check = check  # of the last line, hence of all
         self.go_on = f"estune train --resume {path.parent}"  # what its user does to go on with the run
@@ -219,6 +224,7 @@ class Journal:
             case "accepted":
                 self.files = payload["files"]
                 self.code = payload["code"]
+                self.prompts_hash = payload.get("prompts_hash", self.prompts_hash)
             case "end":
                 self.ended = payload["ended"]
 
@@ -269,18 +275,40 @@ class Journal:
         self._write("settings", changed)
         self.settings |= changed
 
-    def append_accepted(self, files: dict[str, str], code: dict[str, str]) -> None:
+    def append_accepted(self, files: dict[str, str], code: dict[str, str], prompts_hash: str | None = None) -> None:
         """Write what the run depends on from here on, where the user insisted on going on with it. Not in format 1."""
         if self.header.format > 1:
-            self._write("accepted", {"files": files, "code": code})
+            prompts_hash = self.prompts_hash if prompts_hash is None else prompts_hash
+            self._write("accepted", {"files": files, "code": code, "prompts_hash": prompts_hash})
             self.files = files
             self.code = code
+            self.prompts_hash = prompts_hash
 
     def append_end(self, ended: str) -> None:
         """Write how the run ended, as its last line until it goes on. Format 1 has no such line."""
         if self.header.format > 1:
             self._write("end", {"step": len(self.steps), "ended": ended})
             self.ended = ended
+
+    def base_model(self) -> str:
+        """The base model as the run named it; where it and the run were moved together, where it lies now."""
+        return self._moved(self.header.model)
+
+    def folders(self) -> list[Path]:
+        """Where paths in the run's settings may be relative to, likeliest first.
+
+        These are the directory that it was begun in, the one that lies as that did from the run's, if both were moved,
+        and this process's own.
+        """
+        folder = self.header.folder
+        found = [Path(folder), Path(self._moved(folder))] if folder else []
+        return [path for path in (*found, Path.cwd()) if path.is_dir()]
+
+    def _moved(self, path: str) -> str:
+        if not os.path.isabs(path) or os.path.exists(path) or not self.header.place:
+            return path
+        now = os.path.join(os.path.abspath(self.path.parent), os.path.relpath(path, self.header.place))
+        return os.path.normpath(now) if os.path.exists(now) else path
 
     @property
     def best(self) -> EvaluationRecord | None:
@@ -417,11 +445,14 @@ def _decode_step(payload: dict[str, Any]) -> StepRecord:
 
 def base_checkpoint(header: Header, model: str | None = None) -> Checkpoint:
     """The base checkpoint of a run, its content checked against the journal's hash."""
-    base = Checkpoint(locate(model or header.model))
+    model = model or header.model
+    if os.path.isabs(model) and not os.path.exists(model):
+        raise EstuneError(f"base model {model} is not there; say where it is now with --model")
+    base = Checkpoint(locate(model))
     found = base.content_hash()
     if found != header.base_hash:
         raise EstuneError(
-            f"base model {model or header.model}: content hash {found}, the journal was written over "
+            f"base model {model}: content hash {found}, the journal was written over "
             f"{header.base_hash}; give the original with --model"
         )
     for name, aliases in header.tensors.items():

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from estune.weights.policies import DType, NoiseMode, PolicyName, Rounding
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{1,32}$")]
+MaybeHash = Annotated[str, Field(pattern=r"^[0-9a-f]{0,32}$")]
 Seed = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Count = Annotated[int, Field(ge=0)]
 Names = dict[str, str]
@@ -45,7 +46,7 @@ class HeaderLine(Line):
     tensors: dict[str, list[str]]
     fingerprint: Hash
     task: str
-    data_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{0,32}$")]
+    data_hash: MaybeHash
     config: Settings
     packages: Names
     created: str
@@ -53,6 +54,9 @@ class HeaderLine(Line):
     files: Names = {}
     code: Names = {}
     best_by: Annotated[list[str], Field(min_length=1)] = ["eval_accuracy", "eval_reward"]
+    place: str = ""
+    folder: str = ""
+    prompts_hash: MaybeHash = ""
     format: int
     noise_version: int
 
@@ -99,6 +103,7 @@ class AcceptedLine(Line):
 
     files: Names
     code: Names
+    prompts_hash: MaybeHash = ""
 
 
 class EndLine(Line):

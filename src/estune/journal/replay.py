@@ -59,7 +59,7 @@ def replay(
         raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(TYPE_NAMES)}")
     if output.exists():
         raise EstuneError(f"{output} exists already: give another directory or remove it")
-    base = base_checkpoint(header, model)
+    base = base_checkpoint(header, model or journal.base_model())
     refuse_changed_model(journal, base.path, accept=accept_changes)
     return rebuild(journal, base, output, step, dtype)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from datetime import date
+from typing import Any
 
 from estune.config import Config
 from estune.pool.base import Pool
@@ -17,9 +19,11 @@ LARGEST_REPLICATED = 256 << 20
 
 
 def with_resources(config: Config) -> Config:
-    """The settings to train with: `device`, `replicas` and `threads` as this machine has them, and a hub id's commit.
+    """The settings to train with: `device`, `replicas` and `threads` as this machine has them, a hub id's commit and
+    the date of today.
 
-    They are part of a run: another device, or a matrix product shared out over other threads, can change its last bits.
+    They are part of a run: another device, or a matrix product shared out over other threads, can change its last bits,
+    and another date what a chat template says.
 
     Raises:
         EstuneError: for a device that is not there or cannot be trained on, or a model that cannot be had.
@@ -47,7 +51,8 @@ def _with_device(config: Config, device: str) -> Config:
     else:
         replicas = config.replicas or 1
         threads = config.threads or 1
-    found = {"model": pinned(config.model), "device": device, "replicas": replicas, "threads": threads}
+    found: dict[str, Any] = {"model": pinned(config.model), "device": device, "replicas": replicas, "threads": threads}
+    found["template_date"] = config.template_date or date.today()
     return config.model_copy(update=found)
 
 

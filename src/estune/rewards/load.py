@@ -47,6 +47,13 @@ def load_reward(reward: Any) -> RewardFunction:
     raise EstuneError(f"a reward is {type(reward).__name__}; give a function, a model or the name of one")
 
 
+def in_conversation(reward: RewardFunction, show: Callable[[dict[str, Any], bool], Any] | None) -> RewardFunction:
+    """A reward as it is, but a reward model told how a prompt that is text is shown: as `Task.show`."""
+    if hasattr(reward, "show"):
+        reward.show = show
+    return reward
+
+
 def _imported(reference: str) -> RewardFunction:
     module_name, name = reference.rsplit(".", 1)
     # Last: a file that lies there, which may be a stranger's run, must not be taken for a library.

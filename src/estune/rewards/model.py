@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from estune.completion import Rendering
 from estune.errors import EstuneError
 
 
 class RewardModel:
     """Scores prompt and completion together by the model's one logit.
 
-    Plain text is concatenated; conversations are rendered by the reward model's own chat template. It is called in the
-    trainer's thread, while members generate.
+    Plain text is concatenated; conversations are rendered by the reward model's own chat template, and so is text that
+    `show` makes one of, as `Task.show` does. It is called in the trainer's thread, while members generate.
 
     Args:
         model: a directory, a hub id, or a loaded sequence-classification model.
@@ -49,15 +50,21 @@ class RewardModel:
             tokenizer.pad_token = tokenizer.eos_token
         # The logit is taken at the last token that is not this one.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        self.show: Callable[[dict[str, Any], bool], Any] | None = None
         self.model = model.eval() if device is None else model.eval().to(device)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
 
-    def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
-        """One logit per completion."""
+    def __call__(
+        self, *, prompts: Sequence[Any], completions: Sequence[Any], trainer_state: Any = None, **_: Any
+    ) -> list[float | None]:
+        """One logit per completion. Conversations are rendered with the date and the options of the run."""
         import torch
 
-        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        rendering = getattr(trainer_state, "rendering", Rendering())
+        texts = [
+            self._text(prompt, completion, rendering) for prompt, completion in zip(prompts, completions, strict=True)
+        ]
         scores: list[float | None] = []
         with torch.inference_mode():
             for start in range(0, len(texts), self.batch_size):
@@ -71,13 +78,19 @@ class RewardModel:
                 scores += self.model(**inputs).logits[:, 0].float().tolist()
         return scores
 
-    def _text(self, prompt: Any, completion: Any) -> str:
+    def _text(self, prompt: Any, completion: Any, rendering: Rendering) -> str:
         if isinstance(prompt, str):
-            return prompt + str(completion)
+            shown = prompt
+            if self.show is not None:
+                shown = self.show({"prompt": prompt}, self.tokenizer.chat_template is not None)
+            if isinstance(shown, str):
+                return shown + str(completion)
+            prompt = shown
+            completion = [{"role": "assistant", "content": completion}]
         from estune.render import RENDERER, Refused
 
         try:
-            return RENDERER.render(self.tokenizer, [*prompt, *completion])
+            return RENDERER.render(self.tokenizer, [*prompt, *completion], rendering)
         except Refused as error:
             raise EstuneError(
                 f"reward model {self.__name__}: its chat template refuses a conversation ({error})"

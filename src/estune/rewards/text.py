@@ -1,8 +1,11 @@
 """What a reward function is given, as plain text: a string, or a list of chat messages; and the answer in its tags."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-Messages = Sequence[Mapping[str, str]]
+from estune.completion import content_text
+
+Messages = Sequence[Mapping[str, Any]]
 Text = str | Messages
 
 _ANSWER = "<answer>"
@@ -13,7 +16,7 @@ def as_text(text: Text) -> str:
     """The string itself, or the content of the last message; the empty string where there is none."""
     if isinstance(text, str):
         return text
-    return text[-1].get("content") or "" if text else ""
+    return content_text(text[-1].get("content")) if text else ""
 
 
 def last_answer(text: str) -> str | None:

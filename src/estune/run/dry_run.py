@@ -9,17 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from estune.completion import Completion
 from estune.config import Config
 from estune.errors import EstuneError
+from estune.grading.convention import Batch, Row
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import RunDirectory, default_path, refuse_used
+from estune.run.order import StagedOrder
+from estune.run.remarks import before
 from estune.run.resume import RESUME_FROM_PYTHON, resumed, task_of
 from estune.tasks.base import Task
 from estune.weights.checkpoint import Checkpoint, locate
 
 if TYPE_CHECKING:
-    pass
+    from estune.engines.prompts import PromptEncoder
+
+MADE_UP = "The answer is 42."
+MOST_LINES = 40  # shown of a prompt
 
 
 def describe(config: Config) -> str:
@@ -35,9 +42,15 @@ def describe(config: Config) -> str:
     check_trackers(config)
     checkpoint = Checkpoint(locate(config.model))
     elements = sum(t.elements for t in checkpoint.tensors.values())
+    if config.engine == "vllm" and not config.ray_address:
+        from estune.engines.vllm.internals import check_version
+
+        check_version()
     task = config.task.build(config.seed)
     _check_weights(config, checkpoint)
-    _check_prompts(config, task)
+    example = _try_prompts(config, task)
+    order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)
+    notes = "".join(f"note: {remark}\n" for remark in before(config, task, order))
     prompts = min(config.prompts_per_step, len(task.train))
     completions = config.steps * config.population * prompts
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -47,6 +60,7 @@ def describe(config: Config) -> str:
         f"task {task.name}: {len(task.train):,} training and {len(task.evaluation):,} held-out rows\n"
         f"{config.steps} steps x {config.population} members x {prompts} prompts = {completions:,} completions of at "
         f"most {config.max_new_tokens} tokens\n"
+        f"{example}\n{notes}"
         f"output goes to {output}; nothing has been written"
     )
 
@@ -92,11 +106,51 @@ def _check_weights(config: Config, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_prompts(config: Config, task: Task) -> None:
-    """Refuse prompts that the tokenizer does not take, or that leave no room for a completion."""
+def _try_prompts(config: Config, task: Task) -> str:
+    """Refuse prompts that the tokenizer does not take or that leave no room for a completion, and rewards that fail.
+
+    Returns:
+        One prompt as the model is shown it, and what rewards receive and give for a completion of it.
+    """
     from estune.engines.loading import open_encoder
+    from estune.run.held_out import encode_rows
     from estune.run.make import make_sampling
 
     encoder = open_encoder(config)
-    for rows in (task.evaluation, task.train):
-        encoder.check(encoder.encode([row["prompt"] for row in rows]), make_sampling(config))
+    sampling = make_sampling(config)
+    encode_rows(encoder, task, dict(enumerate(task.evaluation)), "evaluation row", sampling)
+    ids = encode_rows(encoder, task, dict(enumerate(task.train)), "training row", sampling)
+    row = task.train[0]
+    text = encoder.render(task.shown(row, template=encoder.has_template))
+    return f"\nthe first training prompt, {len(ids[0])} tokens, as the model is shown it:\n{_indented(text)}\n\n" + (
+        _graded(config, task, row, encoder)
+    )
+
+
+def _graded(config: Config, task: Task, row: Row, encoder: PromptEncoder) -> str:
+    """What rewards receive for a completion of a row, and what they give for it."""
+    from estune.run.make import make_grading
+    from estune.tasks.preflight import preflight
+
+    gold = None if task.gold is None else task.gold(row)
+    text = MADE_UP if gold is None else gold
+    completion = Completion(text, encoder.tokenizer(text, add_special_tokens=False)["input_ids"], finished=True)
+    with make_grading(config.model_copy(update={"graders": 1}), task) as grading:
+        preflight(task, grading)
+        columns = Batch([row], [completion], grading.state).columns
+        grades = grading.grade([row], [completion])
+    received = "\n".join(f"  {name} = {_short(values)}" for name, values in columns.items())
+    given = "\n".join(f"  {name}: {'does not apply' if s is None else s}" for name, (s,) in grades.scores.items())
+    kind = "a made-up completion" if gold is None else "its gold answer"
+    return f"for {kind} rewards receive\n{received}\nand give\n{given}\n  in all: {grades.total[0]}\n"
+
+
+def _indented(text: str) -> str:
+    lines = text.split("\n")
+    shown = lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 4], "[...]", *lines[-3:]]
+    return "\n".join(f"  {line if len(line) <= 500 else f'{line[:400]} [...] {line[-80:]}'}" for line in shown)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:150]} ... {text[-40:]}"

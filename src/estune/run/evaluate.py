@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,16 @@ from estune.errors import EstuneError
 from estune.journal.journal import FILE, Journal
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import find_checkpoint
-from estune.run.resume import task_of
+from estune.run.remarks import of_evaluation
+from estune.run.resume import settings_of, task_folder, task_of
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
 from estune.weights.checkpoint import check_name
 
 if TYPE_CHECKING:
     pass
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_model(
@@ -53,11 +58,13 @@ def evaluate_model(
     from estune.run.graded import write_completions
     from estune.run.held_out import HeldOut
 
-    given = read(file, overrides or [])
+    given = _from_here(read(file, overrides or []))
+    folder = Path.cwd()
     config = _settings_for(model, given)
     run = Path(model)
     if (run / FILE).is_file():
         journal = Journal.read(run)
+        folder = folder if "watch" in given else task_folder(journal, config, given)
         if task is None:
             task = _task_for(journal, config, given, accept_changes=accept_changes, trust_task=trust_task)
         else:
@@ -68,12 +75,16 @@ def evaluate_model(
     task = task or config.task.build(config.seed)
     config = config.model_copy(update={"model": str(find_checkpoint(model)), "workers": None})
     config = with_resources_to_generate(config)
+    for remark in of_evaluation(config):
+        log.warning("%s", remark)
     encoder = open_encoder(config)
     metrics = dict[str, float]()
     records = list[dict[str, Any]]()
     with ExitStack() as opened:
         held_out = []
-        for each in (task, *(options.build(config.seed) for options in config.watch)):
+        with chdir(folder):
+            watched_tasks = [options.build(config.seed) for options in config.watch]
+        for each in (task, *watched_tasks):
             if not each.evaluation:
                 raise EstuneError(f"task {each.name} has no evaluation set: give it one, or another task")
             held_out.append(HeldOut(each, config, encoder))
@@ -91,12 +102,27 @@ def evaluate_model(
     return metrics
 
 
+def _from_here(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the user's own paths of data from the root on: a run's are relative to where it was begun."""
+    task = given.get("task")
+    if not isinstance(task, dict) or "name" in task:
+        return given
+    found = {
+        key: ",".join(
+            os.path.abspath(part.strip()) if os.path.exists(part.strip()) else part for part in value.split(",")
+        )
+        for key, value in task.items()
+        if key in ("data", "eval_data") and isinstance(value, str)
+    }
+    return {**given, "task": {**task, **found}}
+
+
 def _settings_for(model: str, given: Mapping[str, Any]) -> Config:
     if not (Path(model) / FILE).is_file():
         return parse({**given, "model": model})
     journal = Journal.read(Path(model))
     journal.warn_of_shortfall()
-    settings = journal.settings
+    settings = settings_of(journal)
     return parse(merge({**settings, "device": _device_of(settings)}, given), model)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from estune.completion import Completion
+from estune.completion import Completion, content_text
 from estune.errors import EstuneError
 from estune.es.strategy import mean_and_std
 from estune.files import replacing
@@ -153,4 +153,4 @@ def prompt_text(prompt: Any) -> str:
     """A prompt as text: messages one under the other."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n".join(f"{message['role']}: {content_text(message['content'])}" for message in prompt)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from estune.completion import Sampling
 from estune.config import Config
@@ -12,11 +14,14 @@ from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
 from estune.grading.convention import Row
 from estune.grading.grading import Grading
+from estune.journal.identity import hash_of
 from estune.pool.base import Generating
 from estune.run.graded import Graded, evaluation_metrics
 from estune.run.make import make_grading, make_sampling
 from estune.tasks.base import Task
 from estune.tasks.preflight import FULL_MARKS
+
+T = TypeVar("T")
 
 Compare = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], dict[str, float]]
 COMPARED = 64  # completions of an evaluation that are scored by the base model too
@@ -40,7 +45,7 @@ class HeldOut:
         self._count = config.eval_samples
         self._grading = grading or make_grading(config, task)
         self._sampling = evaluation_sampling(config)
-        self.prompt_ids = encode_rows(encoder, dict(enumerate(task.evaluation)), "evaluation row", self._sampling)
+        self.prompt_ids = encode_rows(encoder, task, dict(enumerate(task.evaluation)), "evaluation row", self._sampling)
 
     def evaluate(self, generator: Generating, *, compare: Compare | None = None) -> tuple[dict[str, float], Graded]:
         """Metrics with `eval_` before them, and what they are made of: each prompt's completions, one after another.
@@ -52,9 +57,12 @@ class HeldOut:
         Raises:
             EstuneError: where the reward cannot be told.
         """
-        rows = [row for row in self.task.evaluation for _ in range(self._count)]
-        prompt_ids = [ids for ids in self.prompt_ids for _ in range(self._count)]
-        completions = generator.generate(prompt_ids, self._sampling)
+        rows = self._each(self.task.evaluation)
+        prompt_ids = self._each(self.prompt_ids)
+        if self._sampling.temperature:
+            completions = generator.generate(prompt_ids, self._sampling)
+        else:  # all of a prompt would be alike
+            completions = self._each(generator.generate(self.prompt_ids, self._sampling))
         graded = Graded(rows, completions, self._grading.grade(rows, completions))
         metrics = evaluation_metrics(self.task, graded)
         if self._count > 1:
@@ -65,28 +73,44 @@ class HeldOut:
             metrics |= {f"eval_{key}": value for key, value in compare(*ids).items()}
         return metrics, graded
 
+    def _each(self, items: Sequence[T]) -> list[T]:
+        """Each item as often as there are completions of a prompt, one after another."""
+        return [item for item in items for _ in range(self._count)]
+
     def close(self) -> None:
         """End what grades."""
         self._grading.close()
 
 
-def encode_rows(encoder: PromptEncoder, rows: Mapping[int, Row], what: str, sampling: Sampling) -> list[list[int]]:
-    """Token ids of rows' prompts; `what` is what a row is called where its prompt cannot be completed.
+def encode_rows(
+    encoder: PromptEncoder, task: Task, rows: Mapping[int, Row], what: str, sampling: Sampling
+) -> list[list[int]]:
+    """Token ids of prompts of a task's rows; `what` is what a row is called where its prompt cannot be completed.
 
     Raises:
         EstuneError: naming the row.
     """
     try:
-        ids = encoder.encode([row["prompt"] for row in rows.values()])
+        ids = token_ids(encoder, task, rows.values())
         encoder.check(ids, sampling)
         return ids
     except EstuneError:
         for number, row in rows.items():
             try:
-                encoder.check(encoder.encode([row["prompt"]]), sampling)
+                encoder.check(token_ids(encoder, task, [row]), sampling)
             except EstuneError as error:
                 raise EstuneError(f"{what} {number}: {str(error).removeprefix('prompt 0: ')}") from error
         raise
+
+
+def token_ids(encoder: PromptEncoder, task: Task, rows: Iterable[Row]) -> list[list[int]]:
+    """Token ids of what the model is shown for each row."""
+    return encoder.encode([task.shown(row, template=encoder.has_template) for row in rows])
+
+
+def hash_of_prompts(*prompts: Sequence[Sequence[int]]) -> str:
+    """32 hexadecimal digits of BLAKE2b over token ids: what the model is shown, whatever made it of the data."""
+    return hash_of(json.dumps(prompts).encode())
 
 
 def evaluation_sampling(config: Config) -> Sampling:

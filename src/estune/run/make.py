@@ -43,7 +43,7 @@ def make_grading(config: Config, task: Task, state: TrainerState | None = None) 
         deadline=config.reward_timeout,
         errors=config.reward_errors,
         max_errors=config.max_reward_errors,
-        state=state,
+        state=state or TrainerState(rendering=config.rendering),
     )
 
 

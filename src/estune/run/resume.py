@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import chdir, suppress
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from estune.config import RESUMABLE, Config, parse
 from estune.errors import EstuneError
 from estune.files import clear_leftovers
-from estune.journal.identity import refuse_changes
+from estune.journal.identity import ACCEPT, refuse_changes
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import holds, refuse_changed_model
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory
-from estune.run.trust import refuse_foreign, remember
+from estune.run.trust import refuse_foreign, remember, texts
 from estune.tasks.base import Task
+from estune.versions import packages
 from estune.weights.checkpoint import Checkpoint, check_name, hub_name
 
 RESUME_FROM_PYTHON = (
@@ -36,6 +41,8 @@ class Past:
     task: Task
     files: dict[str, str]  # hashes of the model's files, where they are others than before and the user accepts them
     code: dict[str, str]  # of the task's code, likewise
+    accept_changes: bool = False
+    folder: Path = Path()  # that paths in the task's settings are relative to
 
 
 def reopen(
@@ -67,7 +74,7 @@ def reopen(
     except BaseException:
         journal.close()
         raise
-    return Past(run, journal, base, config, task, files, code)
+    return Past(run, journal, base, config, task, files, code, accept_changes, task_folder(journal, config, changed))
 
 
 def _is_whole(run: RunDirectory, journal: Journal, base: Checkpoint) -> bool:
@@ -113,13 +120,48 @@ def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:
         if other not in Config.model_fields:
             parse({other: changed[other]}, str(journal.path))  # which says what it is called here
         raise EstuneError(f"--resume keeps the run's settings, found {other}; only {', '.join(RESUMABLE)} may change")
-    settings = {**journal.settings, **changed}
+    settings = {**settings_of(journal), "model": journal.base_model(), **changed}
     name, commit = hub_name(str(journal.settings.get("model")))
     if commit and changed.get("model") == name and not Path(name).exists():
         settings["model"] = f"{name}@{commit}"  # the one that the run began with
     if "workers" in changed:
         settings["replicas"] = None  # as many as there is room for beside workers, or instead of them
     return parse(settings, str(journal.path))
+
+
+def settings_of(journal: Journal) -> dict[str, Any]:
+    """A run's settings; those of a journal that names no date for chat templates with that of the run's beginning."""
+    began = journal.header.created[:10]
+    with suppress(ValueError):
+        return {"template_date": date.fromisoformat(began).isoformat(), **journal.settings}
+    return journal.settings
+
+
+def refuse_changed_prompts(journal: Journal, now: str, *, accept: bool) -> str | None:
+    """Refuse prompts that are not, token for token, those that a run began with.
+
+    Args:
+        journal: the run's; one without a hash of its prompts is not compared.
+        now: the hash of what they are here.
+        accept: the user insists on going on.
+
+    Returns:
+        The hash to record, if they are others and the user accepts them; None otherwise.
+
+    Raises:
+        EstuneError: they are others, with the libraries of which the run had other versions.
+    """
+    if journal.prompts_hash in ("", now):
+        return None
+    if not accept:
+        before = journal.header.packages
+        other = ", ".join(f"{name} {before[name]}" for name, v in packages().items() if before.get(name, v) != v)
+        raise EstuneError(
+            f"{journal.path.parent}: its prompts come to other tokens here than when the run began, though data, "
+            f"tokenizer and chat template are the same; take the libraries that it began with"
+            f"{f' ({other})' if other else ''}, or go on with what is there now by {ACCEPT}"
+        )
+    return now
 
 
 def task_of(
@@ -153,17 +195,35 @@ def task_of(
     if header.task != name:
         raise EstuneError(f"{run} was trained on the task {header.task}, not {name}: if it is your own, {remedy}")
     has_task = task is not None
-    refuse_foreign(str(run), config, given, has_task=has_task, trust=trust_task, accept=accept_changes)
-    task = task or config.task.build(config.seed)
-    code = code_of(task.reward_funcs, None if has_task else config.task)
-    changed = refuse_changes(str(run), journal.code, code, accept=accept_changes or _names_task(given))
-    remember(config)
+    with chdir(task_folder(journal, config, given)):
+        refuse_foreign(str(run), config, given, has_task=has_task, trust=trust_task, accept=accept_changes)
+        task = task or config.task.build(config.seed)
+        code = code_of(task.reward_funcs, None if has_task else config.task)
+        changed = refuse_changes(str(run), journal.code, code, accept=accept_changes or _names_task(given))
+        remember(config)
+    if not other_data and not journal.prompts_hash and task.data_hash() != header.data_hash:
+        # Before journals had it, text in a task's file was never made a conversation.
+        task = replace(task, chat=False, show=None)
     if not other_data and task.data_hash() != header.data_hash:
         raise EstuneError(
             f"{run}: the data of task {name} are not those that the run was trained on; put them back, or, if it is a "
             f"task of your own, {remedy}"
         )
     return task, changed
+
+
+def task_folder(journal: Journal, config: Config, given: Mapping[str, Any]) -> Path:
+    """The directory that paths in the settings of a run's tasks are relative to: where most of them are.
+
+    Args:
+        journal: the run's.
+        config, given: its settings, and what the user gave of them, whose paths are relative to where he is.
+    """
+    if _names_task(given):
+        return Path.cwd()
+    named = texts([options.model_dump(mode="json") for options in (config.task, *config.watch)])
+    paths = {re.sub(r"\.py:\w+$", ".py", text) for text in named} - {""}
+    return max(journal.folders(), key=lambda folder: sum(os.path.exists(folder / path) for path in paths))
 
 
 def _names_task(given: Mapping[str, Any]) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -24,17 +25,18 @@ from estune.journal.identity import ACCEPT
 from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, rank
 from estune.journal.replay import holds, rebuild
 from estune.pool.open import open_pool, with_resources
+from estune.run import remarks
 from estune.run.code import code_of
 from estune.run.directory import RESUME, RESUME_OWN, RunDirectory, default_path, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
-from estune.run.held_out import HeldOut, encode_rows
+from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, token_ids
 from estune.run.interrupt import interruptible
 from estune.run.make import make_grading, make_sampling, make_strategy
 from estune.run.monitors import Monitors, check_trackers, default_monitors
 from estune.run.monitors.base import Monitor, Plan, Summary
 from estune.run.monitors.files import rewrite_metrics
 from estune.run.order import StagedOrder
-from estune.run.resume import Past, parent_of, reopen
+from estune.run.resume import Past, parent_of, refuse_changed_prompts, reopen
 from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
@@ -91,16 +93,13 @@ class Trainer:
             self.task = task
             self._began_at = 0 if past is None else len(past.journal.steps)
             self.order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)
-            self.state = TrainerState(self._began_at, config.steps)
-            self._open_all(opened)
+            self.state = TrainerState(self._began_at, config.steps, rendering=config.rendering)
+            self._said: set[str] = set()
+            remarks.log_before(config, task, self.order)
+            self._open_all(opened, past)
             self.trained = self.pool.describe()
             if past is None:
-                self.base = Checkpoint(locate(config.model))
-                fingerprint = self._inherit(parent) if parent is not None else self.trained.fingerprint
-                header = self._header(fingerprint, code_of(task.reward_funcs, options), best_by)
-                self.run = RunDirectory.create(path)
-                # Of two that begin here at once, one gets no further.
-                self.journal = Journal.create(self.run.path, header, parent)
+                self._begin(path, parent, code_of(task.reward_funcs, options), best_by)
                 opened.callback(self.journal.close)
                 undo.callback(self.run.discard)  # so that the same command can be given again
                 self.run.write_settings(config)
@@ -188,21 +187,28 @@ class Trainer:
         """Release processes, threads and files. `train` does so itself."""
         self._opened.close()
 
-    def _open_all(self, opened: ExitStack) -> None:
+    def _open_all(self, opened: ExitStack, past: Past | None) -> None:
         """See that everything the run will generate can be generated, and load the model."""
         clear_temporary()
         config = self.config
         task = self.task
         self.encoder = open_encoder(config)
         used = self.order.used(self._began_at, config.steps)
-        encode_rows(self.encoder, {i: task.train[i] for i in used}, "training row", make_sampling(config))
+        encode_rows(self.encoder, task, {i: task.train[i] for i in used}, "training row", make_sampling(config))
         self.grading = make_grading(config, task, self.state)
+        first = token_ids(self.encoder, task, (task.train[i] for i in self.order.rows(0)))
         opened.callback(self.grading.close)
         self.held_out = HeldOut(task, config, self.encoder, self.grading)
+        self._prompts_hash = hash_of_prompts(first, self.held_out.prompt_ids)
+        if past is not None:
+            self._accepted_prompts = refuse_changed_prompts(
+                past.journal, self._prompts_hash, accept=past.accept_changes
+            )
         preflight(task, self.grading)
         self.watched = {}
         for options in config.watch:
-            other = options.build(config.seed)
+            with chdir(Path.cwd() if past is None else past.folder):
+                other = options.build(config.seed)
             empty = next((t.name for t in (task, other) if not t.evaluation), None)
             if empty is not None:
                 raise EstuneError(f"watch: task {empty} has no evaluation set; give it one, or leave out watch")
@@ -211,7 +217,7 @@ class Trainer:
         self.pool = open_pool(config)
         opened.callback(self.pool.close)
 
-    def _header(self, fingerprint: str, code: dict[str, str], best_by: Sequence[str]) -> Header:
+    def _header(self, path: Path, fingerprint: str, code: dict[str, str], best_by: Sequence[str]) -> Header:
         trained = self.trained
         return Header(
             model=self.config.model,
@@ -231,6 +237,9 @@ class Trainer:
             files=trained.files,
             code=code,
             best_by=list(best_by),
+            place=os.path.abspath(path),
+            folder=os.getcwd(),
+            prompts_hash=self._prompts_hash,
         )
 
     def _note_changes(self, past: Past) -> None:
@@ -240,8 +249,18 @@ class Trainer:
             journal.append_settings(other)
         if other or not self.run.settings.is_file():
             self.run.write_settings(self.config)
-        if past.files or past.code:
-            journal.append_accepted(past.files or journal.files, past.code or journal.code)
+        if past.files or past.code or self._accepted_prompts:
+            journal.append_accepted(
+                past.files or journal.files, past.code or journal.code, self._accepted_prompts or journal.prompts_hash
+            )
+
+    def _begin(self, path: Path, parent: Journal | None, code: dict[str, str], best_by: Sequence[str]) -> None:
+        """Make the run's directory and its journal, of which `parent` is the journal of the run that it starts from."""
+        self.base = Checkpoint(locate(self.config.model))
+        fingerprint = self._inherit(parent) if parent is not None else self.trained.fingerprint
+        header = self._header(path, fingerprint, code, best_by)
+        self.run = RunDirectory.create(path)
+        self.journal = Journal.create(self.run.path, header, parent)  # of two that begin here at once, one goes on
 
     def _inherit(self, parent: Journal) -> str:
         """Bring the weights to where another run ended; return the fingerprint there."""
@@ -298,7 +317,7 @@ class Trainer:
         run = self.run
         journal = self.journal
         step = self.strategy.step
-        if step >= self.config.steps or self._due(step, self.config.eval_steps):
+        if self._evaluation_is_due(step):
             self._evaluate(step)
         if step and self._due(step, self.config.save_steps) and step not in run.checkpoints():
             self._save_checkpoint(step)
@@ -321,7 +340,7 @@ class Trainer:
             last = self.config.steps
             if step < last and interrupted():
                 return "interrupted"
-            if step >= last or self._due(step, self.config.eval_steps):
+            if self._evaluation_is_due(step):
                 self._evaluate(step)
             if step >= last:
                 return "finished"
@@ -338,8 +357,12 @@ class Trainer:
     def _requests(self) -> set[str]:
         return {request for monitor in self.monitors for request in monitor.requests()}
 
+    def _evaluation_is_due(self, step: int) -> bool:
+        config = self.config
+        return step >= config.steps or (self._due(step, config.eval_steps) if step else config.eval_on_start)
+
     def _due(self, step: int, every: int) -> bool:
-        return step == 0 or (every > 0 and step % every == 0)
+        return every > 0 and step % every == 0
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -349,7 +372,7 @@ class Trainer:
         rate = self.strategy.learning_rate
         indices = self.order.rows(step, {e.step: e.metrics for e in self.journal.evaluations})
         rows = [self.task.train[i] for i in indices]
-        prompt_ids = self.encoder.encode([row["prompt"] for row in rows])
+        prompt_ids = token_ids(self.encoder, self.task, rows)
         sampling = make_sampling(config, member_seed(self.strategy.seed, step, 1 << 23))
         members = self.strategy.ask()
         pending: dict[int, tuple[list[Completion], Pending]] = {}
@@ -389,6 +412,7 @@ class Trainer:
         self.state.global_step = step + 1
         self.state.epoch = (step + 1) * len(rows) / len(self.task.train)
         self._tell(lambda m: m.on_step_end(metrics, in_order[0].sample()))
+        self._say("members", remarks.members_alike(self.journal.steps))
 
     def _tokens(self) -> float:
         """Tokens generated by all steps so far."""
@@ -412,6 +436,14 @@ class Trainer:
         write_completions(self.run.completions(f"evaluation-{step:05d}"), graded.records(step=step))
         self.journal.append_evaluation(EvaluationRecord(step, metrics))
         self._tell(lambda m: m.on_evaluate(metrics, graded.sample()))
+        over = step >= self.config.steps
+        self._say("accuracy", remarks.never_right(self.task, self.journal.evaluations, over=over))
+
+    def _say(self, what: str, remark: str | None) -> None:
+        """Log a remark, if there is one, and none of its kind was made before."""
+        if remark is not None and what not in self._said:
+            self._said.add(what)
+            log.warning("%s", remark)
 
     def _patience_is_over(self) -> bool:
         """Whether so many evaluations brought no new best. Resuming gives new patience."""

@@ -52,7 +52,7 @@ def refuse_foreign(
         )
     if trust:
         return
-    named = set(_texts(given))
+    named = set(texts(given))
     for reference in _code(config)[0 if not has_task else len(references(config.task)) :]:
         if reference in named:
             continue
@@ -89,12 +89,12 @@ def _code(config: Config) -> list[str]:
     return [reference for options in (config.task, *config.watch) for reference in references(options)]
 
 
-def _texts(value: Any) -> Iterable[str]:
+def texts(value: Any) -> Iterable[str]:
     """All that stands in settings as they were given, lists with commas taken apart."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return [text for item in value for text in _texts(item)]
+        return [text for item in value for text in texts(item)]
     return [part.strip() for part in str(value).strip("[]").split(",")]
 
 

@@ -21,6 +21,7 @@ from estune.grading.grading import Grading
 from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
 from estune.run.graded import Graded, grade_completions
+from estune.run.held_out import token_ids
 from estune.run.make import make_grading, make_sampling
 from estune.run.order import StagedOrder
 from estune.tasks.base import Task
@@ -174,7 +175,7 @@ class _Probing:
         chosen = StagedOrder(len(task.train), task.stages, prompts, config.seed).rows(0)
         self.rows = [task.train[i] for i in chosen]
         encoder = open_encoder(config)
-        self.ids = encoder.encode([row["prompt"] for row in self.rows])
+        self.ids = token_ids(encoder, task, self.rows)
         encoder.check(self.ids, make_sampling(config))
         self.sampling = make_sampling(config, member_seed(config.seed, STEP, 1 << 23))
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -22,7 +23,7 @@ import yaml
 
 from estune.config import Config, merge, parse, read
 from estune.errors import EstuneError
-from estune.files import write_text
+from estune.files import read_claim, write_text
 from estune.journal.journal import FILE, Journal
 from estune.run.directory import RunDirectory
 from estune.study.jobs import Jobs, claimed
@@ -154,6 +155,8 @@ def sweep(
     settings = read(file, shared)
     if "output_dir" in settings:
         raise EstuneError("output_dir is the sweep's own: every run has a folder there; leave it out of the settings")
+    if day := _date_of(folder):
+        settings.setdefault("template_date", day)
     runner = _Runner(folder, settings, told or (lambda _: None))
     if search is not None:
         return _search(runner, space, jobs, trials or 0, metric)
@@ -244,6 +247,15 @@ def _is_done(run: Path, steps: int) -> bool:
         return False
     best = journal.best.step if journal.best else 0
     return sum(e.step > best for e in journal.evaluations) >= int(patience)
+
+
+def _date_of(folder: Path) -> str | None:
+    """The date that all runs of a sweep tell chat templates: that of its beginning. None if it began without."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return date.today().isoformat()
+    found = read_claim(path, "settings")["settings"].get("template_date")
+    return None if found is None else str(found)
 
 
 def _claimed(folder: Path, mine: Mapping[str, Any]) -> AbstractContextManager[None]:

@@ -7,8 +7,13 @@ from hashlib import blake2b
 from math import fsum, inf, isfinite
 from typing import Any
 
+from estune.completion import Prompt
 from estune.errors import EstuneError
 from estune.grading.convention import RewardFunction, Row, reward_name
+from estune.tasks.records import whole_rows
+
+IMAGES = frozenset(("image", "images"))
+"""Columns of pictures, as TRL names them."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ class Task:
     none: all of them, always. A task without `accuracy` has no evaluation set. Both sets become lists, whatever kind of
     sequence they are given as.
 
+    A prompt that is text stays text for reward functions, and so do its completions. `chat` says whether a model that
+    has a chat template is shown it as a user's message; None is False, but True in a task's file. `show` says so row by
+    row instead: what a model is shown for a row, with or without a template.
+
     Raises:
         EstuneError: an empty set, a prompt in both sets, weights that do not match the functions, an unknown accuracy.
     """
@@ -55,11 +64,13 @@ class Task:
     gold: Callable[[Row], str | None] | None = None
     group: str | None = None
     stages: Sequence[Stage] = field(default=())
+    chat: bool | None = None
+    show: Callable[[Row, bool], Prompt] | None = None
 
     def __post_init__(self) -> None:
         for side in ("train", "evaluation"):
             # A slice of a data set of the library datasets is no list of rows.
-            object.__setattr__(self, side, list(getattr(self, side)))
+            object.__setattr__(self, side, whole_rows(list(getattr(self, side)), f"task {self.name}: {side} set"))
         names = [reward_name(function) for function in self.reward_funcs]
         if len(self.reward_weights) != len(names):
             raise EstuneError(
@@ -80,6 +91,7 @@ class Task:
             if not rows:
                 raise EstuneError(f"task {self.name}: the {side} set is empty; give it at least one row")
             _check_columns(f"task {self.name}: {side} row", rows)
+            _refuse_images(f"task {self.name}: {side} row", rows)
         self._have_rows_checked(sides)
         refuse_overlap(
             self.name, *((_canonical(row["prompt"]) for row in rows) for rows in (self.train, self.evaluation))
@@ -118,9 +130,36 @@ class Task:
                     found.setdefault(key, []).append(value)
         return {key: fsum(values) / len(values) for key, values in found.items()}
 
+    def shown(self, row: Row, *, template: bool) -> Prompt:
+        """What a model is shown for a row: messages, or text as it is.
+
+        Args:
+            row: one of either set.
+            template: whether the model has a chat template.
+        """
+        prompt: Prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            return prompt
+        if self.show is not None:
+            return self.show(row, template)
+        return as_message(row, template) if self.chat else prompt
+
     def data_hash(self) -> str:
-        """Hash of both sets, in order: two runs with equal hashes saw equal data."""
-        return data_hash([*self.train, {"side": "evaluation"}, *self.evaluation])
+        """Hash of both sets, in order, with prompts as a model with a chat template is shown them.
+
+        Two runs with equal hashes saw equal data.
+        """
+        train, evaluation = (
+            [{**row, "prompt": self.shown(row, template=True)} for row in rows]
+            for rows in (self.train, self.evaluation)
+        )
+        return data_hash([*train, {"side": "evaluation"}, *evaluation])
+
+
+def as_message(row: Row, template: bool) -> Prompt:
+    """A prompt that is text as a user's message, where there is a chat template; else as it is."""
+    text: str = row["prompt"]
+    return [{"role": "user", "content": text}] if template else text
 
 
 def _check_columns(where: str, rows: Sequence[Row]) -> None:
@@ -133,6 +172,21 @@ def _check_columns(where: str, rows: Sequence[Row]) -> None:
             raise EstuneError(
                 f"{where} {number} has the columns {', '.join(row)}, row 0 has {', '.join(columns)}; give all the same"
             )
+
+
+def _refuse_images(where: str, rows: Sequence[Row]) -> None:
+    """A column that TRL's trainers take for pictures must not be passed over: nothing here looks at it."""
+    for column in sorted(IMAGES.intersection(rows[0])):
+        number = next((n for n, row in enumerate(rows) if not _is_nothing(row[column])), None)
+        if number is not None:
+            raise EstuneError(
+                f"{where} {number} has a picture in its column {column}, and models are given text alone: leave the "
+                "column out, or rename it if it is for the rewards"
+            )
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, list | tuple) and all(map(_is_nothing, value)))
 
 
 def data_hash(rows: Sequence[Mapping[str, Any]]) -> str:

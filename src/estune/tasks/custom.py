@@ -9,10 +9,10 @@ from pydantic import BeforeValidator, Field
 
 from estune.errors import EstuneError
 from estune.grading.convention import Row, reward_name
-from estune.rewards.load import load_reward
+from estune.rewards.load import in_conversation, load_reward
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions
-from estune.tasks.records import Record, require_columns
+from estune.tasks.records import Record, is_nan, require_columns
 
 
 def _items(value: Any) -> Any:
@@ -46,7 +46,7 @@ class CustomConfig(DataOptions):
         """
         if not self.rewards:
             raise EstuneError("task custom: no reward; name some in task.rewards, such as path/to/file.py:function")
-        functions = [load_reward(reward) for reward in self.rewards]
+        functions = [in_conversation(load_reward(reward), self.show) for reward in self.rewards]
         train, evaluation = self.read(self._rows)
         return Task(
             name=self.name,
@@ -56,12 +56,13 @@ class CustomConfig(DataOptions):
             reward_weights=self.reward_weights or [1.0] * len(functions),
             accuracy=self.accuracy or reward_name(functions[0]),
             gold=None if self.gold_column is None else self._gold,
+            show=self.show,
         )
 
     def _gold(self, row: Row) -> str | None:
         """The gold column's text, which may be a number there."""
         value = row[self.gold_column or ""]
-        return None if value is None else str(value)
+        return None if value is None or is_nan(value) else str(value)
 
     def _rows(self, source: str, records: Sequence[Record]) -> Iterator[Row]:
         wanted = [self.prompt_column, *([self.gold_column] if self.gold_column else [])]
@@ -69,7 +70,7 @@ class CustomConfig(DataOptions):
         for number, record in enumerate(records, 1):
             prompt = record.get(self.prompt_column)
             if isinstance(prompt, str) and prompt.strip():
-                prompt = self.prompt(prompt)
+                prompt = prompt if self.chat else self.prompt(prompt)
             elif not (isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt)):
                 raise EstuneError(
                     f"data {source}: row {number}: {self.prompt_column} is {prompt!r:.80}; give text or messages"

@@ -12,7 +12,7 @@ from estune.grading.convention import Row
 from estune.rewards.instructions import CHECKS, all_followed, followed, instructions_reward
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions, text_of
-from estune.tasks.records import Record, require_columns
+from estune.tasks.records import Record, is_nan, require_columns
 
 
 class InstructionsConfig(DataOptions):
@@ -60,7 +60,7 @@ class InstructionsConfig(DataOptions):
                     "with task.skip_unknown=true"
                 )
             # A hub's table gives every row every possible value, most of them null.
-            given = [{k: v for k, v in (value or {}).items() if v is not None} for value in values]
+            given = [{k: v for k, v in (value or {}).items() if v is not None and not is_nan(v)} for value in values]
             try:
                 followed("x", names, given)
             except EstuneError as error:

@@ -13,7 +13,7 @@ from estune.rewards.answers import final_answer
 from estune.rewards.math import math_reward
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions, text_of
-from estune.tasks.records import Record, require_columns
+from estune.tasks.records import Record, is_nan, require_columns
 
 # name: (id on the hub, split), what it is usually trained or evaluated with.
 TRAINING_SETS = {
@@ -116,6 +116,8 @@ def gold_answers(value: Any) -> list[str]:
     """
     if isinstance(value, list):
         return list(dict.fromkeys(gold for item in value for gold in gold_answers(item)))
+    if is_nan(value):
+        return []
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -109,6 +109,7 @@ class MixConfig(TaskOptions):
             accuracy=[f"{label}/{name}" for label, task in tasks.items() for name in task.accuracies] or None,
             gold=lambda row: gold(row) if (gold := tasks[row[LABEL]].gold) else None,
             group=LABEL,
+            show=lambda row, template: tasks[row[LABEL]].shown(row, template=template),
             stages=stages,
         )
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 from math import inf
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from estune.completion import Prompt
 from estune.errors import EstuneError
 from estune.grading.convention import Row
-from estune.rewards.text import Text, as_text
+from estune.rewards.text import as_text
 from estune.tasks.base import Task, refuse_overlap
 from estune.tasks.records import Record, load_records
 
@@ -62,12 +63,19 @@ class PromptOptions(TaskOptions):
     chat: bool = Field(True, description="prompts as a conversation, for the chat template; false: as plain text")
     system_prompt: str | None = Field(None, description="what the model is told before each prompt")
 
-    def prompt(self, text: str) -> Text:
+    def prompt(self, text: str) -> Prompt:
         """A question as the options want it: messages, or one string."""
         if not self.chat:
             return f"{self.system_prompt}\n\n{text}" if self.system_prompt else text
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return [*system, {"role": "user", "content": text}]
+
+    def show(self, row: Row, template: bool) -> Prompt:
+        """What a model is shown for a row whose prompt is text: a conversation, if options and template allow one."""
+        text: str = row["prompt"]
+        if not self.chat:
+            return text
+        return self.prompt(text) if template else self.model_copy(update={"chat": False}).prompt(text)
 
 
 class DataOptions(PromptOptions):
@@ -150,8 +158,12 @@ def refuse_switch(model: type[BaseModel], name: str, value: Any) -> None:
     Raises:
         ValueError: true or false for a field that is no switch.
     """
-    if isinstance(value, bool) and name in model.model_fields and model.model_fields[name].annotation is not bool:
+    if isinstance(value, bool) and name in model.model_fields and not _is_switch(model.model_fields[name].annotation):
         raise ValueError(f"{name} is no switch: it needs a value other than true or false")
+
+
+def _is_switch(annotation: Any) -> bool:
+    return annotation is bool or bool in get_args(annotation)
 
 
 def text_of(record: Record, column: str, where: str) -> str:

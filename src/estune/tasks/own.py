@@ -14,10 +14,10 @@ from pydantic import Field
 from estune.errors import EstuneError
 from estune.grading.convention import Row, describe, reward_name
 from estune.grading.modules import load_file
-from estune.rewards.load import load_reward
-from estune.tasks.base import Task
+from estune.rewards.load import in_conversation, load_reward
+from estune.tasks.base import Task, as_message
 from estune.tasks.options import TaskOptions, identity, is_held_out
-from estune.tasks.records import load_records
+from estune.tasks.records import load_records, whole_rows
 
 SUFFIX = ".py"
 
@@ -30,7 +30,7 @@ class OwnConfig(TaskOptions):
     - `train`: rows with a prompt and the columns that rewards take, or a data set's file, directory or hub id;
     - `evaluation`: the same, to evaluate on; if there is none, an eighth of `train` is, by a hash of each prompt;
     - `rewards`: a reward function, or what names one, or a list of such;
-    - `weights` (1 each), `accuracy` (the first reward's name) and `gold`, as in `Task`.
+    - `weights` (1 each), `accuracy` (the first reward's name), `gold` and `chat` (true), as in `Task`.
     """
 
     summary: ClassVar[str] = "a task of your own, in a Python file"
@@ -39,6 +39,10 @@ class OwnConfig(TaskOptions):
     name: str = Field("", description="the task: the path of a Python file", pattern=r".+\.py$", validate_default=False)
     options: dict[str, Any] = Field(
         default_factory=dict, description="what the file's function task takes beside a seed"
+    )
+
+    chat: bool | None = Field(
+        None, description="prompts that are text as a user's message, for the chat template; true, if the file says not"
     )
 
     def build(self, seed: int) -> Task:
@@ -62,8 +66,17 @@ class OwnConfig(TaskOptions):
                 raise EstuneError(f"task {self.name}: its function task gave {type(task).__name__}, not a Task")
         else:
             task = self._of_names(module)
+        chat = next((chat for chat in (self.chat, task.chat) if chat is not None), True)
+        show = (task.show or as_message) if chat else None
+        for function in task.reward_funcs:
+            in_conversation(function, show)
         return replace(
-            task, name=self.name, train=task.train[: self.train_size], evaluation=task.evaluation[: self.eval_size]
+            task,
+            name=self.name,
+            train=task.train[: self.train_size],
+            evaluation=task.evaluation[: self.eval_size],
+            chat=chat,
+            show=show,
         )
 
     def _of_names(self, module: ModuleType) -> Task:
@@ -94,6 +107,7 @@ class OwnConfig(TaskOptions):
             reward_weights=list(getattr(module, "weights", [1.0] * len(functions))),
             accuracy=getattr(module, "accuracy", reward_name(functions[0])),
             gold=getattr(module, "gold", None),
+            chat=getattr(module, "chat", None),
         )
 
     def _rows(self, given: str | Iterable[Any], what: str) -> list[Row]:
@@ -101,4 +115,4 @@ class OwnConfig(TaskOptions):
         bad = next((number for number, row in enumerate(rows) if not row.get("prompt")), None)
         if bad is not None:
             raise EstuneError(f"task {self.name}: {what} row {bad} has no prompt; give it text, or messages")
-        return rows
+        return whole_rows(rows, f"task {self.name}: {what}")

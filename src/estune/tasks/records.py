@@ -1,11 +1,15 @@
 """Records of a data set: from a JSON or parquet file, a directory, or the hub."""
 
 import json
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -35,7 +39,7 @@ def load_records(source: str, split: str = "train") -> list[Record]:
         records = _read_hub(source, split)
     if not records:
         raise EstuneError(f"data {source}: the set is empty; give it at least one row")
-    return records
+    return _without_gaps(records)
 
 
 def require_columns(source: str, records: Sequence[Record], *choices: tuple[str, ...]) -> list[str]:
@@ -65,15 +69,13 @@ def _read_file(path: Path) -> list[Record]:
     try:
         if path.suffix == ".parquet":
             return _read_parquet(path)
-        records = _read_json(path.read_text(encoding="utf-8"))
+        records = _read_json(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise EstuneError(f"data {path} cannot be read: {_one_line(error)}; check the file") from error
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise EstuneError(f"data {path}: row {number} is {type(record).__name__}, not an object; write one a row")
-        if not _is_text(record):
-            raise EstuneError(f"data {path}: row {number} has half a character, such as \\ud800; write it whole")
-    return records
+    return whole_rows(records, f"data {path}")
 
 
 def _read_json(text: str) -> list[Any]:
@@ -81,7 +83,7 @@ def _read_json(text: str) -> list[Any]:
     if text.lstrip().startswith("["):
         return list(json.loads(text))
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # what else Python takes for a line's end may stand in a text
         if line.strip():
             try:
                 records.append(json.loads(line))
@@ -90,13 +92,57 @@ def _read_json(text: str) -> list[Any]:
     return records
 
 
-def _is_text(record: Record) -> bool:
-    """Whether all that it says is made of whole characters. JSON can write one half of a pair, which is none."""
+def whole_rows(rows: Sequence[Record], what: str) -> list[Record]:
+    """Rows with U+FFFD in the place of every half of a character, which JSON and Python can write; a warning says so.
+
+    Args:
+        rows: any.
+        what: whose rows they are.
+    """
+    found = list(rows)
+    broken = [number for number, row in enumerate(rows) if not _is_whole(row)]
+    for number in broken:
+        found[number] = _whole(rows[number])
+    if broken:
+        log.warning(
+            "%s: %d rows have half a character, such as \\ud800, the first is row %d: U+FFFD stands for it now",
+            *(what, len(broken), broken[0] + 1),
+        )
+    return found
+
+
+def _is_whole(row: Record) -> bool:
     try:
-        json.dumps(record, ensure_ascii=False).encode()
+        json.dumps(row, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return False
+    except (TypeError, ValueError, RecursionError):  # keys that JSON does not know, a list in itself
+        return True
     return True
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_whole, value))
+    return value
+
+
+def _without_gaps(records: list[Record]) -> list[Record]:
+    """None for NaN in a column that holds text or lists: pandas' sign for nothing."""
+    gaps = {key for record in records for key, value in record.items() if is_nan(value)}
+    filled = {key for key in gaps if any(isinstance(record.get(key), str | list | tuple | dict) for record in records)}
+    for record in records if filled else ():
+        record.update({key: None for key in filled if is_nan(record.get(key))})
+    return records
+
+
+def is_nan(value: Any) -> bool:
+    """Whether a value is the number that is none."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _read_parquet(path: Path) -> list[Record]:

@@ -21,7 +21,16 @@ GRADIENT_RATE = 0.01
 """A learning rate below this part of sigma is a gradient's: with it thousands of steps would move no completion."""
 
 # Taken under these names too; `alpha` as it is given.
-_RENAMED = {name: RENAMED[name] for name in ("max_completion_length", "vllm_tensor_parallel_size", "alpha")}
+_TAKEN = ("max_completion_length", "vllm_tensor_parallel_size", "num_generations_eval", "alpha")
+_RENAMED = {name: RENAMED[name] for name in _TAKEN}
+
+# Switches that are values of settings.
+_SWITCHES = {
+    "bf16": ("dtype", "bfloat16"),
+    "fp16": ("dtype", "float16"),
+    "use_cpu": ("device", "cpu"),
+    "use_vllm": ("engine", "vllm"),
+}
 
 # What `ESTrainer` and callbacks read, with what it is if not given.
 _OWN: dict[str, Any] = {
@@ -54,8 +63,6 @@ _OWN: dict[str, Any] = {
 
 # What would change the run but cannot be done, with the value that asks for nothing.
 _MISSING: dict[str, Any] = {
-    "chat_template_kwargs": None,
-    "eval_on_start": True,
     "generation_kwargs": None,
     "lr_scheduler_kwargs": None,
     "mask_truncated_completions": False,
@@ -94,6 +101,7 @@ class ESConfig:
         self._given = {name: getattr(value, "value", value) for name, value in settings.items()}
         for name, value in self._given.items():
             _check(name, value)
+        self._refuse_doubles()
         for name, chosen in (("eval_strategy", _EVERY), ("logging_strategy", _EVERY), ("save_strategy", _SAVES)):
             if self._given.get(name) not in (None, *chosen):
                 raise EstuneError(f"ESConfig: {name} is one of {', '.join(chosen)}, found {self._given[name]!r}")
@@ -164,20 +172,15 @@ class ESConfig:
 
     def settings(self) -> dict[str, Any]:
         """What does not depend on the data, under the names of `Config`."""
-        values = {_RENAMED.get(name, name): value for name, value in self._given.items()}
+        values = {_RENAMED.get(name, name): value for name, value in self._given.items() if value is not None}
         values = {name: value for name, value in values.items() if name in Config.model_fields}
         for every in ("eval_steps", "save_steps"):
             value = values.get(every, 0)
             if value is None or 0 < value < 1:  # a share of the run's steps
                 values.pop(every)
-        for name, key, chosen in (
-            ("bf16", "dtype", "bfloat16"),
-            ("fp16", "dtype", "float16"),
-            ("use_cpu", "device", "cpu"),
-            ("use_vllm", "engine", "vllm"),
-        ):
+        for name, (key, chosen) in _SWITCHES.items():
             if self._given.get(name):
-                values.setdefault(key, chosen)
+                values[key] = chosen
         if dtype := _loading(self.model_init_kwargs or {}).get("dtype"):
             values.setdefault("dtype", str(dtype).removeprefix("torch."))
         if (self.model_init_kwargs or {}).get("trust_remote_code"):
@@ -187,6 +190,21 @@ class ESConfig:
         if values.get("report_to") in ("all", ["all"]):
             values["report_to"] = ["tensorboard"]
         return {name: value for name, value in values.items() if value is not None}
+
+    def _refuse_doubles(self) -> None:
+        """Refuse two names for one setting: which of them counts, nobody could tell."""
+        names: dict[str, str] = {}
+        for name in (name for name, value in self._given.items() if value is not None):
+            own = "steps" if name == "max_steps" and self.max_steps > 0 else _RENAMED.get(name, name)
+            if own in names:
+                raise EstuneError(
+                    f"ESConfig: {names[own]} and {name} are both given, and are one setting: leave out one"
+                )
+            names[own] = name
+        for name, (key, chosen) in _SWITCHES.items():
+            other = self._given.get(key)
+            if self._given.get(name) and str(other).removeprefix("torch.") not in ("None", "auto", chosen):
+                raise EstuneError(f"ESConfig: {name}=True is {key}={chosen!r}, and {key} is {other!r}: leave out one")
 
     def _usual_rate(self, sigma: float) -> bool:
         """Whether the learning rate that was given is a gradient's, so that sigma / 2 is used instead."""

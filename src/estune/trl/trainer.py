@@ -6,6 +6,8 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from estune.errors import EstuneError
 from estune.files import make_temporary, remove, remove_temporary, replacing, write_text
 from estune.grading.convention import reward_name
 from estune.grading.isolation import refuse_grader
-from estune.journal.journal import FILE
+from estune.journal.journal import FILE, Journal
 from estune.pool.generators import open_generators
 from estune.pool.open import with_resources_to_generate
 from estune.run.directory import BASE, RunDirectory, default_path, refuse_used
@@ -26,6 +28,7 @@ from estune.run.held_out import HeldOut
 from estune.run.monitors import default_monitors
 from estune.run.monitors.base import Monitor
 from estune.run.monitors.console import ConsoleMonitor
+from estune.run.resume import settings_of
 from estune.run.trainer import Trainer
 from estune.tasks.base import Task
 from estune.trl.callbacks import CallbackMonitor
@@ -94,9 +97,10 @@ class ESTrainer:
                 raise EstuneError(f"ESTrainer has no argument {name}; see docs/trl.md for those it has")
             if value not in (None, (None, None), [], ()):
                 raise EstuneError(f"ESTrainer: {name} cannot be used ({_REFUSED[name]}); leave it out")
-        self.args = args = args or ESConfig()
+        args = ESConfig() if args is None else args
         if not isinstance(args, ESConfig):
             raise EstuneError(f"ESTrainer: args is {type(args).__name__}; give an ESConfig")
+        self.args = args = copy(args)  # what becomes of it here is not the caller's
         if hasattr(model, "peft_config"):
             raise EstuneError(
                 "ESTrainer: the model has adapters, and all weights are trained: merge_and_unload() first"
@@ -190,6 +194,7 @@ class ESTrainer:
             refuse_used(self.directory.path, RESUME)
             config = self.config.model_copy(update={"model": self._base()})
             run = Trainer(config, task=self.task, monitors=self._monitors, best_by=self.args.best_by, go_on=RESUME)
+        self.config = self.config.model_copy(update={"template_date": run.config.template_date})
         try:
             self._run = run
             summary = run.train()
@@ -221,6 +226,9 @@ class ESTrainer:
             group=EVAL_SET if isinstance(given, Mapping) else None,
         )
         config = self.config.model_copy(update={"model": str(self._trained() or self._base()), "workers": None})
+        if (self.directory.path / FILE).is_file():  # prompts are those that it was trained on, whatever day it is
+            began = settings_of(Journal.read(self.directory.path)).get("template_date")
+            config = config.model_copy(update={"template_date": date.fromisoformat(began) if began else None})
         config = with_resources_to_generate(config)
         with ExitStack() as opened:
             held_out = HeldOut(task, config, open_encoder(config))
@@ -351,7 +359,7 @@ class ESTrainer:
             go_on=RESUME,
             **changed,
         )
-        own = (*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size")
+        own = (*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size", "template_date")
         here, there = (c.model_dump(exclude=set(own)) for c in (self.config, run.config))
         if other := [key for key in here if here[key] != there[key]]:
             log.warning("%s keeps its settings: not used here are %s", self.directory.path, ", ".join(other))

@@ -224,13 +224,15 @@ def hub_name(model: str) -> tuple[str, str | None]:
 
 
 def pinned(model: str) -> str:
-    """What a run records of a model: a hub id with the commit that was found there, anything else as it is.
+    """What a run records of a model: a hub id with the commit that was found there, a directory from the root on.
 
     Raises:
         EstuneError: as `locate`.
     """
-    if model in EMBEDDED or Path(model).exists():
+    if model in EMBEDDED:
         return model
+    if Path(model).exists():
+        return os.path.abspath(model)
     commit = locate(model).name
     return f"{hub_name(model)[0]}@{commit}" if _COMMIT.fullmatch(commit) else model
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
+from estune.engines.loading import open_encoder
 from estune.engines.score import divergence
 from estune.engines.transformers import TransformersEngine
 from estune.run.graded import Graded, evaluation_metrics, grade_completions
+from estune.run.held_out import token_ids
 from estune.run.make import make_grading, make_sampling
 from estune.tasks.base import Task
 
@@ -36,10 +38,9 @@ def measure(checkpoint: Path, base: Path, config: Config, task: Task, short_toke
         trained model draws at temperature 1: the mean of r - 1 - log r with r = p_base / p_trained (Schulman's k3),
         which is above 0 token by token and, as its tokens are the trained model's own, right on average.
     """
-    prompts = [row["prompt"] for row in task.evaluation]
     greedy = make_sampling(config.model_copy(update={"temperature": 0.0}))
     before = _engine(base, config)
-    ids = before.encode(prompts)
+    ids = token_ids(open_encoder(config), task, task.evaluation)
     answers = before.generate(ids, greedy)
     if short_tokens is None:
         short_tokens = round(mean_length(answers) / 2)

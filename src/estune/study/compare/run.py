@@ -7,13 +7,14 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.files import make_folder, write_text
+from estune.files import make_folder, read_claim, write_text
 from estune.study.compare.plan import Job, Plan, at_an_end, read_results
 from estune.study.jobs import Jobs, claimed
 from estune.tasks.base import Task
@@ -52,7 +53,8 @@ def compare(
     from estune.run.make import make_grading
     from estune.tasks.preflight import preflight
 
-    config = with_resources(config.model_copy(update={"replicas": 1}))
+    began = _date_of(folder) if config.template_date is None else config.template_date
+    config = with_resources(config.model_copy(update={"replicas": 1, "template_date": began}))
     config = _with_one_training_set(config)
     task = config.task.build(config.seed)
     _check_task(task)
@@ -80,6 +82,13 @@ def require_trl() -> None:
     """
     if find_spec("trl") is None:
         raise EstuneError("compare: reinforcement learning needs TRL; install it with `pip install 'estune[trl]'`")
+
+
+def _date_of(folder: Path) -> date | None:
+    """The date that chat templates were told by a comparison that has begun here."""
+    path = folder / SETTINGS
+    found = read_claim(path, "config")["config"].get("template_date") if path.is_file() else None
+    return None if found is None else date.fromisoformat(found)
 
 
 def _with_one_training_set(config: Config) -> Config:

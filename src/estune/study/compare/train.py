@@ -109,13 +109,18 @@ def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -
     from transformers import AutoTokenizer
     from transformers.trainer_callback import TrainerCallback
 
+    from estune.render import stop_clock
     from estune.run.make import make_grading
 
     torch.set_num_threads(config.threads or 1)
+    if config.template_date is not None:
+        stop_clock(config.template_date)  # TRL renders in this process
     path = locate(config.model)
     arguments, trainer_class = trl_arguments(plan, job, config, folder)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
     # Rows travel by number: a column of a data set must be of one type, and a task's may be of any.
-    rows = [{"prompt": row["prompt"], "row": i} for i, row in enumerate(task.train)]
+    template = tokenizer.chat_template is not None
+    rows = [{"prompt": task.shown(row, template=template), "row": i} for i, row in enumerate(task.train)]
     with make_grading(config, task) as grading:
         reward = TaskReward(task, grading)
 
@@ -128,7 +133,7 @@ def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -
             reward_funcs=reward,
             args=arguments,
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False),
+            processing_class=tokenizer,
             callbacks=[Spent()],
         )
         trainer.train()
@@ -158,6 +163,7 @@ def trl_arguments(plan: Plan, job: Job, config: Config, folder: Path) -> tuple[A
         "gradient_accumulation_steps": plan.batch // plan.micro_batch,
         "num_generations": plan.generations,
         "max_completion_length": config.max_new_tokens,
+        "chat_template_kwargs": config.chat_template_kwargs,
         "temperature": plan.rl_temperature,
         "beta": plan.beta,
         "activation_checkpointing": False,  # slower, and small models have the memory

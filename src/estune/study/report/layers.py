@@ -46,7 +46,7 @@ def layer_table(run: Run) -> LayerTable:
     if target is None:
         raise EstuneError("no checkpoint yet")
     header = run.journal.header
-    base = _local_base(header)
+    base = _local_base(header, run.journal.base_model())
     trained = Checkpoint(target)
     squares: dict[tuple[str, str], np.ndarray[tuple[int], np.dtype[np.float64]]] = {}
     for name in header.tensors:
@@ -69,9 +69,8 @@ def layer_table(run: Run) -> LayerTable:
     return LayerTable(target.name, run.done if target == final else None, stored, _short(kinds), rows, total)
 
 
-def _local_base(header: Header) -> Checkpoint:
+def _local_base(header: Header, model: str) -> Checkpoint:
     """The base checkpoint if it is on this machine: a report downloads nothing."""
-    model = header.model
     if model not in EMBEDDED and not Path(model).exists():
         from huggingface_hub import snapshot_download
 

@@ -1,0 +1,86 @@
+"""What a run says unasked, once and in one line: that it does other than was asked for, or that nothing comes of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from estune.completion import Prompt
+from estune.config import Config
+from estune.journal.journal import EvaluationRecord, StepRecord
+from estune.run.held_out import evaluation_sampling
+from estune.run.order import StagedOrder
+from estune.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+ALIKE_STEPS = 3
+EVALUATIONS = 3
+
+
+def log_before(config: Config, task: Task, order: StagedOrder) -> None:
+    """Log what is to be said of settings and data before a run begins."""
+    for remark in before(config, task, order):
+        log.warning("%s", remark)
+
+
+def before(config: Config, task: Task, order: StagedOrder) -> Iterator[str]:
+    """What is to be said of settings and data before a run begins."""
+    fewest = min(each.size for each in order.orders)
+    if fewest < config.prompts_per_step:
+        where = "a stage" if len(order.orders) > 1 else "the training set"
+        yield (
+            f"prompts_per_step is {config.prompts_per_step}, and {where} has {fewest} rows: every step uses all of them"
+        )
+    answered = sum(_goes_on(row["prompt"]) for row in task.train)
+    if answered:
+        yield (
+            f"task {task.name}: {answered} of {len(task.train)} training prompts end with words of the assistant's, "
+            "which the model goes on from: where these are the answer, leave them out of the prompt"
+        )
+    yield from of_evaluation(config)
+
+
+def _goes_on(prompt: Prompt) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and prompt[-1].get("role") == "assistant"
+
+
+def of_evaluation(config: Config) -> Iterator[str]:
+    """What is to be said of how completions of an evaluation are drawn."""
+    if config.eval_samples > 1 and not evaluation_sampling(config).temperature:
+        yield (
+            f"eval_samples is {config.eval_samples}, and greedy completions of a prompt are all alike: one is "
+            "generated; eval_temperature=0.8 draws different ones"
+        )
+
+
+def members_alike(steps: Sequence[StepRecord]) -> str | None:
+    """What is to be said where no member of the last steps did better than another; `steps` are all so far."""
+    last = steps[-ALIKE_STEPS:]
+    found = [{reward for reward in step.rewards if reward is not None} for step in last]
+    if len(last) < ALIKE_STEPS or any(len(rewards) != 1 for rewards in found):
+        return None
+    return (
+        f"step {last[-1].step + 1}: all members have had one reward ({max(found[-1]):.4g} in this step) for "
+        f"{ALIKE_STEPS} steps, and nothing is learned from that: `estune probe` looks for a sigma at which they "
+        "differ; a reward that gives part of the marks for part of the work helps, too"
+    )
+
+
+def never_right(task: Task, evaluations: Sequence[EvaluationRecord], *, over: bool) -> str | None:
+    """What is to be said where nothing was ever right.
+
+    Args:
+        task: whose evaluations they are.
+        evaluations: all so far.
+        over: there will be no more.
+    """
+    if len(evaluations) < (2 if over else EVALUATIONS) or any(e.metrics["eval_accuracy"] != 0 for e in evaluations):
+        return None
+    last = evaluations[-1]
+    cut = last.metrics.get("eval_completions/clipped_ratio", 0.0)
+    return (
+        f"step {last.step}: {' and '.join(task.accuracies)} has been 0 at all {len(evaluations)} evaluations "
+        f"({cut:.0%} of completions cut off at max_new_tokens in this one): read what the model answers in "
+        f"completions/evaluation-{last.step:05d}.parquet"
+    )

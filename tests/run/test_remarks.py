@@ -1,0 +1,99 @@
+"""What a run says unasked: once, in one line, and only where there is cause."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.es.strategy import Member, Update
+from estune.journal.journal import EvaluationRecord, StepRecord
+from estune.run.order import StagedOrder
+from estune.run.remarks import before, members_alike, never_right
+from estune.run.trainer import Trainer
+from estune.tasks.base import Stage, Task
+from tests.runs import PROMPTS, make_config, make_task
+
+ASSISTANT = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+
+
+def said(task: Task, **settings: Any) -> list[str]:
+    config = make_config(Path(), Path("any"), **settings)
+    remarks = list(before(config, task, StagedOrder(len(task.train), task.stages, config.prompts_per_step, 0)))
+    assert not any("\n" in remark for remark in remarks)
+    return remarks
+
+
+def step(number: int, *rewards: float | None) -> StepRecord:
+    members = tuple(Member(i) for i in range(len(rewards)))
+    update = Update(number, members, (0.0,) * len(rewards), 0.0, 0)
+    return StepRecord(update, 0.1, 0.1, list(rewards), [0], "ab")
+
+
+def evaluation(number: int, accuracy: float) -> EvaluationRecord:
+    return EvaluationRecord(number, {"eval_accuracy": accuracy, "eval_completions/clipped_ratio": 0.25})
+
+
+def test_fewer_prompts_than_a_step_asks_for() -> None:
+    count = len(PROMPTS) - 4
+    assert said(make_task(), prompts_per_step=count) == []
+    expected = f"prompts_per_step is {count + 1}, and the training set has {count} rows: every step uses all of them"
+    assert said(make_task(), prompts_per_step=count + 1) == [expected]
+    staged = make_task(stages=[Stage(range(2), 1), Stage(range(count))])
+    assert said(staged, prompts_per_step=6) == [
+        "prompts_per_step is 6, and a stage has 2 rows: every step uses all of them"
+    ]
+
+
+def test_an_answer_that_was_left_in_the_prompt() -> None:
+    task = make_task()
+    mixed = replace(task, train=[{"prompt": ASSISTANT}, {"prompt": ASSISTANT[:1]}, *task.train])
+    (remark,) = said(mixed)
+    assert remark.startswith("task variety: 1 of 22 training prompts end with words of the assistant's")
+
+
+def test_completions_of_an_evaluation_that_are_all_alike() -> None:
+    assert said(make_task(), eval_samples=4, eval_temperature=1.0) == []
+    assert said(make_task(), eval_samples=4, temperature=1.0) == []
+    (remark,) = said(make_task(), eval_samples=4)
+    assert remark.startswith("eval_samples is 4, and greedy completions of a prompt are all alike: one is generated")
+
+
+def test_members_that_are_alike() -> None:
+    alike = [step(0, 0.5, 0.5), step(1, 0.0, None, 0.0), step(2, 1.0, 1.0)]
+    found = members_alike([step(0, 1.0, 2.0), *alike])
+    assert found is not None
+    assert found.startswith("step 3: all members have had one reward (1 in this step) for 3 steps")
+    assert members_alike(alike[:2]) is None
+    assert members_alike([*alike[:2], step(2, 1.0, 2.0)]) is None
+
+
+def test_an_accuracy_that_is_never_above_zero() -> None:
+    task = make_task()
+    zeros = [evaluation(0, 0.0), evaluation(10, 0.0), evaluation(20, 0.0)]
+    assert never_right(task, zeros[:2], over=False) is None
+    assert never_right(task, zeros[:1], over=True) is None
+    assert never_right(task, [*zeros, evaluation(30, 0.1)], over=True) is None
+    for found in (never_right(task, zeros, over=False), never_right(task, zeros[1:], over=True)):
+        assert found is not None
+        assert found.startswith("step 20: variety has been 0 at all")
+        assert "25% of completions cut off" in found
+        assert found.endswith("completions/evaluation-00020.parquet")
+
+
+def test_a_run_says_each_once(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def nothing(completions: list[str], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    config = make_config(tmp_path / "run", model, steps=5, eval_steps=1, prompts_per_step=99, eval_on_start=False)
+    trainer = Trainer(config, task=make_task(nothing), monitors=[])
+    trainer.train()
+    ours = [record.getMessage() for record in caplog.records if record.name == "estune.run.trainer"]
+    assert [message.partition(",")[0].partition(" (")[0] for message in ours] == [
+        "prompts_per_step is 99",
+        "step 3: all members have had one reward",
+        "step 3: nothing has been 0 at all 3 evaluations",
+    ]
+    assert [e.step for e in trainer.journal.evaluations] == [1, 2, 3, 4, 5]
