@@ -255,6 +255,13 @@ def test_a_summary_of_evaluations_with_accuracy_alone(tmp_path: Path) -> None:
     assert "a?[2J 100.0% -> 100.0%" in said
 
 
+def test_a_score_without_bounds_is_no_percentage(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    before, after = {"eval_accuracy": -0.11}, {"eval_accuracy": 2.5}
+    ConsoleMonitor(console).on_train_end(Summary(tmp_path, 1, 1.0, before, after, after, "finished"))
+    assert "held-out accuracy -0.11 -> 2.5 at" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def plain(text: str) -> list[str]:
     return re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
 

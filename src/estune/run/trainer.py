@@ -99,7 +99,8 @@ class Trainer:
             self._open_all(opened, past)
             self.trained = self.pool.describe()
             if past is None:
-                self._begin(path, parent, code_of(task.reward_funcs, options), best_by)
+                self.base = Checkpoint(locate(config.model))
+                self.run, self.journal = self._begin(path, parent, code_of(task.reward_funcs, options), best_by)
                 opened.callback(self.journal.close)
                 undo.callback(self.run.discard)  # so that the same command can be given again
                 self.run.write_settings(config)
@@ -254,13 +255,14 @@ class Trainer:
                 past.files or journal.files, past.code or journal.code, self._accepted_prompts or journal.prompts_hash
             )
 
-    def _begin(self, path: Path, parent: Journal | None, code: dict[str, str], best_by: Sequence[str]) -> None:
-        """Make the run's directory and its journal, of which `parent` is the journal of the run that it starts from."""
-        self.base = Checkpoint(locate(self.config.model))
+    def _begin(
+        self, path: Path, parent: Journal | None, code: dict[str, str], best_by: Sequence[str]
+    ) -> tuple[RunDirectory, Journal]:
+        """Make the run's directory and its journal. `parent` is the journal of the run that it starts from."""
         fingerprint = self._inherit(parent) if parent is not None else self.trained.fingerprint
         header = self._header(path, fingerprint, code, best_by)
-        self.run = RunDirectory.create(path)
-        self.journal = Journal.create(self.run.path, header, parent)  # of two that begin here at once, one goes on
+        run = RunDirectory.create(path)
+        return run, Journal.create(run.path, header, parent)  # of two that begin here at once, one gets no further
 
     def _inherit(self, parent: Journal) -> str:
         """Bring the weights to where another run ended; return the fingerprint there."""

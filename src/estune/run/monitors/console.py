@@ -93,7 +93,7 @@ class ConsoleMonitor(Monitor):
         self._sample = sample
         if self._live is None:
             self._print(
-                f"step {metrics['step']:>4}  held-out accuracy {metrics['eval_accuracy']:.1%}  "
+                f"step {metrics['step']:>4}  held-out accuracy {_score(metrics['eval_accuracy'])}  "
                 f"reward {metrics['eval_reward']:.4f}  length {metrics['eval_completions/mean_length']:.1f}"
                 + "".join(f"  {text}" for text in _instruments(metrics))
             )
@@ -125,7 +125,9 @@ class ConsoleMonitor(Monitor):
             first = self._accuracies[0][1]
             last = self._accuracies[-1][1]
             curve = _curve([a for _, a in self._accuracies])
-            table.add_row("held-out accuracy", curve, f"{first:.1%} -> {last:.1%} at step {self._accuracies[-1][0]}")
+            table.add_row(
+                "held-out accuracy", curve, f"{_score(first)} -> {_score(last)} at step {self._accuracies[-1][0]}"
+            )
         if self._last:
             m = self._last
             figures = f"length {m['completions/mean_length']:.1f}, cut off {m['completions/clipped_ratio']:.1%}"
@@ -151,19 +153,24 @@ def _curve(values: list[float]) -> str:
     return "".join(BLOCKS[round((v - low) * scale)] for v in values)
 
 
+def _score(value: float) -> str:
+    """An accuracy in percent, or as it is where it is none: a reward model's score has no bounds."""
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.4g}"
+
+
 def _instruments(now: Metrics, then: Metrics | None = None) -> list[str]:
     """What else an evaluation tells: pass@k, how far the model has come from its base, tasks that are watched."""
     found = []
     passes = {key.removeprefix("eval_"): value for key, value in now.items() if key.startswith("eval_pass@")}
     if passes:
-        found.append(", ".join(f"{key} {value:.1%}" for key, value in passes.items()))
+        found.append(", ".join(f"{key} {_score(value)}" for key, value in passes.items()))
     if "eval_weights/relative_change" in now:
         kl = f"KL to the base model {now['eval_kl']:.4f}, " if "eval_kl" in now else ""
         found.append(f"{kl}weights changed by {now['eval_weights/relative_change']:.3%}")
     for key, value in now.items():
         if key.startswith("watch/") and key.endswith("/accuracy"):
-            before = f"{then[key]:.1%} -> " if then and key in then else ""
-            found.append(f"{key.removeprefix('watch/').removesuffix('/accuracy')} {before}{value:.1%}")
+            before = f"{_score(then[key])} -> " if then and key in then else ""
+            found.append(f"{key.removeprefix('watch/').removesuffix('/accuracy')} {before}{_score(value)}")
     return [printable(text) for text in found]
 
 
@@ -175,8 +182,8 @@ def _summary(s: Summary) -> Panel:
         lacking = dict.fromkeys(("step", "eval_reward", length), math.nan)  # in a journal that others wrote
         before, after, best = ({**lacking, **metrics} for metrics in (s.before, s.after, s.best))
         lines += [
-            f"[bold]held-out accuracy {before[key]:.1%} -> {after[key]:.1%}[/] at step {after['step']}, "
-            f"best {best[key]:.1%} at step {best['step']}",
+            f"[bold]held-out accuracy {_score(before[key])} -> {_score(after[key])}[/] at step {after['step']}, "
+            f"best {_score(best[key])} at step {best['step']}",
             f"held-out reward {before['eval_reward']:.3f} -> {after['eval_reward']:.3f}, "
             f"length {before[length]:.1f} -> {after[length]:.1f} tokens",
         ]

@@ -208,7 +208,11 @@ def _mean_and_deviation(values: list[float | None], percent: bool) -> str:
         return _cell(known[0] if known else None, percent)
     mean = statistics.fmean(known)
     deviation = statistics.stdev(known)
-    return f"{100 * mean:.1f} ± {100 * deviation:.1f}%" if percent else f"{figure(mean)} ± {figure(deviation)}"
+    return (
+        f"{100 * mean:.1f} ± {100 * deviation:.1f}%"
+        if percent and 0 <= min(known) <= max(known) <= 1
+        else f"{figure(mean)} ± {figure(deviation)}"
+    )
 
 
 def _cell(value: float | None, percent: bool) -> str:
@@ -218,7 +222,8 @@ def _cell(value: float | None, percent: bool) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{value:.1%}"
+    """A share in percent; what lies outside 0 to 1 is none, such as a reward model's score."""
+    return f"{value:.1%}" if 0 <= value <= 1 else figure(value)
 
 
 def _duration(seconds: float) -> str:
