@@ -26,14 +26,14 @@ from estune.config import RESUMABLE, Config, parse, read
 from estune.config.names import MEANINGLESS
 from estune.errors import EstuneError
 from estune.tasks import KINDS
-from estune.trl.config import _MISSING, _OWN, _RENAMED
+from estune.trl.config import MISSING, OWN, TAKEN
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"],
     key=lambda path: path.relative_to(ROOT).as_posix(),
 )
-NAMES = {*Config.model_fields, *_OWN, *_MISSING, *_RENAMED, *MEANINGLESS}
+NAMES = {*Config.model_fields, *OWN, *MISSING, *TAKEN, *MEANINGLESS}
 """What ESConfig takes."""
 PLACEHOLDERS = {"key", "OPTION", "NAME", "sweep.KEY"}
 COMMANDS = typer.main.get_command(app)

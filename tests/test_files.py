@@ -44,7 +44,7 @@ def write_to_full_disk(target: Path) -> None:
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_directory_is_replaced(at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not at_once:  # as on systems that cannot
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)
     target = model(tmp_path / "best", "old")
     with replacing(target) as folder:
         model(folder, "new")

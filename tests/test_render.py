@@ -84,9 +84,9 @@ def test_a_process_that_is_killed_is_replaced() -> None:
     renderer = Renderer()
     try:
         first = renderer.render(build_tokenizer(), MESSAGES)
-        assert renderer._process is not None
-        os.kill(renderer._process.pid, signal.SIGKILL)
-        renderer._process.wait()
+        assert renderer.process is not None
+        os.kill(renderer.process.pid, signal.SIGKILL)
+        renderer.process.wait()
         assert renderer.render(build_tokenizer(), MESSAGES) == first
     finally:
         renderer.close()
@@ -97,8 +97,8 @@ def test_a_process_that_is_stopped_is_not_waited_for(length: int, monkeypatch: p
     renderer = Renderer()
     try:
         renderer.render(build_tokenizer(), MESSAGES)
-        assert renderer._process is not None
-        os.kill(renderer._process.pid, signal.SIGSTOP)
+        assert renderer.process is not None
+        os.kill(renderer.process.pid, signal.SIGSTOP)
         monkeypatch.setattr("estune.render.SECONDS", 0.3)
         with pytest.raises(Refused, match=r"does not end within 0\.3 s"):
             renderer.render(build_tokenizer(), [{"role": "user", "content": "x" * length}])

@@ -45,7 +45,7 @@ def replacing(target: Path) -> Iterator[Path]:
             _sync_tree(temporary)
             if not target.is_dir():
                 os.replace(temporary, target)
-            elif not _exchange(temporary, target):  # then there is a moment at which only the old one is there, aside
+            elif not exchange(temporary, target):  # then there is a moment at which only the old one is there, aside
                 os.rename(target, old)
                 os.rename(temporary, target)
             sync(target.parent)
@@ -225,7 +225,7 @@ def _beside(target: Path) -> tuple[Path, Path]:
     return target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Let two directories change their names in one call, where system and file system can do that."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2

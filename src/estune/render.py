@@ -38,7 +38,7 @@ class Renderer:
     """Renders conversations, one at a time, in a process that starts when it is first needed."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def render(
@@ -84,27 +84,27 @@ class Renderer:
 
     def close(self) -> None:
         """End the process, whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
 
     def _ask(self, line: bytes) -> bytes:
-        if self._process is None or self._process.poll() is not None:
+        if self.process is None or self.process.poll() is not None:
             self._start()
         return self._answer(line, SECONDS, f"does not end within {SECONDS:g} s")
 
     def _start(self) -> None:
         self.close()
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "estune.render"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,  # Ctrl-C is for the trainer alone
         )
-        assert self._process.stdin is not None
-        os.set_blocking(self._process.stdin.fileno(), False)
+        assert self.process.stdin is not None
+        os.set_blocking(self.process.stdin.fileno(), False)
         try:
             self._answer(b"", START_SECONDS, "is not reached")
         except Refused as error:
@@ -112,7 +112,7 @@ class Renderer:
 
     def _answer(self, request: bytes, seconds: float, late: str) -> bytes:
         """Send a request and wait for its answer, with one deadline: a process that is stopped reads nothing either."""
-        process = self._process
+        process = self.process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None

@@ -256,8 +256,8 @@ def test_rows_follow_memory(engine: TransformersEngine, monkeypatch: pytest.Monk
     for total, sizes in ((weights + 4 * 5 * row, [4, 4, 4]), (weights + 4 * 12 * row, [12]), (0, [1] * 12)):
         monkeypatch.setattr(engine_module, "total_memory", lambda device, total=total: total)
         found = TransformersEngine(engine.name)
-        assert [len(batch) for _, batch in found._batches([[7] * 30] * 12, 20)] == sizes
-        assert [len(batch) for _, batch in found._batches([[7] * 30] * 12, 20)] == sizes
+        assert [len(batch) for _, batch in found.batches([[7] * 30] * 12, 20)] == sizes
+        assert [len(batch) for _, batch in found.batches([[7] * 30] * 12, 20)] == sizes
 
 
 def test_memory_is_the_machines_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,7 +222,7 @@ def test_a_sandbox_ends_with_the_process_that_wants_its_outcome_and_leaves_nothi
 def test_without_namespaces_too_and_the_folder_is_swept_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     (folder,) = killed_while_waiting(sandbox="none")
     monkeypatch.setattr(sandbox, "_SETTLED_SECONDS", 0)
-    sandbox._sweep.cache_clear()
+    sandbox.clear_leftovers.cache_clear()
     run("pass")
     assert not folder.exists()
 
@@ -238,7 +238,7 @@ def test_only_what_is_ours_and_dead_is_swept(tmp_path: Path, monkeypatch: pytest
     left = {path.name for path in tmp_path.iterdir()} - {"estune-sandbox-dead"}
     used = os.open(tmp_path / "estune-sandbox-used", os.O_RDONLY)
     fcntl.flock(used, fcntl.LOCK_EX)
-    sandbox._sweep.__wrapped__()
+    sandbox.clear_leftovers.__wrapped__()
     os.close(used)
     assert {path.name for path in tmp_path.iterdir()} == left
     assert len(list((tmp_path / "other").iterdir())) == 1

@@ -174,7 +174,7 @@ def test_the_end_of_a_run_is_recorded_and_gone_beyond(run: Path) -> None:
 )
 def test_a_line_with_other_fields_is_refused_in_one_line(run: Path, line: dict[str, Any]) -> None:
     journal = Journal.resume(run)
-    journal._write(line.pop("kind"), line)
+    journal.write(line.pop("kind"), line)
     journal.close()
     with pytest.raises(EstuneError, match=r"line 7, after step 3: .*: no line that estune wrote; restore it"):
         Journal.read(run)

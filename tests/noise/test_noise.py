@@ -52,7 +52,7 @@ def test_philox_gives_random123s_answers(counter: Any, key: Any, words: Any) -> 
     # The compiled kernel, through its own entry: block = counter's low half, tensor = its high half.
     compiled = [np.empty(1, np.uint32) for _ in range(4)]
     block, tensor = (np.uint64(counter[i] | counter[i + 1] << 32) for i in (0, 2))
-    cpu._words(np.uint64(seed), tensor, block, *compiled)
+    cpu.random_words(np.uint64(seed), tensor, block, *compiled)
     assert tuple(int(w[0]) for w in compiled) == words
 
 

@@ -94,7 +94,7 @@ def test_zero_keeps_its_sign_and_the_ends_of_the_range_their_bits() -> None:
 @triton.jit
 def _transform(a, b, n0, n1, COUNT: tl.constexpr):
     at = tl.arange(0, COUNT)
-    found = gpu._box_muller(tl.load(a + at).to(tl.uint32), tl.load(b + at).to(tl.uint32))
+    found = gpu.box_muller(tl.load(a + at).to(tl.uint32), tl.load(b + at).to(tl.uint32))
     tl.store(n0 + at, found[0])
     tl.store(n1 + at, found[1])
 

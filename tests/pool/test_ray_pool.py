@@ -22,9 +22,9 @@ from estune.es.strategy import Member, Update
 from estune.pool.base import Evaluated
 from estune.pool.deadlines import Deadlines
 from estune.pool.local import LocalPool
-from estune.pool.ray.cluster import _join, cluster_device, connect
-from estune.pool.ray.crew import _compare
-from estune.pool.ray.pool import RayPool, _minority
+from estune.pool.ray.cluster import cluster_device, connect, join
+from estune.pool.ray.crew import compare
+from estune.pool.ray.pool import RayPool, minority
 from estune.pool.ray.worker import RayWorker, StaleWeights
 from estune.pool.replica import Replica
 from estune.study.probe import probe
@@ -105,12 +105,12 @@ def test_a_worker_with_corrupted_weights_makes_them_anew(
     assert agree(pool, alone)
 
     def flip(worker: RayWorker) -> None:
-        next(iter(worker._replica.weights.base.values()))[0] += 1
+        next(iter(worker.replica.weights.base.values()))[0] += 1
 
     inside(pool, 1, flip)
     assert agree(pool, alone)
     assert "differ, and are made anew" in caplog.text
-    assert inside(pool, 1, lambda worker: worker._replica.weights.fingerprint()) == pool.describe().fingerprint
+    assert inside(pool, 1, lambda worker: worker.replica.weights.fingerprint()) == pool.describe().fingerprint
 
 
 def test_a_machine_that_is_never_right_stops_the_run(
@@ -130,7 +130,7 @@ def test_stale_weights_are_refused_and_made_anew(
     done = len(pool.crew.weights.history)
 
     def go_back(worker: RayWorker) -> None:
-        worker._done -= 1
+        worker.done -= 1
 
     for number in range(2):
         inside(pool, number, go_back)
@@ -182,9 +182,9 @@ def test_what_a_member_costs_on_the_wire(pool: RayPool) -> None:
 
 
 def test_the_majority_is_right_and_a_tie_has_none() -> None:
-    assert _minority({1: "a"}) == _minority({1: "a", 2: "a"}) == []
-    assert _minority({1: "a", 2: "b", 3: "a"}) == [2]
-    assert _minority({1: "a", 2: "b"}) == [1, 2]
+    assert minority({1: "a"}) == minority({1: "a", 2: "a"}) == []
+    assert minority({1: "a", 2: "b", 3: "a"}) == [2]
+    assert minority({1: "a", 2: "b"}) == [1, 2]
 
 
 def test_a_worker_loads_nothing_before_it_must() -> None:
@@ -194,7 +194,7 @@ def test_a_worker_loads_nothing_before_it_must() -> None:
 
 def test_a_worker_that_differs_is_named() -> None:
     with pytest.raises(EstuneError, match="worker 3 differs from the others: its dtype is bfloat16, theirs float32"):
-        _compare("worker 3", {"dtype": "bfloat16"}, {"dtype": "float32"})  # type: ignore[arg-type]
+        compare("worker 3", {"dtype": "bfloat16"}, {"dtype": "float32"})  # type: ignore[arg-type]
 
 
 def test_deadlines_follow_experience() -> None:
@@ -210,9 +210,9 @@ def test_deadlines_follow_experience() -> None:
 
 def test_a_cluster_that_is_not_there_is_one_line(model: Path) -> None:
     with pytest.raises(EstuneError, match=r"ray_address 127.0.0.1:9: .*refused; give HOST:PORT"):
-        _join("127.0.0.1:9", {})
+        join("127.0.0.1:9", {})
     with pytest.raises(EstuneError, match="ray_address nowhere: .*give HOST:PORT"):
-        _join("nowhere", {})
+        join("nowhere", {})
 
 
 def test_where_workers_run(cluster: Any, model: Path) -> None:

@@ -13,7 +13,7 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.pool.generators import open_generators
 from estune.pool.open import with_resources, with_resources_to_generate
-from estune.pool.replica import Replica, _keeps_base_on_host, _less_base
+from estune.pool.replica import Replica, less_base, wants_base_on_host
 from estune.run.make import make_sampling
 from estune.weights.device import training_device
 from estune.weights.parameters import Parameter
@@ -74,7 +74,7 @@ def test_where_the_base_lies(
     engine: Any = SimpleNamespace(
         device=training_device(config.device), model=SimpleNamespace(parameters=lambda: [weight])
     )
-    assert _keeps_base_on_host(engine, config, [Parameter("w", weight)]) is on_host
+    assert wants_base_on_host(engine, config, [Parameter("w", weight)]) is on_host
 
 
 def test_a_base_nowhere_cannot_be_on_the_host() -> None:
@@ -95,7 +95,7 @@ def test_settings_name_the_device_that_auto_stood_for(
     ("device", "on_host", "advised"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
 )
 def test_another_place_for_the_base_is_advised_where_there_is_one(device: str, on_host: bool, advised: bool) -> None:
-    remedy = _less_base(torch.device(device), on_host=on_host)
+    remedy = less_base(torch.device(device), on_host=on_host)
     assert ("base_device=host" in remedy) is advised
     assert "weights=copy" in remedy
 

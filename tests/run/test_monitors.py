@@ -21,7 +21,7 @@ from estune.journal.journal import Journal
 from estune.run.directory import RunDirectory
 from estune.run.monitors import check_trackers, default_monitors
 from estune.run.monitors.base import Monitor, Sample, Summary
-from estune.run.monitors.console import ConsoleMonitor, _sample_panel
+from estune.run.monitors.console import ConsoleMonitor, sample_panel
 from estune.run.monitors.trackers import ROWS, WandbMonitor
 from estune.run.trainer import Trainer
 from tests.runs import make_config, make_task
@@ -241,7 +241,7 @@ def test_a_line_of_a_file_is_one_line(width: int, model: Path, tmp_path: Path) -
 def test_a_completion_cannot_move_the_cursor() -> None:
     text = io.StringIO()
     console = Console(file=text, width=80, force_terminal=True)
-    console.print(_sample_panel(Sample("a\n\tb\x1b[2J", "c\r\nd\x1b]0;title\x07\r", 1.0)))
+    console.print(sample_panel(Sample("a\n\tb\x1b[2J", "c\r\nd\x1b]0;title\x07\r", 1.0)))
     assert not re.search(r"\x1b(?!\[[\d;]*m)|[\r\x07]", text.getvalue())  # colours alone
     assert [line.strip("│ ") for line in plain(text.getvalue())[1:-1]] == ["a", "b?[2Jc", "d?]0;title??"]
 

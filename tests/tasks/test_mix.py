@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from estune.grading.convention import is_async, reward_name
 from estune.grading.isolation import isolated, isolation_of
 from estune.tasks.base import Stage, Task
-from estune.tasks.mix import LABEL, MixConfig, Only, OnlyAsync, _only, blend
+from estune.tasks.mix import LABEL, MixConfig, Only, OnlyAsync, blend, only_for
 
 TWO: dict[str, Any] = {"easy": {"name": "countdown", "train_size": 30, "eval_size": 4}, "conciseness": {"eval_size": 6}}
 
@@ -109,11 +109,11 @@ def test_isolated_and_async_functions_stay_so() -> None:
     def task(function: Any) -> Task:
         return Task("t", [{"prompt": "a"}], [{"prompt": "b"}], [function], [1.0], function.__name__)
 
-    only = _only("x", task(slow), slow)
+    only = only_for("x", task(slow), slow)
     limits = isolation_of(pickle.loads(pickle.dumps(only)))
     assert limits is not None
     assert limits.deadline == 3.0
-    waiting = _only("x", task(later), later)
+    waiting = only_for("x", task(later), later)
     assert isinstance(waiting, OnlyAsync)
     assert is_async(waiting)
     given = waiting(task=["x", "y"], prompts=["", ""], completions=["", ""])
@@ -130,9 +130,9 @@ def test_a_task_that_is_not_evaluated_and_columns_of_one_set_alone() -> None:
     def bare(train: dict[str, Any], evaluation: list[dict[str, Any]]) -> Task:
         return Task("t", [train], evaluation, [slow], [1.0], "slow" if evaluation else None)
 
-    assert _only("x", bare({"prompt": "a", "n": 1}, []), slow).columns == ("n",)
-    assert _only("x", bare({"prompt": "a", "n": 1}, [{"prompt": "b", "m": 1}]), slow).columns == ("n", "m")
-    assert _only("x", bare({"prompt": [{"role": "user", "content": "a"}]}, [{"prompt": "b"}]), slow).chat
+    assert only_for("x", bare({"prompt": "a", "n": 1}, []), slow).columns == ("n",)
+    assert only_for("x", bare({"prompt": "a", "n": 1}, [{"prompt": "b", "m": 1}]), slow).columns == ("n", "m")
+    assert only_for("x", bare({"prompt": [{"role": "user", "content": "a"}]}, [{"prompt": "b"}]), slow).chat
 
 
 def test_a_mix_without_any_evaluation_set(tmp_path: Path) -> None:

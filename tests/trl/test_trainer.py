@@ -21,7 +21,7 @@ from estune import ESConfig, ESTrainer, EstuneError
 from estune.config import Config
 from estune.config.names import MEANINGLESS
 from estune.journal.journal import Journal
-from estune.trl.config import _MISSING, _OWN, _RENAMED
+from estune.trl.config import MISSING, OWN, TAKEN
 from tests.models import VOCABULARY, build_tokenizer, save_model
 from tests.runs import PROMPTS, assert_same_run, variety
 
@@ -68,9 +68,9 @@ def test_every_name_of_grpo_config_is_known() -> None:
     from trl import GRPOConfig
 
     theirs = {field.name for field in dataclasses.fields(GRPOConfig)}
-    ours = {*Config.model_fields, *_OWN, *_RENAMED, *_MISSING, *MEANINGLESS}
+    ours = {*Config.model_fields, *OWN, *TAKEN, *MISSING, *MEANINGLESS}
     assert theirs - ours == set()
-    invented = {*_OWN, *_RENAMED, *_MISSING, *MEANINGLESS} - theirs - {"alpha", "warmup_ratio"}
+    invented = {*OWN, *TAKEN, *MISSING, *MEANINGLESS} - theirs - {"alpha", "warmup_ratio"}
     assert invented == set()
     for name in theirs:
         getattr(ESConfig(), name)

@@ -23,7 +23,7 @@ PROMPTS = [[(7 * row + i) % 320 for i in range(3 + row % 40)] for row in range(2
 
 
 def settings(engine: VllmEngine, path: Path, **options: Any) -> Config:
-    return Config(model=str(path), engine="vllm", dtype=engine.dtype, gpus_per_worker=engine._parallel, **options)
+    return Config(model=str(path), engine="vllm", dtype=engine.dtype, gpus_per_worker=engine.parallel, **options)
 
 
 def open_weights(engine: VllmEngine, path: Path, **options: Any) -> VllmWeights:

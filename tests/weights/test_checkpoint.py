@@ -214,7 +214,7 @@ from estune import files
 from estune.files import replacing
 
 target, moment = Path(sys.argv[1]), sys.argv[2]
-files._exchange = lambda one, other: False  # as on systems that cannot replace a directory in one call
+files.exchange = lambda one, other: False  # as on systems that cannot replace a directory in one call
 rename = os.rename
 
 def killing_rename(source, destination):

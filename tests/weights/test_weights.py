@@ -245,6 +245,6 @@ def test_a_base_on_the_host_is_pinned_for_the_weights_device(monkeypatch: pytest
 
     live = torch.ones(1)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr("estune.weights.base._pinned", pinned)
+    monkeypatch.setattr("estune.weights.base.pinned_bytes", pinned)
     (base,) = make_base([live], None, on_host=True)
     assert torch.equal(base, live)

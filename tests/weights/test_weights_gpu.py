@@ -56,7 +56,7 @@ def on_device(parameters: Sequence[Parameter], kind: str, **options: Any) -> Wei
     """Weights with copies of these tensors."""
     copies = [replace(p, tensor=p.tensor.to(DEVICE, copy=True)) for p in parameters]
     weights = Weights(copies, base_on_host=ON_GPU and kind == "streamed", **options)
-    assert type(weights._storage) is (
+    assert type(weights.storage) is (
         KINDS[kind] if options.get("policy") != "inplace" or not ON_GPU else KINDS["device"]
     )
     return weights
@@ -230,9 +230,9 @@ def test_the_base_passes_through_two_small_buffers() -> None:
     assert STREAMED_LENGTH * torch.float32.itemsize * BUFFERS <= 64 << 20
     seen: list[tuple[int, int, int]] = []
     with kind_of_storage("streamed", 20):
-        storage: Any = on_device([Parameter("a", torch.zeros(50)), Parameter("b", torch.zeros(3))], "streamed")._storage
-        storage._each(lambda r: seen.append((r.base.data_ptr(), r.start, len(r.base))))
-        buffers = [buffer for _, buffer in storage._buffers]
+        storage: Any = on_device([Parameter("a", torch.zeros(50)), Parameter("b", torch.zeros(3))], "streamed").storage
+        storage.each(lambda r: seen.append((r.base.data_ptr(), r.start, len(r.base))))
+        buffers = [buffer for _, buffer in storage.buffers]
     assert [(start, size) for _, start, size in seen] == [(0, 20), (20, 20), (40, 10), (0, 3)]
     assert [address for address, _, _ in seen] == [b.data_ptr() for b in (*buffers, *buffers)]
     assert [b.nbytes for b in buffers] == [80, 80]

@@ -116,7 +116,7 @@ class TransformersEngine(PromptEncoder):
         self.check(prompt_ids, sampling)
         ends = set(self.end_ids)
         token_ids: list[list[int]] = [[] for _ in prompt_ids]
-        for decoder, batch in self._batches(prompt_ids, sampling.max_new_tokens):
+        for decoder, batch in self.batches(prompt_ids, sampling.max_new_tokens):
             with memory_for("the activations of a batch", "lower batch_size or max_new_tokens"):
                 rows = decoder.run([prompt_ids[i] for i in batch], batch, sampling).tolist()
             for i, row in zip(batch, rows, strict=True):
@@ -131,7 +131,7 @@ class TransformersEngine(PromptEncoder):
         with memory_for("the logits of a batch", "lower max_new_tokens"):
             return log_probabilities(self.model, prompt_ids, completion_ids, logits)
 
-    def _batches(self, prompt_ids: Sequence[Sequence[int]], new: int) -> Iterator[tuple[AnyDecoder, list[int]]]:
+    def batches(self, prompt_ids: Sequence[Sequence[int]], new: int) -> Iterator[tuple[AnyDecoder, list[int]]]:
         """Prompt numbers by rising length, in batches of equal size, each with its decoder.
 
         A batch is of equal lengths where its decoder asks for it, and where texts grow beyond a model's short ones.

@@ -147,7 +147,7 @@ def run_code(
         "path": _import_from(found_packages, sandbox),
         **{name: getattr(limits, name) for name in ("wall", "cpu", "memory", "disk", "processes", "output")},
     }
-    _sweep()
+    clear_leftovers()
     if sandbox == "namespaces":
         found = _keeper(json.dumps(job), limits.wall)
     else:
@@ -271,7 +271,7 @@ def _folder() -> Iterator[str]:
 
 
 @cache
-def _sweep() -> None:
+def clear_leftovers() -> None:
     """Remove what killed processes of this user have left, once in this process."""
     for path in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
         with suppress(OSError):

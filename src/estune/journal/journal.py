@@ -155,7 +155,7 @@ class Journal:
             if journal.path.exists():
                 raise EstuneError(f"{run} already holds a run; give another directory")
             journal._file.truncate(0)  # what a killed process has left
-            journal._write("header", vars(header))
+            journal.write("header", vars(header))
             os.rename(temporary, journal.path)
             sync(run)
         except BaseException:
@@ -246,7 +246,7 @@ class Journal:
     def append_step(self, record: StepRecord) -> None:
         """Write a step; when this returns it is on disk."""
         update = record.update
-        self._write(
+        self.write(
             "step",
             {
                 "step": update.step,
@@ -267,19 +267,19 @@ class Journal:
 
     def append_evaluation(self, record: EvaluationRecord) -> None:
         """Write an evaluation; when this returns it is on disk."""
-        self._write("evaluation", {"step": record.step, "metrics": record.metrics})
+        self.write("evaluation", {"step": record.step, "metrics": record.metrics})
         self.evaluations.append(record)
 
     def append_settings(self, changed: dict[str, Any]) -> None:
         """Write settings that are no longer the header's, such as a new length of the run."""
-        self._write("settings", changed)
+        self.write("settings", changed)
         self.settings |= changed
 
     def append_accepted(self, files: dict[str, str], code: dict[str, str], prompts_hash: str | None = None) -> None:
         """Write what the run depends on from here on, where the user insisted on going on with it. Not in format 1."""
         if self.header.format > 1:
             prompts_hash = self.prompts_hash if prompts_hash is None else prompts_hash
-            self._write("accepted", {"files": files, "code": code, "prompts_hash": prompts_hash})
+            self.write("accepted", {"files": files, "code": code, "prompts_hash": prompts_hash})
             self.files = files
             self.code = code
             self.prompts_hash = prompts_hash
@@ -287,7 +287,7 @@ class Journal:
     def append_end(self, ended: str) -> None:
         """Write how the run ended, as its last line until it goes on. Format 1 has no such line."""
         if self.header.format > 1:
-            self._write("end", {"step": len(self.steps), "ended": ended})
+            self.write("end", {"step": len(self.steps), "ended": ended})
             self.ended = ended
 
     def base_model(self) -> str:
@@ -358,7 +358,12 @@ class Journal:
             self._file.close()
             self._file = None
 
-    def _write(self, kind: str, payload: dict[str, Any]) -> None:
+    def write(self, kind: str, payload: dict[str, Any]) -> None:
+        """Append a line and have it on disk; where that fails, the file is as it was before.
+
+        Raises:
+            EstuneError: the system's error, and how to go on.
+        """
         check, line = _sealed({"kind": kind, **payload}, self.check)
         end = self._file.seek(0, os.SEEK_END)
         try:

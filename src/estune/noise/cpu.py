@@ -55,7 +55,7 @@ _jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @_jit
-def _words(seed, tensor, block, w0, w1, w2, w3):
+def random_words(seed, tensor, block, w0, w1, w2, w3):
     """Write the words of blocks from `block` on, one of each block to each of `w0` to `w3`, `[blocks]`."""
     # Philox4x32-10: the counter is (block, tensor), 64 bits each, and the key is the seed.
     t0 = np.uint32(tensor)
@@ -84,7 +84,7 @@ def _words(seed, tensor, block, w0, w1, w2, w3):
 
 
 @_jit
-def _box_muller(a, b, mantissa, n0, n1):
+def box_muller(a, b, mantissa, n0, n1):
     """Turn words `a`, `b` into normals `n0`, `n1`; `mantissa` is scratch. All of one length."""
     bits = mantissa.view(np.uint32)
     exponent = n1.view(np.int32)
@@ -139,9 +139,9 @@ def _box_muller(a, b, mantissa, n0, n1):
 def _normals(seed, tensor, block, words, planes, flat):
     """Write the normals of `flat.size // 4` blocks to `flat`; `words` (4, CHUNK), `planes` (5, CHUNK) are scratch."""
     n = flat.size // 4
-    _words(seed, tensor, block, words[0][:n], words[1][:n], words[2][:n], words[3][:n])
-    _box_muller(words[0][:n], words[1][:n], planes[4][:n], planes[0][:n], planes[1][:n])
-    _box_muller(words[2][:n], words[3][:n], planes[4][:n], planes[2][:n], planes[3][:n])
+    random_words(seed, tensor, block, words[0][:n], words[1][:n], words[2][:n], words[3][:n])
+    box_muller(words[0][:n], words[1][:n], planes[4][:n], planes[0][:n], planes[1][:n])
+    box_muller(words[2][:n], words[3][:n], planes[4][:n], planes[2][:n], planes[3][:n])
     p0 = planes[0]
     p1 = planes[1]
     p2 = planes[2]
@@ -278,7 +278,9 @@ def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stoc
         target = base[first - start : last - start]
         change = total[first - 4 * block : last - 4 * block]
         if stochastic:
-            _words(rounding_seed, tensor, np.uint64(block), words[0][:n], words[1][:n], words[2][:n], words[3][:n])
+            random_words(
+                rounding_seed, tensor, np.uint64(block), words[0][:n], words[1][:n], words[2][:n], words[3][:n]
+            )
             for i in range(target.size):
                 old = _widen(target[i])
                 position = first + i

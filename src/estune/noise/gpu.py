@@ -38,8 +38,9 @@ _WHOLE = Rows(4, 4)  # for a run that is one stretch, which needs none
 
 
 @triton.jit
-def _box_muller(a, b):
-    # As `cpu._box_muller`, in registers. u in (0, 1], and u = m * 2^e.
+def box_muller(a, b):
+    """As `cpu.box_muller`, in registers: two normals of two words."""
+    # u in (0, 1], and u = m * 2^e.
     u = ((a >> 8).to(tl.int32) + 1).to(tl.float32) * _SCALE
     bits = u.to(tl.uint32, bitcast=True)
     e = (bits >> 23).to(tl.int32) - 126
@@ -81,7 +82,8 @@ def _box_muller(a, b):
 
 
 @triton.jit
-def _words(seed, tensor, blocks):
+def random_words(seed, tensor, blocks):
+    """As `cpu.random_words`: four 32-bit words for each block."""
     t0 = (tensor.to(tl.uint64) & 0xFFFFFFFF).to(tl.uint32)
     t1 = (tensor.to(tl.uint64) >> 32).to(tl.uint32)
     b = blocks.to(tl.uint64)
@@ -99,9 +101,9 @@ def _by_element(x0, x1, x2, x3):
 
 @triton.jit
 def _normals(seed, tensor, blocks):
-    w0, w1, w2, w3 = _words(seed, tensor, blocks)
-    n0, n1 = _box_muller(w0, w1)
-    n2, n3 = _box_muller(w2, w3)
+    w0, w1, w2, w3 = random_words(seed, tensor, blocks)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
     return _by_element(n0, n1, n2, n3)
 
 
@@ -159,7 +161,7 @@ def _update(
     old = tl.load(base + at, mask=inside).to(tl.float32)
     new = old + (old * decay + total)
     if STOCHASTIC:
-        w0, w1, w2, w3 = _words(rounding_seed, tensor, blocks)
+        w0, w1, w2, w3 = random_words(rounding_seed, tensor, blocks)
         bits = new.to(tl.uint32, bitcast=True) + (_by_element(w0, w1, w2, w3) & 0xFFFF)
         new = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     tl.store(base + at, _narrow(new, base.dtype.element_ty), mask=inside)

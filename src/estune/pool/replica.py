@@ -154,8 +154,8 @@ def open_weights(
         EstuneError: for weights that cannot be trained, or a lack of memory for the base.
     """
     parameters = trained_parameters(engine.model, checkpoint.tensors, config.train_parameters)
-    on_host = _keeps_base_on_host(engine, config, parameters)
-    remedy = _less_base(engine.device, on_host=on_host)
+    on_host = wants_base_on_host(engine, config, parameters)
+    remedy = less_base(engine.device, on_host=on_host)
     with memory_for("the base that is kept beside the live weights", remedy):
         weights = Weights(
             parameters,
@@ -171,7 +171,8 @@ def open_weights(
     return weights
 
 
-def _keeps_base_on_host(engine: TransformersEngine, config: Config, parameters: Sequence[Parameter]) -> bool:
+def wants_base_on_host(engine: TransformersEngine, config: Config, parameters: Sequence[Parameter]) -> bool:
+    """Whether the base of these parameters is kept in host memory: by the settings, or for want of room on a GPU."""
     policy = POLICIES[config.weights]
     if engine.device.type == "cpu" or not policy.keeps_base:
         return False
@@ -184,7 +185,7 @@ def _keeps_base_on_host(engine: TransformersEngine, config: Config, parameters: 
     )
 
 
-def _less_base(device: torch.device, *, on_host: bool) -> str:
+def less_base(device: torch.device, *, on_host: bool) -> str:
     """What to do where a base does not fit: another place for it, if there is one, or a smaller one."""
     another = "" if on_host or device.type == "cpu" else "base_device=host, "
     return f"set {another}weights=copy or weights=inplace, or fewer replicas"

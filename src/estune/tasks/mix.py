@@ -104,7 +104,7 @@ class MixConfig(TaskOptions):
                 for label, task in tasks.items()
                 for row in _labelled(label, task.evaluation[: self.eval_size], columns)
             ],
-            reward_funcs=[_only(label, task, f) for label, task in tasks.items() for f in task.reward_funcs],
+            reward_funcs=[only_for(label, task, f) for label, task in tasks.items() for f in task.reward_funcs],
             reward_weights=[weight for task in tasks.values() for weight in task.reward_weights],
             accuracy=[f"{label}/{name}" for label, task in tasks.items() for name in task.accuracies] or None,
             gold=lambda row: gold(row) if (gold := tasks[row[LABEL]].gold) else None,
@@ -208,7 +208,8 @@ class OnlyAsync(Only):
         return self._spread(values, own, len(task))
 
 
-def _only(label: str, task: Task, function: RewardFunction) -> Only:
+def only_for(label: str, task: Task, function: RewardFunction) -> Only:
+    """A task's reward function for the rows that bear its label, waited for and isolated as the function is."""
     kind = OnlyAsync if is_async(function) else Only
     columns = tuple(key for key in _columns(task) if key != "prompt")
     wrapped = kind(label, function, columns, not isinstance(task.train[0]["prompt"], str))

@@ -20,9 +20,11 @@ log = logging.getLogger(__name__)
 GRADIENT_RATE = 0.01
 """A learning rate below this part of sigma is a gradient's: with it thousands of steps would move no completion."""
 
-# Taken under these names too; `alpha` as it is given.
-_TAKEN = ("max_completion_length", "vllm_tensor_parallel_size", "num_generations_eval", "alpha")
-_RENAMED = {name: RENAMED[name] for name in _TAKEN}
+TAKEN = {
+    name: RENAMED[name]
+    for name in ("max_completion_length", "vllm_tensor_parallel_size", "num_generations_eval", "alpha")
+}
+"""Names that are taken for settings of ours; `alpha` as it is given."""
 
 # Switches that are values of settings.
 _SWITCHES = {
@@ -33,7 +35,7 @@ _SWITCHES = {
 }
 
 # What `ESTrainer` and callbacks read, with what it is if not given.
-_OWN: dict[str, Any] = {
+OWN: dict[str, Any] = {
     "max_steps": -1,
     "num_train_epochs": None,
     "eval_strategy": None,
@@ -62,7 +64,7 @@ _OWN: dict[str, Any] = {
 }
 
 # What would change the run but cannot be done, with the value that asks for nothing.
-_MISSING: dict[str, Any] = {
+MISSING: dict[str, Any] = {
     "generation_kwargs": None,
     "lr_scheduler_kwargs": None,
     "mask_truncated_completions": False,
@@ -121,11 +123,11 @@ class ESConfig:
         if not name.startswith("_"):
             if name in self._given:
                 return self._given[name]
-            if name in _OWN:
-                return _OWN[name]
+            if name in OWN:
+                return OWN[name]
             if name in Config.model_fields:
                 return Config.model_fields[name].get_default(call_default_factory=True)
-            if name in MEANINGLESS or name in _MISSING or name in _RENAMED:
+            if name in MEANINGLESS or name in MISSING or name in TAKEN:
                 return None
         raise AttributeError(f"ESConfig has no setting {name!r}")
 
@@ -172,7 +174,7 @@ class ESConfig:
 
     def settings(self) -> dict[str, Any]:
         """What does not depend on the data, under the names of `Config`."""
-        values = {_RENAMED.get(name, name): value for name, value in self._given.items() if value is not None}
+        values = {TAKEN.get(name, name): value for name, value in self._given.items() if value is not None}
         values = {name: value for name, value in values.items() if name in Config.model_fields}
         for every in ("eval_steps", "save_steps"):
             value = values.get(every, 0)
@@ -195,7 +197,7 @@ class ESConfig:
         """Refuse two names for one setting: which of them counts, nobody could tell."""
         names: dict[str, str] = {}
         for name in (name for name, value in self._given.items() if value is not None):
-            own = "steps" if name == "max_steps" and self.max_steps > 0 else _RENAMED.get(name, name)
+            own = "steps" if name == "max_steps" and self.max_steps > 0 else TAKEN.get(name, name)
             if own in names:
                 raise EstuneError(
                     f"ESConfig: {names[own]} and {name} are both given, and are one setting: leave out one"
@@ -238,15 +240,15 @@ def _check(name: str, value: Any) -> None:
     """Refuse a name that nobody knows, and a value that would silently be something else."""
     if RENAMED.get(name, name).partition(".")[0] in ("model", "task"):
         raise EstuneError(f"ESConfig: {name} is no setting here; ESTrainer takes model, reward_funcs and data itself")
-    if name in _MISSING:
-        if value not in (_MISSING[name], None, {}):
+    if name in MISSING:
+        if value not in (MISSING[name], None, {}):
             raise EstuneError(f"ESConfig: estune cannot do {name}={value!r}; leave it out")
     elif name == "model_init_kwargs":
         other = next((key for key in _loading(value or {}) if key not in ("dtype", "trust_remote_code")), None)
         if other is not None:
             raise EstuneError(f"ESConfig: estune cannot load a model with {other}; leave it out of model_init_kwargs")
-    elif name not in {*Config.model_fields, *_OWN, *_RENAMED, *MEANINGLESS}:
-        taken = {*Config.model_fields, *_OWN, *_RENAMED, *_MISSING}
+    elif name not in {*Config.model_fields, *OWN, *TAKEN, *MEANINGLESS}:
+        taken = {*Config.model_fields, *OWN, *TAKEN, *MISSING}
         raise EstuneError(f"ESConfig: unknown setting {name}; {hint(name, taken, 'see docs/trl.md')}")
 
 

@@ -93,7 +93,7 @@ def make_base(
             return base
     elif on_host:
         with torch.cuda.device_of(live[0]):  # type: ignore[no-untyped-call]
-            base = _carve(shapes, _pinned)
+            base = _carve(shapes, pinned_bytes)
     else:
         base = [torch.empty_like(t, dtype=dtype or t.dtype) for t in live]
     for source, target in zip(live, base, strict=True):
@@ -115,7 +115,7 @@ def keeps_base_on_host(choice: str, *, base: int, live: int, memory: int) -> boo
     return choice == "host" if choice != "auto" else base > (memory - live) // 2
 
 
-def _pinned(size: int) -> npt.NDArray[np.uint8]:
+def pinned_bytes(size: int) -> npt.NDArray[np.uint8]:
     """Host memory that the device reads and writes by itself.
 
     PyTorch's pinned allocator rounds every tensor up to a power of two, which can double the memory that a base takes.

@@ -110,11 +110,11 @@ class CpuStorage:
         """As `Storage.perturb`."""
         from estune.noise import cpu
 
-        self._each(lambda r: cpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
+        self.each(lambda r: cpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
-        self._each(_copy_base)
+        self.each(_copy_base)
 
     def update(self, update: Update, rounding: str) -> None:
         """As `Storage.update`."""
@@ -122,7 +122,7 @@ class CpuStorage:
 
         t = terms(update, rounding)
         if t is not None:
-            self._each(
+            self.each(
                 lambda r: cpu.update(
                     r.base, t.seeds, t.coefficients, r.noise, r.start, t.decay, t.rounding_seed, r.rows
                 )
@@ -132,9 +132,10 @@ class CpuStorage:
         """As `Storage.fingerprint`."""
         from estune.noise import cpu
 
-        return sum(self._each(lambda r: cpu.fingerprint(r.base, r.key, r.start, r.rows) if r.counted else 0))
+        return sum(self.each(lambda r: cpu.fingerprint(r.base, r.key, r.start, r.rows) if r.counted else 0))
 
-    def _each(self, work: Callable[[Run], T]) -> list[T]:
+    def each(self, work: Callable[[Run], T]) -> list[T]:
+        """Do work on each run, over the threads that there are; the results, in order."""
         return list(map(work, self._runs) if self._threads is None else self._threads.map(work, self._runs))
 
 
@@ -148,11 +149,11 @@ class DeviceStorage:
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb`."""
-        self._each(lambda r: self._gpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
+        self.each(lambda r: self._gpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
-        self._each(lambda r: r.live.copy_(r.base))
+        self.each(lambda r: r.live.copy_(r.base))
 
     def update(self, update: Update, rounding: str) -> None:
         """As `Storage.update`."""
@@ -161,7 +162,7 @@ class DeviceStorage:
             return
         seeds = torch.from_numpy(found.seeds.view(np.int64)).to(self._device)
         coefficients = torch.from_numpy(found.coefficients).to(self._device)
-        self._each(
+        self.each(
             lambda r: self._gpu.update(
                 r.base, seeds, coefficients, r.noise, r.start, found.decay, found.rounding_seed, r.rows
             ),
@@ -171,10 +172,11 @@ class DeviceStorage:
     def fingerprint(self) -> int:
         """As `Storage.fingerprint`."""
         total = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._each(lambda r: self._gpu.fingerprint(r.base, r.key, r.start, total, r.rows) if r.counted else None)
+        self.each(lambda r: self._gpu.fingerprint(r.base, r.key, r.start, total, r.rows) if r.counted else None)
         return int(total)
 
-    def _each(self, work: Callable[[Run], object], *, changes_base: bool = False) -> None:
+    def each(self, work: Callable[[Run], object], *, changes_base: bool = False) -> None:
+        """Do work on each run on the device; `changes_base` says that it writes to the base."""
         with self._on_device():
             for run in self._runs:
                 self._launch(work, run)
@@ -203,24 +205,25 @@ class StreamedStorage(DeviceStorage):
         self._streams = torch.get_device_module(self._device)  # the CPU's do nothing
         size = max(run.base.nbytes for run in self._runs)
         with self._on_device():
-            self._buffers = [
+            self.buffers = [
                 (self._streams.Stream(), torch.empty(size, dtype=torch.uint8, device=self._device))
                 for _ in range(BUFFERS)
             ]
 
-    def _each(self, work: Callable[[Run], object], *, changes_base: bool = False) -> None:
+    def each(self, work: Callable[[Run], object], *, changes_base: bool = False) -> None:
+        """As `DeviceStorage.each`, on copies of the base that pass through the buffers."""
         with self._on_device():
             current = self._streams.current_stream()
-            for stream, _ in self._buffers:
+            for stream, _ in self.buffers:
                 stream.wait_stream(current)
-            for run, (stream, buffer) in zip(self._runs, itertools.cycle(self._buffers), strict=False):
+            for run, (stream, buffer) in zip(self._runs, itertools.cycle(self.buffers), strict=False):
                 with self._streams.stream(stream):
                     staged = buffer[: run.base.nbytes].view(run.base.dtype)
                     staged.copy_(run.base, non_blocking=True)
                     self._launch(work, replace(run, base=staged))
                     if changes_base:
                         run.base.copy_(staged, non_blocking=True)
-            for stream, _ in self._buffers:
+            for stream, _ in self.buffers:
                 current.wait_stream(stream)
             self._streams.synchronize()  # the host may read or write the base from here on
 

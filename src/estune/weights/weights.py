@@ -73,8 +73,8 @@ class Weights:
             self._base = make_base(live, getattr(torch, self.rule.dtype), on_host=base_on_host, share=share)
         self._runs = [self._run(p, a, b) for p, a, b in zip(self.parameters, live, self._base, strict=True)]
         self._threads = threads
-        self._storage = open_storage(self._runs, threads)
-        self._updated = self._storage if share is None else CpuStorage(share_of(self._runs, share), threads)
+        self.storage = open_storage(self._runs, threads)
+        self._updated = self.storage if share is None else CpuStorage(share_of(self._runs, share), threads)
         self._fills = share is None or share.fills
         self._perturbed: Perturbation | None = None  # what the live weights are perturbed by
         self._watch()
@@ -102,12 +102,12 @@ class Weights:
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights base + sign * sigma * noise(seed). Needs no restore between members."""
         self._settle()
-        self._storage.perturb(member.seed, member.sign * sigma)
+        self.storage.perturb(member.seed, member.sign * sigma)
         self._perturbed = member, sigma
 
     def restore(self) -> None:
         """Make the live weights the base again: exactly, unless the policy drifts."""
-        self._policy.restore(self._storage, self._perturbed)
+        self._policy.restore(self.storage, self._perturbed)
         self._perturbed = None
 
     def apply(self, update: Update) -> None:
@@ -119,7 +119,7 @@ class Weights:
     def fingerprint(self) -> str:
         """Hash of the base weights, 16 hexadecimal digits: equal bits, equal fingerprint, however they are split."""
         self._settle()
-        return as_fingerprint(self._storage.fingerprint())
+        return as_fingerprint(self.storage.fingerprint())
 
     def share_sum(self) -> int:
         """Sum of the hashes of what `apply` updates: over all shares they add up to the fingerprint."""

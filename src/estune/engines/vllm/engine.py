@@ -50,7 +50,7 @@ class VllmEngine(PromptEncoder):
             raise EstuneError(
                 f"device={self.device}: vLLM takes the first GPU it sees; set CUDA_VISIBLE_DEVICES instead"
             )
-        self._parallel = config.gpus_per_worker
+        self.parallel = config.gpus_per_worker
         path = checkpoint.path
         model = load_config(path, trust_remote_code=config.trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
@@ -76,7 +76,7 @@ class VllmEngine(PromptEncoder):
                 return internals.start(
                     checkpoint.path,
                     self.device,
-                    self._parallel,
+                    self.parallel,
                     dtype=self.dtype,
                     trust_remote_code=config.trust_remote_code,
                     max_model_len=config.vllm_max_model_length,
@@ -99,10 +99,10 @@ class VllmEngine(PromptEncoder):
     def _utilization(self, config: Config, base: int) -> float:
         if config.vllm_gpu_memory_utilization is not None:
             return config.vllm_gpu_memory_utilization
-        left = GPU_SHARE / config.workers_per_gpu - base / self._parallel / total_memory(self.device)
+        left = GPU_SHARE / config.workers_per_gpu - base / self.parallel / total_memory(self.device)
         if left <= 0:
             raise EstuneError(
-                f"the base that is kept beside the live weights takes {base / self._parallel / 2**30:.1f} GiB of the "
+                f"the base that is kept beside the live weights takes {base / self.parallel / 2**30:.1f} GiB of the "
                 "GPU, which leaves nothing for vLLM; set base_device=host, weights=copy or weights=inplace"
             )
         return left
@@ -110,10 +110,10 @@ class VllmEngine(PromptEncoder):
     def _cache_bytes(self, checkpoint: Checkpoint, config: Config, base: int) -> int:
         """Room for the keys and values of as many full sequences as there can be, as far as memory goes."""
         size = BYTES[self.dtype]
-        token = cached_elements(self.config, self._parallel) * size
+        token = cached_elements(self.config, self.parallel) * size
         length = math.ceil((self.positions or 2048) / CPU_BLOCK) * CPU_BLOCK + CPU_BLOCK
         weights = sum(t.elements for t in checkpoint.tensors.values()) * size
-        room = (total_memory(self.device) - weights - base) // CPU_MEMORY_SHARE // self._parallel
+        room = (total_memory(self.device) - weights - base) // CPU_MEMORY_SHARE // self.parallel
         return int(max(min((config.batch_size or CPU_ROWS) * length * token, room), CPU_BLOCK * token))
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:

@@ -60,7 +60,7 @@ def connect(config: Config) -> None:
     if config.ray_address is None:
         _start_private(config, quiet)
     else:
-        _join(config.ray_address, quiet)
+        join(config.ray_address, quiet)
     _connection.made = True
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     _connection.head = (host, int(port))
@@ -211,7 +211,12 @@ def _begun(pid: int) -> str:
         return ""
 
 
-def _join(address: str, quiet: dict[str, Any]) -> None:
+def join(address: str, quiet: dict[str, Any]) -> None:
+    """Connect to the cluster at HOST:PORT, or to this machine's (`auto`), with options for `ray.init`.
+
+    Raises:
+        EstuneError: there is none, or this machine does not belong to it.
+    """
     import ray
 
     if address != "auto":

@@ -235,15 +235,15 @@ class Crew:
                 raise Lost("the run has ended")
         self._enter(slot, "loading")
         ours = software()
-        _compare(handle, place.software, {key: ours[key] for key in ("estune", "noise", "journal")})
+        compare(handle, place.software, {key: ours[key] for key in ("estune", "noise", "journal")})
         description: Description = handle.call("open", self._config)
         with self._changed:
             if self.reference is None:
                 self.reference = place.software, description
                 self.weights = Weights([], description.fingerprint)
             versions, model = self.reference
-        _compare(handle, place.software, versions)
-        _compare(handle, _fields(description), _fields(model))
+        compare(handle, place.software, versions)
+        compare(handle, _fields(description), _fields(model))
         handle.done = 0
 
     def _catch_up(self, slot: Slot) -> None:
@@ -262,7 +262,7 @@ class Crew:
         for start in (checkpoint, None):
             if found != weights.fingerprint:
                 found = handle.call("rebuild", history, start, units=len(history))
-        _compare(handle, {"fingerprint": found}, {"fingerprint": weights.fingerprint})
+        compare(handle, {"fingerprint": found}, {"fingerprint": weights.fingerprint})
         handle.done = len(history)
 
     def _next(self, slot: Slot) -> Job | None:
@@ -358,7 +358,12 @@ class Crew:
             self._changed.notify_all()
 
 
-def _compare(handle: Handle, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def compare(handle: Handle, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a worker of which something is not as expected of all.
+
+    Raises:
+        EstuneError: the first such thing, by its name, with both values.
+    """
     for key, value in expected.items():
         if found.get(key) != value:
             raise EstuneError(

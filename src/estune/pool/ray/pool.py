@@ -142,7 +142,7 @@ class RayPool:
             self.crew.wait(lambda: self.crew.ready() or None)
             handles = {slot: slot.handle for slot in self.crew.slots}
             votes = self.crew.ask(self.crew.slots, kind, arguments)
-            odd = _minority(votes)
+            odd = minority(votes)
             if odd:
                 names = ", ".join(map(str, odd))
                 log.warning("after %d steps the weights of %s differ, and are made anew", len(history), names)
@@ -186,7 +186,7 @@ def _for_workers(config: Config) -> Config:
     return config.model_copy(update={"model": model, "device": device})
 
 
-def _minority(votes: Mapping[K, str]) -> list[K]:
+def minority(votes: Mapping[K, str]) -> list[K]:
     """Those whose vote is not the most frequent one; on a tie, all."""
     counts = Counter(votes.values()).most_common()
     if len(counts) < 2:

@@ -49,7 +49,7 @@ class RayWorker:
     """
 
     def __init__(self) -> None:
-        self._done = -1  # no weights, or nobody knows which
+        self.done = -1  # no weights, or nobody knows which
         self._last: Update | None = None
         self._fingerprint = ""
 
@@ -65,9 +65,9 @@ class RayWorker:
         """
         from estune.pool.replica import Replica
 
-        self._replica = Replica(config)
-        description = self._replica.describe()
-        self._done = 0
+        self.replica = Replica(config)
+        description = self.replica.describe()
+        self.done = 0
         self._fingerprint = description.fingerprint
         return description
 
@@ -76,49 +76,49 @@ class RayWorker:
     ) -> Evaluated:
         """As `Replica.evaluate`."""
         self._require(done)
-        return self._replica.evaluate(member, sigma, prompt_ids, sampling)
+        return self.replica.evaluate(member, sigma, prompt_ids, sampling)
 
     def generate(self, done: int, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """As `Replica.generate`."""
         self._require(done)
-        return self._replica.generate(prompt_ids, sampling)
+        return self.replica.generate(prompt_ids, sampling)
 
     def compare(
         self, done: int, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
     ) -> dict[str, float]:
         """As `Replica.compare`."""
         self._require(done)
-        return self._replica.compare(prompt_ids, completion_ids)
+        return self.replica.compare(prompt_ids, completion_ids)
 
     def apply(self, done: int, update: Update) -> str:
         """Add the update that follows the first `done`; return the fingerprint after it. Asked again, it only tells."""
         from estune.es.update import as_fingerprint
 
-        if self._done == done + 1 and self._last == update:
+        if self.done == done + 1 and self._last == update:
             return self._fingerprint
         self._require(done)
-        self._done = -1  # until the update is whole
-        self._fingerprint = as_fingerprint(self._replica.apply(update))
-        self._done = done + 1
+        self.done = -1  # until the update is whole
+        self._fingerprint = as_fingerprint(self.replica.apply(update))
+        self.done = done + 1
         self._last = update
         return self._fingerprint
 
     def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None) -> str:
         """As `Replica.rebuild`, whatever the weights were."""
-        self._done = -1
-        self._fingerprint = self._replica.rebuild(updates, checkpoint)
-        self._done = len(updates)
+        self.done = -1
+        self._fingerprint = self.replica.rebuild(updates, checkpoint)
+        self.done = len(updates)
         self._last = updates[-1] if updates else None
         return self._fingerprint
 
     def save(self, done: int, fingerprint: str, path: Path, dtype: str) -> None:
         """As `Replica.save`, after a look at all weights: they must have this fingerprint."""
         self._require(done)
-        if self._replica.weights.fingerprint() != fingerprint:
-            self._done = -1
+        if self.replica.weights.fingerprint() != fingerprint:
+            self.done = -1
             raise StaleWeights
-        self._replica.save(path, dtype)
+        self.replica.save(path, dtype)
 
     def _require(self, done: int) -> None:
-        if self._done != done:
+        if self.done != done:
             raise StaleWeights

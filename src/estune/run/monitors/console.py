@@ -134,11 +134,12 @@ class ConsoleMonitor(Monitor):
             table.add_row("step", f"{m['step_time']:.2f} s, {m['num_tokens']:,.0f} tokens so far", figures)
         parts: list[RenderableType] = [self._progress, table]
         if self._sample is not None:
-            parts.append(_sample_panel(self._sample))
+            parts.append(sample_panel(self._sample))
         return Group(*parts)
 
 
-def _sample_panel(sample: Sample) -> Panel:
+def sample_panel(sample: Sample) -> Panel:
+    """A prompt and its completion, with nothing in them that moves the cursor."""
     prompt = sample.prompt if len(sample.prompt) <= PROMPT_END else "…" + sample.prompt[-PROMPT_END:]
     text = Text.assemble((printable_lines(prompt), "dim"), (printable_lines(sample.completion), "bold"))
     reward = "not applicable" if sample.reward is None else f"{sample.reward:.3f}"
