@@ -409,10 +409,10 @@ def test_ctrl_c_is_not_lost_in_an_import_which_a_second_one_ends(
 
 @pytest.mark.parametrize("stream", [0, 1, 2])
 def test_closed_streams_and_a_narrow_encoding(stream: int, tmp_path: Path) -> None:
-    """Two replicas: children inherit streams, and memory that must not have the number of one."""
+    """Two replicas: children inherit streams, and memory that must not have the number of one. Equal rewards: a word."""
     task = tmp_path / "narrow.py"
     task.write_text(
-        "def f(completions, **_): return [float(len(c)) for c in completions]\n"
+        "def f(completions, **_): return [1.0] * len(completions)\n"
         "train = [{'prompt': f'é中{n}'} for n in range(40)]\nrewards = [f]\n"
     )
     small = "--steps=1 --population=2 --prompts_per_step=2 --max_new_tokens=3 --replicas=2 --task.eval_size=3"

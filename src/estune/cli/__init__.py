@@ -111,14 +111,17 @@ def _open_streams() -> None:
     """Make standard streams fit for what comes: any character, and none that is closed.
 
     Where one is (`<&-`), the next file that is opened would get its number, and children would take it for the stream.
+    Python has None for it, of which rich's logging makes an error at the first warning.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
