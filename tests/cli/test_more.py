@@ -409,7 +409,7 @@ def test_ctrl_c_is_not_lost_in_an_import_which_a_second_one_ends(
 
 @pytest.mark.parametrize("stream", [0, 1, 2])
 def test_closed_streams_and_a_narrow_encoding(stream: int, tmp_path: Path) -> None:
-    """Two replicas: children inherit streams, and memory that must not have the number of one. Equal rewards: a word."""
+    """Two replicas: children inherit streams, and memory that must not have the number of one. All rewards equal."""
     task = tmp_path / "narrow.py"
     task.write_text(
         "def f(completions, **_): return [1.0] * len(completions)\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from itertools import combinations
@@ -240,11 +241,13 @@ def test_a_watched_task_without_an_evaluation_set_is_refused(
 
 @pytest.fixture(scope="module")
 def hollow(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose weights are cut off: whoever loads it fails."""
+    """A model with fewer layers in its file than in its configuration: whoever loads it fails."""
     folder = tmp_path_factory.mktemp("hollow") / "model"
     shutil.copytree(model, folder)
-    whole = (model / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: 8 + int.from_bytes(whole[:8], "little") + 100])
+    config = json.loads((model / "config.json").read_text())
+    layers = config["num_hidden_layers"] + 1
+    changed = config | {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
+    (folder / "config.json").write_text(json.dumps(changed))
     return folder
 
 

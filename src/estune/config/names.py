@@ -161,7 +161,9 @@ def hint(name: str, known: Iterable[str], otherwise: str) -> str:
     """
     *section, key = name.replace("-", "_").split(".")
     known = set(known)
-    near = [key] if key in known else difflib.get_close_matches(key, sorted(known), 1, NEAR)
+    # A slip in a name of others is none in one of ours, however like they are.
+    meant = {*known, *RENAMED, *ANSWERS, *MEANINGLESS}
+    near = [name for name in difflib.get_close_matches(key, sorted(meant), 1, NEAR) if name in known]
     if key not in known and (found := answer(".".join([*section, key]))):
         return found
     return f"did you mean {'.'.join([*section, near[0]])}?" if near else otherwise

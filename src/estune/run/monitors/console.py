@@ -102,6 +102,8 @@ class ConsoleMonitor(Monitor):
         """Say what improved from what to what, and where everything lies."""
         self.close()
         self.console.print(_summary(summary))
+        if summary.ended != "finished" and summary.go_on:
+            self._print(f"go on with: {escape(summary.go_on)}")  # not in the frame: it is one line, to be copied
 
     def close(self) -> None:
         """Give the screen back."""
@@ -191,6 +193,4 @@ def _summary(s: Summary) -> Panel:
         lines += [escape(text) for text in _instruments(s.after, s.before)]
     lines.append(f"in {escape(str(s.run))}:")
     lines += [f"  {name:<14} {what}" for name, what in CONTENTS.items() if (s.run / name).exists()]
-    if s.ended != "finished" and s.go_on:
-        lines.append(f"go on with: {escape(s.go_on)}")
     return Panel("\n".join(lines), title="run", title_align="left")
