@@ -15,13 +15,12 @@ from typing import Any, Self
 from estune.completion import Completion
 from estune.config import Config
 from estune.engines.loading import open_encoder
-from estune.errors import EstuneError
+from estune.errors import ACCEPT, EstuneError
 from estune.es.strategy import member_seed
 from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.grading.isolation import refuse_grader
-from estune.journal.identity import ACCEPT
 from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, rank
 from estune.journal.replay import holds, rebuild
 from estune.pool.open import open_pool, with_resources
