@@ -86,13 +86,11 @@ def _run_once() -> None:
 
     One process at a time, so that the second finds what the first has compiled.
     """
-    import numba
-
     from estune.config import Config
     from estune.run.trainer import Trainer
 
     small: dict[str, Any] = {"steps": 1, "population": 2, "prompts_per_step": 2, "max_new_tokens": 2, "eval_steps": 0}
-    compiled = Path(numba.config.CACHE_DIR)
+    compiled = Path(os.environ["NUMBA_CACHE_DIR"])
     compiled.mkdir(parents=True, exist_ok=True)
     with (compiled / "lock").open("w") as lock, tempfile.TemporaryDirectory() as folder:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,5 +1,8 @@
 """The one exception a user's input can raise, and what may be shown of a text that others wrote."""
 
+ACCEPT = "--accept-changes (in Python accept_changes=True)"
+"""How a run is told to go on although something has changed; for messages, which may be read in either kind of run."""
+
 
 class EstuneError(ValueError):
     """Something the user can mend. The message is one line: what, where, what was found, what to do."""

@@ -57,13 +57,13 @@ def test_seeds_depend_on_run_step_and_index_only() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -1e9, 1e-9])
-def test_equal_rewards_do_not_move_and_warn(value: float, caplog: pytest.LogCaptureFixture) -> None:
+def test_equal_rewards_do_not_move(value: float, caplog: pytest.LogCaptureFixture) -> None:
     assert EvolutionStrategy(weight_decay=0.5).tell([value] * 30).decay == 0.0
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         update = EvolutionStrategy().tell([value] * 30)
     assert set(update.coefficients) == {0.0}
-    assert "every member scored" in caplog.text
+    assert caplog.text == ""  # three such steps in a row are remarked on, by the run
 
 
 def test_failed_members_are_left_out_and_the_rest_renormalised(caplog: pytest.LogCaptureFixture) -> None:

@@ -249,10 +249,17 @@ def test_a_completion_cannot_move_the_cursor() -> None:
 def test_a_summary_of_evaluations_with_accuracy_alone(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120)
     only = {"eval_accuracy": 0.5, "watch/a\x1b[2J/accuracy": 1.0}
-    ConsoleMonitor(console).on_train_end(Summary(tmp_path, 1, 1.0, only, only, only, "finished"))
+    ConsoleMonitor(console).on_train_end(Summary(tmp_path, 1, 1.0, only, only, only, "finished", shares=list(only)))
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "held-out accuracy 50.0% -> 50.0%" in said
     assert "a?[2J 100.0% -> 100.0%" in said
+
+
+def test_a_score_that_happens_to_lie_in_0_to_1_is_no_percentage(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    only = {"eval_accuracy": 0.3}
+    ConsoleMonitor(console).on_train_end(Summary(tmp_path, 1, 1.0, only, only, only, "finished"))
+    assert "held-out accuracy 0.3 -> 0.3 at" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_score_without_bounds_is_no_percentage(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_members_that_are_alike() -> None:
     found = members_alike([step(0, 1.0, 2.0), *alike])
     assert found is not None
     assert found.startswith("step 3: all members have had one reward (1 in this step) for 3 steps")
+    assert members_alike([*alike[:2], step(2, 0.1 + 0.2, 0.3)]) is not None
     assert members_alike(alike[:2]) is None
     assert members_alike([*alike[:2], step(2, 1.0, 2.0)]) is None
 
@@ -90,7 +91,7 @@ def test_a_run_says_each_once(model: Path, tmp_path: Path, caplog: pytest.LogCap
     config = make_config(tmp_path / "run", model, steps=5, eval_steps=1, prompts_per_step=99, eval_on_start=False)
     trainer = Trainer(config, task=make_task(nothing), monitors=[])
     trainer.train()
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("estune.run")]
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("estune.run.")]
     assert [message.partition(",")[0].partition(" (")[0] for message in ours] == [
         "prompts_per_step is 99",
         "step 3: all members have had one reward",

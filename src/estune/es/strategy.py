@@ -128,7 +128,7 @@ class EvolutionStrategy:
         """z-score the rewards (population standard deviation) and turn them into coefficients.
 
         Members whose reward is None or not finite get no weight, and N counts the rest. Where all rewards are equal
-        there is nothing to learn: coefficients and decay are zero and a warning is logged.
+        there is nothing to learn: coefficients and decay are zero.
         """
         members = self.ask()
         if len(rewards) != len(members):
@@ -137,10 +137,9 @@ class EvolutionStrategy:
         if len(valid) < len(rewards):
             log.warning("step %d: %d of %d members failed", self.step, len(rewards) - len(valid), len(rewards))
         mean, std = mean_and_std(valid)
-        flat = len(valid) < 2 or max(valid) - min(valid) <= 1e-12 * abs(mean)
-        if flat:
-            why = f"every member scored {mean:g}" if len(valid) > 1 else "fewer than two members have a reward"
-            log.warning("step %d: %s, so the weights stay as they are", self.step, why)
+        flat = alike(valid)
+        if len(valid) < 2:
+            log.warning("step %d: fewer than two members have a reward, so the weights stay as they are", self.step)
 
         alpha = self.learning_rate
         coefficients = []
@@ -155,6 +154,11 @@ class EvolutionStrategy:
         update = Update(self.step, tuple(members), tuple(coefficients), decay, rounding_seed)
         self.step += 1
         return update
+
+
+def alike(rewards: Sequence[float]) -> bool:
+    """Whether there is nothing to learn from rewards: fewer than two, or equal but for what sums are rounded by."""
+    return len(rewards) < 2 or max(rewards) - min(rewards) <= 1e-12 * abs(math.fsum(rewards) / len(rewards))
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:

@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from estune.completion import Completion, Rendering
 from estune.errors import EstuneError, printable
 
 RewardFunction = Callable[..., Any]
+Function = TypeVar("Function", bound=RewardFunction)
 Row = dict[str, Any]
 
 FAILURES = ("errors", "timeouts", "crashes", "too_long")
@@ -249,6 +250,12 @@ def reward_name(function: RewardFunction) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
+
+
+def share(function: Function) -> Function:
+    """Declare that a reward function's scores lie in 0 to 1: as accuracy they are then shown in percent."""
+    setattr(function, "share", True)  # noqa: B010 - a function has no such attribute to the type checker
+    return function
 
 
 def is_async(function: RewardFunction) -> bool:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from estune.completion import Completion
-from estune.errors import EstuneError
+from estune.errors import ACCEPT, EstuneError
 from estune.grading.containment import contained
 from estune.grading.convention import (
     Batch,
@@ -154,14 +154,13 @@ class Grading:
         where = "" if row is None else f" on row {row}, {batch.show(row)}"
         if self.errors == "raise":
             raise EstuneError(
-                f"reward {reward_name(function)} {why}{where}; nothing is lost: mend it, then resume with "
-                "--accept-changes"
+                f"reward {reward_name(function)} {why}{where}; nothing is lost: mend it, then resume with {ACCEPT}"
             )
         self._excluded += 1
         if self._excluded > self.max_errors:
             raise EstuneError(
                 f"{self._excluded} calls of rewards failed, more than max_reward_errors, {self.max_errors}; "
-                f"the last: reward {reward_name(function)} {why}{where}; mend it, then resume with --accept-changes"
+                f"the last: reward {reward_name(function)} {why}{where}; mend it, then resume with {ACCEPT}"
             )
         log.warning("reward %s %s%s: left out", reward_name(function), why, where)
 

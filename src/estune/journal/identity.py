@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
-from estune.errors import EstuneError
+from estune.errors import ACCEPT, EstuneError
 from estune.weights.checkpoint import companions
 
-ACCEPT = "--accept-changes (in Python accept_changes=True)"
 # Of config.json, what a checkpoint is stored as: it differs between a base and what is trained from it.
 STORED_AS = ("dtype", "torch_dtype")
 

@@ -68,6 +68,7 @@ class Header:
     best_by: list[str] = field(default_factory=lambda: list(BEST_BY))  # metrics that tell the best evaluation
     place: str = ""  # the run's directory, from the root on
     folder: str = ""  # the directory that the run was begun in, to which paths in its settings are relative
+    shares: list[str] | None = None  # accuracies that lie in 0 to 1 by declaration; None: an older version's
     prompts_hash: str = ""  # of the token ids of the first step's prompts and the evaluation set's
     format: int = FORMAT
     noise_version: int = NOISE_VERSION

@@ -56,6 +56,7 @@ class HeaderLine(Line):
     best_by: Annotated[list[str], Field(min_length=1)] = ["eval_accuracy", "eval_reward"]
     place: str = ""
     folder: str = ""
+    shares: list[str] | None = None
     prompts_hash: MaybeHash = ""
     format: int
     noise_version: int

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from estune.errors import EstuneError
+from estune.grading.convention import share
 from estune.grading.isolation import isolated
 from estune.grading.sandbox import Isolation, Limits, run_code
 from estune.grading.sealed import seal
@@ -14,6 +15,7 @@ from estune.rewards.programs import COLUMNS, Tests, extract_code, same_output, t
 from estune.rewards.text import Text, as_text
 
 
+@share
 @isolated(deadline=30.0, errors_as_crashes=True)
 def unit_tests(*, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
     """1.0 where the program passes all tests of its row, else 0.0; None for a row without tests.
@@ -39,6 +41,7 @@ def unit_tests(*, prompts: Sequence[Text], completions: Sequence[Text], **column
     return [None if score is None else float(score == 1.0) for score in _scores(completions, columns, all_of_them=True)]
 
 
+@share
 @isolated(deadline=30.0, errors_as_crashes=True)
 def unit_test_fraction(*, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
     """The fraction of the tests that pass, with the columns of `unit_tests`. HumanEval's `check` is a single test."""

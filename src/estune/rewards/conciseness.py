@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from estune.grading.convention import share
 from estune.rewards.text import Text, as_text
 
 _WORD = re.compile(r"\w+")
@@ -22,6 +23,7 @@ def length_reward(
     return [-float(abs(len(as_text(text)) - len(right))) for text, right in zip(completions, answer, strict=True)]
 
 
+@share
 def correct_reward(
     *, prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[str], **_: Any
 ) -> list[float | None]:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from estune.errors import EstuneError
+from estune.grading.convention import share
 from estune.rewards.expression import ExpressionError, Value, evaluate, tokenize
 from estune.rewards.text import Text, as_text, last_answer
 
@@ -26,6 +27,7 @@ _ROUNDED_DECIMALS = 3
 _RELATIVE = Fraction(1, 10**9)
 
 
+@share
 def answer_reward(
     *, prompts: Sequence[Text], completions: Sequence[Text], numbers: Sequence[Any], target: Sequence[Any], **_: Any
 ) -> list[float | None]:
@@ -49,6 +51,7 @@ def answer_reward(
     return [float(_solves(as_text(completion), given, goal)) for completion, given, goal in rows]
 
 
+@share
 def format_reward(*, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float | None]:
     r"""1.0 where the whole is `<think>...</think>\n<answer>...</answer>`.
 

@@ -1,7 +1,7 @@
 """Checks of instructions that can be verified (IFEval, arXiv 2311.07911): 24 of its 25 kinds, by its names.
 
 Left out is `language:response_language`, which takes a classifier. Sentences are told apart by a rule, where IFEval has
-a trained splitter.
+a trained splitter; whether a text in one case is English is not asked, where IFEval has langdetect.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from estune.errors import EstuneError
+from estune.grading.convention import share
 from estune.rewards.text import Text, as_text
 
 Check = Callable[..., bool]
@@ -21,10 +22,14 @@ _WORD = re.compile(r"\w+")
 _HYPHENATED = re.compile(r"\w+(?:-\w+)*")
 _PUNCTUATION = re.compile(r"[.,?!'\"]")
 _POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+_ABBREVIATION = re.compile(
+    r"Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|al|Inc|Ltd|Co|Corp|No|Vol|Fig|pp|p|a\.m|p\.m|U\.S|[A-Z]"
+)
 _LONGEST_MARKER = 50  # the time to look for one is its length times the text's
 _CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
+@share
 def instructions_reward(
     *,
     prompts: Sequence[Text],
@@ -48,6 +53,7 @@ def instructions_reward(
     return [_share(followed(as_text(text), names, values)) for text, names, values in rows]
 
 
+@share
 def all_followed(
     *,
     prompts: Sequence[Text],
@@ -106,7 +112,15 @@ def _count(word: str, text: str) -> int:
 
 
 def _sentences(text: str) -> int:
-    return len([part for part in re.split(r"(?<=[.!?])[\"')\]]*\s+|\n\s*\n", text.strip()) if _WORD.search(part)])
+    """As Punkt, IFEval's splitter, tells them apart, but for rare abbreviations: at points, not at empty lines."""
+    words = text.split()
+    return sum(map(_ends_sentence, words[:-1])) + bool(words)
+
+
+def _ends_sentence(word: str) -> bool:
+    marked = word.rstrip("\"')]}")
+    bare = marked.rstrip(".!?")
+    return bare != marked and not (marked[len(bare) :] == "." and _ABBREVIATION.fullmatch(bare.lstrip("\"'([{")))
 
 
 @_named("keywords:existence")

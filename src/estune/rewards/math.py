@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from estune.errors import EstuneError
+from estune.grading.convention import share
 from estune.grading.isolation import isolated
 from estune.rewards.answers import MAX_LENGTH, final_answer
 from estune.rewards.notation import rewritten, unwrapped
@@ -33,6 +34,7 @@ _SAME = 1e-12  # how near to each other they must be where it does not
 
 
 # Sympy can compute without end on what a model writes.
+@share
 @isolated(deadline=10.0, errors_as_crashes=True)
 def math_reward(
     *, prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[Any], **_: Any

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from estune.completion import Completion, content_text
-from estune.errors import EstuneError
+from estune.errors import ACCEPT, EstuneError
 from estune.es.strategy import mean_and_std
 from estune.files import replacing
 from estune.grading.convention import FAILURES, Grades, Row
 from estune.grading.grading import Grading, grade
-from estune.journal.identity import ACCEPT
 from estune.run.monitors.base import Sample
 from estune.tasks.base import Task
 

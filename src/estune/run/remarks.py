@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from estune.completion import Prompt
 from estune.config import Config
+from estune.es.strategy import alike
 from estune.journal.journal import EvaluationRecord, StepRecord
 from estune.run.held_out import evaluation_sampling
 from estune.run.order import StagedOrder
@@ -57,8 +58,8 @@ def of_evaluation(config: Config) -> Iterator[str]:
 def members_alike(steps: Sequence[StepRecord]) -> str | None:
     """What is to be said where no member of the last steps did better than another; `steps` are all so far."""
     last = steps[-ALIKE_STEPS:]
-    found = [{reward for reward in step.rewards if reward is not None} for step in last]
-    if len(last) < ALIKE_STEPS or any(len(rewards) != 1 for rewards in found):
+    found = [[reward for reward in step.rewards if reward is not None] for step in last]
+    if len(last) < ALIKE_STEPS or not all(rewards and alike(rewards) for rewards in found):
         return None
     return (
         f"step {last[-1].step + 1}: all members have had one reward ({max(found[-1]):.4g} in this step) for "

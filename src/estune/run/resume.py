@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from estune.config import RESUMABLE, Config, parse
-from estune.errors import EstuneError
+from estune.errors import ACCEPT, EstuneError
 from estune.files import clear_leftovers
-from estune.journal.identity import ACCEPT, refuse_changes
+from estune.journal.identity import refuse_changes
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import holds, refuse_changed_model
 from estune.run.code import code_of

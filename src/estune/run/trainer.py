@@ -15,15 +15,15 @@ from typing import Any, Self
 from estune.completion import Completion
 from estune.config import Config
 from estune.engines.loading import open_encoder
-from estune.errors import EstuneError
+from estune.errors import ACCEPT, EstuneError
 from estune.es.strategy import member_seed
 from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.grading.isolation import refuse_grader
-from estune.journal.identity import ACCEPT
 from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, rank
 from estune.journal.replay import holds, rebuild
+from estune.journal.shares import is_share
 from estune.pool.open import open_pool, with_resources
 from estune.run import remarks
 from estune.run.code import code_of
@@ -240,8 +240,17 @@ class Trainer:
             best_by=list(best_by),
             place=os.path.abspath(path),
             folder=os.getcwd(),
+            shares=self._shares(),
             prompts_hash=self._prompts_hash,
         )
+
+    def _shares(self) -> list[str]:
+        tasks = {"eval_accuracy": self.task} | {f"watch/{n}/accuracy": each.task for n, each in self.watched.items()}
+        return [key for key, task in tasks.items() if task.accuracy_is_share]
+
+    def _shown_as_shares(self) -> list[str]:
+        keys = ["eval_accuracy", *(f"watch/{name}/accuracy" for name in self.watched)]
+        return [key for key in keys if is_share(self.journal, key)]
 
     def _note_changes(self, past: Past) -> None:
         settings = self.config.model_dump(mode="json")
@@ -477,6 +486,7 @@ class Trainer:
             eval_size=len(self.task.evaluation),
             config=self.config.model_dump(mode="json"),
             history=[event.metrics for event in self.journal.chronicle()],
+            shares=self._shown_as_shares(),
         )
 
     def _summary(self, ended: str, seconds: float) -> Summary:
@@ -490,6 +500,7 @@ class Trainer:
             after=evaluations[-1].metrics if evaluations else {},
             best=best.metrics if best else {},
             ended=ended,
+            shares=self._shown_as_shares(),
             go_on=self.journal.go_on,
         )
 

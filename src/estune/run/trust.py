@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.config import Config
-from estune.errors import EstuneError
-from estune.journal.identity import ACCEPT
+from estune.errors import ACCEPT, EstuneError
 from estune.run.code import code_file, references
 
 TRUST = "--trust-task (in Python trust_task=True)"

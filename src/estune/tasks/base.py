@@ -112,6 +112,12 @@ class Task:
         """Names of the reward functions that tell accuracy."""
         return [self.accuracy] if isinstance(self.accuracy, str) else list(self.accuracy or ())
 
+    @property
+    def accuracy_is_share(self) -> bool:
+        """Whether accuracy lies in 0 to 1 by declaration: each function that tells it has an attribute `share`."""
+        named = {reward_name(function): function for function in self.reward_funcs}
+        return bool(self.accuracies) and all(getattr(named[name], "share", False) is True for name in self.accuracies)
+
     def accuracy_of(self, rows: Sequence[Row], scores: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
         """Mean accuracy under the key "", and of each value of the column `group` under that value.
 

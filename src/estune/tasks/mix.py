@@ -162,6 +162,11 @@ class Only:
     def __name__(self) -> str:
         return f"{self.label}/{reward_name(self.function)}"
 
+    @property
+    def share(self) -> bool:
+        """Whether the function declares that its scores lie in 0 to 1."""
+        return getattr(self.function, "share", False) is True
+
     def __call__(self, *, task: Sequence[str], **given: Any) -> list[float | None]:
         """The function's values for its own rows."""
         own = self._own(task)

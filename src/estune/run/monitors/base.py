@@ -34,6 +34,7 @@ class Plan:
     train_size: int
     eval_size: int
     config: dict[str, Any]
+    shares: Collection[str]  # accuracies that are shown in percent
     history: list[Metrics]  # of the steps and evaluations that a resumed run has behind it, in their order
 
 
@@ -48,6 +49,7 @@ class Summary:
     after: dict[str, float]
     best: dict[str, float]
     ended: str  # "finished", "stopped early" or "interrupted"
+    shares: Collection[str] = ()  # as in `Plan`
     go_on: str = ""  # what its user does to go on with the run
 
 

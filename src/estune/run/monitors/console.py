@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from rich import get_console
 from rich.console import Console, Group, RenderableType
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from estune.errors import printable, printable_lines
+from estune.journal.shares import shown
 from estune.run.monitors.base import Metrics, Monitor, Plan, Sample, Summary
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -38,6 +40,7 @@ class ConsoleMonitor(Monitor):
         self._live: Live | None = None
         self._rewards: list[float] = []
         self._accuracies: list[tuple[int, float]] = []
+        self._shares: Collection[str] = ()  # until the run says what it sets out to do
         self._last: Metrics = {}
         self._sample: Sample | None = None
         self._progress = Progress(
@@ -53,6 +56,7 @@ class ConsoleMonitor(Monitor):
 
     def on_train_begin(self, plan: Plan) -> None:
         """Say what the run is, and start the display."""
+        self._shares = plan.shares
         again = f", going on after step {plan.first_step}" if plan.first_step else ""
         self.console.print(
             f"[bold]{escape(printable(plan.task))}[/] with {escape(printable(plan.model))} "
@@ -92,10 +96,11 @@ class ConsoleMonitor(Monitor):
         self._accuracies.append((int(metrics["step"]), metrics["eval_accuracy"]))
         self._sample = sample
         if self._live is None:
+            accuracy = shown(metrics["eval_accuracy"], "eval_accuracy" in self._shares)
             self._print(
-                f"step {metrics['step']:>4}  held-out accuracy {_score(metrics['eval_accuracy'])}  "
+                f"step {metrics['step']:>4}  held-out accuracy {accuracy}  "
                 f"reward {metrics['eval_reward']:.4f}  length {metrics['eval_completions/mean_length']:.1f}"
-                + "".join(f"  {text}" for text in _instruments(metrics))
+                + "".join(f"  {text}" for text in _instruments(metrics, self._shares))
             )
 
     def on_train_end(self, summary: Summary) -> None:
@@ -127,8 +132,11 @@ class ConsoleMonitor(Monitor):
             first = self._accuracies[0][1]
             last = self._accuracies[-1][1]
             curve = _curve([a for _, a in self._accuracies])
+            share = "eval_accuracy" in self._shares
             table.add_row(
-                "held-out accuracy", curve, f"{_score(first)} -> {_score(last)} at step {self._accuracies[-1][0]}"
+                "held-out accuracy",
+                curve,
+                f"{shown(first, share)} -> {shown(last, share)} at step {self._accuracies[-1][0]}",
             )
         if self._last:
             m = self._last
@@ -156,24 +164,21 @@ def _curve(values: list[float]) -> str:
     return "".join(BLOCKS[round((v - low) * scale)] for v in values)
 
 
-def _score(value: float) -> str:
-    """An accuracy in percent, or as it is where it is none: a reward model's score has no bounds."""
-    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.4g}"
-
-
-def _instruments(now: Metrics, then: Metrics | None = None) -> list[str]:
+def _instruments(now: Metrics, shares: Collection[str], then: Metrics | None = None) -> list[str]:
     """What else an evaluation tells: pass@k, how far the model has come from its base, tasks that are watched."""
     found = []
     passes = {key.removeprefix("eval_"): value for key, value in now.items() if key.startswith("eval_pass@")}
     if passes:
-        found.append(", ".join(f"{key} {_score(value)}" for key, value in passes.items()))
+        found.append(", ".join(f"{key} {value:.1%}" for key, value in passes.items()))
     if "eval_weights/relative_change" in now:
         kl = f"KL to the base model {now['eval_kl']:.4f}, " if "eval_kl" in now else ""
         found.append(f"{kl}weights changed by {now['eval_weights/relative_change']:.3%}")
     for key, value in now.items():
         if key.startswith("watch/") and key.endswith("/accuracy"):
-            before = f"{_score(then[key])} -> " if then and key in then else ""
-            found.append(f"{key.removeprefix('watch/').removesuffix('/accuracy')} {before}{_score(value)}")
+            before = f"{shown(then[key], key in shares)} -> " if then and key in then else ""
+            found.append(
+                f"{key.removeprefix('watch/').removesuffix('/accuracy')} {before}{shown(value, key in shares)}"
+            )
     return [printable(text) for text in found]
 
 
@@ -181,16 +186,17 @@ def _summary(s: Summary) -> Panel:
     lines = [f"{s.ended} after {s.steps} steps, {s.seconds:.0f} s"]
     if s.before:
         key = "eval_accuracy"
+        share = key in s.shares
         length = "eval_completions/mean_length"
         lacking = dict.fromkeys(("step", "eval_reward", length), math.nan)  # in a journal that others wrote
         before, after, best = ({**lacking, **metrics} for metrics in (s.before, s.after, s.best))
         lines += [
-            f"[bold]held-out accuracy {_score(before[key])} -> {_score(after[key])}[/] at step {after['step']}, "
-            f"best {_score(best[key])} at step {best['step']}",
+            f"[bold]held-out accuracy {shown(before[key], share)} -> {shown(after[key], share)}[/] "
+            f"at step {after['step']}, best {shown(best[key], share)} at step {best['step']}",
             f"held-out reward {before['eval_reward']:.3f} -> {after['eval_reward']:.3f}, "
             f"length {before[length]:.1f} -> {after[length]:.1f} tokens",
         ]
-        lines += [escape(text) for text in _instruments(s.after, s.before)]
+        lines += [escape(text) for text in _instruments(s.after, s.shares, s.before)]
     lines.append(f"in {escape(str(s.run))}:")
     lines += [f"  {name:<14} {what}" for name, what in CONTENTS.items() if (s.run / name).exists()]
     return Panel("\n".join(lines), title="run", title_align="left")

@@ -30,7 +30,8 @@ def measure(checkpoint: Path, base: Path, config: Config, task: Task, short_toke
         short_tokens: an answer of at most as many tokens is short; by default, half of the base's mean length.
 
     Returns:
-        base_accuracy, that of the base; accuracy, reward, length (mean, in tokens) and clipped (share) of greedy
+        base_accuracy, that of the base; share, whether accuracies are shown in percent; accuracy, reward,
+        length (mean, in tokens) and clipped (share) of greedy
         completions; short_but_wrong, the share of them that are short without being right, which a reward for brevity
         can be won with; and kl.
 
@@ -55,6 +56,7 @@ def measure(checkpoint: Path, base: Path, config: Config, task: Task, short_toke
     return {
         "base_accuracy": base_metrics["eval_accuracy"],
         "accuracy": metrics["eval_accuracy"],
+        "share": task.accuracy_is_share,
         "reward": metrics["eval_reward"],
         "length": metrics["eval_completions/mean_length"],
         "clipped": metrics["eval_completions/clipped_ratio"],

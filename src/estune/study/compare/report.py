@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ NAMES = {"es": "ES", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "rlo
 END = "*"  # marks a rate at an end of those tried
 # Heading, key, factor, digits.
 COLUMNS = (
-    ("before %", "base_accuracy", 100.0, 1),
-    ("accuracy %", "accuracy", 100.0, 1),
+    ("before", "base_accuracy", 1.0, 3),
+    ("accuracy", "accuracy", 1.0, 3),
     ("reward", "reward", 1.0, 3),
     ("KL", "kl", 1.0, 3),
     ("length", "length", 1.0, 1),
@@ -47,19 +47,35 @@ def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
     return {m: runs for m in NAMES if (runs := [r for r in done if r["job"]["method"] == m])}
 
 
+def columns(share: bool) -> list[tuple[str, str, float, int]]:
+    """`COLUMNS`, with accuracies in percent if they are shares."""
+    return [
+        (f"{heading} %", key, 100.0, 1)
+        if share and key in ("base_accuracy", "accuracy")
+        else (heading, key, factor, digits)
+        for heading, key, factor, digits in COLUMNS
+    ]
+
+
+def are_shares(results: Iterable[Result]) -> bool:
+    """Whether accuracies are shares by declaration; where older results do not say so, whether they lie in 0 to 1."""
+    return all(r.get("share", 0 <= r["accuracy"] <= 1) for r in results if "accuracy" in r)
+
+
 def table(results: Sequence[Result]) -> list[list[str]]:
     """A heading, then a row a method: the mean over seeds, with the standard deviation of the sample behind it.
 
     A star marks a rate at an end of those tried.
     """
-    head = ["method", "rate", "seeds", *(heading for heading, *_ in COLUMNS)]
+    shown = columns(are_shares(results))
+    head = ["method", "rate", "seeds", *(heading for heading, *_ in shown)]
     rows = []
     for method, runs in by_method(results).items():
         rate = runs[0]["job"]["rate"]
         figures = [
             # A result of an older version may lack a figure.
             spread([factor * r[key] for r in runs if key in r], digits)
-            for _, key, factor, digits in COLUMNS
+            for _, key, factor, digits in shown
         ]
         marked = "" if rate is None else f"{rate:g}{END * at_an_end(runs[0]['job'], results)}"
         rows.append([NAMES[method], marked, str(len(runs)), *figures])
@@ -69,11 +85,15 @@ def table(results: Sequence[Result]) -> list[list[str]]:
 def trials_table(results: Sequence[Result]) -> list[list[str]]:
     """A heading, then a row for each run that served to choose a learning rate, by method and rate."""
     rows = []
+    share = are_shares(results)
     trials = [r for r in results if r["job"]["trial"]]
     for r in sorted(trials, key=lambda r: (list(NAMES).index(r["job"]["method"]), r["job"]["rate"])):
-        figures = [f"{100 * r['accuracy']:.1f}", f"{r['reward']:.3f}", f"{r['kl']:.3f}"] if "error" not in r else []
+        figures = []
+        if "error" not in r:
+            accuracy = f"{100 * r['accuracy']:.1f}" if share else f"{r['accuracy']:.3f}"
+            figures = [accuracy, f"{r['reward']:.3f}", f"{r['kl']:.3f}"]
         rows.append([NAMES[r["job"]["method"]], f"{r['job']['rate']:g}", *(figures or ["failed", "", ""])])
-    return [["method", "rate", "accuracy %", "reward", "KL"], *rows]
+    return [["method", "rate", f"accuracy{' %' * share}", "reward", "KL"], *rows]
 
 
 def over_budget(results: Sequence[Result], budget: int) -> str:
@@ -152,11 +172,12 @@ def charts(found: Mapping[str, Sequence[Result]]) -> list[Plot]:
         apart = [r for r in runs if math.isfinite(r["kl"])]
         kl = [r["kl"] for r in apart]
         divergences.append(Series(name, kl, [r["accuracy"] for r in apart], "points", owner=method, colour=colour))
+    share = are_shares(r for runs in found.values() for r in runs)
     labels = {float(place): NAMES[method] for place, method in enumerate(found)}
-    drawn = [Plot("accuracy", "accuracy", accuracies, percent=True, from_zero=True, buttons=False, labels=labels)]
+    drawn = [Plot("accuracy", "accuracy", accuracies, percent=share, from_zero=share, buttons=False, labels=labels)]
     every = [x for s in divergences for x in s.x]
     if every:
         along = "KL to the base, nats a token"
         wide = min(every) > 0
-        drawn.append(Plot("kl", "accuracy", divergences, percent=True, from_zero=True, along=along, log=wide))
+        drawn.append(Plot("kl", "accuracy", divergences, percent=share, from_zero=share, along=along, log=wide))
     return drawn

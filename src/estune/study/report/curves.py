@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from estune.es.strategy import mean_and_std
 from estune.journal.journal import StepRecord
+from estune.journal.shares import is_share
 from estune.study.chart import COLOURS, Cell, Chart, Series
 from estune.study.report.runs import Group, Run
 
@@ -32,7 +33,7 @@ TITLES = {
 """Titles of metrics, with or without `eval_` before them; others appear under their own names after these."""
 DRAWN_ELSEWHERE = {"step", "reward", "reward_std", "reward_min", "reward_max", "accuracy", "step_time", "num_tokens"}
 PARTS = ("perturb", "generate", "grade", "update")
-RATIOS = ("accuracy", "pass@", "mean@", "completions/clipped_ratio", "completions/distinct", "weights/relative_change")
+RATIOS = ("pass@", "mean@", "completions/clipped_ratio", "completions/distinct", "weights/relative_change")
 MOST_METRICS = 24
 
 Bucket = list[StepRecord]
@@ -72,7 +73,8 @@ def learning(run: Run) -> list[Chart]:
     accuracy = _evaluated(run, "eval_accuracy", "held-out accuracy", f"{owner}a", 1)
     if accuracy:
         note = "The weights themselves, unperturbed."
-        charts.append(Chart(f"accuracy-{run.index}", "Held-out accuracy", accuracy, note, True, from_zero=True))
+        percent = _percent([run], "accuracy")
+        charts.append(Chart(f"accuracy-{run.index}", "Held-out accuracy", accuracy, note, percent, from_zero=percent))
     return charts
 
 
@@ -118,7 +120,7 @@ def metrics(run: Run) -> list[Chart]:
         if points:
             drawn.append(Series("training", [x for x, _ in points], [y for _, y in points], owner=f"{owner}t"))
         drawn += _evaluated(run, f"eval_{key}", "held out", f"{owner}e", 1)
-        charts.append(Chart(f"{_id(key)}-{run.index}", _title(key), drawn, percent=_percent(key)))
+        charts.append(Chart(f"{_id(key)}-{run.index}", _title(key), drawn, percent=_percent([run], key)))
     return charts
 
 
@@ -186,7 +188,13 @@ def overlays(groups: Sequence[Group]) -> list[Chart]:
     kept = {run.index: buckets(run, limit, longest) for run in runs}
     charts = [
         _overlay(groups, "all-reward", "Training reward", lambda run: _points(kept[run.index], "reward")),
-        _overlay(groups, "all-accuracy", "Held-out accuracy", lambda run: _eval(run, "eval_accuracy"), percent=True),
+        _overlay(
+            groups,
+            "all-accuracy",
+            "Held-out accuracy",
+            lambda run: _eval(run, "eval_accuracy"),
+            percent=_percent(runs, "accuracy"),
+        ),
         _overlay(groups, "all-eval-reward", "Held-out reward", lambda run: _eval(run, "eval_reward")),
     ]
     for key in metric_keys(runs)[:MOST_METRICS]:
@@ -196,7 +204,7 @@ def overlays(groups: Sequence[Group]) -> list[Chart]:
         def values(run: Run, key: str = key, held_out: bool = held_out) -> list[Point]:
             return _eval(run, f"eval_{key}") if held_out else _points(kept[run.index], key)
 
-        charts.append(_overlay(groups, f"all-{_id(key)}", _title(key), values, percent=_percent(key)))
+        charts.append(_overlay(groups, f"all-{_id(key)}", _title(key), values, percent=_percent(runs, key)))
     return [chart for chart in charts if chart is not None]
 
 
@@ -286,8 +294,12 @@ def _title(key: str) -> str:
     return TITLES.get(key, key)
 
 
-def _percent(key: str) -> bool:
-    return re.sub("^watch/[^/]*/", "", key).startswith(RATIOS)
+def _percent(runs: Sequence[Run], key: str) -> bool:
+    """Whether a metric is a share in all of the runs. Keys have no `eval_` before them."""
+    name = re.sub("^watch/[^/]*/", "", key)
+    if name.startswith("accuracy"):
+        return all(is_share(run.journal, key if key.startswith("watch/") else f"eval_{key}") for run in runs)
+    return name.startswith(RATIOS)
 
 
 def _id(key: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from estune import __version__
 from estune.errors import EstuneError
 from estune.files import write_text
+from estune.journal.shares import is_share, shown
 from estune.study.chart import COLOURS, STYLE, Chart, figure
 from estune.study.report import curves, recipe
 from estune.study.report.layers import LayerTable, layer_table
@@ -150,9 +151,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     best = run.best
     last = run.last
     if first and best and last and "eval_accuracy" in first.metrics:
-        before = _percent(first.metrics["eval_accuracy"])
-        after = _percent(best.metrics["eval_accuracy"])
-        remark = f"best, at step {best.step}; last {_percent(last.metrics['eval_accuracy'])}"
+        share = is_share(run.journal, "eval_accuracy")
+        before, after, end = (shown(e.metrics["eval_accuracy"], share) for e in (first, best, last))
+        remark = f"best, at step {best.step}; last {end}"
         tiles.append(("Held-out accuracy", after if best is first else f"{before} → {after}", remark))
     for key, name in (("eval_reward", "Held-out reward"), ("eval_completions/mean_length", "Mean length")):
         if first and best and key in first.metrics and key in best.metrics:
@@ -173,15 +174,16 @@ def _results(groups: Sequence[Group]) -> list[Row]:
     rows = []
     for group in groups:
         colour = group.index % COLOURS
+        share = all(is_share(run.journal, "eval_accuracy") for run in group.runs)
         if len(group.runs) > 1:
             columns = list(zip(*map(_figures, group.runs), strict=True))
-            cells = [_mean_and_deviation(list(column), i < 3) for i, column in enumerate(columns)]
+            cells = [_mean_and_deviation(list(column), share and i < 3) for i, column in enumerate(columns)]
             rows.append(
                 Row(f"group-{group.index}", colour, group.label, f"mean of {len(group.runs)} runs", cells, True)
             )
         for run in group.runs:
             label = run.label if len(group.runs) > 1 or group.label == run.label else f"{group.label} ({run.label})"
-            cells = [_cell(value, i < 3) for i, value in enumerate(_figures(run))]
+            cells = [_cell(value, share and i < 3) for i, value in enumerate(_figures(run))]
             remark = f"seed {run.settings.get('seed', '?')}; {run.state}"
             rows.append(Row(f"run-{run.index}", colour, label, remark, cells, len(group.runs) == 1))
     return rows
@@ -208,22 +210,17 @@ def _mean_and_deviation(values: list[float | None], percent: bool) -> str:
         return _cell(known[0] if known else None, percent)
     mean = statistics.fmean(known)
     deviation = statistics.stdev(known)
-    return (
-        f"{100 * mean:.1f} ± {100 * deviation:.1f}%"
-        if percent and 0 <= min(known) <= max(known) <= 1
-        else f"{figure(mean)} ± {figure(deviation)}"
-    )
+    return f"{100 * mean:.1f} ± {100 * deviation:.1f}%" if percent else f"{figure(mean)} ± {figure(deviation)}"
 
 
 def _cell(value: float | None, percent: bool) -> str:
     if value is None:
         return "-"
-    return _percent(value) if percent else figure(value)
+    return shown(value, percent) if percent else figure(value)
 
 
 def _percent(value: float) -> str:
-    """A share in percent; what lies outside 0 to 1 is none, such as a reward model's score."""
-    return f"{value:.1%}" if 0 <= value <= 1 else figure(value)
+    return f"{value:.1%}"
 
 
 def _duration(seconds: float) -> str:
