@@ -18,7 +18,6 @@ import ctypes
 import faulthandler
 import fcntl
 import functools
-import hashlib
 import importlib
 import io
 import json
@@ -35,7 +34,6 @@ import tempfile
 import threading
 import traceback
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -63,21 +61,6 @@ def start(*more: str) -> None:
     subprocess.Popen = WarmPopen  # type: ignore[misc]
     multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
     Warm.start()
-
-
-def _compiled() -> str:
-    """A folder for what Numba compiles, for this version of it and these sources.
-
-    It compiles a function again when its own file has changed, but not when one that it imports has, and throws away
-    what another version has compiled. It reads the variable when it is imported, here and in children.
-    """
-    root = Path(__file__).parents[1]
-    sources = b"".join(path.read_bytes() for path in sorted((root / "src" / "estune").rglob("*.py")))
-    kept = root / ".pytest_cache" / f"numba-{version('numba')}" / hashlib.sha256(sources).hexdigest()[:16]
-    return str(kept)
-
-
-os.environ.setdefault("NUMBA_CACHE_DIR", _compiled())
 
 
 @functools.cache

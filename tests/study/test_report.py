@@ -114,7 +114,7 @@ def test_completions_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
 def test_metrics_are_shown_where_they_are(tmp_path: Path) -> None:
     more = {"eval_kl": 0.5, "eval_weights/change": 2.0, "eval_new": 1.0, "watch/math/accuracy": 0.25}
     _, page = report(make_run(tmp_path / "run", more=more))
-    assert page.chart("watch-math-accuracy-0")["held out"][2] == "225.0%"
+    assert page.chart("watch-math-accuracy-0")["held out"][2] == "2.25"  # beyond 1, it is no share
     assert page.chart("kl-0")["held out"][4] == "4.5"
     assert page.chart("weights-change-0")["held out"][6] == "8"
     assert page.chart("new-0")["held out"][2] == "3"

@@ -8,6 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tests.compiled import compiled
+
+os.environ.setdefault("NUMBA_CACHE_DIR", compiled())
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from estune.config import Config
@@ -16,7 +21,6 @@ from estune.weights.checkpoint import Checkpoint
 from tests.models import save_model
 from tests.warm import POSSIBLE, start
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 elif POSSIBLE:
