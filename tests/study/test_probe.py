@@ -240,3 +240,10 @@ def test_its_note_says_which_one_is_recommended() -> None:
     found = Probe("m", "t", 5, 2, 0.3, 0.0, levels, 0.02, "", [])
     assert [row[-1] for row in found.rows()] == ["", "members alike", "recommended", "collapsed"]
     assert found == replace(found)
+
+
+def test_an_accuracy_is_in_percent_where_it_is_a_share() -> None:
+    one = level(0.02, 0.3, 0.1)
+    found = Probe("m", "t", 5, 2, 0.3, 0.0, [replace(one, accuracy=-11.0)], 0.02, "", [])
+    assert found.rows()[1][4] == "-11"
+    assert replace(found, levels=[replace(one, accuracy=0.25)], share=True).rows()[1][4] == "25%"

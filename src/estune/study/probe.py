@@ -81,6 +81,7 @@ class Probe:
         sigma: the one to train with, or None where none will do.
         reason: why, in a sentence.
         warnings: what stands in the way of learning.
+        share: whether accuracies lie in 0 to 1 by declaration, and are shown in percent.
     """
 
     model: str
@@ -93,6 +94,7 @@ class Probe:
     sigma: float | None
     reason: str
     warnings: list[str]
+    share: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for `json.dumps`; what is not finite becomes None."""
@@ -102,7 +104,7 @@ class Probe:
     def rows(self) -> list[list[str]]:
         """A table: a heading, then a row for each sigma."""
         head = ["sigma", "mean", "spread", "best", "accuracy", "kept", "changed", "clipped", ""]
-        return [head, *([*_cells(level), self._note(level)] for level in self.levels)]
+        return [head, *([*_cells(level, share=self.share), self._note(level)] for level in self.levels)]
 
     def _note(self, level: Level) -> str:
         if level.sigma == self.sigma:
@@ -201,6 +203,7 @@ class _Probing:
             sigma=sigma,
             reason=reason,
             warnings=_warnings(levels, base, noise, count),
+            share=self.task.accuracy_is_share,
         )
 
     def _base(self, repeats: int) -> tuple[Graded, float, float]:
@@ -312,15 +315,15 @@ def _warnings(levels: Sequence[Level], base: float, noise: float, members: int) 
     return found
 
 
-def _cells(level: Level) -> list[str]:
-    accuracy, kept = ("" if math.isnan(share) else f"{share:.0%}" for share in (level.accuracy, level.kept))
+def _cells(level: Level, *, share: bool) -> list[str]:
+    accuracy = f"{level.accuracy:.0%}" if share else f"{level.accuracy:.4g}"
     return [
         f"{level.sigma:.3g}",
         f"{level.mean:.4f}",
         f"{level.spread:.4f}",
         f"{level.best:.4f}",
-        accuracy,
-        kept,
+        "" if math.isnan(level.accuracy) else accuracy,
+        "" if math.isnan(level.kept) else f"{level.kept:.0%}",
         f"{level.changed:.0%}",
         f"{level.clipped:.0%}",
     ]
