@@ -63,7 +63,7 @@ def test_equal_rewards_do_not_move_and_warn(value: float, caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         update = EvolutionStrategy().tell([value] * 30)
     assert set(update.coefficients) == {0.0}
-    assert "every member scored" in caplog.text
+    assert "step 1: every member scored" in caplog.text
 
 
 def test_failed_members_are_left_out_and_the_rest_renormalised(caplog: pytest.LogCaptureFixture) -> None:

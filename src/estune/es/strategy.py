@@ -135,12 +135,12 @@ class EvolutionStrategy:
             raise ValueError(f"{len(rewards)} rewards for {len(members)} members")
         valid = [r for r in rewards if r is not None and math.isfinite(r)]
         if len(valid) < len(rewards):
-            log.warning("step %d: %d of %d members failed", self.step, len(rewards) - len(valid), len(rewards))
+            log.warning("step %d: %d of %d members failed", self.step + 1, len(rewards) - len(valid), len(rewards))
         mean, std = mean_and_std(valid)
         flat = len(valid) < 2 or max(valid) - min(valid) <= 1e-12 * abs(mean)
         if flat:
             why = f"every member scored {mean:g}" if len(valid) > 1 else "fewer than two members have a reward"
-            log.warning("step %d: %s, so the weights stay as they are", self.step, why)
+            log.warning("step %d: %s, so the weights stay as they are", self.step + 1, why)
 
         alpha = self.learning_rate
         coefficients = []
