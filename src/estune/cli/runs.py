@@ -106,7 +106,4 @@ def replay(
 
     fingerprint = rebuild(run, output, step, model, dtype, accept_changes=accept_changes)
     missing = Journal.read(run).shortfall() if step is None else None
-    say(
-        f"{output}: fingerprint {fingerprint} "
-        + (f"is that of its last step, but {missing}" if missing else "verified")
-    )
+    say(f"{output}: fingerprint {fingerprint} " + (f"is that of its last step ({missing})" if missing else "verified"))

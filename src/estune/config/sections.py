@@ -45,7 +45,7 @@ def _json(value: Any) -> Any:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError("write a mapping, such as {enable_thinking: false}")
+        raise ValueError('write a mapping, such as {"enable_thinking": false}')
     if own := sorted(_NOT_FOR_TEMPLATES.intersection(value)):
         raise ValueError(f"{', '.join(own)} cannot be given here: it is what estune itself tells the template")
     found = {key: _number_or_switch(item) if isinstance(item, str) else item for key, item in value.items()}

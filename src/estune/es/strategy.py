@@ -135,11 +135,11 @@ class EvolutionStrategy:
             raise ValueError(f"{len(rewards)} rewards for {len(members)} members")
         valid = [r for r in rewards if r is not None and math.isfinite(r)]
         if len(valid) < len(rewards):
-            log.warning("step %d: %d of %d members failed", self.step, len(rewards) - len(valid), len(rewards))
+            log.warning("step %d: %d of %d members failed", self.step + 1, len(rewards) - len(valid), len(rewards))
         mean, std = mean_and_std(valid)
         flat = alike(valid)
         if len(valid) < 2:
-            log.warning("step %d: fewer than two members have a reward, so the weights stay as they are", self.step)
+            log.warning("step %d: fewer than two members have a reward, so the weights stay as they are", self.step + 1)
 
         alpha = self.learning_rate
         coefficients = []

@@ -39,7 +39,8 @@ def before(config: Config, task: Task, order: StagedOrder) -> Iterator[str]:
             f"task {task.name}: {answered} of {len(task.train)} training prompts end with words of the assistant's, "
             "which the model goes on from: where these are the answer, leave them out of the prompt"
         )
-    yield from of_evaluation(config)
+    if task.evaluation:
+        yield from of_evaluation(config)
 
 
 def _goes_on(prompt: Prompt) -> bool:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from estune.errors import EstuneError
@@ -90,6 +91,8 @@ def _tensors(file: Path) -> dict[str, Any]:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickles fail in many ways
         why = str(error).strip().partition("\n")[0] or type(error).__name__
+        if isinstance(error, UnpicklingError):  # PyTorch's advice is to load it without this guard
+            why = "it holds other things, or is damaged"
         raise EstuneError(
             f"{file} cannot be loaded as tensors alone ({why:.200}); take the model in safetensors, or save it with "
             "save_pretrained"
