@@ -127,9 +127,7 @@ def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(
         Trainer(make_config(cut, model), task=make_task(), monitors=[_Presses()]).train()
     first, second = caplog.messages
     assert first.startswith("stopping after this step; press Ctrl-C again to stop at once")
-    assert (
-        second == f"stopped at once, and only the step in hand is lost; go on with: Trainer.resume('{cut}', task=...)"
-    )
+    assert second == f"stopped at once, which lost this step alone; go on with: Trainer.resume('{cut}', task=...)"
     assert len(Journal.read(cut).steps) == 2
     Trainer.resume(cut, task=make_task(), monitors=[]).train()
     assert_same_run(whole, cut)

@@ -179,7 +179,7 @@ class Trainer:
             self.journal.append_end(ended)  # last: it says that all is there
             return summary
         except KeyboardInterrupt:
-            log.warning("stopped at once, and only the step in hand is lost; go on with: %s", self.journal.go_on)
+            log.warning("stopped at once, which lost this step alone; go on with: %s", self.journal.go_on)
             raise
         finally:
             self.close()

@@ -105,7 +105,7 @@ def whole_rows(rows: Sequence[Record], what: str) -> list[Record]:
         found[number] = _whole(rows[number])
     if broken:
         log.warning(
-            "%s: half a character, such as \\ud800, stands in rows (%d of them, row %d first): U+FFFD takes its place",
+            "%s: half a character, such as \\ud800, stands in rows (%d, row %d first): U+FFFD takes its place",
             *(what, len(broken), broken[0] + 1),
         )
     return found
