@@ -10,7 +10,7 @@ import pytest
 
 from estune.grading.isolation import isolation_of
 from estune.rewards.answers import MAX_LENGTH, final_answer
-from estune.rewards.math import math_reward
+from estune.rewards.math import is_right, math_reward
 from estune.tasks.math import gold_answers
 
 pytest.importorskip("math_verify")
@@ -126,3 +126,25 @@ def test_no_answer_of_a_problem_without_time_limit_is_cut_off_by_a_signal(monkey
 )  # fmt: skip
 def test_gold_answers_of_all_known_sets(column: Any, expected: list[str]) -> None:
     assert gold_answers(column) == expected
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        *(("B", said) for said in ("(B) or (C)", "B) and C)", "(B), (D)")),
+        *(("7", said) for said in ("7 halves", "7 tenths", "7 dozen", "7 less than x", "7 point five")),
+        ("101_2", "101_3"),
+        ("101_2", "11_4"),
+        ("100200", "100, 200"),
+    ],
+)
+def test_what_is_near_a_gold_answer_is_not_it(gold: str, answer: str) -> None:
+    assert not is_right(f"\\boxed{{{answer}}}", gold)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [("B", "(B) because it is even"), ("101_2", "101_{2}"), ("100, 200", "200, 100"), ("1200", "1,200"), ("7", "7 cm")],
+)
+def test_what_is_written_otherwise_is_the_gold_answer(gold: str, answer: str) -> None:
+    assert is_right(f"\\boxed{{{answer}}}", gold)

@@ -22,7 +22,8 @@ from estune.rewards.text import Text, as_text
 _NOISE = re.compile(r"(?<!\w)\s+|\s+(?!\w)|\$|\\left|\\right|\\!|\\,|\\;")
 _LETTERS = re.compile(r"[A-Za-z][A-Za-z ,-]+")
 _CHOICE = re.compile(r"\(?([A-J])\)?")
-_CHOSEN = re.compile(r"(?:\\(?:text|math)\w*\s*\{)?\s*(?:\(([A-Ja-j])\)|([A-Ja-j])(?:[).:]|\s*\}|$)).*", re.DOTALL)
+_CHOSEN = re.compile(r"(?:\\(?:text|math)\w*\s*\{)?\s*(?:\(([A-Ja-j])\)|([A-Ja-j])(?:[).:]|\s*\}|$))(.*)", re.DOTALL)
+_OTHER_CHOICE = re.compile(r"[\s.)}]*(?:[,;/&]|and\b|or\b)\s*(?:\([A-Ja-j]\)|[A-J]\b)")
 _BASE = re.compile(r"\w+_\{?\d+\}?")
 _POINT = re.compile(r"(?:\\left)?[(\[].*,.*[)\]]", re.DOTALL)
 _BARE_LIST = re.compile(r"[^()\[\]{}=]*,[^()\[\]{}=]*")
@@ -72,7 +73,9 @@ def same(gold: str, answer: str) -> bool:
     choice = _CHOICE.fullmatch(right)
     if choice:
         chosen = _CHOSEN.fullmatch(answer.strip())
-        return chosen is not None and (chosen[1] or chosen[2]).upper() == choice[1]
+        if chosen is None or _OTHER_CHOICE.match(chosen[3]):  # "(B) or (C)" chooses nothing
+            return False
+        return bool((chosen[1] or chosen[2]).upper() == choice[1])
     if _DECIMAL.fullmatch(right) and (decimal := _DECIMAL_COMMA.fullmatch(answer.strip(" $"))):
         answer = f"{decimal[1]}.{decimal[2]}"
     given = rewritten(answer)
@@ -82,11 +85,16 @@ def same(gold: str, answer: str) -> bool:
     return not _differ(right, given, is_text) and _verified(_parsed(right), _parsed(given))
 
 
+def _base(number: str) -> str:
+    """What stands below a number, without braces; the empty text where nothing does."""
+    return number.partition("_")[2].strip("{} ")
+
+
 def _differ(gold: str, answer: str, is_text: bool) -> bool:
     """Whether two answers that are not the same text are known to differ, whatever `math-verify` finds.
 
     - Words, whose letters it takes for factors, in any order; and whole numbers.
-    - A number of another base than ten, without its base.
+    - A number of another base than ten, without its base or with another one.
     - A list where a point or an interval is asked for.
     """
     return (
@@ -94,7 +102,7 @@ def _differ(gold: str, answer: str, is_text: bool) -> bool:
         or (
             _INTEGER.fullmatch(gold) is not None and _INTEGER.fullmatch(answer) is not None and int(gold) != int(answer)
         )
-        or (_BASE.fullmatch(gold) is not None and "_" not in answer)
+        or (_BASE.fullmatch(gold) is not None and _base(gold) != _base(answer))
         or (_POINT.fullmatch(gold) is not None and _BARE_LIST.fullmatch(answer) is not None)
     )
 

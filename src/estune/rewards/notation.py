@@ -57,7 +57,9 @@ _NOTHING = re.compile(r"\\varnothing\b|\\\{\s*\\\}")
 _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _EXPONENT = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?)0*(\d{1,3})")
 _MIXED = re.compile(r"([-+]?\d+)\s+(\d+)\s*/\s*(\d+)")
-_GROUPED = re.compile(r"((?:[A-Za-z]\w*\s*=\s*)?[-+]?)(\d{1,3}(?:(?:[ ,']|\{,\}|\\,|,\\!)\s?\d{3})+)((?:\.\d+)?)")
+_GROUPED = re.compile(
+    r"((?:[A-Za-z]\w*\s*=\s*)?[-+]?)(\d{1,3}(?:(?:[ ']\s?|,|\{,\}\s?|\\,\s?|,\\!\s?)\d{3})+)((?:\.\d+)?)"
+)
 _GROUP_SIGN = re.compile(r"\D+")
 _WITH_UNIT = re.compile(
     rf"({_NUMBER}|[-+]?\d+\s+\d+/\d+|[-+]?\d+/\d+|[-+]?\\[dt]?frac\{{\d+\}}\{{\d+\}})[\s~]*"
@@ -67,7 +69,10 @@ _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillio
 _NO_UNITS = {
     *("and", "or", "to", "choose", "mod", "percent", "percentage", "if", "when", "factorial", "squared", "cubed"),
     *("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "infinity"),
-    *("times", "plus", "minus", "over"),
+    *("times", "plus", "minus", "over", "point", "less", "more", "dozen", "half", "halves"),
+    *("third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "hundredth", "thousandth"),
+    *("thirds", "quarters", "fourths", "fifths", "sixths", "sevenths", "eighths", "ninths", "tenths", "hundredths"),
+    "thousandths",
 }
 _SHORT_UNITS = {
     *("cm", "mm", "km", "kg", "mg", "ml", "ft", "lb", "lbs", "oz", "hr", "hrs", "min", "mph", "usd", "eur", "gbp"),
