@@ -1,4 +1,4 @@
-"""The one exception a user's input can raise, and what may be shown of a text that others wrote."""
+"""The one exception a user's input can raise, and what of others' errors and texts may be shown."""
 
 ACCEPT = "--accept-changes (in Python accept_changes=True)"
 """How a run is told to go on although something has changed; for messages, which may be read in either kind of run."""
@@ -6,6 +6,11 @@ ACCEPT = "--accept-changes (in Python accept_changes=True)"
 
 class EstuneError(ValueError):
     """Something the user can mend. The message is one line: what, where, what was found, what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line that says something, or its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def printable(text: str) -> str:

@@ -26,7 +26,7 @@ import torch
 from estune.completion import Sampling
 from estune.engines.decode import Batch, Decoder
 from estune.engines.sampling import choose
-from estune.errors import EstuneError
+from estune.errors import EstuneError, first_line
 
 WARM_UPS = 3
 """Steps of a shape that run before one is captured: libraries set themselves up in them, which a capture forbids."""
@@ -103,7 +103,7 @@ class CudaRecorder:
                 step()
         except RuntimeError as error:
             # Not to be continued from: PyTorch's allocator stays in the state of a capture that has not ended.
-            why = str(error.__context__ or error).strip().partition("\n")[0]
+            why = first_line(error.__context__ or error)
             full = isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError)
             less = " or lower batch_size" if full else ""
             raise EstuneError(

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from estune.config import Config
 from estune.engines.memory import memory_for
-from estune.errors import EstuneError
+from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import locate
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.sizes import check_sizes
@@ -158,7 +158,7 @@ def _check_causal(path: Path, config: Any) -> None:
 def _unreadable(path: Path, error: Exception) -> EstuneError:
     if _wants_code(error):
         return _needs_code(path, "it")
-    why = str(error).strip().partition("\n")[0] or type(error).__name__
+    why = first_line(error)
     return EstuneError(f"model {path}: cannot be loaded ({why}); check that the directory is complete")
 
 
@@ -194,7 +194,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # as for the configuration; the tokenizers' library raises this very class
         if _wants_code(error):
             raise _needs_code(path, "its tokenizer") from error
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        why = first_line(error)
         raise EstuneError(f"model {path}: its tokenizer cannot be loaded ({why}); save it again") from error
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from estune.completion import Message, Prompt, Rendering, Sampling
-from estune.errors import EstuneError
+from estune.errors import EstuneError, first_line
 from estune.render import RENDERER, Refused
 
 
@@ -93,7 +93,7 @@ class PromptEncoder:
         except EstuneError:
             raise
         except (Refused, ValueError, TypeError, AttributeError, RecursionError) as error:
-            why = str(error).strip().partition("\n")[0]
+            why = first_line(error)
             raise EstuneError(
                 f"prompt {index}: the chat template of {self.name!r} refuses it ({why}); messages need a role and a "
                 "content that the template knows"

@@ -33,6 +33,8 @@ FORMATS = (1, 2)  # those that can be read and gone on with; a journal stays in 
 FILE = "journal.jsonl"
 TEMPORARY = f".{FILE}.tmp"  # until its header is whole
 
+RESUME = "estune train --resume {run}"
+"""What a user does to go on with a run, where the command line knows its task."""
 BEST_BY = ("eval_accuracy", "eval_reward")
 """What evaluations are judged by, the first first; of a metric with `-` before its name, less is better."""
 
@@ -129,7 +131,7 @@ class Journal:
         self.prompts_hash = header.prompts_hash
         self.ended: str | None = None
         self.check = check  # of the last line, hence of all
-        self.go_on = f"estune train --resume {path.parent}"  # what its user does to go on with the run
+        self.go_on = RESUME.format(run=path.parent)  # what its user does to go on with the run
         self._file: Any = None
 
     @classmethod

@@ -66,13 +66,16 @@ _WITH_UNIT = re.compile(
     r"([A-Za-z]+(?:[ /-]+[A-Za-z]+)*)"
 )
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_PARTS = (
+    *("third", "quarter", "fourth", "fifth", "sixth", "seventh"),
+    *("eighth", "ninth", "tenth", "hundredth", "thousandth"),
+)
 _NO_UNITS = {
     *("and", "or", "to", "choose", "mod", "percent", "percentage", "if", "when", "factorial", "squared", "cubed"),
     *("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "infinity"),
     *("times", "plus", "minus", "over", "point", "less", "more", "dozen", "half", "halves"),
-    *("third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "hundredth", "thousandth"),
-    *("thirds", "quarters", "fourths", "fifths", "sixths", "sevenths", "eighths", "ninths", "tenths", "hundredths"),
-    "thousandths",
+    *_PARTS,
+    *(f"{part}s" for part in _PARTS),
 }
 _SHORT_UNITS = {
     *("cm", "mm", "km", "kg", "mg", "ml", "ft", "lb", "lbs", "oz", "hr", "hrs", "min", "mph", "usd", "eur", "gbp"),

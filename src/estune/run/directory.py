@@ -13,13 +13,11 @@ import yaml
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import make_folder, write_text
-from estune.journal.journal import FILE, TEMPORARY
+from estune.journal.journal import FILE, RESUME, TEMPORARY
 from estune.weights.checkpoint import hub_name, locate
 
-RESUME = "estune train --resume {run}"
-"""What a user does to go on with a run, where the command line knows its task."""
 RESUME_OWN = "Trainer.resume('{run}', task=...)"
-"""The same where the task was given from Python."""
+"""As `RESUME`, where the task was given from Python."""
 BASE = "base"  # where a model that was given in memory lies in a run's directory
 
 

@@ -21,13 +21,13 @@ from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.grading.isolation import refuse_grader
-from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, rank
+from estune.journal.journal import BEST_BY, RESUME, EvaluationRecord, Header, Journal, StepRecord, rank
 from estune.journal.replay import holds, rebuild
 from estune.journal.shares import is_share
 from estune.pool.open import open_pool, with_resources
 from estune.run import remarks
 from estune.run.code import code_of
-from estune.run.directory import RESUME, RESUME_OWN, RunDirectory, default_path, refuse_used
+from estune.run.directory import RESUME_OWN, RunDirectory, default_path, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
 from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, token_ids
 from estune.run.interrupt import interruptible

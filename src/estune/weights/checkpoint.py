@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from estune.errors import EstuneError
+from estune.errors import EstuneError, first_line
 from estune.files import replacing
 from estune.weights.pickles import PICKLES, in_safetensors
 
@@ -284,7 +284,7 @@ def _download(model: str, *patterns: str) -> Path:
         others = ["consolidated*", "*/*"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=others))
     except Exception as error:  # the hub's library raises a dozen kinds; each means that the model cannot be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         names = ", ".join(EMBEDDED)
         raise EstuneError(
             f"model {model}: neither a local directory nor to be had from the hub ({reason}); check the name, the "

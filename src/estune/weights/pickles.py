@@ -16,7 +16,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from estune.errors import EstuneError
+from estune.errors import EstuneError, first_line
 from estune.files import replacing
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _tensors(file: Path) -> dict[str, Any]:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickles fail in many ways
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        why = first_line(error)
         if isinstance(error, UnpicklingError):  # PyTorch's advice is to load it without this guard
             why = "it holds other things, or is damaged"
         raise EstuneError(

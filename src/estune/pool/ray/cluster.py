@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from estune.config import Config
-from estune.errors import EstuneError
+from estune.errors import EstuneError, first_line
 from estune.files import make_temporary, remove_temporary
 
 OBJECT_STORE = 128 << 20  # bytes; it holds the prompts of a step
@@ -239,8 +239,3 @@ def _look(address: str) -> None:
         raise EstuneError(
             f"ray_address {address}: {error}; give HOST:PORT as `ray start --head` prints it, or auto"
         ) from (error)
-
-
-def first_line(error: BaseException) -> str:
-    """An error's first line that says something, or its kind."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

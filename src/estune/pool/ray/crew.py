@@ -18,11 +18,11 @@ from typing import Any, Literal, TypeVar
 import ray
 
 from estune.config import Config
-from estune.errors import EstuneError
+from estune.errors import EstuneError, first_line
 from estune.es.strategy import Update
 from estune.pool.base import Description
 from estune.pool.deadlines import Deadlines, Lost
-from estune.pool.ray.cluster import first_line, lost, needs
+from estune.pool.ray.cluster import lost, needs
 from estune.pool.ray.handle import Handle
 from estune.pool.ray.worker import StaleWeights, software
 

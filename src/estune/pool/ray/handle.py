@@ -13,8 +13,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from estune.config import Config
+from estune.errors import first_line
 from estune.pool.deadlines import Deadlines, Lost
-from estune.pool.ray.cluster import first_line, needs
+from estune.pool.ray.cluster import needs
 from estune.pool.ray.worker import Place, RayWorker
 
 

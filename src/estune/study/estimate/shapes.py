@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from estune.errors import EstuneError
+from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import DTYPES, EMBEDDED, hub_name
 from estune.weights.sizes import EXPERTS, check_sizes
 
@@ -59,7 +59,7 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
             built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
         two, three = (_cached(built, tokens) for tokens in (2, 3))
     except Exception as error:  # whatever a model's own code raises
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        why = first_line(error)
         raise EstuneError(
             f"model {model}: no causal language model can be laid out from its config.json ({why}); take one such as "
             "Qwen2ForCausalLM"
@@ -112,7 +112,7 @@ def _read_config(model: str | Path) -> Any:
         check_sizes(values)
         return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # whatever a damaged file, or one made to do harm, makes transformers raise
-        why = str(error).strip().partition("\n")[0]
+        why = first_line(error)
         if path.exists():
             raise EstuneError(f"model {model}: its config.json cannot be used ({why})") from error
         names = ", ".join(EMBEDDED)
