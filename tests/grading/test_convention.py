@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 
@@ -130,6 +131,27 @@ def test_no_call_sees_what_another_changed() -> None:
     assert [c.token_ids for c in COMPLETIONS] == [[7, 8, 0], [7, 8, 1], [7, 8, 2]]
 
 
+def test_no_call_sees_what_another_changed_of_other_kinds() -> None:
+    """A tuple, a set and an array, which are copied as they are, and what is told of the run."""
+    rows = [{"prompt": "p", "pair": ({n}, np.ones(2))} for n in range(3)]
+    state = TrainerState(global_step=3)
+
+    def takes(pair: Any, trainer_state: TrainerState, **_: Any) -> list[float]:
+        found = [float(len(members) + array.sum() + trainer_state.global_step) for members, array in pair]
+        for members, array in pair:
+            members.clear()
+            array[:] = 0
+        trainer_state.global_step = 0
+        return found
+
+    def takes_again(**columns: Any) -> list[float]:
+        return takes(**columns)
+
+    with Grading([takes, takes_again], state=state) as grading:
+        for _ in range(2):
+            assert grading.grade(rows, COMPLETIONS).scores == {"takes": [6.0] * 3, "takes_again": [6.0] * 3}
+
+
 @pytest.mark.parametrize(
     ("returned", "complaint"),
     [
@@ -176,7 +198,7 @@ def test_everything_trl_passes_is_passed() -> None:
     assert seen.keys() == {
         *("prompts", "completions", "completion_ids", "answer", "trainer_state", "log_extra", "log_metric")
     }
-    assert seen["trainer_state"] is state
+    assert seen["trainer_state"] == state
     assert seen["completion_ids"] == [c.token_ids for c in COMPLETIONS]
 
 

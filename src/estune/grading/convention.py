@@ -17,7 +17,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,8 +180,8 @@ def copied(value: Any) -> Any:
 
 
 def arguments(columns: Mapping[str, Any], state: TrainerState, log: Log) -> dict[str, Any]:
-    """All that a reward function is called with; the columns are copies, so that no call sees what another changed."""
-    return {**copied(columns), "trainer_state": state, "log_extra": log.extra, "log_metric": log.metric}
+    """All that a reward function is called with: copies, so that no call sees what another changed."""
+    return {**copied(columns), "trainer_state": replace(state), "log_extra": log.extra, "log_metric": log.metric}
 
 
 def as_scores(returned: Any, size: int) -> list[float | None]:
