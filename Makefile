@@ -30,7 +30,7 @@ PLAIN := --color=no
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint types pytest vllm install tiny-model bench bench-page docs site picture clean
+.PHONY: help train test lint types pytest vllm install tiny-model bench gpu-day bench-page docs site picture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ bench: $(VENV)/.test-installed ## take all measurements; results go to bench/res
 	for script in speed.noise study.train speed.step "speed.step --model 25M" speed.train_speed speed.decode speed.scaling \
 		memory.peak exactness.rounding; do \
 		$(BIN)/python -m bench.$$script || exit 1; done
+
+gpu-day: $(VENV)/.test-installed ## all that only a GPU can show: bits, bandwidth, tokens a second, runs, vLLM
+	$(BIN)/python -m bench.gpu.day $(ARGS)
 
 bench-page: $(VENV)/.test-installed ## write docs/performance.md and docs/study.md from the results in bench/results
 	$(BIN)/python -m bench.page

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from estune.completion import Completion
@@ -24,15 +25,24 @@ SHAPES = {
     "25M": (384, 12, 6, 2, 1024, 8192),
     "100M": (768, 12, 12, 4, 2048, 32000),
 }
+# the same of Qwen2.5's models: https://huggingface.co/collections/Qwen/qwen25
+QWEN_SHAPES = {
+    "0.5B": (896, 24, 14, 2, 4864, 151936),
+    "3B": (2048, 36, 16, 2, 11008, 151936),
+    "7B": (3584, 28, 28, 4, 18944, 152064),
+}
+UNTIED = ("7B",)  # whose output layer is a matrix of its own
 PADDING = "<|pad|>"
 
 
-def random_model(size: str, init: float = 0.2) -> Qwen2ForCausalLM:
+def random_model(
+    size: str, init: float = 0.2, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Qwen2ForCausalLM:
     """A Qwen2 with random weights, of about the size named.
 
     Weights far from a usual init, else every completion repeats one token, and no comparison could fail.
     """
-    hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[size]
+    hidden, layers, heads, kv_heads, intermediate, vocabulary = (SHAPES | QWEN_SHAPES)[size]
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocabulary,
@@ -41,20 +51,25 @@ def random_model(size: str, init: float = 0.2) -> Qwen2ForCausalLM:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         intermediate_size=intermediate,
-        max_position_embeddings=1024,
+        max_position_embeddings=4096 if size in QWEN_SHAPES else 1024,
         initializer_range=init,
-        tie_word_embeddings=True,
+        tie_word_embeddings=size not in UNTIED,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
+        dtype=dtype,
     )
-    return Qwen2ForCausalLM(config).eval().requires_grad_(False)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-def save_random_model(size: str, folder: Path, end_ids: Sequence[int] = ()) -> Path:
-    """A random model with a tokenizer, on disk. Completions end at `end_ids`; without them, none ends early."""
+def save_random_model(size: str, folder: Path, end_ids: Sequence[int] = (), **made: Any) -> Path:
+    """A random model with a tokenizer, on disk. Completions end at `end_ids`; without them, none ends early.
+
+    `made`: as `random_model` takes it.
+    """
     disable_progress_bar()
-    model = random_model(size)
+    model = random_model(size, **made)
     model.generation_config.eos_token_id = list(end_ids) or None
     model.save_pretrained(folder)
     byte_tokenizer(model.config.vocab_size).save_pretrained(folder)
@@ -82,7 +97,7 @@ def countdown_prompts(count: int, model: str = "tiny") -> list[list[int]]:
 
 def random_prompts(size: str, rows: int, shared: int = 8, shortest: int = 8, longest: int = 16) -> list[list[int]]:
     """Random token ids of mixed lengths behind a shared prefix, as a task's prompts share their opening."""
-    draw, vocabulary = random.Random(0), SHAPES[size][-1]
+    draw, vocabulary = random.Random(0), (SHAPES | QWEN_SHAPES)[size][-1]
     head = [draw.randrange(1, vocabulary) for _ in range(shared)]
     tails = [[draw.randrange(1, vocabulary) for _ in range(draw.randint(shortest, longest))] for _ in range(rows)]
     return [head + tail for tail in tails]

@@ -39,7 +39,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from estune.children import die_with_thread
 
-MODULES = ("estune.cli", "estune.pool.process", "estune.study.jobs", "tests.runs")
+MODULES = (
+    *("estune.cli", "estune.pool.process", "estune.study.jobs", "tests.runs"),
+    *("bench.gpu.weights", "bench.gpu.training", "bench.gpu.engine"),
+)
 NAME = b"warm"  # of the process, by which those who count children know it
 
 _CLONE_PARENT, _PR_SET_NAME = 0x8000, 15  # linux/sched.h, linux/prctl.h

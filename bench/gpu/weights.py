@@ -1,6 +1,6 @@
-"""How fast weights on a GPU are perturbed, restored, updated and fingerprinted; needs one.
+"""How fast weights on a GPU are perturbed, restored, updated and fingerprinted.
 
-    python -m bench.speed.gpu
+    python -m bench.gpu.weights [--sizes 0.5B 3B 7B] [--device cuda] [--repeats 15]
 
 First the kernels' noise is compared with the known answers of `tests/data/noise_vectors.json`, and a wrong bit ends the
 script. (`pytest tests/noise/test_noise_gpu.py tests/weights/test_weights_gpu.py` compares everything else.)
@@ -23,61 +23,46 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 from bench.common import medians, options, rounded, settings, write_result
+from bench.gpu import accelerator
+from bench.models import QWEN_SHAPES, SHAPES, random_model
 
+from estune.engines.memory import total_memory
 from estune.es.strategy import Member, Update
-from estune.noise import gpu, reference
+from estune.noise import cpu, reference
+from estune.weights.device import chosen_device, device_kernels
 from estune.weights.parameters import Parameter
 from estune.weights.weights import Weights
 
 VECTORS = Path(__file__).parents[2] / "tests" / "data" / "noise_vectors.json"
-# hidden, layers, width of keys and of values, intermediate, vocabulary, whether the output layer is a matrix of its own
-SHAPES = {
-    "0.5B": (896, 24, 128, 4864, 151936, False),
-    "3B": (2048, 36, 256, 11008, 151936, False),
-    "7B": (3584, 28, 512, 18944, 152064, True),
-}
 MEMBERS, SIGMA = 30, 0.001
 
 
-def check_known_answers() -> int:
+def check_known_answers(device: torch.device) -> int:
     """Compare every vector; return how many there are."""
     vectors = json.loads(VECTORS.read_text())["vectors"]
-    base, live = torch.zeros(1, device="cuda"), torch.empty(1, device="cuda")
+    base, live = torch.zeros(1, device=device), torch.empty(1, device=device)
     for v in vectors:
-        gpu.perturb(live, base, v["seed"], reference.tensor_id(v["tensor"]), v["index"], 1.0)
+        noise = v["seed"], reference.tensor_id(v["tensor"]), v["index"], 1.0
+        if device.type == "cuda":
+            device_kernels().perturb(live, base, *noise)
+        else:
+            cpu.perturb(live.numpy(), base.numpy(), *noise)
         found = f"{int(live.cpu().numpy().view(np.uint32)[0]):08x}"
         if found != v["bits"]:
             raise SystemExit(f"seed {v['seed']}, {v['tensor']}, index {v['index']}: {found}, not {v['bits']}")
     return len(vectors)
 
 
-def parameters(size: str) -> list[Parameter]:
-    """Random bfloat16 tensors with the names and shapes of a Qwen2.5 model."""
-    hidden, layers, kv, intermediate, vocabulary, untied = SHAPES[size]
-    layer = {
-        "self_attn.q_proj.weight": (hidden, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, hidden),
-        "self_attn.q_proj.bias": (hidden,),
-        "self_attn.k_proj.bias": (kv,),
-        "self_attn.v_proj.bias": (kv,),
-        "mlp.gate_proj.weight": (intermediate, hidden),
-        "mlp.up_proj.weight": (intermediate, hidden),
-        "mlp.down_proj.weight": (hidden, intermediate),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
-    shapes |= {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
-    shapes |= {"model.norm.weight": (hidden,)} | ({"lm_head.weight": (vocabulary, hidden)} if untied else {})
-    return [Parameter(n, torch.randn(s, device="cuda", dtype=torch.bfloat16).mul_(0.02)) for n, s in shapes.items()]
+def parameters(size: str, device: torch.device) -> list[Parameter]:
+    """The bfloat16 tensors of a random model."""
+    model = random_model(size, 0.02, dtype=torch.bfloat16, device=str(device))
+    return [Parameter(name, tensor.data) for name, tensor in model.named_parameters()]
 
 
 def measure(tensors: list[Parameter], policy: Any, on_host: bool, repeats: int) -> dict[str, float]:
     """Milliseconds and GB/s of each pass."""
+    device = tensors[0].tensor.device
     weights = Weights(tensors, policy=policy, base_on_host=on_host)
     elements, width = sum(p.tensor.numel() for p in tensors), 4 if policy == "master" else 2
     seeds = iter(range(2**63, 2**64))
@@ -86,7 +71,7 @@ def measure(tensors: list[Parameter], policy: Any, on_host: bool, repeats: int) 
     def finished(work: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
             work()
-            torch.cuda.synchronize()
+            torch.get_device_module(device).synchronize()
 
         return run
 
@@ -98,7 +83,8 @@ def measure(tensors: list[Parameter], policy: Any, on_host: bool, repeats: int) 
     seconds = medians(passes, repeats)
     apply = finished(lambda: weights.apply(update))
     apply()  # compiles
-    torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     seconds |= medians({"update": apply}, max(1, repeats // 5), warm_up=0)
     extra = torch.cuda.max_memory_allocated() - before
@@ -114,29 +100,29 @@ def measure(tensors: list[Parameter], policy: Any, on_host: bool, repeats: int) 
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--sizes", nargs="+", choices=[*SHAPES, *QWEN_SHAPES], default=list(QWEN_SHAPES))
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device here")
+    device = chosen_device(arguments.device)
     figures: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "triton": triton.__version__,
         "settings": settings(arguments),
-        "known answers that agree": check_known_answers(),
+        **accelerator(device),
+        "known answers that agree": check_known_answers(device),
     }
     for size in arguments.sizes:
-        tensors = parameters(size)
+        tensors = parameters(size, device)
         elements = sum(p.tensor.numel() for p in tensors)
         found: dict[str, Any] = {"tensors": len(tensors), "elements": elements}
         for label, policy, on_host in (("master", "master", False), ("copy", "copy", False), ("host", "master", True)):
             needed = torch.cuda.memory_allocated() + elements * (0 if on_host else 4)
-            if needed < 0.9 * torch.cuda.get_device_properties(0).total_memory:
-                found[label] = measure(tensors, policy, on_host, arguments.repeats)
+            if (device.type == "cuda" and needed > 0.9 * total_memory(device)) or (device.type == "cpu" and on_host):
+                continue
+            found[label] = measure(tensors, policy, on_host, arguments.repeats)
         figures[size] = found
         del tensors
         torch.cuda.empty_cache()
-    write_result("gpu", rounded(figures), arguments.results)
+    write_result("gpu-weights", rounded(figures), arguments.results)
 
 
 if __name__ == "__main__":
