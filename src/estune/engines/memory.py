@@ -23,6 +23,8 @@ from estune.errors import EstuneError
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
 _CACHE_LINE = 64
+ORDINARY_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Types of layers, as a config lists them, that keep the keys and values of every token."""
 LOGITS_BYTES = 3 * 4  # a logit in float32, and what softmax or argmax keeps beside it
 
 
@@ -89,6 +91,18 @@ def cached_elements(config: Any, parallel: int = 1) -> int:
         return sum(_layer_elements(layer, parallel) for layer in text.per_layer_config)
     layers: int = text.num_hidden_layers
     return layers * _layer_elements(text, parallel)
+
+
+def attends_everywhere(config: Any) -> bool:
+    """Whether every layer keeps keys and values for each token, by what its config says, and no state of another kind.
+
+    Args:
+        config: a causal language model's.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    return bool(heads) and kinds <= ORDINARY_LAYERS and not any("mamba" in name for name in text.to_dict())
 
 
 def _layer_elements(layer: Any, parallel: int) -> int:
