@@ -17,7 +17,7 @@ import torch
 from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer, pick_dtype
-from estune.engines.memory import attends_everywhere, cached_elements, memory_for, total_memory
+from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
 from estune.engines.vllm import internals
 from estune.errors import EstuneError
@@ -28,13 +28,9 @@ from estune.weights.storage import type_name
 
 CPU_ROWS = 256  # sequences decoded at once on a CPU; beyond, caches lose more than larger products win
 CPU_MEMORY_SHARE = 4  # of a CPU's memory beside weights and base, keys and values take at most one part in so many
-BLOCK = (
-    32  # tokens of a block of keys and values; prompts share whole blocks, and kernels for CPUs want multiples of 32
-)
+BLOCK = 32  # tokens of a block of keys and values; prompts share whole blocks, and a CPU wants multiples of 32
 GPU_ROWS = (256, 1024)  # sequences decoded at once on a GPU: as many as a step has prompts, within these
 GPU_SHARE = 0.9  # of a GPU's memory, for weights, base, keys and values
-GPU_SPARE = 4 << 30  # bytes of it, at least, for all else: context, captured graphs and the activations of a batch
-GPU_SPARE_SHARE = 4  # and at least one part in so many
 Digest = list[dict[int, float]]
 
 
@@ -213,24 +209,6 @@ class VllmEngine(PromptEncoder):
         if self.llm is not None:
             internals.stop(self.llm)
             self.llm = None
-
-
-def known_cache(needed: int, weights: int, allotted: int) -> int | None:
-    """Bytes for keys and values on a GPU where all that can be needed fits there, with room to spare for all else.
-
-    vLLM measures the room by what memory has gone from the GPU since it started, and an engine that generates there
-    meanwhile is counted in. What is known needs no measuring.
-
-    Args:
-        needed: bytes of the keys and values of as many full sequences as there can be.
-        weights: bytes of live weights on the GPU.
-        allotted: bytes of the GPU for this engine, without the base.
-
-    Returns:
-        `needed`; None where it may not fit.
-    """
-    spare = max(GPU_SPARE, allotted // GPU_SPARE_SHARE)
-    return needed if weights + needed + spare <= allotted else None
 
 
 def live_dtype(checkpoint: Checkpoint, config: Config, model: Any) -> str:
