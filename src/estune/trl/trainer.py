@@ -358,9 +358,10 @@ class ESTrainer:
             go_on=RESUME,
             **changed,
         )
-        own = (*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size", "template_date")
-        own += ("engine",) if self.config.engine == "auto" else ()  # which asks for none
-        here, there = (c.model_dump(exclude=set(own)) for c in (self.config, run.config))
+        own = {*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size", "template_date"}
+        if self.config.engine == "auto":  # which asks for none
+            own.add("engine")
+        here, there = (c.model_dump(exclude=own) for c in (self.config, run.config))
         if other := [key for key in here if here[key] != there[key]]:
             log.warning("%s keeps its settings: not used here are %s", self.directory.path, ", ".join(other))
         return run
