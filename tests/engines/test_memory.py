@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma4TextConfig
+from transformers import Gemma4TextConfig, JambaConfig, Qwen3NextConfig
 
 from estune.completion import Sampling
 from estune.engines.cache import RowCache
-from estune.engines.memory import cached_elements, memory_for
+from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from tests.models import build_config, save_model
@@ -53,6 +53,38 @@ CUDA = (
 )
 def test_what_a_token_leaves_in_the_cache(config: Any, parallel: int, elements: int) -> None:
     assert cached_elements(config, parallel) == elements
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (build_config("qwen2"), True),
+        (build_config("gpt2"), True),
+        (build_config("gemma2"), True),  # some of whose layers look at a window alone
+        (build_config("mamba"), False),
+        (build_config("rwkv"), False),
+        (JambaConfig(num_hidden_layers=4), False),  # attends in some layers, which its config lists under no type
+        (Qwen3NextConfig(num_hidden_layers=4), False),
+    ],
+    ids=["grouped", "multi-head", "windows", "mamba", "rwkv", "mamba and attention", "linear attention"],
+)
+def test_whether_every_layer_keeps_keys_and_values(config: Any, expected: bool) -> None:
+    assert attends_everywhere(config) is expected
+
+
+@pytest.mark.parametrize(
+    ("needed", "weights", "allotted", "expected"),
+    [
+        (20, 16, 48, 20),  # of 48 GiB a quarter is spared, more than 4
+        (20, 17, 48, None),
+        (3, 1, 8, 3),  # of 8 GiB 4 are
+        (4, 1, 8, None),
+        (1, 0, 4, None),
+    ],
+)
+def test_a_cache_is_known_where_all_of_it_fits(needed: int, weights: int, allotted: int, expected: int | None) -> None:
+    found = known_cache(needed << 30, weights << 30, allotted << 30)
+    assert found == (None if expected is None else expected << 30)
 
 
 def test_torch_on_the_cpu() -> None:

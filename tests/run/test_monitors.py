@@ -231,7 +231,7 @@ def test_a_line_of_a_file_is_one_line(width: int, model: Path, tmp_path: Path) -
     config = make_config(tmp_path / "run", model, steps=2, eval_samples=2, eval_temperature=1.0)
     Trainer(config, task=make_task(), monitors=[ConsoleMonitor(console)]).train()
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert lines[0].endswith("sigma 0.02")
+    assert lines[0].endswith("sigma 0.02, engine transformers")
     assert lines[1].endswith(str(tmp_path / "run"))
     evaluations = [line for line in lines if "held-out accuracy" in line and line.startswith("step")]
     assert len(evaluations) == 2

@@ -92,6 +92,7 @@ def test_every_name_of_grpo_config_is_known() -> None:
         ({"save_strategy": "no", "save_steps": 10}, {"save_steps": 0}),
         ({"bf16": True, "use_cpu": True}, {"dtype": "bfloat16", "device": "cpu"}),
         ({"model_init_kwargs": {"torch_dtype": torch.float16, "device_map": None}}, {"dtype": "float16"}),
+        ({"use_vllm": False}, {"engine": "transformers"}),
         ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, {"engine": "vllm", "gpus_per_worker": 2}),
         ({"log_completions": True}, {"log_completions": 1}),
         ({"log_completions": False}, {"log_completions": 0}),
@@ -233,12 +234,13 @@ def test_another_tokenizer_is_used(model: Path, tmp_path: Path) -> None:
         make(tmp_path / "other", str(model), processing_class=third).train(resume_from_checkpoint=True)
 
 
-def test_resuming_is_as_if_undisturbed(model: Path, tmp_path: Path) -> None:
+def test_resuming_is_as_if_undisturbed(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = make(tmp_path / "whole", str(model))
     whole.train()
     make(tmp_path / "run", str(model), settings={"max_steps": 2}).train()
     again = make(tmp_path / "run", str(model))
     assert again.train(resume_from_checkpoint=True).global_step == 4
+    assert "keeps its settings" not in caplog.text  # engine=auto is no wish for another engine
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     for key in ("reward", "eval_reward"):
         a, b = ([logs[key] for logs in t.state.log_history if key in logs] for t in (whole, again))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from estune.completion import Sampling
 from estune.config import Config
+from estune.engines.prompts import PromptEncoder
 from estune.engines.score import log_probabilities
 from estune.engines.vllm import internals
+from estune.engines.vllm.weights import open_vllm
 from estune.errors import EstuneError
 from estune.es.strategy import Member
+from estune.pool.open import with_length
 from estune.weights.checkpoint import Checkpoint
 from tests.vllm.pairs import PROMPTS, UPDATE, open_reference, open_weights, settings
 
@@ -124,6 +130,11 @@ def test_prompts_that_do_not_fit_are_refused(saved: Any, engines: Any) -> None:
     with pytest.raises(EstuneError, match="prompt 0: token 330 is none of the 330"):
         engine.generate([[330]], GREEDY)
     assert engine.generate([], GREEDY) == []
+    shorter = PromptEncoder("M", engine.tokenizer, engine.config, 64)
+    with pytest.raises(
+        EstuneError, match="60 tokens and max_new_tokens 12 go beyond the 64 .* to 73 or more, or lower"
+    ):
+        shorter.check([[1] * 60], GREEDY)
 
 
 def test_a_layer_that_packs_its_weights_is_refused(saved: Any) -> None:
@@ -144,13 +155,98 @@ def test_a_length_without_room_is_refused_by_the_name_of_its_setting(
 
 
 def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, saved: Any, engines: Any) -> None:
-    assert internals.check_version().startswith("0.3")
+    assert internals.check_version()
     monkeypatch.setattr(internals, "_version", lambda package: "0.40.1" if package == "vllm" else None)
-    with pytest.raises(EstuneError, match=r"vLLM 0.40.1 is installed, estune knows 0.32 up to, not including, 0.34"):
+    with pytest.raises(EstuneError, match=r"vLLM 0.40.1 is installed, estune knows 0.25 up to, not including, 0.34"):
         internals.check_version()
     monkeypatch.setattr(internals, "_version", lambda package: None)
     with pytest.raises(EstuneError, match=r"vLLM is not installed; pip install 'estune\[vllm\]'"):
         internals.check_version()
+
+
+def test_every_call_is_on_the_stream_on_which_the_engine_was_started(
+    saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's streams of a CPU do nothing, but know which is the current one."""
+    path = saved("qwen2")
+    checkpoint = Checkpoint(path)
+    config = Config(model=str(path), engine="vllm", dtype="float32", device="cpu", batch_size=8)
+    stream = torch.cpu.Stream()
+    with torch.cpu.stream(stream):
+        engine, weights = open_vllm(checkpoint, with_length(config, 40))
+    calls: dict[str, bool] = {}
+
+    def watched(name: str) -> Callable[..., Any]:
+        inner = getattr(internals, name)
+
+        def call(llm: Any, *args: Any) -> Any:
+            calls[args[0] if name == "call" else name] = torch.cpu.current_stream() is stream
+            return inner(llm, *args)
+
+        return call
+
+    for name in ("generate", "score", "call", "reset_prefix_cache", "log_probabilities"):
+        monkeypatch.setattr(internals, name, watched(name))
+
+    def use() -> None:
+        weights.perturb(Member(1), 0.02)
+        engine.generate(PROMPTS, GREEDY)
+        weights.restore()
+        weights.apply(UPDATE)
+        weights.fingerprint()
+        engine.score([[1, 2]], [[3]])
+        engine.digest()
+        weights.load(checkpoint)
+        next(next(iter(weights.runs().values()))())
+
+    try:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(use).result()
+        assert torch.cpu.current_stream() is not stream
+        assert engine.llm.llm_engine.vllm_config.model_config.max_model_len == 256
+    finally:
+        engine.close()
+    assert set(calls) >= {"perturb", "restore", "apply", "share_sum", "load", "rows", "generate", "score"}
+    assert all(calls.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams of a CPU do nothing")
+def test_on_a_gpu_another_thread_generates_what_the_one_that_started_it_does(saved: Any) -> None:
+    """It perturbs and generates at once, on the stream that vLLM's runner waits for."""
+    path = saved("qwen2")
+    config = Config(model=str(path), engine="vllm", dtype="float32", device="cuda", batch_size=32)
+    engine, weights = open_vllm(Checkpoint(path), with_length(config, 40))
+
+    def use() -> list[Any]:
+        found = []
+        for seed in range(20):
+            weights.perturb(Member(seed), 0.05)
+            found.append(engine.generate(PROMPTS, GREEDY))
+            weights.restore()
+        return found
+
+    try:
+        expected = use()
+        with ThreadPoolExecutor(4) as others:
+            for _ in range(4):
+                assert others.submit(use).result() == expected
+        (same,) = engine.llm.collective_rpc(
+            lambda worker: getattr(worker.model_runner, "main_stream", engine._stream) == engine._stream
+        )
+        assert same
+    finally:
+        engine.close()
+
+
+def test_an_engine_in_another_process_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    monkeypatch.setenv(name, "1")
+    internals.prepare()
+    internals.prepare()
+    assert os.environ[name] == "0"
+    assert caplog.messages == [f"{name}=1: vLLM's engine has to be in this process, so it is taken for 0"]
 
 
 def test_settings_reach_vllm(saved: Any, engines: Any) -> None:

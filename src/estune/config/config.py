@@ -58,12 +58,20 @@ class Config(Logging, Evaluation, Grading, Weights, Workers, Generation, Search,
             raise ValueError(f"weights={self.weights} holds one set of weights, in this process: leave out workers")
         if POLICIES[self.weights].drifts and (self.replicas or 1) > 1:
             raise ValueError(f"weights={self.weights} holds one set of weights: replicas must be 1")
+        about_vllm = self.vllm_gpu_memory_utilization or self.vllm_max_model_length
+        if self.engine == "auto" and (about_vllm or self.gpus_per_worker > 1):
+            self.engine = "vllm"  # whose settings these are
         if (self.workers or self.engine == "vllm") and (self.replicas or 1) > 1:
             raise ValueError("replicas are processes of this machine's transformers engine: give workers instead")
         if self.gpus_per_worker > 1 and self.engine != "vllm":
-            raise ValueError("gpus_per_worker splits a model over GPUs, which engine=vllm does: set it")
-        if self.engine != "vllm" and (self.vllm_gpu_memory_utilization or self.vllm_max_model_length):
-            raise ValueError("vllm_gpu_memory_utilization and vllm_max_model_length are about engine=vllm: set it")
+            raise ValueError(
+                "gpus_per_worker splits a model over GPUs, which engine=vllm does: set it, or leave out engine"
+            )
+        if self.engine != "vllm" and about_vllm:
+            raise ValueError(
+                "vllm_gpu_memory_utilization and vllm_max_model_length are about engine=vllm: set it, or leave out "
+                "engine"
+            )
         return self
 
     @model_validator(mode="after")

@@ -65,6 +65,7 @@ _NOT_FOR_TEMPLATES = frozenset(
     ("messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message")
 ) | {"return_assistant_tokens_mask", "tokenize"}
 
+EngineName = Literal["transformers", "vllm"]
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_names)]
 
 
@@ -86,7 +87,11 @@ class Run(Section):
     model: str = Field(
         "tiny", description="the embedded model (tiny), a checkpoint directory or a hub id, NAME or NAME@REVISION"
     )
-    engine: Literal["transformers", "vllm"] = Field("transformers", description="what generates")
+    engine: Literal["auto", EngineName] = Field(
+        "auto",
+        description="what generates; auto is vLLM on CUDA, where it is installed and can train the model, else "
+        "transformers",
+    )
     trust_remote_code: bool = Field(
         False,
         description="run the code that the model brings with it; read it first: it runs as you, with all you may do",
@@ -189,7 +194,9 @@ class Workers(Section):
         None, gt=0, le=1, description="part of a GPU's memory for vLLM; what the base leaves, if not given"
     )
     vllm_max_model_length: int | None = Field(
-        None, ge=2, description="most tokens of a prompt and its completion with vLLM; the model's own if not given"
+        None,
+        ge=2,
+        description="most tokens of a prompt and its completion with vLLM; as the run's prompts need them if not given",
     )
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ import torch
 
 from estune.completion import Sampling
 from estune.engines.cache import RowCache
+from estune.engines.memory import ORDINARY_LAYERS
 from estune.engines.sampling import choose
 from estune.engines.tree import common_prefix
 
@@ -28,7 +29,6 @@ CHECK_EVERY_ELSEWHERE = 8
 
 _ARGUMENTS = {"position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 _WINDOWS = ("sliding_window", "attention_chunk_size")
-_ORDINARY_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def unsupported(model: Any) -> str | None:
@@ -38,7 +38,7 @@ def unsupported(model: Any) -> str | None:
     value cache, masks and position ids taken as arguments, and logits of the last position alone.
     """
     config = model.config
-    unusual = set(getattr(config, "layer_types", None) or ()) - _ORDINARY_LAYERS
+    unusual = set(getattr(config, "layer_types", None) or ()) - ORDINARY_LAYERS
     lacking = _ARGUMENTS - set(inspect.signature(model.forward).parameters)
     reasons = {
         "its state is recurrent": model._is_stateful,

@@ -23,7 +23,12 @@ from estune.errors import EstuneError
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
 _CACHE_LINE = 64
+ORDINARY_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Types of layers, as a config lists them, that keep the keys and values of every token."""
 LOGITS_BYTES = 3 * 4  # a logit in float32, and what softmax or argmax keeps beside it
+GPU_SPARE = 4 << 30
+"""Bytes of a GPU, at least, for what vLLM takes beside weights, keys and values: context, graphs and activations."""
+GPU_SPARE_SHARE = 4  # and at least one part in so many
 
 
 @functools.cache
@@ -91,6 +96,18 @@ def cached_elements(config: Any, parallel: int = 1) -> int:
     return layers * _layer_elements(text, parallel)
 
 
+def attends_everywhere(config: Any) -> bool:
+    """Whether every layer keeps keys and values for each token, by what its config says, and no state of another kind.
+
+    Args:
+        config: a causal language model's.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    return bool(heads) and kinds <= ORDINARY_LAYERS and not any("mamba" in name for name in text.to_dict())
+
+
 def _layer_elements(layer: Any, parallel: int) -> int:
     """Elements that a token leaves in a layer of this config."""
     attention = getattr(layer, "num_attention_heads", None)
@@ -100,6 +117,24 @@ def _layer_elements(layer: Any, parallel: int) -> int:
     heads: int = getattr(layer, "num_key_value_heads", None) or attention
     width: int = getattr(layer, "head_dim", None) or layer.hidden_size // attention
     return 2 * max(heads // parallel, 1) * width
+
+
+def known_cache(needed: int, weights: int, allotted: int) -> int | None:
+    """Bytes for keys and values on a GPU where all that can be needed fits there, with room to spare for all else.
+
+    vLLM measures the room by what memory has gone from the GPU since it started, and an engine that generates there
+    meanwhile is counted in. What is known needs no measuring.
+
+    Args:
+        needed: bytes of the keys and values of as many full sequences as there can be.
+        weights: bytes of live weights on the GPU.
+        allotted: bytes of the GPU for this engine, without the base.
+
+    Returns:
+        `needed`; None where it may not fit.
+    """
+    spare = max(GPU_SPARE, allotted // GPU_SPARE_SHARE)
+    return needed if weights + needed + spare <= allotted else None
 
 
 def fitting_rows(memory: int, *, cache: int, vocabulary: int, most: int) -> int:

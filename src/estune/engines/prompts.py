@@ -35,6 +35,7 @@ class PromptEncoder:
         self.rendering = rendering
         reach = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.positions: int | None = min((n for n in (reach, most) if n and n > 0), default=None)
+        self._set_up_for_fewer = self.positions is not None and self.positions != reach
 
     @property
     def has_template(self) -> bool:
@@ -119,9 +120,15 @@ class PromptEncoder:
                     "tokenizer that the model was trained with"
                 )
             if self.positions is not None and len(ids) + sampling.max_new_tokens > self.positions:
+                wants = f"prompt {i}: {len(ids)} tokens and max_new_tokens {sampling.max_new_tokens} go beyond"
+                if self._set_up_for_fewer:
+                    raise EstuneError(
+                        f"{wants} the {self.positions} tokens that vLLM was started for; set vllm_max_model_length to "
+                        f"{len(ids) + sampling.max_new_tokens + 1} or more, or lower max_new_tokens"
+                    )
                 raise EstuneError(
-                    f"prompt {i}: {len(ids)} tokens and max_new_tokens {sampling.max_new_tokens} go beyond the "
-                    f"{self.positions} positions of {self.name!r}; shorten the prompt or lower max_new_tokens"
+                    f"{wants} the {self.positions} positions of {self.name!r}; shorten the prompt or lower "
+                    "max_new_tokens"
                 )
 
 

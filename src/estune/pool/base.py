@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from estune.completion import Completion, Sampling
+from estune.config.sections import EngineName
 from estune.es.strategy import Member, Update
 from estune.journal.journal import StepRecord
 from estune.weights.policies import Rule
@@ -27,6 +28,7 @@ class Evaluated:
 class Description:
     """What a replica trains. Two replicas of one run have equal descriptions."""
 
+    engine: EngineName  # what generates
     base_hash: str  # content hash of the base checkpoint
     files: dict[str, str]  # and hashes of the files beside its tensors, by name
     rule: Rule  # how the base weights are kept and changed

@@ -10,6 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from estune.completion import Completion, Engine, Sampling
 from estune.config import Config
 from estune.engines.transformers import TransformersEngine
+from estune.pool.turns import gpus_of, in_turn
 from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.device import chosen_device
 
@@ -44,7 +45,8 @@ def open_generator(config: Config) -> Generator:
     if config.engine == "vllm":
         from estune.engines.vllm.engine import VllmEngine
 
-        return Generator(VllmEngine(checkpoint, config))
+        with in_turn(gpus_of(config)):
+            return Generator(VllmEngine(checkpoint, config))
     return Generator(open_transformers(checkpoint, config, chosen_device(config.device)))
 
 

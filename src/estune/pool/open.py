@@ -1,19 +1,32 @@
-"""From settings to what a run needs: pool, prompt encoder, strategy, sampling."""
+"""From settings to who evaluates: on which device, by which engine, how many."""
 
 from __future__ import annotations
 
+import gc
+import logging
+import math
 import os
+from collections.abc import Callable
 from datetime import date
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from estune.config import Config
-from estune.pool.base import Pool
+from estune.errors import EstuneError
+from estune.pool.base import Generating, Pool
+from estune.pool.generators import Generators, open_generators
 from estune.pool.local import open_local_pool
 from estune.pool.waiting import told_while
 from estune.weights.checkpoint import Checkpoint, locate, pinned
 from estune.weights.device import chosen_device, training_device
 from estune.weights.policies import POLICIES
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+LENGTH_STEP = 256  # tokens to which `vllm_max_model_length` is rounded up: what vLLM compiles, it keeps by the length
+_INSTEAD = "engine=auto takes transformers: %s"
 # Models above this size share their matrices' rows over all cores; smaller ones do better with one member per core.
 LARGEST_REPLICATED = 256 << 20
 
@@ -45,6 +58,7 @@ def with_resources_to_generate(config: Config) -> Config:
 
 
 def _with_device(config: Config, device: str) -> Config:
+    config = with_engine(config, device)
     if device.startswith("cpu"):
         size = sum(t.size for t in Checkpoint(locate(config.model)).tensors.values())
         replicas, threads = share_cores(config, size)
@@ -67,19 +81,89 @@ def share_cores(config: Config, size: int) -> tuple[int, int]:
     return config.replicas or max(1, min(cores // threads, config.population)), threads
 
 
-def open_pool(config: Config) -> Pool:
+def with_engine(config: Config, device: str) -> Config:
+    """The settings with `engine=auto` made "transformers" where vLLM is not to be tried.
+
+    It is where weights are on CUDA, one replica is enough, and a version of vLLM that we know is installed, if that can
+    be seen from here. Whether it can take the model is known when it has: `open_pool` tries.
+
+    Args:
+        config: the settings.
+        device: where the model runs, as `torch.device` takes it.
+    """
+    if config.engine != "auto":
+        return config
+    tried = device.startswith("cuda") and (config.replicas or 1) == 1
+    if tried and not config.ray_address:
+        from estune.engines.vllm.internals import check_version
+
+        try:
+            check_version()
+        except EstuneError as error:
+            log.warning(_INSTEAD, str(error))
+            tried = False
+    return config if tried else config.model_copy(update={"engine": "transformers"})
+
+
+def with_length(config: Config, longest: int | None) -> Config:
+    """The settings with a `vllm_max_model_length`, where none is given, for prompts of at most so many tokens.
+
+    A model can reach a hundred times as far as a run goes, and what vLLM sets up follows from how far it may go.
+    """
+    if config.engine == "transformers" or config.vllm_max_model_length is not None or longest is None:
+        return config
+    needed = longest + config.max_new_tokens + 1  # to score a text vLLM needs room for a token more
+    return config.model_copy(update={"vllm_max_model_length": math.ceil(needed / LENGTH_STEP) * LENGTH_STEP})
+
+
+def open_pool(config: Config, longest: int | None = None) -> Pool:
     """Workers on a Ray cluster if the settings have any, else this machine's replicas.
+
+    Which engine `auto` has come to, `Pool.describe` says.
+
+    Args:
+        config: the settings.
+        longest: tokens of the longest prompt that is to come; any that the model can take if None.
 
     Raises:
         EstuneError: for a model that cannot be had or trained, or a cluster that cannot be reached.
     """
-    where = f" on {config.workers} Ray workers" if config.workers else ""
-    with told_while(f"loading {config.model} with {config.engine}{where}"):
+
+    def open_as(config: Config) -> Pool:
         if config.workers:
             from estune.pool.ray.pool import open_ray_pool
 
             return open_ray_pool(config)
         return open_local_pool(config)
+
+    return _open(config, longest, open_as)
+
+
+def open_to_generate(config: Config, longest: int | None = None) -> Generators[Generating]:
+    """As many generators as `config.replicas` says: the one of this process, and those in processes of their own.
+
+    Args:
+        config, longest: as for `open_pool`.
+
+    Raises:
+        EstuneError: for a model or a device that cannot be had.
+    """
+    return _open(config, longest, open_generators)
+
+
+def _open(config: Config, longest: int | None, open_as: Callable[[Config], T]) -> T:
+    """Load the model with the engine that the settings name; with auto, by vLLM or, where that fails, transformers."""
+    if config.engine == "auto":
+        try:
+            return _open(config.model_copy(update={"engine": "vllm"}), longest, open_as)
+        except EstuneError as error:
+            log.warning(_INSTEAD, str(error))
+        gc.collect()  # what vLLM has loaded hung on the error
+        torch.cuda.empty_cache()
+        config = config.model_copy(update={"engine": "transformers"})
+    where = f" on {config.workers} Ray workers" if config.workers else ""
+    with told_while(f"loading {config.model} with {config.engine}{where}"):
+        return open_as(with_length(config, longest))
 
 
 def available_cores() -> int:

@@ -19,6 +19,7 @@ from estune.es.strategy import Member, Update
 from estune.journal.identity import model_files
 from estune.pool.base import Description, Evaluated
 from estune.pool.generator import Generator, open_transformers, set_up_process, sharers
+from estune.pool.turns import gpus_of, in_turn
 from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.device import training_device
@@ -47,11 +48,13 @@ class Replica(Generator):
         set_up_process(config)
         self.checkpoint = Checkpoint(locate(config.model))
         self._device = training_device(config.device)
+        self._vllm = config.engine == "vllm"
         self.weights: TrainedWeights
-        if config.engine == "vllm":
+        if self._vllm:
             from estune.engines.vllm.weights import open_vllm
 
-            vllm, self.weights = open_vllm(self.checkpoint, config)
+            with in_turn(gpus_of(config)):
+                vllm, self.weights = open_vllm(self.checkpoint, config)
             super().__init__(vllm)
         else:
             engine = open_transformers(self.checkpoint, config, self._device)
@@ -104,6 +107,7 @@ class Replica(Generator):
     def describe(self) -> Description:
         """What it trains; reads the base checkpoint, to hash it."""
         return Description(
+            engine="vllm" if self._vllm else "transformers",
             base_hash=self.checkpoint.content_hash(),
             files=model_files(self.checkpoint.path),
             rule=self.weights.rule,

@@ -42,10 +42,7 @@ def describe(config: Config) -> str:
     check_trackers(config)
     checkpoint = Checkpoint(locate(config.model))
     elements = sum(t.elements for t in checkpoint.tensors.values())
-    if config.engine == "vllm" and not config.ray_address:
-        from estune.engines.vllm.internals import check_version
-
-        check_version()
+    engine = _check_engine(config)
     task = config.task.build(config.seed)
     _check_weights(config, checkpoint)
     example = _try_prompts(config, task)
@@ -57,6 +54,7 @@ def describe(config: Config) -> str:
     return (
         f"{text}\n"
         f"model {config.model}: {elements:,} parameters in {checkpoint.path}\n"
+        f"engine {engine}\n"
         f"task {task.name}: {len(task.train):,} training and {len(task.evaluation):,} held-out rows\n"
         f"{config.steps} steps x {config.population} members x {prompts} prompts = {completions:,} completions of at "
         f"most {config.max_new_tokens} tokens\n"
@@ -94,11 +92,25 @@ def describe_rest(
     )
 
 
-def _check_weights(config: Config, checkpoint: Checkpoint) -> None:
-    """Refuse a device that is not there or has no kernels, and a pattern that no tensor's name fits."""
+def _check_engine(config: Config) -> str:
+    """Refuse a device that is not there or has no kernels, and vLLM where it is not installed.
+
+    Returns:
+        What generates, as far as it can be known before the model is loaded.
+    """
+    from estune.engines.vllm.internals import check_version
+    from estune.pool.open import with_engine
     from estune.weights.device import training_device
 
-    training_device(config.device)
+    device = training_device(config.device)
+    if config.engine == "vllm" and not config.ray_address:
+        check_version()
+    found = with_engine(config, str(device)).engine
+    return "vllm or, where that cannot train the model, transformers" if found == "auto" else found
+
+
+def _check_weights(config: Config, checkpoint: Checkpoint) -> None:
+    """Refuse a pattern that no tensor's name fits."""
     if not any(fnmatchcase(name, config.train_parameters) for name in checkpoint.tensors):
         raise EstuneError(
             f"train_parameters: no tensor's name fits {config.train_parameters!r}; names look like "

@@ -53,8 +53,7 @@ def evaluate_model(
             code of others, or a task has no held-out set.
     """
     from estune.engines.loading import open_encoder
-    from estune.pool.generators import open_generators
-    from estune.pool.open import with_resources_to_generate
+    from estune.pool.open import open_to_generate, with_resources_to_generate
     from estune.run.graded import write_completions
     from estune.run.held_out import HeldOut
 
@@ -89,7 +88,7 @@ def evaluate_model(
                 raise EstuneError(f"task {each.name} has no evaluation set: give it one, or another task")
             held_out.append(HeldOut(each, config, encoder))
             opened.callback(held_out[-1].close)
-        pool = open_generators(config)
+        pool = open_to_generate(config, max(each.longest for each in held_out))
         opened.callback(pool.close)
         for which in held_out:
             found, graded = which.evaluate(pool)

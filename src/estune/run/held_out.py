@@ -47,6 +47,11 @@ class HeldOut:
         self._sampling = evaluation_sampling(config)
         self.prompt_ids = encode_rows(encoder, task, dict(enumerate(task.evaluation)), "evaluation row", self._sampling)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt; 0 where there is none."""
+        return max(map(len, self.prompt_ids), default=0)
+
     def evaluate(self, generator: Generating, *, compare: Compare | None = None) -> tuple[dict[str, float], Graded]:
         """Metrics with `eval_` before them, and what they are made of: each prompt's completions, one after another.
 

@@ -98,6 +98,7 @@ class Trainer:
             remarks.log_before(config, task, self.order)
             self._open_all(opened, past)
             self.trained = self.pool.describe()
+            self.config = config = config.model_copy(update={"engine": self.trained.engine})
             if past is None:
                 self.base = Checkpoint(locate(config.model))
                 self.run, self.journal = self._begin(path, parent, code_of(task.reward_funcs, options), best_by)
@@ -194,8 +195,8 @@ class Trainer:
         config = self.config
         task = self.task
         self.encoder = open_encoder(config)
-        used = self.order.used(self._began_at, config.steps)
-        encode_rows(self.encoder, task, {i: task.train[i] for i in used}, "training row", make_sampling(config))
+        used = {i: task.train[i] for i in self.order.used(0, config.steps)}
+        ids = encode_rows(self.encoder, task, used, "training row", make_sampling(config))
         self.grading = make_grading(config, task, self.state)
         first = token_ids(self.encoder, task, (task.train[i] for i in self.order.rows(0)))
         opened.callback(self.grading.close)
@@ -215,7 +216,8 @@ class Trainer:
                 raise EstuneError(f"watch: task {empty} has no evaluation set; give it one, or leave out watch")
             self.watched[other.name] = HeldOut(other, config, self.encoder)
             opened.callback(self.watched[other.name].close)
-        self.pool = open_pool(config)
+        held_out = (self.held_out, *self.watched.values())
+        self.pool = open_pool(config, max([*map(len, ids), *(each.longest for each in held_out)]))
         opened.callback(self.pool.close)
 
     def _header(self, path: Path, fingerprint: str, code: dict[str, str], best_by: Sequence[str]) -> Header:

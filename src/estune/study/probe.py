@@ -17,6 +17,7 @@ from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import Member, mean_and_std, member_seed
+from estune.grading.convention import Row
 from estune.grading.grading import Grading
 from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
@@ -156,29 +157,43 @@ def probe(
     opened = None
     if pool is None:
         config = with_resources(config)
-        opened = pool = open_pool(config)
+    rows, ids = _first_prompts(config, task, min(prompts, config.prompts_per_step))
+    if pool is None:
+        opened = pool = open_pool(config, max(map(len, ids)))
     try:
         with make_grading(config, task) as grading:
-            probing = _Probing(config, task, pool, grading, min(prompts, config.prompts_per_step))
-            return probing.run(tried, members, repeats)
+            return _Probing(config, task, pool, grading, rows, ids).run(tried, members, repeats)
     finally:
         if opened is not None:
             opened.close()
 
 
+def _first_prompts(config: Config, task: Task, prompts: int) -> tuple[list[Row], list[list[int]]]:
+    """Rows of a run's first step, and token ids of their prompts.
+
+    Raises:
+        EstuneError: for a prompt that cannot be completed.
+    """
+    chosen = StagedOrder(len(task.train), task.stages, prompts, config.seed).rows(0)
+    rows = [task.train[i] for i in chosen]
+    encoder = open_encoder(config)
+    ids = token_ids(encoder, task, rows)
+    encoder.check(ids, make_sampling(config))
+    return rows, ids
+
+
 class _Probing:
     """Prompts of the run's first step, who answers them, and who grades the answers."""
 
-    def __init__(self, config: Config, task: Task, pool: Pool, grading: Grading, prompts: int) -> None:
+    def __init__(
+        self, config: Config, task: Task, pool: Pool, grading: Grading, rows: list[Row], ids: list[list[int]]
+    ) -> None:
         self.config = config
         self.task = task
         self.pool = pool
         self.grading = grading
-        chosen = StagedOrder(len(task.train), task.stages, prompts, config.seed).rows(0)
-        self.rows = [task.train[i] for i in chosen]
-        encoder = open_encoder(config)
-        self.ids = token_ids(encoder, task, self.rows)
-        encoder.check(self.ids, make_sampling(config))
+        self.rows = rows
+        self.ids = ids
         self.sampling = make_sampling(config, member_seed(config.seed, STEP, 1 << 23))
 
     def run(self, sigmas: Sequence[float], count: int, repeats: int) -> Probe:

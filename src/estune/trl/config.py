@@ -183,6 +183,8 @@ class ESConfig:
         for name, (key, chosen) in _SWITCHES.items():
             if self._given.get(name):
                 values[key] = chosen
+        if self._given.get("use_vllm") is False:
+            values.setdefault("engine", "transformers")
         if dtype := _loading(self.model_init_kwargs or {}).get("dtype"):
             values.setdefault("dtype", str(dtype).removeprefix("torch."))
         if (self.model_init_kwargs or {}).get("trust_remote_code"):

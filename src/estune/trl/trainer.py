@@ -21,8 +21,7 @@ from estune.files import make_temporary, remove, remove_temporary, replacing, wr
 from estune.grading.convention import reward_name
 from estune.grading.isolation import refuse_grader
 from estune.journal.journal import FILE, Journal
-from estune.pool.generators import open_generators
-from estune.pool.open import with_resources_to_generate
+from estune.pool.open import open_to_generate, with_resources_to_generate
 from estune.run.directory import BASE, RunDirectory, default_path, refuse_used
 from estune.run.held_out import HeldOut
 from estune.run.monitors import default_monitors
@@ -233,7 +232,7 @@ class ESTrainer:
         with ExitStack() as opened:
             held_out = HeldOut(task, config, open_encoder(config))
             opened.callback(held_out.close)
-            pool = open_generators(config)
+            pool = open_to_generate(config, held_out.longest)
             opened.callback(pool.close)
             found, _ = held_out.evaluate(pool)
         metrics = {f"{metric_key_prefix}_{key.removeprefix('eval_')}": value for key, value in found.items()}
@@ -359,8 +358,10 @@ class ESTrainer:
             go_on=RESUME,
             **changed,
         )
-        own = (*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size", "template_date")
-        here, there = (c.model_dump(exclude=set(own)) for c in (self.config, run.config))
+        own = {*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size", "template_date"}
+        if self.config.engine == "auto":  # which asks for none
+            own.add("engine")
+        here, there = (c.model_dump(exclude=own) for c in (self.config, run.config))
         if other := [key for key in here if here[key] != there[key]]:
             log.warning("%s keeps its settings: not used here are %s", self.directory.path, ", ".join(other))
         return run

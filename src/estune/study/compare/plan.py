@@ -76,7 +76,7 @@ class Plan(BaseModel):
                 raise EstuneError(f"{name} {', '.join(map(str, values))}: one is given twice")
         if self.trial_seed in self.seeds and self.learns_rate:
             raise EstuneError(f"seed {self.trial_seed} chooses the learning rates: compare on others, or change it")
-        if config.engine != "transformers" or config.workers:
+        if config.engine == "vllm" or config.workers:
             raise EstuneError("compare runs each method in one process: leave out engine and workers")
         if config.start_from is not None:
             raise EstuneError("compare begins with a model: export the run of start_from, and give that as the model")

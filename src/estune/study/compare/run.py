@@ -54,7 +54,8 @@ def compare(
     from estune.tasks.preflight import preflight
 
     began = _date_of(folder) if config.template_date is None else config.template_date
-    config = with_resources(config.model_copy(update={"replicas": 1, "template_date": began}))
+    ours = {"engine": "transformers", "replicas": 1, "template_date": began}
+    config = with_resources(config.model_copy(update=ours))
     config = _with_one_training_set(config)
     task = config.task.build(config.seed)
     _check_task(task)

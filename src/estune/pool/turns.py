@@ -1,0 +1,65 @@
+"""Engines that start on one GPU do so in turn.
+
+vLLM counts what memory has gone from a GPU between two looks, and takes what others load meanwhile for its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from estune.config import Config
+from estune.pool.waiting import FIRST_WORD, told_while
+
+
+@contextmanager
+def in_turn(gpus: Sequence[str], first: float = FIRST_WORD) -> Iterator[None]:
+    """Hold GPUs while an engine starts on them, with a word now and then as long as another process holds one.
+
+    A process that ends, however it does, holds nothing any more.
+
+    Args:
+        gpus: a name of each that it has for all processes of this machine; none for an engine on a CPU.
+        first: seconds until the first word.
+    """
+    with ExitStack() as held:
+        for gpu in sorted(set(gpus)):  # in one order for all, so that no two wait for each other
+            held.enter_context(_alone(gpu, first))
+        yield
+
+
+def gpus_of(config: Config) -> list[str]:
+    """The identifiers (UUID) of the GPUs that an engine of vLLM takes: the first that this process sees."""
+    import torch
+
+    from estune.weights.device import chosen_device
+
+    if chosen_device(config.device).type != "cuda":
+        return []
+    count = min(config.gpus_per_worker, torch.cuda.device_count())
+    return [str(torch.cuda.get_device_properties(number).uuid) for number in range(count)]
+
+
+@contextmanager
+def _alone(gpu: str, first: float) -> Iterator[None]:
+    file = _open(Path(tempfile.gettempdir()) / f"estune-gpu-{gpu}.lock")
+    try:
+        with told_while(f"waiting for another engine to have started on GPU {gpu}", first):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)  # for processes too that were forked meanwhile, and have the file open
+        os.close(file)
+
+
+def _open(path: Path) -> int:
+    """A file that users of all names can lock: for that it need only be read."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, flags)  # where it is another user's, asking to create it would be refused
+    except FileNotFoundError:
+        return os.open(path, flags | os.O_CREAT, 0o644)

@@ -1,0 +1,81 @@
+"""Engines that start in turn."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from estune.config import Config
+from estune.pool.turns import gpus_of, in_turn
+
+HOLDER = """
+import sys
+from estune.pool.turns import in_turn
+with in_turn(sys.argv[1:]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+
+
+def test_one_waits_aloud_for_another_process_until_that_is_killed(caplog: pytest.LogCaptureFixture) -> None:
+    told = threading.Event()
+    entered = threading.Event()
+
+    def take(record: logging.LogRecord) -> bool:
+        told.set()
+        return True
+
+    def start() -> None:
+        with in_turn(["GPU-b", "GPU-c"], first=0.01):
+            entered.set()
+
+    caplog.handler.addFilter(take)
+    command = [sys.executable, "-c", HOLDER, "GPU-a", "GPU-b"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with in_turn(["GPU-c"]):
+            pass  # the other process does not hold it
+        waiting = threading.Thread(target=start)
+        waiting.start()
+        assert told.wait(60)
+        assert not entered.is_set()
+        assert "still waiting for another engine to have started on GPU GPU-b" in caplog.text
+        holder.kill()
+        waiting.join(60)
+    assert entered.is_set()
+
+
+def test_threads_of_one_process_take_turns_too_and_an_error_ends_one() -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def start(number: int) -> None:
+        with in_turn(["GPU-a", "GPU-b"] if number % 2 else ["GPU-b", "GPU-a"]):
+            inside.append(number)
+            most.append(len(inside))
+            inside.remove(number)
+
+    with pytest.raises(ZeroDivisionError), in_turn(["GPU-a"]):
+        _ = 1 // 0
+    threads = [threading.Thread(target=start, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1] * 8
+
+
+def test_engines_on_a_cpu_wait_for_nobody() -> None:
+    assert gpus_of(Config(device="cpu", engine="vllm", gpus_per_worker=2)) == []
