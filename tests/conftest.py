@@ -25,7 +25,7 @@ import torch
 
 from tests.models import save_model
 from tests.rays import shared_cluster, undisturbed_run  # noqa: F401
-from tests.warm import POSSIBLE, WarmPopen, start
+from tests.warm import POSSIBLE, execute_cold, start
 
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 start()
@@ -59,7 +59,7 @@ def _same_random_numbers() -> None:
 def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children start as everybody's do."""
     if POSSIBLE:
-        monkeypatch.setattr(subprocess, "Popen", WarmPopen.__base__)
+        monkeypatch.setattr(subprocess.Popen, "_execute_child", execute_cold)
 
 
 @pytest.fixture
