@@ -60,7 +60,7 @@ def start(*more: str) -> None:
     for module in Warm.modules:
         importlib.import_module(module)
     _run_once()
-    Warm.without_ray = "ray" not in sys.modules
+    Warm.without_ray = not more and "ray" not in sys.modules  # vLLM's workers start as everybody's do
     subprocess.Popen._execute_child = execute  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
     Warm.start()
