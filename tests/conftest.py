@@ -34,6 +34,7 @@ torch.set_num_threads(1)  # two threads on busy cores are many times slower than
 
 SLOWEST = (
     "tests/pool/test_ray_faults.py",
+    "tests/trl/test_trainer.py",
     "tests/cli/test_more.py",
     "tests/journal/test_faults.py",
     "tests/engines/test_graph.py",
