@@ -25,7 +25,7 @@ import torch
 
 from tests.models import save_model
 from tests.rays import shared_cluster, undisturbed_run  # noqa: F401
-from tests.warm import POSSIBLE, WarmPopen, start
+from tests.warm import POSSIBLE, execute_cold, start
 
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 start()
@@ -34,6 +34,7 @@ torch.set_num_threads(1)  # two threads on busy cores are many times slower than
 
 SLOWEST = (
     "tests/pool/test_ray_faults.py",
+    "tests/trl/test_trainer.py",
     "tests/cli/test_more.py",
     "tests/journal/test_faults.py",
     "tests/engines/test_graph.py",
@@ -59,7 +60,7 @@ def _same_random_numbers() -> None:
 def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children start as everybody's do."""
     if POSSIBLE:
-        monkeypatch.setattr(subprocess, "Popen", WarmPopen.__base__)
+        monkeypatch.setattr(subprocess.Popen, "_execute_child", execute_cold)
 
 
 @pytest.fixture

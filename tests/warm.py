@@ -2,10 +2,10 @@
 
 `subprocess` starts `python -m MODULE ...`, also with `-P`, for one of `Warm.modules`, through a warm process: a fork of
 this one from before any test, idle and without threads, which forks what it is asked for. So does `multiprocessing`
-what it spawns. With Linux's CLONE_PARENT that is a child of the process that asked, as any that it starts: with the
-descriptors, the environment, the folder and the session that it was given, the signals and the exit code of an
-interpreter, to be waited for, stopped and killed. Only its modules are there already. Each child has a warm process of
-its own, for children of its own.
+what it spawns, and so does Ray's raylet its workers. With Linux's CLONE_PARENT that is a child of the process that
+asked, as any that it starts: with the descriptors, the environment, the folder and the session that it was given, the
+signals and the exit code of an interpreter, to be waited for, stopped and killed. Only its modules are there already.
+Each child has a warm process of its own, for children of its own.
 
 A test of what a new interpreter does asks for the fixture `new_interpreters`.
 """
@@ -43,11 +43,13 @@ MODULES = (
     *("estune.cli", "estune.pool.process", "estune.study.jobs", "tests.runs"),
     *("bench.gpu.weights", "bench.gpu.training", "bench.gpu.engine"),
 )
+WARM = "ESTUNE_TESTS_WARM"  # in the environment: the descriptor at which Ray's workers are asked for
 NAME = b"warm"  # of the process, by which those who count children know it
 
 _CLONE_PARENT, _PR_SET_NAME = 0x8000, 15  # linux/sched.h, linux/prctl.h
 _CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())  # the system call's number
 _LONGEST = 1 << 20  # bytes of a request: arguments and environment
+execute_cold = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 _spawn = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
 
 POSSIBLE = sys.platform == "linux" and _CLONE is not None
@@ -61,7 +63,8 @@ def start(*more: str) -> None:
     for module in Warm.modules:
         importlib.import_module(module)
     _run_once()
-    subprocess.Popen = WarmPopen  # type: ignore[misc]
+    Warm.without_ray = not more and "ray" not in sys.modules  # vLLM's workers start as everybody's do
+    subprocess.Popen._execute_child = execute  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
     Warm.start()
 
@@ -89,6 +92,7 @@ class Warm:
     """The warm process of this one."""
 
     modules: tuple[str, ...] = ()
+    without_ray = False  # which takes settings from the environment when it is imported: each worker must do so itself
     _socket: socket.socket | None = None
     _lock = threading.Lock()
 
@@ -125,34 +129,41 @@ class Closing(NamedTuple):
         os.close(self.fd)
 
 
-class WarmPopen(subprocess.Popen):  # type: ignore[type-arg]
-    """`subprocess.Popen`, but for what a warm process can start."""
+def execute(self: Any, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, *rest: Any) -> None:
+    """`subprocess.Popen._execute_child`, but for what a warm process can start."""
+    pass_fds, cwd, env, _, _, shell, *pipes, _, _, _, _, _, new_session, group = rest
+    closed = {preexec_fn.fd} if isinstance(preexec_fn, Closing) else set()
+    command = list(args)
+    raylet = Warm.without_ray and [os.path.basename(str(each)) for each in command[:1]] == ["raylet"]
+    plain = not shell and executable is None and bool(closed or raylet or not preexec_fn) and close_fds and group == -1
+    safe_path = command[1:2] == ["-P"]
+    if safe_path:
+        del command[1]
+    module = command[:2] == [sys.executable, "-m"] and command[2] in Warm.modules
+    if not (plain and (module or raylet)):
+        execute_cold(self, args, executable, preexec_fn, close_fds, *rest)
+        return
+    stdin, _, _, stdout, _, stderr = pipes
+    streams = {number: fd if fd >= 0 else number for number, fd in enumerate((stdin, stdout, stderr))}
+    given = {number: fd for number, fd in streams.items() if number not in closed} | {fd: fd for fd in pass_fds}
+    request = {
+        "arguments": list(map(os.fspath, command[1:])) if module else ["raylet", *with_warm_workers(command)],
+        "environment": dict(os.environ if env is None else env),
+        "folder": os.fspath(cwd or os.getcwd()),
+        "session": bool(new_session),
+        "safe_path": safe_path,
+        "descriptors": list(given),
+    }
+    self.pid = Warm.fork(request, list(given.values()))
+    self._child_created = True
+    self._close_pipe_fds(*pipes)
 
-    def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, *rest: Any) -> None:
-        pass_fds, cwd, env, _, _, shell, *pipes, _, _, _, _, _, new_session, group = rest
-        closed = {preexec_fn.fd} if isinstance(preexec_fn, Closing) else set()
-        plain = not shell and executable is None and bool(closed or not preexec_fn) and close_fds and group == -1
-        command = list(args)
-        safe_path = command[1:2] == ["-P"]
-        if safe_path:
-            del command[1]
-        if not (plain and command[:2] == [sys.executable, "-m"] and command[2] in Warm.modules):
-            super()._execute_child(args, executable, preexec_fn, close_fds, *rest)  # type: ignore[misc]
-            return
-        stdin, _, _, stdout, _, stderr = pipes
-        streams = {number: fd if fd >= 0 else number for number, fd in enumerate((stdin, stdout, stderr))}
-        given = {number: fd for number, fd in streams.items() if number not in closed} | {fd: fd for fd in pass_fds}
-        request = {
-            "arguments": list(map(os.fspath, command[1:])),
-            "environment": dict(os.environ if env is None else env),
-            "folder": os.fspath(cwd or os.getcwd()),
-            "session": bool(new_session),
-            "safe_path": safe_path,
-            "descriptors": list(given),
-        }
-        self.pid = Warm.fork(request, list(given.values()))
-        self._child_created = True
-        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+def with_warm_workers(command: list[str]) -> list[str]:
+    """A raylet's command line, with `tests/warm_worker.py` for the Python that runs its workers."""
+    python = f"--python_worker_command={sys.executable} "
+    launcher = f"{python}-IS {Path(__file__).with_name('warm_worker.py')} "
+    return [launcher + each.removeprefix(python) if each.startswith(python) else each for each in command]
 
 
 def spawn(path: str, arguments: list[str], passed: list[int]) -> int:
@@ -216,14 +227,18 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
         os.chdir(request["folder"])
         if request["session"]:
             os.setsid()
+        if request.get("group"):
+            os.setpgid(0, 0)
         _take(dict(zip(request["descriptors"], descriptors, strict=True)))
         _forget_parent()
+        kind, program, *arguments = request["arguments"]
+        if kind == "raylet":
+            _be_raylet([program, *arguments])
         places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:0] = [place for place in places if place and place not in sys.path]
         if not request["safe_path"]:
             sys.path.insert(0, os.getcwd())
-        kind, program, *arguments = request["arguments"]
-        sys.argv = [kind, *arguments]
+        sys.argv = [kind or program, *arguments]
         code = _exit_code(kind, program)
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
@@ -237,6 +252,18 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         os._exit(code or 0)
+
+
+def _be_raylet(command: list[str]) -> NoReturn:
+    """Be Ray's process that starts workers; this one's warm process is its child, and what that forks are as well."""
+    assert Warm._socket is not None
+    Warm._socket.set_inheritable(True)
+    os.environ[WARM] = str(Warm._socket.fileno())
+    die_with_thread()
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.execv(command[0], command)
 
 
 def _take(descriptors: dict[int, int]) -> None:
@@ -295,12 +322,14 @@ def _forget_parent() -> None:
 
 
 def _exit_code(kind: str, program: str) -> int | None:
-    """Run a program, a module after `-m` or a text after `-c`; its exit code, None where the interpreter would end by
-    SIGINT.
+    """Run a program, a module after `-m`, a text after `-c` or a file; its exit code, None where the interpreter would
+    end by SIGINT.
     """
     try:
         if kind == "-m":
             runpy.run_module(program, run_name="__main__", alter_sys=True)
+        elif kind == "":
+            runpy.run_path(program, run_name="__main__")
         else:
             exec(program, {"__name__": "__main__"})
     except SystemExit as end:
