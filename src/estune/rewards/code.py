@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from estune.grading.convention import share
 from estune.grading.isolation import isolated
 from estune.grading.sandbox import Isolation, Limits, run_code
 from estune.grading.sealed import seal
+from estune.rewards.idle import free_names, is_decisive, stub
 from estune.rewards.programs import COLUMNS, Tests, extract_code, same_output, tests_of
 from estune.rewards.text import Text, as_text
 
@@ -83,8 +85,27 @@ def check_rows(rows: Sequence[dict[str, Any]]) -> None:
             raise EstuneError(f"row {number}: {error}") from error
 
 
+def worthless(row: dict[str, Any]) -> list[str]:
+    """Completions whose programs do nothing, to be graded before training, so that tests that check nothing are found.
+
+    One program is empty, the other defines what the tests call. None where such programs are seen to fail.
+    """
+    tests = tests_of(row)
+    names = {pair.function for pair in tests.pairs if pair.function}
+    if (
+        any(pair.wanted.strip() for pair in tests.pairs if not pair.function)
+        or any(not hasattr(builtins, name) for name in names)
+        or any(is_decisive(test, tests.setup) for test in tests.asserts)
+        or not (tests.pairs or tests.asserts)
+    ):
+        return []
+    programs = ["", stub(free_names(tests.asserts, tests.setup))]
+    return [f"```python\n{program}\n```" for program in programs]
+
+
 for function in (unit_tests, unit_test_fraction):
     setattr(function, "check_rows", check_rows)  # noqa: B010 - a function has no such attribute to the type checker
+    setattr(function, "worthless", worthless)  # noqa: B010
 
 
 def _scores(completions: Sequence[Text], columns: dict[str, Any], all_of_them: bool = False) -> list[float | None]:

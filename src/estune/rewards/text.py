@@ -10,6 +10,8 @@ Text = str | Messages
 
 _ANSWER = "<answer>"
 _END_ANSWER = "</answer>"
+_THINK = "<think>"
+_END_THINK = "</think>"
 
 
 def as_text(text: Text) -> str:
@@ -26,3 +28,10 @@ def last_answer(text: str) -> str | None:
     """
     start = text.rfind(_ANSWER, 0, max(text.rfind(_END_ANSWER), 0))
     return None if start < 0 else text[start + len(_ANSWER) : text.find(_END_ANSWER, start)]
+
+
+def without_thoughts(text: str) -> str:
+    """A text without what stands in `<think>...</think>`; the prompt may have opened the first, and none may end."""
+    *thoughts, rest = text.split(_END_THINK)
+    shown = [part.partition(_THINK)[0] if number or _THINK in part else "" for number, part in enumerate(thoughts)]
+    return "".join(shown) + ("" if rest.lstrip().startswith(_THINK) else rest)
