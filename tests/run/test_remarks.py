@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from estune.es.strategy import Member, Update
@@ -52,6 +54,16 @@ def test_an_answer_that_was_left_in_the_prompt() -> None:
     mixed = replace(task, train=[{"prompt": ASSISTANT}, {"prompt": ASSISTANT[:1]}, *task.train])
     (remark,) = said(mixed)
     assert remark.startswith("task variety: 1 of 22 training prompts end with words of the assistant's")
+
+
+def test_values_that_rewards_share() -> None:
+    """Each call gets copies, where there can be one."""
+    held = [{"a": [n, {"b": (n,)}], "lock": threading.Lock()} for n in range(2)]
+    task = make_task()
+    task = replace(task, train=[{**row, "own": held} for row in task.train])
+    (remark,) = said(task)
+    assert remark.startswith("task variety: column own has <unlocked _thread.lock object at ")
+    assert said(replace(task, train=[{**row, "own": [{"a": np.ones(2)}]} for row in task.train])) == []
 
 
 def test_completions_of_an_evaluation_that_are_all_alike() -> None:

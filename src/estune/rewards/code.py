@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.grading.convention import share
+from estune.grading.convention import checked, share
 from estune.grading.isolation import isolated
 from estune.grading.sandbox import Isolation, Limits, run_code
 from estune.grading.sealed import seal
@@ -18,6 +18,7 @@ from estune.rewards.text import Text, as_text
 
 
 @share
+@checked(tests_of)
 @isolated(deadline=30.0, errors_as_crashes=True)
 def unit_tests(*, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
     """1.0 where the program passes all tests of its row, else 0.0; None for a row without tests.
@@ -44,6 +45,7 @@ def unit_tests(*, prompts: Sequence[Text], completions: Sequence[Text], **column
 
 
 @share
+@checked(tests_of)
 @isolated(deadline=30.0, errors_as_crashes=True)
 def unit_test_fraction(*, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
     """The fraction of the tests that pass, with the columns of `unit_tests`. HumanEval's `check` is a single test."""
@@ -72,19 +74,6 @@ def unsealed_tests(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
     return sum(test is None for test in found), len(found) + sum(len(tests.pairs) for tests in all_tests)
 
 
-def check_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """Look at the tests of all rows before any program is run.
-
-    Raises:
-        EstuneError: tests of another shape, or that check nothing; with the number of the row, from 0.
-    """
-    for number, row in enumerate(rows):
-        try:
-            tests_of(row)
-        except EstuneError as error:
-            raise EstuneError(f"row {number}: {error}") from error
-
-
 def worthless(row: dict[str, Any]) -> list[str]:
     """Completions whose programs do nothing, to be graded before training, so that tests that check nothing are found.
 
@@ -104,8 +93,7 @@ def worthless(row: dict[str, Any]) -> list[str]:
 
 
 for function in (unit_tests, unit_test_fraction):
-    setattr(function, "check_rows", check_rows)  # noqa: B010 - a function has no such attribute to the type checker
-    setattr(function, "worthless", worthless)  # noqa: B010
+    setattr(function, "worthless", worthless)  # noqa: B010 - a function has no such attribute to the type checker
 
 
 def _scores(completions: Sequence[Text], columns: dict[str, Any], all_of_them: bool = False) -> list[float | None]:
@@ -120,7 +108,9 @@ def _scores(completions: Sequence[Text], columns: dict[str, Any], all_of_them: b
         found = tests_of(row)
         if found.head and not re.search(rf"^def {re.escape(found.entry)}\b", program, re.MULTILINE):
             program = found.head + program
-        scores.append(_score(program, found, row.get("packages") or (), all_of_them))
+        packages = row.get("packages") or ()
+        packages = packages.split(",") if isinstance(packages, str) else packages
+        scores.append(_score(program, found, [name.strip() for name in packages], all_of_them))
     return scores
 
 

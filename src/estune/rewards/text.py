@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from estune.completion import content_text
+from estune.errors import EstuneError
 
 Messages = Sequence[Mapping[str, Any]]
 Text = str | Messages
@@ -19,6 +20,20 @@ def as_text(text: Text) -> str:
     if isinstance(text, str):
         return text
     return content_text(text[-1].get("content")) if text else ""
+
+
+def answer_text(answer: Any) -> str:
+    """A gold answer as text; a number as it is written, a whole one without a point.
+
+    Raises:
+        EstuneError: it is neither.
+    """
+    found = answer.tolist() if hasattr(answer, "tolist") else answer  # numpy's numbers
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    if isinstance(found, bool) or not isinstance(found, str | int | float) or str(found) == "nan":
+        raise EstuneError(f"answer is {answer!r:.80}; give text or a number")
+    return str(found)
 
 
 def last_answer(text: str) -> str | None:
