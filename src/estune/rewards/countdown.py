@@ -41,7 +41,7 @@ def parse_numbers(numbers: Any) -> list[int]:
 
 
 def _is_natural(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and value >= 0 and float(value).is_integer()
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer() and float(value) >= 0
 
 
 def _check(row: Row) -> None:
