@@ -10,7 +10,7 @@ from estune.rewards.text import Text, answer_text, as_text
 _WORD = re.compile(r"\w+")
 
 
-@checked(lambda row: answer_text(row.get("answer")))
+@checked(lambda row: answer_text(row.get("answer", "")))
 def length_reward(
     *, prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[Any], **_: Any
 ) -> list[float | None]:
@@ -26,7 +26,7 @@ def length_reward(
 
 
 @share
-@checked(lambda row: answer_text(row.get("answer")))
+@checked(lambda row: answer_text(row.get("answer", "")))
 def correct_reward(
     *, prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[Any], **_: Any
 ) -> list[float | None]:

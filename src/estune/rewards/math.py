@@ -36,7 +36,7 @@ _SAME = 1e-12  # how near to each other they must be where it does not
 
 # Sympy can compute without end on what a model writes.
 @share
-@checked(lambda row: gold_texts(row.get("answer")))
+@checked(lambda row: gold_texts(row.get("answer", "")))
 @isolated(deadline=10.0, errors_as_crashes=True)
 def math_reward(
     *, prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[Any], **_: Any

@@ -68,8 +68,8 @@ def of_evaluation(config: Config) -> Iterator[str]:
     """What is to be said of how completions of an evaluation are drawn."""
     if config.eval_samples > 1 and not evaluation_sampling(config).temperature:
         yield (
-            f"eval_samples is {config.eval_samples}, and greedy completions of a prompt are all alike: one is "
-            "generated; eval_temperature=0.8 draws different ones"
+            f"{config.eval_samples} completions of each held-out prompt are asked for, and greedy ones are all alike: "
+            "one is generated; eval_temperature=0.8 draws different ones"
         )
 
 

@@ -12,7 +12,7 @@ from estune.grading.convention import Row
 from estune.rewards.countdown import answer_reward, format_reward, parse_numbers, parse_target
 from estune.tasks.base import Task, refuse_overlap
 from estune.tasks.countdown_problems import Problem, Side, countdown_prompt, generate_problems, is_held_out
-from estune.tasks.options import TaskOptions
+from estune.tasks.options import TaskOptions, refuse_empty_side
 from estune.tasks.records import Record, load_records, require_columns
 
 GENERATED_SIZE = 200
@@ -128,6 +128,7 @@ class CountdownConfig(TaskOptions):
                 side.append(row)
             if (len(train), len(evaluation)) == sizes:
                 break
+        refuse_empty_side(self.name, train, evaluation, "task.eval_data, rows to evaluate on")
         return train, evaluation
 
 
