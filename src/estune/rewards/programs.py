@@ -18,7 +18,15 @@ from estune.rewards.idle import SHAPES, refuse_idle
 from estune.rewards.text import without_thoughts
 
 COLUMNS = (
-    *("tests", "metadata", "setup", "test_list", "test_setup_code", "test", "entry_point", "code_prompt", "packages"),
+    "tests",
+    "metadata",
+    "setup",
+    "test_list",
+    "test_setup_code",
+    "test",
+    "entry_point",
+    "code_prompt",
+    "packages",
 )
 """What is read of a row."""
 
