@@ -171,7 +171,19 @@ def test_mistakes_are_one_clear_line(overrides: list[str], message: str) -> None
         ("orchestrator.batch_size=8", "a step is population members"),
         ("trainer.nnodes=1", "unknown setting trainer; see `estune train --help`"),
         ("model.name=x", "model: .*, found a section, model.name"),
+        ("grpo.num_generations_per_prompt=8", "a step is population members"),
+        ("n_samples=8", "set population; or eval_samples"),
+        ("vllm=true", "set engine: vllm$"),
+        ("vllm.gpu_memory_utilization=0.5", "here it is vllm_gpu_memory_utilization"),
+        # EGGROLL's scripts and those of other Evolution Strategies
+        ("noise_std=0.01", "here it is sigma$"),
+        ("prompts_per_epoch=8", "here it is prompts_per_step"),
+        ("validate_every=10", "here it is eval_steps"),
+        ("popsize=8", "here it is population"),
+        ("sigma_decay=0.9", "sigma is the same in every step"),
         # what stands elsewhere here
+        ("max_eval_samples=8", r"here it is task\.eval_size"),
+        ("num_eval_samples=8", r"set task\.eval_size for held-out rows, or eval_samples"),
         ("eval_size=8", r"did you mean task\.eval_size\?"),
         ("task.max_tokens=8", "here it is max_new_tokens"),
         ("task.steps=8", "it is none of the task's: give steps itself"),
@@ -214,6 +226,9 @@ OTHERS = """
     seq_len max_async_level max_off_policy_steps advantage_range env_args ckpt inference orchestrator trainer
     load_in_4bit max_lora_rank random_state use_gradient_checkpointing loftq_config bias token target_modules
     reward_shaping n_gpu_per_vllm_engine save_best_models wandb_project eval_freq start_iteration verbose
+    noise_std n_samples vllm n_rollouts lr_scale parallel_generations_per_gpu noise_reuse freeze_nonlora coord_addr
+    num_procs max_eval_samples num_eval_samples eval_num_samples eval_n generations num_workers val_period max_samples
+    micro_rollout_batch_size generate_max_len eps_clip use_kl_estimator_k3 vllm_num_engines ring_attn_size
 """.split()  # noqa: SIM905
 
 

@@ -251,6 +251,8 @@ def test_the_model_s_name_is_checked_before_data_are_read(tmp_path: Path, capsys
     for command in (["train"], ["train", "--dry-run"], ["probe"], ["compare", "--methods=es"]):
         assert "model ./nowhere: no such directory" in refused(capsys, *command, *data, "--model=./nowhere")
     assert "model ./nowhere: no such directory" in refused(capsys, "eval", "./nowhere", *data)
+    for given in (["--model", "tiny"], ["--model=tiny"], ["tiny", "--model", "tiny"]):
+        assert "without --model: estune eval RUN" in refused(capsys, "eval", *given)
 
 
 def test_warnings_of_the_hub_are_told_once() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 
 from estune.cli.signals import terminable
 from estune.completion import Completion
@@ -169,6 +170,13 @@ def test_no_call_sees_what_another_changed_of_other_kinds() -> None:
         ([1.0, 2.0, {"score": 1}], r"{'score': 1} \(dict\) for completion 2"),
         ([1.0, [2.0], 3.0], r"\[2.0\] \(list\) for completion 1"),
         ([1.0, 1j, 3.0], r"\(complex\) for completion 1"),
+        (memoryview(b"123"), r"\(memoryview\), not a list"),
+        (np.array(1.0), r"array\(1\.\) \(ndarray\), not a list"),
+        (np.ones((3, 1)), r"array\(\[1\.\]\) \(ndarray\) for completion 0"),
+        (np.ones(3, complex), r"\(complex128\) for completion 0"),
+        (torch.tensor(1.0), r"tensor\(1\.\) \(Tensor\), not a list"),
+        (torch.ones(3, 1), r"tensor\(\[1\.\]\) \(Tensor\) for completion 0"),
+        (torch.ones(3, device="meta"), r"\(Tensor\) for completion 0"),
     ],
 )
 def test_what_is_no_list_of_numbers_is_refused(returned: Any, complaint: str) -> None:

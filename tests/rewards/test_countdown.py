@@ -6,6 +6,7 @@ from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,6 +96,20 @@ def test_the_float_of_a_quotient_is_reached_by_it_and_by_no_other(one: int, othe
 def test_a_target_that_is_no_number_is_an_error_not_a_zero(target: Any) -> None:
     with pytest.raises(EstuneError, match="target"):
         answer("<answer>1</answer>", [1], target)
+
+
+@pytest.mark.parametrize("numbers", [["1", "2"], "[1, 2]", "1 2", [1, None], [1.5, 2], [-1, 2], [True, 2], [], None])
+def test_numbers_that_are_none_are_an_error_not_a_zero(numbers: Any) -> None:
+    with pytest.raises(EstuneError, match="give a list of whole numbers"):
+        answer("<answer>1+2</answer>", numbers, 3)
+    with pytest.raises(EstuneError, match=r"^task t: training row 1: countdown: the numbers are .*; give a list of"):
+        Task("t", [{"prompt": p, "numbers": n, "target": 3} for p, n in (("a", [1, 2]), ("b", numbers))], [],
+             [answer_reward], [1.0], None)  # fmt: skip
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), [1.0, 2.0], np.array([1, 2]), [np.int64(1), 2]])
+def test_numbers_of_other_kinds(numbers: Any) -> None:
+    assert answer("<answer>1+2</answer>", numbers, 3) == 1.0
 
 
 def test_messages_are_graded_by_the_last_one() -> None:

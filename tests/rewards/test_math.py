@@ -3,14 +3,18 @@ r"""The math reward: what counts as the final answer, and what is equal to the g
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from estune.errors import EstuneError
 from estune.grading.isolation import isolation_of
 from estune.rewards.answers import MAX_LENGTH, final_answer
 from estune.rewards.math import is_right, math_reward
+from estune.tasks.base import Task
 from estune.tasks.math import gold_answers
 
 pytest.importorskip("math_verify")
@@ -148,3 +152,15 @@ def test_what_is_near_a_gold_answer_is_not_it(gold: str, answer: str) -> None:
 )
 def test_what_is_written_otherwise_is_the_gold_answer(gold: str, answer: str) -> None:
     assert is_right(f"\\boxed{{{answer}}}", gold)
+
+
+@pytest.mark.parametrize("gold", [7, 7.0, np.int64(7), np.array([6, 7]), ["x", 7]])
+def test_gold_answers_may_be_numbers(gold: Any) -> None:
+    assert is_right("\\boxed{7}", gold)
+    assert not is_right("\\boxed{8}", gold)
+
+
+@pytest.mark.parametrize("gold", [None, [], math.nan, True, {"a": 1}, [["7"]]])
+def test_what_is_no_answer_is_refused_before_training(gold: Any) -> None:
+    with pytest.raises(EstuneError, match=r"^task t: training row 0: answer is .*; give text or a number"):
+        Task("t", [{"prompt": "p", "answer": gold}], [], [math_reward], [1.0], None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from estune.es.strategy import Member, Update
@@ -54,11 +56,25 @@ def test_an_answer_that_was_left_in_the_prompt() -> None:
     assert remark.startswith("task variety: 1 of 22 training prompts end with words of the assistant's")
 
 
+def test_values_that_rewards_share() -> None:
+    """Each call gets copies, where there can be one."""
+    held = [{"a": [n, {"b": (n,)}], "lock": threading.Lock()} for n in range(2)]
+    task = make_task()
+    task = replace(task, train=[{**row, "own": held} for row in task.train])
+    (remark,) = said(task)
+    assert remark.startswith("task variety: column own has <unlocked _thread.lock object at ")
+    assert said(replace(task, train=[{**row, "own": [{"a": np.ones(2)}]} for row in task.train])) == []
+
+
 def test_completions_of_an_evaluation_that_are_all_alike() -> None:
     assert said(make_task(), eval_samples=4, eval_temperature=1.0) == []
     assert said(make_task(), eval_samples=4, temperature=1.0) == []
     (remark,) = said(make_task(), eval_samples=4)
-    assert remark.startswith("eval_samples is 4, and greedy completions of a prompt are all alike: one is generated")
+    # The setting has another name in TRL.
+    assert remark == (
+        "4 completions of each held-out prompt are asked for, and greedy ones are all alike: one is generated; "
+        "eval_temperature=0.8 draws different ones"
+    )
 
 
 def test_members_that_are_alike() -> None:

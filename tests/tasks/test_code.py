@@ -79,6 +79,23 @@ def test_rows_with_tests_of_their_own(tmp_path: Path) -> None:
     assert scores(task, task.train, ["print(4)"] * 3) == [0.0, 0.0, 0.0]
 
 
+def test_the_function_s_name_may_stand_in_a_column_of_its_own(tmp_path: Path) -> None:
+    """As LiveCodeBench has it, as JSON text."""
+    tests = json.dumps([{"input": "1\n2", "output": "3", "testtype": "functional"}])
+    rows = [{"problem": "Add.", "tests": tests, "metadata": json.dumps({"func_name": "add"})}]
+    task = build(tmp_path, train=rows)
+    assert "The function is `add`." in task.train[0]["prompt"][0]["content"]
+    programs = ["```python\ndef add(a, b): return a + b\n```", "```python\ndef add(a, b): return a - b\n```"]
+    assert scores(task, task.train * 2, programs) == [1.0, 0.0]
+
+
+def test_lists_may_be_json_text(tmp_path: Path) -> None:
+    row = {**MBPP[0], "test_list": json.dumps(MBPP[0]["test_list"]), "test_imports": '["import math"]'}
+    plain = build(tmp_path)
+    task = build(tmp_path, train=[row])
+    assert task.train[0] == plain.train[0]
+
+
 def test_tests_that_can_be_forged_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     build(tmp_path)
     assert not caplog.records
@@ -117,6 +134,7 @@ def test_the_split_where_only_one_set_is_given(tmp_path: Path) -> None:
         ([{"entry_point": "f", "prompt": "def f():"}], "no column test; there are entry_point, prompt"),
         ([{**HUMAN_EVAL[0], "test": None}], "row 1: test is None"),
         ([{"problem": "p", "tests": []}], r"row 1: tests is \[\]; give at least one"),
+        ([{**MBPP[0], "test_imports": "import math"}], "row 1: test_imports is 'import math'; give a list"),
         ([{"problem": "p", "tests": "f(1) == 2"}], "row 1: tests has 'f.1. == 2', which checks nothing"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from estune.errors import EstuneError
 from estune.rewards.conciseness import contains, correct_reward, length_reward
 from estune.tasks import conciseness_facts as facts
-from estune.tasks.base import data_hash
+from estune.tasks.base import Task, data_hash
 from estune.tasks.conciseness import ConcisenessConfig
 
 
@@ -31,6 +31,15 @@ def test_the_papers_reward_is_minus_the_difference_in_characters() -> None:
 def test_correct_is_the_answer_as_whole_words(text: str, answer: str, expected: bool) -> None:
     assert contains(text, answer) == expected
     assert correct_reward(prompts=["?"], completions=[text], answer=[answer]) == [float(expected)]
+
+
+def test_references_may_be_numbers() -> None:
+    given = {"prompts": ["?"] * 2, "completions": ["It is 8."] * 2, "answer": [8, 8.0]}
+    assert correct_reward(**given) == [1.0, 1.0]
+    assert length_reward(**given) == [-7.0, -7.0]
+    for reward in (correct_reward, length_reward):
+        with pytest.raises(EstuneError, match="training row 0: answer is None; give text or a number"):
+            Task("t", [{"prompt": "p", "answer": None}], [], [reward], [1.0], None)
 
 
 def test_the_facts_and_their_split_are_those_that_the_model_was_taught() -> None:

@@ -107,6 +107,8 @@ def test_rows_in_the_hubs_shape(tmp_path: Path) -> None:
         ({"instruction_id_list": ["detectable_content:postscript"], "kwargs": [{"postscript_marker": "-" * 51}]},
          "row 1: .*has 51 characters, more than 50"),
         ({"instruction_id_list": "x"}, "must be lists"),
+        ({"kwargs": ["{}"]}, "row 1: found '{}'; give names in"),
+        ({"instruction_id_list": [5]}, r"row 1: found \[5\]; give names in"),
         ({"prompt": None}, "row 1: prompt is None"),
     ],
 )  # fmt: skip

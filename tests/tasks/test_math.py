@@ -51,6 +51,10 @@ def test_levels_are_of_the_training_set_alone(tmp_path: Path) -> None:
     assert [row["answer"] for row in task.train] == [[rf"\frac{{{n}}}{{2}}"] for n in range(40) if n % 5 >= 2]
     assert len(task.evaluation) == 1
     assert task.train[0]["prompt"].startswith("What is $2/2$?\n\n")
+    numbers = write(
+        tmp_path / "numbers.jsonl", [{"problem": "1+1?", "answer": "2", "level": n} for n in (2, 3.0, None)]
+    )
+    assert len(MathConfig(data=numbers, eval_data=source, levels="3-5").build(0).train) == 1
 
 
 def test_several_evaluation_sets_are_told_apart(tmp_path: Path) -> None:

@@ -57,6 +57,11 @@ def test_names_make_a_task(tmp_path: Path) -> None:
     assert task.name.endswith(".py")
 
 
+def test_few_rows_of_which_none_is_held_out(tmp_path: Path) -> None:
+    with pytest.raises(EstuneError, match=r"of 2 rows none is; give more rows, or the name evaluation in the file"):
+        own(tmp_path, NAMES.replace("range(100)", "range(2, 4)") + "rewards = right")
+
+
 def test_all_names(tmp_path: Path) -> None:
     more = "rewards = [right, brief]\nweights = [2, 3]\naccuracy = 'brief'\ngold = lambda row: row['answer']\n"
     text = f"{NAMES}\n{more}evaluation = [{{'prompt': 'x', 'answer': 'y'}}]\n"

@@ -97,6 +97,11 @@ def test_one_file_is_split_by_hash(tmp_path: Path) -> None:
     assert len(CountdownConfig(data=path, train_size=5, eval_size=3).build(0).evaluation) == 3
 
 
+def test_few_problems_of_which_none_is_held_out(tmp_path: Path) -> None:
+    with pytest.raises(EstuneError, match=r"countdown: the evaluation set is empty: .*or task\.eval_data"):
+        CountdownConfig(data=write(tmp_path / "x.json", TINYZERO[1:])).build(0)
+
+
 def expect_one_line(complaint: str) -> Any:
     return pytest.raises(EstuneError, match=rf"(?s)^[^\n]*{complaint}[^\n]*$")
 

@@ -80,6 +80,8 @@ def evaluate(
 
     `--eval_samples 8 --eval_temperature 0.8` tells pass@k and mean@k, `--watch math,code` evaluates on these too.
     """
+    if any(argument.split("=")[0] == "--model" for argument in (model, *context.args)):
+        raise EstuneError("the model to evaluate comes without --model: estune eval RUN, or a checkpoint or a hub id")
     from estune.run.evaluate import evaluate_model
 
     insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}

@@ -1,8 +1,9 @@
 """What other trainers call things, and what stands for them here: the answer to a setting that there is none of.
 
 The names are those of TRL 1.16's `GRPOConfig` and transformers' `TrainingArguments`, with some that these have dropped,
-of verl's `ppo_trainer.yaml`, of Unsloth's notebooks, of prime-rl's files and of the scripts of the paper
-(github.com/VsonicV/es-fine-tuning-paper). Which of them `ESConfig` takes is said in `trl/config.py`.
+of verl's `ppo_trainer.yaml`, OpenRLHF's and NeMo RL's, of Unsloth's notebooks, of prime-rl's files, of the scripts of
+the paper (github.com/VsonicV/es-fine-tuning-paper) and of EGGROLL's, and of other scripts of Evolution Strategies.
+Which of them `ESConfig` takes is said in `trl/config.py`.
 """
 
 from __future__ import annotations
@@ -16,35 +17,61 @@ something else."""
 NO_MEANING = "it has no meaning for Evolution Strategies: leave it out"
 
 _RENAMED = {
-    "model": "model_name model_name_or_path model_id pretrain actor_rollout_ref.model.path",
-    "task.data": "train_dataset dataset dataset_name train_files train_data data_path",
+    "model": (
+        "model_name model_name_or_path model_id model_path model_choice base_model pretrain "
+        "actor_rollout_ref.model.path"
+    ),
+    "task.data": "train_dataset dataset dataset_name train_files train_data data_path dataset_path prompt_data",
     "task.eval_data": "eval_dataset val_files val_data",
-    "task.split": "dataset_train_split train_split",
+    "task.train_size": "max_train_samples num_train_samples n_train train_samples max_samples train_max_samples",
+    "task.eval_size": "max_eval_samples num_eval_examples eval_dataset_size val_size n_eval val_max_samples",
+    "task.chat": "apply_chat_template",
+    "task.split": "dataset_train_split train_split dataset_split",
     "task.eval_split": "dataset_test_split eval_split",
     "task.rewards": "reward_funcs reward_functions reward_function reward_fn custom_reward_function.path",
-    "start_from": "checkpoint load_checkpoint",
-    "output_dir": "output_directory experiment_dir default_local_dir",
+    "start_from": "checkpoint load_checkpoint load_path load_model from_checkpoint",
+    "output_dir": (
+        "output_directory experiment_dir default_local_dir save_dir save_path out_dir run_dir checkpoint_dir ckpt_dir"
+    ),
     "seed": "global_seed random_seed random_state",
-    "steps": "max_steps n_iterations total_training_steps num_steps train_steps",
-    "population": "population_size pop_size n_population",
+    "steps": (
+        "max_steps n_iterations total_training_steps num_steps train_steps iterations num_iters max_iterations "
+        "max_iters n_iters n_steps total_steps num_training_steps max_train_steps max_num_steps train_iters"
+    ),
+    "sigma": (
+        "noise_std noise_stddev noise_scale noise_stdev noise_standard_deviation sigma_init init_sigma sigma0 "
+        "perturbation_scale perturbation_std perturbation_sigma"
+    ),
+    "population": "population_size pop_size n_population popsize npop n_pop num_perturbations n_perturbations",
     "learning_rate": "lr alpha step_size actor_learning_rate",
-    "lr_scheduler_type": "lr_scheduler lr_schedule warmup_style",
+    "lr_scheduler_type": "lr_scheduler lr_schedule warmup_style scheduler_type",
     "mirrored": "antithetic use_antithetic",
-    "max_new_tokens": "max_completion_length max_response_length response_length max_completion_tokens max_tokens",
+    "max_new_tokens": (
+        "max_completion_length max_response_length response_length max_completion_tokens max_tokens "
+        "max_gen_len max_gen_length max_output_tokens generation_length max_generation_length generate_max_len"
+    ),
+    "prompts_per_step": (
+        "prompts_per_batch prompt_batch_size questions_per_step prompts_per_iteration prompts_per_epoch"
+    ),
     "batch_size": "mini_batch_size eval_batch_size val_batch_size per_device_eval_batch_size",
-    "dtype": "torch_dtype precision",
+    "dtype": "torch_dtype precision model_dtype weight_dtype vllm_dtype",
     "workers": "num_engines n_vllm_engines",
     "gpus_per_worker": (
-        "vllm_tensor_parallel_size n_gpu_per_vllm_engine tensor_parallel_size tensor_model_parallel_size"
+        "vllm_tensor_parallel_size n_gpu_per_vllm_engine tensor_parallel_size tensor_model_parallel_size tp tp_size "
+        "tensor_parallel"
     ),
     "vllm_gpu_memory_utilization": "gpu_memory_utilization",
     "vllm_max_model_length": "max_model_len vllm_max_model_len",
     "reward_timeout": "reward_function_timeout",
-    "eval_steps": "eval_freq test_freq eval_interval",
+    "eval_steps": (
+        "eval_freq test_freq eval_interval eval_every validate_every evaluate_every test_every evaluation_steps "
+        "val_interval validation_interval val_period"
+    ),
     "eval_samples": "num_generations_eval",
     "eval_temperature": "actor_rollout_ref.rollout.val_kwargs.temperature",
-    "save_steps": "save_freq save_interval checkpoint_interval ckpt.interval",
-    "report_to": "logger logging",
+    "save_steps": "save_freq save_interval checkpoint_interval ckpt.interval save_every save_period checkpoint_every",
+    "early_stopping_patience": "patience",
+    "report_to": "logger logging use_wandb use_tensorboard",
 }
 RENAMED = {theirs: ours for ours, names in _RENAMED.items() for theirs in names.split()}
 """Names of others for a setting of ours that means the same."""
@@ -53,8 +80,17 @@ _ANSWERS = {
     "a step is population members that answer the same prompts_per_step prompts each: set these": (
         "num_generations actor_rollout_ref.rollout.n rollouts_per_example group_size n_samples_per_prompt "
         "per_device_train_batch_size per_gpu_train_batch_size train_batch_size generation_batch_size "
-        "rollout_batch_size orchestrator.batch_size examples_per_env examples_per_step num_prompts_per_step"
+        "rollout_batch_size orchestrator.batch_size examples_per_env examples_per_step num_prompts_per_step "
+        "generations_per_prompt num_generations_per_prompt rollouts_per_prompt num_rollouts n_rollouts num_prompts"
     ),
+    "a member answers each prompt once: set population; or eval_samples, for completions of each held-out prompt": (
+        "n_samples num_samples num_return_sequences"
+    ),
+    "set task.eval_size for held-out rows, or eval_samples for completions of each": (
+        "num_eval_samples eval_num_samples n_eval_samples"
+    ),
+    "sigma is the same in every step: leave it out": "sigma_decay noise_decay sigma_schedule sigma_min sigma_limit",
+    "set temperature; 0 decodes greedily": "do_sample",
     "set steps: GRPO's updates by one batch have no counterpart": "num_iterations",
     "set steps: each draws prompts_per_step prompts of the training set": (
         "num_train_epochs num_epochs n_epochs epochs total_epochs"
@@ -62,13 +98,18 @@ _ANSWERS = {
     "prompts are never cut, and max_new_tokens is the longest completion: leave it out": (
         "max_prompt_length max_seq_length max_seq_len max_length seq_len prompt_length truncation"
     ),
-    "set dtype: auto, float32, bfloat16 or float16": "bf16 fp16 model_init_kwargs",
+    "set dtype: auto, float32, bfloat16 or float16": "bf16 fp16 fp32 model_init_kwargs",
     "set device: cpu": "use_cpu no_cuda",
-    "set engine: vllm": "use_vllm fast_inference",
-    "set engine: transformers or vllm": "actor_rollout_ref.rollout.name",
-    "set CUDA_VISIBLE_DEVICES in the environment, and workers": "cuda_devices use_gpus n_gpus_per_node num_gpus",
+    "set engine: vllm": "use_vllm fast_inference vllm",
+    "set engine: transformers or vllm": (
+        "actor_rollout_ref.rollout.name backend inference_engine inference_backend rollout_engine engine_type sglang"
+    ),
+    "set CUDA_VISIBLE_DEVICES in the environment, and workers": (
+        "cuda_devices cuda_visible_devices use_gpu use_gpus gpu gpus gpu_ids n_gpus n_gpus_per_node num_gpus "
+        "num_gpus_per_node gpus_per_node"
+    ),
     "all weights are trained, and adapters save no memory here: leave it out (train_parameters trains a part)": (
-        "use_peft peft_config lora_rank lora_r lora_alpha lora_dropout max_lora_rank target_modules"
+        "use_peft peft_config lora_rank lora_r lora_alpha lora_dropout max_lora_rank target_modules freeze_nonlora"
     ),
     "all weights are trained: leave it out": "full_finetuning",
     "weights that are trained are not quantised: leave it out": (
@@ -83,17 +124,20 @@ _ANSWERS = {
     "the best evaluation is that of the highest accuracy: leave it out": "metric_for_best_model greater_is_better",
     "every step is logged: leave it out": "logging_strategy logging_steps logging_first_step logging_dir",
     "a run is called by its output_dir, and trackers take the project from WANDB_PROJECT or TRACKIO_PROJECT": (
-        "run_name experiment_name project project_name wandb_project"
+        "run_name experiment_name exp_name project project_name wandb_project wandb_name wandb_run_name"
     ),
     "where there is no terminal, a step is a line: leave it out": "disable_tqdm",
     "go on with a run by `estune train --resume RUN`": (
-        "resume_from_checkpoint resume_from_path resume_mode start_iteration"
+        "resume resume_from resume_from_checkpoint resume_from_path resume_mode start_iteration"
     ),
     "an output_dir that holds a run is never overwritten: leave it out": "overwrite_output_dir clean_output_dir",
     "best/ and final/ are Hugging Face checkpoints: upload one with `hf upload NAME RUN/best`": (
         "push_to_hub push_to_hub_model_id hub_model_id hub_token hub_private_repo hub_revision"
     ),
-    "rewards are standardised over the population: leave it out": "reward_shaping reward_normalization scale_rewards",
+    "rewards are standardised over the population: leave it out": (
+        "reward_shaping reward_normalization scale_rewards normalize_rewards fitness_shaping standardize "
+        "standardize_rewards centered_rank rank_transform"
+    ),
     "there is no KL penalty: leave it out (compare_with_base tells how far a model has gone)": (
         "beta init_kl_coef kl_coef kl_loss_coef kl_penalty use_kl_in_reward use_kl_loss"
     ),
@@ -141,7 +185,7 @@ _MEANINGLESS = frozenset(
     """
     adv_estimator clip_ratio clip_ratio_high clip_ratio_low critic_warmup entropy_coeff fp16_opt_level gamma grad_clip
     half_precision_backend kl_ctrl kl_loss_type lam lr_warmup_steps lr_warmup_steps_ratio norm_adv_by_std_in_grpo
-    param_offload ppo_epochs ppo_max_token_len_per_gpu ppo_micro_batch_size ppo_micro_batch_size_per_gpu
+    optimizer param_offload ppo_epochs ppo_max_token_len_per_gpu ppo_micro_batch_size ppo_micro_batch_size_per_gpu
     ppo_mini_batch_size use_gradient_checkpointing
     """.split()  # noqa: SIM905
 )

@@ -44,6 +44,7 @@ _INSTALLED = tuple(
     )
 )
 _ATOMS = frozenset((str, bytes, int, float, complex, bool, type(None)))
+_NO_LISTS = (str, bytes, bytearray, memoryview)  # though one can go through them
 _NO_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL does not pass these on
 _OUR_RECORDS = ("step", "member", "prompt", "completion", "reward", "tokens", "finished")
 _OUR_METRICS = (
@@ -162,8 +163,8 @@ class Batch:
         return repr(self.columns["completions"][index])[:100]
 
 
-def copied(value: Any) -> Any:
-    """A copy of what a column holds, to any depth; what cannot be copied is itself."""
+def copied(value: Any, uncopied: list[Any] | None = None) -> Any:
+    """A copy of what a column holds, to any depth; what cannot be copied is itself, and is added to `uncopied`."""
     kind = type(value)
     if kind in _ATOMS:
         return value
@@ -172,10 +173,12 @@ def copied(value: Any) -> Any:
     with suppress(Exception):
         # Lists of lists are most of it, and `deepcopy` takes ten times as long over them.
         if kind is list:
-            return [copied(item) for item in value]
+            return [copied(item, uncopied) for item in value]
         if kind is dict:
-            return {key: copied(item) for key, item in value.items()}
+            return {key: copied(item, uncopied) for key, item in value.items()}
         return copy.deepcopy(value)
+    if uncopied is not None:
+        uncopied.append(value)
     return value
 
 
@@ -190,7 +193,11 @@ def as_scores(returned: Any, size: int) -> list[float | None]:
     Raises:
         EstuneError: not one number or None per completion.
     """
-    if isinstance(returned, str | bytes | bytearray | Mapping | set | frozenset) or not isinstance(returned, Iterable):
+    if (
+        isinstance(returned, (*_NO_LISTS, Mapping, set, frozenset))
+        or not isinstance(returned, Iterable)
+        or getattr(returned, "ndim", 1) == 0
+    ):
         raise EstuneError(f"returned {returned!r:.60} ({type(returned).__name__}), not a list of numbers")
     values = [_score(value, number) for number, value in enumerate(returned)]
     if len(values) != size:
@@ -201,8 +208,9 @@ def as_scores(returned: Any, size: int) -> list[float | None]:
 def _score(value: Any, number: int) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, str | bytes | bytearray):
-        with suppress(TypeError, ValueError):
+    # An array of one number would pass for the number; a tensor on `meta` has none.
+    if not isinstance(value, (*_NO_LISTS, complex)) and not getattr(value, "ndim", 0):
+        with suppress(TypeError, ValueError, RuntimeError):
             return bounded(value)
     raise EstuneError(f"returned {value!r:.60} ({type(value).__name__}) for completion {number}, not a number or None")
 
@@ -256,6 +264,27 @@ def share(function: Function) -> Function:
     """Declare that a reward function's scores lie in 0 to 1: as accuracy they are then shown in percent."""
     setattr(function, "share", True)  # noqa: B010 - a function has no such attribute to the type checker
     return function
+
+
+def checked(check: Callable[[Row], object]) -> Callable[[Function], Function]:
+    """Have the rows of a reward function looked at before training.
+
+    Args:
+        check: raises an `EstuneError` for a row that could not be graded.
+    """
+
+    def check_rows(rows: Sequence[Row]) -> None:
+        for number, row in enumerate(rows):
+            try:
+                check(row)
+            except EstuneError as error:
+                raise EstuneError(f"row {number}: {error}") from error
+
+    def decorate(function: Function) -> Function:
+        setattr(function, "check_rows", check_rows)  # noqa: B010
+        return function
+
+    return decorate
 
 
 def is_async(function: RewardFunction) -> bool:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.grading.convention import share
+from estune.grading.convention import checked, share
 from estune.grading.isolation import isolated
 from estune.grading.sandbox import Isolation, Limits, run_code
 from estune.grading.sealed import seal
+from estune.rewards.idle import free_names, is_decisive, stub
 from estune.rewards.programs import COLUMNS, Tests, extract_code, same_output, tests_of
 from estune.rewards.text import Text, as_text
 
 
 @share
+@checked(tests_of)
 @isolated(deadline=30.0, errors_as_crashes=True)
 def unit_tests(*, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
     """1.0 where the program passes all tests of its row, else 0.0; None for a row without tests.
@@ -42,6 +45,7 @@ def unit_tests(*, prompts: Sequence[Text], completions: Sequence[Text], **column
 
 
 @share
+@checked(tests_of)
 @isolated(deadline=30.0, errors_as_crashes=True)
 def unit_test_fraction(*, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
     """The fraction of the tests that pass, with the columns of `unit_tests`. HumanEval's `check` is a single test."""
@@ -70,21 +74,26 @@ def unsealed_tests(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
     return sum(test is None for test in found), len(found) + sum(len(tests.pairs) for tests in all_tests)
 
 
-def check_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """Look at the tests of all rows before any program is run.
+def worthless(row: dict[str, Any]) -> list[str]:
+    """Completions whose programs do nothing, to be graded before training, so that tests that check nothing are found.
 
-    Raises:
-        EstuneError: tests of another shape, or that check nothing; with the number of the row, from 0.
+    One program is empty, the other defines what the tests call. None where such programs are seen to fail.
     """
-    for number, row in enumerate(rows):
-        try:
-            tests_of(row)
-        except EstuneError as error:
-            raise EstuneError(f"row {number}: {error}") from error
+    tests = tests_of(row)
+    names = {pair.function for pair in tests.pairs if pair.function}
+    if (
+        any(pair.wanted.strip() for pair in tests.pairs if not pair.function)
+        or any(not hasattr(builtins, name) for name in names)
+        or any(is_decisive(test, tests.setup) for test in tests.asserts)
+        or not (tests.pairs or tests.asserts)
+    ):
+        return []
+    programs = ["", stub(free_names(tests.asserts, tests.setup))]
+    return [f"```python\n{program}\n```" for program in programs]
 
 
 for function in (unit_tests, unit_test_fraction):
-    setattr(function, "check_rows", check_rows)  # noqa: B010 - a function has no such attribute to the type checker
+    setattr(function, "worthless", worthless)  # noqa: B010 - a function has no such attribute to the type checker
 
 
 def _scores(completions: Sequence[Text], columns: dict[str, Any], all_of_them: bool = False) -> list[float | None]:
@@ -99,7 +108,9 @@ def _scores(completions: Sequence[Text], columns: dict[str, Any], all_of_them: b
         found = tests_of(row)
         if found.head and not re.search(rf"^def {re.escape(found.entry)}\b", program, re.MULTILINE):
             program = found.head + program
-        scores.append(_score(program, found, row.get("packages") or (), all_of_them))
+        packages = row.get("packages") or ()
+        packages = packages.split(",") if isinstance(packages, str) else packages
+        scores.append(_score(program, found, [name.strip() for name in packages], all_of_them))
     return scores
 
 

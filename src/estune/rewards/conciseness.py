@@ -4,34 +4,38 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from estune.grading.convention import share
-from estune.rewards.text import Text, as_text
+from estune.grading.convention import checked, share
+from estune.rewards.text import Text, answer_text, as_text
 
 _WORD = re.compile(r"\w+")
 
 
+@checked(lambda row: answer_text(row.get("answer", "")))
 def length_reward(
-    *, prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[str], **_: Any
+    *, prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[Any], **_: Any
 ) -> list[float | None]:
     """The paper's reward: minus the difference, in characters, between the completion's length and the reference's.
 
     Args:
         prompts: not read. (The authors' code counts the prompt as part of the completion; here it is not.)
         completions: strings, or lists of messages of which the last is graded.
-        answer: for each completion, the reference answer.
+        answer: for each completion, the reference answer, text or a number.
     """
-    return [-float(abs(len(as_text(text)) - len(right))) for text, right in zip(completions, answer, strict=True)]
+    rows = zip(completions, answer, strict=True)
+    return [-float(abs(len(as_text(text)) - len(answer_text(right)))) for text, right in rows]
 
 
 @share
+@checked(lambda row: answer_text(row.get("answer", "")))
 def correct_reward(
-    *, prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[str], **_: Any
+    *, prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[Any], **_: Any
 ) -> list[float | None]:
     """1.0 where the reference answer's words stand in the completion, in this order and next to each other.
 
     Case and punctuation do not matter. `paris` is in "It is Paris.", and not in "comparison".
     """
-    return [float(contains(as_text(text), right)) for text, right in zip(completions, answer, strict=True)]
+    rows = zip(completions, answer, strict=True)
+    return [float(contains(as_text(text), answer_text(right))) for text, right in rows]
 
 
 def contains(text: str, answer: str) -> bool:

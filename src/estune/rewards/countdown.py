@@ -8,10 +8,11 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.grading.convention import share
+from estune.grading.convention import Row, checked, share
 from estune.rewards.expression import ExpressionError, Value, evaluate, tokenize
 from estune.rewards.text import Text, as_text, last_answer
 
@@ -27,7 +28,30 @@ _ROUNDED_DECIMALS = 3
 _RELATIVE = Fraction(1, 10**9)
 
 
+def parse_numbers(numbers: Any) -> list[int]:
+    """The numbers to use, as integers.
+
+    Raises:
+        EstuneError: no list of at least one whole number; such as of texts, which would equal no number.
+    """
+    given = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    if isinstance(given, list | tuple) and given and all(map(_is_natural, given)):
+        return [int(number) for number in given]
+    raise EstuneError(f"countdown: the numbers are {numbers!r:.80}; give a list of whole numbers")
+
+
+def _is_natural(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer() and float(value) >= 0
+
+
+def _check(row: Row) -> None:
+    """Of a column that is not there, the call complains."""
+    parse_numbers(row.get("numbers", [0]))
+    parse_target(row.get("target", 0))
+
+
 @share
+@checked(_check)
 def answer_reward(
     *, prompts: Sequence[Text], completions: Sequence[Text], numbers: Sequence[Any], target: Sequence[Any], **_: Any
 ) -> list[float | None]:
@@ -36,7 +60,7 @@ def answer_reward(
     Args:
         prompts: not read.
         completions: strings, or lists of messages of which the last is graded.
-        numbers: for each completion, the integers to use.
+        numbers: for each completion, the integers to use, in a list.
         target: for each completion, what to reach: an integer, a decimal, or either as a string. An integer or a
             decimal of up to two places must be reached exactly, a longer one to within one unit of its last place or
             1e-9 of itself, whichever is more.
@@ -45,7 +69,7 @@ def answer_reward(
         One of 0.0 and 1.0 for each completion. No text raises, and the work is linear in its length.
 
     Raises:
-        EstuneError: a target that is no number.
+        EstuneError: numbers that are no list of whole numbers, or a target that is no number.
     """
     rows = zip(completions, numbers, target, strict=True)
     return [float(_solves(as_text(completion), given, goal)) for completion, given, goal in rows]
@@ -83,7 +107,8 @@ def _parse_target(text: str) -> tuple[Fraction, Fraction]:
     return goal, max(Fraction(1, 10**decimals), _RELATIVE * abs(goal))
 
 
-def _solves(text: str, numbers: Sequence[int], target: Any) -> bool:
+def _solves(text: str, given: Any, target: Any) -> bool:
+    numbers = parse_numbers(given)
     goal, tolerance = parse_target(target)
     answer = last_answer(text)
     if answer is None:

@@ -13,11 +13,11 @@ from functools import cache, lru_cache
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.grading.convention import share
+from estune.grading.convention import checked, share
 from estune.grading.isolation import isolated
 from estune.rewards.answers import MAX_LENGTH, final_answer
 from estune.rewards.notation import rewritten, unwrapped
-from estune.rewards.text import Text, as_text
+from estune.rewards.text import Text, answer_text, as_text
 
 _NOISE = re.compile(r"(?<!\w)\s+|\s+(?!\w)|\$|\\left|\\right|\\!|\\,|\\;")
 _LETTERS = re.compile(r"[A-Za-z][A-Za-z ,-]+")
@@ -36,6 +36,7 @@ _SAME = 1e-12  # how near to each other they must be where it does not
 
 # Sympy can compute without end on what a model writes.
 @share
+@checked(lambda row: gold_texts(row.get("answer", "")))
 @isolated(deadline=10.0, errors_as_crashes=True)
 def math_reward(
     *, prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[Any], **_: Any
@@ -49,20 +50,31 @@ def math_reward(
     Args:
         prompts: not read.
         completions: strings, or lists of messages of which the last is graded.
-        answer: for each completion the gold answer in LaTeX, or a list of several, each of them right.
+        answer: for each completion the gold answer in LaTeX or as a number, or a list of several, each of them right.
 
     Raises:
-        EstuneError: `math-verify` is not installed.
+        EstuneError: `math-verify` is not installed, or an answer is something else.
     """
     return [float(is_right(as_text(text), gold)) for text, gold in zip(completions, answer, strict=True)]
 
 
-def is_right(text: str, gold: str | Sequence[str]) -> bool:
-    """Whether the final answer of `text` equals a gold answer."""
+def gold_texts(gold: Any) -> list[str]:
+    """A gold answer, or each of several, as text.
+
+    Raises:
+        EstuneError: there is none, or one is neither text nor a number.
+    """
+    golds = gold.tolist() if hasattr(gold, "tolist") else gold
+    return [answer_text(each) for each in (golds if isinstance(golds, list | tuple) and golds else [golds])]
+
+
+def is_right(text: str, gold: Any) -> bool:
+    """Whether the final answer of `text` equals a gold answer, one of `gold_texts`."""
+    golds = gold_texts(gold)
     found = final_answer(text)
     if found is None or len(found) > MAX_LENGTH:
         return False
-    return any(same(right, found) for right in ([gold] if isinstance(gold, str) else gold))
+    return any(same(right, found) for right in golds)
 
 
 def same(gold: str, answer: str) -> bool:

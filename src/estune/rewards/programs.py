@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from estune.errors import EstuneError
+from estune.rewards.idle import SHAPES, refuse_idle
+from estune.rewards.text import without_thoughts
 
-COLUMNS = ("tests", "setup", "test_list", "test_setup_code", "test", "entry_point", "code_prompt", "packages")
+COLUMNS = (
+    "tests",
+    "metadata",
+    "setup",
+    "test_list",
+    "test_setup_code",
+    "test",
+    "entry_point",
+    "code_prompt",
+    "packages",
+)
 """What is read of a row."""
 
-_PYTHON = r"(?:python|py)[0-9.]*"
-_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`]*)$")
+_PYTHON = r"(?:ipython|python|py)[0-9.]*"
+_QUOTED = re.compile(r"\A(?:[ \t]*>){1,3} ?")
+_FENCE = re.compile(r"((?:[ \t]*>){0,3}[ \t]*)(`{3,}|~{3,})[ \t]*([^`]*)$")
 _FENCE_IN_LINE = re.compile(rf"(?<![`~])(`{{3,}}|~{{3,}})[ \t]*({_PYTHON})[ \t]*$", re.IGNORECASE)
-_LANGUAGE = re.compile(rf"(?:[{{]?\.?{_PYTHON}[}},]?(?:\s.*)?)?", re.IGNORECASE)
+# After the name: `python:main.py`, `python,linenums`, `python title=x`; but not `python-console`. Or a file's name.
+_LANGUAGE = re.compile(rf"[{{]?\.?{_PYTHON}(?:[^\w+-].*)?|\S+\.py", re.IGNORECASE)
 _SOLUTION = re.compile(r"^class Solution\b", re.MULTILINE)
-_SHAPES = (
-    "give assertions, or what goes in and has to come out ([{input, output}, ...] or {inputs, outputs}, with fn_name "
-    "for a call), as JSON text or as it is"
-)
+_ENTRY = re.compile(r"[^\W\d]\w*(?:\(\))?(?:\.[^\W\d]\w*)*")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?P<point>\.[0-9]*)?|(?P<bare>\.[0-9]+))(?P<power>[eE][+-]?[0-9]{1,4})?")
 _LONGEST_NUMBER = 100
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +60,7 @@ class Pair:
         alone = isinstance(self.wanted, list) and len(self.wanted) == 1
         wanted = [self.wanted, *(self.wanted if alone else ())]
         wanted += [tuple(value) for value in wanted if isinstance(value, list)]
-        return f"assert {function}({', '.join(map(repr, self.given))}) in {wanted!r}"
+        return f"assert {function}({', '.join(map(_source, self.given))}) in {_source(wanted)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,37 +75,44 @@ class Tests:
 
 
 def extract_code(text: str) -> str:
-    """The last Python block between ``` or ~~~, or one without a language; the whole text where there is none.
+    """The last block of a text between ``` or ~~~ that is named Python's; the whole text where there is no block.
 
-    A block may be indented, and the last one need not be closed.
+    Where none is named, one without a language. A block may be indented or quoted (`> `), and the last one need not be
+    closed where no other is. Thoughts, `<think>...</think>`, are no part of the answer.
     """
-    found: str | None = None
+    text = without_thoughts(text).replace("\r\n", "\n").replace("\r", "\n")
+    found: dict[tuple[bool, bool], str] = {}  # the last of each: named, closed
     block: list[str] = []
     indent = 0
     fence = ""
-    is_python = False
-    for line in text.replace("\r\n", "\n").split("\n"):
+    quoted = False
+    named: bool | None = None  # None: another language's
+    for line in text.split("\n"):
+        inner = _QUOTED.sub("", line, count=1) if fence and quoted else line
         if fence:
-            bare = line.strip()
+            bare = inner.strip()
             if len(bare) >= len(fence) and not bare.strip(fence[0]):
-                if is_python:
-                    found = "".join(f"{part}\n" for part in block)
+                if named is not None:
+                    found[named, True] = "".join(f"{part}\n" for part in block)
                 fence = ""
             else:
-                block.append(line[min(indent, len(line) - len(line.lstrip())) :])
+                block.append(inner[min(indent, len(inner) - len(inner.lstrip())) :])
         elif match := _FENCE.match(line):
+            quoted = ">" in match[1]
+            indent = len(_QUOTED.sub("", match[1], count=1))
             fence = match[2]
-            indent = len(match[1])
-            is_python = _LANGUAGE.fullmatch(match[3].strip()) is not None
+            language = match[3].strip()
+            named = True if _LANGUAGE.fullmatch(language) else None if language else False
             block = []
         elif match := _FENCE_IN_LINE.search(line):
-            fence = match[1]
+            quoted = False
             indent = 0
-            is_python = True
+            fence = match[1]
+            named = True
             block = []
-    if fence and is_python:
-        found = "\n".join(block)
-    return text if found is None else found
+    if fence and named is not None:
+        found[named, False] = "\n".join(block)
+    return found[max(found)] if found else text
 
 
 def tests_of(row: Mapping[str, Any]) -> Tests:
@@ -100,50 +121,80 @@ def tests_of(row: Mapping[str, Any]) -> Tests:
     Raises:
         EstuneError: they have another shape, or check nothing.
     """
-    if row.get("tests"):
-        setup = row.get("setup") or ""
-        found = _read(row["tests"])
-        pairs = [each for each in found if isinstance(each, Pair)]
+    held = {name: _plain(row.get(name)) for name in COLUMNS}
+    if held["tests"]:
+        setup = _text(held, "setup")
+        found = _read(with_function(held["tests"], held["metadata"]))
         asserts = [each for each in found if isinstance(each, str)]
-        _refuse_idle("tests", asserts, setup)
-        return Tests(setup, asserts, pairs=pairs)
-    if row.get("test_list"):
-        setup = row.get("test_setup_code") or ""
-        _refuse_idle("test_list", row["test_list"], setup)
-        return Tests("", [f"{setup}\n{test}" for test in row["test_list"]])
-    if row.get("test"):
-        entry = row["entry_point"]
-        test = f"{row['test']}\ncheck({entry})"
-        _refuse_idle("test", [test], "")
-        return Tests("", [test], row.get("code_prompt") or "", entry)
+        refuse_idle("tests", asserts, setup)
+        return Tests(setup, asserts, pairs=[each for each in found if isinstance(each, Pair)])
+    if held["test_list"]:
+        setup = _text(held, "test_setup_code")
+        asserts = text_list(held["test_list"], "test_list")
+        refuse_idle("test_list", asserts, setup)
+        return Tests("", [f"{setup}\n{test}" for test in asserts])
+    if held["test"]:
+        entry = held["entry_point"]
+        if not isinstance(entry, str) or not _ENTRY.fullmatch(entry) or _has_keyword(entry):
+            raise EstuneError(f"entry_point is {entry!r:.80}; give the name of the function that test checks")
+        test = f"{_text(held, 'test')}\ncheck({entry})"
+        refuse_idle("test", [test], "")
+        return Tests("", [test], _text(held, "code_prompt"), entry)
     return Tests()
 
 
+def text_list(value: Any, column: str) -> list[str]:
+    """A column's list of texts, which may be an array, or the list's JSON text.
+
+    Raises:
+        EstuneError: it is something else.
+    """
+    found = _decoded(_plain(value))
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise EstuneError(f"{column} is {value!r:.80}; give a list of texts")
+    return found
+
+
+def with_function(tests: Any, metadata: Any) -> Any:
+    """Tests, each with the name of the function that it calls, which LiveCodeBench tells in a column `metadata`."""
+    name = _function({"metadata": metadata})
+    found = _decoded(tests) if name else None
+    if isinstance(found, Mapping):
+        return {**found, "fn_name": _function(found) or name}
+    if isinstance(found, list | tuple) and all(isinstance(test, Mapping) for test in found):
+        return [{**test, "fn_name": _function(test) or name} for test in found]
+    return tests
+
+
 def same_output(printed: str, wanted: str) -> bool:
-    """Whether two outputs have the same words in the same lines; numbers are compared by value."""
+    """Whether two outputs have the same words in the same lines.
+
+    A number, written in ASCII digits, is the same as one of equal value; one that is wanted with a point or an exponent
+    may be off by 1e-6, or by 1e-6 of itself, as in testlib's `rcmp6`.
+    """
     lines = [[line.split() for line in text.strip().split("\n")] for text in (printed, wanted)]
     return len(lines[0]) == len(lines[1]) and all(
         len(one) == len(other) and all(map(_same_word, one, other)) for one, other in zip(*lines, strict=True)
     )
 
 
-def _same_word(one: str, other: str) -> bool:
-    if one == other:
+def _same_word(printed: str, wanted: str) -> bool:
+    if printed == wanted:
         return True
-    if max(len(one), len(other)) > _LONGEST_NUMBER:
+    if max(len(printed), len(wanted)) > _LONGEST_NUMBER:
         return False
-    try:
-        return Decimal(one) == Decimal(other)
-    except InvalidOperation:
+    numbers = _NUMBER.fullmatch(printed), _NUMBER.fullmatch(wanted)
+    if numbers[0] is None or numbers[1] is None:
         return False
+    if not any(numbers[1].groups()):
+        return Decimal(printed) == Decimal(wanted)
+    one = float(printed)
+    return math.isfinite(one) and math.isclose(one, float(wanted), rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
 
 
 def _read(tests: Any) -> list[str | Pair]:
     """Assertions and pairs, from text, JSON text, a dictionary of lists, or a list."""
-    if isinstance(tests, str) and tests.lstrip()[:1] in ("[", "{", '"'):
-        with suppress(ValueError, RecursionError):
-            decoded = json.loads(tests)
-            tests = [decoded] if isinstance(decoded, str) else decoded
+    tests = _decoded(tests)
     if isinstance(tests, str):
         tests = [tests]
     if isinstance(tests, Mapping):
@@ -151,6 +202,34 @@ def _read(tests: Any) -> list[str | Pair]:
     if not isinstance(tests, list | tuple) or not tests:
         raise _refused(tests)
     return [test if isinstance(test, str) else _pair(test) for test in tests]
+
+
+def _decoded(value: Any) -> Any:
+    """What a text holds that is JSON or a Python literal; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{", '"'):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                return read(value.strip())
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """The same with lists in the place of arrays, as pandas has them."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    """A column's text, or lines of it in a list; the empty one where there is none."""
+    value = row[column] or ""
+    if isinstance(value, list | tuple) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    if not isinstance(value, str):
+        raise EstuneError(f"{column} is {value!r:.80}; give Python as text")
+    return value
 
 
 def _rows(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -162,7 +241,17 @@ def _rows(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if not isinstance(inputs, list | tuple) or not isinstance(outputs, list | tuple) or len(inputs) != len(outputs):
         raise _refused(table)
     for given, wanted in zip(inputs, outputs, strict=True):
-        yield {"input": given, "output": wanted, "fn_name": table.get("fn_name")}
+        yield {"input": given, "output": wanted, "fn_name": _function(table)}
+
+
+def _function(test: Mapping[str, Any]) -> str:
+    """The name of the function that a test calls, which may stand in its `metadata`, an object or its JSON text."""
+    more = _decoded(test.get("metadata"))
+    for held in (test, more if isinstance(more, Mapping) else {}):
+        name = held.get("fn_name") or held.get("func_name")
+        if name:
+            return str(name)
+    return ""
 
 
 def _pair(test: Any) -> Pair:
@@ -170,16 +259,13 @@ def _pair(test: Any) -> Pair:
         raise _refused(test)
     given = test["input"]
     wanted = test["output"]
-    more = test.get("metadata")
-    function = test.get("fn_name") or test.get("func_name")
-    if not function and isinstance(more, Mapping):
-        function = more.get("fn_name") or more.get("func_name")
+    function = _function(test)
     if not function:
         if "func" in str(test.get("type") or test.get("testtype") or ""):
             raise _refused(test)
         return Pair(_lines(given), _lines(wanted))
-    if not str(function).isidentifier():
-        raise _refused(test)
+    if not function.isidentifier() or keyword.iskeyword(function):
+        raise EstuneError(f"tests call {function!r:.80}, which cannot be a function's name; mend fn_name")
     if isinstance(given, str):
         # LiveCodeBench: one argument a line, each as JSON.
         given = [_json(line) for line in given.split("\n") if line.strip()]
@@ -188,7 +274,41 @@ def _pair(test: Any) -> Pair:
         given = list(given.values())
     if not isinstance(given, list | tuple):
         raise _refused(test)
-    return Pair(list(given), wanted, str(function))
+    if _has_nan(wanted):
+        raise EstuneError(f"tests want {wanted!r:.80} of {function}, and no value equals NaN; take the test out")
+    _source([given, wanted])
+    return Pair(list(given), wanted, function)
+
+
+def _source(value: Any) -> str:
+    """A value as Python.
+
+    Raises:
+        EstuneError: it is of a kind that has no literals.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_source, value))}]"
+    if isinstance(value, tuple):
+        return f"({''.join(f'{_source(item)}, ' for item in value)})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_source(key)}: {_source(item)}' for key, item in value.items())}}}"
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | set | frozenset):
+        return repr(value)
+    raise _refused(value)
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_nan, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_nan, value))
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _has_keyword(entry: str) -> bool:
+    return any(map(keyword.iskeyword, entry.replace("()", "").split(".")))
 
 
 def _lines(text: Any) -> str:
@@ -207,51 +327,5 @@ def _json(text: Any) -> Any:
         return text
 
 
-def _refuse_idle(column: str, tests: Sequence[Any], setup: str) -> None:
-    """Refuse tests that are no Python, or check nothing, so that every program would pass them."""
-    checking = {"main", "run"}  # unittest's
-    with suppress(SyntaxError, ValueError):
-        checking.update(_checking(ast.parse(setup)))
-    for test in tests:
-        try:
-            tree = ast.parse(test)
-        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-            raise EstuneError(
-                f"{column} has {test!r:.80}, which is no Python ({type(error).__name__}); {_SHAPES}"
-            ) from error
-        if not _checks(tree, checking | set(_checking(tree))):
-            raise EstuneError(f"{column} has {test!r:.80}, which checks nothing: every program passes it; {_SHAPES}")
-
-
-def _checking(tree: ast.Module) -> Iterator[str]:
-    """Names of functions and classes that check something where they are called."""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and any(
-            map(_is_check, ast.walk(node))
-        ):
-            yield node.name
-
-
-def _checks(tree: ast.Module, checking: set[str]) -> bool:
-    """Whether something is checked when this runs: definitions alone do nothing."""
-    nodes = [node for statement in tree.body if not isinstance(statement, _DEFINITIONS) for node in ast.walk(statement)]
-    calls = {_called(node) for node in nodes if isinstance(node, ast.Call)}
-    return any(map(_is_check, nodes)) or not calls.isdisjoint(checking)
-
-
-def _is_check(node: ast.AST) -> bool:
-    """An `assert`, a `raise`, or a call of what is named like one: `self.assertEqual`, `assert_allclose`, `fail`."""
-    if isinstance(node, ast.Call):
-        return _called(node).lower().startswith(("assert", "fail"))
-    return isinstance(node, ast.Assert | ast.Raise)
-
-
-def _called(node: ast.Call) -> str:
-    match node.func:
-        case ast.Name(name) | ast.Attribute(attr=name):
-            return str(name)
-    return ""
-
-
 def _refused(value: Any) -> EstuneError:
-    return EstuneError(f"tests is or has {value!r:.80}; {_SHAPES}")
+    return EstuneError(f"tests is or has {value!r:.80}; {SHAPES}")

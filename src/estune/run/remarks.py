@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from estune.completion import Prompt
 from estune.config import Config
 from estune.es.strategy import alike
+from estune.grading.convention import copied
 from estune.journal.journal import EvaluationRecord, StepRecord
 from estune.run.held_out import evaluation_sampling
 from estune.run.order import StagedOrder
@@ -39,6 +41,7 @@ def before(config: Config, task: Task, order: StagedOrder) -> Iterator[str]:
             f"task {task.name}: {answered} of {len(task.train)} training prompts end with words of the assistant's, "
             "which the model goes on from: where these are the answer, leave them out of the prompt"
         )
+    yield from _shared(task)
     if task.evaluation:
         yield from of_evaluation(config)
 
@@ -47,12 +50,26 @@ def _goes_on(prompt: Prompt) -> bool:
     return isinstance(prompt, list) and bool(prompt) and prompt[-1].get("role") == "assistant"
 
 
+def _shared(task: Task) -> Iterator[str]:
+    """Of columns whose values cannot be copied for each call of a reward."""
+    for column in task.train[0]:
+        uncopied: list[Any] = []
+        for row in (*task.train, *task.evaluation):
+            copied(row.get(column), uncopied)
+            if uncopied:
+                yield (
+                    f"task {task.name}: column {column} has {uncopied[0]!r:.60}, which cannot be copied: what a reward "
+                    "changes in it, the next call sees; leave it as it is there, or keep it out of the data"
+                )
+                break
+
+
 def of_evaluation(config: Config) -> Iterator[str]:
     """What is to be said of how completions of an evaluation are drawn."""
     if config.eval_samples > 1 and not evaluation_sampling(config).temperature:
         yield (
-            f"eval_samples is {config.eval_samples}, and greedy completions of a prompt are all alike: one is "
-            "generated; eval_temperature=0.8 draws different ones"
+            f"{config.eval_samples} completions of each held-out prompt are asked for, and greedy ones are all alike: "
+            "one is generated; eval_temperature=0.8 draws different ones"
         )
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from estune.errors import EstuneError
 from estune.grading.convention import Row
 from estune.rewards.code import unit_tests, unsealed_tests
-from estune.rewards.programs import tests_of
+from estune.rewards.programs import tests_of, text_list, with_function
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions, text_of
 from estune.tasks.records import Record, require_columns
@@ -108,20 +108,28 @@ def _human_eval(record: Record, where: str) -> tuple[str, dict[str, Any]]:
 
 def _mbpp(record: Record, problem: str, where: str) -> tuple[str, dict[str, Any]]:
     """A sentence, and assertions, which the model is shown: they tell what the function is called."""
-    tests = record.get("test_list")
-    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-        raise EstuneError(f"{where}: test_list is {tests!r:.80}; give a list of assertions")
+    try:
+        tests = text_list(record.get("test_list"), "test_list")
+        imports = text_list(record.get("test_imports") or [], "test_imports")
+    except EstuneError as error:
+        raise EstuneError(f"{where}: {error}") from error
+    if not tests:
+        raise EstuneError(f"{where}: test_list is {tests!r}; give a list of assertions")
     lines = "\n".join(tests)
     return f"{text_of(record, problem, where).strip()}\nIt has to pass:\n\n{block(lines)}", {
         "test_list": tests,
-        "test_setup_code": record.get("test_setup_code") or "\n".join(record.get("test_imports") or []),
+        "test_setup_code": record.get("test_setup_code") or "\n".join(imports),
         "solution": record.get("code") or None,
     }
 
 
 def _own(record: Record, problem: str, tests: str, where: str) -> tuple[str, dict[str, Any]]:
     """A sentence, and tests of which the model is shown what it has to know: assertions, or the function's name."""
-    columns = {"tests": record.get(tests), "setup": record.get("setup") or "", "solution": record.get("solution")}
+    columns = {
+        "tests": with_function(record.get(tests), record.get("metadata")),
+        "setup": record.get("setup") or "",
+        "solution": record.get("solution"),
+    }
     try:
         found = tests_of(columns)
     except EstuneError as error:

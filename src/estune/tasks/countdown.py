@@ -9,10 +9,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from estune.errors import EstuneError
 from estune.grading.convention import Row
-from estune.rewards.countdown import answer_reward, format_reward, parse_target
+from estune.rewards.countdown import answer_reward, format_reward, parse_numbers, parse_target
 from estune.tasks.base import Task, refuse_overlap
 from estune.tasks.countdown_problems import Problem, Side, countdown_prompt, generate_problems, is_held_out
-from estune.tasks.options import TaskOptions
+from estune.tasks.options import TaskOptions, refuse_empty_side
 from estune.tasks.records import Record, load_records, require_columns
 
 GENERATED_SIZE = 200
@@ -128,6 +128,7 @@ class CountdownConfig(TaskOptions):
                 side.append(row)
             if (len(train), len(evaluation)) == sizes:
                 break
+        refuse_empty_side(self.name, train, evaluation, "task.eval_data, rows to evaluate on")
         return train, evaluation
 
 
@@ -148,8 +149,10 @@ def countdown_rows(source: str, records: Sequence[Record]) -> Iterator[Row]:
         where = f"data {source}: row {number}"
         numbers = record.get(numbers_name)
         target = record.get(target_name)
-        if not isinstance(numbers, list) or not numbers or not all(_is_natural(value) for value in numbers):
-            raise EstuneError(f"{where}: {numbers_name} is {numbers!r:.80}; give a list of whole numbers")
+        try:
+            numbers = parse_numbers(numbers)
+        except EstuneError as error:
+            raise EstuneError(f"{where}: {numbers_name} is {numbers!r:.80}; give a list of whole numbers") from error
         try:
             parse_target(target)
         except EstuneError as error:
@@ -162,10 +165,6 @@ def countdown_rows(source: str, records: Sequence[Record]) -> Iterator[Row]:
 
 def _row(numbers: Sequence[int], target: Any, context: str | None = None) -> Row:
     return {"prompt": context or countdown_prompt(numbers, target), "numbers": list(numbers), "target": target}
-
-
-def _is_natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _problem(row: Row) -> Problem:

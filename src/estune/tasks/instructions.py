@@ -51,6 +51,12 @@ class InstructionsConfig(DataOptions):
             values = record.get("kwargs")
             if not isinstance(names, list) or not names or not isinstance(values, list):
                 raise EstuneError(f"{where}: instruction_id_list and kwargs must be lists, one item an instruction")
+            bad = next((value for value in values if not isinstance(value, dict | None)), None)
+            if bad is not None or not all(isinstance(name, str) for name in names):
+                raise EstuneError(
+                    f"{where}: found {(names if bad is None else bad)!r:.80}; give names in instruction_id_list, and "
+                    "in kwargs an object for each"
+                )
             unknown = next((name for name in names if name not in CHECKS), None)
             if unknown is not None and self.skip_unknown:
                 continue

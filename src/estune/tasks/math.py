@@ -90,7 +90,7 @@ class MathConfig(DataOptions):
         if levels:
             require_columns(source, records, ("level",))
         for number, record in enumerate(records, 1):
-            if levels and str(record["level"]).removeprefix("Level ") not in levels:
+            if levels and str(record.get("level")).removeprefix("Level ").removesuffix(".0") not in levels:
                 continue
             where = f"data {source}: row {number}"
             golds = gold_answers(record.get(answer))

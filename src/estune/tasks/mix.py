@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -175,6 +175,11 @@ class Only:
     def prepare(self) -> None:
         """What the function wants done before it is first called in a grader."""
         getattr(self.function, "prepare", lambda: None)()
+
+    def worthless(self, row: Row) -> list[str]:
+        """Completions that the function must not give full marks, for a row of its own."""
+        of_function: Callable[[Row], list[str]] = getattr(self.function, "worthless", lambda _: [])
+        return of_function(row) if row[LABEL] == self.label else []
 
     def applies(self, columns: Mapping[str, Sequence[Any]]) -> bool:
         """Whether any of these rows is the task's; where none is, a grader need not be asked."""

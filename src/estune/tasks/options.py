@@ -132,7 +132,27 @@ class DataOptions(PromptOptions):
                 side.append(row)
             if (len(train), len(evaluation)) == sizes:
                 break
+        refuse_empty_side(self.name, train, evaluation, "task.eval_data, rows to evaluate on")
         return train, evaluation
+
+
+def refuse_empty_side(name: str, train: Sequence[Row], evaluation: Sequence[Row], remedy: str) -> None:
+    """Refuse a split by hash that leaves a set empty, as it may of few rows.
+
+    Args:
+        name: the task's.
+        train, evaluation: the rows of both sides.
+        remedy: what else to give than more rows.
+
+    Raises:
+        EstuneError: one of them has no row, and the other has.
+    """
+    if bool(train) != bool(evaluation):
+        side, found = ("evaluation", "none") if train else ("training", "every one")
+        raise EstuneError(
+            f"task {name}: the {side} set is empty: an eighth of the rows is held out, chosen by a hash of each, and "
+            f"of {len(train) + len(evaluation)} rows {found} is; give more rows, or {remedy}"
+        )
 
 
 def identity(row: Row) -> str:

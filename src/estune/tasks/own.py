@@ -16,7 +16,7 @@ from estune.grading.convention import Row, describe, reward_name
 from estune.grading.modules import load_file
 from estune.rewards.load import in_conversation, load_reward
 from estune.tasks.base import Task, as_message
-from estune.tasks.options import TaskOptions, identity, is_held_out
+from estune.tasks.options import TaskOptions, identity, is_held_out, refuse_empty_side
 from estune.tasks.records import load_records, whole_rows
 
 SUFFIX = ".py"
@@ -95,6 +95,7 @@ class OwnConfig(TaskOptions):
             held_out = [is_held_out(identity(row)) for row in rows]
             train = [row for row, out in zip(rows, held_out, strict=True) if not out]
             evaluation = [row for row, out in zip(rows, held_out, strict=True) if out]
+            refuse_empty_side(self.name, train, evaluation, "the name evaluation in the file, rows to evaluate on")
         rewards = module.rewards if isinstance(module.rewards, list | tuple) else [module.rewards]
         functions = [load_reward(reward) for reward in rewards]
         if not functions:
