@@ -81,6 +81,7 @@ class Probe:
         sigma: the one to train with, or None where none will do.
         reason: why, in a sentence.
         warnings: what stands in the way of learning.
+        lengths: tokens of the base's completions, for `estune estimate --lengths`.
         share: whether accuracies lie in 0 to 1 by declaration, and are shown in percent.
     """
 
@@ -94,6 +95,7 @@ class Probe:
     sigma: float | None
     reason: str
     warnings: list[str]
+    lengths: list[int]
     share: bool = False
 
     def as_json(self) -> dict[str, Any]:
@@ -203,6 +205,7 @@ class _Probing:
             sigma=sigma,
             reason=reason,
             warnings=_warnings(levels, base, noise, count),
+            lengths=[len(c.token_ids) for c in first.completions],
             share=self.task.accuracy_is_share,
         )
 

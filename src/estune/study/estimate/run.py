@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 120  # of a Countdown prompt, about
 TINY_PROMPT_TOKENS = 9  # of the same to the embedded model's tokenizer
+# Sequences at once that vLLM chooses on GPUs of at least so many bytes but the A100, elsewhere a quarter
+# (vllm/engine/arg_utils.py, 0.32).
+VLLM_ROWS = 1024
+VLLM_LARGE = 70 << 30
 
 
 def estimate_run(
@@ -30,6 +34,7 @@ def estimate_run(
     gpu: str | None = None,
     prompt_tokens: int | None = None,
     new_tokens: float | None = None,
+    lengths: Path | None = None,
 ) -> Estimate:
     """What `estune train` with these settings needs, from the model's config.json alone.
 
@@ -37,23 +42,31 @@ def estimate_run(
         file, overrides: settings.
         gpu: a GPU of the table; if None, this machine's, or its CPU where it has none.
         prompt_tokens: mean length of a prompt; that of a Countdown prompt if None.
-        new_tokens: mean length of a completion; `max_new_tokens` if None.
+        new_tokens: mean length of a completion, around which lengths are spread; if None, all are of `max_new_tokens`.
+        lengths: a file of completions' lengths instead (`lengths.py`).
 
     Raises:
-        EstuneError: for bad settings, an unknown GPU, or a model whose configuration cannot be had or understood.
+        EstuneError: for bad settings, an unknown GPU, a file without lengths, or a model whose configuration cannot be
+            had or understood.
     """
     from estune.study.estimate.estimate import make_estimate
+    from estune.study.estimate.lengths import read_lengths, spread_lengths
     from estune.study.estimate.machines import find_gpu, this_gpu
     from estune.study.estimate.shapes import read_shape
 
     config = load(file, overrides)
-    work = _work(config, prompt_tokens, new_tokens)
+    if lengths is not None and new_tokens is not None:
+        raise EstuneError("--lengths and --new-tokens both say how long completions are: give one")
+    found = None if lengths is None else read_lengths(lengths).clip(max=config.max_new_tokens)
+    work = _work(config, prompt_tokens, new_tokens if found is None else float(found.mean()))
     _check_counts(work)
+    drawn = spread_lengths(work.new_tokens, work.max_new_tokens) if found is None else found
     shape = read_shape(config.model, config.train_parameters)
-    found = (find_gpu(gpu), None) if gpu is not None else this_gpu(config.device)
-    placed = _on_this_cpu(config, work, shape) if found is None else _on_gpus(config, work, shape, *found)
+    chosen = (find_gpu(gpu), None) if gpu is not None else this_gpu(config.device)
+    placed = _on_this_cpu(config, work, shape) if chosen is None else _on_gpus(config, work, shape, *chosen)
     work = replace(placed.work, rows=_rows(config, placed, shape))
-    return make_estimate(config.model, shape, work, placed.device, placed.prefill_tokens)
+    engines = _by_engine(config, work, placed.device, shape)
+    return make_estimate(config.model, shape, work, placed.device, placed.prefill_tokens, drawn, engines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +82,7 @@ class _Placed:
 def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -> Work:
     """What a step does, as far as settings tell."""
     from estune.study.estimate.needs import Work
+    from estune.tasks.countdown import GENERATED_SIZE
 
     usual = TINY_PROMPT_TOKENS if config.model in EMBEDDED else PROMPT_TOKENS
     return Work(
@@ -83,7 +97,44 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         dtype="float32" if config.dtype == "auto" else config.dtype,
         policy=config.weights,
         workers=config.workers,
+        engine=config.engine,
+        steps=config.steps,
+        evaluations=_evaluations(config),
+        evaluated=(config.task.eval_size or GENERATED_SIZE) * config.eval_samples,
     )
+
+
+def _evaluations(config: Config) -> int:
+    every = config.eval_steps or max(1, config.steps)
+    return config.eval_on_start + math.ceil(config.steps / every)
+
+
+def _by_engine(config: Config, work: Work, device: Device, shape: Shape) -> list[Work]:
+    """The work as the run's engine does it and, on a GPU, as the other one would, where it can.
+
+    On a CPU the rates are measured, and those of vLLM are not.
+    """
+    if not device.is_gpu:
+        return [work]
+    work = replace(work, captured=config.cuda_graphs)
+    vllm = replace(work, engine="vllm", rows=_vllm_rows(config, work, device, shape))
+    if work.engine == "vllm":
+        return [vllm] if work.parallel > 1 else [vllm, replace(work, engine="transformers")]
+    return [work, vllm]
+
+
+def _vllm_rows(config: Config, work: Work, device: Device, shape: Shape) -> int:
+    """Sequences that vLLM decodes at once: as it is set, or its own choice, as far as keys and values fit."""
+    from estune.engines.vllm.engine import GPU_SHARE
+
+    share = config.vllm_gpu_memory_utilization or GPU_SHARE / work.at_once
+    bytes_ = BYTES[work.dtype]
+    base = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) if work.base == "device" else 0
+    room = share * device.memory - (shape.parameters * bytes_ + base) / work.parallel
+    each = shape.cached * bytes_ / work.parallel * (work.prompt_tokens + work.new_tokens)
+    large = device.memory >= VLLM_LARGE and "A100" not in device.name
+    most = config.batch_size or (VLLM_ROWS if large else VLLM_ROWS // 4)
+    return max(1, min(most, int(room / each))) if each else most
 
 
 def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
