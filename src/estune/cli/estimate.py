@@ -112,6 +112,9 @@ def _say_scales(found: Estimate) -> None:
             ]
         )
     say_table(rows, names=0, title=f"with more or fewer workers, as far as it gains anything, {found.speeds[0].engine}")
+    spare = -found.work.population % found.work.engines
+    if spare:
+        say(f"population={found.work.population + spare} would take about as long: {spare} workers end a member early")
 
 
 def _days(days: float) -> str:
