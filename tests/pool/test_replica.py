@@ -36,8 +36,20 @@ def test_auto_is_cuda_where_there_is_one_and_never_mps(monkeypatch: pytest.Monke
     assert training_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(EstuneError, match="device: 'cuda:2' is not available"):
         training_device("cuda:2")
-    with pytest.raises(EstuneError, match="device: weights cannot be perturbed on mps; use auto, cuda or cpu"):
-        training_device("mps")
+    assert training_device("mps") == torch.device("mps")
+
+
+def test_mps_perturbs_on_all_cores_and_keeps_its_base_there(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    config = make_config(tmp_path / "run", model, replicas=None, threads=None, device="mps")
+    found = with_resources(config)
+    assert (found.device, found.replicas, found.threads) == ("mps", 1, 3)
+    engine: Any = SimpleNamespace(device=torch.device("mps"))
+    assert not wants_base_on_host(engine, found.model_copy(update={"base_device": "host"}), [])
+    assert "base_device" not in less_base(torch.device("mps"), on_host=False)
 
 
 @pytest.mark.usefixtures("cuda")

@@ -97,7 +97,9 @@ class Run(Section):
     dtype: Literal["auto", DType] = Field(
         "auto", description="type of the weights that generate; auto is float32 on a CPU, else the checkpoint's"
     )
-    device: str = Field("auto", description="where the model runs: cuda, cuda:1, cpu; auto is CUDA where there is one")
+    device: str = Field(
+        "auto", description="where the model runs: cuda, cuda:1, mps, cpu; auto is CUDA where there is one"
+    )
     task: TaskConfig = Field(
         default_factory=CountdownConfig, description="what to learn (`estune tasks`); its options are task.NAME"
     )

@@ -50,7 +50,7 @@ def _with_device(config: Config, device: str) -> Config:
         replicas, threads = share_cores(config, size)
     else:
         replicas = config.replicas or 1
-        threads = config.threads or 1
+        threads = config.threads or (1 if device.startswith("cuda") else available_cores())
     found: dict[str, Any] = {"model": pinned(config.model), "device": device, "replicas": replicas, "threads": threads}
     found["template_date"] = config.template_date or date.today()
     return config.model_copy(update=found)

@@ -126,6 +126,8 @@ def this_gpu(device: str) -> tuple[GPU, int] | None:
     chosen = training_device(device)
     if chosen.type == "cpu":
         return None
+    if chosen.type != "cuda":
+        raise EstuneError(f"device {chosen.type}: no GPU of its kind is in the table; give one like it with --gpu")
     properties = torch.cuda.get_device_properties(chosen)
     return recognise(properties.name, properties.total_memory), properties.total_memory
 
