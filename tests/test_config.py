@@ -121,6 +121,8 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
         (["gpus_per_worker=2"], "which engine=vllm does"),
         (["engine=vllm", "workers=2", "gpus_per_worker=2", "workers_per_gpu=2"], "cannot both be more than 1"),
         (["workers_per_gpu=2"], "say how many"),
+        (["workers_per_gpu=auto", "replicas=2"], "leave out one"),
+        (["workers_per_gpu=some", "workers=2"], "workers_per_gpu"),
         (["device=mps", "workers=2"], "leave out workers and engine=vllm"),
         (["device=mps", "engine=vllm"], "leave out workers and engine=vllm"),
         (["device=mps", "weights=inplace"], "set weights=copy or master"),

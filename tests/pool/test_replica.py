@@ -61,6 +61,24 @@ def test_a_gpu_has_one_replica_of_one_thread(tmp_path: Path, model: Path) -> Non
     assert (asked.replicas, asked.threads) == (2, 3)
 
 
+@pytest.mark.usefixtures("cuda")
+def test_as_many_share_a_gpu_as_its_memory_holds(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("estune.pool.open.total_memory", lambda device: 80 * 10**9)
+    config = make_config(tmp_path / "run", model, replicas=None, workers_per_gpu="auto")
+    found = with_resources(config)
+    assert (found.replicas, found.workers_per_gpu) == (4, 1)
+    found = with_resources(config.model_copy(update={"workers": 8}))
+    assert (found.replicas, found.workers_per_gpu, found.sharing) == (1, 4, 4)
+    assert with_resources(config.model_copy(update={"device": "cpu", "workers": 2})).workers_per_gpu == 1
+    assert with_resources(config.model_copy(update={"engine": "vllm"})).replicas == 1
+    monkeypatch.setattr("estune.pool.open.total_memory", lambda device: 10**9)
+    assert with_resources(config).replicas == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the cluster has GPUs, and this machine has none
+    monkeypatch.setattr("estune.pool.ray.cluster.cluster_device", lambda config: "cuda")
+    with pytest.raises(EstuneError, match="workers_per_gpu auto goes by .* give a number"):
+        with_resources(config.model_copy(update={"workers": 8}))
+
+
 @pytest.mark.parametrize(
     ("memory", "changes", "on_host"),
     [

@@ -174,7 +174,11 @@ class Workers(Section):
     workers: int | None = Field(
         None, ge=1, description="engines on several GPUs or machines, as Ray actors; this machine's, if not given"
     )
-    workers_per_gpu: int = Field(1, ge=1, description="workers that share a GPU, which hides what a token costs each")
+    workers_per_gpu: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="workers that share a GPU, which hides what a token costs each; auto is as many, at most 4, as its "
+        "memory holds with all prompts at once, and without workers is about replicas",
+    )
     gpus_per_worker: int = Field(
         1, ge=1, description="GPUs of one engine; vLLM splits every matrix over them (tensor parallelism)"
     )
@@ -194,11 +198,18 @@ class Workers(Section):
         None, ge=2, description="most tokens of a prompt and its completion with vLLM; the model's own if not given"
     )
 
+    @property
+    def sharing(self) -> int:
+        """Workers that share a GPU; 1 as long as nobody has looked what `auto` is."""
+        return 1 if self.workers_per_gpu == "auto" else self.workers_per_gpu
+
     @model_validator(mode="after")
     def _check_workers(self) -> Workers:
-        if self.gpus_per_worker > 1 and self.workers_per_gpu > 1:
+        if self.gpus_per_worker > 1 and self.sharing > 1:
             raise ValueError("gpus_per_worker and workers_per_gpu cannot both be more than 1")
-        if not self.workers and (self.workers_per_gpu > 1 or self.ray_address):
+        if self.workers_per_gpu == "auto" and self.replicas:
+            raise ValueError("replicas and workers_per_gpu=auto both say how many share a device: leave out one")
+        if not self.workers and (self.sharing > 1 or self.ray_address):
             raise ValueError("workers_per_gpu and ray_address are about workers: say how many, workers=8")
         return self
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from estune.engines.memory import LOGITS_BYTES
+from estune.engines.memory import GPU_CONTEXT, LOGITS_BYTES
 from estune.engines.memory import fitting_rows as rows_that_fit
 from estune.study.estimate.machines import GB, Device
 from estune.study.estimate.shapes import Shape
@@ -15,7 +15,6 @@ from estune.weights.policies import BYTES, POLICIES, PolicyName
 
 PREFILL_HIDDEN = 4  # activations alive at once in a layer, of the residual's size
 PREFILL_WIDTH = 3  # and of the widest size
-GPU_CONTEXT = GB  # CUDA's context, compiled kernels, workspaces
 CPU_PROCESS = 4 * GB // 10  # Python, torch and compiled kernels, each replica anew
 
 Place = Literal["device", "host"]

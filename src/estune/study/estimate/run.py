@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -93,7 +94,7 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         max_new_tokens=config.max_new_tokens,
         rows=1,
         slots=1,
-        at_once=min(config.workers, config.workers_per_gpu) if config.workers else config.replicas or 1,
+        at_once=min(config.workers, config.sharing) if config.workers else config.replicas or 1,
         dtype="float32" if config.dtype == "auto" else config.dtype,
         policy=config.weights,
         workers=config.workers,
@@ -151,6 +152,7 @@ def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
 def _on_gpus(config: Config, work: Work, shape: Shape, sheet: GPU, size: int | None) -> _Placed:
     """On GPUs of a line of the table, of `size` bytes if it is known."""
     from estune.engines import decode, graph, transformers
+    from estune.engines.memory import LOGITS_BYTES, fitting_engines
     from estune.study.estimate.machines import as_device
     from estune.weights.base import keeps_base_on_host
 
@@ -159,16 +161,22 @@ def _on_gpus(config: Config, work: Work, shape: Shape, sheet: GPU, size: int | N
     device = as_device(sheet, dtype, size)
     base = POLICIES[work.policy].base_bytes(shape.trained, dtype)
     live = shape.parameters * BYTES[dtype]
-    on_host = base > 0 and keeps_base_on_host(
-        config.base_device, base=base // parallel, live=live // parallel, memory=device.memory // work.at_once
+    keeps_on_host = functools.partial(
+        keeps_base_on_host, config.base_device, base=base // parallel, live=live // parallel
     )
-    work = replace(
-        work,
-        dtype=dtype,
-        slots=graph.round_up(work.longest, graph.LEAST_SLOTS),
-        parallel=parallel,
-        base="host" if on_host else "device",
-    )
+    slots = graph.round_up(work.longest, graph.LEAST_SLOTS)
+    if config.workers_per_gpu == "auto" and parallel == 1 and POLICIES[work.policy].keeps_base:
+        count = fitting_engines(
+            device.memory,
+            live=live,
+            base=0 if keeps_on_host(memory=device.memory) else base,
+            rows=min(work.prompts, config.batch_size or transformers.MAX_ROWS_ELSEWHERE),
+            row=shape.cached * work.longest * BYTES[dtype] + LOGITS_BYTES * shape.vocabulary,
+            share=transformers.MEMORY_SHARE,
+        )
+        work = replace(work, at_once=min(config.workers or count, count))
+    on_host = base > 0 and keeps_on_host(memory=device.memory // work.at_once)
+    work = replace(work, dtype=dtype, slots=slots, parallel=parallel, base="host" if on_host else "device")
     return _Placed(work, device, transformers.MAX_ROWS_ELSEWHERE, decode.PREFILL_TOKENS_ELSEWHERE)
 
 
