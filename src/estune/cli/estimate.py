@@ -111,7 +111,7 @@ def _say_scales(found: Estimate) -> None:
                 f"{scale.device_hours:,.3g}" if scale.device_hours < 1000 else f"{scale.device_hours:,.0f}",
             ]
         )
-    say_table(rows, names=0, title=f"with more or fewer workers, as far as it gains anything, {found.speeds[0].engine}")
+    say_table(rows, names=0, title=f"with more or fewer workers, {found.speeds[0].engine}")
     spare = -found.work.population % found.work.engines
     if spare:
         say(f"population={found.work.population + spare} would take about as long: {spare} workers end a member early")
