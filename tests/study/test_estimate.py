@@ -54,6 +54,12 @@ def test_replicas_on_a_gpu_share_its_memory(tmp_path: Path) -> None:
     assert (one.work.at_once, one.work.base) == (1, "device")
     assert (eight.work.at_once, eight.work.base) == (8, "host")
     assert eight.choices[0].needed == 8 * total(eight.memory)
+    # As many as all prompts' keys and values leave room for beside each other, of 80 GB and of 24.
+    auto = [f"model={model}", "workers_per_gpu=auto"]
+    assert estimate_run(None, auto, gpu="h100").work.at_once == 4
+    assert estimate_run(None, auto, gpu="rtx4090").work.at_once == 1
+    assert estimate_run(None, [*auto, "prompts_per_step=50"], gpu="rtx4090").work.at_once == 4
+    assert estimate_run(None, [*auto, "engine=vllm"], gpu="h100").work.at_once == 1
 
 
 def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from estune.completion import Completion
@@ -81,8 +81,8 @@ class Probe:
         sigma: the one to train with, or None where none will do.
         reason: why, in a sentence.
         warnings: what stands in the way of learning.
-        lengths: tokens of the base's completions, for `estune estimate --lengths`.
         share: whether accuracies lie in 0 to 1 by declaration, and are shown in percent.
+        lengths: tokens of the base's completions, for `estune estimate --lengths`.
     """
 
     model: str
@@ -95,8 +95,8 @@ class Probe:
     sigma: float | None
     reason: str
     warnings: list[str]
-    lengths: list[int]
     share: bool = False
+    lengths: list[int] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for `json.dumps`; what is not finite becomes None."""

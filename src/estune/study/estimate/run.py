@@ -165,7 +165,8 @@ def _on_gpus(config: Config, work: Work, shape: Shape, sheet: GPU, size: int | N
         keeps_base_on_host, config.base_device, base=base // parallel, live=live // parallel
     )
     slots = graph.round_up(work.longest, graph.LEAST_SLOTS)
-    if config.workers_per_gpu == "auto" and parallel == 1 and POLICIES[work.policy].keeps_base:
+    alone = parallel > 1 or not POLICIES[work.policy].keeps_base or (config.engine == "vllm" and not config.workers)
+    if config.workers_per_gpu == "auto" and not alone:
         count = fitting_engines(
             device.memory,
             live=live,
