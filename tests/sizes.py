@@ -70,7 +70,7 @@ GEMMA2_2B = {
     "head_dim": 256,
     "vocab_size": 256000,
 }
-# All weights 1,000 million, none of them embeddings; 10 layers; 1,000 elements cached a token.
+# All weights 1,000 million, none of them embeddings; 10 layers of 10 kernels; 1,000 elements cached a token.
 ROUND = Shape(
     parameters=10**9,
     trained=10**9,
@@ -83,6 +83,7 @@ ROUND = Shape(
     hidden=1000,
     width=4000,
     vocabulary=1000,
+    kernels=100,
     dtype="bfloat16",
 )
 # Reads 10^12 bytes, multiplies 10^15 and draws 10^11 numbers a second.

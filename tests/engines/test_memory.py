@@ -15,7 +15,14 @@ from transformers import Gemma4TextConfig, JambaConfig, Qwen3NextConfig
 
 from estune.completion import Sampling
 from estune.engines.cache import RowCache
-from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for
+from estune.engines.memory import (
+    MOST_ENGINES,
+    attends_everywhere,
+    cached_elements,
+    fitting_engines,
+    known_cache,
+    memory_for,
+)
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from tests.models import build_config, save_model
@@ -85,6 +92,24 @@ def test_whether_every_layer_keeps_keys_and_values(config: Any, expected: bool) 
 def test_a_cache_is_known_where_all_of_it_fits(needed: int, weights: int, allotted: int, expected: int | None) -> None:
     found = known_cache(needed << 30, weights << 30, allotted << 30)
     assert found == (None if expected is None else expected << 30)
+
+
+def test_engines_that_one_device_holds() -> None:
+    # 80 GB, a step of 200 prompts of 19 MB. Half a billion parameters, 1 GB and 2 of a base, fit four times; of more
+    # than four nobody gains.
+    small = {"live": 10**9, "base": 2 * 10**9, "rows": 200, "row": 19 * 10**6, "share": 4}
+    assert fitting_engines(80 * 10**9, **small) == MOST_ENGINES == 4
+    # Of 40 GB a third leaves 12.3 beside the live weights, of which a quarter is less than the 3.8 GB of a batch; a
+    # half leaves 19.
+    assert fitting_engines(40 * 10**9, **small) == 2
+    assert fitting_engines(40 * 10**9, **{**small, "rows": 100}) == 4
+    assert fitting_engines(16 * 10**9, **small) == 1
+    # Seven billion: 15 GB and 30 of a base, which may take half of what is left of 75 GB, and not of 40.
+    large = {"live": 15 * 10**9, "base": 30 * 10**9, "rows": 20, "row": 10**8, "share": 4}
+    assert fitting_engines(80 * 10**9, **large) == 1
+    assert fitting_engines(150 * 10**9, **large) == 2
+    # On the host it takes nothing: a third of 80 GB leaves 11.7, of which a quarter holds the 2 GB of a batch.
+    assert fitting_engines(80 * 10**9, **{**large, "base": 0}) == 3
 
 
 def test_torch_on_the_cpu() -> None:

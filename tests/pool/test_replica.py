@@ -36,8 +36,20 @@ def test_auto_is_cuda_where_there_is_one_and_never_mps(monkeypatch: pytest.Monke
     assert training_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(EstuneError, match="device: 'cuda:2' is not available"):
         training_device("cuda:2")
-    with pytest.raises(EstuneError, match="device: weights cannot be perturbed on mps; use auto, cuda or cpu"):
-        training_device("mps")
+    assert training_device("mps") == torch.device("mps")
+
+
+def test_mps_perturbs_on_all_cores_and_keeps_its_base_there(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    config = make_config(tmp_path / "run", model, replicas=None, threads=None, device="mps")
+    found = with_resources(config)
+    assert (found.device, found.replicas, found.threads) == ("mps", 1, 3)
+    engine: Any = SimpleNamespace(device=torch.device("mps"))
+    assert not wants_base_on_host(engine, found.model_copy(update={"base_device": "host"}), [])
+    assert "base_device" not in less_base(torch.device("mps"), on_host=False)
 
 
 @pytest.mark.usefixtures("cuda")
@@ -47,6 +59,24 @@ def test_a_gpu_has_one_replica_of_one_thread(tmp_path: Path, model: Path) -> Non
     assert (found.replicas, found.threads) == (1, 1)
     asked = with_resources(config.model_copy(update={"replicas": 2, "threads": 3}))
     assert (asked.replicas, asked.threads) == (2, 3)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_as_many_share_a_gpu_as_its_memory_holds(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("estune.pool.open.total_memory", lambda device: 80 * 10**9)
+    config = make_config(tmp_path / "run", model, replicas=None, workers_per_gpu="auto")
+    found = with_resources(config)
+    assert (found.replicas, found.workers_per_gpu) == (4, 1)
+    found = with_resources(config.model_copy(update={"workers": 8}))
+    assert (found.replicas, found.workers_per_gpu, found.sharing) == (1, 4, 4)
+    assert with_resources(config.model_copy(update={"device": "cpu", "workers": 2})).workers_per_gpu == 1
+    assert with_resources(config.model_copy(update={"engine": "vllm"})).replicas == 1
+    monkeypatch.setattr("estune.pool.open.total_memory", lambda device: 10**9)
+    assert with_resources(config).replicas == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the cluster has GPUs, and this machine has none
+    monkeypatch.setattr("estune.pool.ray.cluster.cluster_device", lambda config: "cuda")
+    with pytest.raises(EstuneError, match="workers_per_gpu auto goes by .* give a number"):
+        with_resources(config.model_copy(update={"workers": 8}))
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,12 @@ def test_replicas_on_a_gpu_share_its_memory(tmp_path: Path) -> None:
     assert (one.work.at_once, one.work.base) == (1, "device")
     assert (eight.work.at_once, eight.work.base) == (8, "host")
     assert eight.choices[0].needed == 8 * total(eight.memory)
+    # As many as all prompts' keys and values leave room for beside each other, of 80 GB and of 24.
+    auto = [f"model={model}", "workers_per_gpu=auto"]
+    assert estimate_run(None, auto, gpu="h100").work.at_once == 4
+    assert estimate_run(None, auto, gpu="rtx4090").work.at_once == 1
+    assert estimate_run(None, [*auto, "prompts_per_step=50"], gpu="rtx4090").work.at_once == 4
+    assert estimate_run(None, [*auto, "engine=vllm"], gpu="h100").work.at_once == 1
 
 
 def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +85,11 @@ def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "memory of a worker, on each of its 4 GPUs" in out
     assert "8 x NVIDIA H100 SXM" in out
+    scales = {scale.workers: scale for scale in found.scales}
+    assert {1, 16, 1024} <= set(scales)
+    assert scales[16].devices == 64
+    assert scales[16].device_hours == 64 * 24 * scales[16].days
+    assert scales[2].step == pytest.approx(total(found.time)) == pytest.approx(found.speeds[0].step)
 
 
 def test_this_machines_gpu_has_the_memory_that_the_driver_reports(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,14 +136,43 @@ def test_a_smaller_batch_is_offered(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert ("does not fit" not in capsys.readouterr().out) == fits
 
 
+def test_both_engines_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_config(tmp_path / "model", QWEN_HALF_B)
+    (tmp_path / "lengths.json").write_text("[100, 100, 200, 3000]")
+    options = ["--model", folder, "--gpu", "h100"]
+    found = estimate_run(None, [f"model={folder}"], gpu="h100", lengths=tmp_path / "lengths.json")
+    assert found.work.new_tokens == (100 + 100 + 200 + 1024) / 4
+    assert [speed.engine for speed in found.speeds] == ["transformers", "vllm"]
+    ours, vllm = found.speeds
+    assert (ours.rows, vllm.rows) == (200, 1024)
+    assert ours.limit == "launching kernels"  # which fewer of would make faster
+    assert vllm.step < ours.step
+    turned = estimate_run(None, [f"model={folder}", "engine=vllm"], gpu="h100", lengths=tmp_path / "lengths.json")
+    assert turned.speeds == [vllm, ours]
+    eager = estimate_run(None, [f"model={folder}", "cuda_graphs=false"], gpu="h100", new_tokens=356)
+    assert eager.speeds[0].token > 2 * ours.token
+    assert estune("estimate", *options, "--lengths", tmp_path / "lengths.json") == 0
+    out = capsys.readouterr().out
+    assert "by engine" in out
+    assert "GPU-hours" in out
+    assert "\n     32    32" in out
+    assert "\n     64    64" not in out  # there are 30 members
+    both = refused(capsys, "estimate", *options, "--lengths", tmp_path / "lengths.json", "--new-tokens", 3)
+    assert "--lengths and --new-tokens both say" in both
+    assert "--lengths" in refused(capsys, "estimate", *options, "--lengths", tmp_path / "none")
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert estune("estimate", "--json", "--new-tokens", 20, "--device", "cpu", "--replicas", 2) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["shape"]["parameters"] == 867_200
     assert found["work"]["at_once"] == 2
     assert found["work"]["new_tokens"] == 20
-    assert [item["name"] for item in found["time"]] == ["perturb", "read the prompts", "generate", "update"]
-    assert all(np.isfinite(item["amount"]) and item["amount"] > 0 for item in found["time"])
+    names = ["perturb", "read the prompts", "generate", "wait for the last", "update"]
+    assert [item["name"] for item in found["time"]] == names
+    assert all(np.isfinite(item["amount"]) and item["amount"] >= 0 for item in found["time"])
+    assert [speed["engine"] for speed in found["speeds"]] == ["transformers"]  # vLLM's rates here are not known
+    assert found["scales"] == []
     assert set(found["reinforcement_learning"]) == {"GRPO", "PPO"}
     assert found["advice"].startswith("weights=master fits")
 

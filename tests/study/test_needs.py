@@ -1,4 +1,4 @@
-"""Memory and time of a run against sums done by hand and what real objects take."""
+"""Memory of a run against sums done by hand and what real objects take."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from estune.engines.memory import total_memory
 from estune.engines.transformers import MAX_ROWS, MEMORY_SHARE
 from estune.pool.replica import Replica
 from estune.study.estimate.estimate import choices
-from estune.study.estimate.machines import Device
-from estune.study.estimate.needs import fitting_rows, memory, memory_of_all, step_time, total
+from estune.study.estimate.needs import fitting_rows, memory, memory_of_all, total
 from estune.study.estimate.shapes import read_shape
 from estune.weights.checkpoint import EMBEDDED
 from tests.sizes import FAST, ROUND, amounts, make_work
@@ -107,53 +106,14 @@ def test_an_engine_split_over_gpus_by_hand() -> None:
     assert "weights=inplace" not in found  # which workers cannot
     # GRPO: 20 GB of weights and optimizer, and less than 1 GB of all else, are on one of the 8.
     assert (found["GRPO"].devices, found["GRPO"].fits) == (1, True)
-    one, split = (amounts(step_time(ROUND, w, FAST)) for w in (make_work(), work))
-    # Half the members each, at four times the rates; every engine draws the noise of all members for the update.
-    for part, share in (("perturb", 8), ("read the prompts", 8), ("generate", 8), ("update", 4)):
-        assert split[part] == pytest.approx(one[part] / share)
-    on_host = replace(work, base="host")
-    assert amounts(step_time(ROUND, on_host, FAST))["perturb"] == pytest.approx(5 * (0.04 + 0.0005))
 
 
 def test_workers_that_share_gpus_by_hand() -> None:
     work = make_work(workers=6, at_once=3)
     assert (work.engines, work.places, work.devices) == (6, 2, 2)
     assert memory_of_all(ROUND, work, FAST, 100) == 3 * total(memory(ROUND, work, FAST, 100))
-    one, six = (amounts(step_time(ROUND, w, FAST)) for w in (make_work(), work))
-    assert six["generate"] == pytest.approx(one["generate"] / 2)  # two GPUs
-    assert six["update"] == pytest.approx(3 * one["update"])  # three bases on each
 
 
 def test_workers_on_a_cpu_have_a_base_each() -> None:
     cpu, work = replace(FAST, is_gpu=False), make_work(workers=3, at_once=3)
     assert memory_of_all(ROUND, work, cpu, 100) == 3 * total(memory(ROUND, work, cpu, 100))
-    assert amounts(step_time(ROUND, work, cpu))["update"] == amounts(step_time(ROUND, make_work(), cpu))["update"]
-
-
-def test_step_by_hand() -> None:
-    found = amounts(step_time(ROUND, make_work(), FAST))
-    # A member reads 4 and writes 2 GB, 6 ms, and draws 10^9 numbers, 10 ms. An update draws those of all members.
-    assert found["perturb"] == pytest.approx(10 * 0.010)
-    assert found["update"] == pytest.approx(10 * 0.010)
-    # A token of 4 rows multiplies 8 x 10^9, 8 us, and reads 2 GB of weights, 2 ms, with 4 x 100 cached tokens.
-    assert found["generate"] == pytest.approx(10 * 100 * 0.002, rel=0.01)
-    # 200 tokens of prompts are 0.4 ms of products, less than reading the weights takes.
-    assert found["read the prompts"] == pytest.approx(10 * 0.002, rel=0.01)
-
-
-def test_a_step_follows_what_limits_it() -> None:
-    slow = Device("slow", 80 * 10**9, 1e12, 1e12, 1e12, 1e11, 0.001, is_gpu=False, how="")
-    # 4 rows multiply 2 x 4 x 10^9: 8 ms, and Python adds 10 layers of 1 ms.
-    assert amounts(step_time(ROUND, make_work(), slow))["generate"] == pytest.approx(10 * 100 * 0.018, rel=0.01)
-    halves = amounts(step_time(ROUND, make_work(new_tokens=51), slow))["generate"]
-    assert halves == pytest.approx(10 * 100 * 0.014, rel=0.01)  # half the rows, on average, over as many tokens
-    two = amounts(step_time(ROUND, make_work(at_once=2), slow))
-    assert two["generate"] == pytest.approx(5 * 100 * 0.018, rel=0.01)
-    assert two["update"] == pytest.approx(10 * 0.010 / 2)  # each replica updates a half of the base
-    gpu, one = (amounts(step_time(ROUND, make_work(at_once=n), FAST)) for n in (2, 1))
-    assert gpu["update"] == pytest.approx(2 * 10 * 0.010)  # each has a base of its own, and applies all members to it
-    assert gpu["generate"] == one["generate"]  # they share what limits it
-    batches = amounts(step_time(ROUND, make_work(rows=2), FAST))
-    assert batches["generate"] == pytest.approx(2 * 10 * 100 * 0.002, rel=0.01)
-    # 4 GB of base over PCIe, at 25 GB/s, before 2 ms of writing.
-    assert amounts(step_time(ROUND, make_work(base="host"), FAST))["perturb"] == pytest.approx(10 * (0.16 + 0.002))

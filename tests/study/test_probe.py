@@ -71,6 +71,8 @@ def test_it_measures_what_perturbations_do(config: Config, tmp_path: Path) -> No
     assert found == probe(config, task=make_task(vowels), sigmas=[0.3, 1e-7, 0.02], members=4)
     assert not (tmp_path / "never").exists()  # it writes nothing
     assert json.loads(json.dumps(found.as_json()))["levels"][1]["sigma"] == 0.02
+    assert len(found.lengths) == found.prompts
+    assert min(found.lengths) >= 1
     assert [row[0] for row in found.rows()] == ["sigma", "1e-07", "0.02", "0.3"]
 
 

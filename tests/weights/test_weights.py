@@ -20,6 +20,7 @@ from estune.noise import reference
 from estune.weights.base import make_base
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import Parameter, trained_parameters
+from estune.weights.storage import CpuStorage, HostStorage, Run, open_storage
 from estune.weights.weights import Weights
 from tests.models import build_model, save_model
 
@@ -143,6 +144,39 @@ def test_threads_and_runs_do_not_change_the_bits(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("estune.weights.storage.RUN_LENGTH", 1000)
     assert same(one, final(1))
     assert same(one, final(3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("policy", EXACT)
+def test_live_weights_on_a_device_without_kernels_get_the_bits_of_the_cpu(
+    policy: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tensors of the CPU stand in for the device's: what is computed, and in what memory, is the same.
+    monkeypatch.setattr("estune.weights.storage.RUN_LENGTH", 1000)
+    plain = Weights(parameters(dtype), policy=policy)
+    with monkeypatch.context() as patch:
+        patch.setattr("estune.weights.weights.open_storage", HostStorage)
+        weights = Weights(parameters(dtype), policy=policy, threads=3)
+    assert type(weights.storage) is HostStorage
+    places = [p.tensor.data_ptr() for p in weights.parameters]
+    for step in range(2):
+        update = Update(step, (Member(3), Member(4, -1)), (0.25, -0.5), decay=-0.125)
+        for each in (plain, weights):
+            each.perturb(Member(7, -1), 0.01)
+        assert same(bits(weights.parameters), bits(plain.parameters))
+        for each in (plain, weights):
+            each.apply(update)
+            each.restore()
+        assert same(bits(weights.parameters), bits(plain.parameters))
+        assert weights.fingerprint() == plain.fingerprint()
+    assert [p.tensor.data_ptr() for p in weights.parameters] == places
+
+
+def test_the_base_of_a_device_without_kernels_is_the_cpus() -> None:
+    away = Run(torch.empty(4, device="meta"), torch.zeros(4), key=1, noise=1)
+    assert type(open_storage([away], 1)) is HostStorage
+    here = Run(torch.empty(4), torch.zeros(4), key=1, noise=1)
+    assert type(open_storage([here], 1)) is CpuStorage
 
 
 def test_inplace_drifts_and_says_so() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,9 +25,13 @@ def estimate(
     new_tokens: Annotated[
         float | None, typer.Option(help="mean length of a completion; the longest by default")
     ] = None,
+    lengths: Annotated[
+        Path | None,
+        typer.Option(help="lengths of completions: a run's directory, its journal, or what probe --json printed"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
 ) -> None:
-    """Say what a run would need: memory, about how long a step takes, and what RL would need instead.
+    """Say what a run would need: memory, about how long it takes with how many workers, and what RL would need instead.
 
     Settings are given as to `estune train`. Of the model only config.json is read, and nothing else is downloaded.
     """
@@ -35,7 +40,12 @@ def estimate(
     from estune.study.estimate.run import estimate_run
 
     found = estimate_run(
-        config, overrides_of(context.args), gpu=gpu, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+        config,
+        overrides_of(context.args),
+        gpu=gpu,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        lengths=lengths,
     )
     if as_json:
         print(json.dumps(asdict(found), indent=2))
@@ -55,6 +65,9 @@ def _say_estimate(found: Estimate) -> None:
     each = f", on each of its {work.parallel} GPUs" if work.parallel > 1 else ""
     _say_items(f"memory of {who}{each}", found.memory, _size)
     _say_items("time of a step, estimated", found.time, _duration)
+    _say_speeds(found)
+    if found.scales:
+        _say_scales(found)
     _say_reinforcement_learning(found)
     rows = [["", "on all devices", "on the host", "devices", "to this run", ""]]
     for choice in found.choices:
@@ -70,6 +83,42 @@ def _say_items(title: str, items: Sequence[Item], show: Callable[[float], str]) 
     rows = [[item.name, show(item.amount), item.how] for item in items]
     whole = ["in all", show(sum(item.amount for item in items)), ""]
     say_table([["", "", ""], *rows, whole], title=title, remarks=True, total=True)
+
+
+def _say_speeds(found: Estimate) -> None:
+    """The whole run, by engine."""
+    rows = [["", "a member", "a step", "tokens/s", f"{found.work.steps:,} steps", ""]]
+    for speed in found.speeds:
+        how = f"{speed.rows} rows at once, {1e3 * speed.token:.3g} ms a token, mostly {speed.limit}"
+        figures = [_duration(speed.member), _duration(speed.step), f"{speed.tokens_per_second:,.0f}", _days(speed.days)]
+        rows.append([speed.engine, *figures, how])
+    say_table(rows, title="the whole run, evaluations included, by engine", remarks=True)
+
+
+def _say_scales(found: Estimate) -> None:
+    """By number of workers, as far as more of them gain anything."""
+    rows = [["workers", "GPUs", "a step", "efficiency", "tokens/s", "the run", "GPU-hours"]]
+    steps = [scale.step for scale in found.scales]
+    for scale in found.scales[: steps.index(min(steps)) + 1]:
+        rows.append(
+            [
+                str(scale.workers),
+                str(scale.devices),
+                _duration(scale.step),
+                f"{scale.efficiency:.0%}",
+                f"{scale.tokens_per_second:,.0f}",
+                _days(scale.days),
+                f"{scale.device_hours:,.3g}" if scale.device_hours < 1000 else f"{scale.device_hours:,.0f}",
+            ]
+        )
+    say_table(rows, names=0, title=f"with more or fewer workers, {found.speeds[0].engine}")
+    spare = -found.work.population % found.work.engines
+    if spare:
+        say(f"population={found.work.population + spare} would take about as long: {spare} workers end a member early")
+
+
+def _days(days: float) -> str:
+    return f"{days:,.3g} days" if days >= 1 else f"{24 * days:.3g} h" if days >= 1 / 24 else _duration(days * 24 * 3600)
 
 
 def _say_reinforcement_learning(found: Estimate) -> None:

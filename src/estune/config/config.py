@@ -63,6 +63,10 @@ class Config(Logging, Evaluation, Grading, Weights, Workers, Generation, Search,
             self.engine = "vllm"  # whose settings these are
         if (self.workers or self.engine == "vllm") and (self.replicas or 1) > 1:
             raise ValueError("replicas are processes of this machine's transformers engine: give workers instead")
+        if self.device.startswith("mps") and (self.workers or self.engine == "vllm"):
+            raise ValueError("device=mps trains in this machine's own processes: leave out workers and engine=vllm")
+        if self.device.startswith("mps") and not POLICIES[self.weights].keeps_base:
+            raise ValueError(f"weights={self.weights} takes kernels that mps has none of: set weights=copy or master")
         if self.gpus_per_worker > 1 and self.engine != "vllm":
             raise ValueError(
                 "gpus_per_worker splits a model over GPUs, which engine=vllm does: set it, or leave out engine"

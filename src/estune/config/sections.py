@@ -102,7 +102,9 @@ class Run(Section):
     dtype: Literal["auto", DType] = Field(
         "auto", description="type of the weights that generate; auto is float32 on a CPU, else the checkpoint's"
     )
-    device: str = Field("auto", description="where the model runs: cuda, cuda:1, cpu; auto is CUDA where there is one")
+    device: str = Field(
+        "auto", description="where the model runs: cuda, cuda:1, mps, cpu; auto is CUDA where there is one"
+    )
     task: TaskConfig = Field(
         default_factory=CountdownConfig, description="what to learn (`estune tasks`); its options are task.NAME"
     )
@@ -177,7 +179,11 @@ class Workers(Section):
     workers: int | None = Field(
         None, ge=1, description="engines on several GPUs or machines, as Ray actors; this machine's, if not given"
     )
-    workers_per_gpu: int = Field(1, ge=1, description="workers that share a GPU, which hides what a token costs each")
+    workers_per_gpu: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="workers that share a GPU, which hides what a token costs each; auto is as many, at most 4, as its "
+        "memory holds with all prompts at once, and without workers is about replicas",
+    )
     gpus_per_worker: int = Field(
         1, ge=1, description="GPUs of one engine; vLLM splits every matrix over them (tensor parallelism)"
     )
@@ -199,11 +205,18 @@ class Workers(Section):
         description="most tokens of a prompt and its completion with vLLM; as the run's prompts need them if not given",
     )
 
+    @property
+    def sharing(self) -> int:
+        """Workers that share a GPU; 1 as long as nobody has looked what `auto` is."""
+        return 1 if self.workers_per_gpu == "auto" else self.workers_per_gpu
+
     @model_validator(mode="after")
     def _check_workers(self) -> Workers:
-        if self.gpus_per_worker > 1 and self.workers_per_gpu > 1:
+        if self.gpus_per_worker > 1 and self.sharing > 1:
             raise ValueError("gpus_per_worker and workers_per_gpu cannot both be more than 1")
-        if not self.workers and (self.workers_per_gpu > 1 or self.ray_address):
+        if self.workers_per_gpu == "auto" and self.replicas:
+            raise ValueError("replicas and workers_per_gpu=auto both say how many share a device: leave out one")
+        if not self.workers and (self.sharing > 1 or self.ray_address):
             raise ValueError("workers_per_gpu and ray_address are about workers: say how many, workers=8")
         return self
 

@@ -23,6 +23,8 @@ from estune.errors import EstuneError
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
 _CACHE_LINE = 64
+GPU_CONTEXT = 10**9  # bytes of a process on a GPU: CUDA's context, compiled kernels, workspaces; about
+MOST_ENGINES = 4  # on one device; beyond, each waits for the others more than it gains
 ORDINARY_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Types of layers, as a config lists them, that keep the keys and values of every token."""
 LOGITS_BYTES = 3 * 4  # a logit in float32, and what softmax or argmax keeps beside it
@@ -146,6 +148,25 @@ def fitting_rows(memory: int, *, cache: int, vocabulary: int, most: int) -> int:
         vocabulary: logits of a row.
     """
     return max(1, min(most, memory // (cache + LOGITS_BYTES * vocabulary)))
+
+
+def fitting_engines(memory: int, *, live: int, base: int, rows: int, row: int, share: int) -> int:
+    """Engines that one device holds, from 1 to `MOST_ENGINES`, each with its base, and all rows of a step in one batch.
+
+    By the memory that the device has, and not by what is free, which would make the same run another on another day.
+
+    Args:
+        memory: bytes of the device.
+        live, base: bytes of one engine's weights, and of the base that it keeps there.
+        rows: prompts of a step.
+        row: bytes of one of them: its cache and its logits.
+        share: a batch may take one part in `share` of what live weights leave, a base one in two.
+    """
+    for count in range(MOST_ENGINES, 1, -1):
+        left = memory // count - live
+        if base <= left // 2 and rows * row <= left // share and base + rows * row + GPU_CONTEXT <= left:
+            return count
+    return 1
 
 
 @contextmanager

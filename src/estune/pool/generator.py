@@ -75,4 +75,4 @@ def open_transformers(checkpoint: Checkpoint, config: Config, device: torch.devi
 
 def sharers(config: Config, device: torch.device) -> int:
     """Engines on a device. On a CPU, whose memory is seldom what is short, it does not matter."""
-    return 1 if device.type == "cpu" else max(config.replicas or 1, config.workers_per_gpu)
+    return 1 if device.type == "cpu" else max(config.replicas or 1, config.sharing)

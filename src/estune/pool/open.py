@@ -13,14 +13,18 @@ from typing import Any, TypeVar
 import torch
 
 from estune.config import Config
+from estune.engines.loading import load_config
+from estune.engines.memory import LOGITS_BYTES, cached_elements, fitting_engines, total_memory
+from estune.engines.transformers import MAX_ROWS_ELSEWHERE, MEMORY_SHARE
 from estune.errors import EstuneError
 from estune.pool.base import Generating, Pool
 from estune.pool.generators import Generators, open_generators
 from estune.pool.local import open_local_pool
 from estune.pool.waiting import told_while
+from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint, locate, pinned
 from estune.weights.device import chosen_device, training_device
-from estune.weights.policies import POLICIES
+from estune.weights.policies import BYTES, POLICIES
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -29,11 +33,12 @@ LENGTH_STEP = 256  # tokens to which `vllm_max_model_length` is rounded up: what
 _INSTEAD = "engine=auto takes transformers: %s"
 # Models above this size share their matrices' rows over all cores; smaller ones do better with one member per core.
 LARGEST_REPLICATED = 256 << 20
+PROMPT_ROOM = 512  # tokens of a prompt, in deciding how many engines a GPU holds, before any is read
 
 
 def with_resources(config: Config) -> Config:
-    """The settings to train with: `device`, `replicas` and `threads` as this machine has them, a hub id's commit and
-    the date of today.
+    """The settings to train with: `device`, `replicas`, `threads` and `workers_per_gpu` as this machine has them, a hub
+    id's commit and the date of today.
 
     They are part of a run: another device, or a matrix product shared out over other threads, can change its last bits,
     and another date what a chat template says.
@@ -58,16 +63,19 @@ def with_resources_to_generate(config: Config) -> Config:
 
 
 def _with_device(config: Config, device: str) -> Config:
-    config = with_engine(config, device)
+    sharing = config.sharing
     if device.startswith("cpu"):
         size = sum(t.size for t in Checkpoint(locate(config.model)).tensors.values())
         replicas, threads = share_cores(config, size)
     else:
-        replicas = config.replicas or 1
-        threads = config.threads or 1
+        if config.workers_per_gpu == "auto":
+            sharing = share_gpu(config, device)
+        replicas = config.replicas or (1 if config.workers else sharing)
+        threads = config.threads or (1 if device.startswith("cuda") else available_cores())
     found: dict[str, Any] = {"model": pinned(config.model), "device": device, "replicas": replicas, "threads": threads}
+    found["workers_per_gpu"] = sharing if config.workers else 1
     found["template_date"] = config.template_date or date.today()
-    return config.model_copy(update=found)
+    return with_engine(config.model_copy(update=found), device)
 
 
 def share_cores(config: Config, size: int) -> tuple[int, int]:
@@ -79,6 +87,41 @@ def share_cores(config: Config, size: int) -> tuple[int, int]:
     if config.workers or config.engine == "vllm":
         return 1, threads
     return config.replicas or max(1, min(cores // threads, config.population)), threads
+
+
+def share_gpu(config: Config, device: str) -> int:
+    """What `workers_per_gpu=auto` is on GPUs like this machine's, with the model that the settings name.
+
+    Raises:
+        EstuneError: this machine has no GPU whose memory could be divided.
+    """
+    chosen = torch.device(device)
+    # An engine over several GPUs, or weights that drift, are alone; vLLM is but one without workers.
+    alone = config.gpus_per_worker > 1 or POLICIES[config.weights].drifts
+    if chosen.type != "cuda" or alone or (config.engine == "vllm" and not config.workers):
+        return 1
+    if not torch.cuda.is_available():
+        raise EstuneError(
+            "workers_per_gpu auto goes by the memory of this machine's GPU, and it has none: give a number"
+        )
+    checkpoint = Checkpoint(locate(config.model))
+    model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
+    elements = sum(t.elements for t in checkpoint.tensors.values())
+    stored = sum(t.size for t in checkpoint.tensors.values())
+    dtype = config.dtype if config.dtype != "auto" else "float32" if stored > 2 * elements else "bfloat16"
+    memory = total_memory(chosen)
+    live = elements * BYTES[dtype]
+    base = POLICIES[config.weights].base_bytes(elements, dtype)
+    slots = config.max_new_tokens + PROMPT_ROOM
+    return fitting_engines(
+        memory,
+        live=live,
+        base=0 if keeps_base_on_host(config.base_device, base=base, live=live, memory=memory) else base,
+        rows=min(config.prompts_per_step, config.batch_size or MAX_ROWS_ELSEWHERE),
+        row=cached_elements(model) * slots * BYTES[dtype]
+        + LOGITS_BYTES * model.get_text_config(decoder=True).vocab_size,
+        share=MEMORY_SHARE,
+    )
 
 
 def with_engine(config: Config, device: str) -> Config:

@@ -22,7 +22,7 @@ from estune.pool.generator import Generator, open_transformers, set_up_process, 
 from estune.pool.turns import gpus_of, in_turn
 from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint, locate
-from estune.weights.device import training_device
+from estune.weights.device import synchronize, training_device
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.policies import POLICIES
 from estune.weights.rebuild import Steps
@@ -67,7 +67,7 @@ class Replica(Generator):
         """Generate with a member's weights."""
         start = time.perf_counter()
         self.weights.perturb(member, sigma)
-        torch.get_device_module(self._device).synchronize(self._device)  # for the clock: a device is still at work
+        synchronize(self._device)  # for the clock: a device is still at work
         perturbed = time.perf_counter()
         completions = self.engine.generate(prompt_ids, sampling)
         return Evaluated(completions, perturbed - start, time.perf_counter() - perturbed)
@@ -115,7 +115,7 @@ class Replica(Generator):
             tensors={name: list(aliases) for name, aliases in self.weights.tensors.items()},
             elements=self.weights.elements,
             fingerprint=self.weights.fingerprint(),
-            device=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine(),
+            device=_kind(self._device),
         )
 
     def compare(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -178,7 +178,7 @@ def open_weights(
 def wants_base_on_host(engine: TransformersEngine, config: Config, parameters: Sequence[Parameter]) -> bool:
     """Whether the base of these parameters is kept in host memory: by the settings, or for want of room on a GPU."""
     policy = POLICIES[config.weights]
-    if engine.device.type == "cpu" or not policy.keeps_base:
+    if engine.device.type != "cuda" or not policy.keeps_base:
         return False
     tensors = [flat(p.tensor) for p in parameters]  # refuses types that there are no kernels for
     return keeps_base_on_host(
@@ -189,7 +189,14 @@ def wants_base_on_host(engine: TransformersEngine, config: Config, parameters: S
     )
 
 
+def _kind(device: torch.device) -> str:
+    """What a device is called: one of another name can round otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.machine() if device.type == "cpu" else f"{platform.machine()} {device.type}"
+
+
 def less_base(device: torch.device, *, on_host: bool) -> str:
     """What to do where a base does not fit: another place for it, if there is one, or a smaller one."""
-    another = "" if on_host or device.type == "cpu" else "base_device=host, "
+    another = "" if on_host or device.type != "cuda" else "base_device=host, "
     return f"set {another}weights=copy or weights=inplace, or fewer replicas"

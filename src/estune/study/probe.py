@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from estune.completion import Completion
@@ -83,6 +83,7 @@ class Probe:
         reason: why, in a sentence.
         warnings: what stands in the way of learning.
         share: whether accuracies lie in 0 to 1 by declaration, and are shown in percent.
+        lengths: tokens of the base's completions, for `estune estimate --lengths`.
     """
 
     model: str
@@ -96,6 +97,7 @@ class Probe:
     reason: str
     warnings: list[str]
     share: bool = False
+    lengths: list[int] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for `json.dumps`; what is not finite becomes None."""
@@ -218,6 +220,7 @@ class _Probing:
             sigma=sigma,
             reason=reason,
             warnings=_warnings(levels, base, noise, count),
+            lengths=[len(c.token_ids) for c in first.completions],
             share=self.task.accuracy_is_share,
         )
 

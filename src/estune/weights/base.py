@@ -95,7 +95,8 @@ def make_base(
         with torch.cuda.device_of(live[0]):  # type: ignore[no-untyped-call]
             base = _carve(shapes, pinned_bytes)
     else:
-        base = [torch.empty_like(t, dtype=dtype or t.dtype) for t in live]
+        here = [t.device if t.device.type in {"cpu", "cuda"} else "cpu" for t in live]  # where there are kernels
+        base = [torch.empty_like(t, dtype=dtype or t.dtype, device=d) for t, d in zip(live, here, strict=True)]
     for source, target in zip(live, base, strict=True):
         for i in range(0, len(source), STREAMED_LENGTH):  # another type on another device needs a copy in between
             target[i : i + STREAMED_LENGTH].copy_(source[i : i + STREAMED_LENGTH])

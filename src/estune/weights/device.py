@@ -41,14 +41,20 @@ def training_device(name: str) -> torch.device:
     """The device named by the setting, as `chosen_device`, to train on.
 
     Raises:
-        EstuneError: for a device that is not there, or on which weights cannot be perturbed.
+        EstuneError: for a device that is not there, or for CUDA without Triton.
     """
     device = chosen_device(name)
-    if device.type not in {"cuda", "cpu"}:
-        raise EstuneError(f"device: weights cannot be perturbed on {device.type}; use auto, cuda or cpu")
     if device.type == "cuda":
         device_kernels()
     return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "mps":
+        torch.mps.synchronize()  # which takes no device, as there is one
+    else:
+        torch.get_device_module(device).synchronize(device)
 
 
 def device_kernels() -> Any:

@@ -1,6 +1,7 @@
 """Where weights lie, and the passes over all of them: perturb, restore, update, fingerprint.
 
 - `CpuStorage`: on the CPU, in runs spread over threads.
+- `HostStorage`: live weights on a device that we have no kernels for (Apple's MPS), all else on the CPU.
 - `DeviceStorage`: on a CUDA device, a whole run in each launch.
 - `StreamedStorage`: live weights on the device, the base in pinned host memory, passing through buffers on the device.
 
@@ -10,6 +11,7 @@ All give the same bits, because each kernel does, and every element's result dep
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -102,7 +104,7 @@ class CpuStorage:
     """On the CPU, a million elements at a time, spread over threads."""
 
     def __init__(self, runs: Sequence[Run], threads: int) -> None:
-        arrays = (replace(r, live=as_array(r.live), base=as_array(r.base)) for r in runs)
+        arrays = (replace(r, live=self._live(r.live), base=as_array(r.base)) for r in runs)
         self._runs = [part for run in arrays for part in run.split(RUN_LENGTH)]
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
 
@@ -137,6 +139,48 @@ class CpuStorage:
     def each(self, work: Callable[[Run], T]) -> list[T]:
         """Do work on each run, over the threads that there are; the results, in order."""
         return list(map(work, self._runs) if self._threads is None else self._threads.map(work, self._runs))
+
+    @staticmethod
+    def _live(tensor: Tensor) -> Any:
+        return as_array(tensor)
+
+
+class HostStorage(CpuStorage):
+    """The base on the CPU, live weights on a device: they are computed here, a million elements at a time, and copied.
+
+    So all bits are the CPU's. Where device and CPU share their memory, as on Apple's machines, a copy is what reading
+    and writing take. It takes a base that is kept: live weights that are perturbed where they are would have to come
+    here first.
+    """
+
+    def __init__(self, runs: Sequence[Run], threads: int) -> None:
+        super().__init__(runs, threads)
+        self._copying = threading.Lock()  # PyTorch promises nothing of threads that copy to MPS at once
+
+    def perturb(self, seed: int, sigma: float) -> None:
+        """As `Storage.perturb`."""
+        from estune.noise import cpu
+
+        self._write(lambda r: cpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
+
+    def restore(self) -> None:
+        """As `Storage.restore`."""
+        self._write(_copy_base)
+
+    def _write(self, work: Callable[[Run], object]) -> None:
+        """Let `work` fill the live weights of each run: memory of the CPU, which is then copied to the device."""
+
+        def fill(run: Run) -> None:
+            staged = torch.empty(len(run.live), dtype=run.live.dtype)
+            work(replace(run, live=as_array(staged)))
+            with self._copying:
+                run.live.copy_(staged)
+
+        self.each(fill)
+
+    @staticmethod
+    def _live(tensor: Tensor) -> Any:
+        return tensor
 
 
 class DeviceStorage:
@@ -234,6 +278,8 @@ def open_storage(runs: Sequence[Run], threads: int) -> Storage:
     base = runs[0].base.device.type
     if live == "cpu":
         return CpuStorage(runs, threads)
+    if base == "cpu" and live != "cuda":
+        return HostStorage(runs, threads)
     return DeviceStorage(runs) if base == live else StreamedStorage(runs)
 
 
@@ -246,8 +292,8 @@ def flat(tensor: Tensor) -> Tensor:
     Raises:
         EstuneError: for a type or device without kernels.
     """
-    if tensor.device.type not in {"cpu", "cuda"}:
-        raise EstuneError(f"weights on {tensor.device}: they can be perturbed on cuda and cpu; set device to one")
+    if tensor.device.type not in {"cpu", "cuda", "mps"}:
+        raise EstuneError(f"weights on {tensor.device}: they can be perturbed on cuda, mps and cpu; set device to one")
     if not tensor.is_contiguous():
         raise EstuneError(f"a weight of shape {tuple(tensor.shape)} is not contiguous: save and load the model again")
     if type_name(tensor.dtype) not in TYPE_NAMES:

@@ -115,7 +115,7 @@ class VllmEngine(PromptEncoder):
     def _utilization(self, config: Config, base: int) -> float:
         if config.vllm_gpu_memory_utilization is not None:
             return config.vllm_gpu_memory_utilization
-        left = GPU_SHARE / config.workers_per_gpu - base / self.parallel / total_memory(self.device)
+        left = GPU_SHARE / config.sharing - base / self.parallel / total_memory(self.device)
         if left <= 0:
             raise EstuneError(
                 f"the base that is kept beside the live weights takes {base / self.parallel / 2**30:.1f} GiB of the "

@@ -209,7 +209,7 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
         config.base_device,
         base=base // config.gpus_per_worker,
         live=live // config.gpus_per_worker,
-        memory=total_memory(device) // config.workers_per_gpu,
+        memory=total_memory(device) // config.sharing,
     )
     engine = VllmEngine(checkpoint, config, 0 if on_host else base)
     try:

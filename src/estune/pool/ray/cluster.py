@@ -148,7 +148,7 @@ def needs(config: Config) -> dict[str, float]:
     if config.device.startswith("cpu"):
         return {"CPU": config.threads or 1}
     gpus = config.gpus_per_worker
-    return {"CPU": gpus, "GPU": gpus} if gpus > 1 else {"CPU": 1, "GPU": 1 / config.workers_per_gpu}
+    return {"CPU": gpus, "GPU": gpus} if gpus > 1 else {"CPU": 1, "GPU": 1 / config.sharing}
 
 
 def _start_private(config: Config, quiet: dict[str, Any]) -> None:

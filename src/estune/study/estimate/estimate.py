@@ -8,9 +8,11 @@ arXiv 2205.05198, sections 4.1 and 5).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from estune.study.estimate.lengths import Lengths
 from estune.study.estimate.machines import GB, Device
 from estune.study.estimate.needs import (
     Item,
@@ -19,10 +21,11 @@ from estune.study.estimate.needs import (
     memory,
     memory_of_all,
     process_memory,
-    step_time,
     total,
 )
+from estune.study.estimate.plan import Plan, Scale, Speed
 from estune.study.estimate.shapes import Shape
+from estune.study.estimate.times import Times
 from estune.weights.policies import POLICIES, PolicyName
 
 # Bytes a parameter of mixed-precision training with AdamW, 16 in all (arXiv 1910.02054, section 3.1).
@@ -168,20 +171,40 @@ class Estimate:
     device: Device
     memory: list[Item]  # of one engine, on each of its devices
     time: list[Item]  # of one step
+    speeds: list[Speed]  # by engine, the run's own first
+    scales: list[Scale]  # by number of workers; on GPUs alone
     reinforcement_learning: dict[str, list[Item]]  # by method
     choices: list[Choice]
     advice: str
 
 
-def make_estimate(model: str, shape: Shape, work: Work, device: Device, prefill_tokens: int) -> Estimate:
-    """All of it, for one run; `prefill_tokens` as for `memory`."""
+def make_estimate(
+    model: str,
+    shape: Shape,
+    work: Work,
+    device: Device,
+    prefill_tokens: int,
+    lengths: Lengths,
+    engines: Sequence[Work],
+) -> Estimate:
+    """All of it, for one run.
+
+    Args:
+        model: its name.
+        shape, work, device, prefill_tokens: as for `memory`.
+        lengths: of completions, to draw from.
+        engines: the same work as each engine does it, the run's own first.
+    """
+    plans = [Plan(Times(shape, each, device), lengths) for each in engines]
     return Estimate(
         model=model,
         shape=shape,
         work=work,
         device=device,
         memory=memory(shape, work, device, prefill_tokens),
-        time=step_time(shape, work, device),
+        time=plans[0].items(),
+        speeds=[plan.speed() for plan in plans],
+        scales=plans[0].scales() if device.is_gpu else [],
         reinforcement_learning={
             "GRPO": reinforcement_learning(shape, work, device, "GRPO"),
             "PPO": reinforcement_learning(shape, work, device, "PPO"),

@@ -20,6 +20,12 @@ BANDWIDTH_SHARE = 0.75  # of memory bandwidth: streaming kernels reach 0.8 to 0.
 COMPUTE_SHARE = 0.5  # of FLOP/s, with everything between products: well-tuned training reports 0.4 to 0.6
 NOISE_OPERATIONS = 100  # per element: ten rounds of Philox for four, a logarithm, a root and sine or cosine for two
 PCIE = 25 * GB  # bytes a second to pinned host memory: version 4, 16 lanes, 32 GB/s in theory
+# A GPU stands still between two kernels even where a CUDA graph starts them: 1.3 us on an H100 ("Look Ma, No Bubbles!",
+# hazyresearch.stanford.edu, 2025-05-27).
+KERNEL_GAP = 1.3e-6
+# And the host takes so long to ask for one, operation by operation: 8.4 ms for a token of Llama 3.1 8B on an H100
+# (spheron.network, 2026; 5.1 ms from a CUDA graph), which is 1,398 operations here. The driver alone takes 4 to 6 us.
+KERNEL_ISSUE = 6e-6
 
 CPU_NOISE = 0.8e9  # elements a second and core, of perturbing and of updating alike (bench/speed/noise.py)
 CPU_PER_LAYER = 0.15e-3  # seconds of Python and dispatch in a decoder layer, on one core
@@ -75,6 +81,8 @@ class Device:
     per_layer: float  # seconds of Python a layer, in which nothing is computed
     is_gpu: bool
     how: str  # where the figures come from
+    gap: float = 0  # seconds between two kernels, in which nothing is computed
+    issue: float = 0  # seconds of the host for each kernel, beside what is computed
 
 
 def find_gpu(name: str) -> GPU:
@@ -118,6 +126,8 @@ def this_gpu(device: str) -> tuple[GPU, int] | None:
     chosen = training_device(device)
     if chosen.type == "cpu":
         return None
+    if chosen.type != "cuda":
+        raise EstuneError(f"device {chosen.type}: no GPU of its kind is in the table; give one like it with --gpu")
     properties = torch.cuda.get_device_properties(chosen)
     return recognise(properties.name, properties.total_memory), properties.total_memory
 
@@ -138,12 +148,14 @@ def as_device(gpu: GPU, dtype: str, memory: int | None = None) -> Device:
         prefill=peak * COMPUTE_SHARE,
         decode=peak * COMPUTE_SHARE,
         noise=gpu.float32 * TERA / 2 / NOISE_OPERATIONS,  # data sheets count a multiply-add as two
-        per_layer=0,  # captured graphs launch a whole forward at once
+        per_layer=0,
         is_gpu=True,
+        gap=KERNEL_GAP,
+        issue=KERNEL_ISSUE,
         how=(
             f"{gpu.source}: {gpu.bandwidth:g} TB/s, {peak / TERA:g} TFLOP/s in {dtype}; counted on are "
-            f"{BANDWIDTH_SHARE:.0%} of the bandwidth and {COMPUTE_SHARE:.0%} of the FLOP/s; launching kernels takes no "
-            "time, as CUDA graphs do it"
+            f"{BANDWIDTH_SHARE:.0%} of the bandwidth and {COMPUTE_SHARE:.0%} of the FLOP/s, {1e6 * KERNEL_GAP:g} us "
+            f"between kernels, and {1e6 * KERNEL_ISSUE:g} us to ask for one outside of a CUDA graph"
         ),
     )
 

@@ -1,25 +1,20 @@
-"""What a run needs, from the model's sizes alone: memory, and about how long a step takes. Arithmetic, nothing else.
-
-Memory is weights, base, and what decoding takes. Time is a roofline: each part takes as long as its slowest resource,
-at the rates in `machines.py`. It leaves out grading, evaluation and the journal, and is an estimate, not a promise.
-"""
+"""What a step does, and the memory that it needs: weights, base, and what decoding takes. Arithmetic, nothing else."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from estune.engines.memory import LOGITS_BYTES
+from estune.engines.memory import GPU_CONTEXT, LOGITS_BYTES
 from estune.engines.memory import fitting_rows as rows_that_fit
-from estune.study.estimate.machines import GB, PCIE, Device
+from estune.study.estimate.machines import GB, Device
 from estune.study.estimate.shapes import Shape
 from estune.weights.policies import BYTES, POLICIES, PolicyName
 
 PREFILL_HIDDEN = 4  # activations alive at once in a layer, of the residual's size
 PREFILL_WIDTH = 3  # and of the widest size
-GPU_CONTEXT = GB  # CUDA's context, compiled kernels, workspaces
 CPU_PROCESS = 4 * GB // 10  # Python, torch and compiled kernels, each replica anew
 
 Place = Literal["device", "host"]
@@ -51,6 +46,11 @@ class Work:
     base: Place = "device"
     workers: int | None = None  # engines in all, each with a base of its own; None for replicas on one device
     parallel: int = 1  # GPUs that every matrix of an engine is split over
+    engine: Literal["transformers", "vllm"] = "transformers"
+    captured: bool = False  # whether decoding steps are replayed from CUDA graphs
+    steps: int = 1  # of the run
+    evaluations: int = 0  # of the run
+    evaluated: int = 0  # prompts of an evaluation
 
     @property
     def longest(self) -> int:
@@ -120,7 +120,7 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     if base and work.base == "host":
         held = f"{held} in pinned host memory"
         base = 0
-    if base and _shares_base(work, device):
+    if base and shares_base(work, device):
         held = f"{held}, one for all replicas"
     live = f"{shape.parameters:,} parameters x {bytes_} B ({work.dtype}){split}"
     return [
@@ -153,11 +153,11 @@ def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int)
     Arguments as for `memory`.
     """
     replicas = work.replicas
-    shared = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) if _shares_base(work, device) else 0
+    shared = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) if shares_base(work, device) else 0
     return replicas * total(memory(shape, work, device, prefill_tokens)) - (replicas - 1) * shared
 
 
-def _shares_base(work: Work, device: Device) -> bool:
+def shares_base(work: Work, device: Device) -> bool:
     """Whether engines on a device have one base: replicas on a CPU. Workers know nothing of each other."""
     return not device.is_gpu and work.workers is None and work.at_once > 1
 
@@ -167,83 +167,3 @@ def process_memory(device: Device) -> Item:
     if device.is_gpu:
         return Item("the process", GPU_CONTEXT, "CUDA's context, kernels and graphs")
     return Item("the process", CPU_PROCESS, "Python, torch and kernels, beside all that")
-
-
-def step_time(shape: Shape, work: Work, device: Device) -> list[Item]:
-    """Seconds of a step's parts, one after another.
-
-    Engines on a CPU have cores of their own. Those on one GPU share its rates, and are together no faster than one.
-    GPUs that share an engine add up their rates; the time in which they exchange results is left out.
-    """
-    at_once = work.places if device.is_gpu else work.at_once
-    device = _joined(device, work.parallel)
-    pcie = PCIE * work.parallel
-    rounds = math.ceil(work.population / at_once)
-    bytes_ = BYTES[work.dtype]
-    # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
-    base = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) or shape.trained * bytes_
-    reading = pcie if work.base == "host" else device.bandwidth
-    drawing = shape.trained / device.noise
-    perturb = rounds * max(base / reading + shape.trained * bytes_ / device.bandwidth, drawing)
-    replicas = work.replicas
-    shared = _shares_base(work, device)
-    update = max(2 * base / reading, work.population * drawing)
-    update *= 1 / replicas if shared else replicas if device.is_gpu else 1
-
-    batches = math.ceil(work.prompts / work.rows)
-    rows = work.prompts / batches
-    prefill, _ = _forward(shape, device, rows, work.prompt_tokens, work.prompt_tokens / 2, bytes_, device.prefill)
-    # Rows leave the batch as they end; it lasts until the longest does. The prompts' forward gives the first token.
-    tokens = work.max_new_tokens - 1
-    alive = rows * (work.new_tokens - 1) / max(1, tokens)
-    context = work.prompt_tokens + work.new_tokens / 2
-    token, limit = _forward(shape, device, alive, 1, context, bytes_, device.decode)
-    members = f"{rounds} rounds of {at_once} members" if at_once > 1 else f"{rounds} members"
-    each = f"{members} x {batches} batch{'es' if batches > 1 else ''}"
-    return [
-        Item("perturb", perturb, f"{members}: read the base, draw {shape.trained:,} numbers, write live weights"),
-        Item(
-            "read the prompts",
-            rounds * batches * prefill,
-            f"{each} of {rows:.0f} x {work.prompt_tokens} tokens",
-        ),
-        Item(
-            "generate",
-            rounds * batches * tokens * token,
-            f"{each} x {tokens:,} tokens x {1e3 * token:.3g} ms, {alive:.0f} rows on average, limited by {limit}",
-        ),
-        Item(
-            "update",
-            update,
-            f"draw {work.population} x {shape.trained:,} numbers, read and write the base once"
-            + (f"{', a share' if shared else ''} on each of {replicas} replicas" if replicas > 1 else ""),
-        ),
-    ]
-
-
-def _joined(device: Device, count: int) -> Device:
-    """Several devices as if they were one: their rates add up."""
-    return replace(
-        device,
-        bandwidth=device.bandwidth * count,
-        prefill=device.prefill * count,
-        decode=device.decode * count,
-        noise=device.noise * count,
-    )
-
-
-def _forward(
-    shape: Shape, device: Device, rows: float, tokens: int, context: float, bytes_: int, rate: float
-) -> tuple[float, str]:
-    """Seconds of a forward of `rows` sequences of `tokens` new tokens that look back on `context`, and what limits it.
-
-    A product of m x k by k x n is 2 m k n operations. Attention multiplies each query with all keys, and the weights
-    that come out with all values.
-    """
-    used = min(shape.matrices, shape.active * rows * tokens)
-    flops = 2 * rows * (shape.active * tokens + shape.output)
-    flops += 2 * rows * tokens * context * shape.cached * shape.grouped
-    read = bytes_ * (used + shape.output + rows * context * shape.cached)
-    limits = {"memory bandwidth": read / device.bandwidth, "arithmetic": flops / rate}
-    name = max(limits, key=lambda limit: limits[limit])
-    return limits[name] + device.per_layer * shape.layers, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 120  # of a Countdown prompt, about
 TINY_PROMPT_TOKENS = 9  # of the same to the embedded model's tokenizer
+# Sequences at once that vLLM chooses on GPUs of at least so many bytes but the A100, elsewhere a quarter
+# (vllm/engine/arg_utils.py, 0.32).
+VLLM_ROWS = 1024
+VLLM_LARGE = 70 << 30
 
 
 def estimate_run(
@@ -30,6 +35,7 @@ def estimate_run(
     gpu: str | None = None,
     prompt_tokens: int | None = None,
     new_tokens: float | None = None,
+    lengths: Path | None = None,
 ) -> Estimate:
     """What `estune train` with these settings needs, from the model's config.json alone.
 
@@ -37,23 +43,31 @@ def estimate_run(
         file, overrides: settings.
         gpu: a GPU of the table; if None, this machine's, or its CPU where it has none.
         prompt_tokens: mean length of a prompt; that of a Countdown prompt if None.
-        new_tokens: mean length of a completion; `max_new_tokens` if None.
+        new_tokens: mean length of a completion, around which lengths are spread; if None, all are of `max_new_tokens`.
+        lengths: a file of completions' lengths instead (`lengths.py`).
 
     Raises:
-        EstuneError: for bad settings, an unknown GPU, or a model whose configuration cannot be had or understood.
+        EstuneError: for bad settings, an unknown GPU, a file without lengths, or a model whose configuration cannot be
+            had or understood.
     """
     from estune.study.estimate.estimate import make_estimate
+    from estune.study.estimate.lengths import read_lengths, spread_lengths
     from estune.study.estimate.machines import find_gpu, this_gpu
     from estune.study.estimate.shapes import read_shape
 
     config = load(file, overrides)
-    work = _work(config, prompt_tokens, new_tokens)
+    if lengths is not None and new_tokens is not None:
+        raise EstuneError("--lengths and --new-tokens both say how long completions are: give one")
+    found = None if lengths is None else read_lengths(lengths).clip(max=config.max_new_tokens)
+    work = _work(config, prompt_tokens, new_tokens if found is None else float(found.mean()))
     _check_counts(work)
+    drawn = spread_lengths(work.new_tokens, work.max_new_tokens) if found is None else found
     shape = read_shape(config.model, config.train_parameters)
-    found = (find_gpu(gpu), None) if gpu is not None else this_gpu(config.device)
-    placed = _on_this_cpu(config, work, shape) if found is None else _on_gpus(config, work, shape, *found)
+    chosen = (find_gpu(gpu), None) if gpu is not None else this_gpu(config.device)
+    placed = _on_this_cpu(config, work, shape) if chosen is None else _on_gpus(config, work, shape, *chosen)
     work = replace(placed.work, rows=_rows(config, placed, shape))
-    return make_estimate(config.model, shape, work, placed.device, placed.prefill_tokens)
+    engines = _by_engine(config, work, placed.device, shape)
+    return make_estimate(config.model, shape, work, placed.device, placed.prefill_tokens, drawn, engines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +83,7 @@ class _Placed:
 def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -> Work:
     """What a step does, as far as settings tell."""
     from estune.study.estimate.needs import Work
+    from estune.tasks.countdown import GENERATED_SIZE
 
     usual = TINY_PROMPT_TOKENS if config.model in EMBEDDED else PROMPT_TOKENS
     return Work(
@@ -79,11 +94,48 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         max_new_tokens=config.max_new_tokens,
         rows=1,
         slots=1,
-        at_once=min(config.workers, config.workers_per_gpu) if config.workers else config.replicas or 1,
+        at_once=min(config.workers, config.sharing) if config.workers else config.replicas or 1,
         dtype="float32" if config.dtype == "auto" else config.dtype,
         policy=config.weights,
         workers=config.workers,
+        engine=config.engine,
+        steps=config.steps,
+        evaluations=_evaluations(config),
+        evaluated=(config.task.eval_size or GENERATED_SIZE) * config.eval_samples,
     )
+
+
+def _evaluations(config: Config) -> int:
+    every = config.eval_steps or max(1, config.steps)
+    return config.eval_on_start + math.ceil(config.steps / every)
+
+
+def _by_engine(config: Config, work: Work, device: Device, shape: Shape) -> list[Work]:
+    """The work as the run's engine does it and, on a GPU, as the other one would, where it can.
+
+    On a CPU the rates are measured, and those of vLLM are not.
+    """
+    if not device.is_gpu:
+        return [work]
+    work = replace(work, captured=config.cuda_graphs)
+    vllm = replace(work, engine="vllm", rows=_vllm_rows(config, work, device, shape))
+    if work.engine == "vllm":
+        return [vllm] if work.parallel > 1 else [vllm, replace(work, engine="transformers")]
+    return [work, vllm]
+
+
+def _vllm_rows(config: Config, work: Work, device: Device, shape: Shape) -> int:
+    """Sequences that vLLM decodes at once: as it is set, or its own choice, as far as keys and values fit."""
+    from estune.engines.vllm.engine import GPU_SHARE
+
+    share = config.vllm_gpu_memory_utilization or GPU_SHARE / work.at_once
+    bytes_ = BYTES[work.dtype]
+    base = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) if work.base == "device" else 0
+    room = share * device.memory - (shape.parameters * bytes_ + base) / work.parallel
+    each = shape.cached * bytes_ / work.parallel * (work.prompt_tokens + work.new_tokens)
+    large = device.memory >= VLLM_LARGE and "A100" not in device.name
+    most = config.batch_size or (VLLM_ROWS if large else VLLM_ROWS // 4)
+    return max(1, min(most, int(room / each))) if each else most
 
 
 def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
@@ -100,6 +152,7 @@ def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
 def _on_gpus(config: Config, work: Work, shape: Shape, sheet: GPU, size: int | None) -> _Placed:
     """On GPUs of a line of the table, of `size` bytes if it is known."""
     from estune.engines import decode, graph, transformers
+    from estune.engines.memory import LOGITS_BYTES, fitting_engines
     from estune.study.estimate.machines import as_device
     from estune.weights.base import keeps_base_on_host
 
@@ -108,16 +161,23 @@ def _on_gpus(config: Config, work: Work, shape: Shape, sheet: GPU, size: int | N
     device = as_device(sheet, dtype, size)
     base = POLICIES[work.policy].base_bytes(shape.trained, dtype)
     live = shape.parameters * BYTES[dtype]
-    on_host = base > 0 and keeps_base_on_host(
-        config.base_device, base=base // parallel, live=live // parallel, memory=device.memory // work.at_once
+    keeps_on_host = functools.partial(
+        keeps_base_on_host, config.base_device, base=base // parallel, live=live // parallel
     )
-    work = replace(
-        work,
-        dtype=dtype,
-        slots=graph.round_up(work.longest, graph.LEAST_SLOTS),
-        parallel=parallel,
-        base="host" if on_host else "device",
-    )
+    slots = graph.round_up(work.longest, graph.LEAST_SLOTS)
+    alone = parallel > 1 or not POLICIES[work.policy].keeps_base or (config.engine == "vllm" and not config.workers)
+    if config.workers_per_gpu == "auto" and not alone:
+        count = fitting_engines(
+            device.memory,
+            live=live,
+            base=0 if keeps_on_host(memory=device.memory) else base,
+            rows=min(work.prompts, config.batch_size or transformers.MAX_ROWS_ELSEWHERE),
+            row=shape.cached * work.longest * BYTES[dtype] + LOGITS_BYTES * shape.vocabulary,
+            share=transformers.MEMORY_SHARE,
+        )
+        work = replace(work, at_once=min(config.workers or count, count))
+    on_host = base > 0 and keeps_on_host(memory=device.memory // work.at_once)
+    work = replace(work, dtype=dtype, slots=slots, parallel=parallel, base="host" if on_host else "device")
     return _Placed(work, device, transformers.MAX_ROWS_ELSEWHERE, decode.PREFILL_TOKENS_ELSEWHERE)
 
 

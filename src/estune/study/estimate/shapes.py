@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +29,7 @@ class Shape:
     hidden: int
     width: int  # the widest activation, as a rule the feed-forward layer's
     vocabulary: int
+    kernels: int  # operations of a forward, each of which a GPU is asked for where nothing fuses them
     dtype: str | None  # of the checkpoint, as far as config.json tells
 
 
@@ -34,7 +37,8 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
     """Sizes of a model given as an embedded name, a directory with `config.json` or a hub id.
 
     The model is built on torch's `meta` device, which has shapes but no memory, and reads two and then three tokens
-    there: what it caches more of three is a token's.
+    there: what it caches more of three is a token's. Of some hundred layers that takes seconds, so it is done once a
+    process.
 
     Args:
         model: as `--model`. Of a hub id only the configuration is downloaded.
@@ -43,27 +47,41 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
     Raises:
         EstuneError: there is no configuration, it is not of a causal language model, or the pattern fits no name.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     config = _read_config(model)
-    dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else None  # building changes it
+    dtype = _dtype(config)
     if dtype not in {None, *DTYPES}:
         raise EstuneError(f"model {model}: its weights are {dtype}; take one whose are one of {', '.join(DTYPES)}")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no word on missing kernels, which nothing here would use
     try:
-        # In bfloat16, for the sake of expert layers, which transformers multiplies in that type alone.
-        with torch.device("meta"):
-            built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
-        two, three = (_cached(built, tokens) for tokens in (2, 3))
+        kind: Any = type(config)
+        return _lay_out(kind, config.to_json_string(use_diff=False), pattern)
+    except EstuneError:
+        raise
     except Exception as error:  # whatever a model's own code raises
         why = first_line(error)
         raise EstuneError(
             f"model {model}: no causal language model can be laid out from its config.json ({why}); take one such as "
             "Qwen2ForCausalLM"
         ) from error
+
+
+@functools.lru_cache(maxsize=32)
+def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
+    """The sizes of the model of a configuration, given by its class and as JSON."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    config = kind.from_dict(json.loads(values))
+    dtype = _dtype(config)  # building changes it
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no word on missing kernels, which nothing here would use
+    try:
+        # In bfloat16, for the sake of expert layers, which transformers multiplies in that type alone.
+        with torch.device("meta"):
+            built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
+        two = _cached(built, 2)
+        with _counting() as kernels:
+            three = _cached(built, 3)
     finally:
         logging.set_verbosity(verbosity)
 
@@ -95,8 +113,13 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
         hidden=text.hidden_size,
         width=max((max(p.shape[-2:]) for p in matrices.values()), default=text.hidden_size),
         vocabulary=text.vocab_size,
+        kernels=kernels.count,
         dtype=dtype,
     )
+
+
+def _dtype(config: Any) -> str | None:
+    return str(config.dtype).removeprefix("torch.") if config.dtype is not None else None
 
 
 def _read_config(model: str | Path) -> Any:
@@ -133,6 +156,31 @@ def _cached(model: Any, tokens: int) -> int:
         model(input_ids=ids, past_key_values=cache, use_cache=True)
     held = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
     return sum(value.numel() for value in held if value.ndim > 1)
+
+
+def _counting() -> Any:
+    """A context in which `count` is the number of operations whose results have memory of their own, or change some.
+
+    A view launches no kernel, and of memory that is not filled nobody computes anything.
+    """
+    from torch import Tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            found = function(*args, **kwargs)
+            new = memory(found) - memory((args, kwargs))
+            self.count += function._schema.is_mutable or (bool(new) and "empty" not in function.__name__)
+            return found
+
+    def memory(values: Any) -> set[int]:
+        return {leaf.untyped_storage()._cdata for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
+
+    return Counting()  # type: ignore[no-untyped-call]
 
 
 def _active_experts(config: Any) -> float:

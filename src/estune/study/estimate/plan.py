@@ -1,0 +1,182 @@
+"""Members over workers, step by step, by chance: how long a step takes, and a run, with one worker to a thousand.
+
+Completions' lengths are drawn for every member, members are taken in order by whoever is free, and the update begins
+when the last one is done. Draws are the same every time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from estune.study.estimate.lengths import Lengths
+from estune.study.estimate.needs import Item
+from estune.study.estimate.schedule import makespan
+from estune.study.estimate.times import Times
+
+MOST_WORKERS = 1024
+STEPS = 64  # that are played through, or as many as take no more than so many draws
+DRAWS = 1 << 20
+STRAGGLERS = 0.01
+"""Share of members that take twice as long, as one does whose worker is lost: an assumption."""
+DAY = 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A run with a number of workers."""
+
+    workers: int  # engines
+    devices: int
+    step: float  # seconds, in the mean
+    efficiency: float  # share of the workers' time in which one alone would be at the same
+    tokens_per_second: float
+    days: float  # of all steps and evaluations
+    device_hours: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """A run, with its own workers, by one engine."""
+
+    engine: str
+    rows: int  # sequences decoded at once
+    token: float  # seconds for one token of all of them
+    limit: str  # what most of that is
+    member: float  # seconds
+    step: float
+    tokens_per_second: float
+    days: float
+
+
+class Plan:
+    """A run's steps, played through.
+
+    Args:
+        times: what its parts take.
+        lengths: of completions, to draw from.
+    """
+
+    def __init__(self, times: Times, lengths: Lengths) -> None:
+        self.times = times
+        self.work = work = times.work
+        self._mean = float(lengths.mean())
+        draw = np.random.default_rng(0)
+        steps = int(np.clip(DRAWS // (work.population * work.prompts), 1, STEPS))
+        drawn = draw.choice(lengths, (steps * work.population, work.prompts))
+        self.generated = times.generate(drawn).reshape(steps, work.population)
+        slower = 1 + (draw.random(self.generated.shape) < STRAGGLERS)
+        self.members = (times.perturb() + times.read(work.prompts) + self.generated) * slower
+        self._batches = self._evaluation(draw, lengths)
+
+    @property
+    def own(self) -> int:
+        """Engines of the run that do not share a device, or devices that engines share."""
+        return self.work.places if self.times.device.is_gpu else self.work.engines
+
+    def step(self, workers: int) -> float:
+        """Seconds of a step, in the mean, where so many work at members side by side."""
+        return float(makespan(self.members, workers).mean()) + self.times.update()
+
+    def days(self, workers: int) -> float:
+        """Of all steps and evaluations."""
+        evaluation = float(makespan(self._batches, workers)) if self._batches.size else 0.0
+        return (self.work.steps * self.step(workers) + self.work.evaluations * evaluation) / DAY
+
+    def scales(self) -> list[Scale]:
+        """With one worker to `MOST_WORKERS`, and with the run's own."""
+        counts = {1 << i for i in range(MOST_WORKERS.bit_length())} | {self.own}
+        alone = self.step(1)
+        return [self._scale(count, alone) for count in sorted(counts)]
+
+    def speed(self) -> Speed:
+        """With the run's own workers."""
+        work = self.work
+        rows = min(work.rows, work.prompts)
+        token, limit = self.times.token(rows, self._mean / 2)
+        step = self.step(self.own)
+        return Speed(
+            work.engine,
+            work.rows,
+            token,
+            limit,
+            float(self.members.mean()),
+            step,
+            self._tokens / step,
+            self.days(self.own),
+        )
+
+    def items(self) -> list[Item]:
+        """Seconds of a step's parts, one after another."""
+        work = self.work
+        times = self.times
+        each = work.population / self.own
+        batches = times.batches(work.prompts)
+        of = f" of {batches} batches" if batches > 1 else ""
+        on = f" on {self.own} {'GPUs' if times.device.is_gpu else 'engines'}" if self.own > 1 else ""
+        if work.parallel > 1:
+            on = f" on {self.own} x {work.parallel} GPUs"
+        members = f"{work.population} members{on}"
+        alive = work.prompts / batches
+        token, limit = times.token(min(alive, work.rows), self._mean / 2)
+        busy = each * float(times.perturb() + times.read(work.prompts) + self.generated.mean())
+        shared = ", shared out over all replicas" if work.replicas > 1 and not times.device.is_gpu else ""
+        shared = f", on each of {work.replicas} replicas" if work.replicas > 1 and times.device.is_gpu else shared
+        trained = f"{times.shape.trained:,}"
+        return [
+            Item(
+                "perturb",
+                each * times.perturb(),
+                f"{members}: read the base, draw {trained} numbers, write live weights",
+            ),
+            Item(
+                "read the prompts",
+                each * times.read(work.prompts),
+                f"{members}{of} of {alive:.0f} x {work.prompt_tokens} tokens",
+            ),
+            Item(
+                "generate",
+                each * float(self.generated.mean()),
+                f"{members}{of}, until the longest ends, {self._mean:,.0f} tokens on average; {1e3 * token:.3g} ms a "
+                f"token of {min(alive, work.rows):.0f} rows, mostly {limit}",
+            ),
+            Item(
+                "wait for the last",
+                max(0.0, self.step(self.own) - times.update() - busy),
+                f"workers without a member; {STRAGGLERS:.0%} of members take twice as long",
+            ),
+            Item(
+                "update",
+                times.update(),
+                f"draw {work.population} x {trained} numbers, read and write the base once{shared}",
+            ),
+        ]
+
+    @property
+    def _tokens(self) -> float:
+        """Generated in a step."""
+        return self.work.population * self.work.prompts * self._mean
+
+    def _scale(self, count: int, alone: float) -> Scale:
+        step = self.step(count)
+        days = self.days(count)
+        devices = count * self.work.parallel
+        workers = count * self.work.at_once if self.times.device.is_gpu else count
+        return Scale(
+            workers, devices, step, alone / (count * step), self._tokens / step, days, devices * days * DAY / 3600
+        )
+
+    def _evaluation(self, draw: np.random.Generator, lengths: Lengths) -> npt.NDArray[Any]:
+        """Seconds of an evaluation's batches."""
+        from estune.pool.base import EVALUATION_BATCH
+
+        prompts = self.work.evaluated
+        if not prompts:
+            return np.zeros(0)
+        batches = math.ceil(prompts / EVALUATION_BATCH)
+        each = math.ceil(prompts / batches)
+        return self.times.read(each) + self.times.generate(draw.choice(lengths, (batches, each)))

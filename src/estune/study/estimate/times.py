@@ -1,0 +1,157 @@
+"""About how long the parts of a step take. A roofline: each takes as long as its slowest resource, at the rates of
+`machines.py`, and beside that what it takes to start kernels.
+
+It leaves out grading and the journal, and is an estimate, not a promise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from estune.study.estimate.machines import PCIE, Device
+from estune.study.estimate.needs import Work, shares_base
+from estune.study.estimate.schedule import finish
+from estune.study.estimate.shapes import Shape
+from estune.weights.policies import BYTES, POLICIES
+
+Array = npt.NDArray[Any]
+
+GRAPH_SLOTS = 7 / 6  # slots that attention reads in a captured graph, to those that are filled, in the mean
+CHOICE_KERNELS = 20  # that choose a token and keep the books, in the transformers engine's step
+# Of a layer in vLLM: two norms with the residual, query, key and value, rotation, keys and values stored, attention and
+# its reduction, output, gate and up, gating, down (vllm/model_executor/models/llama.py, 0.32).
+VLLM_KERNELS = 11
+# What a step of vLLM takes beside its kernels. For one row of Llama 3.2 1B an H100 reads at most half of its bandwidth
+# with vLLM ("Look Ma, No Bubbles!", as for `KERNEL_GAP`), so that a token takes 1.48 ms: 1.2 by this arithmetic.
+VLLM_STEP = 0.3e-3
+# Seconds in which GPUs that share an engine add up what each has, twice a layer: latency alone, which is about what an
+# all-reduce of some 100 kB takes over NVLink.
+EXCHANGE = 10e-6
+
+
+class Times:
+    """Seconds of the parts of one run.
+
+    Engines on a CPU have cores of their own. Those on one GPU share its rates, and are together no faster than one, but
+    for what their processes do beside it. GPUs that share an engine add up their rates.
+
+    Args:
+        shape, work, device: what runs where.
+    """
+
+    def __init__(self, shape: Shape, work: Work, device: Device) -> None:
+        self.shape = shape
+        self.work = work
+        self.device = replace(
+            device,
+            bandwidth=device.bandwidth * work.parallel,
+            prefill=device.prefill * work.parallel,
+            decode=device.decode * work.parallel,
+            noise=device.noise * work.parallel,
+        )
+        self._bytes = BYTES[work.dtype]
+        self._base = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) or shape.trained * self._bytes
+        # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
+        self._reading = PCIE * work.parallel if work.base == "host" else self.device.bandwidth
+        self._kernels = VLLM_KERNELS * shape.layers if work.engine == "vllm" else shape.kernels + CHOICE_KERNELS
+
+    def perturb(self) -> float:
+        """Of one member."""
+        writing = self.shape.trained * self._bytes / self.device.bandwidth
+        return max(self._base / self._reading + writing, self._drawing)
+
+    def update(self) -> float:
+        """Of the base, or of all bases on one device."""
+        alone = max(2 * self._base / self._reading, self.work.population * self._drawing)
+        replicas = self.work.replicas
+        return (
+            alone / replicas if shares_base(self.work, self.device) else alone * (replicas if self.device.is_gpu else 1)
+        )
+
+    def read(self, prompts: int) -> float:
+        """Of the first forwards of so many prompts, which give their first tokens."""
+        batches = self.batches(prompts)
+        tokens = self.work.prompt_tokens
+        rows = np.array(prompts / batches)
+        return batches * float(self._forward(rows, tokens, tokens / 2, self.device.prefill, captured=False))
+
+    def generate(self, lengths: Array) -> Array:
+        """Of all further tokens: rows leave the batch as they end, and it lasts until the longest does.
+
+        vLLM lets the next prompt in where one has ended; the transformers engine makes batches of equal size.
+
+        Args:
+            lengths: tokens of completions, `[members, prompts]`.
+
+        Returns:
+            Seconds, `[members]`.
+        """
+        if self.work.engine == "vllm":
+            return self._decode(np.sort(finish(lengths - 1, self.work.rows)), lengths.mean() / 2)
+        batches = np.array_split(lengths - 1, self.batches(lengths.shape[1]), axis=1)
+        found: Array = np.sum([self._decode(np.sort(batch), math.inf) for batch in batches], axis=0)
+        return found
+
+    def token(self, rows: float, length: float) -> tuple[float, str]:
+        """Of a decoding step of so many rows that have grown to a length, and what most of it is."""
+        asked = np.array(rows), 1, self.work.prompt_tokens + length, self.device.decode
+        reading, products, waiting, asking = self._parts(*asked, captured=self.work.captured)
+        limits = {"memory bandwidth": reading, "arithmetic": products, "launching kernels": max(waiting, asking)}
+        limit = max(limits, key=lambda name: float(limits[name]))
+        return float(self._forward(*asked, captured=self.work.captured)), limit
+
+    def batches(self, prompts: int) -> int:
+        """Of so many prompts; vLLM makes none."""
+        return 1 if self.work.engine == "vllm" else math.ceil(prompts / self.work.rows)
+
+    @property
+    def _drawing(self) -> float:
+        return self.shape.trained / self.device.noise
+
+    def _decode(self, ends: Array, longest: float) -> Array:
+        """Of rows by when they end, in tokens, rising, `[members, rows]`; texts are at most `longest` in the mean."""
+        count = ends.shape[1]
+        tokens = np.diff(ends, prepend=0)
+        alive = np.minimum(count - np.arange(count), self.work.rows)
+        grown = ends - tokens / 2
+        if count > self.work.rows:  # rows that came later are shorter
+            grown = np.minimum(grown, longest)
+        context = self.work.prompt_tokens + grown
+        seconds = self._forward(alive, 1, context, self.device.decode, captured=self.work.captured)
+        found: Array = (tokens * seconds).sum(axis=1)
+        return found
+
+    def _forward(self, rows: Array, tokens: float, context: Any, rate: float, *, captured: bool) -> Array:
+        """Seconds of forwards of `rows` sequences of `tokens` new tokens that look back on `context`.
+
+        Of engines that share a GPU, one's kernels run while another's process is at something else.
+        """
+        reading, products, waiting, asking = self._parts(rows, tokens, context, rate, captured=captured)
+        running = np.maximum(reading, products) + waiting
+        alone = np.maximum(running, asking) + (VLLM_STEP if self.work.engine == "vllm" and self.device.is_gpu else 0)
+        found: Array = np.maximum(running, alone / (self.work.at_once if self.device.is_gpu else 1))
+        return found
+
+    def _parts(self, rows: Array, tokens: float, context: Any, rate: float, *, captured: bool) -> tuple[Any, ...]:
+        """What a forward's seconds are made of: memory traffic, arithmetic, gaps between kernels, asking for kernels.
+
+        A product of m x k by k x n is 2 m k n operations. Attention multiplies each query with all keys, and the
+        weights that come out with all values.
+        """
+        shape = self.shape
+        device = self.device
+        if captured and self.work.engine == "transformers":  # rows of powers of two, slots of those or 1.5 times those
+            rows = np.exp2(np.ceil(np.log2(rows)))
+            context = context * GRAPH_SLOTS
+        used = np.minimum(shape.matrices, shape.active * rows * tokens)
+        read = self._bytes * (used + shape.output + rows * context * shape.cached)
+        flops = 2 * rows * (shape.active * tokens + shape.output + tokens * context * shape.cached * shape.grouped)
+        waiting = self._kernels * device.gap + device.per_layer * shape.layers
+        if self.work.parallel > 1:
+            waiting += 2 * EXCHANGE * shape.layers
+        return read / device.bandwidth, flops / rate, waiting, 0 if captured else self._kernels * device.issue
