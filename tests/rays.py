@@ -7,14 +7,16 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from estune.pool.ray.cluster import disconnect
-from estune.pool.ray.handle import Handle
 from estune.run.trainer import Trainer
 from tests.runs import make_config, make_task, slow_variety
+
+if TYPE_CHECKING:  # every test comes by here, also where there is no Ray
+    from estune.pool.ray.handle import Handle
 
 CPUS = 5
 
@@ -57,6 +59,8 @@ def with_workers(folder: Path, model: Path, workers: int, **changes: Any) -> Tra
 
 def on_call(monkeypatch: pytest.MonkeyPatch, before: Callable[[Handle, str], None]) -> None:
     """Have something happen just before a worker is asked for something of a kind."""
+    from estune.pool.ray.handle import Handle
+
     call = Handle.call
 
     def wrapped(self: Handle, kind: str, *arguments: Any, **options: Any) -> Any:
