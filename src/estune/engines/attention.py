@@ -63,9 +63,8 @@ def attention(
     """
     rows, heads, tokens, _ = query.shape
     shared = key.shape[1]
-    masked = attention_mask is not None
-    ours = tokens == 1 or (masked and query.device.type == "cpu")
-    by_head = masked and attention_mask.shape[1] != 1
+    by_head = attention_mask is not None and attention_mask.shape[1] != 1
+    ours = tokens == 1 or (attention_mask is not None and query.device.type == "cpu")
     if heads == shared or not ours or by_head or any(kwargs.get(name) is not None for name in _SPECIAL):
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
