@@ -15,7 +15,7 @@ from estune.pool.ray.cluster import disconnect
 from estune.run.trainer import Trainer
 from tests.runs import make_config, make_task, slow_variety
 
-if TYPE_CHECKING:  # Ray is for later: warm processes are without
+if TYPE_CHECKING:  # every test comes by here: warm processes are without Ray, and it may not be installed
     from estune.pool.ray.handle import Handle
 
 CPUS = 5

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("matplotlib")
 from bench.common import RESULTS, fit_line
 from bench.page import build, newest
 from bench.study import page as study_page

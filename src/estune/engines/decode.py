@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from estune.completion import Sampling
+from estune.engines import attention
 from estune.engines.cache import RowCache
 from estune.engines.memory import ORDINARY_LAYERS
 from estune.engines.sampling import choose
@@ -61,6 +62,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int) -> None:
+        attention.install(model)
         self.model = model
         self.cache = RowCache(model.config.num_hidden_layers)
         self._device: torch.device = model.device
