@@ -1,7 +1,7 @@
 r"""Reward for mathematics: the final answer, compared with the gold answer.
 
-`notation.py` rewrites both as `math-verify` reads them, `forms.py` tells apart what differs in form, and `values.py` has
-the library compare what they are worth.
+`notation.py` rewrites both as `math-verify` reads them, `forms.py` tells apart what differs in form, and `values.py`
+has the library compare what they are worth.
 """
 
 from __future__ import annotations

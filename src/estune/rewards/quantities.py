@@ -16,13 +16,14 @@ _GROUPED = re.compile(
 _REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar|dot)(?:\{(\d+)\}|(\d))")
 _GROUP_SIGN = re.compile(r"\D+")
 _BREAK = re.compile(r"[ /-]+")
+_SPACE = r"(?:[\s~]|\\[,;:! ])*"
 _WITH_UNIT = re.compile(
-    rf"(?:({_NUMBER}|[-+]?\d+\s+\d+/\d+|[-+]?\d+/\d+|[-+]?\\[dt]?frac\{{\d+\}}\{{\d+\}})[\s~]*|(.*(?:\}}|\\pi))[\s~]+)"
+    rf"(?:({_NUMBER}|[-+]?\d+\s+\d+/\d+|[-+]?\d+/\d+|[-+]?\\[dt]?frac\{{\d+\}}\{{\d+\}}){_SPACE}"
+    rf"|(.*(?:\}}|\\pi))(?=[\s~\\]){_SPACE})"
     r"([A-Za-z]+(?:[ /-]+[A-Za-z]+)*)"
 )
-_SPACE = r"(?:[\s~]|\\[,;:! ])*"
 _UNIT_IN_TEXT = re.compile(
-    rf"(?<=[A-Za-z0-9}})\]!.%]){_SPACE}(?:/|\\cdot\b)?{_SPACE}{TEXT_COMMAND}\{{{_SPACE}([^{{}}\\]*)\}}"
+    rf"(?<=[A-Za-z0-9}})\]!.%]){_SPACE}(?:/|\\cdot\b)?{_SPACE}{TEXT_COMMAND}\{{{_SPACE}((?:[^{{}}\\]|\\[,;:! ]|\{{-?\d\}})*)\}}"
     rf"(?:\s*\^\s*(?:\{{\s*-?\d\s*\}}|\d))?(?={_SPACE}(?:$|[,;)\]}}$]|(?:/|\\cdot)?\s*\\(?:text|math|mbox)|and\b|or\b))"
 )
 _WORD = re.compile(r"[A-Za-z]+")
@@ -36,9 +37,10 @@ _PARTS = (
     *("eighth", "ninth", "tenth", "hundredth", "thousandth", "millionth", "billionth"),
 )
 _NO_UNITS = {
-    *("and", "or", "to", "choose", "mod", "base", "if", "when", "where", "for", "else", "otherwise", "factorial", "squared", "cubed", "not", "no", "is"),
+    *("and", "or", "to", "choose", "mod", "base", "if", "when", "where", "for", "else", "otherwise", "not", "no", "is"),
     *("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "infinity", "binary", "hex", "octal"),
-    *("times", "plus", "minus", "over", "point", "less", "more", "fewer", "greater", "up", "half", "halves", "am", "pm"),
+    *("times", "plus", "minus", "over", "point", "less", "more", "fewer", "greater", "up", "half", "halves"),
+    *("factorial", "squared", "cubed", "am", "pm"),
     *_PARTS,
     *(f"{part}s" for part in _PARTS),
 }
@@ -76,7 +78,7 @@ _IN_WORDS = re.compile(
 
 
 def without_units(text: str) -> str:
-    r"""A text without the units in `\text{}` behind its numbers; a scale word there as a factor, a percentage as `\%`."""
+    r"""A text without the units in `\text{}` behind its numbers; scale words there as factors, percentages as `\%`."""
     if "{" not in text:
         return text
     return _UNIT_IN_TEXT.sub(_factor, text)
@@ -146,5 +148,5 @@ def _from_words(text: str) -> str:
 
 
 def _below_1000(words: str) -> int:
-    before, hundred, after = words.rpartition(" hundred")
+    before, _, after = words.rpartition(" hundred")
     return 100 * _BELOW_100.get(before, 0) + _BELOW_100.get(after.removeprefix(" and").strip(), 0)

@@ -48,18 +48,22 @@ def _holds(gold: Any, answer: Any) -> bool:
     """
     from sympy import Basic, Eq
 
-    if not isinstance(answer, Basic):
-        return True
-    return all(_is_named(each) or isinstance(gold, Eq) for each in answer.atoms(Eq) if _unknowns(each.lhs)) and all(
-        _unknowns(each.rhs) or _verify(each.lhs, each.rhs) for each in answer.atoms(Eq) if not _unknowns(each.lhs)
-    )
+    for equation in answer.atoms(Eq) if isinstance(answer, Basic) else ():
+        if _unknowns(equation.lhs):
+            if not isinstance(gold, Eq) and not _is_named(equation):
+                return False
+        elif not _unknowns(equation.rhs) and not _verify(equation.lhs, equation.rhs):
+            return False
+    return True
 
 
 def _is_named(equation: Any) -> bool:
     if equation.lhs.is_Symbol:
         return equation.lhs not in equation.rhs.free_symbols
-    factor, unknown = equation.lhs.as_coeff_Mul() if equation.lhs.is_Mul else (1, None)
-    return factor == 1 or not unknown.is_Symbol
+    if not equation.lhs.is_Mul:
+        return True
+    factor, unknown = equation.lhs.as_coeff_Mul()
+    return bool(factor == 1 or not unknown.is_Symbol)
 
 
 def _unknowns(value: Any) -> Any:
@@ -69,7 +73,7 @@ def _unknowns(value: Any) -> Any:
 
 
 def _difference(gold: Any, answer: Any) -> float | None:
-    """How far numbers, or those in two points, sets, intervals or matrices, are from each other, relative to the larger.
+    """How far numbers, or those in points, sets, intervals or matrices, are from each other, relative to the larger.
 
     None where there are none, or not as many in one as in the other.
     """
