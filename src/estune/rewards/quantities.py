@@ -23,7 +23,8 @@ _WITH_UNIT = re.compile(
     r"([A-Za-z]+(?:[ /-]+[A-Za-z]+)*)"
 )
 _UNIT_IN_TEXT = re.compile(
-    rf"(?<=[A-Za-z0-9}})\]!.%]){_SPACE}(?:/|\\cdot\b)?{_SPACE}{TEXT_COMMAND}\{{{_SPACE}((?:[^{{}}\\]|\\[,;:! ]|\{{-?\d\}})*)\}}"
+    rf"(?<=[A-Za-z0-9}})\]!.%]){_SPACE}(?:/|\\cdot\b)?{_SPACE}{TEXT_COMMAND}"
+    rf"\{{{_SPACE}((?:[^{{}}\\]|\\[,;:! ]|\{{-?\d\}})*)\}}"
     rf"(?:\s*\^\s*(?:\{{\s*-?\d\s*\}}|\d))?(?={_SPACE}(?:$|[,;)\]}}$]|(?:/|\\cdot)?\s*\\(?:text|math|mbox)|and\b|or\b))"
 )
 _WORD = re.compile(r"[A-Za-z]+")
