@@ -150,3 +150,9 @@ def test_what_is_near_a_gold_answer_is_not_it(gold: str, answer: str) -> None:
 )
 def test_what_is_written_otherwise_is_the_gold_answer(gold: str, answer: str) -> None:
     assert is_right(f"\\boxed{{{answer}}}", gold)
+
+
+def test_a_run_of_spaces_is_one() -> None:
+    """Tried in every division, it would take longer than the grader's deadline, and have no score."""
+    assert grade("\\boxed{5" + " " * 900 + "x}", "5") == 0.0
+    assert grade("\\boxed{5" + "~" * 900 + "cm}", "5") == 1.0

@@ -17,6 +17,7 @@ _ANNOUNCED = re.compile(TEXT_COMMAND + r"\{\s*(?:the )?(?:final )?answer(?: is)?
 _LEADING = re.compile(r"(?:=|\\(?:approx|simeq)(?![A-Za-z]))\s*")
 _CURRENCY = re.compile(r"\\?\$|[€£¥₹]|\\(?:pounds|euro)\b")
 _LINE_BREAK = re.compile(r"\\n(?![A-Za-z])")
+_SPACES = re.compile(r"[\s~]{2,}")  # which patterns with optional spaces would try in every division
 _TRAILING = re.compile(r"(?<!\\)[\s.,;:?]+$")
 _NO_BACKSLASH = re.compile(r"(?<![\\A-Za-z])(frac(?=\s*\{)|sqrt(?=\s*\{)|pi|infty)(?![A-Za-z])")
 _ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\)|\{[^{}]*\})")
@@ -79,7 +80,7 @@ _MOST_ALTERNATIVES = 6
 def rewritten(text: str) -> str:
     """An answer in the notation that `math-verify` reads. Its length is to be bounded by the caller."""
     text = _ascii(text)
-    text = _LINE_BREAK.sub(" ", text).strip()
+    text = _SPACES.sub(" ", _LINE_BREAK.sub(" ", text)).strip()
     text = _ANNOUNCED.sub("", unwrapped(text))
     text = _TRAILING.sub("", _CURRENCY.sub("", text)).strip()
     text = _NOTHING.sub(r"\\emptyset", _NO_BACKSLASH.sub(r"\\\1 ", text))
