@@ -34,7 +34,9 @@ def grade(text: Any, *gold: str) -> float | None:
         (r"\boxed{5", None), (r"\boxed{1} and \boxed{5", "1"), ("5", None), ("", None), (r"\boxed{}", ""),
         ("The answer is 12.", "12"), ("Answer: 12\nthat is it", "12"), ("#### 12", "12"),
         ("the answer is 3, no, the answer is 4", "4"), ("the answer is: 5", "5"), (r"answer is 3. \boxed{4}", "4"),
-        (r"\boxed {5}", "5"), (r"$\boxed 5$.", "5"), (r"\boxed\frac{1}{2}$", r"\frac{1}{2}"), (r"\\boxed{5}", "5"),
+        (r"\boxed {5}", "5"), (r"$\boxed 5$.", "5"), (r"\boxed\frac{1}{2}$", r"\frac{1}{2}"),
+        (r"\boxed\frac12", r"\frac12"), (r"\boxed\text{no one}.", r"\text{no one}"),
+        (r"$\boxed\frac{\sqrt{2}}{2}$", r"\frac{\sqrt{2}}{2}"), (r"\\boxed{5}", "5"),
         (r"\boxed{x}; use \boxed for it", "x"), (r"\boxed{\boxed{5}}", "5"), (r"\boxed{1} or $\boxed{2}$", "1, 2"),
         (r"\boxed{5}. Final answer: 7", "7"), (r"\boxed{5}. <answer>7</answer>", "7"),
         (r"\boxed{5}. Final answer: the one above", "5"), (r"\boxed{5}. Now the answer is 12 in base 3", "5"),
@@ -164,3 +166,9 @@ def test_gold_answers_may_be_numbers(gold: Any) -> None:
 def test_what_is_no_answer_is_refused_before_training(gold: Any) -> None:
     with pytest.raises(EstuneError, match=r"^task t: training row 0: answer is .*; give text or a number"):
         Task("t", [{"prompt": "p", "answer": gold}], [], [math_reward], [1.0], None)
+
+
+def test_a_run_of_spaces_is_one() -> None:
+    """Tried in every division, it would take longer than the grader's deadline, and have no score."""
+    assert grade("\\boxed{5" + " " * 900 + "x}", "5") == 0.0
+    assert grade("\\boxed{5" + "~" * 900 + "cm}", "5") == 1.0

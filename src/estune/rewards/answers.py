@@ -12,8 +12,11 @@ MAX_LENGTH = 1000
 """Longest answer read, in characters; a longer one is wrong. Gold answers have at most a few hundred."""
 
 _BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-# MATH's own solutions have `\boxed 5`. Only what looks like mathematics: "write \boxed around it" boxes nothing.
-_BARE_BOX = re.compile(r"\\(?:boxed|fbox)[^\S\n]*([-+]?(?:\.?\d|\\(?:[dt]?frac|sqrt|pi)\b)[^\s$]*)")
+# MATH's own solutions have `\boxed 5`. A number or a command: "write \boxed around it" boxes nothing.
+_BARE_BOX = re.compile(
+    r"\\(?:boxed|fbox)[^\S\n]*([-+]?(?:\.?\d|\\(?!boxed|fbox)[A-Za-z]+)"
+    r"(?:\{(?:[^{}\n]|\{[^{}\n]*\})*\}|[^\s${}])*)"
+)
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:[,;]|[,;]?[\s$]*\b(?:and|or)\b)[\s$]*")
 _STATEMENT = re.compile(r"(?:\b(?P<final>final)\s+)?\banswer(?:\s+is\b|\**\s*:)|####", re.IGNORECASE)
 _MATHEMATICS = re.compile(r"[-+$\\(\[{\d.]")

@@ -1,7 +1,7 @@
 r"""Answers in the notation that `math-verify` reads: what people, models and data sets write otherwise, rewritten.
 
-It reads LaTeX well. Rewritten is what it misreads: characters beyond ASCII, currency, units in words, numbers in words
-or with an exponent after an `e`, mixed numbers, texts about a whole answer, and alternatives of inequalities.
+It reads LaTeX well. Rewritten is what it misreads: characters beyond ASCII, currency, texts about a whole answer,
+alternatives of inequalities, proportions, primes, and numbers as `quantities.py` reads them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import re
 import unicodedata
 from functools import lru_cache
 
-_TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox)\s*"
-_WHOLE_TEXT = re.compile(_TEXT + r"\{([^{}]*)\}")
-_ANNOUNCED = re.compile(_TEXT + r"\{\s*(?:the )?(?:final )?answer(?: is)?\s*:?\s*\}\s*", re.IGNORECASE)
+from estune.rewards.quantities import TEXT_COMMAND, as_number, without_units
+
+_WHOLE_TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
+_ANNOUNCED = re.compile(TEXT_COMMAND + r"\{\s*(?:the )?(?:final )?answer(?: is)?\s*:?\s*\}\s*", re.IGNORECASE)
+_LEADING = re.compile(r"(?:=|\\(?:approx|simeq)(?![A-Za-z]))\s*")
 _CURRENCY = re.compile(r"\\?\$|[€£¥₹]|\\(?:pounds|euro)\b")
 _LINE_BREAK = re.compile(r"\\n(?![A-Za-z])")
+_SPACES = re.compile(r"[\s~]{2,}")  # which patterns with optional spaces would try in every division
 _TRAILING = re.compile(r"(?<!\\)[\s.,;:?]+$")
 _NO_BACKSLASH = re.compile(r"(?<![\\A-Za-z])(frac(?=\s*\{)|sqrt(?=\s*\{)|pi|infty)(?![A-Za-z])")
 _ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?|[A-Za-z]|\([^()]*\)|\{[^{}]*\})")
@@ -54,45 +57,21 @@ _SIGNS = {
 _SIGN = re.compile("[" + "".join(_SIGNS) + "]")
 _NOTHING = re.compile(r"\\varnothing\b|\\\{\s*\\\}")
 
-_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_EXPONENT = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?)0*(\d{1,3})")
-_MIXED = re.compile(r"([-+]?\d+)\s+(\d+)\s*/\s*(\d+)")
-_GROUPED = re.compile(
-    r"((?:[A-Za-z]\w*\s*=\s*)?[-+]?)(\d{1,3}(?:(?:[ ']\s?|,|\{,\}\s?|\\,\s?|,\\!\s?)\d{3})+)((?:\.\d+)?)"
-)
-_GROUP_SIGN = re.compile(r"\D+")
-_WITH_UNIT = re.compile(
-    rf"({_NUMBER}|[-+]?\d+\s+\d+/\d+|[-+]?\d+/\d+|[-+]?\\[dt]?frac\{{\d+\}}\{{\d+\}})[\s~]*"
-    r"([A-Za-z]+(?:[ /-]+[A-Za-z]+)*)"
-)
-_MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_PARTS = (
-    *("third", "quarter", "fourth", "fifth", "sixth", "seventh"),
-    *("eighth", "ninth", "tenth", "hundredth", "thousandth"),
-)
-_NO_UNITS = {
-    *("and", "or", "to", "choose", "mod", "percent", "percentage", "if", "when", "factorial", "squared", "cubed"),
-    *("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "infinity"),
-    *("times", "plus", "minus", "over", "point", "less", "more", "dozen", "half", "halves"),
-    *_PARTS,
-    *(f"{part}s" for part in _PARTS),
+_PHRASES = {
+    **dict.fromkeys(("no solution", "no solutions", "no real solution", "no real solutions"), r"\emptyset"),
+    **dict.fromkeys(("all real numbers", "all reals"), r"\mathbb{R}"),
+    "infinity": r"\infty",
+    "does not exist": "DNE",
 }
-_SHORT_UNITS = {
-    *("cm", "mm", "km", "kg", "mg", "ml", "ft", "lb", "lbs", "oz", "hr", "hrs", "min", "mph", "usd", "eur", "gbp"),
-}
-_UNIT_LETTERS = 4  # with fewer it could be a product of unknowns: 6abc
-_ONES = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
-)
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-_IN_WORDS = {
-    **{word: str(number) for number, word in enumerate(_ONES)},
-    **{word: str(10 * number) for number, word in enumerate(_TENS, 2)},
-    **{f"{ten}-{_ONES[one]}": str(10 * number + one) for number, ten in enumerate(_TENS, 2) for one in range(1, 10)},
-}
+# Of derivatives; of a number they are feet. The library drops them.
+_PRIMES = re.compile(r"(?<=[A-Za-z)])'+(?![A-Za-z])")
+_BRACKETS_WITH_BASE = re.compile(r"^\(([0-9A-Z]+)\)_(?=\{?\d+\}?$)")
+_BASE_IN_WORDS = re.compile(rf"(?<=[0-9A-F])_\{{?(?:{TEXT_COMMAND}\{{)?\s*([a-z]+)\s*\}}*$")
+_ORDINAL = re.compile(rf"(?<=\d)(?:\^\s*\{{?\s*(?:{TEXT_COMMAND}\{{)?\s*(?:st|nd|rd|th)\s*\}}*|th)$")
+_RATIO_IN_WORDS = re.compile(rf"(?<=\d)\s*(?:{TEXT_COMMAND}\{{\s*to\s*\}}|\bto\b)\s*(?=\d)")
+_PROPORTION = re.compile(r"[^:,()\[\]=<>]+(?::[^:,()\[\]=<>]+){2,}")
 
-_OR = re.compile(rf"\s*(?:{_TEXT}\{{\s*or\s*\}}|\bor\b|\\lor\b|\\vee\b)\s*")
+_OR = re.compile(rf"\s*(?:{TEXT_COMMAND}\{{\s*or\s*\}}|\bor\b|\\lor\b|\\vee\b)\s*")
 _INEQUALITY = re.compile(r"[A-Za-z]\s*(<|>|\\l(?:eq?|eqslant|t)\b|\\g(?:eq?|eqslant|t)\b)\s*([^<>=,]+)")
 _MOST_ALTERNATIVES = 6
 
@@ -101,12 +80,17 @@ _MOST_ALTERNATIVES = 6
 def rewritten(text: str) -> str:
     """An answer in the notation that `math-verify` reads. Its length is to be bounded by the caller."""
     text = _ascii(text)
-    text = _LINE_BREAK.sub(" ", text).strip()
+    text = _SPACES.sub(" ", _LINE_BREAK.sub(" ", text)).strip()
     text = _ANNOUNCED.sub("", unwrapped(text))
     text = _TRAILING.sub("", _CURRENCY.sub("", text)).strip()
     text = _NOTHING.sub(r"\\emptyset", _NO_BACKSLASH.sub(r"\\\1 ", text))
-    text = _alternatives(text)
-    return _number(_IN_WORDS.get(text.lower(), text))
+    if leading := _LEADING.match(text):
+        text = text[leading.end() :]
+    text = _PHRASES.get(text.lower(), text)
+    text = _PRIMES.sub(_primes, text)
+    text = _BASE_IN_WORDS.sub(lambda base: f"_{{{as_number(base[1])}}}", _ORDINAL.sub("", text))
+    text = _BRACKETS_WITH_BASE.sub(r"\1_", _RATIO_IN_WORDS.sub(":", text))
+    return as_number(_proportion(_alternatives(without_units(text))))
 
 
 def unwrapped(text: str) -> str:
@@ -135,28 +119,17 @@ def _plain_character(character: str) -> str:
     return " " if kind == "Zs" else character
 
 
-def _number(text: str) -> str:
-    """A number as digits, where it is one that has a unit, an exponent, a fraction beside it or groups of digits."""
-    measured = _WITH_UNIT.fullmatch(text)
-    power = 0
-    if measured:
-        words = re.split(r"[ /-]+", measured[2].lower())
-        power = _MAGNITUDES.get(words[0], 0)
-        if power or _is_unit(words):
-            text = measured[1]
-    if found := _GROUPED.fullmatch(text):
-        text = f"{found[1]}{_GROUP_SIGN.sub('', found[2])}{found[3]}"
-    if found := _MIXED.fullmatch(text):
-        text = rf"{found[1]}\frac{{{found[2]}}}{{{found[3]}}}"
-    if found := _EXPONENT.fullmatch(text):
-        text = rf"{found[1]} \times 10^{{{found[2].strip('+')}{found[3]}}}"
-    return rf"{text} \times 10^{{{power}}}" if power else text
+def _primes(found: re.Match[str]) -> str:
+    return "^{" + r"\prime " * len(found[0]) + "}"
 
 
-def _is_unit(words: list[str]) -> bool:
-    if not _NO_UNITS.isdisjoint(words):
-        return False
-    return words[0] in _SHORT_UNITS or sum(map(len, words)) >= _UNIT_LETTERS
+def _proportion(text: str) -> str:
+    """`a:b:c` as the point (1, b/a, c/a): the library divides from left to right."""
+    if not _PROPORTION.fullmatch(text):
+        return text
+    first, *others = text.split(":")
+    parts = [rf"\frac{{{other}}}{{{first}}}" for other in others]
+    return f"(1,{','.join(parts)})"
 
 
 def _alternatives(text: str) -> str:
