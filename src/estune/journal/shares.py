@@ -6,15 +6,19 @@ import re
 
 from estune.journal.journal import Journal
 
+_ACCURACY = re.compile(r"(eval_accuracy|watch/.*?/accuracy)(?:/.*)?")
+
 
 def is_share(journal: Journal, key: str) -> bool:
-    """Whether a metric of evaluations is a share: `eval_accuracy` or `watch/TASK/accuracy`, or one of its groups.
+    """Whether a metric of evaluations is a share. Only `eval_accuracy`, `watch/TASK/accuracy` and their groups can be.
 
     In a journal that does not say so, which an older version wrote, it is one if it has never been outside 0 to 1.
     """
-    key = re.sub(r"((?:^eval_|^watch/.*/)accuracy)/.*", r"\1", key)
+    found = _ACCURACY.fullmatch(key)
+    if found is None:
+        return False
     if journal.header.shares is not None:
-        return key in journal.header.shares
+        return found[1] in journal.header.shares
     return all(0 <= e.metrics[key] <= 1 for e in journal.evaluations if key in e.metrics)
 
 

@@ -25,6 +25,7 @@ from estune.config import Config, merge, parse, read
 from estune.errors import EstuneError
 from estune.files import read_claim, write_text
 from estune.journal.journal import FILE, Journal
+from estune.journal.shares import is_share
 from estune.run.directory import RunDirectory
 from estune.study.jobs import Jobs, claimed
 
@@ -73,12 +74,14 @@ class Trial:
         values: its swept settings, as given.
         metrics: of its best evaluation, `eval_accuracy` and so on, with the `step`; empty where it failed.
         error: why it failed, in a line.
+        shares: those of its metrics that are accuracies in 0 to 1 by declaration.
     """
 
     name: str
     values: Values
     metrics: dict[str, float]
     error: str | None = None
+    shares: frozenset[str] = frozenset()
 
 
 def split(overrides: Sequence[str]) -> tuple[list[str], Space]:
@@ -223,7 +226,8 @@ class _Runner:
         journal = Journal.read(self.folder / name)
         if not journal.evaluations:
             return Trial(name, values, {}, "the task has no evaluation set to judge the run by")
-        return Trial(name, values, dict(journal.best.metrics) if journal.best else {})
+        metrics = dict(journal.best.metrics) if journal.best else {}
+        return Trial(name, values, metrics, shares=frozenset(key for key in metrics if is_share(journal, key)))
 
 
 def _is_done(run: Path, steps: int) -> bool:
