@@ -75,7 +75,7 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(
 
 
 def test_a_grid_is_run_once_and_cut_runs_are_resumed(tmp_path: Path) -> None:
-    folder, given = tmp_path / "sweep", [*settings(), "sweep.seed=0,1"]
+    folder, given = tmp_path / "sweep", [*settings(), "trust_remote_code=true", "sweep.seed=0,1"]
     whole = sweep(folder, None, given)
     assert [t.name for t in whole] == ["seed=0", "seed=1"]
     assert all(t.error is None and 0 <= t.metrics["eval_accuracy"] <= 1 for t in whole)

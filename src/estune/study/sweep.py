@@ -195,23 +195,27 @@ class _Runner:
     def run(self, name: str, values: Values) -> Trial:
         """Run a trial to its end, wherever it was."""
         run = self.folder / name
-        steps = self.config(values).steps
+        config = self.config(values)
+        steps = config.steps
         if _is_done(run, steps):
             return self._trial(name, values)
-        error = self._train(name, values)
+        error = self._train(name, values, trust=config.trust_remote_code)
         if error is None and not _is_done(run, steps):
             error = "interrupted"
         trial = self._trial(name, values) if error is None else Trial(name, values, {}, error)
         self.told(trial)
         return trial
 
-    def _train(self, name: str, values: Values) -> str | None:
-        """Train, or go on with it where it was cut off; why that failed, or None."""
+    def _train(self, name: str, values: Values, *, trust: bool) -> str | None:
+        """Train, or go on with it where it was cut off; why that failed, or None.
+
+        `trust`: the user lets the model's own code run, which has to be said again to go on.
+        """
         run = self.folder / name
         if (run / FILE).is_file():
             # An interruption's, if any: with it, a run that is cut off after its last step passes for a whole one.
             shutil.rmtree(RunDirectory(run).final, ignore_errors=True)
-            arguments = ["--resume", str(run)]
+            arguments = ["--resume", str(run), *(["--trust_remote_code", "true"] if trust else [])]
         else:
             shutil.rmtree(run, ignore_errors=True)  # a run that was cut off before its first line
             config = self.folder / f"{name}.yaml"
