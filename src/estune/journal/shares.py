@@ -6,7 +6,7 @@ import re
 
 from estune.journal.journal import Journal
 
-_ACCURACY = re.compile(r"(eval_accuracy|watch/.*?/accuracy)(?:/.*)?")
+_ACCURACY = re.compile(r"(eval_|watch/.+/)accuracy(/|$)")
 
 
 def is_share(journal: Journal, key: str) -> bool:
@@ -14,12 +14,11 @@ def is_share(journal: Journal, key: str) -> bool:
 
     In a journal that does not say so, which an older version wrote, it is one if it has never been outside 0 to 1.
     """
-    found = _ACCURACY.fullmatch(key)
-    if found is None:
-        return False
-    if journal.header.shares is not None:
-        return found[1] in journal.header.shares
-    return all(0 <= e.metrics[key] <= 1 for e in journal.evaluations if key in e.metrics)
+    declared = journal.header.shares
+    if declared is not None:
+        return any(key == share or key.startswith(f"{share}/") for share in declared)
+    values = [e.metrics[key] for e in journal.evaluations if key in e.metrics]
+    return _ACCURACY.match(key) is not None and all(0 <= value <= 1 for value in values)
 
 
 def shown(value: float, share: bool) -> str:
