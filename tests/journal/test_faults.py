@@ -121,13 +121,13 @@ class _Presses(Monitor):
 def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, cut = tmp_path / "whole", tmp_path / "it's cut"
     Trainer(make_config(whole, model), task=make_task(), monitors=[]).train()
     with pytest.raises(KeyboardInterrupt):
         Trainer(make_config(cut, model), task=make_task(), monitors=[_Presses()]).train()
     first, second = caplog.messages
     assert first.startswith("stopping after this step; press Ctrl-C again to stop at once")
-    assert second == f"stopped at once, which lost this step alone; go on with: Trainer.resume('{cut}', task=...)"
+    assert second == f'stopped at once, which lost this step alone; go on with: Trainer.resume("{cut}", task=...)'
     assert len(Journal.read(cut).steps) == 2
     Trainer.resume(cut, task=make_task(), monitors=[]).train()
     assert_same_run(whole, cut)

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from estune.errors import EstuneError
 from estune.es.strategy import EvolutionStrategy, Member, Update
 from estune.journal.journal import FILE, TEMPORARY, EvaluationRecord, Header, Journal, StepRecord, rank
 from estune.journal.replay import replay
+from estune.journal.shares import is_share
 from estune.run.directory import refuse_used
 
 
@@ -178,6 +180,15 @@ def test_a_line_with_other_fields_is_refused_in_one_line(run: Path, line: dict[s
     journal.close()
     with pytest.raises(EstuneError, match=r"line 7, after step 3: .*: no line that estune wrote; restore it"):
         Journal.read(run)
+
+
+def test_shares_are_accuracies_that_are_declared_or_always_were_in_0_to_1() -> None:
+    journal = Journal.read(Path(__file__).parents[1] / "data" / "format-1")
+    assert is_share(journal, "eval_accuracy")
+    assert not is_share(journal, "eval_completions/clipped_ratio")  # in 0 to 1 too, and no accuracy
+    own = "watch/data/accuracy/own.py/accuracy"
+    journal.header = replace(journal.header, shares=[own])
+    assert [is_share(journal, key) for key in (own, f"{own}/hard", "eval_accuracy")] == [True, True, False]
 
 
 def test_format_1_is_read_replayed_and_gone_on_with(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -133,7 +135,7 @@ def test_code_of_a_model_runs_only_where_the_user_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    marker, run, trust = tmp_path / "was-run", tmp_path / "run", "--trust_remote_code"
+    marker, run, trust = tmp_path / "was-run", tmp_path / "a run", "--trust_remote_code"
     model = save_own_code(tmp_path / "model", marker)
     task = {"name": "countdown", "train_size": 20, "eval_size": 5}
     settings = {**make_config(run, model, steps=1, prompts_per_step=2).model_dump(), "task": task}
@@ -160,7 +162,11 @@ def test_code_of_a_model_runs_only_where_the_user_says_so(
     assert not marker.exists()
     evaluate_model(str(run), overrides=["trust_remote_code=true"])
     assert marker.exists()
-    Trainer.resume(run, steps=2, trust_remote_code=True, monitors=[]).train()
+    with pytest.raises(EstuneError) as told:
+        Trainer(parse({**settings, "trust_remote_code": True}), monitors=[])
+    how = re.search("go on with `estune (.*?)`", str(told.value))
+    assert how is not None
+    assert estune(*shlex.split(how[1]), "--steps", 2) == 0
     assert len(Journal.read(run).steps) == 2
 
 

@@ -30,7 +30,7 @@ from estune.study.compare.run import compare, record, run_job
 from estune.study.compare.train import TaskReward, run, trl_arguments
 from estune.study.jobs import LOCK
 from estune.weights.checkpoint import locate
-from tests.models import save_model
+from tests.models import save_model, save_own_code
 from tests.runs import make_config, make_task
 
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL")
@@ -171,6 +171,18 @@ def test_a_checkpoint_is_measured_against_its_base(tmp_path: Path, model: Path) 
     assert other["short_tokens"] == 3
 
 
+def test_a_model_with_code_of_its_own_is_measured_where_the_user_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = save_own_code(tmp_path / "own", tmp_path / "was-run")
+    config = make_config(tmp_path / "run", own, device="cpu", threads=1)
+    with pytest.raises(EstuneError, match="set trust_remote_code to true"):
+        measure(own, own, config, make_task(), 3)
+    assert not (tmp_path / "was-run").exists()
+    assert measure(own, own, config.model_copy(update={"trust_remote_code": True}), make_task(), 3)["kl"] == 0.0
+
+
 def small(**changes: Any) -> tuple[Plan, Config]:
     config = load(None, ["device=cpu", "threads=1", "replicas=1", "population=4", "prompts_per_step=16", "sigma=0.03"])
     task = config.task.model_copy(update={"train_size": 40, "eval_size": 8, "seed": 0})
@@ -195,11 +207,13 @@ def test_es_stops_at_the_step_that_spends_the_budget(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dapo", "rloo"])
 def test_trl_is_told_what_the_plan_says(tmp_path: Path, method: Any) -> None:
     plan, config = small(rl_temperature=0.9, beta=0.02, batch=80)
+    config = config.model_copy(update={"trust_remote_code": method == "rloo"})
     arguments, trainer = trl_arguments(plan, Job(method=method, seed=5, rate=1e-4), config, tmp_path)
     assert (arguments.learning_rate, arguments.seed, arguments.temperature, arguments.beta) == (1e-4, 5, 0.9, 0.02)
     assert (arguments.num_generations, arguments.generation_batch_size) == (4, 80)
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (20, 4)
     assert arguments.model_init_kwargs == {"dtype": "float32"}
+    assert arguments.trust_remote_code == (method == "rloo")
     assert arguments.max_completion_length == config.max_new_tokens
     if method == "rloo":
         assert trainer.__name__ == "RLOOTrainer"

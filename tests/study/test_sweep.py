@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -74,7 +75,7 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(
 
 
 def test_a_grid_is_run_once_and_cut_runs_are_resumed(tmp_path: Path) -> None:
-    folder, given = tmp_path / "sweep", [*settings(), "sweep.seed=0,1"]
+    folder, given = tmp_path / "sweep", [*settings(), "trust_remote_code=true", "sweep.seed=0,1"]
     whole = sweep(folder, None, given)
     assert [t.name for t in whole] == ["seed=0", "seed=1"]
     assert all(t.error is None and 0 <= t.metrics["eval_accuracy"] <= 1 for t in whole)
@@ -188,7 +189,12 @@ def test_seeds_are_averaged_and_settings_ranked(tmp_path: Path) -> None:
         ["0.01", "0.3000", "0.1414", "0.2000", "0.4000", "2"],
     ]
     assert effects(found) == {"sigma": {"0.01": [0.2, 0.4], "0.1": [0.5]}, "seed": {"0": [0.2, 0.5], "1": [0.4]}}
+    declared = [replace(t, shares=frozenset(["eval_accuracy"])) for t in found]
+    assert rows(declared)[2] == ["0.01", "30.0%", "14.1%", "20.0%", "40.0%", "2"]
     draw_effects(found, tmp_path / "effects.svg")
+    assert "%" not in (tmp_path / "effects.svg").read_text().partition("</style>")[2]
+    draw_effects(declared, tmp_path / "effects.svg")
+    assert ">20%</text>" in (tmp_path / "effects.svg").read_text()
     drawn = ElementTree.fromstring((tmp_path / "effects.svg").read_text())
     assert drawn.get("aria-label") == "eval_accuracy by sigma; eval_accuracy by seed"
     with pytest.raises(EstuneError, match="no effect to draw"):

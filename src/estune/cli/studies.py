@@ -79,6 +79,7 @@ def sweep(
 
     Further settings are those of all runs. The same command again goes on where it was. Exit code 1 if a run failed.
     """
+    from estune.journal.shares import shown
     from estune.study.sweep import sweep as run_all
     from estune.study.sweep_report import draw_effects, rows
 
@@ -89,7 +90,8 @@ def sweep(
 
     def told(trial: Trial) -> None:
         value = trial.metrics.get(metric)
-        say(f"{trial.name}: " + (f"failed: {trial.error}" if value is None else f"{metric} {value:.4f}"))
+        share = metric in trial.shares
+        say(f"{trial.name}: " + (f"failed: {trial.error}" if value is None else f"{metric} {shown(value, share)}"))
 
     found = run_all(
         output_dir,
@@ -164,12 +166,14 @@ def compare(
         short_tokens=short_tokens,
     )
     settings = load(config, overrides_of(context.args))
+    from estune.journal.shares import shown
     from estune.study.compare.plan import Job
-    from estune.study.compare.report import over_budget, table, write_report
+    from estune.study.compare.report import are_shares, over_budget, table, write_report
     from estune.study.compare.run import compare as run_all
 
     def told(result: dict[str, Any]) -> None:
-        what = f"failed: {result['error']}" if "error" in result else f"accuracy {result['accuracy']:.4f}"
+        failed = "error" in result
+        what = f"failed: {result['error']}" if failed else f"accuracy {shown(result['accuracy'], are_shares([result]))}"
         say(f"{Job(**result['job']).name}: {what}")
 
     results = run_all(plan, settings, output_dir, told)

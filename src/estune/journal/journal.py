@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,9 +35,19 @@ FILE = "journal.jsonl"
 TEMPORARY = f".{FILE}.tmp"  # until its header is whole
 
 RESUME = "estune train --resume {run}"
-"""What a user does to go on with a run, where the command line knows its task."""
+"""What a user does to go on with a run whose task the command line knows, as `going_on` takes it."""
 BEST_BY = ("eval_accuracy", "eval_reward")
 """What evaluations are judged by, the first first; of a metric with `-` before its name, less is better."""
+
+
+def going_on(how: str, run: Path) -> str:
+    """What a user does to go on with a run.
+
+    Args:
+        how: the same for any run, with `{run}` where a shell is given its directory, or `{text}` where Python is.
+        run: its directory.
+    """
+    return how.format(run=shlex.quote(str(run)), text=repr(str(run)))
 
 
 def rank(metrics: Mapping[str, float], best_by: Sequence[str] = BEST_BY) -> tuple[float, ...]:
@@ -131,7 +142,7 @@ class Journal:
         self.prompts_hash = header.prompts_hash
         self.ended: str | None = None
         self.check = check  # of the last line, hence of all
-        self.go_on = RESUME.format(run=path.parent)  # what its user does to go on with the run
+        self.go_on = going_on(RESUME, path.parent)  # what its user does to go on with the run
         self._file: Any = None
 
     @classmethod

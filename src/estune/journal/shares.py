@@ -6,16 +6,19 @@ import re
 
 from estune.journal.journal import Journal
 
+_ACCURACY = re.compile(r"(eval_|watch/.+/)accuracy(/|$)")
+
 
 def is_share(journal: Journal, key: str) -> bool:
-    """Whether a metric of evaluations is a share: `eval_accuracy` or `watch/TASK/accuracy`, or one of its groups.
+    """Whether a metric of evaluations is a share. Only `eval_accuracy`, `watch/TASK/accuracy` and their groups can be.
 
     In a journal that does not say so, which an older version wrote, it is one if it has never been outside 0 to 1.
     """
-    key = re.sub(r"((?:^eval_|^watch/.*/)accuracy)/.*", r"\1", key)
-    if journal.header.shares is not None:
-        return key in journal.header.shares
-    return all(0 <= e.metrics[key] <= 1 for e in journal.evaluations if key in e.metrics)
+    declared = journal.header.shares
+    if declared is not None:
+        return any(key == share or key.startswith(f"{share}/") for share in declared)
+    values = [e.metrics[key] for e in journal.evaluations if key in e.metrics]
+    return _ACCURACY.match(key) is not None and all(0 <= value <= 1 for value in values)
 
 
 def shown(value: float, share: bool) -> str:

@@ -13,10 +13,10 @@ import yaml
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import make_folder, write_text
-from estune.journal.journal import FILE, RESUME, TEMPORARY
+from estune.journal.journal import FILE, RESUME, TEMPORARY, going_on
 from estune.weights.checkpoint import hub_name, locate
 
-RESUME_OWN = "Trainer.resume('{run}', task=...)"
+RESUME_OWN = "Trainer.resume({text}, task=...)"
 """As `RESUME`, where the task was given from Python."""
 BASE = "base"  # where a model that was given in memory lies in a run's directory
 
@@ -94,15 +94,27 @@ def refuse_used(path: Path, go_on: str = RESUME) -> None:
 
     Args:
         path: the directory.
-        go_on: what the user does to go on with a run that lies in `{run}`.
+        go_on: what the user does to go on with a run, as `going_on` takes it.
 
     Raises:
         EstuneError: with what can be done.
     """
     if path.exists() and (not path.is_dir() or any(not _precedes(p.name) for p in path.iterdir())):
         held = "already holds a run" if (path / FILE).is_file() else "exists and is not empty"
-        resume = f"go on with `{go_on.format(run=path)}`, " if (path / FILE).is_file() else ""
+        resume = f"go on with `{going_on(go_on, path)}`, " if (path / FILE).is_file() else ""
         raise EstuneError(f"output_dir {path} {held}: {resume}give another --output-dir, or remove it")
+
+
+def how_to_go_on(config: Config, *, own_task: bool) -> str:
+    """What a user does to go on with a run, as `going_on` takes it.
+
+    Args:
+        config: its settings. That a model's own code may run has to be said again.
+        own_task: its task was given from Python.
+    """
+    if own_task:
+        return RESUME_OWN.replace("...", "..., trust_remote_code=True") if config.trust_remote_code else RESUME_OWN
+    return f"{RESUME} --trust_remote_code true" if config.trust_remote_code else RESUME
 
 
 def _precedes(name: str) -> bool:
@@ -125,4 +137,5 @@ def find_checkpoint(model_or_run: str) -> Path:
     for path in (run.best, run.final):
         if path.is_dir():
             return path
-    raise EstuneError(f"{run.path} has no checkpoint yet; make one with `estune replay {run.path} -o DIR`")
+    how = going_on("estune replay {run} -o DIR", run.path)
+    raise EstuneError(f"{run.path} has no checkpoint yet; make one with `{how}`")

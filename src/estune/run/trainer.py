@@ -21,13 +21,13 @@ from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.grading.isolation import refuse_grader
-from estune.journal.journal import BEST_BY, RESUME, EvaluationRecord, Header, Journal, StepRecord, rank
+from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, going_on, rank
 from estune.journal.replay import holds, rebuild
 from estune.journal.shares import is_share
 from estune.pool.open import open_pool, with_resources
 from estune.run import remarks
 from estune.run.code import code_of
-from estune.run.directory import RESUME_OWN, RunDirectory, default_path, refuse_used
+from estune.run.directory import RunDirectory, default_path, how_to_go_on, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
 from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, token_ids
 from estune.run.interrupt import interruptible
@@ -57,8 +57,8 @@ class Trainer:
         best_by: metrics that tell which evaluation is the best, the first first; `-` stands before one of which less is
             better.
         past: the run to go on with, which `resume` gives.
-        go_on: what the user does to go on with the run, in which `{run}` stands for its directory: for messages; by
-            default the command, or `Trainer.resume` where the task is one of your own.
+        go_on: what the user does to go on with the run, in which `{run}` stands for its directory in a shell, `{text}`
+            in Python: for messages; by default the command, or `Trainer.resume` where the task is one of your own.
 
     Raises:
         EstuneError: for settings, data or a model that cannot be trained with, before anything is written.
@@ -76,7 +76,7 @@ class Trainer:
     ) -> None:
         refuse_grader()
         options = config.task if task is None else None
-        go_on = go_on or (RESUME if task is None else RESUME_OWN)
+        go_on = go_on or how_to_go_on(config, own_task=task is not None)
         if past is None:
             check_name(config.model)
         task = task or config.task.build(config.seed)
@@ -110,7 +110,7 @@ class Trainer:
                 self.journal = past.journal
                 self.base = past.base
                 self._rebuild()
-            self.journal.go_on = go_on.format(run=self.run.path)
+            self.journal.go_on = going_on(go_on, self.run.path)
             origin = self.journal.header.fingerprint if self.journal.header.ancestors else None
             self.strategy = make_strategy(config, origin)
             self.strategy.step = self._began_at
@@ -157,7 +157,7 @@ class Trainer:
                 another setting is to change.
         """
         past = reopen(Path(run), changed, task=task, accept_changes=accept_changes, trust_task=trust_task)
-        go_on = go_on or (RESUME if task is None else RESUME_OWN)
+        go_on = go_on or how_to_go_on(past.config, own_task=task is not None)
         return cls(past.config, task=past.task, monitors=monitors, past=past, go_on=go_on)
 
     def train(self) -> Summary:

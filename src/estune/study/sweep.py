@@ -25,6 +25,7 @@ from estune.config import Config, merge, parse, read
 from estune.errors import EstuneError
 from estune.files import read_claim, write_text
 from estune.journal.journal import FILE, Journal
+from estune.journal.shares import is_share
 from estune.run.directory import RunDirectory
 from estune.study.jobs import Jobs, claimed
 
@@ -73,12 +74,14 @@ class Trial:
         values: its swept settings, as given.
         metrics: of its best evaluation, `eval_accuracy` and so on, with the `step`; empty where it failed.
         error: why it failed, in a line.
+        shares: those of its metrics that are accuracies in 0 to 1 by declaration.
     """
 
     name: str
     values: Values
     metrics: dict[str, float]
     error: str | None = None
+    shares: frozenset[str] = frozenset()
 
 
 def split(overrides: Sequence[str]) -> tuple[list[str], Space]:
@@ -192,23 +195,27 @@ class _Runner:
     def run(self, name: str, values: Values) -> Trial:
         """Run a trial to its end, wherever it was."""
         run = self.folder / name
-        steps = self.config(values).steps
+        config = self.config(values)
+        steps = config.steps
         if _is_done(run, steps):
             return self._trial(name, values)
-        error = self._train(name, values)
+        error = self._train(name, values, trust=config.trust_remote_code)
         if error is None and not _is_done(run, steps):
             error = "interrupted"
         trial = self._trial(name, values) if error is None else Trial(name, values, {}, error)
         self.told(trial)
         return trial
 
-    def _train(self, name: str, values: Values) -> str | None:
-        """Train, or go on with it where it was cut off; why that failed, or None."""
+    def _train(self, name: str, values: Values, *, trust: bool) -> str | None:
+        """Train, or go on with it where it was cut off; why that failed, or None.
+
+        `trust`: the user lets the model's own code run, which has to be said again to go on.
+        """
         run = self.folder / name
         if (run / FILE).is_file():
             # An interruption's, if any: with it, a run that is cut off after its last step passes for a whole one.
             shutil.rmtree(RunDirectory(run).final, ignore_errors=True)
-            arguments = ["--resume", str(run)]
+            arguments = ["--resume", str(run), *(["--trust_remote_code", "true"] if trust else [])]
         else:
             shutil.rmtree(run, ignore_errors=True)  # a run that was cut off before its first line
             config = self.folder / f"{name}.yaml"
@@ -223,7 +230,8 @@ class _Runner:
         journal = Journal.read(self.folder / name)
         if not journal.evaluations:
             return Trial(name, values, {}, "the task has no evaluation set to judge the run by")
-        return Trial(name, values, dict(journal.best.metrics) if journal.best else {})
+        metrics = dict(journal.best.metrics) if journal.best else {}
+        return Trial(name, values, metrics, shares=frozenset(key for key in metrics if is_share(journal, key)))
 
 
 def _is_done(run: Path, steps: int) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from estune.errors import EstuneError
+from estune.journal.shares import shown
 from estune.study.chart import Plot, Series
 from estune.study.picture import draw
 from estune.study.sweep import METRICS, Trial, Values, name_of
@@ -30,16 +31,24 @@ def groups(trials: Sequence[Trial], metric: str = METRICS[0]) -> list[tuple[Valu
 
 
 def rows(trials: Sequence[Trial], metric: str = METRICS[0]) -> list[list[str]]:
-    """A table: a heading, then a row for each setting, best first, with mean and deviation over seeds."""
+    """A table: a heading, then a row for each setting, best first, with mean and deviation over seeds.
+
+    A metric that is a share in all trials is in percent.
+    """
+    share = _is_share(trials, metric)
+
+    def cell(value: float) -> str:
+        return shown(value, share) if share else f"{value:.4f}"
+
     names = list(dict.fromkeys(key for trial in trials for key in trial.values if key != "seed"))
     head = [*names, metric, "deviation", "least", "most", "runs"]
     body = [
         [
             *(values.get(name, "") for name in names),
-            f"{statistics.fmean(found):.4f}",
-            f"{statistics.stdev(found):.4f}" if len(found) > 1 else "",
-            f"{min(found):.4f}",
-            f"{max(found):.4f}",
+            cell(statistics.fmean(found)),
+            cell(statistics.stdev(found)) if len(found) > 1 else "",
+            cell(min(found)),
+            cell(max(found)),
             str(len(found)),
         ]
         for values, found in groups(trials, metric)
@@ -68,10 +77,11 @@ def draw_effects(trials: Sequence[Trial], path: Path, metric: str = METRICS[0]) 
     found = effects(trials, metric)
     if not found:
         raise EstuneError("no setting of the sweep has two values with finished runs: there is no effect to draw")
-    draw([effect_chart(name, by, metric) for name, by in found.items()], path)
+    share = _is_share(trials, metric)
+    draw([effect_chart(name, by, metric, percent=share) for name, by in found.items()], path)
 
 
-def effect_chart(setting: str, by: Mapping[str, Sequence[float]], metric: str) -> Plot:
+def effect_chart(setting: str, by: Mapping[str, Sequence[float]], metric: str, *, percent: bool = False) -> Plot:
     """The metric of all trials at each value of a setting."""
     numbers = _numbers(by)
     places = numbers or [float(i) for i in range(len(by))]  # names stand side by side
@@ -83,7 +93,11 @@ def effect_chart(setting: str, by: Mapping[str, Sequence[float]], metric: str) -
         series.append(Series("mean", [x for x, _ in means], [y for _, y in means], "dots"))
     wide = numbers is not None and min(places) > 0 and max(places) / min(places) >= (10 if many else 4)
     labels = {} if many else dict(zip(places, by, strict=True))
-    return Plot(setting, metric, series, buttons=False, along=setting, labels=labels, log=wide)
+    return Plot(setting, metric, series, percent=percent, buttons=False, along=setting, labels=labels, log=wide)
+
+
+def _is_share(trials: Sequence[Trial], metric: str) -> bool:
+    return all(metric in trial.shares for trial in trials if metric in trial.metrics)
 
 
 def _distinct(trials: Sequence[Trial]) -> list[Trial]:

@@ -47,7 +47,7 @@ from estune.weights.checkpoint import locate
 
 log = logging.getLogger(__name__)
 
-RESUME = "trainer.train(resume_from_checkpoint='{run}')"  # what a user does to go on with a run
+RESUME = "trainer.train(resume_from_checkpoint={text})"  # what a user does to go on with a run
 _REFUSED = {
     "optimizers": "there is no optimizer: the update is the method",
     "peft_config": "all weights are trained, and an adapter saves no memory here",

@@ -82,4 +82,10 @@ def mean_length(completions: Sequence[Completion]) -> float:
 
 
 def _engine(path: Path, config: Config) -> TransformersEngine:
-    return TransformersEngine(path, dtype=config.dtype, device=config.device, batch_size=config.batch_size)
+    return TransformersEngine(
+        path,
+        dtype=config.dtype,
+        device=config.device,
+        batch_size=config.batch_size,
+        trust_remote_code=config.trust_remote_code,
+    )

@@ -106,9 +106,9 @@ def _evolve(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> t
 def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> tuple[Path, float, int]:
     import torch
     from datasets import Dataset
-    from transformers import AutoTokenizer
     from transformers.trainer_callback import TrainerCallback
 
+    from estune.engines.loading import load_tokenizer
     from estune.render import stop_clock
     from estune.run.make import make_grading
 
@@ -117,7 +117,8 @@ def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -
         stop_clock(config.template_date)  # TRL renders in this process
     path = locate(config.model)
     arguments, trainer_class = trl_arguments(plan, job, config, folder)
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+    tokenizer.padding_side = "left"
     # Rows travel by number: a column of a data set must be of one type, and a task's may be of any.
     template = tokenizer.chat_template is not None
     rows = [{"prompt": task.shown(row, template=template), "row": i} for i, row in enumerate(task.train)]
@@ -168,6 +169,7 @@ def trl_arguments(plan: Plan, job: Job, config: Config, folder: Path) -> tuple[A
         "beta": plan.beta,
         "activation_checkpointing": False,  # slower, and small models have the memory
         "model_init_kwargs": {"dtype": "float32"},
+        "trust_remote_code": config.trust_remote_code,
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
         "use_cpu": config.device == "cpu",
