@@ -84,7 +84,9 @@ class Run(Section):
     """What is trained, on what, and where the run goes."""
 
     model: str = Field(
-        "tiny", description="the embedded model (tiny), a checkpoint directory or a hub id, NAME or NAME@REVISION"
+        "tiny",
+        description="the embedded model (tiny), a checkpoint directory, a GGUF file, smollm2, or a hub id, NAME or "
+        "NAME@REVISION",
     )
     engine: Literal["transformers", "vllm"] = Field("transformers", description="what generates")
     trust_remote_code: bool = Field(
