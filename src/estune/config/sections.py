@@ -85,7 +85,9 @@ class Run(Section):
     """What is trained, on what, and where the run goes."""
 
     model: str = Field(
-        "tiny", description="the embedded model (tiny), a checkpoint directory or a hub id, NAME or NAME@REVISION"
+        "tiny",
+        description="the embedded model (tiny), a checkpoint directory, a GGUF file, smollm2, or a hub id, NAME or "
+        "NAME@REVISION",
     )
     engine: Literal["auto", EngineName] = Field(
         "auto",

@@ -25,6 +25,7 @@ from estune.files import locked, replacing, sync
 from estune.journal.lines import fault
 from estune.noise.reference import NOISE_VERSION
 from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.gguf import is_gguf
 from estune.weights.policies import NoiseMode, PolicyName, Rounding, Rule
 
 log = logging.getLogger(__name__)
@@ -465,7 +466,7 @@ def _decode_step(payload: dict[str, Any]) -> StepRecord:
 def base_checkpoint(header: Header, model: str | None = None) -> Checkpoint:
     """The base checkpoint of a run, its content checked against the journal's hash."""
     model = model or header.model
-    if os.path.isabs(model) and not os.path.exists(model):
+    if os.path.isabs(model) and not is_gguf(model) and not os.path.exists(model):
         raise EstuneError(f"base model {model} is not there; say where it is now with --model")
     base = Checkpoint(locate(model))
     found = base.content_hash()

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from estune.errors import EstuneError, first_line
 from estune.files import replacing
+from estune.weights.gguf import PACKAGED, is_gguf, pinned_gguf, plain_checkpoint
 from estune.weights.pickles import PICKLES, in_safetensors
 
 EMBEDDED = {"tiny": Path(__file__).parents[1] / "models" / "tiny"}
@@ -224,13 +225,16 @@ def hub_name(model: str) -> tuple[str, str | None]:
 
 
 def pinned(model: str) -> str:
-    """What a run records of a model: a hub id with the commit that was found there, a directory from the root on.
+    """What a run records of a model: a hub id with the commit that was found there, a directory from the root on, a
+    GGUF file with its hash.
 
     Raises:
         EstuneError: as `locate`.
     """
     if model in EMBEDDED:
         return model
+    if is_gguf(model):
+        return pinned_gguf(model)
     if Path(model).exists():
         return os.path.abspath(model)
     commit = locate(model).name
@@ -238,17 +242,19 @@ def pinned(model: str) -> str:
 
 
 def locate(model: str | Path) -> Path:
-    """Directory of a model given as an embedded name, a local directory or a hub id (downloaded if needed).
+    """Directory of a model given as an embedded name, a local directory, a GGUF file or a hub id, which is downloaded.
 
-    Of a model that has its weights as PyTorch's own files alone, it is that of a copy in safetensors.
+    Of a model with weights in a GGUF file, or in PyTorch's own files alone, it is that of a copy in safetensors.
 
     Raises:
         EstuneError: where there is no such model, or the directory holds none.
     """
+    if is_gguf(model):
+        return plain_checkpoint(model)
     path = EMBEDDED.get(str(model), Path(model))
     if not path.exists():
         if not _HUB_ID.fullmatch(str(model)):
-            names = ", ".join(EMBEDDED)
+            names = ", ".join((*EMBEDDED, *PACKAGED))
             raise EstuneError(f"model {model}: no such directory; give a directory, a hub id or one of: {names}")
         path = _download(str(model), *COMPANIONS, INDEX, "*.safetensors")
         if not any(path.glob("*.safetensors")):
@@ -268,7 +274,7 @@ def check_name(model: str | Path) -> None:
         EstuneError: as `locate`.
     """
     path = EMBEDDED.get(str(model), Path(model))
-    if path.exists() or not _HUB_ID.fullmatch(str(model)):
+    if path.exists() or is_gguf(model) or not _HUB_ID.fullmatch(str(model)):
         locate(model)
     else:
         _download(str(model), "config.json")

@@ -7,19 +7,14 @@ else.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 from collections.abc import Iterable
-from hashlib import blake2b
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 from estune.errors import EstuneError, first_line
-from estune.files import replacing
-
-log = logging.getLogger(__name__)
+from estune.weights.converted import cache, made_once, state_of
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -41,15 +36,15 @@ def in_safetensors(folder: Path, companions: Iterable[Path]) -> Path:
     if not files:
         return folder
     others = list(companions)
-    target = _cache() / _state([*files, *others]) / folder.resolve().name
-    if not target.is_dir():
-        log.warning("model %s has its weights in %s alone: making safetensors of them, in %s", folder, SINGLE, target)
-        with replacing(target) as copy:
-            copy.mkdir()
-            for file in others:
-                shutil.copy(file, copy / file.name)
-            _convert(files, copy)
-    return target
+
+    def make(copy: Path) -> None:
+        copy.mkdir()
+        for file in others:
+            shutil.copy(file, copy / file.name)
+        _convert(files, copy)
+
+    target = cache("safetensors") / state_of([*files, *others]) / folder.resolve().name
+    return made_once(target, make, f"model {folder} has its weights in {SINGLE} alone: making safetensors of them")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -100,13 +95,3 @@ def _tensors(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in found.items()):
         raise EstuneError(f"{file} is no table of tensors by name; save the model with save_pretrained")
     return found
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "estune" / "safetensors"
-
-
-def _state(files: Iterable[Path]) -> str:
-    """A name for these files as they are now."""
-    found = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
-    return blake2b(repr(found).encode(), digest_size=12).hexdigest()

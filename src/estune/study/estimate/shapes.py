@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError, first_line
-from estune.weights.checkpoint import DTYPES, EMBEDDED, hub_name
+from estune.weights.checkpoint import DTYPES, EMBEDDED, hub_name, locate
+from estune.weights.gguf import is_gguf
 from estune.weights.sizes import EXPERTS, check_sizes
 
 
@@ -125,7 +126,7 @@ def _dtype(config: Any) -> str | None:
 def _read_config(model: str | Path) -> Any:
     from transformers import AutoConfig, PretrainedConfig
 
-    path = EMBEDDED.get(str(model), Path(model))
+    path = locate(model) if is_gguf(model) else EMBEDDED.get(str(model), Path(model))
     if path.exists() and not (path / "config.json").is_file():
         kind = "a file" if path.is_file() else "a directory without config.json"
         raise EstuneError(f"model {model} is {kind}: give a checkpoint's directory, or one with its config.json alone")

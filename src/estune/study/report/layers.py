@@ -13,6 +13,7 @@ from estune.errors import EstuneError
 from estune.journal.journal import Header, base_checkpoint
 from estune.study.report.runs import Run
 from estune.weights.checkpoint import EMBEDDED, RUN_LENGTH, Checkpoint, Tensor, hub_name
+from estune.weights.gguf import is_gguf
 
 _IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)")
 
@@ -71,7 +72,7 @@ def layer_table(run: Run) -> LayerTable:
 
 def _local_base(header: Header, model: str) -> Checkpoint:
     """The base checkpoint if it is on this machine: a report downloads nothing."""
-    if model not in EMBEDDED and not Path(model).exists():
+    if model not in EMBEDDED and not is_gguf(model) and not Path(model).exists():
         from huggingface_hub import snapshot_download
 
         try:

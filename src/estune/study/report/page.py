@@ -19,6 +19,7 @@ from estune.study.report import curves, recipe
 from estune.study.report.layers import LayerTable, layer_table
 from estune.study.report.runs import Group, Run, differences, group_runs, read_runs
 from estune.study.report.samples import Comparison, compare, readable
+from estune.weights.checkpoint import hub_name
 
 HERE = Path(__file__).parent
 T = TypeVar("T")
@@ -140,7 +141,9 @@ def _or_skipped(make: Callable[[Run], T], run: Run) -> T | Skipped:
 
 def _title(runs: Sequence[Run]) -> str:
     headers = [run.journal.header for run in runs]
-    what = list(dict.fromkeys(f"{header.task or 'a task'} with {Path(header.model).name}" for header in headers))
+    what = list(
+        dict.fromkeys(f"{header.task or 'a task'} with {Path(hub_name(header.model)[0]).name}" for header in headers)
+    )
     return what[0] if len(runs) == 1 else f"{len(runs)} runs: {', '.join(what)}"
 
 
