@@ -98,7 +98,7 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         dtype="float32" if config.dtype == "auto" else config.dtype,
         policy=config.weights,
         workers=config.workers,
-        engine=config.engine,
+        engine="vllm" if config.engine == "vllm" else "transformers",  # of auto; on a GPU both are shown
         steps=config.steps,
         evaluations=_evaluations(config),
         evaluated=(config.task.eval_size or GENERATED_SIZE) * config.eval_samples,
