@@ -77,6 +77,14 @@ def test_fingerprint(start: int, size: int) -> None:
         assert int(total) % 2**64 == cpu.fingerprint(array(base), KEY, start)
 
 
+@pytest.mark.parametrize("size", [0, 3, 1030, cpu.SQUARES_BLOCK + 1])
+def test_squares(size: int) -> None:
+    for base_type, stored_type in [*TYPES, (FLOAT, BRAIN)]:
+        base, then = weights(size, base_type), weights(size + 1, stored_type)[1:]
+        sums = gpu.squares(base.to(DEVICE), then.to(DEVICE))
+        assert np.array_equal(sums.cpu().numpy(), cpu.squares(array(base), array(then)))
+
+
 def test_zero_keeps_its_sign_and_the_ends_of_the_range_their_bits() -> None:
     """Words whose sine is 0, in each quadrant, and those of the smallest and the largest radius."""
     a = np.array([0, 255, 256, 2**31, 2**32 - 1], np.uint32)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from estune.noise import reference as ref
+from estune.noise.cpu import SQUARES_BLOCK, SQUARES_LANES
 from estune.noise.rows import Rows
 
 BLOCK = 512  # counters a program; four elements each
@@ -186,6 +187,29 @@ def _fingerprint(
     tl.atomic_add(total, tl.sum(z.to(tl.int64, bitcast=True), 0), sem="relaxed")
 
 
+@_kernel
+def _squares(now, then, sums, size: tl.int64, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    difference = tl.zeros((LANES,), tl.float64)
+    norm = tl.zeros((LANES,), tl.float64)
+    for row in range(BLOCK // LANES):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + row * LANES + tl.arange(0, LANES)
+        inside = at < size
+        value = tl.load(then + at, mask=inside, other=0).to(tl.float32)
+        change = tl.load(now + at, mask=inside, other=0).to(tl.float32) - value
+        difference += change.to(tl.float64) * change.to(tl.float64)
+        norm += value.to(tl.float64) * value.to(tl.float64)
+    tl.store(sums + 2 * tl.program_id(0), _folded(difference, LANES))
+    tl.store(sums + 2 * tl.program_id(0) + 1, _folded(norm, LANES))
+
+
+@triton.jit
+def _folded(lanes, LANES: tl.constexpr):
+    """The sum of lanes, half upon half. Of two numbers there is one sum, however it is made."""
+    for halves in tl.static_range(1, LANES.bit_length()):
+        lanes = tl.sum(tl.reshape(lanes, (2, LANES >> halves)), 0)
+    return tl.sum(lanes, 0)
+
+
 def takes(start: int, size: int, rows: Rows) -> bool:
     """Whether `perturb` and `update` take a run of such rows at once: each begins and ends with a counter."""
     aligned = not any(n % 4 for n in (start, rows.width, rows.pitch, rows.skip))
@@ -264,6 +288,17 @@ def fingerprint(weights: torch.Tensor, tensor: int, start: int, total: torch.Ten
             PITCHED=rows is not None,
             COUNT=FINGERPRINT_BLOCK,
         )
+
+
+def squares(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
+    """As `cpu.squares`, of flat tensors `[elements]` on the device."""
+    blocks = triton.cdiv(now.numel(), SQUARES_BLOCK)
+    sums = torch.empty(blocks, 2, dtype=torch.float64, device=now.device)
+    if blocks:
+        _squares[(blocks,)](
+            now, then, sums, now.numel(), BLOCK=SQUARES_BLOCK, LANES=SQUARES_LANES, enable_fp_fusion=False
+        )
+    return sums
 
 
 def _grid(start: int, size: int, rows: Rows | None) -> tuple[int]:

@@ -237,6 +237,19 @@ def open_storage(runs: Sequence[Run], threads: int) -> Storage:
     return DeviceStorage(runs) if base == live else StreamedStorage(runs)
 
 
+def sums_of_squares(base: Tensor, stored: Array) -> Array:
+    """As `noise/cpu.py`, `squares`: of weights, `[elements]`, where they lie, and stored ones on the host."""
+    if base.device.type == "cpu":
+        from estune.noise import cpu
+
+        return cpu.squares(as_array(base), stored)
+    then = torch.from_numpy(stored)
+    then = then.view(torch.bfloat16) if stored.dtype == np.uint16 else then
+    with torch.cuda.device_of(base):  # type: ignore[no-untyped-call]
+        sums: Array = device_kernels().squares(base, then.to(base.device)).cpu().numpy()
+    return sums
+
+
 def flat(tensor: Tensor) -> Tensor:
     """The tensor's own memory, `[elements]`, row-major.
 
