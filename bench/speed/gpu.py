@@ -8,7 +8,7 @@ script. (`pytest tests/noise/test_noise_gpu.py tests/weights/test_weights_gpu.py
 Then, for bfloat16 weights of the shapes of Qwen2.5 models, median milliseconds of:
 
 - `perturb`: live = round(base + sigma * noise), one fused pass over all tensors;
-- `restore`: live = round(base), PyTorch's own copy of the same bytes: what memory bandwidth and launches alone cost;
+- `restore`: live = round(base), a pass over the same bytes without noise: what memory bandwidth and launches cost;
 - `update`: N = 30 members, once, with `update, extra memory`, the peak of what it allocates on the device;
 - `fingerprint`: of the base.
 
@@ -28,6 +28,7 @@ from bench.common import medians, options, rounded, settings, write_result
 
 from estune.es.strategy import Member, Update
 from estune.noise import gpu, reference
+from estune.noise.rows import Run
 from estune.weights.parameters import Parameter
 from estune.weights.weights import Weights
 
@@ -46,7 +47,8 @@ def check_known_answers() -> int:
     vectors = json.loads(VECTORS.read_text())["vectors"]
     base, live = torch.zeros(1, device="cuda"), torch.empty(1, device="cuda")
     for v in vectors:
-        gpu.perturb(live, base, v["seed"], reference.tensor_id(v["tensor"]), v["index"], 1.0)
+        run = Run(live, base, 0, reference.tensor_id(v["tensor"]), v["index"])
+        gpu.Batch([run]).perturb(v["seed"], 1.0)
         found = f"{int(live.cpu().numpy().view(np.uint32)[0]):08x}"
         if found != v["bits"]:
             raise SystemExit(f"seed {v['seed']}, {v['tensor']}, index {v['index']}: {found}, not {v['bits']}")

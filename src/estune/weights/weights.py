@@ -20,12 +20,13 @@ from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
 from estune.noise.reference import tensor_id
+from estune.noise.rows import Run
 from estune.weights.base import Share, make_base, share_of
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, widen
 from estune.weights.checkpoint import Tensor as StoredTensor
 from estune.weights.parameters import Parameter, Rectangle
 from estune.weights.policies import POLICIES, NoiseMode, Perturbation, PolicyName, Rounding, Rule
-from estune.weights.storage import CpuStorage, Run, Storage, as_array, flat, open_storage, sums_of_squares, type_name
+from estune.weights.storage import CpuStorage, Storage, as_array, flat, open_storage, sums_of_squares, type_name
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
 if TYPE_CHECKING:
