@@ -117,7 +117,7 @@ def test_launches_grow_with_kinds_and_not_with_tensors(monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu._Launch, "start", count)
     tensors = [torch.ones(1 + number % 5, dtype=BRAIN, device=DEVICE) for number in range(290)]
     batch = gpu.Batch([Run(tensor, tensor, number, number) for number, tensor in enumerate(tensors)])
-    batch.perturb(5, 0.01)
+    batch.perturb(5, 1.0)
     assert launched == ["_perturb"] * 2  # of whole counters, and others
     assert all((tensor != 1).any() for tensor in tensors)
 
