@@ -337,8 +337,8 @@ class Batch:
         owners = np.repeat(np.arange(len(runs), dtype=np.int32), programs)
         device = runs[0].live.device
         flags = {"PITCHED": pitched, "ALIGNED": aligned, "COUNT": BLOCK, "STEPS": STEPS}
-        on_device = (torch.from_numpy(array).to(device) for array in (table.view(np.int64), owners))
-        return _Launch(*on_device, live, base, flags)
+        rows = torch.from_numpy(table.view(np.int64)).to(device)
+        return _Launch(rows, torch.from_numpy(owners).to(device), live, base, flags)
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `cpu.perturb`, of all runs."""

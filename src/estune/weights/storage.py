@@ -200,7 +200,7 @@ def _loads(runs: Sequence[Run]) -> list[list[Run]]:
 
 def _padded(run: Run) -> int:
     """Bytes that a run's base takes in a buffer, where each begins at a multiple of 16."""
-    return -(-run.base.nbytes // 16) * 16
+    return 16 * -(-int(run.base.nbytes) // 16)
 
 
 def _staged(load: Sequence[Run], buffer: Tensor) -> list[Run]:
