@@ -8,7 +8,7 @@ script. (`pytest tests/noise/test_noise_gpu.py tests/weights/test_weights_gpu.py
 Then, for bfloat16 weights of the shapes of Qwen2.5 models, median milliseconds of:
 
 - `perturb`: live = round(base + sigma * noise), one fused pass over all tensors;
-- `restore`: live = round(base), PyTorch's own copy of the same bytes: what memory bandwidth and launches alone cost;
+- `restore`: live = round(base), a pass over the same bytes without noise: what memory bandwidth and launches cost;
 - `update`: N = 30 members, once, with `update, extra memory`, the peak of what it allocates on the device;
 - `fingerprint`: of the base.
 
@@ -30,6 +30,7 @@ from bench.models import QWEN_SHAPES, SHAPES, random_model
 from estune.engines.memory import total_memory
 from estune.es.strategy import Member, Update
 from estune.noise import cpu, reference
+from estune.noise.rows import Run
 from estune.weights.device import chosen_device, device_kernels
 from estune.weights.parameters import Parameter
 from estune.weights.weights import Weights
@@ -43,11 +44,11 @@ def check_known_answers(device: torch.device) -> int:
     vectors = json.loads(VECTORS.read_text())["vectors"]
     base, live = torch.zeros(1, device=device), torch.empty(1, device=device)
     for v in vectors:
-        noise = v["seed"], reference.tensor_id(v["tensor"]), v["index"], 1.0
+        noise = v["seed"], reference.tensor_id(v["tensor"]), v["index"]
         if device.type == "cuda":
-            device_kernels().perturb(live, base, *noise)
+            device_kernels().Batch([Run(live, base, 0, *noise[1:])]).perturb(v["seed"], 1.0)
         else:
-            cpu.perturb(live.numpy(), base.numpy(), *noise)
+            cpu.perturb(live.numpy(), base.numpy(), *noise, 1.0)
         found = f"{int(live.cpu().numpy().view(np.uint32)[0]):08x}"
         if found != v["bits"]:
             raise SystemExit(f"seed {v['seed']}, {v['tensor']}, index {v['index']}: {found}, not {v['bits']}")

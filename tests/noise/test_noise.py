@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -105,7 +106,7 @@ def widened(stored: Any) -> Any:
 
 def weights(size: int, dtype: str, seed: int = 0) -> Any:
     values = np.random.default_rng(seed).normal(0, 0.05, size).astype(np.float32)
-    return values if dtype == "float32" else (bits(values) >> 16).astype(np.uint16)
+    return (bits(values) >> 16).astype(np.uint16) if dtype == "bfloat16" else values
 
 
 def stored(values: Any, dtype: str) -> Any:
@@ -215,3 +216,28 @@ def test_fingerprint_sees_every_change() -> None:
     swapped[[0, 1]] = swapped[[1, 0]]
     seen.add(cpu.fingerprint(swapped, KEY, 0))
     assert len(seen) == 1004
+
+
+@pytest.mark.parametrize("stored_type", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("base_type", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("size", [0, 1, 1025, cpu.SQUARES_BLOCK, 2 * cpu.SQUARES_BLOCK + 5])
+def test_squares_are_summed_in_the_order_that_is_told(size: int, base_type: str, stored_type: str) -> None:
+    now, then = (
+        values.astype(np.float16) if dtype == "float16" else values
+        for values, dtype in ((weights(size, base_type, 1), base_type), (weights(size, stored_type, 2), stored_type))
+    )
+    a, b = (widened(values).astype(np.float32) for values in (now, then))
+    blocks = []
+    for first in range(0, size, cpu.SQUARES_BLOCK):
+        rows = []
+        for start in range(first, min(first + cpu.SQUARES_BLOCK, size), cpu.SQUARES_LANES):
+            part = slice(start, min(start + cpu.SQUARES_LANES, first + cpu.SQUARES_BLOCK))
+            row = np.zeros((2, cpu.SQUARES_LANES))
+            row[0, : len(a[part])] = (a[part] - b[part]).astype(np.float64) ** 2
+            row[1, : len(a[part])] = b[part].astype(np.float64) ** 2
+            rows.append(row)
+        lanes = functools.reduce(np.add, rows, np.zeros((2, cpu.SQUARES_LANES)))
+        while lanes.shape[1] > 1:
+            lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
+        blocks.append(lanes[:, 0])
+    assert np.array_equal(cpu.squares(now, then), np.array(blocks).reshape(-1, 2))

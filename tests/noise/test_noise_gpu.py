@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from estune.noise import cpu, reference
+from estune.noise.rows import Rows, Run
 
 pytest.importorskip("triton")
 import triton
@@ -23,7 +26,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 KEY = reference.tensor_id("model.layers.0.self_attn.q_proj.weight")
 SEEDS = [5, 2**63 + 12345, 2**64 - 1]
-RUNS = [(0, 100), (3, 2500 if ON_GPU else 250), (2**34 - 7, 50), (1, 1), (0, 0)]
+RUNS = [(0, 100), (3, 25000 if ON_GPU else 250), (2**34 - 8, 50), (2**34 - 8, 24), (8, 3), (1, 1), (0, 0)]
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 TYPES = [(FLOAT, FLOAT), (FLOAT, BRAIN), (BRAIN, BRAIN), (FLOAT, HALF), (HALF, HALF)]
 
@@ -33,7 +36,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of few elements, as the interpreter is slow."""
     if not ON_GPU:
         monkeypatch.setattr(gpu, "BLOCK", 16)
-        monkeypatch.setattr(gpu, "FINGERPRINT_BLOCK", 64)
+        monkeypatch.setattr(gpu, "STEPS", 3)
 
 
 def weights(size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -51,7 +54,7 @@ def test_perturb(seed: int, start: int, size: int) -> None:
         base, expected = weights(size, base_type), torch.empty(size, dtype=live_type)
         cpu.perturb(array(expected), array(base), seed, KEY, start, 0.01)
         live = torch.empty(size, dtype=live_type, device=DEVICE)
-        gpu.perturb(live, base.to(DEVICE), seed, KEY, start, 0.01)
+        gpu.Batch([Run(live, base.to(DEVICE), 0, KEY, start)]).perturb(seed, 0.01)
         assert torch.equal(live.cpu(), expected)
 
 
@@ -64,7 +67,7 @@ def test_update(start: int, size: int, rounding_seed: int | None) -> None:
         expected = weights(size, dtype)
         base = expected.clone().to(DEVICE)
         cpu.update(array(expected), seeds, coefficients, KEY, start, -0.01, rounding_seed)
-        gpu.update(base, *on_device, KEY, start, -0.01, rounding_seed)
+        gpu.Batch([Run(base, base, 0, KEY, start)]).update(*on_device, -0.01, rounding_seed)
         assert torch.equal(base.cpu(), expected)
 
 
@@ -73,8 +76,53 @@ def test_fingerprint(start: int, size: int) -> None:
     for dtype in (FLOAT, BRAIN, HALF):
         base = weights(size, dtype)
         total = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        gpu.fingerprint(base.to(DEVICE), KEY, start, total)
+        on_device = base.to(DEVICE)
+        gpu.Batch([Run(on_device, on_device, KEY, 0, start)]).fingerprint(total)
         assert int(total) % 2**64 == cpu.fingerprint(array(base), KEY, start)
+
+
+def test_runs_of_all_kinds_in_one_batch() -> None:
+    """Of one pass they take as many launches as there are kinds, however many there are."""
+    runs = []
+    for number, ((live, base), (start, size)) in enumerate(
+        itertools.product(TYPES, [(0, 40), (4, 8), (3, 9), (8, 70)])
+    ):
+        runs.append(Run(weights(size, live), weights(size, base), number, KEY + number, start, counted=number % 3 > 0))
+        runs.append(replace(runs[-1], rows=Rows(4, 12, 4 * (number % 2)), start=16, live=weights(size, live)))
+    expected = [replace(run, live=run.live.clone()) for run in runs]
+    on_device = [replace(run, live=run.live.to(DEVICE), base=run.base.to(DEVICE)) for run in runs]
+    batch = gpu.Batch(on_device)
+    total = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for sigma in (0.01, 0.0):
+        for run in expected:
+            cpu.perturb(array(run.live), array(run.base), 5, run.noise, run.start, sigma, run.rows)
+        if sigma:
+            batch.perturb(5, sigma)
+        else:
+            batch.restore()
+        assert all(torch.equal(a.live.cpu(), b.live) for a, b in zip(on_device, expected, strict=True))
+    batch.fingerprint(total)
+    counted = (cpu.fingerprint(array(r.base), r.key, r.start, r.rows) for r in runs if r.counted)
+    assert int(total) % 2**64 == sum(counted) % 2**64
+
+
+def test_launches_grow_with_kinds_and_not_with_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(
+        gpu._Launch, "start", lambda launch, kernel, *rest, **types: launched.append(kernel.fn.__name__)
+    )
+    tensors = [torch.ones(1 + number % 5, dtype=BRAIN, device=DEVICE) for number in range(290)]
+    batch = gpu.Batch([Run(tensor, tensor, number, number) for number, tensor in enumerate(tensors)])
+    batch.perturb(5, 0.01)
+    assert launched == ["_perturb"] * 2  # of whole counters, and others
+
+
+@pytest.mark.parametrize("size", [0, 3, 1030, cpu.SQUARES_BLOCK + 1])
+def test_squares(size: int) -> None:
+    for base_type, stored_type in [*TYPES, (FLOAT, BRAIN)]:
+        base, then = weights(size, base_type), weights(size + 1, stored_type)[1:]
+        sums = gpu.squares(base.to(DEVICE), then.to(DEVICE))
+        assert np.array_equal(sums.cpu().numpy(), cpu.squares(array(base), array(then)))
 
 
 def test_zero_keeps_its_sign_and_the_ends_of_the_range_their_bits() -> None:
@@ -106,4 +154,10 @@ def test_kernels_compile_for_cuda_and_round_every_operation() -> None:
         [sys.executable, "-m", "tests.compile_gpu"], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == 2 * (10 * ["_perturb"] + 8 * ["_update"] + 4 * ["_fingerprint"])
+    expected = [7 * ["_perturb"], 3 * ["_restore"], 6 * ["_update"], 4 * ["_fingerprint"], 2 * ["_squares"]]
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, _ in found] == 2 * list(itertools.chain(*expected))
+    # Instructions for a normal, by types: memory, rounding and a root's far branches included.
+    counts = [float(count) for name, count in found if count != "-"]
+    assert len(counts) == 5 + 4
+    assert max(counts) < 70

@@ -18,13 +18,13 @@ import torch
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
+from estune.noise.rows import Run
 from estune.pool.local import open_local_pool
 from estune.pool.replica import Replica
 from estune.run.trainer import Trainer
 from estune.weights.base import Share, open_memory, share_of
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import Parameter, trained_parameters
-from estune.weights.storage import Run
 from estune.weights.weights import Weights
 from tests.models import build_model
 from tests.runs import assert_same_run, make_config, make_task

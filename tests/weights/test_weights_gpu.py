@@ -48,7 +48,7 @@ def kind_of_storage(kind: str, length: int = 64) -> Iterator[None]:
         if not ON_GPU:
             patch.setattr("estune.weights.weights.open_storage", lambda runs, threads: KINDS[kind](runs))
             patch.setattr(gpu, "BLOCK", 16)
-            patch.setattr(gpu, "FINGERPRINT_BLOCK", 64)
+            patch.setattr(gpu, "STEPS", 2)
         yield
 
 
@@ -170,10 +170,10 @@ def test_drift_is_that_of_the_cpu() -> None:
 
 def test_an_update_sends_its_members_once_and_not_for_each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    monkeypatch.setattr(gpu, "update", lambda base, seeds, coefficients, *rest: sent.append(seeds.data_ptr()))
-    with kind_of_storage("device"):
-        on_device(parameters(), "device").apply(Update(0, (Member(3), Member(4)), (0.5, 0.0)))
-    assert len(sent) == len(SHAPES)
+    monkeypatch.setattr(gpu.Batch, "update", lambda batch, seeds, *rest: sent.append(seeds.data_ptr()))
+    with kind_of_storage("streamed", 20):
+        on_device(parameters(), "streamed").apply(Update(0, (Member(3), Member(4)), (0.5, 0.0)))
+    assert len(sent) == 5  # 20 elements at a time, of 75, 3 and 1: the rest of the first goes with the second
     assert len(set(sent)) == 1
 
 
@@ -228,13 +228,14 @@ def test_streams_take_turns_and_are_waited_for(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_base_passes_through_two_small_buffers() -> None:
     assert STREAMED_LENGTH * torch.float32.itemsize * BUFFERS <= 64 << 20
-    seen: list[tuple[int, int, int]] = []
+    seen: list[list[tuple[int, int, int]]] = []
     with kind_of_storage("streamed", 20):
         storage: Any = on_device([Parameter("a", torch.zeros(50)), Parameter("b", torch.zeros(3))], "streamed").storage
-        storage.each(lambda r: seen.append((r.base.data_ptr(), r.start, len(r.base))))
+        storage.each(lambda batch: seen.append([(r.base.data_ptr(), r.start, len(r.base)) for r in batch.runs]))
+        first, second = (buffer.data_ptr() for _, buffer in storage.buffers)
         buffers = [buffer for _, buffer in storage.buffers]
-    assert [(start, size) for _, start, size in seen] == [(0, 20), (20, 20), (40, 10), (0, 3)]
-    assert [address for address, _, _ in seen] == [b.data_ptr() for b in (*buffers, *buffers)]
+    # The last two go together: ten elements take 48 bytes, as each run begins at a multiple of 16.
+    assert seen == [[(first, 0, 20)], [(second, 20, 20)], [(first, 40, 10), (first + 48, 0, 3)]]
     assert [b.nbytes for b in buffers] == [80, 80]
 
 

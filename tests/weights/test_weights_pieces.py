@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
 from estune.noise import cpu, reference
-from estune.noise.rows import Rows
+from estune.noise.rows import Rows, Run
 from estune.weights.base import Share, share_of
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import Parameter, Rectangle
-from estune.weights.storage import CpuStorage, Run, as_array
+from estune.weights.storage import CpuStorage, as_array
 from estune.weights.weights import Weights
-from tests.weights.test_weights_gpu import DEVICE, DTYPES, KINDS, kind_of_storage, on_device
+from tests.weights.test_weights_gpu import DTYPES, KINDS, kind_of_storage, on_device
 
 MEMBER, SIGMA = Member(2**63 + 11, -1), 0.02
 UPDATE = Update(0, (Member(3), Member(4)), (0.25, -0.5), decay=-0.125, rounding_seed=2**64 - 9)
@@ -185,12 +185,3 @@ def test_each_element_has_the_noise_of_its_place(rows: Rows) -> None:
     assert [s.start + i for s in run.stretches() for i in range(len(s.live))] == list(places(start, size, rows))
     halves = [*run.part(0, 9).stretches(), *run.part(9, size).stretches()]
     assert [s.start + i for s in halves for i in range(len(s.live))] == list(places(start, size, rows))
-
-
-def test_kernels_take_rows_that_begin_with_a_counter() -> None:
-    gpu = pytest.importorskip("estune.noise.gpu")
-    assert gpu.takes(8, 100, Rows(4, 12, 8))
-    assert not any(gpu.takes(8, 100, rows) for rows in (Rows(5, 12, 8), Rows(4, 13, 8), Rows(4, 12, 9)))
-    assert not gpu.takes(6, 100, Rows(4, 12, 8))
-    assert not gpu.takes(8, 2**33, Rows(4, 12, 8))
-    assert DEVICE in {"cpu", "cuda"}

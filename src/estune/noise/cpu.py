@@ -24,6 +24,9 @@ from estune.noise.rows import Rows
 
 CHUNK = 1024  # counters; the scratch for four words and four normals of each then fits the first-level cache
 
+SQUARES_BLOCK = 1 << 16  # elements whose squares are one sum
+SQUARES_LANES = 1 << 10  # sums side by side that this one is made of
+
 _M0 = np.uint64(ref.PHILOX_M0)
 _M1 = np.uint64(ref.PHILOX_M1)
 _W0 = np.uint32(ref.PHILOX_W0)
@@ -305,6 +308,33 @@ def _fingerprint(bits, tensor, start):
 
 
 @_jit
+def _squares(now, then, sums):
+    # Lanes are summed side by side, so that they vectorise, and then folded, half upon half.
+    difference = np.empty(SQUARES_LANES, np.float64)
+    norm = np.empty(SQUARES_LANES, np.float64)
+    for block in range(sums.shape[0]):
+        difference[:] = 0
+        norm[:] = 0
+        end = min((block + 1) * SQUARES_BLOCK, now.size)
+        for row in range(block * SQUARES_BLOCK, end, SQUARES_LANES):
+            a = now[row : min(row + SQUARES_LANES, end)]
+            b = then[row : min(row + SQUARES_LANES, end)]
+            for i in range(a.size):
+                value = _widen(b[i])
+                change = np.float64(np.float32(_widen(a[i]) - value))
+                difference[i] += change * change
+                norm[i] += np.float64(value) * np.float64(value)
+        lanes = SQUARES_LANES // 2
+        while lanes:
+            for i in range(lanes):
+                difference[i] += difference[i + lanes]
+                norm[i] += norm[i + lanes]
+            lanes //= 2
+        sums[block, 0] = difference[0]
+        sums[block, 1] = norm[0]
+
+
+@_jit
 def _stretch(done, size, width, pitch, skip):
     """What follows the first `done` of `size` elements within a row: its offset from the start, and its length."""
     row = (skip + done) // width
@@ -412,6 +442,25 @@ def fingerprint(weights: Weights, tensor: int, start: int, rows: Rows | None = N
     bits = weights.view(np.uint32 if weights.dtype == np.float32 else np.uint16)
     run = (bits, np.uint64(tensor), start)
     return int(_fingerprint(*run) if rows is None else _fingerprint_rows(*run, *rows))
+
+
+def squares(now: Weights, then: Weights) -> npt.NDArray[np.float64]:
+    """Sums of squares of `now - then` and of `then`, one of each for every `SQUARES_BLOCK` elements.
+
+    The order of summation is part of the result, whatever kernel sums. Differences are rounded to float32; their
+    squares are exact in float64. Element i of a block is added to lane i mod `SQUARES_LANES`, in order; then lane i + n
+    to lane i, for n = half of the lanes, a quarter, and so on to 1.
+
+    Args:
+        now: `[elements]`.
+        then: `[elements]`, of any type of weights.
+
+    Returns:
+        `[blocks, 2]`.
+    """
+    sums = np.empty((-(-now.size // SQUARES_BLOCK), 2), np.float64)
+    _squares(_stored(now), _stored(then), sums)
+    return sums
 
 
 def _stored(weights: Weights) -> npt.NDArray[Any]:

@@ -1,8 +1,10 @@
-"""Runs that are not one stretch of their tensor: columns of it, row by row."""
+"""What passes go over: runs, parts of parameters, each one stretch of its tensor or columns of it, row by row."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 
 class Rows(NamedTuple):
@@ -15,3 +17,45 @@ class Rows(NamedTuple):
     width: int
     pitch: int
     skip: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Part of one parameter, its live weights and its base.
+
+    They are flat, `[elements]`: tensors, or arrays as the CPU's kernels take them. Base and live weights are the same
+    where nothing is kept beside the live weights.
+    """
+
+    live: Any
+    base: Any
+    key: int  # of the parameter, for its fingerprint
+    noise: int  # of its noise
+    start: int = 0  # first element's position in the parameter
+    rows: Rows | None = None  # where it is columns of the parameter; otherwise one stretch of it
+    counted: bool = True  # False for what another run counts in the fingerprint
+
+    def part(self, start: int, end: int) -> Run:
+        """Its elements from `start` up to `end`."""
+        part = replace(self, live=self.live[start:end], base=self.base[start:end])
+        if self.rows is None:
+            return replace(part, start=self.start + start)
+        return replace(part, rows=self.rows._replace(skip=self.rows.skip + start))
+
+    def split(self, length: int) -> Iterator[Run]:
+        """The same in parts of at most `length` elements."""
+        for i in range(0, len(self.live), length):
+            yield self.part(i, i + length)
+
+    def stretches(self) -> Iterator[Run]:
+        """The same in runs that each are one stretch of the parameter."""
+        if self.rows is None:
+            yield self
+            return
+        width, pitch, skip = self.rows
+        done = 0
+        while done < len(self.live):
+            row, column = divmod(skip + done, width)
+            end = min(done + width - column, len(self.live))
+            yield replace(self.part(done, end), start=self.start + row * pitch + column, rows=None)
+            done = end

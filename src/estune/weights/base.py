@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from estune.weights.storage import STREAMED_LENGTH, Run
+from estune.noise.rows import Run
+from estune.weights.storage import STREAMED_LENGTH
 
 
 @dataclass(frozen=True, slots=True)

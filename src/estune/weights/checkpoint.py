@@ -89,6 +89,14 @@ class Tensor:
         """Elements `start .. start + count - 1`, row-major, widened to float32 (exact).
 
         Raises:
+            EstuneError: as `stored`.
+        """
+        return widen(self.stored(start, count))
+
+    def stored(self, start: int = 0, count: int | None = None) -> Array:
+        """The same elements in the type that they are stored in; bfloat16 comes as its bits in uint16.
+
+        Raises:
             EstuneError: for a type other than float32, bfloat16 and float16.
         """
         if self.dtype not in _STORAGE:
@@ -98,8 +106,8 @@ class Tensor:
             )
         stored = _STORAGE[self.dtype]
         count = self.elements - start if count is None else count
-        raw = np.fromfile(self.file, stored, count, offset=self.offset + start * stored.itemsize)
-        return widen(raw)
+        found: Array = np.fromfile(self.file, stored, count, offset=self.offset + start * stored.itemsize)
+        return found
 
     def raw(self) -> Iterator[bytes]:
         """The stored bytes, a few MiB at a time."""
@@ -350,6 +358,16 @@ def narrow(values: npt.NDArray[np.float32], dtype: str) -> Array:
     return stored
 
 
+def convert(stored: Array, dtype: str) -> Array:
+    """Stored elements as those of another type, to nearest: as they are, bit for bit, where it is theirs.
+
+    Args:
+        stored: C-contiguous, of any shape; bfloat16 as its bits in uint16.
+        dtype: as `narrow` takes it.
+    """
+    return stored if stored.dtype == _STORAGE[dtype] else narrow(widen(stored), dtype)
+
+
 def _read_header(file: Path) -> dict[str, Tensor]:
     try:
         with file.open("rb") as f:
@@ -413,5 +431,5 @@ def _write_file(
                 f.writelines(t.raw())
                 continue
             for run in trained[t.name]():
-                f.write(narrow(widen(run), dtype).tobytes())
+                f.write(convert(run, dtype).tobytes())
     return position

@@ -14,7 +14,7 @@ from pathlib import Path
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint, terms
 from estune.noise.reference import tensor_id
-from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, Tensor, narrow
+from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, Tensor, convert
 from estune.weights.policies import Rule
 from estune.weights.trained import Array
 
@@ -54,7 +54,7 @@ class Steps:
         """Elements `start .. start + count - 1` of a tensor of the base after these steps, flat, in the base's type."""
         from estune.noise import cpu
 
-        weights = narrow(tensor.read(start, count), DTYPES[self._rule.dtype])
+        weights = convert(tensor.stored(start, count), DTYPES[self._rule.dtype])
         key = self._rule.noise_key(tensor.name)
 
         def perturb(member: Member, sigma: float) -> None:

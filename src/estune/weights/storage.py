@@ -2,7 +2,7 @@
 
 - `CpuStorage`: on the CPU, in runs spread over threads.
 - `HostStorage`: live weights on a device that we have no kernels for (Apple's MPS), all else on the CPU.
-- `DeviceStorage`: on a CUDA device, a whole run in each launch.
+- `DeviceStorage`: on a CUDA device, all runs in a few launches.
 - `StreamedStorage`: live weights on the device, the base in pinned host memory, passing through buffers on the device.
 
 All give the same bits, because each kernel does, and every element's result depends on its own history alone.
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch import Tensor
 from estune.errors import EstuneError
 from estune.es.strategy import Update
 from estune.es.update import terms
-from estune.noise.rows import Rows
+from estune.noise.rows import Run
 from estune.weights.checkpoint import RUN_LENGTH, narrow
 from estune.weights.device import device_kernels
 from estune.weights.policies import TYPE_NAMES
@@ -36,48 +36,6 @@ BUFFERS = 2  # one is filled while the other is worked on
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Part of one parameter, its live weights and its base.
-
-    They are flat, `[elements]`: tensors, or arrays as the CPU's kernels take them. Base and live weights are the same
-    where nothing is kept beside the live weights.
-    """
-
-    live: Any
-    base: Any
-    key: int  # of the parameter, for its fingerprint
-    noise: int  # of its noise
-    start: int = 0  # first element's position in the parameter
-    rows: Rows | None = None  # where it is columns of the parameter; otherwise one stretch of it
-    counted: bool = True  # False for what another run counts in the fingerprint
-
-    def part(self, start: int, end: int) -> Run:
-        """Its elements from `start` up to `end`."""
-        part = replace(self, live=self.live[start:end], base=self.base[start:end])
-        if self.rows is None:
-            return replace(part, start=self.start + start)
-        return replace(part, rows=self.rows._replace(skip=self.rows.skip + start))
-
-    def split(self, length: int) -> Iterator[Run]:
-        """The same in parts of at most `length` elements."""
-        for i in range(0, len(self.live), length):
-            yield self.part(i, i + length)
-
-    def stretches(self) -> Iterator[Run]:
-        """The same in runs that each are one stretch of the parameter."""
-        if self.rows is None:
-            yield self
-            return
-        width, pitch, skip = self.rows
-        done = 0
-        while done < len(self.live):
-            row, column = divmod(skip + done, width)
-            end = min(done + width - column, len(self.live))
-            yield replace(self.part(done, end), start=self.start + row * pitch + column, rows=None)
-            done = end
 
 
 class Storage(Protocol):
@@ -184,20 +142,24 @@ class HostStorage(CpuStorage):
 
 
 class DeviceStorage:
-    """On a device, a whole run in each launch. What is launched runs in order with all else on the device."""
+    """On a device, all runs in a few launches. What is launched runs in order with all else on the device."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self._gpu = device_kernels()
-        self._runs = list(runs)
-        self._device: torch.device = self._runs[0].live.device
+        self._device: torch.device = runs[0].live.device
+        self._batches = self._batched(runs)
+
+    def _batched(self, runs: Sequence[Run]) -> list[Any]:
+        """The runs in batches for the kernels."""
+        with self._on_device():
+            return [device_kernels().Batch(runs)]
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb`."""
-        self.each(lambda r: self._gpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
+        self.each(lambda batch: batch.perturb(seed, sigma))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
-        self.each(lambda r: r.live.copy_(r.base))
+        self.each(lambda batch: batch.restore())
 
     def update(self, update: Update, rounding: str) -> None:
         """As `Storage.update`."""
@@ -206,35 +168,23 @@ class DeviceStorage:
             return
         seeds = torch.from_numpy(found.seeds.view(np.int64)).to(self._device)
         coefficients = torch.from_numpy(found.coefficients).to(self._device)
-        self.each(
-            lambda r: self._gpu.update(
-                r.base, seeds, coefficients, r.noise, r.start, found.decay, found.rounding_seed, r.rows
-            ),
-            changes_base=True,
-        )
+        self.each(lambda batch: batch.update(seeds, coefficients, found.decay, found.rounding_seed), changes_base=True)
 
     def fingerprint(self) -> int:
         """As `Storage.fingerprint`."""
         total = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self.each(lambda r: self._gpu.fingerprint(r.base, r.key, r.start, total, r.rows) if r.counted else None)
+        self.each(lambda batch: batch.fingerprint(total))
         return int(total)
 
-    def each(self, work: Callable[[Run], object], *, changes_base: bool = False) -> None:
-        """Do work on each run on the device; `changes_base` says that it writes to the base."""
+    def each(self, work: Callable[[Any], object], *, changes_base: bool = False) -> None:
+        """Do work on each batch on the device; `changes_base` says that it writes to the base."""
         with self._on_device():
-            for run in self._runs:
-                self._launch(work, run)
-
-    def _launch(self, work: Callable[[Run], object], run: Run) -> None:
-        """Do work on a run: at once, or row by row where the kernels do not take its rows."""
-        whole = run.rows is None or self._gpu.takes(run.start, len(run.live), run.rows)
-        for part in (run,) if whole else run.stretches():
-            work(part)
+            for batch in self._batches:
+                work(batch)
 
     def _on_device(self) -> AbstractContextManager[None]:
         """Makes the weights' device the current one, which is where Triton launches. Does nothing on the CPU."""
-        found: AbstractContextManager[None] = torch.cuda.device_of(self._runs[0].live)  # type: ignore[no-untyped-call]
-        return found
+        return torch.cuda.device(self._device if self._device.type == "cuda" else -1)
 
 
 class StreamedStorage(DeviceStorage):
@@ -244,32 +194,67 @@ class StreamedStorage(DeviceStorage):
     and written back before it is filled again, and between the two streams copies and kernels overlap.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        super().__init__([part for run in runs for part in run.split(STREAMED_LENGTH)])
+    def _batched(self, runs: Sequence[Run]) -> list[Any]:
+        """The runs in batches whose bases fit into a buffer, each on its copy there. The buffers take turns."""
+        loads = _loads([part for run in runs for part in run.split(STREAMED_LENGTH)])
         self._streams = torch.get_device_module(self._device)  # the CPU's do nothing
-        size = max(run.base.nbytes for run in self._runs)
+        size = max(sum(_padded(run) for run in load) for load in loads)
         with self._on_device():
             self.buffers = [
                 (self._streams.Stream(), torch.empty(size, dtype=torch.uint8, device=self._device))
                 for _ in range(BUFFERS)
             ]
+            pairs = list(zip(loads, itertools.cycle(self.buffers), strict=False))
+            self._bases = [[run.base for run in load] for load, _ in pairs]
+            return [device_kernels().Batch(_staged(load, buffer)) for load, (_, buffer) in pairs]
 
-    def each(self, work: Callable[[Run], object], *, changes_base: bool = False) -> None:
+    def each(self, work: Callable[[Any], object], *, changes_base: bool = False) -> None:
         """As `DeviceStorage.each`, on copies of the base that pass through the buffers."""
         with self._on_device():
             current = self._streams.current_stream()
             for stream, _ in self.buffers:
                 stream.wait_stream(current)
-            for run, (stream, buffer) in zip(self._runs, itertools.cycle(self.buffers), strict=False):
+            streams = itertools.cycle(stream for stream, _ in self.buffers)
+            for batch, bases, stream in zip(self._batches, self._bases, streams, strict=False):
                 with self._streams.stream(stream):
-                    staged = buffer[: run.base.nbytes].view(run.base.dtype)
-                    staged.copy_(run.base, non_blocking=True)
-                    self._launch(work, replace(run, base=staged))
+                    for run, base in zip(batch.runs, bases, strict=True):
+                        run.base.copy_(base, non_blocking=True)
+                    work(batch)
                     if changes_base:
-                        run.base.copy_(staged, non_blocking=True)
+                        for run, base in zip(batch.runs, bases, strict=True):
+                            base.copy_(run.base, non_blocking=True)
             for stream, _ in self.buffers:
                 current.wait_stream(stream)
             self._streams.synchronize()  # the host may read or write the base from here on
+
+
+def _loads(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs in order, together as far as their bases fit into a buffer."""
+    room = STREAMED_LENGTH * max(run.base.element_size() for run in runs)
+    loads: list[list[Run]] = []
+    left = 0
+    for run in runs:
+        if not loads or _padded(run) > left:
+            loads.append([])
+            left = room
+        loads[-1].append(run)
+        left -= _padded(run)
+    return loads
+
+
+def _padded(run: Run) -> int:
+    """Bytes that a run's base takes in a buffer, where each begins at a multiple of 16."""
+    return 16 * -(-int(run.base.nbytes) // 16)
+
+
+def _staged(load: Sequence[Run], buffer: Tensor) -> list[Run]:
+    """Runs with their bases in a buffer, one after another."""
+    ends = itertools.accumulate(_padded(run) for run in load)
+    starts = (end - _padded(run) for end, run in zip(ends, load, strict=True))
+    return [
+        replace(run, base=buffer[start : start + run.base.nbytes].view(run.base.dtype))
+        for start, run in zip(starts, load, strict=True)
+    ]
 
 
 def open_storage(runs: Sequence[Run], threads: int) -> Storage:
@@ -281,6 +266,19 @@ def open_storage(runs: Sequence[Run], threads: int) -> Storage:
     if base == "cpu" and live != "cuda":
         return HostStorage(runs, threads)
     return DeviceStorage(runs) if base == live else StreamedStorage(runs)
+
+
+def sums_of_squares(base: Tensor, stored: Array) -> Array:
+    """As `noise/cpu.py`, `squares`: of weights, `[elements]`, where they lie, and stored ones on the host."""
+    if base.device.type == "cpu":
+        from estune.noise import cpu
+
+        return cpu.squares(as_array(base), stored)
+    then = torch.from_numpy(stored)
+    then = then.view(torch.bfloat16) if stored.dtype == np.uint16 else then
+    with torch.cuda.device_of(base):  # type: ignore[no-untyped-call]
+        sums: Array = device_kernels().squares(base, then.to(base.device)).cpu().numpy()
+    return sums
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -7,27 +7,32 @@ never change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
 from estune.noise.reference import tensor_id
+from estune.noise.rows import Run
 from estune.weights.base import Share, make_base, share_of
-from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, narrow, widen
+from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, widen
 from estune.weights.checkpoint import Tensor as StoredTensor
 from estune.weights.parameters import Parameter, Rectangle
 from estune.weights.policies import POLICIES, NoiseMode, Perturbation, PolicyName, Rounding, Rule
-from estune.weights.storage import CpuStorage, Run, Storage, as_array, flat, open_storage, type_name
+from estune.weights.storage import CpuStorage, Storage, as_array, flat, open_storage, sums_of_squares, type_name
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 SAMPLE = 4096  # elements of each tensor watched for drift
 
@@ -173,13 +178,7 @@ class Weights:
         """
         if not self._fills:
             return
-        for p, base in zip(self.parameters, self._base, strict=True):
-            stored = checkpoint.tensors[p.name]
-            start = 0
-            for values in _read(stored, p.part):
-                part = base[start : start + len(values)]
-                part.copy_(torch.from_numpy(narrow(values, DTYPES[self.rule.dtype])).view(base.dtype))
-                start += len(values)
+        self._fill(self._base, checkpoint)
         if not self._policy.keeps_base:
             self._perturbed = None
         self._watch()
@@ -189,36 +188,57 @@ class Weights:
 
         Only where a base is kept: otherwise there is nothing to restore from.
         """
-        for p in self.parameters:
-            live = flat(p.tensor)
-            start = 0
-            for values in _read(checkpoint.tensors[p.name], p.part):
-                part = live[start : start + len(values)]
-                part.copy_(torch.from_numpy(narrow(values, DTYPES[type_name(live.dtype)])).view(live.dtype))
-                start += len(values)
+        self._fill([flat(p.tensor) for p in self.parameters], checkpoint)
 
     def change(self, checkpoint: Checkpoint) -> tuple[float, float]:
         """Norm of the base's difference from a checkpoint in the base's type, and of the checkpoint's tensors."""
         return as_norms([self.change_sums(checkpoint)])
 
     def change_sums(self, checkpoint: Checkpoint) -> tuple[float, float]:
-        """What `change` is made of, over the elements counted here: the sums of squares."""
-        difference = norm = 0.0
-        for p, base in zip(self.parameters, self._base, strict=True):
-            start = 0
-            for stored in _read(checkpoint.tensors[p.name], p.part) if p.counted else ():
-                values = widen(narrow(stored, DTYPES[self.rule.dtype]))
-                now = widen(as_array(base[start : start + len(values)].cpu()))
-                # By dot products, which make no array in float64. A million float32 squares add up well enough.
-                difference += float(np.dot(now - values, now - values))
-                norm += float(np.dot(values, values))
-                start += len(values)
-        return difference, norm
+        """What `change` is made of, over the elements counted here: the sums of squares.
+
+        They are the same for any number of threads, and on the CPU and a device: blocks have one order of summation
+        (`noise/cpu.py`, `squares`), and the sum of the blocks is rounded once.
+        """
+        dtype = DTYPES[self.rule.dtype]
+        widens = dtype == "F32"  # kernels widen by themselves
+
+        def squares(base: Tensor, read: Callable[[], Array]) -> Array:
+            stored = read()
+            return sums_of_squares(base, stored if widens else convert(stored, dtype))
+
+        counted = [(p, base) for p, base in zip(self.parameters, self._base, strict=True) if p.counted]
+        sums = np.concatenate([np.zeros((0, 2)), *self._each_stretch(counted, checkpoint, squares)])
+        return math.fsum(sums[:, 0]), math.fsum(sums[:, 1])
 
     def subset(self, choose: Callable[[Parameter], bool]) -> Storage:
         """Passes over some parameters alone."""
         chosen = [run for p, run in zip(self.parameters, self._runs, strict=True) if choose(p)]
         return open_storage(chosen, self._threads)
+
+    def _fill(self, targets: Sequence[Tensor], checkpoint: Checkpoint) -> None:
+        """Copy a checkpoint's tensors to these, one for each parameter, rounded to their types."""
+
+        def copy(target: Tensor, read: Callable[[], Array]) -> None:
+            stored = convert(read(), DTYPES[type_name(target.dtype)])
+            target.copy_(torch.from_numpy(stored).view(target.dtype))
+
+        self._each_stretch(list(zip(self.parameters, targets, strict=True)), checkpoint, copy)
+
+    def _each_stretch(
+        self,
+        tensors: Sequence[tuple[Parameter, Tensor]],
+        checkpoint: Checkpoint,
+        work: Callable[[Tensor, Callable[[], Array]], T],
+    ) -> list[T]:
+        """Do work on each stretch of tensors and what reads the checkpoint's elements there; the results, in order."""
+        stretches = [
+            (tensor[first:end], read)
+            for p, tensor in tensors
+            for first, end, read in _stretches(checkpoint.tensors[p.name], p.part)
+        ]
+        with ThreadPoolExecutor(self._threads) as threads:
+            return list(threads.map(lambda stretch: work(*stretch), stretches))
 
     def _settle(self) -> None:
         """Have the base whole, to be read or changed: there is none while live weights that are it are perturbed."""
@@ -233,14 +253,24 @@ class Weights:
         return [as_array(t[:: max(1, len(t) // SAMPLE)].clone().cpu()) for t in self._base]
 
 
-def _read(stored: StoredTensor, part: Rectangle) -> Iterator[npt.NDArray[np.float32]]:
-    """A checkpoint tensor's elements within a rectangle, in flat stretches of some `RUN_LENGTH`."""
+def _stretches(stored: StoredTensor, part: Rectangle) -> Iterator[tuple[int, int, Callable[[], Array]]]:
+    """A rectangle in flat stretches of some `RUN_LENGTH` elements.
+
+    Returns:
+        Of each its first element in the rectangle, its end, and what reads it, as the checkpoint's tensor stores it.
+    """
     if part.layout is None:
-        for i in range(0, part.elements, RUN_LENGTH):
-            yield stored.read(part.start + i, min(RUN_LENGTH, part.elements - i))
+        for first in range(0, part.elements, RUN_LENGTH):
+            count = min(RUN_LENGTH, part.elements - first)
+            yield first, first + count, partial(stored.stored, part.start + first, count)
         return
     block = max(1, RUN_LENGTH // part.pitch)
-    for row in range(part.row, part.row + part.rows, block):
-        count = min(block, part.row + part.rows - row)
-        whole = stored.read(row * part.pitch, count * part.pitch).reshape(count, part.pitch)
-        yield np.ascontiguousarray(whole[:, part.column : part.column + part.width]).reshape(-1)
+    for row in range(0, part.rows, block):
+        count = min(block, part.rows - row)
+        yield row * part.width, (row + count) * part.width, partial(_columns, stored, part, part.row + row, count)
+
+
+def _columns(stored: StoredTensor, part: Rectangle, row: int, count: int) -> Array:
+    """A rectangle's columns of `count` rows of a tensor, flat."""
+    whole = stored.stored(row * part.pitch, count * part.pitch).reshape(count, part.pitch)
+    return np.ascontiguousarray(whole[:, part.column : part.column + part.width]).reshape(-1)

@@ -21,7 +21,7 @@ from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
 from estune.noise.reference import normal_by_id
 from estune.weights.base import keeps_base_on_host
-from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, narrow, widen
+from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, narrow, widen
 from estune.weights.device import chosen_device
 from estune.weights.policies import POLICIES, Rule
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
@@ -177,8 +177,8 @@ class VllmWeights:
         for sample in samples:
             count = len(sample.values)
             live = DTYPES[sample.dtype.removeprefix("torch.")]
-            stored = checkpoint.tensors[sample.name].read(sample.start, count)
-            base = widen(narrow(stored, DTYPES[self.rule.dtype]))
+            stored = checkpoint.tensors[sample.name].stored(sample.start, count)
+            base = widen(convert(stored, DTYPES[self.rule.dtype]))
             noise = normal_by_id(member.seed, self.rule.noise_key(sample.name), sample.start, count)
             if not np.array_equal(narrow(base + np.float32(sigma) * noise, live), sample.values):
                 raise EstuneError(

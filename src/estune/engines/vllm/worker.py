@@ -19,10 +19,11 @@ from estune.engines.vllm import internals
 from estune.engines.vllm.parameter_map import Place, by_rows, draw_map
 from estune.errors import EstuneError
 from estune.noise.reference import tensor_id
+from estune.noise.rows import Run
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import Parameter
 from estune.weights.policies import Rule
-from estune.weights.storage import Array, Run, Storage, as_array, flat, open_storage
+from estune.weights.storage import Array, Storage, as_array, flat, open_storage
 from estune.weights.weights import Weights
 
 internals.keep_weights_plain()
