@@ -38,6 +38,7 @@ from torch import profiler
 from estune.completion import Sampling
 from estune.config import Config
 from estune.es.strategy import Member, Update
+from estune.pool.open import with_length
 from estune.pool.replica import Replica
 from estune.weights.device import chosen_device
 
@@ -97,16 +98,17 @@ class Ours:
 
     def __init__(self, engine: str, folder: Path, device: str, new_tokens: int, at_once: int) -> None:
         self.device = chosen_device(device)
-        self.replica = Replica(
-            Config(
-                model=str(folder),
-                engine=engine,
-                device=device,
-                dtype="bfloat16",
-                population=MEMBERS,
-                workers_per_gpu=at_once,
-            )
+        sharing: dict[str, Any] = {"workers": at_once, "workers_per_gpu": at_once} if at_once > 1 else {}
+        config = Config(
+            model=str(folder),
+            engine=engine,
+            device=device,
+            dtype="bfloat16",
+            population=MEMBERS,
+            max_new_tokens=new_tokens,
+            **sharing,
         )
+        self.replica = Replica(with_length(config, PROMPT["shared"] + PROMPT["longest"]))
         self.sampling = Sampling(new_tokens)
         self.threads = ThreadPoolExecutor(1)
         self.members = 0
