@@ -6,22 +6,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from estune.completion import Sampling
 from estune.config import Config
 from estune.engines.prompts import PromptEncoder
 from estune.engines.score import log_probabilities
 from estune.engines.vllm import internals
-from estune.engines.vllm.weights import open_vllm
 from estune.errors import EstuneError
 from estune.es.strategy import Member
-from estune.pool.open import with_length
 from estune.weights.checkpoint import Checkpoint
 from tests.vllm.pairs import PROMPTS, UPDATE, open_reference, open_weights, settings
 
@@ -162,80 +158,6 @@ def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, saved: Any, en
     monkeypatch.setattr(internals, "_version", lambda package: None)
     with pytest.raises(EstuneError, match=r"vLLM is not installed; pip install 'estune\[vllm\]'"):
         internals.check_version()
-
-
-def test_every_call_is_on_the_stream_on_which_the_engine_was_started(
-    saved: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PyTorch's streams of a CPU do nothing, but know which is the current one."""
-    path = saved("qwen2")
-    checkpoint = Checkpoint(path)
-    config = Config(model=str(path), engine="vllm", dtype="float32", device="cpu", batch_size=8)
-    stream = torch.cpu.Stream()
-    with torch.cpu.stream(stream):
-        engine, weights = open_vllm(checkpoint, with_length(config, 40))
-    calls: dict[str, bool] = {}
-
-    def watched(name: str) -> Callable[..., Any]:
-        inner = getattr(internals, name)
-
-        def call(llm: Any, *args: Any) -> Any:
-            calls[args[0] if name == "call" else name] = torch.cpu.current_stream() is stream
-            return inner(llm, *args)
-
-        return call
-
-    for name in ("generate", "score", "call", "reset_prefix_cache", "log_probabilities"):
-        monkeypatch.setattr(internals, name, watched(name))
-
-    def use() -> None:
-        weights.perturb(Member(1), 0.02)
-        engine.generate(PROMPTS, GREEDY)
-        weights.restore()
-        weights.apply(UPDATE)
-        weights.fingerprint()
-        engine.score([[1, 2]], [[3]])
-        engine.digest()
-        weights.load(checkpoint)
-        next(next(iter(weights.runs().values()))())
-
-    try:
-        with ThreadPoolExecutor(1) as other:
-            other.submit(use).result()
-        assert torch.cpu.current_stream() is not stream
-        assert engine.llm.llm_engine.vllm_config.model_config.max_model_len == 256
-    finally:
-        engine.close()
-    assert set(calls) >= {"perturb", "restore", "apply", "share_sum", "load", "rows", "generate", "score"}
-    assert all(calls.values())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams of a CPU do nothing")
-def test_on_a_gpu_another_thread_generates_what_the_one_that_started_it_does(saved: Any) -> None:
-    """It perturbs and generates at once, on the stream that vLLM's runner waits for."""
-    path = saved("qwen2")
-    config = Config(model=str(path), engine="vllm", dtype="float32", device="cuda", batch_size=32)
-    engine, weights = open_vllm(Checkpoint(path), with_length(config, 40))
-
-    def use() -> list[Any]:
-        found = []
-        for seed in range(20):
-            weights.perturb(Member(seed), 0.05)
-            found.append(engine.generate(PROMPTS, GREEDY))
-            weights.restore()
-        return found
-
-    try:
-        expected = use()
-        with ThreadPoolExecutor(4) as others:
-            for _ in range(4):
-                assert others.submit(use).result() == expected
-        (same,) = engine.llm.collective_rpc(
-            lambda worker: getattr(worker.model_runner, "main_stream", engine._stream) == engine._stream
-        )
-        assert same
-    finally:
-        engine.close()
 
 
 def test_an_engine_in_another_process_is_not_asked_for(

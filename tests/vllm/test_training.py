@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from estune.completion import Sampling
+from estune.config import Config
+from estune.engines.vllm import internals
+from estune.engines.vllm.weights import open_vllm
+from estune.es.strategy import Member
 from estune.journal.journal import Journal
 from estune.journal.replay import replay
+from estune.pool.open import with_length
 from estune.pool.ray.cluster import disconnect
 from estune.run.monitors.base import Monitor
 from estune.run.trainer import Trainer
 from estune.study.probe import probe
+from estune.weights.checkpoint import Checkpoint
 from tests.grading.test_pool import alive
 from tests.rays import until
 from tests.runs import assert_same_run, make_config, make_task, substance
+from tests.vllm.pairs import PROMPTS, UPDATE
 
 
 def descendants(parent: int) -> set[int]:
@@ -134,3 +144,75 @@ def test_a_model_in_two_processes_is_trained_and_leaves_nobody_behind(tiny: Path
     replay(run, tmp_path / "replayed")
     replayed = (tmp_path / "replayed" / "model.safetensors").read_bytes()
     assert (run / "final" / "model.safetensors").read_bytes() == replayed
+
+
+def test_every_call_is_on_the_stream_on_which_the_engine_was_started(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's streams of a CPU do nothing, but know which is the current one."""
+    checkpoint = Checkpoint(tiny)
+    config = Config(model=str(tiny), engine="vllm", dtype="float32", device="cpu", batch_size=8)
+    stream = torch.cpu.Stream()
+    with torch.cpu.stream(stream):
+        engine, weights = open_vllm(checkpoint, with_length(config, 40))
+    calls: dict[str, bool] = {}
+
+    def watched(name: str) -> Callable[..., Any]:
+        inner = getattr(internals, name)
+
+        def call(llm: Any, *args: Any) -> Any:
+            calls[args[0] if name == "call" else name] = torch.cpu.current_stream() is stream
+            return inner(llm, *args)
+
+        return call
+
+    for name in ("generate", "score", "call", "reset_prefix_cache", "log_probabilities"):
+        monkeypatch.setattr(internals, name, watched(name))
+
+    def use() -> None:
+        weights.perturb(Member(1), 0.02)
+        engine.generate(PROMPTS, Sampling(12))
+        weights.restore()
+        weights.apply(UPDATE)
+        weights.fingerprint()
+        engine.score([[1, 2]], [[3]])
+        engine.digest()
+        weights.load(checkpoint)
+        next(next(iter(weights.runs().values()))())
+
+    try:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(use).result()
+        assert torch.cpu.current_stream() is not stream
+        assert engine.llm.llm_engine.vllm_config.model_config.max_model_len == 256
+    finally:
+        engine.close()
+    assert set(calls) >= {"perturb", "restore", "apply", "share_sum", "load", "rows", "generate", "score"}
+    assert all(calls.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams of a CPU do nothing")
+def test_on_a_gpu_another_thread_generates_what_the_one_that_started_it_does(tiny: Path) -> None:
+    """It perturbs and generates at once, on the stream that vLLM's runner waits for."""
+    config = Config(model=str(tiny), engine="vllm", dtype="float32", device="cuda", batch_size=32)
+    engine, weights = open_vllm(Checkpoint(tiny), with_length(config, 40))
+
+    def use() -> list[Any]:
+        found = []
+        for seed in range(20):
+            weights.perturb(Member(seed), 0.05)
+            found.append(engine.generate(PROMPTS, Sampling(12)))
+            weights.restore()
+        return found
+
+    try:
+        expected = use()
+        with ThreadPoolExecutor(4) as others:
+            for _ in range(4):
+                assert others.submit(use).result() == expected
+        (same,) = engine.llm.collective_rpc(
+            lambda worker: getattr(worker.model_runner, "main_stream", engine._stream) == engine._stream
+        )
+        assert same
+    finally:
+        engine.close()
