@@ -77,8 +77,8 @@ STEPS: dict[str, Step] = {
         ("bench.gpu.weights",),
         ("bench.gpu.weights", "--device", "cpu", "--sizes", "1M", "--repeats", "1"),
         bars=(
-            ("7B/master/perturb / restore", "at most 1 / 0.7", lambda x: x <= 1 / 0.7),
-            ("7B/copy/perturb / restore", "at most 1 / 0.7", lambda x: x <= 1 / 0.7),
+            ("7B/master/perturb / copy", "at most 1 / 0.7", lambda x: x <= 1 / 0.7),
+            ("7B/copy/perturb / copy", "at most 1 / 0.7", lambda x: x <= 1 / 0.7),
             ("7B/copy/update, ms", "under 700", lambda x: x < 700),
         ),
     ),
@@ -193,7 +193,7 @@ def _figures(folder: Path) -> dict[str, Any]:
 def _bars(step: Step, figures: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for path, words, reaches in step.bars:
         value: Any = figures
-        # "perturb / restore" is a name with spaces; a path has none around its slashes.
+        # "perturb / copy" is a name with spaces; a path has none around its slashes.
         for part in path.replace(" / ", "\0").split("/"):
             value = value.get(part.replace("\0", " / ")) if isinstance(value, Mapping) else None
         yield path, {"bar": words, "found": value, "reached": value is not None and reaches(value)}

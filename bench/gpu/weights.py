@@ -61,27 +61,44 @@ def parameters(size: str, device: torch.device) -> list[Parameter]:
     return [Parameter(name, tensor.data) for name, tensor in model.named_parameters()]
 
 
+def copy_seconds(tensors: list[Parameter], dtype: torch.dtype, on_host: bool, repeats: int) -> float:
+    """Median seconds of PyTorch's copy of bases of this type into the live tensors. No base outlives it."""
+    live = [p.tensor for p in tensors]
+    device = live[0].device
+    place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if on_host else {"device": device}
+    bases = [torch.zeros(t.shape, dtype=dtype, **place) for t in live]
+    copy = _finished(lambda: torch._foreach_copy_(live, bases, non_blocking=True), device)
+    return medians({"copy": copy}, repeats)["copy"]
+
+
+def _finished(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """The work, and waiting for the device to have done it."""
+
+    def run() -> None:
+        work()
+        torch.get_device_module(device).synchronize()
+
+    return run
+
+
 def measure(tensors: list[Parameter], policy: Any, on_host: bool, repeats: int) -> dict[str, float]:
     """Milliseconds and GB/s of each pass."""
     device = tensors[0].tensor.device
+    copying = copy_seconds(tensors, torch.float32 if policy == "master" else torch.bfloat16, on_host, repeats)
     weights = Weights(tensors, policy=policy, base_on_host=on_host)
     elements, width = sum(p.tensor.numel() for p in tensors), 4 if policy == "master" else 2
     seeds = iter(range(2**63, 2**64))
     update = Update(0, tuple(Member(next(seeds)) for _ in range(MEMBERS)), (1e-6,) * MEMBERS)
 
     def finished(work: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            work()
-            torch.get_device_module(device).synchronize()
-
-        return run
+        return _finished(work, device)
 
     passes = {
         "perturb": finished(lambda: weights.perturb(Member(next(seeds)), SIGMA)),
         "restore": finished(weights.restore),
         "fingerprint": finished(weights.fingerprint),
     }
-    seconds = medians(passes, repeats)
+    seconds = medians(passes, repeats) | {"copy": copying}
     apply = finished(lambda: weights.apply(update))
     apply()  # compiles
     if device.type == "cuda":
@@ -89,11 +106,11 @@ def measure(tensors: list[Parameter], policy: Any, on_host: bool, repeats: int) 
     before = torch.cuda.memory_allocated()
     seconds |= medians({"update": apply}, max(1, repeats // 5), warm_up=0)
     extra = torch.cuda.max_memory_allocated() - before
-    moved = {"perturb": width + 2, "restore": width + 2, "fingerprint": width, "update": 2 * width}
+    moved = {"perturb": width + 2, "restore": width + 2, "copy": width + 2, "fingerprint": width, "update": 2 * width}
     return {
         **{f"{name}, ms": 1e3 * s for name, s in seconds.items()},
         **{f"{name}, GB/s": moved[name] * elements / s / 1e9 for name, s in seconds.items()},
-        "perturb / restore": seconds["perturb"] / seconds["restore"],
+        "perturb / copy": seconds["perturb"] / seconds["copy"],
         "update, billion normals a second": MEMBERS * elements / seconds["update"] / 1e9,
         "update, extra memory, MB": extra / 1e6,
     }
