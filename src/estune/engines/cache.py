@@ -101,7 +101,7 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         return view.zero_() if self._blank else view
 
     def tensors(self) -> list[torch.Tensor]:
-        """This batch's keys and values of all layers that hold any."""
+        """This batch's keys and values of all layers that hold any, `[rows, heads, slots, width]` each."""
         return [tensor for tensor in (*self.keys, *self.values) if tensor is not None]
 
     def spread(self, slots: int) -> None:
@@ -138,7 +138,7 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         return [False] * len(self.keys)
 
     def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
-        """Slots filled before the forward at hand."""
+        """Slots filled before the forward at hand: a number, or a tensor `[]` where steps are captured."""
         return self.length if self._slot is None else self._slot[0]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

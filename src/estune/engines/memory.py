@@ -206,7 +206,7 @@ def _readable(size: str) -> str:
 
 
 def aligned_empty(size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """An array of `size` elements that begins with a cache line, so that no vector of 64 bytes lies across two.
+    """An array `[size]` that begins with a cache line, so that no vector of 64 bytes lies across two.
 
     Attention over a cache that begins elsewhere takes 1.1 times as long. It lies on huge pages where NumPy gets them.
     """

@@ -31,7 +31,7 @@ class Places:
 
     @classmethod
     def of(cls, rows: Array, positions: Array) -> Places:
-        """The places of tokens 0, 1, 2, ..."""
+        """The places of tokens 0, 1, 2, ..., from int64 `[tokens]` each."""
         return cls(np.arange(len(rows)), rows, positions)
 
     def between(self, start: int, stop: int) -> Places:

@@ -26,7 +26,7 @@ def normal(seed: int, tensor: str, start: int, count: int) -> npt.NDArray[np.flo
         count: number of elements, 0 or more.
 
     Returns:
-        float32 array of shape (count,), standard normal, tails to 5.77.
+        float32 `[count]`, standard normal, tails to 5.77.
     """
     from estune.noise import cpu, reference
 

@@ -115,7 +115,8 @@ class GeneratorProcess:
                 raise Lost("the run has ended")
             self._late = None
             self._folder = make_temporary("replica")
-            key, socket = secrets.token_bytes(16), str(self._folder / "s")  # a path that the system allows is short
+            key = secrets.token_bytes(16)
+            socket = str(self._folder / "s")  # a path that the system allows is short
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "estune.pool.process", socket],
                 stdin=subprocess.PIPE,

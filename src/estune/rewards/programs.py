@@ -237,7 +237,8 @@ def _rows(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     inputs = table.get("inputs", table.get("input"))
     outputs = table.get("outputs", table.get("output"))
     if isinstance(inputs, str) and isinstance(outputs, str):
-        inputs, outputs = [inputs], [outputs]
+        inputs = [inputs]
+        outputs = [outputs]
     if not isinstance(inputs, list | tuple) or not isinstance(outputs, list | tuple) or len(inputs) != len(outputs):
         raise _refused(table)
     for given, wanted in zip(inputs, outputs, strict=True):

@@ -118,7 +118,7 @@ def keeps_base_on_host(choice: str, *, base: int, live: int, memory: int) -> boo
 
 
 def pinned_bytes(size: int) -> npt.NDArray[np.uint8]:
-    """Host memory that the device reads and writes by itself.
+    """Host memory that the device reads and writes by itself, uint8 `[size]`.
 
     PyTorch's pinned allocator rounds every tensor up to a power of two, which can double the memory that a base takes.
     """

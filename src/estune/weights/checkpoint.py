@@ -86,7 +86,7 @@ class Tensor:
         return math.prod(self.shape)
 
     def read(self, start: int = 0, count: int | None = None) -> npt.NDArray[np.float32]:
-        """Elements `start .. start + count - 1`, row-major, widened to float32 (exact).
+        """Elements `start .. start + count - 1`, row-major, widened to float32 (exact), `[count]`.
 
         Raises:
             EstuneError: as `stored`.
@@ -385,7 +385,9 @@ def _read_header(file: Path) -> dict[str, Tensor]:
 
 def _tensor(name: str, file: Path, entry: dict[str, Any], data: int) -> Tensor:
     """A tensor by its entry in a header, after which data begin. Raises what a bad entry leads to."""
-    (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    dtype = entry["dtype"]
     if not all(isinstance(n, int) and n >= 0 for n in (begin, end - begin, *shape)) or not isinstance(dtype, str):
         raise ValueError
     if dtype in _BYTES and end - begin != math.prod(shape) * _BYTES[dtype]:

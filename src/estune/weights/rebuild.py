@@ -51,7 +51,7 @@ class Steps:
             apply(number)
 
     def rebuilt(self, tensor: Tensor, start: int, count: int) -> Array:
-        """Elements `start .. start + count - 1` of a tensor of the base after these steps, flat, in the base's type."""
+        """Elements `start .. start + count - 1` of a tensor of the base after these steps, in its type, `[count]`."""
         from estune.noise import cpu
 
         weights = convert(tensor.stored(start, count), DTYPES[self._rule.dtype])

@@ -39,7 +39,7 @@ class Place:
 
 
 def by_rows(tensor: Tensor) -> Tensor:
-    """A tensor as rows and columns: with more than two dimensions the last is the columns; with one, all are rows."""
+    """A tensor of any shape as `[rows, columns]`: the last dimension is the columns; with one alone, all are rows."""
     return tensor.view(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.view(-1, 1)
 
 

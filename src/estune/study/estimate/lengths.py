@@ -57,7 +57,8 @@ def spread_lengths(mean: float, most: float) -> Lengths:
         return np.full(1, float(most))
     normal = NormalDist()
     shape = np.exp(SPREAD * np.array([normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]))
-    low, high = 0.0, most / shape[0]
+    low = 0.0
+    high = most / shape[0]
     for _ in range(60):  # the mean of what is cut off at both ends rises with the scale
         middle = (low + high) / 2
         low, high = (middle, high) if np.clip(middle * shape, 1, most).mean() < mean else (low, middle)
