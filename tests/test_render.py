@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from estune.completion import Rendering
 from estune.engines.prompts import PromptEncoder
@@ -29,7 +31,16 @@ def encoder(template: str | None = None) -> PromptEncoder:
 
 @pytest.mark.parametrize(
     "conversation",
-    [MESSAGES, [*MESSAGES, {"role": "assistant", "content": "It is"}], [{**MESSAGES[1], "tool_calls": None}]],
+    [
+        MESSAGES,
+        [*MESSAGES, {"role": "assistant", "content": "It is"}],
+        pytest.param(
+            [{**MESSAGES[1], "tool_calls": None}],
+            marks=pytest.mark.skipif(
+                Version(transformers.__version__) < Version("5.23"), reason="it shows what has no value as null"
+            ),
+        ),
+    ],
     ids=["begun", "gone on with", "without value"],
 )
 def test_it_is_what_transformers_renders(conversation: list[Any]) -> None:

@@ -17,6 +17,7 @@ from estune.noise import cpu, reference
 from estune.noise.rows import Rows, Run
 
 pytest.importorskip("triton")
+pytest.importorskip("tests.interpreted")
 import triton
 import triton.language as tl
 

@@ -71,6 +71,8 @@ def test_every_name_of_grpo_config_is_known() -> None:
     ours = {*Config.model_fields, *OWN, *TAKEN, *MISSING, *MEANINGLESS}
     assert theirs - ours == set()
     invented = {*OWN, *TAKEN, *MISSING, *MEANINGLESS} - theirs - {"alpha", "warmup_ratio"}
+    # Names of transformers 5.23, for which older versions have others.
+    invented -= {"activation_checkpointing", "activation_checkpointing_kwargs"}
     assert invented == set()
     for name in theirs:
         getattr(ESConfig(), name)

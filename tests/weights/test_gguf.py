@@ -30,7 +30,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 def write(path: Path, kind: str = "F32", seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     """A Qwen2 of one layer, whose matrices have this type; what was written, by the names of its checkpoint."""
-    tokens = ["<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    tokens = ["<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
     writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_block_count(LAYERS)
     writer.add_context_length(64)
@@ -44,7 +44,7 @@ def write(path: Path, kind: str = "F32", seed: int = 0) -> dict[str, np.ndarray[
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(0)
     writer.add_bos_token_id(1)

@@ -30,6 +30,7 @@ from estune.weights.weights import Weights
 from tests.models import build_model, save_model
 
 pytest.importorskip("triton")
+pytest.importorskip("tests.interpreted")
 from estune.noise import gpu
 
 ON_GPU = torch.cuda.is_available()

@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,9 @@ def trl_arguments(plan: Plan, job: Job, config: Config, folder: Path) -> tuple[A
     from estune.engines.loading import pick_dtype
 
     dtype = pick_dtype(config.dtype, torch.device(config.device))
+    names = {field.name for field in fields(trl.GRPOConfig)}
+    # It has both names for a while; the older is the only one of older versions of transformers.
+    checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
     common: dict[str, Any] = {
         "output_dir": str(folder / "trl"),
         "seed": job.seed,
@@ -167,7 +170,7 @@ def trl_arguments(plan: Plan, job: Job, config: Config, folder: Path) -> tuple[A
         "chat_template_kwargs": config.chat_template_kwargs,
         "temperature": plan.rl_temperature,
         "beta": plan.beta,
-        "activation_checkpointing": False,  # slower, and small models have the memory
+        checkpointing: False,  # slower, and small models have the memory
         "model_init_kwargs": {"dtype": "float32"},
         "trust_remote_code": config.trust_remote_code,
         "bf16": dtype is torch.bfloat16,
