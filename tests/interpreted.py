@@ -1,4 +1,4 @@
-"""Triton's interpreter with NumPy of today: before Triton 3.7 it takes a number from an array `[1]`, which NumPy refuses."""
+"""Triton's interpreter with NumPy of today, which takes no number from an array `[1]`, as Triton before 3.7 does."""
 
 from __future__ import annotations
 
