@@ -30,7 +30,15 @@ from rich.console import Console
 from rich.table import Table
 
 TIMEOUT = 600
-GPU_TESTS = ("tests/noise/test_noise_gpu.py", "tests/weights/test_weights_gpu.py", "tests/engines/test_graph.py")
+GPU_TESTS = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "noise/test_noise_gpu",
+        "weights/test_weights_gpu",
+        "weights/test_weights_pieces",
+        "engines/test_graph",
+    )
+)
 TOY_TESTS = ("tests/noise/test_noise_gpu.py",)
 TOY_MODEL = ("--device", "cpu", "--sizes", "1M", "--rows", "2", "--new-tokens", "4")
 TOY_RUN = ("population=2", "prompts_per_step=2", "max_new_tokens=4", "eval_steps=0", "eval_samples=2")
