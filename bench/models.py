@@ -42,9 +42,16 @@ def random_model(
 
     Weights far from a usual init, else every completion repeats one token, and no comparison could fail.
     """
-    hidden, layers, heads, kv_heads, intermediate, vocabulary = (SHAPES | QWEN_SHAPES)[size]
     torch.manual_seed(0)
-    config = Qwen2Config(
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(qwen_config(size, dtype, init))
+    return model.eval().requires_grad_(False)
+
+
+def qwen_config(size: str, dtype: torch.dtype, init: float) -> Qwen2Config:
+    """The configuration of a model of the size named, without special tokens but for padding."""
+    hidden, layers, heads, kv_heads, intermediate, vocabulary = (SHAPES | QWEN_SHAPES)[size]
+    return Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -59,8 +66,6 @@ def random_model(
         pad_token_id=0,
         dtype=dtype,
     )
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 def save_random_model(size: str, folder: Path, end_ids: Sequence[int] = (), **made: Any) -> Path:

@@ -30,14 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 TIMEOUT = 600
-GPU_TESTS = tuple(
-    f"tests/{name}.py"
-    for name in (
-        "noise/test_noise_gpu",
-        "weights/test_weights_gpu",
-        "weights/test_weights_pieces",
-        "engines/test_graph",
-    )
+GPU_TESTS = (
+    "tests/noise/test_noise_gpu.py",
+    "tests/weights/test_weights_gpu.py",
+    "tests/weights/test_weights_pieces.py",
+    "tests/engines/test_graph.py",
 )
 TOY_TESTS = ("tests/noise/test_noise_gpu.py",)
 TOY_MODEL = ("--device", "cpu", "--sizes", "1M", "--rows", "2", "--new-tokens", "4")

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from bench.common import options, rounded, settings, write_result
+from bench.models import qwen_config
 
 from estune.study.estimate.lengths import spread_lengths
 from estune.study.estimate.machines import as_device, find_gpu
@@ -36,16 +36,6 @@ from estune.study.estimate.schedule import makespan
 from estune.study.estimate.shapes import Shape, read_shape
 from estune.study.estimate.times import Times
 
-QWEN_7B = {
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "dtype": "bfloat16",
-}
 WORKERS = (2, 4, 7, 8, 15, 16, 30)
 MOST = 1024
 
@@ -53,7 +43,7 @@ MOST = 1024
 def shape() -> Shape:
     """The sizes of Qwen2.5-7B."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(QWEN_7B))
+        qwen_config("7B", torch.bfloat16, 0.02).save_pretrained(folder)
         return read_shape(folder)
 
 
