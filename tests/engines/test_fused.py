@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from estune.completion import Sampling
 from estune.engines.cpu import fused, kernels
 from estune.engines.cpu.fused import FusedDecoder, unfusable
+from estune.engines.cpu.products import MANY, Products
 from estune.engines.decode import Decoder
 from estune.engines.tree import PromptTree, common_prefix
 from estune.errors import EstuneError
@@ -107,6 +108,31 @@ def test_several_threads_take_the_same_tokens() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_not_a_bit_of_a_row_depends_on_the_rows_beside_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_of(copy.deepcopy(model_of("qwen2")).to(dtype))
+    decoder._product.native = False
+    choose = decoder._choose
+    hidden: list[Any] = []
+    monkeypatch.setattr(decoder, "_choose", lambda h, *rest: hidden.append(h) or choose(h, *rest))
+
+    def states(prompts: list[list[int]]) -> list[Any]:
+        """The hidden states of each prompt's last token and of what follows, `[prompts, NEW, hidden]`."""
+        hidden.clear()
+        decode(decoder, prompts)
+        return list(np.stack(hidden, axis=1))
+
+    prompts = sorted(MIXED + PREFIXED + BRANCHING, key=len)
+    alone = [states([prompt])[0] for prompt in prompts]
+    assert all(np.array_equal(*pair) for pair in zip(states(prompts), alone, strict=True))
+    few = slice(-len(PREFIXED), None)  # which share a prefix
+    torch.set_num_threads(2)
+    try:
+        assert all(np.array_equal(*pair) for pair in zip(states(prompts[few]), alone[few], strict=True))
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_rows_that_end_leave_the_batch() -> None:
     model = model_of("qwen2")
     plain = [reference(model, prompt) for prompt in MIXED]
@@ -187,11 +213,11 @@ def test_bfloat16_is_as_near_to_exact_as_transformers() -> None:
         ids = torch.tensor([prompt])
         right = exact(ids).logits[0, -1]
         theirs = model(ids).logits[0, -1].double()
-        seen: list[torch.Tensor] = []
+        seen: list[Any] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decoder, "_choose", lambda hidden, *rest: seen.append(hidden) or np.zeros(len(hidden), int))  # noqa: B023
             decoder.run([prompt], [0], Sampling(1))
-        ours = (seen[0] @ decoder.model.lm_head.weight.T)[0].double()
+        ours = (torch.from_numpy(seen[0]).double() @ decoder.model.lm_head.weight.T.double())[0]
         errors.append([float((found - right).norm() / right.norm()) for found in (ours, theirs)])
     ours, theirs = np.mean(errors, axis=0)
     assert 0 < ours < theirs < 0.1
@@ -286,6 +312,41 @@ def test_passes_equal_pytorch(dtype: torch.dtype, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width", "columns"), [(1, 16, 1), (3, 48, 2), (7, 1600, 13), (8, 64, 300)])
+def test_products_equal_pytorch_to_the_same_bits_in_any_blocks(
+    dtype: torch.dtype, tokens: int, width: int, columns: int
+) -> None:
+    x = torch.randn(tokens, width)
+    weight = torch.randn(columns, width).to(dtype)
+    bias = torch.randn(columns).to(dtype)
+    right = (x.double() @ weight.T.double() + bias.double()).float()
+    found = []
+    for block in ((3, 2), (4, 4), (1, 1), (2, 3)):
+        out = np.full((tokens, columns), math.nan, np.float32)
+        middle = columns // 2
+        for part in ((0, middle), (middle, columns)):
+            kernels.product_kernel(*block)(x.numpy(), as_array(weight), as_array(bias), out, *part)
+        torch.testing.assert_close(torch.from_numpy(out), right, rtol=1e-5, atol=1e-5 * width**0.5)
+        found.append(out)
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+def test_a_processor_that_multiplies_bfloat16_does_so_for_many_rows() -> None:
+    products = Products()
+    weight = as_array(torch.randn(30, 64).bfloat16())
+    bias = as_array(torch.randn(30).bfloat16())
+    x = torch.randn(MANY, 64).numpy()
+    for stored in ((weight, bias), (weight,)):
+        products.native = False
+        exact = products(x, *stored)
+        products.native = True
+        assert np.array_equal(products(x[1:], *stored), exact[1:])
+        rounded = products(x, *stored)
+        assert not np.array_equal(rounded, exact)
+        np.testing.assert_allclose(rounded, exact, rtol=2e-2, atol=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [16, 61, 200])
 def test_the_largest_logit_wins_and_the_first_of_equals(dtype: torch.dtype, vocabulary: int) -> None:
     logits = (torch.randn(400, vocabulary) * 4).to(dtype)
@@ -303,13 +364,12 @@ def test_the_largest_logit_wins_and_the_first_of_equals(dtype: torch.dtype, voca
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("group", "heads", "dim"), [(1, 3, 32), (3, 2, 64), (4, 1, 128)])
-@pytest.mark.parametrize("shared", [0, 5, 32])
+@pytest.mark.parametrize("shared", [0, 16, 32])
 def test_attention_equals_pytorch(dtype: torch.dtype, group: int, heads: int, dim: int, shared: int) -> None:
     lengths, slots = [1, 2, 15, 16, 17, 40], 48
     cos, sin = (torch.cos(angle := torch.rand(shared + slots, dim // 2) * 6), torch.sin(angle))
-    padded = -(-shared // 16) * 16
     keys, values = np.empty((6, heads, 3, dim, 16)), np.empty((6, heads, slots, dim))
-    shared_keys, shared_values = np.empty((1, heads, padded // 16, dim, 16)), np.empty((1, heads, padded, dim))
+    shared_keys, shared_values = np.empty((1, heads, shared // 16, dim, 16)), np.empty((1, heads, shared, dim))
     kind = np.uint16 if dtype == torch.bfloat16 else np.float32
     caches = [np.full(x.shape, 0x7FC0 if kind is np.uint16 else math.nan, kind)
               for x in (keys, values, shared_keys, shared_values)]  # fmt: skip

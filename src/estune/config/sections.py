@@ -102,7 +102,9 @@ class Run(Section):
         None, description="a run to go on from, over the same model: its journal is replayed, then comes this run's"
     )
     dtype: Literal["auto", DType] = Field(
-        "auto", description="type of the weights that generate; auto is float32 on a CPU, else the checkpoint's"
+        "auto",
+        description="type of the weights that generate; auto is the checkpoint's, but on a CPU float32, or bfloat16 "
+        "where the checkpoint is and a trial of this model finds it faster",
     )
     device: str = Field(
         "auto", description="where the model runs: cuda, cuda:1, mps, cpu; auto is CUDA where there is one"

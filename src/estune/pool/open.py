@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 import torch
 
 from estune.config import Config
+from estune.engines.cpu.fused import ARCHITECTURES
 from estune.engines.loading import load_config
 from estune.engines.memory import LOGITS_BYTES, cached_elements, fitting_engines, total_memory
-from estune.engines.transformers import MAX_ROWS_ELSEWHERE, MEMORY_SHARE
+from estune.engines.transformers import MAX_ROWS, MAX_ROWS_ELSEWHERE, MEMORY_SHARE
 from estune.errors import EstuneError
 from estune.pool.base import Generating, Pool
+from estune.pool.fastest import fastest, multipliable, ways
 from estune.pool.generators import Generators, open_generators
 from estune.pool.local import open_local_pool
 from estune.pool.waiting import told_while
@@ -33,6 +35,8 @@ LENGTH_STEP = 256  # tokens to which `vllm_max_model_length` is rounded up: what
 _INSTEAD = "engine=auto takes transformers: %s"
 # Models above this size share their matrices' rows over all cores; smaller ones do better with one member per core.
 LARGEST_REPLICATED = 256 << 20
+LEAST_TRIED = 1 << 24
+"""Elements from which on it is tried what a CPU is fastest with. Smaller models stay in its caches: a member a core."""
 PROMPT_ROOM = 512  # tokens of a prompt, in deciding how many engines a GPU holds, before any is read
 
 
@@ -64,15 +68,14 @@ def with_resources_to_generate(config: Config) -> Config:
 
 def _with_device(config: Config, device: str) -> Config:
     sharing = config.sharing
+    found: dict[str, Any] = {"model": pinned(config.model), "device": device}
     if device.startswith("cpu"):
-        size = sum(t.size for t in Checkpoint(locate(config.model)).tensors.values())
-        replicas, threads = share_cores(config, size)
+        found |= _share_processor(config)
     else:
         if config.workers_per_gpu == "auto":
             sharing = share_gpu(config, device)
-        replicas = config.replicas or (1 if config.workers else sharing)
-        threads = config.threads or (1 if device.startswith("cuda") else available_cores())
-    found: dict[str, Any] = {"model": pinned(config.model), "device": device, "replicas": replicas, "threads": threads}
+        found["replicas"] = config.replicas or (1 if config.workers else sharing)
+        found["threads"] = config.threads or (1 if device.startswith("cuda") else available_cores())
     found["workers_per_gpu"] = sharing if config.workers else 1
     found["template_date"] = config.template_date or date.today()
     return with_engine(config.model_copy(update=found), device)
@@ -87,6 +90,41 @@ def share_cores(config: Config, size: int) -> tuple[int, int]:
     if config.workers or config.engine == "vllm":
         return 1, threads
     return config.replicas or max(1, min(cores // threads, config.population)), threads
+
+
+def _share_processor(config: Config) -> dict[str, Any]:
+    """`replicas`, `threads` and, where it is not left to vLLM, `dtype` on this CPU: for all but small models the
+    fastest, by a short trial."""
+    checkpoint = Checkpoint(locate(config.model))
+    tensors = checkpoint.tensors.values()
+    size = sum(t.size for t in tensors)
+    replicas, threads = share_cores(config, size)
+    found: dict[str, Any] = {"replicas": replicas, "threads": threads}
+    elements = sum(t.elements for t in tensors)
+    if config.engine == "vllm" or elements < LEAST_TRIED:
+        return found
+    model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
+    halves = sum(t.elements for t in tensors if t.dtype == "BF16")
+    dtypes = [config.dtype] if config.dtype != "auto" else ["float32", "bfloat16"][: 1 + (2 * halves > elements)]
+    alone = bool(config.workers) or POLICIES[config.weights].drifts
+    room = total_memory(torch.device("cpu")) // 2 - POLICIES[config.weights].base_bytes(elements, "float32")
+    choices = ways(
+        dtypes,
+        available_cores(),
+        most=max(1, min(config.population, room // (elements * BYTES[dtypes[0]]))),
+        replicas=1 if alone else config.replicas,
+        threads=threads if config.workers else config.threads,
+    )
+    if len(choices) > 1:
+        shapes = multipliable([t.shape for t in tensors])
+        own = (getattr(model, "architectures", None) or [""])[0] in ARCHITECTURES and "float16" not in dtypes
+        rows = min(config.prompts_per_step, config.batch_size or MAX_ROWS["cpu"])
+        with told_while("trying what this processor is fastest with"):
+            chosen = fastest(shapes, rows, choices, own=own)
+        log.info("%s is fastest here: dtype, replicas and threads of this run", chosen)
+    else:
+        (chosen,) = choices
+    return {"dtype": chosen.dtype, "replicas": chosen.replicas, "threads": chosen.threads}
 
 
 def share_gpu(config: Config, device: str) -> int:

@@ -4,6 +4,9 @@ For the models that share Llama's layer (Llama, Mistral, Qwen2, Qwen3), in float
 over their own forward, by `decode.Decoder`. Besides its kernels: projections of the same input are one product, what
 prompts begin with in common is computed once, nothing is padded, rows that have ended are left out, and of a prompt's
 last layer only the last token is computed.
+
+A row's completion depends on its prompt alone, to the bit: not on the rows beside it nor on the number of threads.
+Where the processor multiplies bfloat16 itself, that holds in float32.
 """
 
 from __future__ import annotations
@@ -11,18 +14,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch.nn.functional import linear
 
 from estune.completion import Sampling
 from estune.engines import decode
 from estune.engines.cpu import kernels
+from estune.engines.cpu.products import NONE, Array, Products
 from estune.engines.cpu.simd import WIDTH
 from estune.engines.memory import aligned_empty, memory_for
 from estune.engines.sampling import choose
@@ -34,7 +35,6 @@ HEAD_ROWS = 8192
 """Tokens of the vocabulary whose logits are computed at once, and forgotten but for the largest."""
 
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # those whose angles do not depend on the length of a batch
-Array = npt.NDArray[Any]
 
 
 def unfusable(model: Any) -> str | None:
@@ -57,22 +57,25 @@ def unfusable(model: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+class _Linear(NamedTuple):
+    """A projection: `x @ weight.T + bias`."""
+
+    weight: Array  # [columns, width]
+    bias: Array  # [columns], or empty
+
+
 @dataclass(frozen=True)
 class _Layer:
     """Weights of one layer, views of the model's own."""
 
     input_norm: Array
-    qkv: torch.Tensor  # [(heads + 2 * key heads) * dim, hidden]
-    qkv_bias: torch.Tensor | None
+    qkv: _Linear  # [(heads + 2 * key heads) * dim, hidden]
     query_norm: Array  # [dim], or empty
     key_norm: Array
-    output: torch.Tensor  # [hidden, heads * dim]
-    output_bias: torch.Tensor | None
+    output: _Linear  # [hidden, heads * dim]
     mlp_norm: Array
-    gate_up: torch.Tensor  # [2 * intermediate, hidden]
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor  # [hidden, intermediate]
-    down_bias: torch.Tensor | None
+    gate_up: _Linear  # [2 * intermediate, hidden]
+    down: _Linear  # [hidden, intermediate]
 
 
 @dataclass(frozen=True)
@@ -96,21 +99,21 @@ class FusedDecoder:
         self._addresses = [parameter.data_ptr() for parameter in model.parameters()]
         # A tokenizer's end token can be one that the model has no logit for.
         self._is_end = np.isin(np.arange(model.config.vocab_size), list(end_ids))
-        self._table = model.model.embed_tokens.weight
-        self._head = model.lm_head.weight
+        self._table = _array(model.model.embed_tokens.weight)
+        self._head = _Linear(_array(model.lm_head.weight), NONE)
         self._final_norm = _array(model.model.norm.weight)
         self._eps = np.float32(model.model.norm.variance_epsilon)
         attention = model.model.layers[0].self_attn
         self._dim: int = attention.head_dim
         self._heads: int = attention.k_proj.out_features // self._dim
         self._append, self._attend = kernels.attention_kernels(attention.num_key_value_groups, self._dim)
+        self._product = Products()
         self._width: int = attention.o_proj.in_features
         self._intermediate: int = model.config.intermediate_size
         self._cos = self._sin = np.empty((0, self._dim // 2), np.float32)
         # Kept, as all members of a step are given the same prompts, in one batch or a few.
         self._tree = functools.lru_cache(maxsize=16)(PromptTree.of)
         self.storage: dict[str, Array] = {}
-        self._threads: ThreadPoolExecutor | None = None
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> torch.Tensor:
@@ -123,7 +126,7 @@ class FusedDecoder:
         assert now == self._addresses, "a parameter is elsewhere now: weights may change in place only"
         lengths = np.array([len(prompt) for prompt in prompts])
         new = sampling.max_new_tokens
-        shared = common_prefix(prompts) if len(prompts) > 1 else 0
+        shared = common_prefix(prompts) // WIDTH * WIDTH if len(prompts) > 1 else 0
         self._reach(int(lengths.max()) + new)
         prefix = self._cache("prefix", 1, shared)
         cache = self._cache("rows", len(prompts), int(lengths.max()) - shared + new)
@@ -148,7 +151,7 @@ class FusedDecoder:
             out[rows, step] = token = self._choose(hidden, numbers[torch.from_numpy(rows)], step, sampling)
         return torch.from_numpy(out)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], shared: int, cache: _Cache, prefix: _Cache) -> torch.Tensor:
+    def _prefill(self, prompts: Sequence[Sequence[int]], shared: int, cache: _Cache, prefix: _Cache) -> Array:
         """Cache the prompts; return the last hidden state of each, `[prompts, hidden]`.
 
         Prompts that begin alike are computed once as far as they do, and cached in the row of each.
@@ -161,7 +164,7 @@ class FusedDecoder:
             nodes = tree.nodes.between(start, stop)
             cached = tree.cached.between(start, stop)
             found.append(self.forward(tree.ids[start:stop], nodes, cached, cache, prefix, shared, ends))
-        return torch.cat(found)[torch.from_numpy(np.searchsorted(tree.leaves, tree.last))]
+        return np.concatenate(found)[np.searchsorted(tree.leaves, tree.last)]
 
     def forward(
         self,
@@ -172,7 +175,7 @@ class FusedDecoder:
         prefix: _Cache,
         shared: int,
         last: Array | None = None,
-    ) -> torch.Tensor:
+    ) -> Array:
         """The last hidden states, normalized, `[tokens, hidden]`: of tokens `last`, or of all.
 
         Each token sees the positions of its row up to its own, once all have been cached where `cached` says.
@@ -187,17 +190,17 @@ class FusedDecoder:
         """
         # x, float32, is the residual stream. What a block adds to it waits as `change`, to be added in one pass with
         # the normalization that follows.
-        x = torch.empty(len(ids), self._table.shape[1])
-        self._run(kernels.embed, (ids, _array(x)), _array(self._table))
-        change: torch.Tensor | None = None
+        x = np.empty((len(ids), self._table.shape[1]), np.float32)
+        self._run(kernels.embed, (ids, x), self._table)
+        change: Array | None = None
         for number, layer in enumerate(self._layers):
             # Queries, keys and values of all heads, by one product.
-            qkv = linear(self._normalized(x, change, layer.input_norm), layer.qkv, layer.qkv_bias)
+            qkv = self._product(self._normalized(x, change, layer.input_norm), *layer.qkv)
             caches = cache.keys[number], cache.values[number]
             rotation = self._cos, self._sin
             self._run(
                 self._append, (cached.tokens, cached.rows, cached.positions),
-                _array(qkv), *rotation, layer.key_norm, self._eps, *caches, shared,
+                qkv, *rotation, layer.key_norm, self._eps, *caches, shared,
             )  # fmt: skip
             # All that the last layer's other tokens were for is cached now.
             if last is not None and number == len(self._layers) - 1:
@@ -205,51 +208,45 @@ class FusedDecoder:
                 qkv = qkv[last]
                 places = Places.of(places.rows[last], places.positions[last])
             # Attention, then the feed-forward layer.
-            mixed = qkv.new_empty(len(x), self._width)
+            mixed = np.empty((len(x), self._width), np.float32)
             self._run(
-                self._attend, (_array(qkv), places.rows, places.positions, _array(mixed)),
+                self._attend, (qkv, places.rows, places.positions, mixed),
                 *rotation, layer.query_norm, self._eps, *caches, prefix.keys[number], prefix.values[number], shared,
             )  # fmt: skip
-            h = self._normalized(x, linear(mixed, layer.output, layer.output_bias), layer.mlp_norm)
-            both = linear(h, layer.gate_up, layer.gate_up_bias)
-            gated = both.new_empty(len(x), self._intermediate)
-            self._run(kernels.gate, (_array(both), _array(gated)))
-            change = linear(gated, layer.down, layer.down_bias)
+            h = self._normalized(x, self._product(mixed, *layer.output), layer.mlp_norm)
+            both = self._product(h, *layer.gate_up)
+            gated = np.empty((len(x), self._intermediate), np.float32)
+            self._run(kernels.gate, (both, gated))
+            change = self._product(gated, *layer.down)
         return self._normalized(x, change, self._final_norm)
 
-    def _normalized(self, x: torch.Tensor, change: torch.Tensor | None, weight: Array) -> torch.Tensor:
-        """Add `change` to the residual stream, and return it normalized: `[tokens, hidden]` all, the last in the
-        model's type."""
-        out = torch.empty(x.shape, dtype=self._table.dtype)
+    def _normalized(self, x: Array, change: Array | None, weight: Array) -> Array:
+        """Add `change` to the residual stream, and return it normalized: `[tokens, hidden]` all."""
+        out = np.empty_like(x)
         if change is None:
-            self._run(kernels.normalize, (_array(x), _array(out)), weight, self._eps)
+            self._run(kernels.normalize, (x, out), weight, self._eps)
         else:
-            self._run(kernels.add_normalize, (_array(x), _array(change), _array(out)), weight, self._eps)
+            self._run(kernels.add_normalize, (x, change, out), weight, self._eps)
         return out
 
-    def _choose(self, hidden: torch.Tensor, number: torch.Tensor, step: int, sampling: Sampling) -> Array:
+    def _choose(self, hidden: Array, number: torch.Tensor, step: int, sampling: Sampling) -> Array:
         """Each row's next token, `[rows]`, of hidden states `[rows, hidden]` and the prompts' numbers `[rows]`."""
         if sampling.temperature:
-            return choose(linear(hidden, self._head), sampling, number, step).numpy()
+            logits = torch.from_numpy(self._product(hidden, *self._head))
+            return choose(logits, sampling, number, step).numpy()
         best = np.full(len(hidden), -np.inf, np.float32)
         token = np.zeros(len(hidden), np.int64)
         first = 0
-        for part in torch.tensor_split(self._head, math.ceil(len(self._head) / HEAD_ROWS)):
-            self._run(kernels.running_argmax, (_array(linear(hidden, part)), best, token), first)
+        for part in np.array_split(self._head.weight, math.ceil(len(self._head.weight) / HEAD_ROWS)):
+            self._run(kernels.running_argmax, (self._product(hidden, part), best, token), first)
             first += len(part)
         return token
 
     def _run(self, kernel: Callable[..., None], by_token: tuple[Array, ...], *whole: Any) -> None:
-        """Run a kernel, its tokens shared out over the threads that PyTorch may use."""
-        threads = torch.get_num_threads()
-        if threads == 1:
-            kernel(*by_token, *whole)
-            return
-        count = len(by_token[0])
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(threads)
-        pieces = [slice(count * i // threads, count * (i + 1) // threads) for i in range(threads)]
-        list(self._threads.map(lambda piece: kernel(*(array[piece] for array in by_token), *whole), pieces))
+        """Run a kernel, its tokens shared out over the threads."""
+        self._product.in_parts(
+            len(by_token[0]), lambda first, last: kernel(*(array[first:last] for array in by_token), *whole)
+        )
 
     def _cache(self, name: str, rows: int, slots: int) -> _Cache:
         """A cache in storage that is kept from one batch to the next."""
@@ -274,42 +271,37 @@ class FusedDecoder:
 def _layer(layer: Any) -> _Layer:
     attention = layer.self_attn
     mlp = layer.mlp
-    qkv, qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
-    gate_up, gate_up_bias = _joined(mlp.gate_proj, mlp.up_proj)
-    none = np.empty(0, _array(layer.input_layernorm.weight).dtype)
+    normed = hasattr(attention, "q_norm")
     return _Layer(
         input_norm=_array(layer.input_layernorm.weight),
-        qkv=qkv,
-        qkv_bias=qkv_bias,
-        query_norm=_array(attention.q_norm.weight) if hasattr(attention, "q_norm") else none,
-        key_norm=_array(attention.k_norm.weight) if hasattr(attention, "k_norm") else none,
-        output=attention.o_proj.weight,
-        output_bias=attention.o_proj.bias,
+        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        query_norm=_array(attention.q_norm.weight) if normed else NONE,
+        key_norm=_array(attention.k_norm.weight) if normed else NONE,
+        output=_joined(attention.o_proj),
         mlp_norm=_array(layer.post_attention_layernorm.weight),
-        gate_up=gate_up,
-        gate_up_bias=gate_up_bias,
-        down=mlp.down_proj.weight,
-        down_bias=mlp.down_proj.bias,
+        gate_up=_joined(mlp.gate_proj, mlp.up_proj),
+        down=_joined(mlp.down_proj),
     )
 
 
-def _joined(*projections: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One tensor for the weights of all, and one for the biases, if any; their parameters become views of it."""
-    found: list[torch.Tensor | None] = []
-    for name in ("weight", "bias"):
-        parts = [getattr(projection, name) for projection in projections]
-        if parts[0] is None:
-            found.append(None)
-            continue
-        whole = torch.cat([part.data for part in parts])
-        for part, view in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
-            part.data = view
-        found.append(whole)
-    weight, bias = found
-    assert weight is not None
-    return weight, bias
+def _joined(*projections: torch.nn.Linear) -> _Linear:
+    """One projection of all; their parameters become views of it."""
+    weight = _whole([projection.weight for projection in projections])
+    biases = [projection.bias for projection in projections]
+    return _Linear(weight, NONE if biases[0] is None else _whole(biases))
+
+
+def _whole(parts: Sequence[torch.Tensor]) -> Array:
+    """One tensor of all parts, one after another, which become views of it."""
+    if len(parts) == 1:
+        return _array(parts[0])
+    whole = torch.cat([part.data for part in parts])
+    for part, view in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
+        part.data = view
+    return _array(whole)
 
 
 def _array(tensor: torch.Tensor) -> Array:
     """A tensor's own memory, bfloat16 as its bits."""
+    tensor = tensor.detach()
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()

@@ -11,13 +11,31 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 
-from estune.engines.cpu.simd import WIDTH, element, exp, first_of, fma, largest, load, maximum, splat, store, total
+from estune.engines.cpu.simd import (
+    WIDTH,
+    element,
+    exp,
+    first_of,
+    fma,
+    largest,
+    load,
+    maximum,
+    products,
+    splat,
+    store,
+    total,
+)
 
 _jit: Any = numba.njit(nogil=True, error_model="numpy", cache=True)
 _inlined: Any = numba.njit(nogil=True, error_model="numpy", inline="always")
+ROWS, COLUMNS = (4, 4) if llvmlite.binding.get_host_cpu_features().get("avx512f") else (3, 2)
+"""Of a product, what is computed at once: as many sums as there are registers for."""
+TILE = 4096
+"""Elements of a weight that stay in a core's first cache while all tokens pass by."""
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _ABSENT = np.float32(-3e38)  # the score of a slot that is not there
@@ -59,6 +77,47 @@ def _normalize(x, at, width, weight, eps, out, to):
     scale = splat(_ONE / np.sqrt(total(squares) / np.float32(width) + eps))
     for i in range(0, width, WIDTH):
         store(out, to + i, load(x, at + i) * scale * load(weight, i))
+
+
+@functools.cache
+def product_kernel(rows: int = ROWS, columns: int = COLUMNS) -> Callable[..., None]:
+    """`product`, see below, which takes `rows` tokens with `columns` of the weight's rows at once.
+
+    They change no bit, as an element of `out` is summed up alike wherever it lies: what a token becomes does not depend
+    on the tokens beside it, on the processor's registers, nor on how the work is shared out.
+    """
+    block = products(rows, columns)
+    row = products(1, columns)
+    single = products(1, 1)
+
+    @_jit
+    def product(x, weight, bias, out, first, last):
+        """`out = x @ weight.T + bias`, `[tokens, columns]`, in its columns from `first` to `last - 1`.
+
+        `x` is `[tokens, width]`, `weight` `[columns, width]`, `bias` `[columns]` or empty.
+        """
+        tokens, width = x.shape
+        total = out.shape[1]
+        tile = max(1, TILE // (width * columns)) * columns
+        for start in range(first, last, tile):
+            stop = min(start + tile, last)
+            even = stop - (stop - start) % columns
+            for t in range(0, tokens - rows + 1, rows):
+                for c in range(start, even, columns):
+                    block(x, t * width, weight, c * width, width, out, t * total + c, total)
+            for t in range(tokens - tokens % rows, tokens):
+                for c in range(start, even, columns):
+                    row(x, t * width, weight, c * width, width, out, t * total + c, total)
+            for c in range(even, stop):
+                for t in range(tokens):
+                    single(x, t * width, weight, c * width, width, out, t * total + c, total)
+        if bias.size:
+            for t in range(tokens):
+                for c in range(first, last):
+                    out[t, c] += element(bias, c)
+
+    found: Callable[..., None] = product
+    return found
 
 
 @_jit
@@ -118,7 +177,8 @@ def attention_kernels(group: int, dim: int) -> tuple[Callable[..., None], Callab
 # Attention with rotary embedding (arXiv 2104.09864). A token's row of `qkv` holds the queries of all heads, then their
 # keys, then their values, `dim` elements each, a multiple of 32; a key head serves `group` neighbouring query heads.
 # Keys are cached as `[rows, heads, slots / 16, dim, 16]`, values as `[rows, heads, slots, dim]`; the first `shared`
-# positions of all rows once, in arrays of their own with one row, where a position is its slot. `cos` and `sin` are
+# positions of all rows once, in arrays of their own with one row, where a position is its slot. They are a multiple of
+# 16, so that a position has the same place in its vector whatever is shared, and sums are the same. `cos` and `sin` are
 # `[positions, dim / 2]`. Queries and keys are normalized with `norm` first, unless it is empty.
 
 
@@ -148,11 +208,9 @@ def _attend(
 ):
     """`out` = each token's attention over positions up to its own of its row, `[tokens, heads * group * dim]`."""
     heads, slots = values.shape[1:3]
-    prefix_slots = prefix_values.shape[2]
     scale = np.float32(1 / np.sqrt(dim))
     q = np.empty((group, dim), np.float32)
-    mixed = np.empty(dim, np.float32)
-    scores = np.empty((group, prefix_slots + slots), np.float32)
+    scores = np.empty((group, shared + slots), np.float32)
     for t in range(rows.size):
         own = positions[t] + 1 - shared
         for head in range(heads):
@@ -161,21 +219,16 @@ def _attend(
             for g in range(group):
                 _rotate(qkv, at + g * dim, positions[t], dim, cos, sin, norm, eps, scale, q, g * dim)
             cache = (rows[t] * heads + head) * slots * dim
-            prefix = head * prefix_slots * dim
+            prefix = head * shared * dim
             # 2. Their scores with all keys: the prefix', then the row's own, which begin at a multiple of sixteen.
             _score(q, group, dim, prefix_keys, prefix, shared, scores, 0)
-            _score(q, group, dim, keys, cache, own, scores, prefix_slots)
+            _score(q, group, dim, keys, cache, own, scores, shared)
             for g in range(group):
                 # 3. Softmax, its division left to the end, and the values mixed by it.
                 share = g * scores.shape[1]
-                factor = _ONE / _soften(scores, share, prefix_slots + own)
+                factor = _ONE / _soften(scores, share, shared + own)
                 to = (t * heads + head) * group * dim + g * dim
-                for i in range(0, dim, WIDTH):
-                    store(mixed, i, splat(_ZERO))
-                _mix(scores, share, factor, prefix_values, prefix, shared, dim, mixed)
-                _mix(scores, share + prefix_slots, factor, values, cache, own, dim, mixed)
-                for i in range(0, dim, WIDTH):
-                    store(out, to + i, load(mixed, i))
+                _mix(scores, share, factor, prefix_values, prefix, shared, values, cache, own, dim, out, to)
 
 
 @_jit
@@ -228,26 +281,37 @@ def _soften(scores, at, count):
 
 
 @_jit
-def _mix(scores, at, factor, values, cache, count, dim, out):
-    """`out += factor * scores[at:at + count] @ values[:count]`, of arrays taken as flat."""
+def _mix(scores, at, factor, prefix_values, prefix, shared, values, cache, own, dim, out, to):
+    """`out[to:to + dim] = factor * scores[at:at + shared + own] @ values`: the prefix' `shared`, then a row's `own`.
+
+    All arrays are taken as flat. Sums run on from the one to the other: where a prefix ends changes no bit.
+    """
     # Two vectors of the head and two slots at a time: four sums, none of which waits for another.
     for i in range(0, dim, 2 * WIDTH):
         a = splat(_ZERO)
         b = splat(_ZERO)
         c = splat(_ZERO)
         d = splat(_ZERO)
-        for s in range(0, count - 1, 2):
+        for s in range(0, shared, 2):
             one = splat(element(scores, at + s))
             two = splat(element(scores, at + s + 1))
+            v = prefix + s * dim + i
+            a = fma(one, load(prefix_values, v), a)
+            b = fma(one, load(prefix_values, v + WIDTH), b)
+            c = fma(two, load(prefix_values, v + dim), c)
+            d = fma(two, load(prefix_values, v + dim + WIDTH), d)
+        for s in range(0, own - 1, 2):
+            one = splat(element(scores, at + shared + s))
+            two = splat(element(scores, at + shared + s + 1))
             v = cache + s * dim + i
             a = fma(one, load(values, v), a)
             b = fma(one, load(values, v + WIDTH), b)
             c = fma(two, load(values, v + dim), c)
             d = fma(two, load(values, v + dim + WIDTH), d)
-        if count % 2:
-            one = splat(element(scores, at + count - 1))
-            v = cache + (count - 1) * dim + i
+        if own % 2:
+            one = splat(element(scores, at + shared + own - 1))
+            v = cache + (own - 1) * dim + i
             a = fma(one, load(values, v), a)
             b = fma(one, load(values, v + WIDTH), b)
-        store(out, i, fma(a + c, splat(factor), load(out, i)))
-        store(out, i + WIDTH, fma(b + d, splat(factor), load(out, i + WIDTH)))
+        store(out, to + i, (a + c) * splat(factor))
+        store(out, to + i + WIDTH, (b + d) * splat(factor))

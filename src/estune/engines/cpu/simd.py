@@ -42,10 +42,7 @@ def load(typing: Any, array: Any, index: Any) -> Any:
     """Elements `index` to `index + 15`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if array.dtype == types.float32:
-            return builder.load(_address(context, builder, array, args, _FLOATS), align=4)
-        bits = builder.load(_address(context, builder, array, args, _HALVES), align=2)
-        return builder.bitcast(builder.shl(builder.zext(bits, _INTS), _all(16, _INTS)), _FLOATS)
+        return _widened(builder, array, _address(context, builder, array, args, _HALVES))
 
     return (VECTOR(array, types.intp), generate) if _is_stored(array) else None
 
@@ -62,6 +59,57 @@ def element(typing: Any, array: Any, index: Any) -> Any:
         return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
 
     return (types.float32(array, types.intp), generate) if _is_stored(array) else None
+
+
+def products(rows: int, columns: int) -> Any:
+    """A function that takes the dot products of `rows` neighbouring rows of one matrix with `columns` of another.
+
+    It is called with `(x, at, weight, there, width, out, to, stride)`: rows of `width` elements, a multiple of 16, of
+    `x` from index `at` and of `weight` from index `there` on; the product of row r and row c is written to element
+    `to + r * stride + c` of `out`, which holds float32. Each is a sum of sixteen sums, by fused multiplication and
+    addition, and these are added by halves: the same bits, however many rows and columns are taken at once.
+    """
+
+    @intrinsic
+    def block(typing: Any, x: Any, at: Any, weight: Any, there: Any, width: Any, out: Any, to: Any, stride: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _, at, _, there, width, _, to, stride = args
+
+            def number(value: int) -> ir.Constant:
+                return ir.Constant(width.type, value)
+
+            def row(kind: Any, place: Any, index: Any, count: int) -> Any:
+                index = builder.add(index, builder.mul(width, number(count)))
+                return _address(context, builder, kind, (place, index), context.get_data_type(kind.dtype))
+
+            def vector(kind: Any, start: Any, k: Any) -> Any:
+                return _widened(builder, kind, builder.gep(start, [k]))
+
+            lefts = [row(x, args[0], at, r) for r in range(rows)]
+            rights = [row(weight, args[2], there, c) for c in range(columns)]
+            # Variables on the stack, which the compiler keeps in registers.
+            sums = [[cgutils.alloca_once_value(builder, _all(0.0)) for _ in rights] for _ in lefts]
+            for variable in (s for of_row in sums for s in of_row):
+                builder.store(_all(0.0), variable)
+            with cgutils.for_range_slice(builder, number(0), width, number(WIDTH), inc=True) as (k, _):
+                factors = [vector(weight, start, k) for start in rights]
+                for start, of_row in zip(lefts, sums, strict=True):
+                    a = vector(x, start, k)
+                    for b, variable in zip(factors, of_row, strict=True):
+                        builder.store(_call(builder, "fma", a, b, builder.load(variable)), variable)
+            totals = _totals(builder, [builder.load(s) for of_row in sums for s in of_row])
+            for i, value in enumerate(totals):
+                index = builder.add(builder.add(to, builder.mul(stride, number(i // columns))), number(i % columns))
+                target = _address(context, builder, out, (args[5], index), ir.FloatType())
+                builder.store(value, target)
+            return context.get_dummy_value()
+
+        stored = _is_stored(x) and _is_stored(weight) and _is_stored(out) and out.dtype == types.float32
+        whole = (types.intp,) * 2
+        kind = types.void(x, types.intp, weight, *whole, out, *whole)
+        return (kind, generate) if stored else None
+
+    return block
 
 
 @intrinsic
@@ -176,6 +224,31 @@ def _address(context: Any, builder: Any, kind: Any, place: Any, stored: ir.Type)
     """Where `place`, an array of type `kind` and an index, and maybe more, is in memory."""
     data = cgutils.create_struct_proxy(kind)(context, builder, value=place[0]).data
     return builder.bitcast(builder.gep(data, [place[1]]), stored.as_pointer())
+
+
+def _widened(builder: Any, kind: Any, pointer: Any) -> Any:
+    """Sixteen elements from `pointer` on, of an array of type `kind`, as float32."""
+    if kind.dtype == types.float32:
+        return builder.load(builder.bitcast(pointer, _FLOATS.as_pointer()), align=4)
+    bits = builder.load(builder.bitcast(pointer, _HALVES.as_pointer()), align=2)
+    return builder.bitcast(builder.shl(builder.zext(bits, _INTS), _all(16, _INTS)), _FLOATS)
+
+
+def _totals(builder: Any, vectors: list[Any]) -> list[Any]:
+    """The sum of each vector, by halves; halves of several are added at once."""
+    count = len(vectors)
+    size = WIDTH  # of the part of a vector that is one sum's
+    while size > 1:
+        if len(vectors) % 2:
+            vectors = [*vectors, vectors[-1]]
+        lower = ir.Constant(_INTS, [i for i in range(2 * WIDTH) if i % size < size // 2])
+        upper = ir.Constant(_INTS, [i for i in range(2 * WIDTH) if i % size >= size // 2])
+        vectors = [
+            builder.fadd(builder.shuffle_vector(a, b, lower), builder.shuffle_vector(a, b, upper))
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        size //= 2
+    return [builder.extract_element(vectors[i // WIDTH], _INT(i % WIDTH)) for i in range(count)]
 
 
 def _all(value: float, kind: ir.VectorType = _FLOATS) -> ir.Constant:

@@ -1,0 +1,127 @@
+"""How a model's weights are computed with fastest on this machine's processor: in which type, by how many engines, each
+on how many threads. Known by trying: a second of the matrix products that a token takes.
+
+It depends on whether the processor multiplies bfloat16, on how many of its cores its memory can feed, and on how many
+rows share one reading of the weights. No list of processors would tell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear
+
+from estune.engines.cpu.products import Products
+from estune.engines.cpu.simd import WIDTH
+
+log = logging.getLogger(__name__)
+
+MOST_TRIED = 1 << 28  # elements of all engines' matrices together
+MOST_OF_ONE = 1 << 25  # and of one engine's: more than the last cache holds
+SHARE = 8  # of an engine's elements, one in so many may be one matrix's
+ROUNDS = 3
+ALIKE = 0.95  # of the best's speed, which another time may be the best's
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How weights are computed with.
+
+    Attributes:
+        dtype: float32 or bfloat16.
+        replicas: engines side by side.
+        threads: of each.
+    """
+
+    dtype: str
+    replicas: int
+    threads: int
+
+    def __str__(self) -> str:
+        engines = "one engine" if self.replicas == 1 else f"{self.replicas} engines"
+        return f"{self.dtype} by {engines} of {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+def ways(dtypes: Sequence[str], cores: int, most: int, *, replicas: int | None, threads: int | None) -> list[Way]:
+    """What there is to try: the cores, shared out in powers of two.
+
+    Args:
+        dtypes: types that the weights may have.
+        cores: to share out.
+        most: engines that there is memory and work for.
+        replicas, threads: as the settings have them, if they do.
+    """
+    powers = {1 << i for i in range(cores.bit_length())}
+    shares = [threads] if threads else sorted(n for n in powers | {cores} if n * (replicas or 1) <= cores) or [1]
+    counts = [replicas or max(1, min(most, cores // share)) for share in shares]
+    return [Way(dtype, *split) for dtype in dtypes for split in zip(counts, shares, strict=True)]
+
+
+def fastest(shapes: Sequence[tuple[int, int]], rows: int, choices: Sequence[Way], *, own: bool) -> Way:
+    """The first of those ways that are about as fast as the fastest.
+
+    Args:
+        shapes: of the model's matrices, `[columns, width]`.
+        rows: decoded together.
+        choices: to compare.
+        own: products are those of our own kernel, not PyTorch's.
+    """
+    speeds = {way: _speed(way, shapes, rows, own=own) for way in choices}
+    each = 2 * sum(map(math.prod, shapes))  # operations a token
+    found = ", ".join(f"{way} {speed / each:,.0f}" for way, speed in speeds.items())
+    log.info("tokens a second, by their matrix products alone: %s", found)
+    return next(way for way in choices if speeds[way] >= ALIKE * max(speeds.values()))
+
+
+def _speed(way: Way, shapes: Sequence[tuple[int, int]], rows: int, *, own: bool) -> float:
+    """Operations a second of all engines together."""
+    some = list(_some(shapes, min(MOST_OF_ONE, MOST_TRIED // way.replicas)))
+    dtype: torch.dtype = getattr(torch, way.dtype)
+    engines = [[torch.full(shape, 0.01, dtype=dtype) for shape in some] for _ in range(way.replicas)]
+    inputs = {width: torch.full((rows, width), 0.01, dtype=torch.float32 if own else dtype) for _, width in some}
+
+    def multiply(weights: Sequence[torch.Tensor]) -> None:
+        torch.set_num_threads(way.threads)  # of the thread that this is
+        products = Products()
+        for weight in weights:
+            x = inputs[weight.shape[1]]
+            if own:
+                products(x.numpy(), weight.view(torch.uint16).numpy() if dtype == torch.bfloat16 else weight.numpy())
+            else:
+                linear(x, weight)
+
+    def once() -> float:
+        began = time.perf_counter()
+        list(side_by_side.map(multiply, engines))
+        return time.perf_counter() - began
+
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(way.replicas) as side_by_side:
+        once()  # what is compiled or set up at first use
+        seconds = min(once() for _ in range(ROUNDS))
+    torch.set_num_threads(before)
+    return way.replicas * 2 * rows * sum(map(math.prod, some)) / seconds
+
+
+def _some(shapes: Sequence[tuple[int, int]], budget: int) -> Iterator[tuple[int, int]]:
+    """Shapes of matrices that have this many elements, in any order, large ones cut."""
+    most = budget // SHARE
+    for columns, width in itertools.cycle(random.Random(0).sample(shapes, len(shapes))):
+        if budget <= 0:
+            return
+        kept = min(columns, max(1, most // width))
+        yield kept, width
+        budget -= kept * width
+
+
+def multipliable(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Of a checkpoint's shapes, those of the matrices, as `fastest` takes them."""
+    return [(shape[0], shape[1]) for shape in shapes if len(shape) == 2 and shape[1] % WIDTH == 0]

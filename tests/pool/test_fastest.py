@@ -1,0 +1,94 @@
+"""What a CPU is fastest with, by trying."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from estune.pool import fastest as module
+from estune.pool import open as opening
+from estune.pool.fastest import Way, fastest, multipliable, ways
+from estune.pool.open import with_resources
+from tests.models import build_model
+from tests.runs import make_config
+
+
+@pytest.mark.parametrize(
+    ("cores", "most", "given", "expected"),
+    [
+        (1, 30, {}, [(1, 1)]),
+        (2, 30, {}, [(2, 1), (1, 2)]),
+        (6, 30, {}, [(6, 1), (3, 2), (1, 4), (1, 6)]),
+        (6, 2, {}, [(2, 1), (2, 2), (1, 4), (1, 6)]),
+        (6, 30, {"replicas": 3}, [(3, 1), (3, 2)]),
+        (2, 30, {"replicas": 3}, [(3, 1)]),
+        (6, 30, {"threads": 4}, [(1, 4)]),
+        (6, 30, {"replicas": 2, "threads": 5}, [(2, 5)]),
+    ],
+)
+def test_cores_are_shared_out_as_the_settings_leave_open(
+    cores: int, most: int, given: dict[str, int], expected: list[tuple[int, int]]
+) -> None:
+    found = ways(["float32"], cores, most, **{"replicas": None, "threads": None, **given})
+    assert [(way.replicas, way.threads) for way in found] == expected
+
+
+def test_all_types_are_tried() -> None:
+    assert [str(way) for way in ways(["float32", "bfloat16"], 1, 1, replicas=None, threads=2)] == [
+        "float32 by one engine of 2 threads",
+        "bfloat16 by one engine of 2 threads",
+    ]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_work_that_takes_longer_is_found_slower(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_OF_ONE", 1 << 14)
+    one, more = Way("float32", 1, 1), Way("float32", 2, 1)
+    speeds = {one: 100.0, more: 96.0}
+    monkeypatch.setattr(module, "_speed", lambda way, *rest, **own: speeds[way])
+    assert fastest([(64, 32)], 3, [more, one], own=own) == more  # as good as alike, and the first
+    speeds[more] = 94.0
+    assert fastest([(64, 32)], 3, [more, one], own=own) == one
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "MOST_OF_ONE", 1 << 14)
+    before = torch.get_num_threads()
+    assert fastest([(64, 32), (1000, 48)], 3, ways(["float32", "bfloat16"], 2, 2, replicas=None, threads=None), own=own)
+    assert torch.get_num_threads() == before
+
+
+def test_only_matrices_that_can_be_multiplied_are_tried() -> None:
+    assert multipliable([(7,), (5, 32), (5, 33), (2, 5, 32)]) == [(5, 32)]
+
+
+def test_a_run_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[Way], bool]] = []
+
+    def last(shapes: Any, rows: int, choices: list[Way], *, own: bool) -> Way:
+        asked.append((choices, own))
+        assert (48, 96) in shapes
+        assert rows == 5
+        return choices[-1]
+
+    monkeypatch.setattr(opening, "LEAST_TRIED", 1)
+    monkeypatch.setattr(opening, "fastest", last)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    model = build_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "bfloat16")
+    config = make_config(tmp_path / "run", tmp_path / "bfloat16", replicas=None, threads=None, prompts_per_step=5)
+    found = with_resources(config)
+    assert (found.dtype, found.replicas, found.threads) == ("bfloat16", 1, 2)
+    ((choices, own),) = asked
+    assert own
+    assert [(w.dtype, w.replicas, w.threads) for w in choices] == [
+        ("float32", 2, 1), ("float32", 1, 2), ("bfloat16", 2, 1), ("bfloat16", 1, 2),
+    ]  # fmt: skip
+    assert with_resources(found) == found  # nothing is left to try
+    assert len(asked) == 1
+    alone = with_resources(config.model_copy(update={"weights": "inplace"}))
+    assert (alone.replicas, alone.threads) == (1, 2)
+    build_model("llama").save_pretrained(tmp_path / "float32")
+    exact = with_resources(config.model_copy(update={"model": str(tmp_path / "float32")}))
+    assert (exact.dtype, {way.dtype for way in asked[-1][0]}) == ("float32", {"float32"})
