@@ -11,7 +11,7 @@ from typing import Any
 
 from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import DTYPES, EMBEDDED, hub_name, locate
-from estune.weights.gguf import is_gguf
+from estune.weights.gguf import PACKAGED, is_gguf
 from estune.weights.sizes import EXPERTS, check_sizes
 
 
@@ -139,10 +139,10 @@ def _read_config(model: str | Path) -> Any:
         why = first_line(error)
         if path.exists():
             raise EstuneError(f"model {model}: its config.json cannot be used ({why})") from error
-        names = ", ".join(EMBEDDED)
+        names = ", ".join((*EMBEDDED, *PACKAGED))
         raise EstuneError(
             f"model {model}: no such directory, nor is its config.json to be had from the hub ({why}); give a "
-            f"directory, a hub id or one of: {names}"
+            f"directory, in which a config.json is enough, a hub id or one of: {names}"
         ) from error
 
 
