@@ -103,8 +103,8 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     """Memory of one engine on its device, or on each of several GPUs.
 
     Over several GPUs, weights, base, keys and values, and the widest activations are split. The residual is not, and
-    neither are logits, which are gathered where a token is chosen. vLLM takes what is left of its part of a GPU for keys
-    and values, of one sequence at least, and lets the others wait.
+    neither are logits, which are gathered where a token is chosen. For keys and values vLLM takes what is left of its
+    part of a GPU, for one sequence at least, and lets the others wait.
 
     Args:
         shape, work, device: what runs where.
