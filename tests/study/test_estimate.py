@@ -220,6 +220,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--prompt-tokens", -5], "--prompt-tokens must be 1 or more, found -5"),
         (["--new-tokens", 0], "--new-tokens must be 1 or more, found 0"),
         (["--new-tokens", "inf"], "--new-tokens must be 1 or more, found inf"),
+        (["--gpu", "h100", "--gpus_per_worker", 4], "a layer's 14 attention heads; take a number that divides them"),
         (["--new-tokens", 2000], "more than max_new_tokens 1024"),
         (["--sigmas", 1], "did you mean sigma?"),
         (["--train_parameters", "nothing.*"], "'nothing.*'"),

@@ -139,7 +139,7 @@ def fitting_split(shape: Shape, work: Work, device: Device, prefill_tokens: int)
         return 0
     for parallel in (2, 4, 8):
         needed = total(memory(shape, replace(work, parallel=parallel, rows=1), device, prefill_tokens))
-        if parallel > work.parallel and needed <= 3 * device.memory / 4:
+        if parallel > work.parallel and shape.heads % parallel == 0 and needed <= 3 * device.memory / 4:
             return parallel
     return 0
 

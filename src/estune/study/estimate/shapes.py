@@ -32,6 +32,7 @@ class Shape:
     vocabulary: int
     kernels: int  # operations of a forward, each of which a GPU is asked for where nothing fuses them
     dtype: str | None  # of the checkpoint, as far as config.json tells
+    heads: int = 0  # query heads of a layer; 0 where config.json does not tell
 
 
 def read_shape(model: str | Path, pattern: str = "*") -> Shape:
@@ -101,7 +102,7 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
     active = sum(p.numel() * (share if ".experts." in name else 1) for name, p in matrices.items())
     # Of layers that differ, a config refuses to tell what all would have: the first stands for them.
     layer = text.per_layer_config[0] if getattr(text, "is_heterogeneous", False) else text
-    heads = getattr(layer, "num_attention_heads", None) or 1
+    heads = getattr(layer, "num_attention_heads", None) or 0
     return Shape(
         parameters=sum(p.numel() for p in parameters.values()),
         trained=trained,
@@ -109,13 +110,14 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
         active=int(active),
         output=output.numel() if output is not None else 0,
         cached=three - two,
-        grouped=max(1, heads // (getattr(layer, "num_key_value_heads", None) or heads)),
+        grouped=max(1, heads // (getattr(layer, "num_key_value_heads", None) or heads or 1)),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         width=max((max(p.shape[-2:]) for p in matrices.values()), default=text.hidden_size),
         vocabulary=text.vocab_size,
         kernels=kernels.count,
         dtype=dtype,
+        heads=heads,
     )
 
 
