@@ -107,7 +107,7 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
         needed = memory_of_all(shape, one, device, prefill_tokens)
         each = POLICIES[policy].base_bytes(shape.trained, work.dtype)
         kept = work.places * one.replicas * each if base == "host" else 0
-        fits = needed <= one.share * device.memory
+        fits = needed <= one.share * device.memory + 1  # a byte, as sums are rounded
         found.append(
             Choice(_name(policy, base, device), work.devices * needed, kept, work.devices if fits else None, fits)
         )
@@ -139,7 +139,7 @@ def fitting_split(shape: Shape, work: Work, device: Device, prefill_tokens: int)
         return 0
     for parallel in (2, 4, 8):
         needed = total(memory(shape, replace(work, parallel=parallel, rows=1), device, prefill_tokens))
-        if parallel > work.parallel and shape.heads % parallel == 0 and needed <= 3 * device.memory / 4:
+        if parallel > work.parallel and shape.splits_over(parallel) and needed <= 3 * device.memory / 4:
             return parallel
     return 0
 

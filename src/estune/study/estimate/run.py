@@ -60,10 +60,10 @@ def estimate_run(
     _check_counts(work)
     drawn = spread_lengths(work.new_tokens, work.max_new_tokens) if found is None else found
     shape = read_shape(config.model, config.train_parameters)
-    if shape.heads % config.gpus_per_worker:
+    if not shape.splits_over(config.gpus_per_worker):
         raise EstuneError(
-            f"gpus_per_worker {config.gpus_per_worker}: vLLM gives every GPU as many of a layer's {shape.heads} attention "
-            "heads; take a number that divides them"
+            f"gpus_per_worker {config.gpus_per_worker}: vLLM gives every GPU as many of a layer's {shape.heads} heads "
+            f"of queries and {shape.heads // shape.grouped} of keys and values; take a number that divides both"
         )
     chosen = (find_gpu(gpu), None) if gpu is not None else this_gpu(config.device)
     placed = _on_this_cpu(config, work, shape) if chosen is None else _on_gpus(config, work, shape, *chosen)

@@ -34,6 +34,11 @@ class Shape:
     dtype: str | None  # of the checkpoint, as far as config.json tells
     heads: int = 0  # query heads of a layer; 0 where config.json does not tell
 
+    def splits_over(self, gpus: int) -> bool:
+        """Whether vLLM can give each GPU as many heads of queries, and of keys and values, which it may also repeat."""
+        pairs = self.heads // self.grouped
+        return not self.heads or (self.heads % gpus == 0 and (pairs % gpus == 0 or gpus % pairs == 0))
+
 
 def read_shape(model: str | Path, pattern: str = "*") -> Shape:
     """Sizes of a model given as an embedded name, a directory with `config.json` or a hub id.
