@@ -101,7 +101,7 @@ def test_vllm_takes_what_is_left_of_its_part(tmp_path: Path) -> None:
     # 256 sequences of 1,280 tokens of 57,344 B have room beside 15.2 GB, twice.
     assert amounts(found.memory)["key and value cache"] == 256 * 1280 * 57_344
     assert total(found.memory) < 0.9 * 80e9
-    # Of 40 GB they have not: all is taken that there is, and the engine of transformers makes do with fewer rows.
+    # Of 40 GB they have not: all is taken that there is.
     small = estimate_run(None, settings, gpu="a100-40")
     assert total(small.memory) == pytest.approx(0.9 * 40e9)
     assert small.choices[0].fits
