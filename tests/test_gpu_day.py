@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
-from bench.gpu.day import STEPS, Step, run
+import torch
+from bench.gpu import day
+from bench.gpu.day import STEPS, Step, run, run_all
+from rich.console import Console
 
 
 @pytest.mark.parametrize("name", ["weights", "training", "transformers"])
@@ -47,3 +53,46 @@ def test_a_bar_counts_only_where_its_figure_is_there_and_reaches_it(tmp_path: Pa
     assert found["outcome"] == "missed a bar"
     assert found["bars"]["7B/a / b"] == {"bar": "at least 1", "found": 0.5, "reached": False}
     assert found["bars"]["3B/a / b"] == {"bar": "at least 0", "found": None, "reached": False}
+
+
+def step_of(folder: Path, name: str, code: str) -> Step:
+    """A step that runs this code, with its folder as the last argument."""
+    (folder / f"{name}.py").write_text(code)
+    return Step("", (name,), (name,), environment={"PYTHONPATH": str(folder)})
+
+
+def test_what_a_step_has_started_ends_with_it(tmp_path: Path) -> None:
+    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid)"
+    assert run("starts", step_of(tmp_path, "starts", code), tmp_path, toy=False)["outcome"] == "passed"
+    child = int((tmp_path / "starts.log").read_text())
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_was_found_before_an_interrupt_is_kept(tmp_path: Path) -> None:
+    stop = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
+    codes = {"done": "", "stopped": stop, "never": ""}
+    steps = {name: step_of(tmp_path, name, code) for name, code in codes.items()}
+    assert list(run_all(steps, tmp_path, Console(quiet=True), toy=False)) == ["done"]
+
+
+def test_a_results_folder_with_other_things_keeps_them(tmp_path: Path) -> None:
+    kept = tmp_path / "done" / "mine" / "notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("")
+    (tmp_path / "done" / "old.json").write_text('{"old": 1}')
+    assert run("done", step_of(tmp_path, "does", ""), tmp_path, toy=False)["figures"] == {}
+    assert kept.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_said_to_have_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["day", "--steps", "bits", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        day.main()
+    assert "sees no GPU; --toy" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

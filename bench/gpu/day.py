@@ -6,9 +6,9 @@
     python -m bench.gpu.day --toy                   on a CPU, at toy size: that the kit itself works
 
 Each step is a command of its own with at most ten minutes. One that fails is said, and the next begins. What a step
-prints goes to `NAME.log` and its figures, as the script writes them, to `NAME/`, both below the folder of `--results`;
-`gpu-day-DATE.json` there has all figures, what passed, and each figure that has a bar beside it. The exit code is 1
-where a step failed or missed a bar.
+prints goes to `gpu-day/NAME.log` in the folder of `--results`, and its figures, as the script writes them, to
+`gpu-day/NAME/`; `gpu-day-DATE.json` has all figures, what passed, and each figure that has a bar beside it. Ctrl-C ends
+the step that runs, and what was found before is written down. The exit code is 1 where a step failed or missed a bar.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
 from bench.common import options, settings, write_result
 from rich.console import Console
 from rich.table import Table
 
 TIMEOUT = 600
+TESTS = "tests.xml"
 GPU_TESTS = (
     "tests/noise/test_noise_gpu.py",
     "tests/weights/test_weights_gpu.py",
@@ -156,20 +160,13 @@ def run(name: str, step: Step, results: Path, *, toy: bool) -> dict[str, Any]:
         return {"outcome": f"left out: {step.needs} is not installed"}
     folder = results / name
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.iterdir():
-        left.unlink()
+    for left in (folder / TESTS, *folder.glob("*.json")):
+        left.unlink(missing_ok=True)
     command = [sys.executable, "-m", *(step.toy if toy else step.command)]
-    command += [f"--junitxml={folder / 'tests.xml'}"] if command[2] == "pytest" else ["--results", str(folder)]
+    command += [f"--junitxml={folder / TESTS}"] if command[2] == "pytest" else ["--results", str(folder)]
     start = time.perf_counter()
-    with (results / f"{name}.log").open("w") as log:
-        try:
-            environment = os.environ | step.environment
-            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment, timeout=TIMEOUT)
-            outcome = "passed"
-        except subprocess.CalledProcessError as error:
-            outcome = f"failed: ended with {error.returncode}, see {name}.log"
-        except subprocess.TimeoutExpired:
-            outcome = f"failed: not done after {TIMEOUT} s, see {name}.log"
+    failure = _run(command, results / f"{name}.log", step.environment)
+    outcome = f"failed: {failure}, see {name}.log" if failure else "passed"
     figures = _figures(folder)
     bars = {} if toy else dict(_bars(step, figures))
     if outcome == "passed" and not all(bar["reached"] for bar in bars.values()):
@@ -183,9 +180,38 @@ def run(name: str, step: Step, results: Path, *, toy: bool) -> dict[str, Any]:
     }
 
 
+def run_all(steps: Mapping[str, Step], results: Path, console: Console, *, toy: bool) -> dict[str, Any]:
+    """Run steps, and say how each went; what became of them or, once Ctrl-C is pressed, of those before."""
+    found: dict[str, Any] = {}
+    with suppress(KeyboardInterrupt):
+        for name, step in steps.items():
+            console.print(f"[bold]{name}[/]: {step.question}", soft_wrap=True)
+            with console.status(f"{name}, at most {TIMEOUT // 60} minutes; see {results / name}.log"):
+                found[name] = run(name, step, results, toy=toy)
+            console.print(f"    {found[name]['outcome']}, {found[name].get('seconds', 0)} s")
+    return found
+
+
+def _run(command: list[str], log: Path, environment: Mapping[str, str]) -> str:
+    """How a command failed; nothing where it did not. Whatever it has started ends with it, and leaves the GPU."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=os.environ | environment, start_new_session=True
+        )
+        try:
+            code = process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return f"not done after {TIMEOUT} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return f"ended with {code}" if code else ""
+
+
 def _figures(folder: Path) -> dict[str, Any]:
     """What a step has written: a script's figures, or pytest's counts."""
-    if (tests := folder / "tests.xml").is_file():
+    if (tests := folder / TESTS).is_file():
         suite = ElementTree.parse(tests).getroot().find("testsuite")
         counted = ("tests", "failures", "errors", "skipped")
         return {} if suite is None else {name: int(suite.attrib[name]) for name in counted}
@@ -214,22 +240,22 @@ def main() -> None:
     console = Console()
     if args.list:
         for name, step in STEPS.items():
-            console.print(f"[bold]{name}[/]: {step.question}\n    python -m {' '.join(step.command)}")
+            console.print(f"[bold]{name}[/]: {step.question}\n    python -m {' '.join(step.command)}", soft_wrap=True)
         return
+    if not (args.toy or torch.cuda.is_available()):
+        parser.error("this PyTorch sees no GPU; --toy runs the steps at toy size on a CPU")
     results: Path = args.results / "gpu-day"
-    found: dict[str, Any] = {}
-    for name in args.steps:
-        console.print(f"[bold]{name}[/]: {STEPS[name].question}")
-        with console.status(f"{name}, at most {TIMEOUT // 60} minutes; see {results / name}.log"):
-            found[name] = run(name, STEPS[name], results, toy=args.toy)
-        console.print(f"    {found[name]['outcome']}, {found[name].get('seconds', 0)} s")
+    found = run_all({name: STEPS[name] for name in args.steps}, results, console, toy=args.toy)
+    if found:
+        write_result("gpu-day", {"settings": settings(args), **found}, args.results)
     table = Table("step", "figure", "bar", "found", "reached")
     for name, one in found.items():
         for path, bar in one.get("bars", {}).items():
             table.add_row(name, path, bar["bar"], str(bar["found"]), "yes" if bar["reached"] else "NO")
     if table.row_count:
         console.print(table)
-    write_result("gpu-day", {"settings": settings(args), **found}, args.results)
+    if len(found) < len({*args.steps}):
+        raise SystemExit(130)
     if any(one["outcome"].startswith(("failed", "missed")) for one in found.values()):
         raise SystemExit(1)
 

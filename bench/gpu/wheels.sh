@@ -8,6 +8,14 @@
 # vLLM 0.25.1's build for CUDA is the one that wants PyTorch 2.11. Of it is packed what a dense model on Hopper calls:
 # FlashAttention 2, the kernels of mixtures and the server stay behind.
 set -euo pipefail
+case "${1--} ${2-}" in
+  -*) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  *" " | *" --vllm") ;;
+  *) echo "wheels.sh: $2 is no option; there is --vllm" >&2; exit 2 ;;
+esac
+for tool in unzip xz; do
+  [ -z "${2-}" ] || command -v $tool > /dev/null || { echo "wheels.sh: $tool is not installed" >&2; exit 1; }
+done
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/../.."
 

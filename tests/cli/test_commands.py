@@ -301,6 +301,11 @@ def test_dry_run_refuses_an_engine_that_is_not_there(
     assert "vLLM is not installed; pip install" in refused(capsys, "train", "--dry-run", *SMALL, "--engine", "vllm")
 
 
+def test_dry_run_does_not_guess_what_a_cluster_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert estune("train", "--dry-run", *SMALL, "--workers", 2, "--ray_address", "auto") == 0
+    assert "\nengine vllm, if the cluster has GPUs" in capsys.readouterr().out
+
+
 def test_dry_run_counts_positions_for_training_prompts_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = {"numbers": [1, 2], "target": 3, "context": "x" * 100}
     (tmp_path / "train.json").write_text(json.dumps([long]))

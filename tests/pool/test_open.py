@@ -64,7 +64,7 @@ def test_which_engine_auto_is(
         ({"engine": "auto"}, 0, 256),
         ({"engine": "vllm"}, None, None),
         ({"engine": "transformers"}, 155, None),
-        ({"engine": "vllm", "vllm_max_model_length": 100}, 155, 100),
+        ({"engine": "vllm", "vllm_max_model_length": 101}, 155, 101),
     ],
 )
 def test_length_that_prompts_need(settings: dict[str, Any], longest: int | None, expected: int | None) -> None:

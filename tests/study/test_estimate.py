@@ -67,18 +67,20 @@ def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture
     settings = [f"model={model}", "engine=vllm", "workers=2", "gpus_per_worker=4", "weights=copy", "batch_size=64"]
     found = estimate_run(None, settings, gpu="h100")
     held = amounts(found.memory)
-    # 70.55 billion parameters of 2 B over 4 GPUs, twice; 200 prompts as 4 x 50 rows of 1,536 tokens of 327,680 B.
+    # 70.55 billion parameters of 2 B over 4 GPUs, twice; 64 rows of 1,280 tokens, which is 120 + 1,024 and one rounded
+    # up, of 327,680 B.
     assert held["live weights"] == held["base (weights=copy)"] + 70_553_706_496 / 2 == 70_553_706_496 / 2
     assert found.work.base == "host"  # beside 35 GB of live weights, half of what is left is for batches
-    assert held["key and value cache"] == 50 * 1536 * 327_680 / 4
+    assert held["key and value cache"] == 64 * 1280 * 327_680 / 4
     assert (found.work.devices, found.choices[0].devices, found.choices[0].host) == (8, 8, 2 * 70_553_706_496 * 2)
     assert "on each of 8 GPUs" in found.advice
     assert total(found.time) < 3600
     on_device = estimate_run(None, [*settings, "base_device=device"], gpu="h100")
     assert amounts(on_device.memory)["base (weights=copy)"] == 70_553_706_496 / 2
-    # 70.6 of weights, 6 of keys and values, 1 of the process, and prompts' activations
-    assert 77e9 < total(on_device.memory) < 80e9
-    assert on_device.choices[0].fits
+    # 70.6 of weights, 1 of the process and prompts' activations leave of 72 GB, nine tenths, no room for a sequence.
+    assert 72e9 < total(on_device.memory) < 75e9
+    assert not on_device.choices[0].fits
+    assert "of the 72 GB that vLLM is given of 80 GB on each of 8 GPUs; what does: weights=master" in on_device.advice
     alone = estimate_run(None, [f"model={model}", "weights=copy"], gpu="h100")
     assert alone.advice.endswith("what does: engine=vllm gpus_per_worker=4")
     assert estune("estimate", *(f"--{text}" for text in settings), "--gpu", "h100") == 0
@@ -90,6 +92,25 @@ def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture
     assert scales[16].devices == 64
     assert scales[16].device_hours == 64 * 24 * scales[16].days
     assert scales[2].step == pytest.approx(total(found.time)) == pytest.approx(found.speeds[0].step)
+
+
+def test_vllm_takes_what_is_left_of_its_part(tmp_path: Path) -> None:
+    model = write_config(tmp_path, QWEN_7B)
+    settings = [f"model={model}", "engine=vllm", "weights=copy", "base_device=device"]
+    found = estimate_run(None, settings, gpu="h100")
+    # 256 sequences of 1,280 tokens of 57,344 B have room beside 15.2 GB, twice.
+    assert amounts(found.memory)["key and value cache"] == 256 * 1280 * 57_344
+    assert total(found.memory) < 0.9 * 80e9
+    # Of 40 GB they have not: all is taken that there is.
+    small = estimate_run(None, settings, gpu="a100-40")
+    assert total(small.memory) == pytest.approx(0.9 * 40e9)
+    assert small.choices[0].fits
+    # As it is set, the base comes on top of vLLM's part.
+    half = estimate_run(None, [*settings, "vllm_gpu_memory_utilization=0.5"], gpu="a100-40")
+    assert total(half.memory) == pytest.approx(0.5 * 40e9 + 7_615_616_512 * 2)
+    many = estimate_run(None, [*settings, "prompts_per_step=2000", "vllm_max_model_length=4096"], gpu="h200")
+    assert many.speeds[0].rows == 1024
+    assert "1024 rows x 4,096 tokens" in next(item.how for item in many.memory if item.name == "key and value cache")
 
 
 def test_this_machines_gpu_has_the_memory_that_the_driver_reports(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +165,7 @@ def test_both_engines_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureF
     assert found.work.new_tokens == (100 + 100 + 200 + 1024) / 4
     assert [speed.engine for speed in found.speeds] == ["transformers", "vllm"]
     ours, vllm = found.speeds
-    assert (ours.rows, vllm.rows) == (200, 1024)
+    assert (ours.rows, vllm.rows) == (200, 256)
     assert ours.limit == "launching kernels"  # which fewer of would make faster
     assert vllm.step < ours.step
     turned = estimate_run(None, [f"model={folder}", "engine=vllm"], gpu="h100", lengths=tmp_path / "lengths.json")
@@ -186,6 +207,8 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     encoder = write_config(tmp_path / "t5", {"model_type": "t5"})
     for options, message in [
         (["--gpu", "h10"], "'h10' is not in the table; did you mean h100? known are b200, h200"),
+        (["--population", 10**9], "a step of these settings has 200,000,000,000 completions"),
+        (["--task.eval_size", 10**9], "an evaluation of these settings has 1,000,000,000 completions"),
         (["--model", tmp_path / "empty"], "a directory without config.json"),
         (["--model", tmp_path / "none"], "no such directory"),
         (["--model", "nobody/has-this"], "no such directory, nor is its config.json to be had from the hub"),
@@ -197,6 +220,8 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--prompt-tokens", -5], "--prompt-tokens must be 1 or more, found -5"),
         (["--new-tokens", 0], "--new-tokens must be 1 or more, found 0"),
         (["--new-tokens", "inf"], "--new-tokens must be 1 or more, found inf"),
+        (["--gpu", "h100", "--gpus_per_worker", 4], "14 heads of queries and 2 of keys and values; take"),
+        (["--gpu", "h100", "--gpus_per_worker", 7], "14 heads of queries and 2 of keys and values; take"),
         (["--new-tokens", 2000], "more than max_new_tokens 1024"),
         (["--sigmas", 1], "did you mean sigma?"),
         (["--train_parameters", "nothing.*"], "'nothing.*'"),

@@ -59,6 +59,8 @@ def test_files_without_lengths_are_one_line(tmp_path: Path) -> None:
         ("c.json", "[1, 0]", "numbers from 1 on"),
         ("d.json", "[]", "at least one"),
         ("e.json", '["many"]', "no lengths"),
+        ("deep.json", "[" * 100_000, "no lengths"),
+        ("large.json", f"[{10**400}]", "no lengths"),
         ("metrics.jsonl", "{}", "is called journal.jsonl"),
         ("f.parquet", "no parquet", "no lengths"),
     ]:

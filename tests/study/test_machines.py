@@ -33,6 +33,22 @@ def test_gpus_are_found_by_name() -> None:
             recognise(name, 8 * 10**9)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a100", "did you mean a100-80 or a100-40?"),  # and not a10
+        ("NVIDIA H100 80GB HBM3", "did you mean h100 or h100-pcie?"),
+        ("4090", "did you mean rtx4090?"),
+        ("mi300x", "not in the table; known are"),
+        ("", "not in the table; known are"),
+    ],
+)
+def test_names_that_come_near_are_said(name: str, said: str) -> None:
+    with pytest.raises(EstuneError) as error:
+        find_gpu(name)
+    assert said in str(error.value)
+
+
 def test_a_gpu_without_bfloat16_computes_at_the_rate_of_float32() -> None:
     t4 = find_gpu("t4")
     assert as_device(t4, "bfloat16").decode == as_device(t4, "float32").decode

@@ -113,6 +113,26 @@ def test_a_known_gpu_takes_what_was_measured() -> None:
     assert 0.0051 < captured < eager
 
 
+@pytest.mark.parametrize(
+    ("matrices", "output", "cached", "layers", "gpu", "gpus", "milliseconds"),
+    [
+        # Llama 3.1 8B (yobitelcomm.github.io/bench, and johnmusgrave.com: 75 tokens a second)
+        (6_979_321_856, 525_336_576, 65_536, 32, "h100", 1, 6.48),
+        (6_979_321_856, 525_336_576, 65_536, 32, "a100-40", 1, 13.3),
+        # Qwen2.5 7B and 72B (github.com/tenstorrent/tt-inference-server, issues 125 and 143)
+        (6_525_621_760, 544_997_376, 28_672, 28, "rtx4090", 1, 17.1),
+        (70_214_787_072, 1_245_708_288, 163_840, 80, "h100", 2, 30.9),
+    ],
+)
+def test_a_row_of_vllm_takes_what_others_measured(
+    matrices: int, output: int, cached: int, layers: int, gpu: str, gpus: int, milliseconds: float
+) -> None:
+    shape = replace(ROUND, matrices=matrices, active=matrices, output=output, cached=cached, layers=layers)
+    work = make_work(engine="vllm", captured=True, prompts=1, rows=1, prompt_tokens=128, parallel=gpus)
+    found = 1e3 * Times(shape, work, as_device(find_gpu(gpu), "bfloat16")).token(1, 64)[0]
+    assert milliseconds <= found <= 1.15 * milliseconds
+
+
 def test_engines_split_over_gpus_by_hand() -> None:
     one, split = (parts(w) for w in (make_work(), make_work(workers=2, parallel=4)))
     # Half the members each, at four times the rates; every engine draws the noise of all members for the update.

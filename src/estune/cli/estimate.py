@@ -69,13 +69,13 @@ def _say_estimate(found: Estimate) -> None:
     if found.scales:
         _say_scales(found)
     _say_reinforcement_learning(found)
-    rows = [["", "on all devices", "on the host", "devices", "to this run", ""]]
+    rows = [["", "on devices", "on the host", "devices", "times"]]
     for choice in found.choices:
         host = _size(choice.host) if choice.host else ""
         devices = "too large" if choice.devices is None else str(choice.devices)
         share = f"{choice.needed / found.choices[0].needed:.1f}"
-        rows.append([choice.name, _size(choice.needed), host, devices, share, ""])
-    say_table(rows, title="what fits", remarks=True)
+        rows.append([choice.name, _size(choice.needed), host, devices, share])
+    say_table(rows, title="what fits: memory on all devices together, and how many times this run's")
     say(f"\n{found.advice}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -36,7 +37,10 @@ def say_table(
         table.add_column(heading, justify="left" if i < names or is_remark else "right", no_wrap=not is_remark)
     for i, row in enumerate(body):
         table.add_row(*map(printable_lines, row), style="bold" if total and i == len(body) - 1 else None)
-    wide_console().print(table, markup=False)
+    console = wide_console()
+    with console.capture() as printed:
+        console.print(table, markup=False)
+    console.file.write(re.sub(" +$", "", printed.get(), flags=re.MULTILINE))  # rich fills every line up
 
 
 def wide_console() -> Console:

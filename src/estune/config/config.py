@@ -76,6 +76,11 @@ class Config(Logging, Evaluation, Grading, Weights, Workers, Generation, Search,
                 "vllm_gpu_memory_utilization and vllm_max_model_length are about engine=vllm: set it, or leave out "
                 "engine"
             )
+        if self.vllm_max_model_length is not None and self.vllm_max_model_length <= self.max_new_tokens:
+            raise ValueError(
+                f"vllm_max_model_length {self.vllm_max_model_length} is to hold a prompt and max_new_tokens "
+                f"{self.max_new_tokens}: raise it, lower max_new_tokens, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -61,6 +61,13 @@ def _number_or_switch(text: str) -> Any:
     return text if isinstance(found, str) else found
 
 
+def _count_or_auto(value: Any) -> Any:
+    """Of a union pydantic would say what is wrong with each of its members."""
+    if value == "auto" or (str(value).isdecimal() and int(value) >= 1):
+        return value
+    raise ValueError("write a number from 1 on, or auto")
+
+
 _NOT_FOR_TEMPLATES = frozenset(
     ("messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message")
 ) | {"return_assistant_tokens_mask", "tokenize"}
@@ -183,7 +190,7 @@ class Workers(Section):
     workers: int | None = Field(
         None, ge=1, description="engines on several GPUs or machines, as Ray actors; this machine's, if not given"
     )
-    workers_per_gpu: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    workers_per_gpu: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
         1,
         description="workers that share a GPU, which hides what a token costs each; auto is as many, at most 4, as its "
         "memory holds with all prompts at once, and without workers is about replicas",

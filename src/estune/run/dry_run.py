@@ -105,6 +105,8 @@ def _check_engine(config: Config) -> str:
     device = training_device(config.device)
     if config.engine == "vllm" and not config.ray_address:
         check_version()
+    if config.ray_address and (config.engine, config.device) == ("auto", "auto"):
+        return "vllm, if the cluster has GPUs and vLLM can train the model there, else transformers"
     found = with_engine(config, str(device)).engine
     return "vllm or, where that cannot train the model, transformers" if found == "auto" else found
 

@@ -81,9 +81,7 @@ class VllmEngine(PromptEncoder):
 
     def _start(self, checkpoint: Checkpoint, config: Config, base: int) -> Any:
         on_cpu = self.device.type == "cpu"
-        rows = config.batch_size or (
-            CPU_ROWS if on_cpu else min(max(config.prompts_per_step, GPU_ROWS[0]), GPU_ROWS[1])
-        )
+        rows = config.batch_size or (CPU_ROWS if on_cpu else gpu_rows(config.prompts_per_step))
         share = None if on_cpu else self._utilization(config, base)
         try:
             with memory_for("vLLM", "lower vllm_gpu_memory_utilization or vllm_max_model_length"):
@@ -207,6 +205,11 @@ class VllmEngine(PromptEncoder):
         if self.llm is not None:
             internals.stop(self.llm)
             self.llm = None
+
+
+def gpu_rows(prompts: int) -> int:
+    """Sequences decoded at once on a GPU, as far as keys and values fit, where a step has so many prompts."""
+    return min(max(prompts, GPU_ROWS[0]), GPU_ROWS[1])
 
 
 def live_dtype(checkpoint: Checkpoint, config: Config, model: Any) -> str:

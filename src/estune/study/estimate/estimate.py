@@ -7,6 +7,7 @@ arXiv 2205.05198, sections 4.1 and 5).
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -106,7 +107,7 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
         needed = memory_of_all(shape, one, device, prefill_tokens)
         each = POLICIES[policy].base_bytes(shape.trained, work.dtype)
         kept = work.places * one.replicas * each if base == "host" else 0
-        fits = needed <= device.memory
+        fits = needed <= one.share * device.memory + 1  # a byte, as sums are rounded
         found.append(
             Choice(_name(policy, base, device), work.devices * needed, kept, work.devices if fits else None, fits)
         )
@@ -125,20 +126,20 @@ def _name(policy: PolicyName, base: Place, device: Device) -> str:
 
 def fitting_batch(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> int:
     """The largest `batch_size` below the run's with which its replicas fit; 0 where none does."""
-    for rows in range(work.rows - 1, 0, -1):
-        if memory_of_all(shape, replace(work, rows=rows), device, prefill_tokens) <= device.memory:
-            return rows
-    return 0
+
+    def needed(rows: int) -> float:
+        return memory_of_all(shape, replace(work, rows=rows), device, prefill_tokens)
+
+    return bisect.bisect(range(1, work.rows), work.share * device.memory, key=needed)
 
 
 def fitting_split(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> int:
-    """The fewest GPUs an engine on which the run fits with a quarter of each left for batches; 0 if none do."""
+    """The fewest GPUs an engine on which a sequence fits with a quarter of each left for more; 0 if none do."""
     if not device.is_gpu or work.at_once > 1:
         return 0
     for parallel in (2, 4, 8):
-        split = replace(work, parallel=parallel)
-        needed = memory_of_all(shape, split, device, prefill_tokens)
-        if parallel > work.parallel and needed <= 3 * device.memory / 4:
+        needed = total(memory(shape, replace(work, parallel=parallel, rows=1), device, prefill_tokens))
+        if parallel > work.parallel and shape.splits_over(parallel) and needed <= 3 * device.memory / 4:
             return parallel
     return 0
 
@@ -146,7 +147,10 @@ def fitting_split(shape: Shape, work: Work, device: Device, prefill_tokens: int)
 def advice(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> str:
     """One sentence: whether the run fits as it is set and, if not, what would."""
     as_set, *others = [c for c in choices(shape, work, device, prefill_tokens) if c.name not in {"GRPO", "PPO"}]
-    used = f"{as_set.needed / work.devices / GB:.3g} of {device.memory / GB:.3g} GB"
+    given = f"{device.memory / GB:.3g} GB"
+    if work.share < 1:
+        given = f"the {work.share * device.memory / GB:.3g} GB that vLLM is given of {given}"
+    used = f"{as_set.needed / work.devices / GB:.3g} of {given}"
     if work.devices > 1:
         used += f" on each of {work.devices} GPUs"
     if as_set.fits:

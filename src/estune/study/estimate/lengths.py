@@ -35,7 +35,8 @@ def read_lengths(path: Path) -> Lengths:
     """
     try:
         found = np.asarray(_read(path), np.float64)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    # Beside what is no list of numbers: a whole number beyond all floats, and a list too deep to be read.
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise EstuneError(
             f"--lengths {path}: no lengths of completions can be read from it ({why}); give a run's directory, its "

@@ -94,8 +94,8 @@ def find_gpu(name: str) -> GPU:
     keys = {_plain(gpu.key): gpu for gpu in GPUS}
     if _plain(name) in keys:
         return keys[_plain(name)]
-    near = difflib.get_close_matches(_plain(name), keys, 1, 0.4)
-    hint = f"did you mean {keys[near[0]].key}? known are" if near else "known are"
+    near = _called(name) or [keys[key] for key in difflib.get_close_matches(_plain(name), keys, 1)]
+    hint = f"did you mean {' or '.join(gpu.key for gpu in near)}? known are" if near else "known are"
     raise EstuneError(f"--gpu: {name!r} is not in the table; {hint} {', '.join(gpu.key for gpu in GPUS)}")
 
 
@@ -105,16 +105,14 @@ def recognise(name: str, memory: int) -> GPU:
     Raises:
         EstuneError: the table has no such line.
     """
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    # Whole words, as L40 is no L4; and neighbours as one, as in RTX 4090.
-    known = {*words, *map("".join, itertools.pairwise(words))}
-    found = [gpu for gpu in GPUS if gpu.key.partition("-")[0] in known]
+    found = _called(name)
     if not found:
         raise EstuneError(
             f"this machine's GPU, {name}, is not in the table: give the one most like it with --gpu, of "
             f"{', '.join(gpu.key for gpu in GPUS)}"
         )
-    return min(found, key=lambda g: (("pcie" in g.key) != ("pcie" in words), abs(g.gigabytes * GB - memory)))
+    is_pcie = "pcie" in name.lower()
+    return min(found, key=lambda g: (("pcie" in g.key) != is_pcie, abs(g.gigabytes * GB - memory)))
 
 
 def this_gpu(device: str) -> tuple[GPU, int] | None:
@@ -130,6 +128,14 @@ def this_gpu(device: str) -> tuple[GPU, int] | None:
         raise EstuneError(f"device {chosen.type}: no GPU of its kind is in the table; give one like it with --gpu")
     properties = torch.cuda.get_device_properties(chosen)
     return recognise(properties.name, properties.total_memory), properties.total_memory
+
+
+def _called(name: str) -> list[GPU]:
+    """The lines of the GPU that a name has among its words, of whatever form and memory."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    # Whole words, as L40 is no L4; and neighbours as one, as in RTX 4090.
+    known = {*words, *map("".join, itertools.pairwise(words))}
+    return [gpu for gpu in GPUS if gpu.key.partition("-")[0] in known]
 
 
 def _plain(text: str) -> str:

@@ -48,6 +48,7 @@ class Work:
     parallel: int = 1  # GPUs that every matrix of an engine is split over
     engine: Literal["transformers", "vllm"] = "transformers"
     captured: bool = False  # whether decoding steps are replayed from CUDA graphs
+    share: float = 1.0  # part of a device's memory that its engines may take
     steps: int = 1  # of the run
     evaluations: int = 0  # of the run
     evaluated: int = 0  # prompts of an evaluation
@@ -102,7 +103,8 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     """Memory of one engine on its device, or on each of several GPUs.
 
     Over several GPUs, weights, base, keys and values, and the widest activations are split. The residual is not, and
-    neither are logits, which are gathered where a token is chosen.
+    neither are logits, which are gathered where a token is chosen. For keys and values vLLM takes what is left of its
+    part of a GPU, for one sequence at least, and lets the others wait.
 
     Args:
         shape, work, device: what runs where.
@@ -123,15 +125,14 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     if base and shares_base(work, device):
         held = f"{held}, one for all replicas"
     live = f"{shape.parameters:,} parameters x {bytes_} B ({work.dtype}){split}"
-    return [
+    row = work.slots * shape.cached * bytes_ / parallel
+    cached = f"{rows} rows x {work.slots:,} tokens x {shape.cached * bytes_:,} B{split}"
+    weights = [
         Item("live weights", shape.parameters * bytes_ / parallel, live),
         Item(f"base (weights={work.policy})", base / parallel, held + (split if base else "")),
         Item("noise", 0, "made in registers as it is added, never stored"),
-        Item(
-            "key and value cache",
-            rows * work.slots * shape.cached * bytes_ / parallel,
-            f"{rows} rows x {work.slots:,} tokens x {shape.cached * bytes_:,} B{split}",
-        ),
+    ]
+    rest = [
         Item(
             "logits",
             rows * shape.vocabulary * LOGITS_BYTES,
@@ -145,6 +146,13 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
         ),
         process_memory(device),
     ]
+    cache = rows * row
+    if work.engine == "vllm" and device.is_gpu:
+        left = work.share * device.memory / work.replicas - total([*weights, *rest])
+        if left < cache:
+            cache = max(left, row)
+            cached = f"what is left for {cached}"
+    return [*weights, Item("key and value cache", cache, cached), *rest]
 
 
 def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> float:

@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 120  # of a Countdown prompt, about
 TINY_PROMPT_TOKENS = 9  # of the same to the embedded model's tokenizer
-# Sequences at once that vLLM chooses on GPUs of at least so many bytes but the A100, elsewhere a quarter
-# (vllm/engine/arg_utils.py, 0.32).
-VLLM_ROWS = 1024
-VLLM_LARGE = 70 << 30
+MOST_COMPLETIONS = 1 << 22  # of a step, or an evaluation, that is played through in memory
 
 
 def estimate_run(
@@ -63,10 +60,17 @@ def estimate_run(
     _check_counts(work)
     drawn = spread_lengths(work.new_tokens, work.max_new_tokens) if found is None else found
     shape = read_shape(config.model, config.train_parameters)
+    if not shape.splits_over(config.gpus_per_worker):
+        raise EstuneError(
+            f"gpus_per_worker {config.gpus_per_worker}: vLLM gives every GPU as many of a layer's {shape.heads} heads "
+            f"of queries and {shape.heads // shape.grouped} of keys and values; take a number that divides both"
+        )
     chosen = (find_gpu(gpu), None) if gpu is not None else this_gpu(config.device)
     placed = _on_this_cpu(config, work, shape) if chosen is None else _on_gpus(config, work, shape, *chosen)
     work = replace(placed.work, rows=_rows(config, placed, shape))
     engines = _by_engine(config, work, placed.device, shape)
+    if work.engine == "vllm" and placed.device.is_gpu:
+        work = _held_by_vllm(config, work, placed.device, shape)
     return make_estimate(config.model, shape, work, placed.device, placed.prefill_tokens, drawn, engines)
 
 
@@ -125,17 +129,34 @@ def _by_engine(config: Config, work: Work, device: Device, shape: Shape) -> list
 
 
 def _vllm_rows(config: Config, work: Work, device: Device, shape: Shape) -> int:
-    """Sequences that vLLM decodes at once: as it is set, or its own choice, as far as keys and values fit."""
-    from estune.engines.vllm.engine import GPU_SHARE
-
-    share = config.vllm_gpu_memory_utilization or GPU_SHARE / work.at_once
+    """Sequences that vLLM decodes at once in the mean: as the engine starts it, as far as keys and values fit."""
+    held = _held_by_vllm(config, work, device, shape)
     bytes_ = BYTES[work.dtype]
-    base = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) if work.base == "device" else 0
-    room = share * device.memory - (shape.parameters * bytes_ + base) / work.parallel
+    room = held.share * device.memory / work.at_once - (shape.parameters * bytes_ + _base(work, shape)) / work.parallel
     each = shape.cached * bytes_ / work.parallel * (work.prompt_tokens + work.new_tokens)
-    large = device.memory >= VLLM_LARGE and "A100" not in device.name
-    most = config.batch_size or (VLLM_ROWS if large else VLLM_ROWS // 4)
-    return max(1, min(most, int(room / each))) if each else most
+    return max(1, min(held.rows, int(room / each))) if each else held.rows
+
+
+def _held_by_vllm(config: Config, work: Work, device: Device, shape: Shape) -> Work:
+    """The work with the sequences, their length and the part of the GPU's memory that vLLM is started with."""
+    from estune.engines.vllm.engine import GPU_SHARE, gpu_rows
+    from estune.pool.open import with_length
+
+    share = GPU_SHARE
+    if config.vllm_gpu_memory_utilization is not None:  # of an engine, without its base
+        base = _base(work, shape) / work.parallel
+        share = min(1.0, work.at_once * (config.vllm_gpu_memory_utilization + base / device.memory))
+    return replace(
+        work,
+        rows=config.batch_size or gpu_rows(work.prompts),
+        slots=with_length(config, work.prompt_tokens).vllm_max_model_length or work.slots,
+        share=share,
+    )
+
+
+def _base(work: Work, shape: Shape) -> int:
+    """Bytes of an engine's base on its devices."""
+    return POLICIES[work.policy].base_bytes(shape.trained, work.dtype) if work.base == "device" else 0
 
 
 def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
@@ -203,3 +224,9 @@ def _check_counts(work: Work) -> None:
         raise EstuneError(
             f"--new-tokens {work.new_tokens:g} is more than max_new_tokens {work.max_new_tokens}: raise it"
         )
+    for what, count in (("a step", work.population * work.prompts), ("an evaluation", work.evaluated)):
+        if count > MOST_COMPLETIONS:
+            raise EstuneError(
+                f"{what} of these settings has {count:,} completions, and an estimate plays through at most "
+                f"{MOST_COMPLETIONS:,}: take fewer, as time and cost are in proportion"
+            )

@@ -11,7 +11,7 @@ from typing import Any
 
 from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import DTYPES, EMBEDDED, hub_name, locate
-from estune.weights.gguf import is_gguf
+from estune.weights.gguf import PACKAGED, is_gguf
 from estune.weights.sizes import EXPERTS, check_sizes
 
 
@@ -32,6 +32,12 @@ class Shape:
     vocabulary: int
     kernels: int  # operations of a forward, each of which a GPU is asked for where nothing fuses them
     dtype: str | None  # of the checkpoint, as far as config.json tells
+    heads: int = 0  # query heads of a layer; 0 where config.json does not tell
+
+    def splits_over(self, gpus: int) -> bool:
+        """Whether vLLM can give each GPU as many heads of queries, and of keys and values, which it may also repeat."""
+        pairs = self.heads // self.grouped
+        return not self.heads or (self.heads % gpus == 0 and (pairs % gpus == 0 or gpus % pairs == 0))
 
 
 def read_shape(model: str | Path, pattern: str = "*") -> Shape:
@@ -101,7 +107,7 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
     active = sum(p.numel() * (share if ".experts." in name else 1) for name, p in matrices.items())
     # Of layers that differ, a config refuses to tell what all would have: the first stands for them.
     layer = text.per_layer_config[0] if getattr(text, "is_heterogeneous", False) else text
-    heads = getattr(layer, "num_attention_heads", None) or 1
+    heads = getattr(layer, "num_attention_heads", None) or 0
     return Shape(
         parameters=sum(p.numel() for p in parameters.values()),
         trained=trained,
@@ -109,13 +115,14 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
         active=int(active),
         output=output.numel() if output is not None else 0,
         cached=three - two,
-        grouped=max(1, heads // (getattr(layer, "num_key_value_heads", None) or heads)),
+        grouped=max(1, heads // (getattr(layer, "num_key_value_heads", None) or heads or 1)),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         width=max((max(p.shape[-2:]) for p in matrices.values()), default=text.hidden_size),
         vocabulary=text.vocab_size,
         kernels=kernels.count,
         dtype=dtype,
+        heads=heads,
     )
 
 
@@ -139,10 +146,10 @@ def _read_config(model: str | Path) -> Any:
         why = first_line(error)
         if path.exists():
             raise EstuneError(f"model {model}: its config.json cannot be used ({why})") from error
-        names = ", ".join(EMBEDDED)
+        names = ", ".join((*EMBEDDED, *PACKAGED))
         raise EstuneError(
             f"model {model}: no such directory, nor is its config.json to be had from the hub ({why}); give a "
-            f"directory, a hub id or one of: {names}"
+            f"directory, in which a config.json is enough, a hub id or one of: {names}"
         ) from error
 
 
