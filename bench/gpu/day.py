@@ -5,24 +5,26 @@
     python -m bench.gpu.day --steps bits weights    some of it
     python -m bench.gpu.day --toy                   on a CPU, at toy size: that the kit itself works
 
-Each step is a command of its own with at most ten minutes. One that fails is said, and the next begins. What a step
-prints goes to `NAME.log` and its figures, as the script writes them, to `NAME/`, both below the folder of `--results`;
-`gpu-day-DATE.json` there has all figures, what passed, and each figure that has a bar beside it. The exit code is 1
-where a step failed or missed a bar.
+Each step is a command of its own with at most ten minutes. One that fails is said, all that it has started is ended,
+and the next begins. What a step prints goes to `NAME.log` and its figures, as the script writes them, to `NAME/`, both
+below the folder of `--results`; `gpu-day-DATE.json` there has all figures, what passed, and each figure that has a bar
+beside it. The exit code is 1 where a step failed or missed a bar.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from xml.etree import ElementTree
 
 from bench.common import options, settings, write_result
@@ -163,11 +165,8 @@ def run(name: str, step: Step, results: Path, *, toy: bool) -> dict[str, Any]:
     start = time.perf_counter()
     with (results / f"{name}.log").open("w") as log:
         try:
-            environment = os.environ | step.environment
-            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment, timeout=TIMEOUT)
-            outcome = "passed"
-        except subprocess.CalledProcessError as error:
-            outcome = f"failed: ended with {error.returncode}, see {name}.log"
+            code = _run_alone(command, log, os.environ | step.environment)
+            outcome = f"failed: ended with {code}, see {name}.log" if code else "passed"
         except subprocess.TimeoutExpired:
             outcome = f"failed: not done after {TIMEOUT} s, see {name}.log"
     figures = _figures(folder)
@@ -181,6 +180,16 @@ def run(name: str, step: Step, results: Path, *, toy: bool) -> dict[str, Any]:
         "bars": bars,
         "figures": figures,
     }
+
+
+def _run_alone(command: Sequence[str], log: IO[str], environment: Mapping[str, str]) -> int:
+    """Its exit code. Of the processes that it has started none is left: they would keep the GPU from the next step."""
+    with subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True) as process:
+        try:
+            return process.wait(TIMEOUT)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _figures(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import statistics
 import tempfile
 import time
@@ -59,6 +60,7 @@ class Plain:
         return self._generate(prompts)
 
     def _vllm(self, folder: Path) -> Callable[[list[list[int]]], int]:
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork cannot use a GPU that this process has looked for
         vllm = importlib.import_module("vllm")
         llm = vllm.LLM(model=str(folder), skip_tokenizer_init=True, seed=0, dtype="bfloat16")
         sampling = vllm.SamplingParams(temperature=0, max_tokens=self.new_tokens, ignore_eos=True, detokenize=False)
@@ -232,8 +234,8 @@ def main() -> None:
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             figures[size] = measure(size, Path(folder), args)
-        print(size, rounded(figures[size]), flush=True)
-    write_result(f"gpu-{args.engine}{f'-{args.at_once}' * (args.at_once > 1)}", rounded(figures), args.results)
+        # After each size: what is there counts, also where the next one takes too long.
+        write_result(f"gpu-{args.engine}{f'-{args.at_once}' * (args.at_once > 1)}", rounded(figures), args.results)
 
 
 if __name__ == "__main__":
