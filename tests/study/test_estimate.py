@@ -144,7 +144,7 @@ def test_both_engines_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureF
     assert found.work.new_tokens == (100 + 100 + 200 + 1024) / 4
     assert [speed.engine for speed in found.speeds] == ["transformers", "vllm"]
     ours, vllm = found.speeds
-    assert (ours.rows, vllm.rows) == (200, 1024)
+    assert (ours.rows, vllm.rows) == (200, 256)
     assert ours.limit == "launching kernels"  # which fewer of would make faster
     assert vllm.step < ours.step
     turned = estimate_run(None, [f"model={folder}", "engine=vllm"], gpu="h100", lengths=tmp_path / "lengths.json")

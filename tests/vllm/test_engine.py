@@ -150,6 +150,21 @@ def test_a_length_without_room_is_refused_by_the_name_of_its_setting(
         VllmEngine(Checkpoint(path), Config(model=str(path), engine="vllm"))
 
 
+def test_a_gpu_that_others_use_is_no_reason_for_another_engine(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from estune.engines.vllm.engine import VllmEngine
+
+    def start(*arguments: Any, **options: Any) -> Any:  # in the words of vllm/v1/worker/utils.py, `request_memory`
+        raise ValueError(
+            "Free memory on device cuda:0 (10.0/79.2 GiB) on startup is less than desired GPU memory utilization (0.9, "
+            "71.3 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
+        )
+
+    monkeypatch.setattr(internals, "start", start)
+    path = saved("llama")
+    with pytest.raises(EstuneError, match="; end what else uses the GPU or lower vllm_gpu_memory_utilization$"):
+        VllmEngine(Checkpoint(path), Config(model=str(path), engine="vllm"))
+
+
 def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, saved: Any, engines: Any) -> None:
     assert internals.check_version()
     monkeypatch.setattr(internals, "_version", lambda package: "0.40.1" if package == "vllm" else None)

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 120  # of a Countdown prompt, about
 TINY_PROMPT_TOKENS = 9  # of the same to the embedded model's tokenizer
-# Sequences at once that vLLM chooses on GPUs of at least so many bytes but the A100, elsewhere a quarter
-# (vllm/engine/arg_utils.py, 0.32).
-VLLM_ROWS = 1024
-VLLM_LARGE = 70 << 30
 
 
 def estimate_run(
@@ -125,16 +121,15 @@ def _by_engine(config: Config, work: Work, device: Device, shape: Shape) -> list
 
 
 def _vllm_rows(config: Config, work: Work, device: Device, shape: Shape) -> int:
-    """Sequences that vLLM decodes at once: as it is set, or its own choice, as far as keys and values fit."""
-    from estune.engines.vllm.engine import GPU_SHARE
+    """Sequences that vLLM decodes at once, as far as keys and values fit."""
+    from estune.engines.vllm.engine import GPU_SHARE, rows_at_once
 
     share = config.vllm_gpu_memory_utilization or GPU_SHARE / work.at_once
     bytes_ = BYTES[work.dtype]
     base = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) if work.base == "device" else 0
     room = share * device.memory - (shape.parameters * bytes_ + base) / work.parallel
     each = shape.cached * bytes_ / work.parallel * (work.prompt_tokens + work.new_tokens)
-    large = device.memory >= VLLM_LARGE and "A100" not in device.name
-    most = config.batch_size or (VLLM_ROWS if large else VLLM_ROWS // 4)
+    most = rows_at_once(config, on_cpu=False)
     return max(1, min(most, int(room / each))) if each else most
 
 
