@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -75,6 +76,16 @@ def test_threads_of_one_process_take_turns_too_and_an_error_ends_one() -> None:
     for thread in threads:
         thread.join(60)
     assert most == [1] * 8
+
+
+def test_what_one_user_locks_others_can_lock_too(tmp_path: Path) -> None:
+    mask = os.umask(0o077)
+    try:
+        with in_turn(["GPU-a"]), in_turn(["GPU-b"]):
+            pass
+    finally:
+        os.umask(mask)
+    assert [file.stat().st_mode & 0o777 for file in tmp_path.iterdir()] == [0o644, 0o644]
 
 
 def test_engines_on_a_cpu_wait_for_nobody() -> None:
