@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,10 @@ def test_the_stream_of_a_thread_is_remembered_where_we_forget_it(monkeypatch: py
     with pytest.raises(OSError, match="/nowhere"):
         internals.start(Path("/nowhere"), torch.device("cpu"), 1)
     assert set_to == ["the default one"]
+    assert torch_utils._current_stream_tls.value is None
+    monkeypatch.setattr(torch_utils._current_stream_tls, "value", "one of vLLM's")
+    internals.stop(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(shutdown=list))))
+    assert len(set_to) == 2
     assert torch_utils._current_stream_tls.value is None
 
 
