@@ -78,6 +78,8 @@ def save_random_model(size: str, folder: Path, end_ids: Sequence[int] = (), **ma
     model.generation_config.eos_token_id = list(end_ids) or None
     model.save_pretrained(folder)
     byte_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # this process would keep a GPU's memory that those it measures ask for
     return folder
 
 

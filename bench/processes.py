@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+LAST_SECONDS = 30  # to end what the object has started: left to itself, that keeps its memory on the device
+
 
 class Process:
     """Builds an object in a new process, and calls its methods there.
@@ -47,12 +49,13 @@ class Process:
     def close(self) -> None:
         """End the process, whatever it does."""
         self._pipe.close()
-        self._process.join(2)
+        self._process.join(LAST_SECONDS)
         self._process.terminate()
         self._process.join()
 
 
 def _serve(pipe: Connection, kind: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    multiprocessing.current_process().daemon = False  # or what it serves could start no process, as vLLM does
     torch.set_num_threads(1)
     served = _timed(pipe, lambda: kind(*arguments), keep=True)
     while True:

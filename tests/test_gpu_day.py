@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from bench.gpu import day
 from bench.gpu.day import STEPS, Step, run, run_all
+from bench.processes import Process
 from rich.console import Console
 
 
@@ -96,3 +98,22 @@ def test_without_a_gpu_nothing_is_said_to_have_passed(
         day.main()
     assert "sees no GPU; --toy" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+class Starts:
+    """What a contestant such as vLLM does: it starts a process of `multiprocessing`."""
+
+    def __init__(self) -> None:
+        child = multiprocessing.get_context("spawn").Process(target=int)
+        child.start()
+        child.join()
+        self.code = child.exitcode
+
+    def ended(self) -> int | None:
+        return self.code
+
+
+def test_a_contestant_may_start_processes_of_its_own() -> None:
+    contestant = Process(Starts)
+    assert contestant.call(1, "ended")[0] == 0
+    contestant.close()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import statistics
 import tempfile
 import time
@@ -38,8 +39,6 @@ from torch import profiler
 from estune.completion import Sampling
 from estune.config import Config
 from estune.es.strategy import Member, Update
-from estune.pool.open import with_length
-from estune.pool.replica import Replica
 from estune.weights.device import chosen_device
 
 MEMBERS, SIGMA, CHECKED = 30, 0.001, 16
@@ -59,8 +58,11 @@ class Plain:
         return self._generate(prompts)
 
     def _vllm(self, folder: Path) -> Callable[[list[list[int]]], int]:
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork cannot use a GPU that this process has looked for
         vllm = importlib.import_module("vllm")
-        llm = vllm.LLM(model=str(folder), skip_tokenizer_init=True, seed=0, dtype="bfloat16")
+        # On a CPU vLLM wants nearly all memory there is, of which others have some.
+        toy: dict[str, Any] = {"gpu_memory_utilization": 0.2} if self.device.type == "cpu" else {}
+        llm = vllm.LLM(model=str(folder), skip_tokenizer_init=True, seed=0, dtype="bfloat16", **toy)
         sampling = vllm.SamplingParams(temperature=0, max_tokens=self.new_tokens, ignore_eos=True, detokenize=False)
 
         def generate(prompts: list[list[int]]) -> int:
@@ -97,6 +99,10 @@ class Ours:
     """A replica: the engine with its weights."""
 
     def __init__(self, engine: str, folder: Path, device: str, new_tokens: int, at_once: int) -> None:
+        # Here, and not above: on a CPU vLLM by itself cannot start where our kernels are imported.
+        from estune.pool.open import with_length
+        from estune.pool.replica import Replica
+
         self.device = chosen_device(device)
         sharing: dict[str, Any] = {"workers": at_once, "workers_per_gpu": at_once} if at_once > 1 else {}
         config = Config(
@@ -232,8 +238,8 @@ def main() -> None:
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             figures[size] = measure(size, Path(folder), args)
-        print(size, rounded(figures[size]), flush=True)
-    write_result(f"gpu-{args.engine}{f'-{args.at_once}' * (args.at_once > 1)}", rounded(figures), args.results)
+        # After each size: what is there counts, also where the next one takes too long.
+        write_result(f"gpu-{args.engine}{f'-{args.at_once}' * (args.at_once > 1)}", rounded(figures), args.results)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings of the runs, key=value")
     args = parser.parse_args()
     figures: dict[str, Any] = {"settings": settings(args), **accelerator(chosen_device(args.device))}
-    common = ["--device", args.device, "--steps", str(args.steps)]
+    # The engine is named: where vLLM is installed it would be tried, and each start of it takes a minute.
+    common = ["--engine", "transformers", "--device", args.device, "--steps", str(args.steps)]
     common += [word for override in args.overrides for word in ("--" + override).split("=", 1)]
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder)

@@ -140,7 +140,7 @@ def main() -> None:
         figures[size] = found
         del tensors
         torch.cuda.empty_cache()
-    write_result("gpu-weights", rounded(figures), arguments.results)
+        write_result("gpu-weights", rounded(figures), arguments.results)
 
 
 if __name__ == "__main__":

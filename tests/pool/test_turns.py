@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from estune.config import Config
+from estune.errors import EstuneError
+from estune.pool.generator import open_generator
+from estune.pool.replica import Replica
 from estune.pool.turns import gpus_of, in_turn
 
 HOLDER = """
@@ -75,6 +81,33 @@ def test_threads_of_one_process_take_turns_too_and_an_error_ends_one() -> None:
     for thread in threads:
         thread.join(60)
     assert most == [1] * 8
+
+
+def test_what_one_user_locks_others_can_lock_too(tmp_path: Path) -> None:
+    mask = os.umask(0o077)
+    try:
+        with in_turn(["GPU-a"]), in_turn(["GPU-b"]):
+            pass
+    finally:
+        os.umask(mask)
+    assert [file.stat().st_mode & 0o777 for file in tmp_path.iterdir()] == [0o644, 0o644]
+
+
+@pytest.mark.parametrize("open_engine", [Replica, open_generator])
+def test_vllm_starts_where_its_gpus_are_held(
+    open_engine: Callable[[Config], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*arguments: object) -> None:
+        with (tmp_path / "estune-gpu-GPU-a.lock").open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        raise EstuneError("it has started")
+
+    monkeypatch.setattr("estune.engines.vllm.weights.open_vllm", start)
+    monkeypatch.setattr("estune.engines.vllm.engine.VllmEngine", start)
+    for module in ("replica", "generator"):
+        monkeypatch.setattr(f"estune.pool.{module}.gpus_of", lambda config: ["GPU-a"])
+    with pytest.raises(EstuneError, match="it has started"):
+        open_engine(Config(engine="vllm", device="cpu"))
 
 
 def test_engines_on_a_cpu_wait_for_nobody() -> None:

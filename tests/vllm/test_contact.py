@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from estune.engines.vllm import internals
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
@@ -44,6 +49,28 @@ def test_the_engine_takes_our_options() -> None:
     assert parameters(LLM.collective_rpc)[:4] == ["self", "method", "timeout", "args"]
     assert parameters(LLM.generate)[:3] == ["self", "prompts", "sampling_params"]
     assert "use_tqdm" in parameters(LLM.generate)
+
+
+def test_the_stream_of_a_thread_is_remembered_where_we_forget_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU vLLM puts a thread on a stream of its own, unless it remembers another."""
+    from vllm.utils import torch_utils
+
+    assert 'not hasattr(_current_stream_tls, "value") or _current_stream_tls.value is None' in inspect.getsource(
+        torch_utils.current_stream
+    )
+    set_to: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: "the default one")
+    monkeypatch.setattr(torch.cuda, "set_stream", set_to.append)
+    monkeypatch.setattr(torch_utils._current_stream_tls, "value", "one of vLLM's", raising=False)
+    with pytest.raises(OSError, match="/nowhere"):
+        internals.start(Path("/nowhere"), torch.device("cpu"), 1)
+    assert set_to == ["the default one"]
+    assert torch_utils._current_stream_tls.value is None
+    monkeypatch.setattr(torch_utils._current_stream_tls, "value", "one of vLLM's")
+    internals.stop(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(shutdown=list))))
+    assert len(set_to) == 2
+    assert torch_utils._current_stream_tls.value is None
 
 
 def test_sampling_takes_our_settings() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from estune.completion import Sampling
 from estune.config import Config
@@ -147,6 +148,53 @@ def test_a_length_without_room_is_refused_by_the_name_of_its_setting(
     path = saved("llama")
     monkeypatch.setattr(VllmEngine, "_cache_bytes", lambda *arguments: 1 << 17)
     with pytest.raises(EstuneError, match="vLLM cannot run model .* lower vllm_max_model_length"):
+        VllmEngine(Checkpoint(path), Config(model=str(path), engine="vllm"))
+
+
+def test_a_gpu_s_memory_is_divided(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 GiB; a token's keys and values are 2 layers x 2 x 2 heads x 32 x 4 bytes."""
+    from estune.engines.vllm import engine
+
+    asked: list[dict[str, Any]] = []
+
+    def start(path: Path, device: torch.device, parallel: int, **options: Any) -> Any:
+        asked.append(options)
+        raise EstuneError("asked")
+
+    monkeypatch.setattr(internals, "start", start)
+    monkeypatch.setattr(engine, "chosen_device", torch.device)
+    monkeypatch.setattr(engine, "total_memory", lambda device: 80 << 30)
+    path = saved("llama")
+
+    def ask(base: int = 0, **settings: Any) -> tuple[Any, ...]:
+        common = {"model": str(path), "engine": "vllm", "device": "cuda", "dtype": "float32"}
+        with pytest.raises(EstuneError, match="asked"):
+            engine.VllmEngine(Checkpoint(path), Config(**common, vllm_max_model_length=256, **settings), base)
+        names = ("gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "block_size")
+        return tuple(asked[-1][name] for name in names)
+
+    full = (256 + 32) * 1024  # bytes of a sequence of the longest text, and of a block beside it
+    assert ask() == (0.9, 256 * full, 256, None)
+    assert ask(8 << 30, workers=2, workers_per_gpu=2) == (pytest.approx(0.45 - 0.1), 256 * full, 256, None)
+    assert ask(prompts_per_step=5000)[1:3] == (1024 * full, 1024)
+    assert ask(batch_size=7)[1:3] == (7 * full, 7)
+    assert ask(vllm_gpu_memory_utilization=0.05)[:2] == (0.05, None)  # 4 GiB: no room to spare, so it is measured
+    with pytest.raises(EstuneError, match="takes 80.0 GiB of the GPU, which leaves nothing for vLLM; set base_device"):
+        engine.VllmEngine(Checkpoint(path), Config(model=str(path), engine="vllm", device="cuda"), 80 << 30)
+
+
+def test_a_gpu_that_others_use_is_no_reason_for_another_engine(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from estune.engines.vllm.engine import VllmEngine
+
+    def start(*arguments: Any, **options: Any) -> Any:  # in the words of vllm/v1/worker/utils.py, `request_memory`
+        raise ValueError(
+            "Free memory on device cuda:0 (10.0/79.2 GiB) on startup is less than desired GPU memory utilization (0.9, "
+            "71.3 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
+        )
+
+    monkeypatch.setattr(internals, "start", start)
+    path = saved("llama")
+    with pytest.raises(EstuneError, match="; end what else uses the GPU or lower vllm_gpu_memory_utilization$"):
         VllmEngine(Checkpoint(path), Config(model=str(path), engine="vllm"))
 
 

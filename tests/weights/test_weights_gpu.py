@@ -6,6 +6,7 @@ The interpreter takes ten microseconds an element, so that tensors and blocks ar
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from estune.es.strategy import Member, Update
 from estune.noise import reference
 from estune.weights.base import keeps_base_on_host, make_base
 from estune.weights.checkpoint import Checkpoint
+from estune.weights.checkpoint import Tensor as StoredTensor
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.storage import BUFFERS, STREAMED_LENGTH, DeviceStorage, StreamedStorage
 from estune.weights.weights import Weights
@@ -225,6 +227,45 @@ def test_streams_take_turns_and_are_waited_for(monkeypatch: pytest.MonkeyPatch) 
         *(("current", "waits for", name) for name in both),
         ("host", "waits"),
     ]
+
+
+class _StreamsOfThreads:
+    """In place of `torch.cuda`: every thread has a current stream, and begins on the default one."""
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()
+
+    def current_stream(self) -> str:
+        return str(getattr(self._of_thread, "stream", "default"))
+
+    @contextmanager
+    def stream(self, stream: str) -> Iterator[None]:
+        before = self.current_stream()
+        self._of_thread.stream = stream
+        yield
+        self._of_thread.stream = before
+
+
+def test_threads_that_read_a_checkpoint_are_on_the_stream_of_their_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere they would write to weights that what was asked for before still perturbs."""
+    base = Checkpoint(save_model(tmp_path / "model", "llama"))
+    streams = _StreamsOfThreads()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
+    used: list[str] = []
+    read = StoredTensor.stored
+    monkeypatch.setattr(
+        StoredTensor,
+        "stored",
+        lambda *a: used.append(streams.current_stream()) or read(*a),  # type: ignore[func-returns-value]
+    )
+    weights = Weights(trained_parameters(build_model("llama"), base.tensors), threads=2)
+    with streams.stream("the engine's"):
+        weights.load(base)
+        weights.show(base)
+        weights.change(base)
+    assert set(used) == {"the engine's"}
 
 
 def test_the_base_passes_through_two_small_buffers() -> None:

@@ -67,7 +67,8 @@ class Replica(Generator):
         """Generate with a member's weights."""
         start = time.perf_counter()
         self.weights.perturb(member, sigma)
-        synchronize(self._device)  # for the clock: a device is still at work
+        if not self._vllm:  # whose processes wait for their own devices; this one may have nothing on any
+            synchronize(self._device)  # for the clock: a device is still at work
         perturbed = time.perf_counter()
         completions = self.engine.generate(prompt_ids, sampling)
         return Evaluated(completions, perturbed - start, time.perf_counter() - perturbed)

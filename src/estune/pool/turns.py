@@ -9,7 +9,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from estune.config import Config
@@ -59,7 +59,10 @@ def _alone(gpu: str, first: float) -> Iterator[None]:
 def _open(path: Path) -> int:
     """A file that users of all names can lock: for that it need only be read."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        return os.open(path, flags)  # where it is another user's, asking to create it would be refused
-    except FileNotFoundError:
-        return os.open(path, flags | os.O_CREAT, 0o644)
+    while True:
+        with suppress(FileNotFoundError):
+            return os.open(path, flags)  # where it is another user's, asking to create it would be refused
+        with suppress(FileExistsError):  # somebody was faster
+            file = os.open(path, flags | os.O_CREAT | os.O_EXCL)
+            os.fchmod(file, 0o644)  # whatever this user's mask forbids
+            return file

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from estune.errors import EstuneError
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 def pick_device(device: str) -> torch.device:
@@ -55,6 +59,23 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()  # which takes no device, as there is one
     else:
         torch.get_device_module(device).synchronize(device)
+
+
+def on_this_stream(device: torch.device, work: Callable[[T], S]) -> Callable[[T], S]:
+    """`work` for other threads, on the stream of a device on which this thread is now.
+
+    A new thread is on the device's default one, and nothing orders the two: vLLM is on a stream of its own.
+    """
+    module = torch.get_device_module(device)
+    if not hasattr(module, "current_stream"):  # Apple's MPS has one for all
+        return work
+    stream = module.current_stream()
+
+    def run(item: T) -> S:
+        with module.stream(stream):
+            return work(item)
+
+    return run
 
 
 def device_kernels() -> Any:

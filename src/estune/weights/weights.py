@@ -24,6 +24,7 @@ from estune.noise.rows import Run
 from estune.weights.base import Share, make_base, share_of
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, widen
 from estune.weights.checkpoint import Tensor as StoredTensor
+from estune.weights.device import on_this_stream
 from estune.weights.parameters import Parameter, Rectangle
 from estune.weights.policies import POLICIES, NoiseMode, Perturbation, PolicyName, Rounding, Rule
 from estune.weights.storage import CpuStorage, Storage, as_array, flat, open_storage, sums_of_squares, type_name
@@ -237,8 +238,15 @@ class Weights:
             for p, tensor in tensors
             for first, end, read in _stretches(checkpoint.tensors[p.name], p.part)
         ]
+        if not stretches:
+            return []
+
+        def on_stretch(stretch: tuple[Tensor, Callable[[], Array]]) -> T:
+            return work(*stretch)
+
+        each = on_this_stream(stretches[0][0].device, on_stretch)
         with ThreadPoolExecutor(self._threads) as threads:
-            return list(threads.map(lambda stretch: work(*stretch), stretches))
+            return list(threads.map(each, stretches))
 
     def _settle(self) -> None:
         """Have the base whole, to be read or changed: there is none while live weights that are it are perturbed."""

@@ -31,6 +31,11 @@ CPU_MEMORY_SHARE = 4  # of a CPU's memory beside weights and base, keys and valu
 BLOCK = 32  # tokens of a block of keys and values; prompts share whole blocks, and a CPU wants multiples of 32
 GPU_ROWS = (256, 1024)  # sequences decoded at once on a GPU: as many as a step has prompts, within these
 GPU_SHARE = 0.9  # of a GPU's memory, for weights, base, keys and values
+REMEDIES = {  # by what vLLM says
+    "free memory on device": "end what else uses the GPU or lower vllm_gpu_memory_utilization",
+    "kv cache": "lower vllm_max_model_length or raise vllm_gpu_memory_utilization",
+}
+REMEDY = "use engine=transformers if vLLM does not know it"
 Digest = list[dict[int, float]]
 
 
@@ -81,7 +86,7 @@ class VllmEngine(PromptEncoder):
 
     def _start(self, checkpoint: Checkpoint, config: Config, base: int) -> Any:
         on_cpu = self.device.type == "cpu"
-        rows = config.batch_size or (CPU_ROWS if on_cpu else gpu_rows(config.prompts_per_step))
+        rows = rows_at_once(config, on_cpu=on_cpu)
         share = None if on_cpu else self._utilization(config, base)
         try:
             with memory_for("vLLM", "lower vllm_gpu_memory_utilization or vllm_max_model_length"):
@@ -103,11 +108,7 @@ class VllmEngine(PromptEncoder):
             raise
         except Exception as error:  # of any kind, for a model that it does not know or a build that does not fit
             why = " ".join(str(error).split()) or type(error).__name__
-            remedy = (
-                "lower vllm_max_model_length or raise vllm_gpu_memory_utilization"
-                if "KV cache" in why or "kv cache" in why
-                else "use engine=transformers if vLLM does not know it"
-            )
+            remedy = next((do for found, do in REMEDIES.items() if found in why.lower()), REMEDY)
             raise EstuneError(f"vLLM cannot run model {self.name}: {why}; {remedy}") from error
 
     def _utilization(self, config: Config, base: int) -> float:
@@ -207,9 +208,10 @@ class VllmEngine(PromptEncoder):
             self.llm = None
 
 
-def gpu_rows(prompts: int) -> int:
-    """Sequences decoded at once on a GPU, as far as keys and values fit, where a step has so many prompts."""
-    return min(max(prompts, GPU_ROWS[0]), GPU_ROWS[1])
+def rows_at_once(config: Config, *, on_cpu: bool) -> int:
+    """Sequences that vLLM decodes at once, at most."""
+    least, most = (CPU_ROWS, CPU_ROWS) if on_cpu else GPU_ROWS
+    return config.batch_size or min(max(config.prompts_per_step, least), most)
 
 
 def live_dtype(checkpoint: Checkpoint, config: Config, model: Any) -> str:

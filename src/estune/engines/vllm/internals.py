@@ -5,6 +5,7 @@ vLLM is imported by the functions that need it: importing this module does witho
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import logging
 import os
@@ -104,6 +105,9 @@ def start(path: Path, device: torch.device, parallel: int, **options: Any) -> An
             use_tqdm_on_load=False,
             **{name: value for name, value in options.items() if value is not None},
         )
+    except BaseException:
+        _leave_stream()
+        raise
     finally:
         torch.set_num_threads = threads
 
@@ -121,6 +125,20 @@ def _hide_llvmlite() -> None:
 def stop(llm: Any) -> None:
     """End the engine and the processes that it started."""
     llm.llm_engine.engine_core.shutdown()
+    gc.unfreeze()  # vLLM has hidden from the collector all that there was when it had started, its weights among it
+    _leave_stream()
+
+
+def _leave_stream() -> None:
+    """Put this thread back on the GPU's default stream, on which all other threads are.
+
+    vLLM puts the thread that starts it on one of its own. What comes after vLLM would run there, and nothing would
+    order it and the work of other threads. vLLM is to take it for a thread that never was on a stream: it captures on
+    the one that it knows, and cannot on the default one.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(torch.cuda.default_stream())
+        sys.modules["vllm.utils.torch_utils"]._current_stream_tls.value = None
 
 
 def generate(

@@ -18,9 +18,11 @@ from torch import Tensor
 from estune.engines.vllm import internals
 from estune.engines.vllm.parameter_map import Place, by_rows, draw_map
 from estune.errors import EstuneError
+from estune.es.strategy import Member
 from estune.noise.reference import tensor_id
 from estune.noise.rows import Run
 from estune.weights.checkpoint import Checkpoint
+from estune.weights.device import synchronize
 from estune.weights.parameters import Parameter
 from estune.weights.policies import Rule
 from estune.weights.storage import Array, Storage, as_array, flat, open_storage
@@ -137,6 +139,12 @@ class Shard:
         self.load(opening.checkpoint)
         self.weights.restore()
         self._compare(before, "loading it by the map of the parameters")
+
+    def perturb(self, member: Member, sigma: float) -> None:
+        """As `Weights.perturb`, and wait until it is done, for the clock: only this process can."""
+        assert self.weights is not None
+        self.weights.perturb(member, sigma)
+        synchronize(next(iter(self._tensors.values())).device)
 
     def load(self, path: Path) -> None:
         """As `Weights.load`."""

@@ -139,7 +139,7 @@ def _vllm_rows(config: Config, work: Work, device: Device, shape: Shape) -> int:
 
 def _held_by_vllm(config: Config, work: Work, device: Device, shape: Shape) -> Work:
     """The work with the sequences, their length and the part of the GPU's memory that vLLM is started with."""
-    from estune.engines.vllm.engine import GPU_SHARE, gpu_rows
+    from estune.engines.vllm.engine import GPU_SHARE, rows_at_once
     from estune.pool.open import with_length
 
     share = GPU_SHARE
@@ -148,7 +148,7 @@ def _held_by_vllm(config: Config, work: Work, device: Device, shape: Shape) -> W
         share = min(1.0, work.at_once * (config.vllm_gpu_memory_utilization + base / device.memory))
     return replace(
         work,
-        rows=config.batch_size or gpu_rows(work.prompts),
+        rows=rows_at_once(config, on_cpu=False),
         slots=with_length(config, work.prompt_tokens).vllm_max_model_length or work.slots,
         share=share,
     )
