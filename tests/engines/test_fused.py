@@ -20,6 +20,7 @@ from estune.engines.cpu import fused, kernels
 from estune.engines.cpu.fused import FusedDecoder, unfusable
 from estune.engines.cpu.products import MANY, Products
 from estune.engines.decode import Decoder
+from estune.engines.score import log_probabilities
 from estune.engines.tree import PromptTree, common_prefix
 from estune.errors import EstuneError
 from tests.engines.test_decode import cut, decode, random_prompts, reference, unchanged
@@ -230,6 +231,22 @@ def test_samples_equal_those_of_the_plain_loop() -> None:
     rows = decode(decoder_of(model), prompts, sampling)
     assert rows == decode(Decoder(copy.deepcopy(model), (), 0), prompts, sampling)
     assert len({tuple(row) for row in rows}) == len(rows), "equal prompts must differ"
+
+
+@pytest.mark.parametrize("pieces", [(1024, 10**9), (7, 1500)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scores_equal_those_of_the_models_own_forward(
+    name: str, pieces: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, logits = pieces
+    monkeypatch.setattr(fused, "PREFILL_TOKENS", tokens)
+    model = model_of(name)
+    prompts = [*MIXED, *BRANCHING, MIXED[3]]
+    completions = [random_prompts((length,))[0] for length in (5, 1, 7, 3, 3, 9, 2)] + [[5, 6, 7]] * 7
+    found = decoder_of(model).score(prompts, completions, logits)
+    expected = log_probabilities(model, prompts, completions, 10**9)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-4)
 
 
 def test_weights_gone_astray_end_in_tokens_not_in_a_crash() -> None:

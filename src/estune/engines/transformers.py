@@ -129,7 +129,14 @@ class TransformersEngine(PromptEncoder):
         """Log-probability (nats) of every token of every completion under the live weights."""
         logits = self._batch_memory // (4 * SCORE_COPIES)
         with memory_for("the logits of a batch", "lower max_new_tokens"):
-            return log_probabilities(self.model, prompt_ids, completion_ids, logits)
+            if not isinstance(self.decoder, FusedDecoder):
+                return log_probabilities(self.model, prompt_ids, completion_ids, logits)
+            found = []
+            most = self.fitting_rows(max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)))
+            for start in range(0, len(prompt_ids), most):
+                part = slice(start, start + most)
+                found += self.decoder.score(prompt_ids[part], completion_ids[part], logits)
+            return found
 
     def batches(self, prompt_ids: Sequence[Sequence[int]], new: int) -> Iterator[tuple[AnyDecoder, list[int]]]:
         """Prompt numbers by rising length, in batches of equal size, each with its decoder.

@@ -151,6 +151,39 @@ class FusedDecoder:
             out[rows, step] = token = self._choose(hidden, numbers[torch.from_numpy(rows)], step, sampling)
         return torch.from_numpy(out)
 
+    @torch.inference_mode()
+    def score(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], logits: int
+    ) -> list[list[float]]:
+        """Log-probability (nats) of every token of every completion; as `score.log_probabilities`."""
+        rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
+        longest = max(map(len, rows))
+        self._reach(longest)
+        cache = self._cache("rows", len(rows), longest)
+        none = self._cache("none", 1, 0)
+        tree = PromptTree.of(rows, 0)
+        # 1. The nodes after which a completion's tokens come, by rising node, and these tokens.
+        first = np.array([len(prompt) - 1 for prompt in prompts])
+        wanted = tree.cached.positions >= first[tree.cached.rows]
+        nodes, of, at = (part[wanted] for part in (tree.cached.tokens, tree.cached.rows, tree.cached.positions))
+        at = at - first[of]
+        following = torch.tensor([completions[row][place] for row, place in zip(of, at, strict=True)])
+        found = [[0.0] * len(completion) for completion in completions]
+        # 2. Some nodes at a time, and of these as many as logits may be held of.
+        most = max(1, logits // len(self._is_end))
+        for start in range(0, len(tree.ids), PREFILL_TOKENS):
+            stop = min(start + PREFILL_TOKENS, len(tree.ids))
+            places = tree.nodes.between(start, stop), tree.cached.between(start, stop)
+            hidden = self.forward(tree.ids[start:stop], *places, cache, none, 0)
+            low, high = np.searchsorted(nodes, (start, stop)).tolist()
+            for begin in range(low, high, most):
+                part = slice(begin, min(begin + most, high))
+                values = torch.from_numpy(self._product(hidden[nodes[part] - start], *self._head))
+                chosen = values.gather(1, following[part, None]).squeeze(1) - values.logsumexp(1)
+                for row, place, value in zip(of[part], at[part], chosen.tolist(), strict=True):
+                    found[row][place] = value
+        return found
+
     def _prefill(self, prompts: Sequence[Sequence[int]], shared: int, cache: _Cache, prefix: _Cache) -> Array:
         """Cache the prompts; return the last hidden state of each, `[prompts, hidden]`.
 
