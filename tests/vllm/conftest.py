@@ -27,7 +27,10 @@ elif POSSIBLE:
     import numba  # noqa: F401  # as vLLM will, for `prepare` to see it
 
     prepare()
-    start("tests.vllm.packed", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker")
+
+    def pytest_configure() -> None:
+        start("tests.vllm.packed", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker")
+
 
 # Heads as wide as vLLM's kernels for CPUs take; a vocabulary that is not a multiple of 64 and so is padded.
 SHAPE: dict[str, Any] = {
