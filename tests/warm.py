@@ -35,6 +35,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -44,6 +45,8 @@ MODULES = (
     *("estune.cli", "estune.pool.process", "estune.study.jobs", "tests.runs"),
     *("bench.gpu.weights", "bench.gpu.training", "bench.gpu.engine"),
 )
+if find_spec("trl"):
+    MODULES = (*MODULES, "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WARM = "ESTUNE_TESTS_WARM"  # in the environment: the descriptor at which Ray's workers are asked for
 NAME = b"warm"  # of the process, by which those who count children know it
