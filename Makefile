@@ -19,8 +19,6 @@ ARGS ?=
 PIP_OPTIONS := --disable-pip-version-check --no-input -q
 install-with = { $(1)/bin/uv pip install -q --python $(1)/bin/python $(2) $(3) || \
 	$(1)/bin/python -m pip install $(PIP_OPTIONS) $(2); }
-# Runs that end stop vLLM's engine, and with it what all engines of a process share: they are tested in one of their own.
-VLLM_PYTEST = $(ONE_THREAD) $(VLLM)/bin/python -m pytest $(PLAIN) -c tests/vllm/pytest.ini --rootdir .
 CHECKED := src tests bench recipes docs examples
 # Tests and checks compute on one thread each: on busy cores more of them wait for one another.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -52,8 +50,7 @@ pytest: $(VENV)/.test-installed ## run the tests alone: make pytest ARGS=tests/t
 	$(ONE_THREAD) $(BIN)/python -m pytest $(PLAIN) -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 vllm: $(VLLM)/.installed ## install vLLM in an environment of its own and run its tests there
-	$(VLLM_PYTEST) tests/vllm --ignore tests/vllm/test_training.py $(ARGS)
-	$(VLLM_PYTEST) tests/vllm/test_training.py $(ARGS)
+	$(ONE_THREAD) $(VLLM)/bin/python -m pytest $(PLAIN) -c tests/vllm/pytest.ini --rootdir . tests/vllm $(ARGS)
 
 install: $(VENV)/.test-installed ## install the package in place, with the tools to work on it
 	@echo "installed; activate with: . $(VENV)/bin/activate"

@@ -1,12 +1,12 @@
 """Python processes without the seconds that importing takes: forks of one that has imported what they need.
 
-`subprocess` starts `python -m MODULE ...`, also with `-P`, for one of `Warm.modules`, and the scripts of `examples`,
-through a warm process: a fork of this one from before any test, idle and without threads, which forks what it is asked
-for. So does `multiprocessing` what it spawns, Ray's raylet its workers, and pytest-xdist its own: they have imported
-what the process that hands out their tests has. With Linux's CLONE_PARENT that is a child of the process that
-asked, as any that it starts: with the descriptors, the environment, the folder and the session that it was given, the
-signals and the exit code of an interpreter, to be waited for, stopped and killed. Only its modules are there already.
-Each child has a warm process of its own, for children of its own.
+`subprocess` starts `python -m MODULE ...`, also with `-P`, for one of `Warm.modules`, `python -u -c TEXT` and scripts
+of `examples` through a warm process: a fork of this one from before any test, idle and without threads, which forks
+what it is asked for. So does `multiprocessing` what it spawns, Ray's raylet its workers, and pytest-xdist those that
+run tests, in which all is imported that was in the one which hands the tests out. With Linux's CLONE_PARENT that is a
+child of the process that asked, as any that it starts: with the descriptors, the environment, the folder and the
+session that it was given, the signals and the exit code of an interpreter, to be waited for, stopped and killed. Only
+its modules are there already. Each child has a warm process of its own, for children of its own.
 
 A test of what a new interpreter does asks for the fixture `new_interpreters`.
 """
@@ -19,6 +19,7 @@ import ctypes
 import faulthandler
 import fcntl
 import functools
+import gc
 import importlib
 import io
 import json
@@ -71,6 +72,8 @@ def start(*more: str) -> None:
     for module in Warm.modules:
         importlib.import_module(module)
     _run_once()
+    gc.freeze()  # collections need not look at all that has been imported, here and in every child
+    atexit.register(gc.unfreeze)
     Warm.without_ray = not more and "ray" not in sys.modules  # vLLM's workers start as everybody's do
     subprocess.Popen._execute_child = execute  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
@@ -177,7 +180,7 @@ def _forked_python(arguments: list[str]) -> list[str] | None:
     match arguments:
         case ["-m", module, *_] if module in Warm.modules:
             return arguments
-        case ["-u", "-c", _]:  # as pytest-xdist starts its own
+        case ["-u", "-c", *_]:  # as pytest-xdist starts its own
             return arguments[1:]
         case [script, *_] if Path(script).parent == EXAMPLES:
             return ["", *arguments]
