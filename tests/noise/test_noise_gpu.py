@@ -37,7 +37,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of few elements, as the interpreter is slow."""
     if not ON_GPU:
         monkeypatch.setattr(gpu, "BLOCK", 16)
-        monkeypatch.setattr(gpu, "STEPS", 2)
+        monkeypatch.setattr(gpu, "STEPS", 3)
 
 
 def weights(size: int, dtype: torch.dtype) -> torch.Tensor:
