@@ -13,8 +13,6 @@ from tests.compiled import compiled
 
 os.environ.setdefault("NUMBA_CACHE_DIR", compiled())
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Of two of vLLM's functions, which count and compare whole numbers: a compiler of C++ takes longer than most tests.
-os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 import pytest
 
@@ -37,6 +35,8 @@ elif POSSIBLE:
     import numba  # noqa: F401  # as vLLM will, for `prepare` to see it
 
     prepare()
+    # PyTorch would compile two of vLLM's functions, which count and compare whole numbers: longer than most tests take.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
     def pytest_configure() -> None:
         from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
