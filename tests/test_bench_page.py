@@ -15,9 +15,16 @@ from bench.page import build, newest
 from bench.study import page as study_page
 
 
-def test_the_page_shows_every_newest_result_with_its_command(tmp_path: Path) -> None:
-    build(RESULTS, tmp_path / "performance.md")
-    page = (tmp_path / "performance.md").read_text()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the page and its pictures."""
+    found = tmp_path_factory.mktemp("page")
+    build(RESULTS, found / "performance.md")
+    return found
+
+
+def test_the_page_shows_every_newest_result_with_its_command(folder: Path) -> None:
+    page = (folder / "performance.md").read_text()
     results = newest(RESULTS)
     assert results
     for result in results.values():
@@ -25,20 +32,17 @@ def test_the_page_shows_every_newest_result_with_its_command(tmp_path: Path) -> 
     pictures = re.findall(r"\]\((images/.+?)\)", page)
     assert pictures
     for picture in pictures:
-        assert (tmp_path / picture).read_text().endswith("</svg>\n")
+        assert (folder / picture).read_text().endswith("</svg>\n")
 
 
-def test_the_page_in_the_documentation_is_of_these_results(tmp_path: Path) -> None:
+def test_the_page_in_the_documentation_is_of_these_results(folder: Path) -> None:
+    assert (folder / "performance.md").read_text() == Path("docs/performance.md").read_text()
+
+
+def test_the_same_results_give_the_same_page(folder: Path, tmp_path: Path) -> None:
     build(RESULTS, tmp_path / "performance.md")
-    assert (tmp_path / "performance.md").read_text() == Path("docs/performance.md").read_text()
-
-
-def test_the_same_results_give_the_same_page(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        build(RESULTS, tmp_path / name / "performance.md")
     one, two = (
-        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
-        for name in ("one", "two")
+        {p.relative_to(place): p.read_bytes() for p in place.rglob("*") if p.is_file()} for place in (folder, tmp_path)
     )
     assert one == two
 

@@ -1,11 +1,12 @@
 """Python processes without the seconds that importing takes: forks of one that has imported what they need.
 
-`subprocess` starts `python -m MODULE ...`, also with `-P`, for one of `Warm.modules`, through a warm process: a fork of
-this one from before any test, idle and without threads, which forks what it is asked for. So does `multiprocessing`
-what it spawns, and so does Ray's raylet its workers. With Linux's CLONE_PARENT that is a child of the process that
-asked, as any that it starts: with the descriptors, the environment, the folder and the session that it was given, the
-signals and the exit code of an interpreter, to be waited for, stopped and killed. Only its modules are there already.
-Each child has a warm process of its own, for children of its own.
+`subprocess` starts `python -m MODULE ...`, also with `-P`, for one of `Warm.modules`, `python -u -c TEXT` and scripts
+of `examples` through a warm process: a fork of this one from before any test, idle and without threads, which forks
+what it is asked for. So does `multiprocessing` what it spawns, Ray's raylet its workers, and pytest-xdist those that
+run tests, in which all is imported that was in the one which hands the tests out. With Linux's CLONE_PARENT that is a
+child of the process that asked, as any that it starts: with the descriptors, the environment, the folder and the
+session that it was given, the signals and the exit code of an interpreter, to be waited for, stopped and killed. Only
+its modules are there already. Each child has a warm process of its own, for children of its own.
 
 A test of what a new interpreter does asks for the fixture `new_interpreters`.
 """
@@ -18,6 +19,7 @@ import ctypes
 import faulthandler
 import fcntl
 import functools
+import gc
 import importlib
 import io
 import json
@@ -34,6 +36,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -43,6 +46,9 @@ MODULES = (
     *("estune.cli", "estune.pool.process", "estune.study.jobs", "tests.runs"),
     *("bench.gpu.weights", "bench.gpu.training", "bench.gpu.engine"),
 )
+if find_spec("trl"):
+    MODULES = (*MODULES, "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")
+EXAMPLES = Path(__file__).parents[1] / "examples"
 WARM = "ESTUNE_TESTS_WARM"  # in the environment: the descriptor at which Ray's workers are asked for
 NAME = b"warm"  # of the process, by which those who count children know it
 
@@ -56,13 +62,18 @@ POSSIBLE = sys.platform == "linux" and _CLONE is not None
 
 
 def start(*more: str) -> None:
-    """Have the modules of `MODULES`, and more, and from now on start children of them warm."""
-    if not POSSIBLE:
+    """Have the modules of `MODULES`, and more, and from now on start children of them warm.
+
+    Not within an import: it would be going on in all children. pytest-xdist's processes have this from their first one.
+    """
+    if not POSSIBLE or Warm.is_there():
         return
     Warm.modules = (*MODULES, *more)
     for module in Warm.modules:
         importlib.import_module(module)
     _run_once()
+    gc.freeze()  # collections need not look at all that has been imported, here and in every child
+    atexit.register(gc.unfreeze)
     Warm.without_ray = not more and "ray" not in sys.modules  # vLLM's workers start as everybody's do
     subprocess.Popen._execute_child = execute  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
@@ -95,6 +106,11 @@ class Warm:
     without_ray = False  # which takes settings from the environment when it is imported: each worker must do so itself
     _socket: socket.socket | None = None
     _lock = threading.Lock()
+
+    @classmethod
+    def is_there(cls) -> bool:
+        """Whether it has been forked."""
+        return cls._socket is not None
 
     @classmethod
     def start(cls) -> None:
@@ -139,15 +155,15 @@ def execute(self: Any, args: Any, executable: Any, preexec_fn: Any, close_fds: b
     safe_path = command[1:2] == ["-P"]
     if safe_path:
         del command[1]
-    module = command[:2] == [sys.executable, "-m"] and command[2] in Warm.modules
-    if not (plain and (module or raylet)):
+    python = _forked_python([os.fspath(each) for each in command[1:]]) if command[:1] == [sys.executable] else None
+    if not (plain and (python or raylet)):
         execute_cold(self, args, executable, preexec_fn, close_fds, *rest)
         return
     stdin, _, _, stdout, _, stderr = pipes
     streams = {number: fd if fd >= 0 else number for number, fd in enumerate((stdin, stdout, stderr))}
     given = {number: fd for number, fd in streams.items() if number not in closed} | {fd: fd for fd in pass_fds}
     request = {
-        "arguments": list(map(os.fspath, command[1:])) if module else ["raylet", *with_warm_workers(command)],
+        "arguments": python or ["raylet", *with_warm_workers(command)],
         "environment": dict(os.environ if env is None else env),
         "folder": os.fspath(cwd or os.getcwd()),
         "session": bool(new_session),
@@ -157,6 +173,19 @@ def execute(self: Any, args: Any, executable: Any, preexec_fn: Any, close_fds: b
     self.pid = Warm.fork(request, list(given.values()))
     self._child_created = True
     self._close_pipe_fds(*pipes)
+
+
+def _forked_python(arguments: list[str]) -> list[str] | None:
+    """What `_become` takes for a Python with these arguments, None if a warm process cannot be it."""
+    match arguments:
+        case ["-m", module, *_] if module in Warm.modules:
+            return arguments
+        case ["-u", "-c", *_]:  # as pytest-xdist starts its own
+            return arguments[1:]
+        case [script, *_] if Path(script).parent == EXAMPLES:
+            return ["", *arguments]
+        case _:
+            return None
 
 
 def with_warm_workers(command: list[str]) -> list[str]:

@@ -195,7 +195,8 @@ load_model(Path(sys.argv[1]), "float32", torch.device("cpu"))
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="limits the address space as Linux does")
 def test_loading_says_that_weights_do_not_fit(tmp_path: Path) -> None:
     save_model(tmp_path, "llama", vocab_size=200_000)  # twice 51 MB of embeddings
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-u", "-c", SCRIPT, str(tmp_path)]  # a warm one
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert "EstuneError: out of memory for the live weights: asked for " in last
     assert "take a smaller model" in last

@@ -150,7 +150,7 @@ def test_an_interrupted_sweep_leaves_nothing_running(tmp_path: Path) -> None:
     code = (
         f"from pathlib import Path; from estune.study.sweep import sweep; sweep(Path({str(folder)!r}), None, {given!r})"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-u", "-c", code], stderr=subprocess.DEVNULL)  # a warm one
     try:
         journal = folder / "seed=0" / FILE
         deadline = time.monotonic() + 120

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -21,13 +22,28 @@ from estune.weights.checkpoint import Checkpoint
 from tests.models import save_model
 from tests.warm import POSSIBLE, start
 
+# What engines and their processes load first, and what looks at each architecture in a process of its own.
+WARM = (
+    *("tests.vllm.packed", "vllm.entrypoints.llm", "vllm.v1.core.sched.scheduler"),
+    *("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker"),
+    *("vllm.model_executor.models.registry", "vllm.model_executor.models.qwen3"),
+)
+
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 elif POSSIBLE:
     import numba  # noqa: F401  # as vLLM will, for `prepare` to see it
 
     prepare()
-    start("tests.vllm.packed", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker")
+    # PyTorch would compile two of vLLM's functions, which count and compare whole numbers: longer than most tests take.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+    def pytest_configure() -> None:
+        from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+        SpinCondition.__init__.__defaults__ = (0.2,)  # seconds that a process computes while it waits: a whole one
+        start(*WARM)
+
 
 # Heads as wide as vLLM's kernels for CPUs take; a vocabulary that is not a multiple of 64 and so is padded.
 SHAPE: dict[str, Any] = {
@@ -38,6 +54,12 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "num_hidden_layers": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def _as_quick_collections() -> None:
+    """An engine that ends has undone what `start` did."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +77,23 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def engines() -> Iterator[Callable[..., Any]]:
+def started() -> Iterator[dict[tuple[Path, str, int], Any]]:
+    """Engines that run, by model, type and processes."""
+    found: dict[tuple[Path, str, int], Any] = {}
+    yield found
+    close(found)
+
+
+def close(started: dict[tuple[Path, str, int], Any]) -> None:
+    for engine in started.values():
+        engine.close()
+    started.clear()
+
+
+@pytest.fixture(scope="session")
+def engines(started: dict[tuple[Path, str, int], Any]) -> Callable[..., Any]:
     """The engine over a model, started at the first call for it."""
     from estune.engines.vllm.engine import VllmEngine
-
-    started: dict[tuple[Path, str, int], VllmEngine] = {}
 
     def engine(path: Path, dtype: str = "float32", parallel: int = 1) -> VllmEngine:
         key = (path, dtype, parallel)
@@ -68,6 +102,15 @@ def engines() -> Iterator[Callable[..., Any]]:
             started[key] = VllmEngine(Checkpoint(path), settings)
         return started[key]
 
-    yield engine
-    for one in started.values():
-        one.close()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def alone_here(started: dict[tuple[Path, str, int], Any]) -> None:
+    """None of these engines runs: what all of a process share ends with any of them, as where a run does."""
+    close(started)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that have engines of their own come last."""
+    items.sort(key=lambda item: "alone_here" in getattr(item, "fixturenames", ()))

@@ -29,6 +29,8 @@ from tests.rays import until
 from tests.runs import assert_same_run, make_config, make_task, substance
 from tests.vllm.pairs import PROMPTS, UPDATE
 
+pytestmark = pytest.mark.usefixtures("alone_here")
+
 
 def descendants(parent: int) -> set[int]:
     """All processes that a process has started, and those that they have, but for Python's own resource tracker.

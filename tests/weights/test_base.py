@@ -100,7 +100,7 @@ def test_memory_outlives_its_descriptor_and_is_the_same_in_another_process() -> 
     memory = open_memory()
     here = Share(memory, 0, 2).map(5000)
     program = f"from estune.weights.base import Share; Share({memory}, 1, 2).map(5000)[4999] = 42"
-    there = subprocess.Popen([sys.executable, "-c", program], pass_fds=[memory])
+    there = subprocess.Popen([sys.executable, "-u", "-c", program], pass_fds=[memory])  # a warm one
     os.close(memory)
     assert there.wait() == 0
     assert here[4999] == 42
