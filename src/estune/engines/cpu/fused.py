@@ -31,6 +31,8 @@ from estune.engines.tree import Places, PromptTree, common_prefix
 
 ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 PREFILL_TOKENS = decode.PREFILL_TOKENS["cpu"]
+SHARED_OUT = 256
+"""Tokens from which on threads share what is done between products; attention they always share."""
 HEAD_ROWS = 8192
 """Tokens of the vocabulary whose logits are computed at once, and forgotten but for the largest."""
 
@@ -276,10 +278,12 @@ class FusedDecoder:
         return token
 
     def _run(self, kernel: Callable[..., None], by_token: tuple[Array, ...], *whole: Any) -> None:
-        """Run a kernel, its tokens shared out over the threads."""
-        self._product.in_parts(
-            len(by_token[0]), lambda first, last: kernel(*(array[first:last] for array in by_token), *whole)
-        )
+        """Run a kernel, its tokens shared out over the threads; a few by this one, before others were awake."""
+        count = len(by_token[0])
+        if count < SHARED_OUT and kernel is not self._attend:
+            kernel(*by_token, *whole)
+            return
+        self._product.in_parts(count, lambda first, last: kernel(*(array[first:last] for array in by_token), *whole))
 
     def _cache(self, name: str, rows: int, slots: int) -> _Cache:
         """A cache in storage that is kept from one batch to the next."""

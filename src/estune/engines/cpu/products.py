@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import llvmlite.binding
@@ -55,14 +56,17 @@ class Products:
 
     def in_parts(self, count: int, work: Callable[[int, int], None]) -> None:
         """Do work on `count` things in parts: it is given the first of a part, and what follows the last."""
-        threads = torch.get_num_threads()
-        if threads == 1:
+        threads = min(count, torch.get_num_threads())
+        if threads <= 1:
             work(0, count)
             return
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(threads)
+            self._threads = ThreadPoolExecutor(torch.get_num_threads() - 1)
         bounds = [count * i // threads for i in range(threads + 1)]
-        list(self._threads.map(work, bounds[:-1], bounds[1:]))
+        others = [self._threads.submit(work, *part) for part in pairwise(bounds[1:])]
+        work(0, bounds[1])
+        for other in others:
+            other.result()
 
 
 def multiplies_bfloat16() -> bool:
