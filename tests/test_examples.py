@@ -16,8 +16,8 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from simple_slurm import Slurm
 
-from estune.config import load
-from tests.test_docs import complaint
+from estune.config import Config, load
+from tests.test_docs import complaint, opened
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -51,6 +51,43 @@ def test_the_quickstart_trains_looks_and_replays(tmp_path: Path) -> None:
 def test_your_data_trains_on_rows_and_a_reward_of_the_notebook(tmp_path: Path) -> None:
     *_, told = executed("your_data.ipynb", tmp_path, **TINY)
     assert re.fullmatch(r"(.+ -> .+\n){5}held-out accuracy [\d.]+% -> [\d.]+%\n", told)
+
+
+def python(page: str, part: str) -> str:
+    """The block of Python on a page that has this in it."""
+    (found,) = (
+        block.text for block in opened(ROOT / page).blocks if block.language == "python" and part in block.text
+    )
+    return found
+
+
+def test_python_on_the_pages_does_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of one's own task, its evaluation, its report and its journal; settings of two steps go before theirs."""
+    small = {"steps": 2, "population": 2, "prompts_per_step": 2, "max_new_tokens": 4, "replicas": 1, "threads": 1}
+    monkeypatch.setattr("estune.Config", lambda **given: Config(**{**small, **given, "model": "tiny"}), raising=False)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"brief": lambda completions, **_: [-len(text) / 100 for text in completions]}
+    exec(python("docs/rewards.md", "def correct"), names)
+    assert names["correct"](completions=["It is 4.", "It is 5."], answer=["4", "4"]) == [1.0, 0.0]
+    exec(python("docs/tasks.md", "Task(").replace(", ...]", "]"), names)
+    exec(python("docs/tasks.md", "evaluate_model("), names)
+    assert Path("completions.parquet").is_file()
+    exec(
+        python("docs/report.md", "write_report").replace("runs/seed0", "runs/brief").replace(', Path("runs/seed1")', "")
+    )
+    assert "<html" in Path("report.html").read_text()
+    monkeypatch.chdir("runs/brief")
+    check = python("docs/journal.md", "hashlib")
+    exec(check)
+    Path("journal.jsonl").write_bytes(Path("journal.jsonl").read_bytes().replace(b"brief", b"grief", 1))
+    with pytest.raises(AssertionError, match="line 1"):
+        exec(check)
+
+
+def test_the_first_lines_of_python_are_the_same_everywhere() -> None:
+    """They are those of the quickstart, which runs."""
+    first = "from estune import Config, Trainer\n\nsummary ="
+    assert python("README.md", first) == python("docs/api.md", first)
 
 
 @pytest.mark.parametrize("task", ["countdown", "conciseness"])
