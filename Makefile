@@ -28,7 +28,7 @@ PLAIN := --color=no
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train real test lint types pytest vllm install tiny-model bench gpu-day bench-page docs site picture clean
+.PHONY: help train real test lint types pytest vllm install tiny-model bench gpu-day bench-page docs site picture recording clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ site: $(VENV)/.test-installed ## build the documentation into site/, strictly an
 
 picture: $(VENV)/.test-installed ## draw the README's learning curve: make picture RUN=runs/NAME
 	$(BIN)/python -m bench.plot_run $(RUN) -o docs/images/learning-curve.png
+
+recording: $(VENV)/.test-installed ## record the README's picture of the display: a run of the embedded model
+	$(BIN)/python -m bench.record $(ARGS)
 
 clean: ## remove the environment, caches and builds; runs/ stays
 	rm -rf $(VENV) $(VLLM) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

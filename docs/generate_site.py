@@ -26,7 +26,7 @@ PAGES = {
     "bench/README.md": "measurements.md",
 }
 """Pages outside docs, and what they are on the site. The README's part is played by index.md."""
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json"}
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash"}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]+)(#[^)]*)?\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.S)
 FETCHED = re.compile(

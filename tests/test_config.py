@@ -294,7 +294,7 @@ def test_settings_survive_a_round_trip() -> None:
     assert parse(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
-SHIPPED = [file for folder in ("examples", "recipes") for file in (ROOT / folder).rglob("*.[yt]*ml")]
+SHIPPED = [*(ROOT / "recipes").rglob("*.[yt]*ml"), *(ROOT / "examples").glob("*.[yt]*ml")]  # not those of clusters
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED), ids=lambda file: file.name)

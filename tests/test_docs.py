@@ -242,6 +242,12 @@ def test_python_compiles_and_imports_what_there_is(path: Path) -> None:
                     assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/tasks.md"])
+def test_the_task_of_one_s_own_is_the_example_that_was_trained_on(page: str) -> None:
+    blocks = [block.text for block in opened(ROOT / page).blocks]
+    assert (ROOT / "examples" / "sums.py").read_text() in blocks
+
+
 @every_page
 def test_settings_in_yaml_are_settings(path: Path) -> None:
     for block in opened(path).blocks:

@@ -21,6 +21,7 @@ import fcntl
 import functools
 import gc
 import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -45,6 +46,7 @@ from estune.children import die_with_thread
 MODULES = (
     *("estune.cli", "estune.pool.process", "estune.study.jobs", "tests.runs"),
     *("bench.gpu.weights", "bench.gpu.training", "bench.gpu.engine"),
+    *(["ipykernel_launcher"] if importlib.util.find_spec("ipykernel") else []),  # which vLLM's environment lacks
 )
 if find_spec("trl"):
     MODULES = (*MODULES, "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")
@@ -223,11 +225,14 @@ def _serve(requests: socket.socket) -> NoReturn:
         asked, descriptors, _, _ = socket.recv_fds(requests, _LONGEST, 64)
         if not asked:
             os._exit(0)
+        waiting, placed = os.pipe()
         child = _fork_as_parent()
         if child == 0:
             requests.close()
-            _become(json.loads(asked), descriptors)
-        for fd in descriptors:
+            _become(json.loads(asked), descriptors, placed)
+        os.close(placed)
+        os.read(waiting, 1)  # who asked may kill the child's group, which must not be its own any more
+        for fd in (waiting, *descriptors):
             os.close(fd)
         requests.send(b"%d" % child)
 
@@ -245,8 +250,11 @@ def _fork_as_parent() -> int:
     return child
 
 
-def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
-    """Be the interpreter of `python -m MODULE ...` or `python -c TEXT ...`, to its end."""
+def _become(request: dict[str, Any], descriptors: list[int], placed: int) -> NoReturn:
+    """Be the interpreter of `python -m MODULE ...` or `python -c TEXT ...`, to its end.
+
+    `placed` is a pipe that is written to once this is in its session and group.
+    """
     code: int | None = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, b"python")
@@ -258,6 +266,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
             os.setsid()
         if request.get("group"):
             os.setpgid(0, 0)
+        os.write(placed, b".")
         _take(dict(zip(request["descriptors"], descriptors, strict=True)))
         _forget_parent()
         kind, program, *arguments = request["arguments"]

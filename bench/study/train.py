@@ -1,6 +1,7 @@
 """The main job, as `make train` runs it, for several run seeds: seconds and held-out accuracy; and the time of imports.
 
     python -m bench.study.train
+    python -m bench.study.train --name sums --seeds 2 -- --task examples/sums.py --steps 20 --prompts_per_step 64
 
 Each run is a process of its own, from the command to the last line of its summary, loading included.
 """
@@ -47,7 +48,8 @@ def import_seconds(module: str, repeats: int = 7) -> float:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("settings", nargs="*", help="settings, --key=value")
+    parser.add_argument("--name", default="train", help="of the result, for a job with other settings")
+    parser.add_argument("settings", nargs="*", help="settings of another job, after `--`")
     arguments = parser.parse_args()
     imports = {module: import_seconds(module) for module in IMPORTS}
     print(imports)
@@ -62,7 +64,7 @@ def main() -> None:
         "accuracy after": [min(last), max(last)],
         "runs": runs,
     }
-    write_result("train", figures, arguments.results)
+    write_result(arguments.name, figures, arguments.results)
 
 
 if __name__ == "__main__":

@@ -187,9 +187,9 @@ def test_a_file_that_is_not_there() -> None:
 
 def test_the_example() -> None:
     task = OwnConfig(name=str(EXAMPLE)).build(0)
-    message = [{"role": "assistant", "content": "Step by step: 31+20=51, 51+1=52. The answer is 52."}]
-    columns = {"completions": [message] * 2, "answer": ["52", "2"]}
-    assert [f(**columns) for f in task.reward_funcs] == [[1.0, 0.0], [1.0, 1.0]]
+    completions = ["Step by step: 31+20=51, 51+1=52. The answer is 52.", "About 50.", "The answer is 152."]
+    columns = {"completions": completions, "answer": ["52"] * 3}
+    assert [f(**columns) for f in task.reward_funcs] == [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
 
 
 def custom(folder: Path, **options: Any) -> Task:

@@ -1,0 +1,163 @@
+"""What is shipped to be used as it is: notebooks run, recipes load, what is for clusters and Docker can be parsed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import dockerfile
+import nbformat
+import pytest
+import yaml
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from simple_slurm import Slurm
+
+from estune.config import Config, load
+from tests.test_docs import complaint, opened
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+CLUSTER = EXAMPLES / "cluster"
+TINY = {
+    **{"steps": 2, "population": 2, "prompts_per_step": 2, "max_new_tokens": 8, "eval_steps": 2},
+    **{"replicas": 1, "threads": 1, "task": {"name": "countdown", "train_size": 8, "eval_size": 4}},
+}
+GPUS = [1, 8, 64]
+
+
+def executed(name: str, folder: Path, **settings: Any) -> list[str]:
+    """What each cell of a notebook prints, run by this Python with settings in place of the notebook's."""
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    parameters.source = f"settings = {settings!r}"
+    kernel = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))  # ipykernel's, beside this one
+    client = NotebookClient(notebook, km=kernel, timeout=120, resources={"metadata": {"path": folder}})
+    client.execute(cleanup_kc=True)
+    outputs = (cell.outputs for cell in notebook.cells if cell.cell_type == "code")
+    return ["".join(each.text for each in cell if each.get("name") == "stdout") for cell in outputs]
+
+
+def test_the_quickstart_trains_looks_and_replays(tmp_path: Path) -> None:
+    *_, answers, replayed = executed("quickstart.ipynb", tmp_path, **TINY)
+    assert answers.count("before:") == answers.count("after:") == 4
+    assert "step 2, " in replayed
+    assert replayed.rstrip().endswith("bits: True")
+
+
+def test_your_data_trains_on_rows_and_a_reward_of_the_notebook(tmp_path: Path) -> None:
+    *_, told = executed("your_data.ipynb", tmp_path, **TINY)
+    assert re.fullmatch(r"(.+ -> .+\n){5}held-out accuracy [\d.]+% -> [\d.]+%\n", told)
+
+
+def python(page: str, part: str) -> str:
+    """The block of Python on a page that has this in it."""
+    (found,) = (
+        block.text for block in opened(ROOT / page).blocks if block.language == "python" and part in block.text
+    )
+    return found
+
+
+def test_python_on_the_pages_does_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of one's own task, its evaluation, its report and its journal; settings of two steps go before theirs."""
+    small = {"steps": 2, "population": 2, "prompts_per_step": 2, "max_new_tokens": 4, "replicas": 1, "threads": 1}
+    monkeypatch.setattr("estune.Config", lambda **given: Config(**{**small, **given, "model": "tiny"}), raising=False)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"brief": lambda completions, **_: [-len(text) / 100 for text in completions]}
+    exec(python("docs/rewards.md", "def correct"), names)
+    assert names["correct"](completions=["It is 4.", "It is 5."], answer=["4", "4"]) == [1.0, 0.0]
+    exec(python("docs/tasks.md", "Task(").replace(", ...]", "]"), names)
+    exec(python("docs/tasks.md", "evaluate_model("), names)
+    assert Path("completions.parquet").is_file()
+    exec(
+        python("docs/report.md", "write_report").replace("runs/seed0", "runs/brief").replace(', Path("runs/seed1")', "")
+    )
+    assert "<html" in Path("report.html").read_text()
+    monkeypatch.chdir("runs/brief")
+    check = python("docs/journal.md", "hashlib")
+    exec(check)
+    Path("journal.jsonl").write_bytes(Path("journal.jsonl").read_bytes().replace(b"brief", b"grief", 1))
+    with pytest.raises(AssertionError, match="line 1"):
+        exec(check)
+
+
+def test_the_first_lines_of_python_are_the_same_everywhere() -> None:
+    """They are those of the quickstart, which runs."""
+    first = "from estune import Config, Trainer\n\nsummary ="
+    assert python("README.md", first) == python("docs/api.md", first)
+
+
+@pytest.mark.parametrize("task", ["countdown", "conciseness"])
+def test_recipes_of_the_embedded_model_are_the_settings_that_were_measured(task: str) -> None:
+    """The figures that they tell are those of `estune train --task NAME`."""
+    recipe = load(ROOT / "recipes" / f"{task}-tiny.yaml")
+    measured = load(overrides=[f"task={task}"])
+    assert recipe.model_copy(update={"output_dir": None}) == measured
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_say_what_to_expect(recipe: Path) -> None:
+    head = re.match(r"(?:#.*\n)+", recipe.read_text())
+    assert head
+    said = head[0].splitlines()
+    assert complaint(said[0].removeprefix("# "), whole=True) is None
+    assert recipe.relative_to(ROOT).as_posix() in said[0]
+    for word in ("What", "Machine", "Time", "Expected"):
+        assert any(re.match(rf"# {word}: +\w", line) for line in said), word
+
+
+def commands(script: str) -> list[str]:
+    """Lines of a script that call estune, without what its user gives."""
+    script = re.sub(r'"\$@"|\$ARGS', "", re.sub(r'"\$\(.*\):6379"', "HOST:6379", script))
+    return re.findall(r"^ *(?:\S*/)?(estune .*)$", script, re.M)
+
+
+def is_shell(script: str) -> bool:
+    return subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("gpus", GPUS)
+def test_slurm_scripts(gpus: int) -> None:
+    script = (CLUSTER / f"slurm-{gpus}.sh").read_text()
+    assert is_shell(script)
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script, re.M))
+    assert len(options) == script.count("#SBATCH")
+    Slurm(*[each for name, value in options.items() for each in (name.replace("-", "_"), value or True)])
+    assert int(options["nodes"]) * int(options["gpus-per-node"]) == gpus
+    check_commands(script, gpus)
+
+
+@pytest.mark.parametrize("gpus", GPUS)
+def test_sky_tasks(gpus: int) -> None:
+    """By hand: SkyPilot's schema comes with fifty packages, of which some contradict ours."""
+    task = yaml.safe_load((CLUSTER / f"sky-{gpus}.yaml").read_text())
+    known = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "setup", "run"}
+    assert task.keys() <= known
+    assert is_shell(task["setup"])
+    assert is_shell(task["run"])
+    kind, _, count = task["resources"]["accelerators"].partition(":")
+    assert kind == "H100"
+    assert task.get("num_nodes", 1) * int(count) == gpus
+    check_commands(task["run"], gpus)
+
+
+def check_commands(script: str, gpus: int) -> None:
+    (line,) = commands(script)
+    assert complaint(line, whole=True) is None
+    workers = re.search(r"--workers (\d+)", line)
+    assert int(workers[1] if workers else 1) == gpus
+    assert ("--ray-address" in line) == (gpus == 64)
+
+
+def test_the_dockerfile_parses() -> None:
+    steps = dockerfile.parse_file(str(ROOT / "Dockerfile"))
+    bases = [step.value for step in steps if step.cmd.upper() == "FROM"]
+    assert [base[-1] for base in bases] == ["cuda", "cpu", "${DEVICE}"]
+    assert steps[0].value == ("DEVICE=cuda",)
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {source for step in steps if step.cmd.upper() == "COPY" for source in step.value[:-1]}
+    assert copied == kept
+    assert all((ROOT / source).exists() for source in copied)
