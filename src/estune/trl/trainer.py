@@ -249,7 +249,7 @@ class ESTrainer:
         target = Path(output_dir or self.directory.path)
         if self._run is not None:
             now = target / ".model.tmp"
-            self._run.pool.save(now, self._run.trained.live_dtype)
+            self._run.pool.save(now, self._run.journal.header.save_dtype)
             _copy(now, target)
             remove(now)
             return
@@ -359,8 +359,7 @@ class ESTrainer:
             **changed,
         )
         own = {*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size", "template_date"}
-        if self.config.engine == "auto":  # which asks for none
-            own.add("engine")
+        own.update(key for key, value in self.config if value == "auto")  # which asks for none
         here, there = (c.model_dump(exclude=own) for c in (self.config, run.config))
         if other := [key for key in here if here[key] != there[key]]:
             log.warning("%s keeps its settings: not used here are %s", self.directory.path, ", ".join(other))

@@ -25,6 +25,7 @@ CHANCE_OR_PLACE = {
     "ray_address",
     "worker_timeout",
     "save_steps",
+    "save_dtype",
     "log_completions",
     "report_to",
 }
