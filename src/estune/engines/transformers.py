@@ -126,7 +126,7 @@ class TransformersEngine(PromptEncoder):
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling, told: Callable[[str], None]) -> Completion:
-        """Complete one prompt, and tell of it meanwhile; at the speed of transformers' `generate`.
+        """Complete one prompt, and tell of it meanwhile: with the fused decoder, else by transformers' `generate`.
 
         Args:
             prompt_ids: its token ids.
@@ -149,7 +149,9 @@ class TransformersEngine(PromptEncoder):
             if not text.endswith("\ufffd"):
                 told(text)
 
-        decoder = GenerateDecoder(self.model, self.end_ids, pad_token(self.tokenizer))
+        decoder = self.decoder
+        if not isinstance(decoder, FusedDecoder) or self._short is not None:
+            decoder = GenerateDecoder(self.model, self.end_ids, pad_token(self.tokenizer))
         with memory_for("the answer", "lower max_new_tokens"):
             decoder.run([prompt_ids], [0], sampling, hear)
         completion = Completion(self._text(token_ids), token_ids, finished=token_ids[-1] in self.end_ids)
