@@ -116,5 +116,6 @@ def open_chats(
     if compare:
         journal = Journal.read(Path(model))
         models["base"] = str(base_checkpoint(journal.header, journal.base_model()).path)
-    config = config.model_copy(update={"engine": "transformers", "threads": config.threads or available_cores()})
+    threads = config.threads if "threads" in given else available_cores()  # a run's are those of one replica of several
+    config = config.model_copy(update={"engine": "transformers", "threads": threads})
     return {name: Chat(config.model_copy(update={"model": place}), system) for name, place in models.items()}
