@@ -18,7 +18,7 @@ from bench import plots
 from bench.common import RESULTS
 from bench.plots import short
 
-from estune.study.table import markdown
+from estune.charts.table import markdown
 
 Result = Mapping[str, Any]
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"

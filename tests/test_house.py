@@ -20,7 +20,7 @@ SOURCE = Path(estune.__file__).parent
 STOREYS = (
     ("errors", "versions", "completion", "former", "children", "noise"),
     ("files", "render", "es", "grading"),
-    ("weights", "rewards"),
+    ("weights", "rewards", "charts"),
     ("journal", "tasks"),
     ("config",),
     ("engines",),

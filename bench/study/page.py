@@ -18,8 +18,8 @@ from bench import plots
 from bench.common import RESULTS
 from bench.study import compare, sensitivity
 
+from estune.charts.table import markdown, spread
 from estune.study.compare.report import NAMES, by_method, draw, table, trials_table
-from estune.study.table import markdown, spread
 
 PAGE = Path(__file__).parents[2] / "docs" / "study.md"
 CONCLUSION = "## What held and what did not"

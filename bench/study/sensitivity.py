@@ -16,9 +16,9 @@ from typing import Any
 from bench.common import options, settings, write_result
 from bench.study import compare
 
+from estune.charts.table import spread
 from estune.journal.journal import Journal
 from estune.study.sweep import Trial, sweep
-from estune.study.table import spread
 
 FOLDER = Path("runs/sensitivity")
 SIZES = (0.006, 0.012, 0.024, 0.048)

@@ -69,6 +69,19 @@ def test_completions_equal_generate_in_the_order_of_the_prompts(engine: Transfor
     assert engine.generate([], Sampling(24)) == []
 
 
+@pytest.mark.parametrize(("name", "temperature"), [("qwen2", 0.0), ("qwen2", 0.8), ("mamba", 0.8)])
+def test_a_streamed_completion_is_the_one_that_generate_gives(tmp_path: Path, name: str, temperature: float) -> None:
+    engine = TransformersEngine(save_model(tmp_path, name))
+    (ids,) = engine.encode(["12 + 30 ="])
+    sampling = Sampling(12, temperature, seed=3)
+    told: list[str] = []
+    completion = engine.stream(ids, sampling, told.append)
+    assert [completion] == engine.generate([ids], sampling)
+    assert len(told) > 2
+    assert told.pop() == completion.text
+    assert all(completion.text.startswith(text) and "\ufffd" not in text[-1:] for text in told)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 64])
 def test_batch_size_changes_nothing(engine: TransformersEngine, batch_size: int) -> None:
     ids = engine.encode(PROMPTS)

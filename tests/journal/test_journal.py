@@ -43,6 +43,12 @@ def header(**changes: Any) -> Header:
     return Header(**{**values, **changes})
 
 
+def test_a_journal_that_does_not_say_it_has_checkpoints_in_the_live_type() -> None:
+    found = [header(live_dtype="bfloat16", config=config).save_dtype for config in ({}, {"save_dtype": ["auto"]})]
+    assert found == ["bfloat16", "bfloat16"]
+    assert header(live_dtype="bfloat16", config={"save_dtype": "float32"}).save_dtype == "float32"
+
+
 def steps(count: int) -> list[StepRecord]:
     strategy = EvolutionStrategy(population=4, weight_decay=0.1, seed=9)
     records = []

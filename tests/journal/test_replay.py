@@ -116,7 +116,7 @@ def test_a_tensor_of_another_type_is_named(run: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("policy", ["copy", "inplace"])
 def test_a_float16_run_replays(policy: str, model: Path, tmp_path: Path) -> None:
-    config = make_config(tmp_path / "run", model, dtype="float16", weights=policy, device="cpu")
+    config = make_config(tmp_path / "run", model, dtype="float16", save_dtype="float16", weights=policy, device="cpu")
     Trainer(config, task=make_task(), monitors=[]).train()
     header = Journal.read(tmp_path / "run").header
     assert (header.dtype, header.live_dtype) == ("float16", "float16")

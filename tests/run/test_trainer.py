@@ -121,6 +121,29 @@ def test_replay_gives_the_trained_weights(model: Path, tmp_path: Path, settings:
     assert AutoTokenizer.from_pretrained(tmp_path / "all").chat_template
 
 
+@pytest.mark.parametrize("asked", ["auto", "float32"])
+def test_best_and_final_are_stored_as_the_base_or_as_asked(tmp_path: Path, asked: str) -> None:
+    base = save_model(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base).bfloat16().save_pretrained(base)
+    config = make_config(tmp_path / "run", base, steps=1, dtype="float32", save_dtype=asked, device="cpu")
+    run(config)
+    replay(tmp_path / "run", tmp_path / "exact", dtype="float32")
+    replay(tmp_path / "run", tmp_path / "again")
+    exact, again, final = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "exact", tmp_path / "again", tmp_path / "run/final")
+    )
+    dtype = torch.float32 if asked == "float32" else torch.bfloat16
+    assert any(not torch.equal(weights, weights.bfloat16().float()) for weights in exact.values())
+    for name, weights in exact.items():
+        assert final[name].dtype == dtype
+        assert torch.equal(final[name], weights.to(dtype))
+        assert torch.equal(final[name], again[name])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "best").dtype == dtype
+    with pytest.raises(EstuneError, match="all 1 steps are done"):  # nothing is lacking
+        Trainer.resume(tmp_path / "run", task=make_task(), monitors=[], steps=1)
+
+
 def test_step_zero_is_the_base(model: Path, tmp_path: Path) -> None:
     run(make_config(tmp_path / "run", model, steps=1))
     replay(tmp_path / "run", tmp_path / "zero", 0)

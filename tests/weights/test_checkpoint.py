@@ -68,6 +68,11 @@ def test_safetensors_reads_what_we_write(mixed: Path, tmp_path: Path, dtype: str
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in written.values())
 
 
+def test_the_type_of_tensors_is_that_of_most_elements(mixed: Path) -> None:
+    types = [Checkpoint(mixed).type_of(names) for names in ("a", "ab", "ac", "c", ["ids", "c"])]
+    assert types == ["float32", "bfloat16", "float32", "float16", None]
+
+
 def test_bfloat16_is_torchs() -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 0x7F800000, 100_000, dtype=np.uint32).view(np.float32) * rng.choice([-1, 1], 100_000)

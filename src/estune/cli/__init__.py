@@ -1,6 +1,7 @@
 """The command line: each command where its group is, and what ends it. Heavy imports wait until a command runs.
 
 - `runs.py`: train, eval, replay
+- `chat.py`: chat
 - `studies.py`: probe, sweep, compare, report
 - `estimate.py`: estimate
 - `lists.py`: tasks, settings
@@ -21,7 +22,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from estune import __version__
-from estune.cli import estimate, lists, runs, studies
+from estune.cli import chat, estimate, lists, runs, studies
 from estune.cli.signals import spared_imports, terminable
 from estune.errors import EstuneError, printable, printable_lines
 from estune.files import clear_temporary, explained
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.command("train", context_settings=SETTINGS, cls=lists.WithSettings)(runs.train)
 app.command("eval", context_settings=SETTINGS)(runs.evaluate)
+app.command("chat", context_settings=SETTINGS)(chat.chat)
 app.command("replay")(runs.replay)
 app.command("report")(studies.report)
 app.command("probe", context_settings=SETTINGS)(studies.probe)
@@ -118,11 +120,16 @@ def _open_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
+    for stream, otherwise in (
+        (sys.stdin, "replace"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=otherwise)
 
 
 def _refuse(why: str, code: int) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 from estune.completion import Sampling
 from estune.engines.sampling import choose
@@ -35,8 +36,19 @@ class GenerateDecoder:
         model.generation_config = GenerationConfig()  # `generate` obeys the checkpoint's in all that it is not told
 
     @torch.inference_mode()
-    def run(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> torch.Tensor:
-        """Complete one batch of prompts of equal length; as `Decoder.run`."""
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        sampling: Sampling,
+        told: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Complete one batch of prompts of equal length; as `Decoder.run`.
+
+        Args:
+            prompts, indices, sampling: as for `Decoder.run`.
+            told: called with each token as it is chosen; for a batch of one prompt.
+        """
         ids = torch.tensor([list(prompt) for prompt in prompts], dtype=torch.int64, device=self.model.device)
         config = GenerationConfig(
             do_sample=False,
@@ -52,6 +64,7 @@ class GenerateDecoder:
             attention_mask=torch.ones_like(ids),
             generation_config=config,
             logits_processor=LogitsProcessorList([_Choice(sampling, rows, ids.shape[1])]),
+            streamer=None if told is None else _Teller(told),
         )[:, ids.shape[1] :]
         return torch.nn.functional.pad(found, (0, sampling.max_new_tokens - found.shape[1])).cpu()
 
@@ -67,3 +80,19 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]  # transformers carries no
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         token = choose(scores, self._sampling, self._rows, input_ids.shape[1] - self._prompt_length)
         return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)
+
+
+class _Teller(BaseStreamer):  # type: ignore[misc]  # transformers carries no types
+    """Passes on the tokens of a completion; the first that it is given is the prompt."""
+
+    def __init__(self, told: Callable[[int], None]) -> None:
+        self._told = told
+        self._begun = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._begun:
+            self._told(int(value))
+        self._begun = True
+
+    def end(self) -> None:
+        """Nothing is left: no token is held back."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,43 @@ class TransformersEngine(PromptEncoder):
                 token_ids[i] = row[:stop]
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
+
+    def stream(self, prompt_ids: Sequence[int], sampling: Sampling, told: Callable[[str], None]) -> Completion:
+        """Complete one prompt, and tell of it meanwhile: with the fused decoder, else by transformers' `generate`.
+
+        Args:
+            prompt_ids: its token ids.
+            sampling: how tokens are drawn.
+            told: called with the text so far, after each token where this ends with a whole character, and at the
+                end. What it raises ends the completion.
+
+        Returns:
+            The completion that `generate` gives, but for what rounding does to near-ties.
+
+        Raises:
+            EstuneError: as `generate`.
+        """
+        self.check([prompt_ids], sampling)
+        token_ids: list[int] = []
+
+        def hear(token: int) -> None:
+            token_ids.append(token)
+            text = self._text(token_ids)
+            if not text.endswith("\ufffd"):
+                told(text)
+
+        decoder = self.decoder
+        if not isinstance(decoder, FusedDecoder) or self._short is not None:
+            decoder = GenerateDecoder(self.model, self.end_ids, pad_token(self.tokenizer))
+        with memory_for("the answer", "lower max_new_tokens"):
+            decoder.run([prompt_ids], [0], sampling, hear)
+        completion = Completion(self._text(token_ids), token_ids, finished=token_ids[-1] in self.end_ids)
+        told(completion.text)
+        return completion
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats) of every token of every completion under the live weights."""

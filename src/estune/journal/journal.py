@@ -26,7 +26,7 @@ from estune.journal.lines import fault
 from estune.noise.reference import NOISE_VERSION
 from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.gguf import is_gguf
-from estune.weights.policies import NoiseMode, PolicyName, Rounding, Rule
+from estune.weights.policies import TYPE_NAMES, NoiseMode, PolicyName, Rounding, Rule
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,12 @@ class Header:
     prompts_hash: str = ""  # of the token ids of the first step's prompts and the evaluation set's
     format: int = FORMAT
     noise_version: int = NOISE_VERSION
+
+    @property
+    def save_dtype(self) -> str:
+        """Type of the run's `best` and `final`; in a journal that does not say it, that of the live weights."""
+        said = self.config.get("save_dtype")
+        return said if said in TYPE_NAMES else self.live_dtype
 
     @property
     def rule(self) -> Rule:

@@ -35,7 +35,7 @@ def replay(
         output: directory to make; refused if there is one already.
         step: how many of the run's steps to take, all by default; 0 gives the weights that it started from.
         model: the base model, where it now lies elsewhere than the journal says.
-        dtype: type to store, by default the one the run generated with.
+        dtype: type to store, by default that of the run's `best` and `final`.
         accept_changes: take the base model's configuration and tokenizer as they are now.
 
     Returns:
@@ -54,7 +54,7 @@ def replay(
             f"{run} has {len(journal.steps)} steps, not {step}: give --step from 0 to {len(journal.steps)}"
             + (f" ({missing})" if missing else "")
         )
-    dtype = dtype or header.live_dtype
+    dtype = dtype or header.save_dtype
     if dtype not in TYPE_NAMES:
         raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(TYPE_NAMES)}")
     if output.exists():

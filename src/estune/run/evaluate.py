@@ -59,7 +59,7 @@ def evaluate_model(
 
     given = _from_here(read(file, overrides or []))
     folder = Path.cwd()
-    config = _settings_for(model, given)
+    config = settings_for(model, given)
     run = Path(model)
     if (run / FILE).is_file():
         journal = Journal.read(run)
@@ -116,7 +116,16 @@ def _from_here(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, "task": {**task, **found}}
 
 
-def _settings_for(model: str, given: Mapping[str, Any]) -> Config:
+def settings_for(model: str, given: Mapping[str, Any]) -> Config:
+    """The settings to generate with: a run's, on a device that this machine has, or the defaults.
+
+    Args:
+        model: a run's directory, or a model.
+        given: settings on top of these.
+
+    Raises:
+        EstuneError: for a journal or settings that cannot be used.
+    """
     if not (Path(model) / FILE).is_file():
         return parse({**given, "model": model})
     journal = Journal.read(Path(model))

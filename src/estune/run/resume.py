@@ -79,7 +79,7 @@ def reopen(
 
 def _is_whole(run: RunDirectory, journal: Journal, base: Checkpoint) -> bool:
     """Whether a run that took all its steps says so and has what it ends with."""
-    dtype = journal.header.live_dtype
+    dtype = journal.header.save_dtype
     done = len(journal.steps)
     return (
         (journal.ended is not None or journal.header.format == 1)

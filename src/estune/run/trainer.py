@@ -98,9 +98,9 @@ class Trainer:
             remarks.log_before(config, task, self.order)
             self._open_all(opened, past)
             self.trained = self.pool.describe()
-            self.config = config = config.model_copy(update={"engine": self.trained.engine})
+            self.base = Checkpoint(locate(config.model)) if past is None else past.base
+            self.config = config = self._settled(past)
             if past is None:
-                self.base = Checkpoint(locate(config.model))
                 self.run, self.journal = self._begin(path, parent, code_of(task.reward_funcs, options), best_by)
                 opened.callback(self.journal.close)
                 undo.callback(self.run.discard)  # so that the same command can be given again
@@ -108,7 +108,6 @@ class Trainer:
             else:
                 self.run = past.run
                 self.journal = past.journal
-                self.base = past.base
                 self._rebuild()
             self.journal.go_on = going_on(go_on, self.run.path)
             origin = self.journal.header.fingerprint if self.journal.header.ancestors else None
@@ -219,6 +218,14 @@ class Trainer:
         held_out = (self.held_out, *self.watched.values())
         self.pool = open_pool(config, max([*map(len, ids), *(each.longest for each in held_out)]))
         opened.callback(self.pool.close)
+
+    def _settled(self, past: Past | None) -> Config:
+        """The settings with what has become of `auto`."""
+        saved: str = self.config.save_dtype
+        if saved == "auto":
+            own = self.base.type_of(self.trained.tensors) or self.trained.live_dtype
+            saved = own if past is None else past.journal.header.save_dtype
+        return self.config.model_copy(update={"engine": self.trained.engine, "save_dtype": saved})
 
     def _header(self, path: Path, fingerprint: str, code: dict[str, str], best_by: Sequence[str]) -> Header:
         trained = self.trained
@@ -338,7 +345,7 @@ class Trainer:
             if saved <= step and not holds(run.checkpoint(saved), self.base, journal, journal.header.dtype):
                 self._remake(run.checkpoint(saved), saved, journal.header.dtype)
         best = journal.best
-        dtype = journal.header.live_dtype
+        dtype = journal.header.save_dtype
         if best is not None and not holds(run.best, self.base, journal, dtype, best.step):
             self._remake(run.best, best.step, dtype)
 
@@ -467,7 +474,7 @@ class Trainer:
         return sum(e.step > max(best.step, self._began_at) for e in self.journal.evaluations) >= patience
 
     def _save(self, path: Path, dtype: str | None = None) -> None:
-        self.pool.save(path, dtype or self.trained.live_dtype)
+        self.pool.save(path, dtype or self.journal.header.save_dtype)
 
     def _save_checkpoint(self, step: int) -> None:
         self._save(self.run.checkpoint(step), self.trained.dtype)

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from estune.charts.chart import Plot, Series
+from estune.charts.picture import draw
 from estune.errors import EstuneError
 from estune.journal.shares import shown
-from estune.study.chart import Plot, Series
-from estune.study.picture import draw
 from estune.study.sweep import METRICS, Trial, Values, name_of
 
 LABELLED = 8

@@ -17,11 +17,12 @@ from transformers.trainer_utils import TrainOutput
 from estune.config import RESUMABLE, Config
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
-from estune.files import make_temporary, remove, remove_temporary, replacing, write_text
+from estune.files import make_temporary, remove, remove_temporary, replacing
 from estune.grading.convention import reward_name
 from estune.grading.isolation import refuse_grader
 from estune.journal.journal import FILE, Journal
 from estune.pool.open import open_to_generate, with_resources_to_generate
+from estune.run.card import model_card, write_card
 from estune.run.directory import BASE, RunDirectory, default_path, refuse_used
 from estune.run.held_out import HeldOut
 from estune.run.monitors import default_monitors
@@ -32,7 +33,7 @@ from estune.run.trainer import Trainer
 from estune.tasks.base import Task
 from estune.trl.callbacks import CallbackMonitor
 from estune.trl.config import ESConfig
-from estune.trl.hub import upload, write_card
+from estune.trl.hub import upload
 from estune.trl.inputs import (
     EVAL_SET,
     accuracy_name,
@@ -249,7 +250,7 @@ class ESTrainer:
         target = Path(output_dir or self.directory.path)
         if self._run is not None:
             now = target / ".model.tmp"
-            self._run.pool.save(now, self._run.trained.live_dtype)
+            self._run.pool.save(now, self._run.journal.header.save_dtype)
             _copy(now, target)
             remove(now)
             return
@@ -283,7 +284,7 @@ class ESTrainer:
         folder = make_temporary("hub")
         try:
             self.save_model(folder)
-            write_text(folder / "README.md", self.model_card(name, dataset_name))
+            write_card(folder, *self._carded(name, dataset_name))
             return upload(
                 folder,
                 name,
@@ -296,9 +297,19 @@ class ESTrainer:
             remove_temporary(folder)
 
     def model_card(self, name: str, dataset_name: str | None = None) -> str:
-        """A model card for the hub: what was trained, on what, with which settings and to what end."""
-        base = self.model if isinstance(self.model, str) else self.model.config.name_or_path
-        return write_card(name, base, self.config, self.task, self.state.log_history, dataset_name)
+        """A model card for the hub: what was trained, on what, with which settings and to what end.
+
+        Raises:
+            EstuneError: there is no run yet.
+        """
+        return model_card(*self._carded(name, dataset_name))
+
+    def _carded(self, name: str, dataset_name: str | None) -> tuple[Journal, str, int, int, str | None]:
+        """What a card of the trained model is made of."""
+        journal = Journal.read(self.directory.path)
+        best = journal.best if self.args.load_best_model_at_end else None
+        step = len(journal.steps) if best is None else best.step
+        return journal, name, step, len(self.task.evaluation), dataset_name
 
     def _monitors(self, run: RunDirectory, config: Config) -> list[Monitor]:
         """The usual ones, and the callbacks' own."""
@@ -359,8 +370,7 @@ class ESTrainer:
             **changed,
         )
         own = {*RESUMABLE, "task", "output_dir", "device", "replicas", "threads", "batch_size", "template_date"}
-        if self.config.engine == "auto":  # which asks for none
-            own.add("engine")
+        own.update(key for key, value in self.config if value == "auto")  # which asks for none
         here, there = (c.model_dump(exclude=own) for c in (self.config, run.config))
         if other := [key for key in here if here[key] != there[key]]:
             log.warning("%s keeps its settings: not used here are %s", self.directory.path, ", ".join(other))

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -133,6 +134,14 @@ class Checkpoint:
         """All tensors by name."""
         by_file = {file: _read_header(file) for file in _weight_files(self.path)}
         return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
+
+    def type_of(self, names: Iterable[str]) -> str | None:
+        """The type that most elements of these tensors are stored in; None if it is none that `write` takes."""
+        elements: Counter[str] = Counter()
+        for name in names:
+            elements[self.tensors[name].dtype] += self.tensors[name].elements
+        ((most, _),) = elements.most_common(1)
+        return next((dtype for dtype, stored in DTYPES.items() if stored == most), None)
 
     def content_hash(self) -> str:
         """BLAKE2b over names, types, shapes and bytes of all tensors, however they are spread over files."""

@@ -118,11 +118,21 @@ class FusedDecoder:
         self.storage: dict[str, Array] = {}
 
     @torch.inference_mode()
-    def run(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> torch.Tensor:
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        sampling: Sampling,
+        told: Callable[[int], None] = lambda token: None,
+    ) -> torch.Tensor:
         """Complete one batch; as `Decoder.run`.
 
         What all prompts begin with is computed first, then the rest of each, then token after token of those that have
         not ended.
+
+        Args:
+            prompts, indices, sampling: as for `Decoder.run`.
+            told: called with each token of the first row that is left, as it is chosen; for a batch of one prompt.
         """
         now = [parameter.data_ptr() for parameter in self.model.parameters()]
         assert now == self._addresses, "a parameter is elsewhere now: weights may change in place only"
@@ -142,6 +152,7 @@ class FusedDecoder:
         numbers = torch.tensor(list(indices), dtype=torch.int64)
         out = np.zeros((len(prompts), new), np.int64)
         out[:, 0] = token = self._choose(hidden, numbers, 0, sampling)
+        told(int(token[0]))
         for step in range(1, new):
             alive = ~self._is_end[token]
             rows = rows[alive]
@@ -151,6 +162,7 @@ class FusedDecoder:
             places = Places.of(rows, lengths[rows] + (step - 1))
             hidden = self.forward(token, places, places, cache, prefix, shared)
             out[rows, step] = token = self._choose(hidden, numbers[torch.from_numpy(rows)], step, sampling)
+            told(int(token[0]))
         return torch.from_numpy(out)
 
     @torch.inference_mode()

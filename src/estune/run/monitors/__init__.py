@@ -13,17 +13,18 @@ Monitors = Sequence[Monitor] | Callable[[RunDirectory, Config], Sequence[Monitor
 
 
 def default_monitors(run: RunDirectory, config: Config) -> list[Monitor]:
-    """Console and `metrics.jsonl`, and the trackers named in `report_to`.
+    """Console, `metrics.jsonl` and model cards, and the trackers named in `report_to`.
 
     Raises:
         EstuneError: a tracker is not installed, or cannot begin a run.
     """
+    from estune.run.monitors.card import CardMonitor
     from estune.run.monitors.console import ConsoleMonitor
     from estune.run.monitors.files import JsonlMonitor, TensorBoardMonitor
     from estune.run.monitors.trackers import TrackioMonitor, WandbMonitor
 
     check_trackers(config)
-    monitors: list[Monitor] = [ConsoleMonitor(), JsonlMonitor(run.metrics)]
+    monitors: list[Monitor] = [ConsoleMonitor(), JsonlMonitor(run.metrics), CardMonitor(run)]
     if "tensorboard" in config.report_to:
         monitors.append(TensorBoardMonitor(run.tensorboard))
     try:

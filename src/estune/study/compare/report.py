@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from estune.charts import picture
+from estune.charts.chart import Plot, Series
+from estune.charts.table import markdown, spread
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import write_text
-from estune.study import picture
-from estune.study.chart import Plot, Series
 from estune.study.compare.plan import Plan, at_an_end, best_tried
-from estune.study.table import markdown, spread
 
 Result = Mapping[str, Any]
 NAMES = {"es": "ES", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "rloo": "RLOO"}

@@ -95,6 +95,7 @@ def _evolve(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> t
     changes = {"seed": job.seed, "output_dir": folder / "run", "steps": most, "lr_scheduler_type": "constant"}
     changes |= {"eval_steps": 0, "save_steps": 0, "log_completions": 0, "report_to": []}
     changes |= {"watch": [], "compare_with_base": False}
+    changes["save_dtype"] = "float32"  # what is evaluated in the end are the weights that generated
     budget = _Budget(plan.budget)
     # Nothing is evaluated on the way: nor does TRL, and seconds are of training.
     blind = replace(task, evaluation=[], accuracy=None)

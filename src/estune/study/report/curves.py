@@ -12,10 +12,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from estune.charts.chart import COLOURS, Cell, Chart, Series
 from estune.es.strategy import mean_and_std
 from estune.journal.journal import StepRecord
 from estune.journal.shares import is_share
-from estune.study.chart import COLOURS, Cell, Chart, Series
 from estune.study.report.runs import Group, Run
 
 POINTS = 200  # of a curve at most

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from estune import __version__
+from estune.charts.chart import COLOURS, STYLE, Chart, figure
 from estune.errors import EstuneError
 from estune.files import write_text
 from estune.journal.shares import is_share, shown
-from estune.study.chart import COLOURS, STYLE, Chart, figure
+from estune.run.recipe import own_task
 from estune.study.report import curves, recipe
 from estune.study.report.layers import LayerTable, layer_table
 from estune.study.report.runs import Group, Run, differences, group_runs, read_runs
@@ -128,7 +129,7 @@ def _section(run: Run) -> Section:
         parts=[(name, seconds, seconds / whole) for name, seconds in parts.items()],
         settings=recipe.settings_table(run),
         commands=recipe.commands(run),
-        own_task=recipe.own_task(run),
+        own_task=own_task(run.journal),
     )
 
 

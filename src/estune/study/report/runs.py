@@ -12,6 +12,7 @@ from typing import Any
 from estune.errors import EstuneError
 from estune.journal.journal import EvaluationRecord, Journal
 from estune.run.directory import RunDirectory
+from estune.run.recipe import flatten, show
 
 CHANCE_OR_PLACE = {
     "model",  # compared by the content hash instead
@@ -25,6 +26,7 @@ CHANCE_OR_PLACE = {
     "ray_address",
     "worker_timeout",
     "save_steps",
+    "save_dtype",
     "log_completions",
     "report_to",
 }
@@ -159,28 +161,3 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     keys = [key for key in dict.fromkeys(k for column in columns for k in column) if key not in CHANCE_OR_PLACE]
     rows = {key: [show(column.get(key, "")) for column in columns] for key in keys}
     return {key: row for key, row in rows.items() if len(set(row)) > 1}
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections spread out, under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
-def show(value: Any) -> str:
-    """A setting's value as an option takes it."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case [int() as low, int() as high]:
-            return f"{low}-{high}"
-        case list():
-            return ",".join(map(str, value)) or "none"
-        case float():
-            return f"{value!r}"
-        case _:
-            return str(value)

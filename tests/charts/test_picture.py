@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from estune.charts.chart import Plot, Series
+from estune.charts.picture import draw
 from estune.errors import EstuneError
-from estune.study.chart import Plot, Series
-from estune.study.picture import draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from estune.charts.chart import COLOURS, STYLE, Plot, Series
 from estune.errors import EstuneError
 from estune.files import replacing
-from estune.study.chart import COLOURS, STYLE, Plot, Series
 
 # Pixels of a chart with its labels, and of these the margins around its drawing.
 WIDTH = 340

@@ -1,0 +1,223 @@
+"""Model cards: what a run's checkpoint is, what it is worth, and how to load it and to make it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from estune.charts.chart import Plot, Series
+from estune.charts.picture import draw
+from estune.charts.table import markdown
+from estune.files import write_text
+from estune.journal.journal import EvaluationRecord, Journal
+from estune.journal.shares import is_share, shown
+from estune.run.directory import RunDirectory
+from estune.run.recipe import own_task, train_command
+from estune.weights.checkpoint import EMBEDDED, hub_name
+from estune.weights.gguf import is_gguf
+
+CARD = "README.md"
+PICTURE = "learning-curve.svg"
+POINTS = 200  # of a curve, about
+_USE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+"""
+NORMAL_95 = 1.959963984540054  # quantile of the standard normal distribution that 2.5% lie above
+_ROWS = (
+    ("accuracy", "eval_accuracy"),
+    ("reward", "eval_reward"),
+    ("mean length, tokens", "eval_completions/mean_length"),
+)
+
+
+def write_cards(run: RunDirectory, problems: int) -> None:
+    """Write a card with the learning curve into `best` and `final`, as far as they are there.
+
+    Args:
+        run: the directory of a run that ends.
+        problems: in its held-out set.
+    """
+    journal = Journal.read(run.path)
+    steps = {run.best: None if journal.best is None else journal.best.step, run.final: len(journal.steps)}
+    for folder, step in steps.items():
+        if step is not None and folder.is_dir():
+            write_card(folder, journal, f"{run.path.resolve().name}/{folder.name}", step, problems)
+
+
+def write_card(folder: Path, journal: Journal, name: str, step: int, problems: int, dataset: str | None = None) -> None:
+    """Write a card and its picture into a checkpoint's directory; arguments as of `model_card`."""
+    if charts := _curves(journal):
+        draw(charts, folder / PICTURE)
+    write_text(folder / CARD, model_card(journal, name, step, problems, dataset))
+
+
+def model_card(journal: Journal, name: str, step: int, problems: int, dataset: str | None = None) -> str:
+    """A card in Markdown, with the hub's metadata at its head.
+
+    Args:
+        journal: the run's.
+        name: what the model is loaded by: its name on the hub, or a directory.
+        step: after which the checkpoint was saved.
+        problems: in the held-out set.
+        dataset: the hub's name of what it was trained on.
+    """
+    before = journal.evaluations[0] if journal.evaluations else None
+    after = next((e for e in reversed(journal.evaluations) if e.step <= step), None)
+    parts = [
+        f"---\n{_metadata(journal, name, after, dataset)}---",
+        f"# {name}",
+        f"All weights of {_base(journal)} fine-tuned on {journal.header.task} with Evolution Strategies "
+        "([arXiv 2509.24372](https://arxiv.org/abs/2509.24372)) by estune.",
+        *_training(journal, step),
+    ]
+    if _curves(journal):
+        parts.append(f"![Learning curve]({PICTURE})")
+    if before is not None and after is not None:
+        parts += ["## Evaluation", *_evaluation(journal, before, after, problems)]
+    parts += [
+        "## Use",
+        f"```python\n{_USE.format(name=name)}```",
+        "## Make it again",
+        *_again(journal, step),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% confidence interval of a share.
+
+    Args:
+        share: what was found, 0 to 1.
+        count: of how many, at least 1.
+    """
+    z = NORMAL_95**2 / count
+    middle = share + z / 2
+    half = NORMAL_95 * math.sqrt((share * (1 - share) + z / 4) / count)
+    return max(0.0, (middle - half) / (1 + z)), min(1.0, (middle + half) / (1 + z))
+
+
+def _metadata(journal: Journal, name: str, after: EvaluationRecord | None, dataset: str | None) -> str:
+    """The head, as YAML. The hub shows what was evaluated."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset or journal.header.task,
+            dataset_name=f"{journal.header.task}, held out",
+            metric_type=what,
+            metric_name=f"held-out {what}",
+            metric_value=after.metrics[key],
+        )
+        for what, key in _ROWS[:2]
+        if after is not None and math.isfinite(after.metrics.get(key, math.nan))
+    ]
+    data = ModelCardData(
+        base_model=_on_hub(journal.header.model),
+        datasets=dataset,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["estune", "evolution-strategies"],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return f"{data.to_yaml()}\n"
+
+
+def _on_hub(model: str) -> str | None:
+    """A model's name on the hub, if it is there."""
+    local = model in EMBEDDED or is_gguf(model) or Path(model).is_absolute() or Path(model).exists()
+    return None if local else hub_name(model)[0]
+
+
+def _base(journal: Journal) -> str:
+    model = journal.header.model
+    found = _on_hub(model)
+    return f"[{found}](https://huggingface.co/{found})" if found else f"`{Path(model).name}`"
+
+
+def _training(journal: Journal, step: int) -> list[str]:
+    count = len(journal.steps)
+    if not journal.steps:
+        return ["No step was taken: these are the base model's weights."]
+    first = journal.steps[0]
+    rewards = [key.split("/")[1] for key in first.metrics if key.startswith("rewards/") and key.endswith("/mean")]
+    settings = journal.settings
+    graded = f"Rewards: {', '.join(rewards)}. " if rewards else ""
+    return [
+        f"{count} steps of {len(first.rewards)} members on {len(first.prompts)} prompts, sigma {first.sigma:g}, "
+        f"learning rate {first.learning_rate:g}, seed {settings.get('seed')}, at most "
+        f"{settings.get('max_new_tokens')} tokens a completion, temperature {settings.get('temperature')}. "
+        f"{graded}This is the checkpoint after step {step}."
+    ]
+
+
+def _evaluation(journal: Journal, before: EvaluationRecord, after: EvaluationRecord, problems: int) -> list[str]:
+    share = is_share(journal, "eval_accuracy") and problems > 0
+    rows = [["held out", _when(before), _when(after)]]
+    for what, key in _ROWS:
+        cells = [_cell(e.metrics, key, problems if share and what == "accuracy" else 0) for e in (before, after)]
+        if any(cells):
+            rows.append([what, *cells])
+    said = [markdown(rows)]
+    remarks = []
+    if share:
+        remarks.append(f"On {problems} problems; in brackets Wilson's 95% interval.")
+    if journal.best is not None and after.step == journal.best.step and len(journal.evaluations) > 1:
+        remarks.append("Of the run's evaluations this one is the best: on other problems expect somewhat less.")
+    header = journal.header
+    if header.save_dtype != header.live_dtype:
+        remarks.append(
+            f"What was evaluated are {header.live_dtype} weights; they are stored here as {header.save_dtype}."
+        )
+    return [*said, " ".join(remarks)] if remarks else said
+
+
+def _when(evaluation: EvaluationRecord) -> str:
+    return f"after step {evaluation.step}" if evaluation.step else "before"
+
+
+def _cell(metrics: Mapping[str, float], key: str, problems: int) -> str:
+    """A figure; of a share in so many problems with its interval."""
+    if key not in metrics:
+        return ""
+    if not problems:
+        return f"{metrics[key]:.4g}"
+    low, high = wilson(metrics[key], problems)
+    return f"{shown(metrics[key], True)} [{shown(low, True)}, {shown(high, True)}]"
+
+
+def _again(journal: Journal, step: int) -> list[str]:
+    replayed = (
+        "The base model and the run's `journal.jsonl` are enough to rebuild these weights to the same bits, without "
+        f"training: `estune replay RUN --step {step} -o DIR`."
+    )
+    if own_task(journal):
+        return [f"Its task, {journal.header.task}, is the author's own. {replayed}"]
+    command = train_command(journal, f"{journal.path.parent.resolve().name}-again")
+    return [f"```sh\n{command}\n```", replayed]
+
+
+def _curves(journal: Journal) -> list[Plot]:
+    """Training reward and held-out accuracy by steps, as far as there are any."""
+    every = max(1, len(journal.steps) // POINTS)
+    trained = [(r.step + 1.0, r.metrics.get("reward", math.nan)) for r in journal.steps[every - 1 :: every]]
+    found = []
+    for title, key, points in (
+        ("Training reward", "", trained),
+        ("Held-out accuracy", "eval_accuracy", _held_out(journal, "eval_accuracy")),
+    ):
+        finite = [(x, y) for x, y in points if math.isfinite(y)]
+        if finite:
+            series = Series(title, [x for x, _ in finite], [y for _, y in finite], "dots" if key else "line")
+            percent = bool(key) and is_share(journal, key)
+            found.append(Plot(title, title, [series], percent=percent, from_zero=percent, buttons=False, along="step"))
+    return found
+
+
+def _held_out(journal: Journal, key: str) -> Sequence[tuple[float, float]]:
+    return [(float(e.step), e.metrics.get(key, math.nan)) for e in journal.evaluations]
