@@ -43,6 +43,7 @@ def train(
         from estune.run.dry_run import describe
 
         say(describe(settings))
+        _say_time(config, overrides)
         return
     with opening(f"train {settings.model} on {settings.task.name}"):
         from estune.run.monitors import check_trackers
@@ -51,6 +52,17 @@ def train(
         check_trackers(settings)  # before anything is written
         trainer = Trainer(settings)
     trainer.train()
+
+
+def _say_time(config: Path | None, overrides: list[str]) -> None:
+    """How long a run would take, by arithmetic: where nothing is loaded, nothing is measured."""
+    from estune.cli.estimate import say_outlook
+    from estune.study.estimate.run import estimate_run
+
+    try:
+        say_outlook(estimate_run(config, overrides))
+    except EstuneError as error:
+        say(f"how long it takes cannot be estimated here: {error}")
 
 
 def _resume(run: Path, config: Path | None, overrides: list[str], dry_run: bool, **insists: Any) -> None:
