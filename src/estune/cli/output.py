@@ -14,7 +14,6 @@ from rich.text import Text
 
 from estune import __version__
 from estune.errors import printable, printable_lines
-from estune.pool.waiting import waited_for
 
 
 def say(text: str) -> None:
@@ -34,6 +33,8 @@ def opening(what: str) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
+    import estune.pool.waiting  # noqa: F401  # not by the thread that draws, while this one imports as well
+
     with console.status(_Waiting()):
         yield
 
@@ -46,6 +47,8 @@ class _Waiting:
         self._since = time.monotonic()
 
     def __rich__(self) -> Text:
+        from estune.pool.waiting import waited_for
+
         what, so_far = waited_for() or ("getting ready", "")
         now = time.monotonic()
         if what != self._what:
