@@ -55,9 +55,7 @@ def test_your_data_trains_on_rows_and_a_reward_of_the_notebook(tmp_path: Path) -
 
 def python(page: str, part: str) -> str:
     """The block of Python on a page that has this in it."""
-    (found,) = (
-        block.text for block in opened(ROOT / page).blocks if block.language == "python" and part in block.text
-    )
+    (found,) = (block.text for block in opened(ROOT / page).blocks if block.language == "python" and part in block.text)
     return found
 
 

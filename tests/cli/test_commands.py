@@ -218,6 +218,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert "40 training and 20 held-out rows" in out
     assert "2 steps x 4 members x 8 prompts = 64 completions" in out
+    assert re.search(r"\na step: at most [\d,]+ tokens, .*not measured", out)
     assert not list(tmp_path.iterdir())
     assert "no such directory" in refused(capsys, "train", "--dry-run", "--model", "./nowhere")
 

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from estune.completion import Sampling
 from estune.engines.decode import Decoder, unsupported
 from estune.engines.generate import GenerateDecoder
+from estune.engines.progress import OWN, Progress
 from estune.engines.sampling import choose, truncate, uniform
 from tests.models import ARCHITECTURES, RECURRENT, build_model
 
@@ -74,6 +75,15 @@ def cut(rows: list[list[int]], end_ids: tuple[int, ...]) -> list[list[int]]:
     return [row[: next((i + 1 for i, token in enumerate(row) if token in end_ids), len(row))] for row in rows]
 
 
+def assert_counted(done: Progress, prompts: list[list[int]], completions: list[list[int]], late: int = 0) -> None:
+    """All has been counted, a row's end at most so many steps late."""
+    tokens = sum(map(len, completions))
+    assert done.read == sum(map(len, prompts))
+    assert done.settled == len(prompts) * NEW
+    assert tokens <= done.tokens <= tokens + late * len(prompts)
+    assert min(done.reading, done.writing) > 0
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_completions_equal_generate(name: str) -> None:
     model = model_of(name)
@@ -116,8 +126,10 @@ def test_rows_that_end_leave_the_batch(name: str, check_every: int) -> None:
     seen: list[int] = []
     forward = decoder.forward
     decoder.forward = lambda ids, *rest: (seen.append(len(ids)), forward(ids, *rest))[1]  # type: ignore[method-assign]
+    before = OWN.now()
     assert cut(decode(decoder, MIXED), end_ids) == expected
     assert seen[-1] < len(MIXED)
+    assert_counted(OWN.now().since(before), MIXED, expected, late=check_every - 1)
 
 
 def test_decoding_stops_when_all_rows_have_ended() -> None:

@@ -20,10 +20,11 @@ from estune.engines.cpu import fused, kernels
 from estune.engines.cpu.fused import FusedDecoder, unfusable
 from estune.engines.cpu.products import MANY, Products
 from estune.engines.decode import Decoder
+from estune.engines.progress import OWN
 from estune.engines.score import log_probabilities
 from estune.engines.tree import PromptTree, common_prefix
 from estune.errors import EstuneError
-from tests.engines.test_decode import cut, decode, random_prompts, reference, unchanged
+from tests.engines.test_decode import assert_counted, cut, decode, random_prompts, reference, unchanged
 from tests.models import build_model
 
 NEW = 20
@@ -145,7 +146,9 @@ def test_rows_that_end_leave_the_batch() -> None:
     tokens: list[int] = []
     forward = decoder.forward
     decoder.forward = lambda ids, *rest: (tokens.append(len(ids)), forward(ids, *rest))[1]  # type: ignore[method-assign]
+    before = OWN.now()
     assert cut(decode(decoder, MIXED), end_ids) == expected
+    assert_counted(OWN.now().since(before), MIXED, expected)
     alive = [sum(len(row) > step for row in expected) for step in range(1, max(map(len, expected)))]
     assert tokens[1:] == alive, "not every forward had just the rows that go on"
 

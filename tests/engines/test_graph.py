@@ -25,6 +25,7 @@ from estune.engines.graph import (
     round_up,
     uncapturable,
 )
+from estune.engines.progress import OWN
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from tests.engines.test_decode import (
@@ -33,6 +34,7 @@ from tests.engines.test_decode import (
     NEW,
     PLAIN,
     PREFIXED,
+    assert_counted,
     cut,
     decode,
     decoder_of,
@@ -115,7 +117,9 @@ def test_rows_that_end_leave_for_smaller_shapes(name: str, check_every: int, tap
     decoder.check_every = check_every
     for _ in range(WARM_UPS + 2):
         seen = shapes_of(decoder)
+        before = OWN.now()
         assert cut(decode(decoder, prompts), end_ids) == expected
+        assert_counted(OWN.now().since(before), prompts, expected, late=check_every - 1)
         assert seen[0][0] == 16
         assert seen[-1][0] <= 4
         assert len({slots for _, slots in seen}) > 1

@@ -21,6 +21,7 @@ from estune.engines import transformers as engine_module
 from estune.engines.decode import Decoder
 from estune.engines.generate import GenerateDecoder
 from estune.engines.loading import open_encoder
+from estune.engines.progress import OWN
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from tests.models import SPECIAL, build_model, build_tokenizer, save_model
@@ -259,7 +260,10 @@ def test_recurrent_model_mixes_prompt_lengths(tmp_path: Path) -> None:
     engine = TransformersEngine(save_model(tmp_path, "mamba"))
     assert isinstance(engine.decoder, GenerateDecoder)
     ids = engine.encode([*PROMPTS, "b"])
+    before = OWN.now()
     assert [c.token_ids for c in engine.generate(ids, Sampling(8))] == [reference(engine, row, 8) for row in ids]
+    done = OWN.now().since(before)
+    assert (done.read, done.settled) == (sum(map(len, ids)), 8 * len(ids))
 
 
 def test_rows_follow_memory(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:

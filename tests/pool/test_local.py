@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from estune.completion import Sampling
 from estune.config import Config
+from estune.engines.progress import together
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.pool.local import LocalPool, open_local_pool
@@ -41,6 +43,11 @@ def test_one_base_is_updated_once(model: Path, tmp_path: Path) -> None:
             expected = LocalPool(alone).apply(Update(step, (Member(step), Member(9)), (0.25, -0.5)))
             assert pool.apply(Update(step, (Member(step), Member(9)), (0.25, -0.5))) == expected
             assert own.weights.fingerprint() == expected
+        other = pool.replicas[1]
+        assert len(other.generate([[7, 8]], Sampling(3))) == 1
+        done = other.progress()
+        assert (done.read, done.settled) == (2, 3), "what another process does is not seen here"
+        assert pool.progress() == together([own.progress(), done])
     finally:
         pool.close()
 

@@ -16,12 +16,14 @@ import pytest
 from rich.console import Console
 
 from estune.config import Config
+from estune.engines.progress import Progress
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
 from estune.run.directory import RunDirectory
 from estune.run.monitors import check_trackers, default_monitors
-from estune.run.monitors.base import Monitor, Sample, Summary
+from estune.run.monitors.base import Monitor, Sample, Summary, Work
 from estune.run.monitors.console import ConsoleMonitor, sample_panel
+from estune.run.monitors.pace import Pace, Stopwatch, duration, evaluations_left, outlook, too_long
 from estune.run.monitors.trackers import ROWS, WandbMonitor
 from estune.run.trainer import Trainer
 from tests.runs import make_config, make_task
@@ -235,7 +237,88 @@ def test_a_line_of_a_file_is_one_line(width: int, model: Path, tmp_path: Path) -
     assert lines[1].endswith(str(tmp_path / "run"))
     evaluations = [line for line in lines if "held-out accuracy" in line and line.startswith("step")]
     assert len(evaluations) == 2
+    steps = [line for line in lines if re.match(r"step +\d/2  reward", line)]
+    assert re.search(r"\d s  [\d,]+ tokens/s  [\d.]+ s left$", steps[0])
+    assert re.search(r"\d s  [\d,]+ tokens/s$", steps[1])
+    told = [line for line in lines if line.startswith("a step: at most 192 tokens, ")]  # 4 members x 6 prompts x 8
+    assert 1 <= len(told) <= 2
     assert all(re.search(r"pass@2 [\d.]+%.*weights changed by [\d.]+%$", line) for line in evaluations)
+
+
+def test_a_terminal_shows_the_run_and_what_is_under_way(model: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    monitor = ConsoleMonitor(console)
+    trainer = Trainer(make_config(tmp_path / "run", model, steps=1), task=make_task(), monitors=[monitor])
+    monitor.on_train_begin(trainer.plan())
+    monitor.on_generate_begin(make_work("members", done=Progress(read=10, settled=30, tokens=20, writing=1)))
+    monitor.on_member_end(1, 4)
+    monitor.close()  # which shows it once more
+    trainer.close()
+    shown = plain(console.file.getvalue())  # type: ignore[attr-defined]
+    assert any(re.search(r"step 0/1 +━* +\S+ s", line) for line in shown)
+    assert any(re.search(r"members +━+.* 1/4  20%  \S+ s  [\d,]+ tokens/s", line) for line in shown)
+
+
+def make_work(name: str = "members", pieces: int = 4, engines: int = 2, done: Progress | None = None) -> Work:
+    """Twenty completions, of prompts of four tokens, of at most six."""
+    return Work(name, pieces, 80, 20, 120, engines, lambda: done or Progress())
+
+
+def test_what_is_left_follows_from_what_was_counted() -> None:
+    done = Progress(read=20, reading=4 * 10**9, settled=30, tokens=30, writing=6 * 10**9)
+    pace = Pace.of(done)
+    assert pace == Pace(reading=0.2, writing=0.2, most=True)
+    assert pace.seconds(make_work(engines=1), Progress()) == pytest.approx(40)
+    assert pace.seconds(make_work(engines=2), done) == pytest.approx(15)
+    assert pace.seconds(make_work(engines=3), Progress()) == pytest.approx(20)  # one takes two of the four pieces
+    shorter = Pace.of(done._replace(settled=60))
+    assert shorter == Pace(reading=0.2, writing=0.1, most=False)
+    assert Pace.of(Progress(read=20, reading=4)) is None
+
+
+def test_the_outlook_is_measured_as_soon_as_it_can_be(model: Path, tmp_path: Path) -> None:
+    trainer = Trainer(make_config(tmp_path / "run", model, eval_samples=1), task=make_task(), monitors=[])
+    plan = trainer.plan()
+    trainer.close()
+    now = 100.0
+    watch = Stopwatch(plan, lambda: now)
+    done = Progress()
+    watch.begin(Work("evaluation", 1, 80, 20, 120, 1, lambda: done))
+    now = 130.0
+    look = watch.look()
+    assert look is not None
+    assert (look.seconds, look.left, look.run_left) == (30, None, None)
+    done = Progress(read=80, reading=10**9, settled=20, tokens=20, writing=30 * 10**9)  # with what is compiled
+    watch.look()
+    done = done._replace(settled=40, tokens=40, writing=34 * 10**9)
+    look = watch.look()
+    assert look is not None
+    assert look.left == pytest.approx(80 * 0.2)
+    assert watch.most
+    assert watch.step_seconds == pytest.approx(4 * (plan.prompt_tokens / 80 + 6 * 8 * 0.2))
+    evaluation = 4 * (plan.prompt_tokens / 6 / 80 + 8 * 0.2)
+    assert look.run_left == pytest.approx(look.left + 4 * watch.step_seconds + 2 * evaluation, rel=0.01)
+    watch.evaluated()
+    watch.step_done({"step": 1, "step_time": 3.0})
+    assert watch.step_seconds == 3.0
+    assert watch.run_left == 3 * 3.0 + 2 * 30.0
+
+
+@pytest.mark.parametrize("every", [0, 1, 2, 5, 9])
+def test_evaluations_that_are_left(every: int) -> None:
+    due = [step for step in range(1, 8) if step == 7 or (every and step % every == 0)]
+    assert [evaluations_left(7, every, done) for done in range(8)] == [
+        sum(step > done for step in due) for done in range(8)
+    ]
+
+
+def test_a_run_of_more_than_a_day_is_warned_of() -> None:
+    assert outlook(6_144_000, 5400, 30 * 3600, most=True, how="measured") == (
+        "a step: at most 6,144,000 tokens, at most 1.5 h; the run: at most 30 h (measured)"
+    )
+    assert too_long(24 * 3600) is None
+    assert "this takes 1.5 days at this pace: fewer steps" in str(too_long(36 * 3600))
+    assert [duration(s) for s in (0.25, 9.7, 89, 90, 5000)] == ["0.25 s", "9.7 s", "89 s", "1.5 min", "83.3 min"]
 
 
 def test_a_completion_cannot_move_the_cursor() -> None:

@@ -66,6 +66,7 @@ def _say_estimate(found: Estimate) -> None:
     _say_items(f"memory of {who}{each}", found.memory, _size)
     _say_items("time of a step, estimated", found.time, _duration)
     _say_speeds(found)
+    say_outlook(found)
     if found.scales:
         _say_scales(found)
     _say_reinforcement_learning(found)
@@ -93,6 +94,20 @@ def _say_speeds(found: Estimate) -> None:
         figures = [_duration(speed.member), _duration(speed.step), f"{speed.tokens_per_second:,.0f}", _days(speed.days)]
         rows.append([speed.engine, *figures, how])
     say_table(rows, title="the whole run, evaluations included, by engine", remarks=True)
+
+
+def say_outlook(found: Estimate) -> None:
+    """The line that `estune train` says too, where it has measured its pace."""
+    from estune.run.monitors.pace import DAY, outlook, too_long
+
+    work = found.work
+    tokens = work.population * work.prompts * work.max_new_tokens
+    speed = found.speeds[0]
+    run = DAY * speed.days
+    most = work.new_tokens == work.max_new_tokens
+    say(outlook(tokens, speed.step, run, most=most, how=f"estimated for {found.device.name}, not measured"))
+    if warning := too_long(run):
+        say(f"warning: {warning}")
 
 
 def _say_scales(found: Estimate) -> None:

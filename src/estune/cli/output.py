@@ -3,17 +3,58 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from rich import get_console
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from estune.errors import printable_lines
+from estune import __version__
+from estune.errors import printable, printable_lines
 
 
 def say(text: str) -> None:
     """Print text without reading markup into it, and without breaking its lines."""
     Console().print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def opening(what: str) -> Iterator[None]:
+    """Say at once what a command is about and, on a terminal, show what it waits for and for how long, until it begins.
+
+    Args:
+        what: it is about.
+    """
+    console = get_console()  # the one that log messages go to: they appear above
+    console.print(f"estune {__version__}: {printable(what)}", highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        yield
+        return
+    import estune.pool.waiting  # noqa: F401  # not by the thread that draws, while this one imports as well
+
+    with console.status(_Waiting()):
+        yield
+
+
+class _Waiting:
+    """What is waited for, as it is when it is shown."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._since = time.monotonic()
+
+    def __rich__(self) -> Text:
+        from estune.pool.waiting import waited_for
+
+        what, so_far = waited_for() or ("getting ready", "")
+        now = time.monotonic()
+        if what != self._what:
+            self._what = what
+            self._since = now
+        return Text(f"{printable(what)}{so_far}  {now - self._since:.0f} s")
 
 
 def say_table(

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from estune.cli.options import AcceptChanges, ConfigFile, TrustTask, overrides_of
-from estune.cli.output import say
+from estune.cli.output import opening, say
 from estune.errors import EstuneError, printable
 
 
@@ -43,12 +43,26 @@ def train(
         from estune.run.dry_run import describe
 
         say(describe(settings))
+        _say_time(config, overrides)
         return
-    from estune.run.monitors import check_trackers
-    from estune.run.trainer import Trainer
+    with opening(f"train {settings.model} on {settings.task.name}"):
+        from estune.run.monitors import check_trackers
+        from estune.run.trainer import Trainer
 
-    check_trackers(settings)  # before anything is written
-    Trainer(settings).train()
+        check_trackers(settings)  # before anything is written
+        trainer = Trainer(settings)
+    trainer.train()
+
+
+def _say_time(config: Path | None, overrides: list[str]) -> None:
+    """How long a run would take, by arithmetic: where nothing is loaded, nothing is measured."""
+    from estune.cli.estimate import say_outlook
+    from estune.study.estimate.run import estimate_run
+
+    try:
+        say_outlook(estimate_run(config, overrides))
+    except EstuneError as error:
+        say(f"how long it takes cannot be estimated here: {error}")
 
 
 def _resume(run: Path, config: Path | None, overrides: list[str], dry_run: bool, **insists: Any) -> None:
@@ -63,9 +77,11 @@ def _resume(run: Path, config: Path | None, overrides: list[str], dry_run: bool,
 
         say(describe_rest(run, given, **insists))
         return
-    from estune.run.trainer import Trainer
+    with opening(f"go on with {run}"):
+        from estune.run.trainer import Trainer
 
-    Trainer.resume(run, **insists, **given).train()
+        trainer = Trainer.resume(run, **insists, **given)
+    trainer.train()
 
 
 def evaluate(
@@ -82,10 +98,11 @@ def evaluate(
     """
     if any(argument.split("=")[0] == "--model" for argument in (model, *context.args)):
         raise EstuneError("the model to evaluate comes without --model: estune eval RUN, or a checkpoint or a hub id")
-    from estune.run.evaluate import evaluate_model
-
     insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}
-    metrics = evaluate_model(model, config, overrides_of(context.args), output, **insists)
+    with opening(f"evaluate {model}"):
+        from estune.run.evaluate import evaluate_model
+
+        metrics = evaluate_model(model, config, overrides_of(context.args), output, **insists)
     table = Table(title=model)
     table.add_column("metric")
     table.add_column("value", justify="right")

@@ -18,6 +18,7 @@ from estune.completion import Sampling
 from estune.engines import attention
 from estune.engines.cache import RowCache
 from estune.engines.memory import ORDINARY_LAYERS
+from estune.engines.progress import Meter
 from estune.engines.sampling import choose
 from estune.engines.tree import common_prefix
 
@@ -89,13 +90,14 @@ class Decoder:
         # A model that looks back by slots, not by positions, must not find padding between prefix and prompt.
         plain = self._window is None or slots < self._window
         batch = Batch.lay(prompts, indices, slots, self._pad_id, plain=plain, like=self.model)
+        meter = Meter()
         self._open(batch)
-        return self._decode(batch, self._prefill(batch, sampling), sampling).cpu()
+        return self._decode(batch, self._prefill(batch, sampling, meter), sampling, meter).cpu()
 
     def _open(self, batch: Batch) -> None:
         self.cache.open(len(batch.pads), batch.slots)
 
-    def _prefill(self, batch: Batch, sampling: Sampling) -> torch.Tensor:
+    def _prefill(self, batch: Batch, sampling: Sampling, meter: Meter) -> torch.Tensor:
         """Fill the cache with the prompts; return each row's first token `[rows]`."""
         cache = self.cache
         shared = batch.shared
@@ -116,21 +118,24 @@ class Decoder:
                 batch.ids[piece, begin - shared :], batch.positions(piece, begin), batch.prefill_mask(piece, begin)
             )
             first.append(choose(logits, sampling, batch.rows[piece], 0))
+            meter.read(sum(batch.width - pad for pad in batch.pads[piece]))
             done = piece.stop
         cache.at(slice(0, rows), batch.width)
         return torch.cat(first)
 
-    def _decode(self, batch: Batch, token: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    def _decode(self, batch: Batch, token: torch.Tensor, sampling: Sampling, meter: Meter) -> torch.Tensor:
         """Add a token to every row until all have ended; return the completions `[rows, max_new_tokens]`."""
         new = sampling.max_new_tokens
         out = torch.zeros(len(token), new, dtype=torch.int64, device=self._device)
         out[:, 0] = token
+        meter.wrote(len(token))
         ended = self._is_end(token)
         alive = torch.arange(len(token), device=self._device)
         positions = batch.next_positions()
         for step in range(1, new):
             if step % self.check_every == 0:
                 left = len(token) - int(ended.sum())
+                meter.wrote(0, spared=(len(token) - left) * (new - step))
                 if left == 0:
                     break
                 if left < len(token):
@@ -145,6 +150,7 @@ class Decoder:
             positions = positions + 1
             token = choose(logits, sampling, batch.rows, step)
             out[alive, step] = token
+            meter.wrote(len(token))
             ended |= self._is_end(token)
         return out
 

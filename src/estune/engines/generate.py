@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from estune.completion import Sampling
+from estune.engines.progress import Meter
 from estune.engines.sampling import choose
 
 SINGLE = {"rwkv"}
@@ -59,26 +60,33 @@ class GenerateDecoder:
             use_cache=True,
         )
         rows = torch.tensor(list(indices), dtype=torch.int64, device=ids.device)
+        meter = Meter()
         found = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=config,
-            logits_processor=LogitsProcessorList([_Choice(sampling, rows, ids.shape[1])]),
+            logits_processor=LogitsProcessorList([_Choice(sampling, rows, ids.shape[1], meter)]),
             streamer=None if told is None else _Teller(told),
         )[:, ids.shape[1] :]
+        meter.wrote(0, spared=len(ids) * (sampling.max_new_tokens - found.shape[1]))
         return torch.nn.functional.pad(found, (0, sampling.max_new_tokens - found.shape[1])).cpu()
 
 
 class _Choice(LogitsProcessor):  # type: ignore[misc]  # transformers carries no types
     """Leaves one token per row, the one that `choose` takes, so that both decoders sample alike."""
 
-    def __init__(self, sampling: Sampling, rows: torch.Tensor, prompt_length: int) -> None:
+    def __init__(self, sampling: Sampling, rows: torch.Tensor, prompt_length: int, meter: Meter) -> None:
         self._sampling = sampling
         self._rows = rows
         self._prompt_length = prompt_length
+        self._meter = meter
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        token = choose(scores, self._sampling, self._rows, input_ids.shape[1] - self._prompt_length)
+        done = input_ids.shape[1] - self._prompt_length
+        token = choose(scores, self._sampling, self._rows, done)
+        if not done:
+            self._meter.read(input_ids.numel())
+        self._meter.wrote(len(token))
         return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)
 
 

@@ -25,6 +25,7 @@ import torch
 
 from estune.completion import Sampling
 from estune.engines.decode import Batch, Decoder
+from estune.engines.progress import Meter
 from estune.engines.sampling import choose
 from estune.errors import EstuneError, first_line
 
@@ -144,9 +145,9 @@ class GraphDecoder(Decoder):
         # Attention multiplies what lies in slots not yet written by 0: it must be a number.
         self.cache.open(rows, slots, blank=True)
 
-    def _decode(self, batch: Batch, token: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    def _decode(self, batch: Batch, token: torch.Tensor, sampling: Sampling, meter: Meter) -> torch.Tensor:
         if not batch.plain:
-            return super()._decode(batch, token, sampling)
+            return super()._decode(batch, token, sampling, meter)
         count = len(token)
         new = sampling.max_new_tokens
         rows = first_rows(count)
@@ -155,11 +156,15 @@ class GraphDecoder(Decoder):
         self._forget_if_moved()
         buffers = self.buffers
         held = count  # the first so many rows are prompts'; the others are there for the shape
+        alive = count
+        meter.wrote(alive)
         rule = dataclasses.replace(sampling, max_new_tokens=0, seed=0)
         for step in range(1, new):
             filled = batch.width + step - 1
             if step % self.check_every == 0:
                 left = held - int(buffers.ended[:held].sum())
+                meter.wrote(0, spared=(alive - left) * (new - step))
+                alive = left
                 if left == 0:
                     break
                 if power_of_two(left) < rows:
@@ -171,6 +176,7 @@ class GraphDecoder(Decoder):
                     held = left
                     rows = power_of_two(left)
             self.advance(_Shape(rows, round_up(filled + 1, self.least_slots), slots, rule))
+            meter.wrote(alive)
         return buffers.out[:new, :count].T.clone()
 
     def _load(self, batch: Batch, token: torch.Tensor, sampling: Sampling, rows: int, slots: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from estune.completion import Completion, Sampling
 from estune.config.sections import EngineName
+from estune.engines.progress import Progress
 from estune.es.strategy import Member, Update
 from estune.journal.journal import StepRecord
 from estune.weights.policies import Rule
@@ -64,6 +65,15 @@ def evaluation_batches(
 class Pool(Protocol):
     """What a run needs of those who evaluate its members. All of them hold the same base weights."""
 
+    @property
+    def engines(self) -> int:
+        """How many of them work side by side."""
+        ...
+
+    def progress(self) -> Progress:
+        """What they have done so far, all together; from any thread, while they are at it."""
+        ...
+
     def describe(self) -> Description:
         """What they train, and the fingerprint of their weights."""
         ...
@@ -117,6 +127,10 @@ class Generating(Protocol):
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in the order of the prompts."""
+        ...
+
+    def progress(self) -> Progress:
+        """What it has done so far; from any thread, while it is at it."""
         ...
 
     def close(self) -> None:

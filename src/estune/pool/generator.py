@@ -9,6 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from estune.completion import Completion, Engine, Sampling
 from estune.config import Config
+from estune.engines.progress import OWN, Progress
 from estune.engines.transformers import TransformersEngine
 from estune.pool.turns import gpus_of, in_turn
 from estune.weights.checkpoint import Checkpoint, locate
@@ -28,6 +29,10 @@ class Generator:
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in the order of the prompts."""
         return self.engine.generate(prompt_ids, sampling)
+
+    def progress(self) -> Progress:
+        """What the engine has done so far."""
+        return OWN.now()
 
     def close(self) -> None:
         """End what the engine has started. A model in this process goes with the last reference."""

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
+from estune.engines.progress import Progress, together
 from estune.errors import EstuneError
 from estune.pool.base import Generating, evaluation_batches
 from estune.pool.deadlines import Deadlines, Lost
@@ -48,6 +49,15 @@ class Generators(Generic[G]):
             for batch in evaluation_batches(prompt_ids, sampling)
         ]
         return [completion for future in futures for completion in future.result()]
+
+    @property
+    def engines(self) -> int:
+        """How many work side by side."""
+        return len(self.replicas)
+
+    def progress(self) -> Progress:
+        """What they have done so far, all together."""
+        return together(replica.progress() for replica in self.replicas)
 
     def close(self) -> None:
         """End generators and threads; batches not yet begun are dropped."""

@@ -21,6 +21,7 @@ from typing import Any
 from estune.children import die_with_thread, end_with_parent
 from estune.completion import Completion, Sampling
 from estune.config import Config
+from estune.engines.progress import OWN, Counts, Progress, together
 from estune.es.strategy import Member, Update
 from estune.files import make_temporary, remove_temporary
 from estune.pool.base import Evaluated
@@ -28,6 +29,8 @@ from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.generator import open_generator
 from estune.pool.replica import Replica
 from estune.weights.base import Share
+
+COUNTS = "progress"  # the file in a process's folder in which it counts what it has done
 
 
 class _Manager(BaseManager):
@@ -67,6 +70,8 @@ class GeneratorProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._late: float | None = None  # seconds that it was waited for in vain
+        self._counts = Counts()
+        self._earlier = Progress()  # what processes that were lost had done
         self._proxy: Any = None
 
     def __str__(self) -> str:
@@ -98,6 +103,10 @@ class GeneratorProcess:
         found: list[Completion] = self._call("generate", lambda: self._proxy.generate(prompt_ids, sampling))
         return found
 
+    def progress(self) -> Progress:
+        """What it has done so far, and those that it took the place of."""
+        return together([self._earlier, self._counts.now()])
+
     def close(self) -> None:
         """End the process at once, for good."""
         with self._lock:
@@ -115,6 +124,8 @@ class GeneratorProcess:
                 raise Lost("the run has ended")
             self._late = None
             self._folder = make_temporary("replica")
+            self._earlier = self.progress()
+            self._counts.map(self._folder / COUNTS)
             key = secrets.token_bytes(16)
             socket = str(self._folder / "s")  # a path that the system allows is short
             self.process = subprocess.Popen(
@@ -210,6 +221,7 @@ def main() -> None:
     """Serve a generator or a replica at the socket named on the command line until standard input ends."""
     die_with_thread()  # stopped, it could not notice that its input ends
     key = bytes.fromhex(sys.stdin.readline())
+    OWN.map(Path(sys.argv[1]).with_name(COUNTS))
     end_with_parent(with_thread=False)
     _Manager(sys.argv[1], key).get_server().serve_forever()
 

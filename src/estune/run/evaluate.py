@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from estune.tasks.base import Task
 from estune.weights.checkpoint import check_name
 
 if TYPE_CHECKING:
-    pass
+    from estune.pool.base import Generating
+    from estune.run.held_out import HeldOut
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def evaluate_model(
     """
     from estune.engines.loading import open_encoder
     from estune.pool.open import open_to_generate, with_resources_to_generate
+    from estune.pool.waiting import told_while
     from estune.run.graded import write_completions
     from estune.run.held_out import HeldOut
 
@@ -91,14 +94,29 @@ def evaluate_model(
         pool = open_to_generate(config, max(each.longest for each in held_out))
         opened.callback(pool.close)
         for which in held_out:
-            found, graded = which.evaluate(pool)
             name = which.task.name
+            with told_while(f"completing {len(which.asked):,} prompts of {name}", so_far=_so_far(which, config, pool)):
+                found, graded = which.evaluate(pool)
             watched = {f"watch/{name}/{key.removeprefix('eval_')}": value for key, value in found.items()}
             metrics |= found if which is held_out[0] else watched
             records += graded.records(task=name)
     if output is not None:
         write_completions(output, records)
     return metrics
+
+
+def _so_far(held_out: HeldOut, config: Config, generator: Generating) -> Callable[[], str]:
+    """What says how far a held-out set has been completed, and how fast."""
+    before = generator.progress()
+    began = time.monotonic()
+    whole = sum(map(len, held_out.asked)) + len(held_out.asked) * config.max_new_tokens
+
+    def say() -> str:
+        done = generator.progress().since(before)
+        speed = done.tokens / (time.monotonic() - began)
+        return f": {min(1.0, (done.read + done.settled) / whole):.0%} at {speed:,.0f} tokens/s"
+
+    return say
 
 
 def _from_here(given: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,11 @@ class HeldOut:
         """Tokens of the longest prompt; 0 where there is none."""
         return max(map(len, self.prompt_ids), default=0)
 
+    @property
+    def asked(self) -> list[list[int]]:
+        """What is generated from: each prompt as often as it gets a completion that can be another."""
+        return self._each(self.prompt_ids) if self._sampling.temperature else self.prompt_ids
+
     def evaluate(self, generator: Generating, *, compare: Compare | None = None) -> tuple[dict[str, float], Graded]:
         """Metrics with `eval_` before them, and what they are made of: each prompt's completions, one after another.
 
@@ -64,10 +69,9 @@ class HeldOut:
         """
         rows = self._each(self.task.evaluation)
         prompt_ids = self._each(self.prompt_ids)
-        if self._sampling.temperature:
-            completions = generator.generate(prompt_ids, self._sampling)
-        else:  # all of a prompt would be alike
-            completions = self._each(generator.generate(self.prompt_ids, self._sampling))
+        completions = generator.generate(self.asked, self._sampling)
+        if not self._sampling.temperature:  # all of a prompt would be alike
+            completions = self._each(completions)
         graded = Graded(rows, completions, self._grading.grade(rows, completions))
         metrics = evaluation_metrics(self.task, graded)
         if self._count > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import time
@@ -24,7 +25,9 @@ from estune.grading.isolation import refuse_grader
 from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, going_on, rank
 from estune.journal.replay import holds, rebuild
 from estune.journal.shares import is_share
+from estune.pool.base import EVALUATION_BATCH
 from estune.pool.open import open_pool, with_resources
+from estune.pool.waiting import told_while
 from estune.run import remarks
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, how_to_go_on, refuse_used
@@ -33,7 +36,7 @@ from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, token_ids
 from estune.run.interrupt import interruptible
 from estune.run.make import make_grading, make_sampling, make_strategy
 from estune.run.monitors import Monitors, check_trackers, default_monitors
-from estune.run.monitors.base import Monitor, Plan, Summary
+from estune.run.monitors.base import Monitor, Plan, Summary, Work
 from estune.run.monitors.files import rewrite_metrics
 from estune.run.order import StagedOrder
 from estune.run.resume import Past, parent_of, refuse_changed_prompts, reopen
@@ -97,7 +100,6 @@ class Trainer:
             self._said: set[str] = set()
             remarks.log_before(config, task, self.order)
             self._open_all(opened, past)
-            self.trained = self.pool.describe()
             self.base = Checkpoint(locate(config.model)) if past is None else past.base
             self.config = config = self._settled(past)
             if past is None:
@@ -200,6 +202,7 @@ class Trainer:
         first = token_ids(self.encoder, task, (task.train[i] for i in self.order.rows(0)))
         opened.callback(self.grading.close)
         self.held_out = HeldOut(task, config, self.encoder, self.grading)
+        self._prompt_tokens = sum(map(len, first))
         self._prompts_hash = hash_of_prompts(first, self.held_out.prompt_ids)
         if past is not None:
             self._accepted_prompts = refuse_changed_prompts(
@@ -218,6 +221,8 @@ class Trainer:
         held_out = (self.held_out, *self.watched.values())
         self.pool = open_pool(config, max([*map(len, ids), *(each.longest for each in held_out)]))
         opened.callback(self.pool.close)
+        with told_while("taking the fingerprint of the weights"):
+            self.trained = self.pool.describe()
 
     def _settled(self, past: Past | None) -> Config:
         """The settings with what has become of `auto`."""
@@ -324,7 +329,8 @@ class Trainer:
         sound = (s for s in run.checkpoints() if s <= done and holds(run.checkpoint(s), self.base, journal, dtype))
         start = next(sound, 0)
         checkpoint = (len(journal.inherited) + start, run.checkpoint(start)) if start else None
-        found = self.pool.rebuild(journal.history, checkpoint)
+        with told_while(f"replaying {done - start} steps"):
+            found = self.pool.rebuild(journal.history, checkpoint)
         if found != journal.fingerprint():
             where = f"checkpoint-{start} and " if start else ""
             raise EstuneError(
@@ -397,6 +403,7 @@ class Trainer:
         members = self.strategy.ask()
         pending: dict[int, tuple[list[Completion], Pending]] = {}
         times = {"perturb": 0.0, "generate": 0.0, "grade": 0.0}
+        self._begin_work("members", prompt_ids, len(members), len(members))
         for index, done in self.pool.evaluate(members, sigma, prompt_ids, sampling):
             start = time.perf_counter()
             pending[index] = done.completions, self.grading.submit(rows, done.completions)
@@ -442,9 +449,11 @@ class Trainer:
         if not self.task.evaluation or any(e.step == step for e in self.journal.evaluations):
             return  # nothing to evaluate on, or the run was cut off after this evaluation, and goes on from here
         compare = self.pool.compare if self.config.compare_with_base else None
+        self._begin_evaluation("evaluation", self.held_out)
         found, graded = self.held_out.evaluate(self.pool, compare=compare)
         metrics = {"step": step, **found}
         for name, watched in self.watched.items():
+            self._begin_evaluation(name, watched)
             found, completed = watched.evaluate(self.pool)
             metrics |= {f"watch/{name}/{key.removeprefix('eval_')}": value for key, value in found.items()}
             file = re.sub(r"[^\w.-]", "-", name)
@@ -458,6 +467,24 @@ class Trainer:
         self._tell(lambda m: m.on_evaluate(metrics, graded.sample()))
         over = step >= self.config.steps
         self._say("accuracy", remarks.never_right(self.task, self.journal.evaluations, over=over))
+
+    def _begin_evaluation(self, name: str, held_out: HeldOut) -> None:
+        prompts = held_out.asked
+        self._begin_work(name, prompts, math.ceil(len(prompts) / EVALUATION_BATCH))
+
+    def _begin_work(self, name: str, prompts: Sequence[Sequence[int]], pieces: int, times: int = 1) -> None:
+        """Tell monitors what is generated from here on: completions of these prompts, so many of each."""
+        before = self.pool.progress()
+        work = Work(
+            name=name,
+            pieces=pieces,
+            prompt_tokens=times * sum(map(len, prompts)),
+            completions=times * len(prompts),
+            places=times * len(prompts) * self.config.max_new_tokens,
+            engines=self.pool.engines,
+            done=lambda: self.pool.progress().since(before),
+        )
+        self._tell(lambda m: m.on_generate_begin(work))
 
     def _say(self, what: str, remark: str | None) -> None:
         """Log a remark, if there is one, and none of its kind was made before."""
@@ -491,6 +518,8 @@ class Trainer:
             first_step=self.strategy.step,
             population=self.config.population,
             prompts_per_step=self.order.per_step,
+            prompt_tokens=self._prompt_tokens,
+            engines=self.pool.engines,
             train_size=len(self.task.train),
             eval_size=len(self.task.evaluation),
             config=self.config.model_dump(mode="json"),

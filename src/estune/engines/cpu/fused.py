@@ -26,6 +26,7 @@ from estune.engines.cpu import kernels
 from estune.engines.cpu.products import NONE, Array, Products
 from estune.engines.cpu.simd import WIDTH
 from estune.engines.memory import aligned_empty, memory_for
+from estune.engines.progress import Meter
 from estune.engines.sampling import choose
 from estune.engines.tree import Places, PromptTree, common_prefix
 
@@ -139,6 +140,7 @@ class FusedDecoder:
         lengths = np.array([len(prompt) for prompt in prompts])
         new = sampling.max_new_tokens
         shared = common_prefix(prompts) // WIDTH * WIDTH if len(prompts) > 1 else 0
+        meter = Meter()
         self._reach(int(lengths.max()) + new)
         prefix = self._cache("prefix", 1, shared)
         cache = self._cache("rows", len(prompts), int(lengths.max()) - shared + new)
@@ -147,14 +149,17 @@ class FusedDecoder:
             places = Places.of(np.zeros_like(positions), positions)
             ids = np.array(prompts[0])[positions]
             self.forward(ids, places, places, prefix, self._cache("none", 1, 0), 0, last=positions[:0])
-        hidden = self._prefill(prompts, shared, cache, prefix)
+        meter.read(shared * len(prompts))
+        hidden = self._prefill(prompts, shared, cache, prefix, meter)
         rows = np.arange(len(prompts))
         numbers = torch.tensor(list(indices), dtype=torch.int64)
         out = np.zeros((len(prompts), new), np.int64)
         out[:, 0] = token = self._choose(hidden, numbers, 0, sampling)
         told(int(token[0]))
+        meter.wrote(len(token))
         for step in range(1, new):
             alive = ~self._is_end[token]
+            meter.wrote(0, spared=(len(token) - int(alive.sum())) * (new - step))
             rows = rows[alive]
             token = token[alive]
             if not len(rows):
@@ -163,6 +168,7 @@ class FusedDecoder:
             hidden = self.forward(token, places, places, cache, prefix, shared)
             out[rows, step] = token = self._choose(hidden, numbers[torch.from_numpy(rows)], step, sampling)
             told(int(token[0]))
+            meter.wrote(len(token))
         return torch.from_numpy(out)
 
     @torch.inference_mode()
@@ -198,19 +204,24 @@ class FusedDecoder:
                     found[row][place] = value
         return found
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], shared: int, cache: _Cache, prefix: _Cache) -> Array:
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], shared: int, cache: _Cache, prefix: _Cache, meter: Meter
+    ) -> Array:
         """Cache the prompts; return the last hidden state of each, `[prompts, hidden]`.
 
         Prompts that begin alike are computed once as far as they do, and cached in the row of each.
         """
         tree = self._tree(tuple(map(tuple, prompts)), shared)
         found = []
-        for start in range(0, len(tree.ids), PREFILL_TOKENS):
+        count = len(tree.ids)
+        left = sum(map(len, prompts)) - shared * len(prompts)  # with what several of them begin with counted for each
+        for start in range(0, count, PREFILL_TOKENS):
             stop = start + PREFILL_TOKENS
             ends = tree.leaves[(tree.leaves >= start) & (tree.leaves < stop)] - start
             nodes = tree.nodes.between(start, stop)
             cached = tree.cached.between(start, stop)
             found.append(self.forward(tree.ids[start:stop], nodes, cached, cache, prefix, shared, ends))
+            meter.read(left * min(stop, count) // count - left * start // count)
         return np.concatenate(found)[np.searchsorted(tree.leaves, tree.last)]
 
     def forward(

@@ -18,6 +18,7 @@ from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer, pick_dtype
 from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for, total_memory
+from estune.engines.progress import Meter
 from estune.engines.prompts import PromptEncoder
 from estune.engines.vllm import internals
 from estune.errors import EstuneError
@@ -156,8 +157,12 @@ class VllmEngine(PromptEncoder):
             return []
         self.check(prompt_ids, sampling)
         ends = set(self.end_ids)
+        meter = Meter()
         with self._here() as llm:
             token_ids = internals.generate(llm, prompt_ids, sampling, self.end_ids)
+        tokens = sum(map(len, token_ids))
+        meter.wrote(tokens, spared=len(prompt_ids) * sampling.max_new_tokens - tokens)
+        meter.read(sum(map(len, prompt_ids)))  # between one another, vLLM reads and writes
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
 

@@ -20,6 +20,7 @@ import ray
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
+from estune.engines.progress import Counts, Progress
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.journal.journal import StepRecord
@@ -58,6 +59,7 @@ class RayPool:
     def __init__(self, config: Config) -> None:
         self.crew = Crew(_for_workers(config))
         self._config = config
+        self._counts = Counts()  # of what has come back: workers tell of nothing on the way
 
     def wait_for_workers(self, most: float = SETTLE) -> None:
         """Wait until a worker is ready, and then at most so many seconds for the others."""
@@ -82,12 +84,16 @@ class RayPool:
         done = self._done
         prompts = ray.put(prompt_ids)  # sent to a node once a step, not once a member
         for job in self.crew.run("evaluate", [(done, member, sigma, prompts, sampling) for member in members]):
+            self._count(prompt_ids, job.result.completions, sampling, job.result.generate_time)
             yield job.index, job.result
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """As `Pool.generate`."""
         batches = [(self._done, *batch) for batch in evaluation_batches(prompt_ids, sampling)]
-        found = {job.index: job.result for job in self.crew.run("generate", batches)}
+        found: dict[int, list[Completion]] = {}
+        for job in self.crew.run("generate", batches):
+            found[job.index] = job.result
+            self._count(batches[job.index][1], job.result, sampling)
         return [completion for index in range(len(batches)) for completion in found[index]]
 
     def apply(self, update: Update) -> str:
@@ -121,6 +127,28 @@ class RayPool:
         (job,) = self.crew.run("compare", [(self._done, prompt_ids, completion_ids)])
         found: dict[str, float] = job.result
         return found
+
+    @property
+    def engines(self) -> int:
+        """As `Pool.engines`."""
+        return self._config.workers or 1
+
+    def progress(self) -> Progress:
+        """As `Pool.progress`."""
+        return self._counts.now()
+
+    def _count(
+        self, prompt_ids: Sequence[Sequence[int]], completions: list[Completion], sampling: Sampling, seconds: float = 0
+    ) -> None:
+        """Count a piece that has come back. Of an evaluation's nobody says how long it took."""
+        self._counts.add(
+            Progress(
+                read=sum(map(len, prompt_ids)),
+                settled=len(completions) * sampling.max_new_tokens,
+                tokens=sum(len(c.token_ids) for c in completions),
+                writing=int(seconds * 1e9),
+            )
+        )
 
     def close(self) -> None:
         """End all workers, and a cluster that was started for them."""

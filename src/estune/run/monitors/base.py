@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from estune.engines.progress import Progress
 
 Metrics = Mapping[str, float]
 
@@ -31,11 +33,35 @@ class Plan:
     first_step: int  # steps that are done; above 0 when a run is resumed
     population: int
     prompts_per_step: int
+    prompt_tokens: int  # of a step's prompts, the first step's
+    engines: int  # that work side by side
     train_size: int
     eval_size: int
     config: dict[str, Any]
     shares: Collection[str]  # accuracies that are shown in percent
     history: list[Metrics]  # of the steps and evaluations that a resumed run has behind it, in their order
+
+
+@dataclass(frozen=True)
+class Work:
+    """Completions that are generated now: a step's, or an evaluation's.
+
+    Attributes:
+        name: `members`, `evaluation`, or the name of a task that is watched.
+        pieces: members of a step, or batches of an evaluation, that engines take one by one.
+        prompt_tokens, completions: of all pieces together.
+        places: tokens of all completions if each is as long as it may be.
+        engines: that work side by side.
+        done: what has been done of it so far; may be asked from any thread.
+    """
+
+    name: str
+    pieces: int
+    prompt_tokens: int
+    completions: int
+    places: int
+    engines: int
+    done: Callable[[], Progress]
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,9 @@ class Monitor:
 
     def on_step_begin(self, step: int) -> None:
         """A step begins, the first of a run being 1."""
+
+    def on_generate_begin(self, work: Work) -> None:
+        """The completions of a step or of an evaluation are generated from here on."""
 
     def on_member_end(self, done: int, population: int) -> None:
         """One more member of the step has been graded."""

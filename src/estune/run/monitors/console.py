@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import threading
+import time
 from collections.abc import Collection
 
 from rich import get_console
@@ -10,13 +13,16 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from estune.errors import printable, printable_lines
 from estune.journal.shares import shown
-from estune.run.monitors.base import Metrics, Monitor, Plan, Sample, Summary
+from estune.run.monitors.base import Metrics, Monitor, Plan, Sample, Summary, Work
+from estune.run.monitors.pace import Look, Stopwatch, duration, outlook, too_long
+
+log = logging.getLogger(__name__)
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 60  # points of a curve on screen
@@ -29,11 +35,17 @@ CONTENTS = {
     "completions": "completions, as parquet",
     "config.yaml": "all settings",
 }
+BAR = 24  # characters of a bar
+BEATS = 0.25  # seconds between two looks at what is under way
+LINES = 15.0  # seconds between two lines of a file, at least, within what takes long
 PROMPT_END = 600  # characters of a prompt shown, from its end
 
 
 class ConsoleMonitor(Monitor):
-    """Progress, reward and its spread, evaluation, time left and a sample completion."""
+    """Progress, reward and its spread, evaluation, time left and a sample completion.
+
+    A thread of its own looks at what is under way: a display that moves, or a line now and then.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or get_console()  # the one that log messages go to: they appear above the display
@@ -43,16 +55,14 @@ class ConsoleMonitor(Monitor):
         self._shares: Collection[str] = ()  # until the run says what it sets out to do
         self._last: Metrics = {}
         self._sample: Sample | None = None
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        self._watch: Stopwatch | None = None  # until a run begins
+        self._steps = 0  # of the run
+        self._completions = 0  # of a step
+        self._members = 0  # of the step, that have been graded
+        self._foretold: bool | None = None  # what the run will take has been told; at most
+        self._spoken = 0.0  # when the last line was written
+        self._over = threading.Event()
+        self._beats: threading.Thread | None = None
 
     def on_train_begin(self, plan: Plan) -> None:
         """Say what the run is, and start the display."""
@@ -67,34 +77,52 @@ class ConsoleMonitor(Monitor):
             highlight=False,
             soft_wrap=not self.console.is_terminal,
         )
-        self._steps = self._progress.add_task("steps", total=plan.steps, completed=plan.first_step)
-        self._members = self._progress.add_task("members", total=plan.population)
+        self._steps = plan.steps
+        self._completions = plan.population * plan.prompts_per_step
+        self._watch = Stopwatch(plan)
+        self._spoken = time.monotonic()
+        self._over.clear()
         if self.console.is_terminal:
-            self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
-            self._live.start()
+            self._live = Live(console=self.console, get_renderable=self._render, auto_refresh=False)
+            self._live.start(refresh=True)
+        self._beats = threading.Thread(target=self._beat, daemon=True)
+        self._beats.start()
+
+    def on_generate_begin(self, work: Work) -> None:
+        """Follow it."""
+        self._members = 0
+        if self._watch is not None:
+            self._watch.begin(work)
 
     def on_member_end(self, done: int, population: int) -> None:
-        """Move the inner bar."""
-        if done == 1:
-            self._progress.reset(self._members)
-        self._progress.update(self._members, completed=done)
+        """Count it."""
+        self._members = done
 
     def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
         """Take in a step."""
         self._rewards.append(metrics["reward"])
         self._last = metrics
         self._sample = sample
-        self._progress.update(self._steps, completed=int(metrics["step"]))
+        left = None
+        if self._watch is not None:
+            self._watch.step_done(metrics)
+            left = self._watch.run_left
+            self._foretell(left)
         if self._live is None:
             self._print(
-                f"step {metrics['step']:>4}  reward {metrics['reward']:.4f} ± {metrics['reward_std']:.4f}  "
-                f"length {metrics['completions/mean_length']:.1f}  {metrics['step_time']:.2f} s"
+                f"step {metrics['step']:>4}/{self._steps}  reward {metrics['reward']:.4f} ± {metrics['reward_std']:.4f}"
+                f"  length {metrics['completions/mean_length']:.1f}  {metrics['step_time']:.2f} s"
+                f"  {metrics['completions/mean_length'] * self._completions / metrics['step_time']:,.0f} tokens/s"
+                + (f"  {duration(left)} left" if left else "")
             )
 
     def on_evaluate(self, metrics: Metrics, sample: Sample) -> None:
         """Take in an evaluation."""
         self._accuracies.append((int(metrics["step"]), metrics["eval_accuracy"]))
         self._sample = sample
+        if self._watch is not None:
+            self._watch.evaluated()
+            self._foretell(self._watch.run_left)
         if self._live is None:
             accuracy = shown(metrics["eval_accuracy"], "eval_accuracy" in self._shares)
             self._print(
@@ -112,12 +140,66 @@ class ConsoleMonitor(Monitor):
 
     def close(self) -> None:
         """Give the screen back."""
+        self._over.set()
+        if self._beats is not None:
+            self._beats.join()
+            self._beats = None
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def _print(self, line: str) -> None:
+        self._spoken = time.monotonic()
         self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _beat(self) -> None:
+        """Look at what is under way, again and again."""
+        while not self._over.wait(BEATS):
+            watch = self._watch
+            look = watch and watch.look()
+            if look:
+                self._foretell(look.run_left)
+            if self._live is not None:
+                self._live.refresh()
+            elif watch and look and time.monotonic() - self._spoken > LINES:
+                step = watch.done + (look.work.name == "members")
+                run = "" if look.run_left is None else f", of the run {duration(look.run_left)}"
+                figures = "  ".join(_figures(look, self._members))
+                self._print(f"step {step:>4}/{self._steps}  {_name(look)} {figures}{run}")
+
+    def _foretell(self, run_left: float | None) -> None:
+        """Say once what the run will take, and again when it is known that completions end early."""
+        watch = self._watch
+        if watch is None or not run_left or watch.step_seconds is None or self._foretold in (False, watch.most):
+            return
+        self._foretold = watch.most
+        plan = watch.plan
+        tokens = plan.population * plan.prompts_per_step * plan.config["max_new_tokens"]
+        self._print(outlook(tokens, watch.step_seconds, run_left, most=watch.most, how="at the pace so far"))
+        if warning := too_long(run_left):
+            log.warning("%s", warning)
+
+    def _bars(self) -> RenderableType:
+        """The run, and what is under way."""
+        bars = Table.grid(padding=(0, 2))
+        watch = self._watch
+        if watch is None:
+            return bars
+        seconds = time.monotonic() - watch.began
+        look = watch.look()
+        left = look.run_left if look else watch.run_left
+        bars.add_row(
+            f"step {watch.done}/{self._steps}",
+            ProgressBar(total=max(1, self._steps), completed=watch.done, width=BAR),
+            duration(seconds) + (f"  {'at most' if watch.most else 'about'} {duration(left)} left" if left else ""),
+        )
+        if look is not None:
+            bars.add_row(
+                Text(_name(look)),
+                ProgressBar(total=1.0, completed=look.share, width=BAR, pulse=not look.share),
+                "  ".join(_figures(look, self._members)),
+            )
+        return bars
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
@@ -142,10 +224,27 @@ class ConsoleMonitor(Monitor):
             m = self._last
             figures = f"length {m['completions/mean_length']:.1f}, cut off {m['completions/clipped_ratio']:.1%}"
             table.add_row("step", f"{m['step_time']:.2f} s, {m['num_tokens']:,.0f} tokens so far", figures)
-        parts: list[RenderableType] = [self._progress, table]
+        parts: list[RenderableType] = [self._bars(), table]
         if self._sample is not None:
             parts.append(sample_panel(self._sample))
         return Group(*parts)
+
+
+def _name(look: Look) -> str:
+    """What is under way, as it is called."""
+    return printable(look.work.name)
+
+
+def _figures(look: Look, members: int) -> list[str]:
+    """How far it has come; `members` of a step have been graded."""
+    found = [f"{look.share:.0%}", duration(look.seconds)]
+    if look.work.name == "members":
+        found.insert(0, f"{members}/{look.work.pieces}")
+    if look.tokens_per_second:
+        found.append(f"{look.tokens_per_second:,.0f} tokens/s")
+    if look.left is not None:
+        found.append(f"{duration(look.left)} left")
+    return found
 
 
 def sample_panel(sample: Sample) -> Panel:
