@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,25 @@ def test_the_quickstart_trains_looks_and_replays(tmp_path: Path) -> None:
 def test_your_data_trains_on_rows_and_a_reward_of_the_notebook(tmp_path: Path) -> None:
     *_, told = executed("your_data.ipynb", tmp_path, **TINY)
     assert re.fullmatch(r"(.+ -> .+\n){5}held-out accuracy [\d.]+% -> [\d.]+%\n", told)
+
+
+def test_the_real_models_example_shows_answers_before_and_after(tmp_path: Path) -> None:
+    small = ["steps=1", "population=2", "prompts_per_step=2", "max_new_tokens=4", "replicas=1", "threads=1"]
+    told = subprocess.run(
+        [sys.executable, "examples/real.py", "model=tiny", f"output_dir={tmp_path / 'run'}", *small],
+        check=True, cwd=ROOT, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert "after step 0" in told
+    assert "after step 1" in told
+    assert "answered in one word: 0 -> 0" in told
+
+
+def test_the_real_models_example_wants_the_capital_and_nothing_else() -> None:
+    capitals = runpy.run_path(str(EXAMPLES / "capitals.py"))
+    answers = ["Rome", "rome.", " Rome.\n", "The capital is Rome.", "Paris", "Rome, Italy", ""]
+    assert capitals["in_one_word"](answers, ["Rome"] * 7) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    asked = [{row["prompt"] for row in capitals[side]} for side in ("train", "evaluation")]
+    assert not asked[0] & asked[1]
 
 
 def python(page: str, part: str) -> str:

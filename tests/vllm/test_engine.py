@@ -167,7 +167,7 @@ def test_a_gpu_s_memory_is_divided(saved: Any, monkeypatch: pytest.MonkeyPatch) 
     path = saved("llama")
 
     def ask(base: int = 0, **settings: Any) -> tuple[Any, ...]:
-        common = {"model": str(path), "engine": "vllm", "device": "cuda", "dtype": "float32"}
+        common = {"model": str(path), "engine": "vllm", "device": "cuda", "dtype": "float32", "max_new_tokens": 100}
         with pytest.raises(EstuneError, match="asked"):
             engine.VllmEngine(Checkpoint(path), Config(**common, vllm_max_model_length=256, **settings), base)
         names = ("gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "block_size")

@@ -36,6 +36,8 @@ ROWS, COLUMNS = (4, 4) if llvmlite.binding.get_host_cpu_features().get("avx512f"
 """Of a product, what is computed at once: as many sums as there are registers for."""
 TILE = 4096
 """Elements of a weight that stay in a core's first cache while all tokens pass by."""
+AHEAD = 4096
+"""Elements before their use at which weights are asked of the memory."""
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _ABSENT = np.float32(-3e38)  # the score of a slot that is not there
@@ -87,7 +89,8 @@ def product_kernel(rows: int = ROWS, columns: int = COLUMNS) -> Callable[..., No
     on the tokens beside it, on the processor's registers, nor on how the work is shared out.
     """
     block = products(rows, columns)
-    row = products(1, columns)
+    opening = products(rows, columns, AHEAD)
+    row = products(1, columns, AHEAD)
     single = products(1, 1)
 
     @_jit
@@ -102,7 +105,11 @@ def product_kernel(rows: int = ROWS, columns: int = COLUMNS) -> Callable[..., No
         for start in range(first, last, tile):
             stop = min(start + tile, last)
             even = stop - (stop - start) % columns
-            for t in range(0, tokens - rows + 1, rows):
+            # The first tokens find the weights in memory, those after them in the cache.
+            if tokens >= rows:
+                for c in range(start, even, columns):
+                    opening(x, 0, weight, c * width, width, out, c, total)
+            for t in range(rows, tokens - rows + 1, rows):
                 for c in range(start, even, columns):
                     block(x, t * width, weight, c * width, width, out, t * total + c, total)
             for t in range(tokens - tokens % rows, tokens):

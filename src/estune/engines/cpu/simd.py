@@ -61,13 +61,15 @@ def element(typing: Any, array: Any, index: Any) -> Any:
     return (types.float32(array, types.intp), generate) if _is_stored(array) else None
 
 
-def products(rows: int, columns: int) -> Any:
+def products(rows: int, columns: int, ahead: int = 0) -> Any:
     """A function that takes the dot products of `rows` neighbouring rows of one matrix with `columns` of another.
 
     It is called with `(x, at, weight, there, width, out, to, stride)`: rows of `width` elements, a multiple of 16, of
     `x` from index `at` and of `weight` from index `there` on; the product of row r and row c is written to element
     `to + r * stride + c` of `out`, which holds float32. Each is a sum of sixteen sums, by fused multiplication and
     addition, and these are added by halves: the same bits, however many rows and columns are taken at once.
+
+    Elements of `weight` that lie `ahead` further on are asked of the memory meanwhile, if that is not 0.
     """
 
     @intrinsic
@@ -93,6 +95,8 @@ def products(rows: int, columns: int) -> Any:
                 builder.store(_all(0.0), variable)
             with cgutils.for_range_slice(builder, number(0), width, number(WIDTH), inc=True) as (k, _):
                 factors = [vector(weight, start, k) for start in rights]
+                for start in rights if ahead else ():
+                    _prefetch(builder, builder.gep(start, [builder.add(k, number(ahead))]))
                 for start, of_row in zip(lefts, sums, strict=True):
                     a = vector(x, start, k)
                     for b, variable in zip(factors, of_row, strict=True):
@@ -232,6 +236,14 @@ def _widened(builder: Any, kind: Any, pointer: Any) -> Any:
         return builder.load(builder.bitcast(pointer, _FLOATS.as_pointer()), align=4)
     bits = builder.load(builder.bitcast(pointer, _HALVES.as_pointer()), align=2)
     return builder.bitcast(builder.shl(builder.zext(bits, _INTS), _all(16, _INTS)), _FLOATS)
+
+
+def _prefetch(builder: Any, pointer: Any) -> None:
+    """Have the cache line at `pointer` brought into all caches, wherever that is: it is never an error."""
+    address = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [address.type, _INT, _INT, _INT])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(function, [address, _INT(0), _INT(3), _INT(1)])  # to read, to keep, data
 
 
 def _totals(builder: Any, vectors: list[Any]) -> list[Any]:
