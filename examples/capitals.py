@@ -1,12 +1,9 @@
-"""A real model learns to do as it is told: SmolLM2 knows many capitals, and is asked for one word, not for a sentence.
+"""A real model learns to name a capital instead of talking around it, and briefly, on countries it is not trained on.
 
-estune train examples/capitals.yaml
+estune train --config examples/capitals.yaml
 
-A third of the countries are held out: the model is trained on none of them.
+A third of the countries are held out.
 """
-
-import re
-from typing import Any
 
 from estune.rewards.conciseness import correct_reward, length_reward
 
@@ -46,12 +43,5 @@ rows = [
 train = [row for number, row in enumerate(rows) if number % HELD_OUT]
 evaluation = rows[::HELD_OUT]
 
-
-def in_one_word(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1.0 where the completion is the capital and nothing else; a full stop may follow."""
-    texts = [re.sub(r"\W+$", "", text).strip().lower() for text in completions]
-    return [float(text == right.lower()) for text, right in zip(texts, answer, strict=True)]
-
-
-rewards = [in_one_word, correct_reward, length_reward]
-weights = [1.0, 0.5, 0.01]
+rewards = [correct_reward, length_reward]
+weights = [0.5, 0.01]

@@ -30,8 +30,7 @@ for before, after in list(zip(*tables, strict=True))[:SHOWN]:
 console = Console()
 console.print(shown)
 for what, key in (
-    ("answered in one word", "eval_accuracy"),
-    ("the capital is in the answer", "eval_rewards/correct_reward/mean"),
+    ("the capital is in the answer", "eval_accuracy"),
     ("tokens", "eval_completions/mean_length"),
 ):
     console.print(f"{what}: {summary.before[key]:.3g} -> {summary.after[key]:.3g}")

@@ -63,15 +63,14 @@ def test_the_real_models_example_shows_answers_before_and_after(tmp_path: Path) 
     ).stdout  # fmt: skip
     assert "after step 0" in told
     assert "after step 1" in told
-    assert "answered in one word: 0 -> 0" in told
+    assert "the capital is in the answer: " in told
 
 
-def test_the_real_models_example_wants_the_capital_and_nothing_else() -> None:
+def test_no_country_is_trained_on_and_held_out() -> None:
     capitals = runpy.run_path(str(EXAMPLES / "capitals.py"))
-    answers = ["Rome", "rome.", " Rome.\n", "The capital is Rome.", "Paris", "Rome, Italy", ""]
-    assert capitals["in_one_word"](answers, ["Rome"] * 7) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    asked = [{row["prompt"] for row in capitals[side]} for side in ("train", "evaluation")]
-    assert not asked[0] & asked[1]
+    train, evaluation = ({row["prompt"] for row in capitals[side]} for side in ("train", "evaluation"))
+    assert len(train) + len(evaluation) == len(capitals["CAPITALS"])
+    assert not train & evaluation
 
 
 def python(page: str, part: str) -> str:
