@@ -1,8 +1,8 @@
 # docker build -t estune .                                with CUDA and vLLM
 # docker build -t estune:cpu --build-arg DEVICE=cpu .     without
-# docker run --gpus all --ipc host -v "$PWD:/work" estune train --model Qwen/Qwen2.5-0.5B-Instruct
+# docker run --gpus all --ipc host -v "$PWD:/workspace" estune train --model Qwen/Qwen2.5-0.5B-Instruct
 #
-# What runs are written to is /work, so that they outlive the container. Downloaded models go there as well.
+# What runs are written to is /workspace, so that they outlive the container. Downloaded models go there as well.
 ARG DEVICE=cuda
 
 # With nvcc, which vLLM's kernels are compiled by when they are first used. torch from pip is built for CUDA 13.
@@ -25,7 +25,7 @@ RUN if [ -n "$TORCH_INDEX" ]; then pip install --no-cache-dir --index-url "$TORC
 COPY pyproject.toml README.md LICENSE /src/
 COPY src /src/src
 RUN pip install --no-cache-dir "/src[$EXTRAS]"
-WORKDIR /work
-ENV HF_HOME=/work/.huggingface
+WORKDIR /workspace
+ENV HF_HOME=/workspace/.huggingface
 ENTRYPOINT ["estune"]
 CMD ["--help"]

@@ -10,8 +10,8 @@ import torch
 
 from estune.pool import fastest as module
 from estune.pool import open as opening
-from estune.pool.fastest import Way, fastest, multipliable, ways
-from estune.pool.open import with_resources
+from estune.pool.fastest import Way, fastest, ways
+from estune.pool.open import comparable_dtype, with_resources
 from tests.models import build_model
 from tests.runs import make_config
 
@@ -59,8 +59,9 @@ def test_work_that_takes_longer_is_found_slower(own: bool, monkeypatch: pytest.M
     assert torch.get_num_threads() == before
 
 
-def test_only_matrices_that_can_be_multiplied_are_tried() -> None:
-    assert multipliable([(7,), (5, 32), (5, 33), (2, 5, 32)]) == [(5, 32)]
+def test_without_matrices_the_first_way_is_taken() -> None:
+    choices = ways(["float32"], 2, 2, replicas=None, threads=None)
+    assert fastest([], 3, choices, own=False) == choices[0]
 
 
 def test_a_run_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +88,10 @@ def test_a_run_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]  # fmt: skip
     assert with_resources(found) == found  # nothing is left to try
     assert len(asked) == 1
+    with_resources(config, "float32")  # of a run from before there were trials, which goes on
+    assert {way.dtype for way in asked[-1][0]} == {"float32"}
+    one = with_resources(config.model_copy(update={"replicas": 1, "dtype": comparable_dtype(config)}))
+    assert (one.dtype, one.replicas, one.threads, len(asked)) == ("float32", 1, 1, 2)  # nothing is left to try
     alone = with_resources(config.model_copy(update={"weights": "inplace"}))
     assert (alone.replicas, alone.threads) == (1, 2)
     build_model("llama").save_pretrained(tmp_path / "float32")

@@ -20,7 +20,6 @@ import torch
 from torch.nn.functional import linear
 
 from estune.engines.cpu.products import Products
-from estune.engines.cpu.simd import WIDTH
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +68,13 @@ def fastest(shapes: Sequence[tuple[int, int]], rows: int, choices: Sequence[Way]
     """The first of those ways that are about as fast as the fastest.
 
     Args:
-        shapes: of the model's matrices, `[columns, width]`.
+        shapes: of the model's matrices, `[columns, width]`; of a model that has none, the first way is taken.
         rows: decoded together.
         choices: to compare.
         own: products are those of our own kernel, not PyTorch's.
     """
+    if not shapes:
+        return choices[0]
     speeds = {way: _speed(way, shapes, rows, own=own) for way in choices}
     each = 2 * sum(map(math.prod, shapes))  # operations a token
     found = ", ".join(f"{way} {speed / each:,.0f}" for way, speed in speeds.items())
@@ -120,8 +121,3 @@ def _some(shapes: Sequence[tuple[int, int]], budget: int) -> Iterator[tuple[int,
         kept = min(columns, max(1, most // width))
         yield kept, width
         budget -= kept * width
-
-
-def multipliable(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Of a checkpoint's shapes, those of the matrices, as `fastest` takes them."""
-    return [(shape[0], shape[1]) for shape in shapes if len(shape) == 2 and shape[1] % WIDTH == 0]

@@ -14,12 +14,13 @@ import torch
 
 from estune.config import Config
 from estune.engines.cpu.fused import ARCHITECTURES
+from estune.engines.cpu.simd import WIDTH
 from estune.engines.loading import load_config
 from estune.engines.memory import LOGITS_BYTES, cached_elements, fitting_engines, total_memory
 from estune.engines.transformers import MAX_ROWS, MAX_ROWS_ELSEWHERE, MEMORY_SHARE
 from estune.errors import EstuneError
 from estune.pool.base import Generating, Pool
-from estune.pool.fastest import fastest, multipliable, ways
+from estune.pool.fastest import fastest, ways
 from estune.pool.generators import Generators, open_generators
 from estune.pool.local import open_local_pool
 from estune.pool.waiting import told_while
@@ -40,12 +41,16 @@ LEAST_TRIED = 1 << 24
 PROMPT_ROOM = 512  # tokens of a prompt, in deciding how many engines a GPU holds, before any is read
 
 
-def with_resources(config: Config) -> Config:
+def with_resources(config: Config, live_dtype: str | None = None) -> Config:
     """The settings to train with: `device`, `replicas`, `threads` and `workers_per_gpu` as this machine has them, a hub
     id's commit and the date of today.
 
     They are part of a run: another device, or a matrix product shared out over other threads, can change its last bits,
     and another date what a chat template says.
+
+    Args:
+        config: the settings.
+        live_dtype: of a run that goes on, the type that its weights have: `dtype` may be open in its settings.
 
     Raises:
         EstuneError: for a device that is not there or cannot be trained on, or a model that cannot be had.
@@ -53,8 +58,14 @@ def with_resources(config: Config) -> Config:
     if config.workers and config.device == "auto":
         from estune.pool.ray.cluster import cluster_device
 
-        return _with_device(config, cluster_device(config))
-    return _with_device(config, str(training_device(config.device)))
+        return _with_device(config, cluster_device(config), live_dtype)
+    return _with_device(config, str(training_device(config.device)), live_dtype)
+
+
+def comparable_dtype(config: Config) -> str:
+    """The `dtype` of runs that are to be compared: on a CPU one for all, whatever a trial would find for each."""
+    tried = config.dtype == "auto" and config.engine != "vllm" and not config.workers
+    return "float32" if tried and training_device(config.device).type == "cpu" else config.dtype
 
 
 def with_resources_to_generate(config: Config) -> Config:
@@ -66,11 +77,11 @@ def with_resources_to_generate(config: Config) -> Config:
     return _with_device(config, str(chosen_device(config.device)))
 
 
-def _with_device(config: Config, device: str) -> Config:
+def _with_device(config: Config, device: str, live_dtype: str | None = None) -> Config:
     sharing = config.sharing
     found: dict[str, Any] = {"model": pinned(config.model), "device": device}
     if device.startswith("cpu"):
-        found |= _share_processor(config)
+        found |= _share_processor(config, live_dtype)
     else:
         if config.workers_per_gpu == "auto":
             sharing = share_gpu(config, device)
@@ -92,9 +103,9 @@ def share_cores(config: Config, size: int) -> tuple[int, int]:
     return config.replicas or max(1, min(cores // threads, config.population)), threads
 
 
-def _share_processor(config: Config) -> dict[str, Any]:
+def _share_processor(config: Config, live_dtype: str | None) -> dict[str, Any]:
     """`replicas`, `threads` and, where it is not left to vLLM, `dtype` on this CPU: for all but small models the
-    fastest, by a short trial."""
+    fastest, by a short trial. Replicas that are given have threads as `share_cores` says."""
     checkpoint = Checkpoint(locate(config.model))
     tensors = checkpoint.tensors.values()
     size = sum(t.size for t in tensors)
@@ -105,7 +116,11 @@ def _share_processor(config: Config) -> dict[str, Any]:
         return found
     model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
     halves = sum(t.elements for t in tensors if t.dtype == "BF16")
-    dtypes = [config.dtype] if config.dtype != "auto" else ["float32", "bfloat16"][: 1 + (2 * halves > elements)]
+    dtypes = ["float32", "bfloat16"] if 2 * halves > elements else ["float32"]
+    if config.dtype != "auto":
+        dtypes = [config.dtype]
+    elif live_dtype is not None:
+        dtypes = [live_dtype]
     alone = bool(config.workers) or POLICIES[config.weights].drifts
     room = total_memory(torch.device("cpu")) // 2 - POLICIES[config.weights].base_bytes(elements, "float32")
     choices = ways(
@@ -113,11 +128,12 @@ def _share_processor(config: Config) -> dict[str, Any]:
         available_cores(),
         most=max(1, min(config.population, room // (elements * BYTES[dtypes[0]]))),
         replicas=1 if alone else config.replicas,
-        threads=threads if config.workers else config.threads,
+        threads=threads if config.workers or config.replicas else config.threads,
     )
     if len(choices) > 1:
-        shapes = multipliable([t.shape for t in tensors])
-        own = (getattr(model, "architectures", None) or [""])[0] in ARCHITECTURES and "float16" not in dtypes
+        shapes = [(t.shape[0], t.shape[1]) for t in tensors if len(t.shape) == 2]
+        fused = (getattr(model, "architectures", None) or [""])[0] in ARCHITECTURES
+        own = fused and "float16" not in dtypes and not any(width % WIDTH for _, width in shapes)
         rows = min(config.prompts_per_step, config.batch_size or MAX_ROWS["cpu"])
         with told_while("trying what this processor is fastest with"):
             chosen = fastest(shapes, rows, choices, own=own)

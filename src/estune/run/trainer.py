@@ -92,7 +92,8 @@ class Trainer:
             if not isinstance(monitors, Sequence):
                 check_trackers(config)
             parent = parent_of(config) if past is None else None
-            self.config = config = with_resources(config)
+            live = None if past is None else past.journal.header.live_dtype
+            self.config = config = with_resources(config, live)
             self.task = task
             self._began_at = 0 if past is None else len(past.journal.steps)
             self.order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)

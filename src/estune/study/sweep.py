@@ -219,7 +219,10 @@ class _Runner:
         else:
             shutil.rmtree(run, ignore_errors=True)  # a run that was cut off before its first line
             config = self.folder / f"{name}.yaml"
-            write_text(config, yaml.safe_dump(self._settings(values), sort_keys=False))
+            from estune.pool.open import comparable_dtype
+
+            settings = {**self._settings(values), "dtype": comparable_dtype(self.config(values))}
+            write_text(config, yaml.safe_dump(settings, sort_keys=False))
             arguments = ["--config", str(config), "--output-dir", str(run)]
         return self.jobs.run("estune.cli", "train", *arguments, log=self.folder / f"{name}.log")
 

@@ -49,13 +49,14 @@ def compare(
     if any(method != "es" for method in plan.methods):
         require_trl()
     locate(config.model)
-    from estune.pool.open import with_resources
+    from estune.pool.open import comparable_dtype, with_resources
     from estune.run.make import make_grading
     from estune.tasks.preflight import preflight
 
     began = _date_of(folder) if config.template_date is None else config.template_date
     ours = {"engine": "transformers", "replicas": 1, "template_date": began}
-    config = with_resources(config.model_copy(update=ours))
+    config = config.model_copy(update=ours)
+    config = with_resources(config.model_copy(update={"dtype": comparable_dtype(config)}))
     config = _with_one_training_set(config)
     task = config.task.build(config.seed)
     _check_task(task)
