@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from estune.journal.journal import Journal
 from estune.pool import fastest as module
 from estune.pool import open as opening
 from estune.pool.fastest import Way, fastest, ways
 from estune.pool.open import comparable_dtype, with_resources
-from tests.models import build_model
-from tests.runs import make_config
+from estune.run.trainer import Trainer
+from tests.models import build_model, save_model
+from tests.runs import make_config, make_task, variety
 
 
 @pytest.mark.parametrize(
@@ -97,3 +99,18 @@ def test_a_run_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     build_model("llama").save_pretrained(tmp_path / "float32")
     exact = with_resources(config.model_copy(update={"model": str(tmp_path / "float32")}))
     assert (exact.dtype, {way.dtype for way in asked[-1][0]}) == ("float32", {"float32"})
+
+
+def test_a_run_that_goes_on_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One from before there were trials has left `dtype` open."""
+    base = save_model(tmp_path / "base", "llama")
+    build_model("llama").to(torch.bfloat16).save_pretrained(base)
+    config = make_config(tmp_path / "run", base, steps=1, replicas=1, threads=1)
+    Trainer(config, task=make_task(variety), monitors=[]).train()
+    before = Journal.read(tmp_path / "run")
+    assert before.settings["dtype"] == "auto"
+    monkeypatch.setattr(opening, "LEAST_TRIED", 1)
+    monkeypatch.setattr(opening, "fastest", lambda shapes, rows, choices, own: choices[-1])
+    Trainer.resume(tmp_path / "run", task=make_task(variety), monitors=[], steps=2).train()
+    after = Journal.read(tmp_path / "run")
+    assert (len(after.steps), after.settings["dtype"]) == (2, before.header.live_dtype)

@@ -80,6 +80,8 @@ def test_a_grid_is_run_once_and_cut_runs_are_resumed(tmp_path: Path) -> None:
     assert [t.name for t in whole] == ["seed=0", "seed=1"]
     assert all(t.error is None and 0 <= t.metrics["eval_accuracy"] <= 1 for t in whole)
     assert [Journal.read(folder / t.name).settings["seed"] for t in whole] == [0, 1]
+    types = {(found["device"], found["dtype"]) for found in (Journal.read(folder / t.name).settings for t in whole)}
+    assert types <= {("cpu", "float32"), ("cuda", "auto")}  # one for all, whatever would be the fastest for each
 
     # As a sweep leaves it that was killed in the second step of its second run.
     before = (folder / "seed=0" / FILE).read_bytes()
