@@ -1,7 +1,7 @@
 
 // All completions: searched, and one prompt followed through the evaluations. Texts go in as text, never as HTML.
 
-const MORE = 30; // completions shown at a time
+const MORE = 12; // completions shown at a time
 
 function made(tag, kind, text) {
   const element = document.createElement(tag);

@@ -76,6 +76,7 @@ def learning(run: Run) -> list[Chart]:
         charts.append(Chart(f"reward-{run.index}", "Reward", series, "mean reward", note=_shared(kept)))
     accuracy = _evaluated(run, "eval_accuracy", "held-out accuracy", f"{owner}a", 1)
     if accuracy:
+        sure = " Upright lines are 95% intervals over the prompts." if len(accuracy) > 1 else ""
         percent = _percent([run], "accuracy")
         charts.append(
             Chart(
@@ -83,7 +84,7 @@ def learning(run: Run) -> list[Chart]:
                 "Held-out accuracy",
                 accuracy,
                 _accuracy_axis(percent),
-                note="The weights themselves, unperturbed.",
+                note=f"The weights themselves, unperturbed.{sure}",
                 percent=percent,
                 from_zero=percent,
             )
