@@ -19,7 +19,7 @@ PAGE = """
   const worker = new Worker("worker.js");
   worker.onmessage = (event) => {
     told.push(event.data);
-    if (told.length === 1) worker.postMessage(["second"]);
+    if (event.data[0] === "first") worker.postMessage(["second"]);
   };
   worker.postMessage(sent);
   const none = new Worker("none.js");
