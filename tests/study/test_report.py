@@ -158,7 +158,7 @@ def test_contents_lead_to_every_part(tmp_path: Path) -> None:
 
 def test_machine_and_speed_are_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    machine = '{"processor": "<b>fast", "cores": 2, "memory_gb": 23.5, "gpu": null, "other": 1}'
+    machine = '{"processor": "<b>fast", "cores": 2, "memory": 23500000000, "device": null, "other": 1}'
     (run / "machine.json").write_text(machine)
     _, page = report(run)
     assert "<b>fast, 2 cores, 23.5 GB of memory" in page.all("dd")

@@ -34,8 +34,8 @@ CHANCE_OR_PLACE = {
 }
 """Settings in which runs of one group may differ: the seed, and what does not change what is learnt."""
 
-MACHINE = {"processor": "{}", "cores": "{} cores", "memory_gb": "{} GB of memory", "gpu": "GPU {}"}
-"""What `machine.json` holds, and how it is said."""
+MACHINE = {"processor": "{}", "cores": "{} cores", "memory": "{:.1f} GB of memory", "device": "weights on {}"}
+"""What `machine.json` holds, and how it is said; memory is in bytes there."""
 LARGEST = 1e100
 SMALLEST = 1e-100
 """Of what is drawn: beyond them, sums and squares of a journal's numbers would overflow, or vanish."""
@@ -115,6 +115,9 @@ class Run:
         except (OSError, ValueError):
             return ""
         known = {key: found[key] for key in MACHINE if found.get(key)} if isinstance(found, dict) else {}
+        memory = known.pop("memory", None)
+        if isinstance(memory, (int, float)):
+            known = {**known, "memory": memory / 1e9}
         return ", ".join(MACHINE[key].format(value) for key, value in known.items())
 
 
