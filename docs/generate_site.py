@@ -2,7 +2,8 @@
 
 Pages and sources elsewhere in the repository that a page links to become pages of the site. Formulas become MathML,
 which browsers draw themselves. A page that would fetch anything from another host is an error: the site needs no
-network, neither to be built nor to be read.
+network, neither to be built nor to be read. Its search works from disk, too, where a page can fetch no index and start
+no worker.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+OFFLINE = "offline.js"
+"""What lets the search run from disk. The theme takes its index from `search.js` there, as `__index`."""
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -65,6 +68,7 @@ def build(folder: Path) -> Path:
         (folder / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "docs" / name).write_text(text, encoding="utf-8")
     shutil.copytree(DOCS / "images", folder / "docs" / "images")
+    shutil.copy(DOCS / OFFLINE, folder / "docs")
     for name in re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()):
         if not (folder / "docs" / name).is_file():
             raise SiteError(f"mkdocs.yml names {name}, which is not there")
@@ -73,7 +77,13 @@ def build(folder: Path) -> Path:
     told = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)  # without colours
     if done.returncode or re.search("warning|error", told, re.I):
         raise SiteError(told.partition("Traceback")[0])
-    return folder / "site"
+    site = folder / "site"
+    scripts = "".join(path.read_text(encoding="utf-8") for path in site.glob("assets/javascripts/bundle.*.js"))
+    if "search.js" not in scripts or "__index" not in scripts:
+        raise SiteError("the theme reads its index from elsewhere now: search from disk has to be made anew")
+    index = (site / "search.json").read_text(encoding="utf-8")
+    (site / "search.js").write_text(f"var __index = {index};\n", encoding="utf-8")
+    return site
 
 
 def gather() -> dict[str, str]:

@@ -68,6 +68,10 @@ class Parsed(HTMLParser):
                 }
         raise AssertionError(f"no chart {name}")
 
+    def kept(self) -> list[dict[str, Any]]:
+        """All completions of each run, as the script finds them."""
+        return [json.loads(text) for text in self.all("script", type="application/json") if '"answers"' in text]
+
 
 def members(step: int, population: int, seed: int) -> list[float | None]:
     return [math.sin(7.3 * step + 1.7 * i + seed) * 0.2 + step / 50 for i in range(population - 1)] + [None]
@@ -122,6 +126,7 @@ def make_run(
                 "step": step + 1,
                 "reward": statistics.fmean(known),
                 "completions/mean_length": 10.0 + step,
+                "num_tokens": 100.0 * (step + 1),
                 **times,
                 "time/update": 0.125,
             }

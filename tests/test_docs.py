@@ -1,7 +1,7 @@
 """What README and docs say: links lead somewhere, commands parse, settings exist, Python compiles."""
 
 import ast
-import importlib
+import importlib.metadata
 import inspect
 import re
 import shlex
@@ -310,6 +310,14 @@ def test_the_reference_has_the_functions_that_pages_name(path: Path) -> None:
         if found := re.match(r"(estune(?:\.\w+)+)\.(\w+)", code):
             named = getattr(importlib.import_module(found[1]), found[2], None)
             assert not inspect.isfunction(named) or named in known, code
+
+
+def test_what_is_published_has_no_link_into_the_repository() -> None:
+    description = importlib.metadata.metadata("estune").get_payload()
+    assert "# estune" in description
+    targets = re.findall(r"\]\(([^)]*)\)", description)
+    assert len(targets) >= 2
+    assert all(re.match("https?://", target) for target in targets)
 
 
 def test_every_page_is_in_the_navigation() -> None:

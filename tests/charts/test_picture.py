@@ -17,7 +17,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def plot(x: list[float], y: list[float], **more: Any) -> Plot:
-    return Plot("name", "metric", [Series("runs", x, y, "points")], **more)
+    return Plot("name", "metric", [Series("runs", x, y, "points")], "metric, %", **more)
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -47,8 +47,9 @@ def test_labels_are_text(tmp_path: Path) -> None:
     assert drawn.find(f".//{SVG}script") is None
     texts = [text.text for text in drawn.iter(f"{SVG}text")]
     assert texts.count(hostile) == 2
+    assert texts.count("metric, %") == 2
     assert texts.count(f"\u2026{hostile[-13:]}") == 2
-    assert [panel.get("x") for panel in drawn.findall(f"{SVG}svg")] == ["56", "396"]
+    assert [panel.get("x") for panel in drawn.findall(f"{SVG}svg")] == ["74", "434"]
 
 
 def test_a_picture_is_an_svg(tmp_path: Path) -> None:

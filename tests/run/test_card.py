@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from scipy.stats import binomtest
 
 from estune.journal.journal import Journal
-from estune.run.card import CARD, PICTURE, model_card, wilson
+from estune.run.card import CARD, PICTURE, model_card
 from estune.run.trainer import Trainer
 from tests.reports import make_run
 from tests.runs import make_config, make_task
@@ -21,12 +20,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     Trainer(make_config(folder, model, steps=2, eval_steps=1), task=make_task()).train()
     return folder
-
-
-@pytest.mark.parametrize(("right", "count"), [(0, 4), (1, 4), (4, 4), (268, 400)])
-def test_the_interval_is_wilsons(right: int, count: int) -> None:
-    interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
-    assert wilson(right / count, count) == pytest.approx((interval.low, interval.high), abs=1e-12)
 
 
 def test_best_and_final_have_cards_that_the_hub_reads(run: Path, model: Path) -> None:

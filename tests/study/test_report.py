@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from scipy.stats import binomtest, norm
 
+from estune.charts.chart import to_json
 from estune.cli.options import overrides_of
 from estune.config import load
 from estune.errors import EstuneError
 from estune.journal.journal import EvaluationRecord, Header, Journal
+from estune.run.graded import write_completions
 from estune.run.trainer import Trainer
 from estune.study.report import write_report
 from estune.study.report.curves import DRAWN_ELSEWHERE, PARTS, RATIOS, TITLES
@@ -61,6 +64,115 @@ def test_the_drawing_is_of_the_same_values(tmp_path: Path) -> None:
         value = low + (high - low) * ((1000 - y) / 10 - low_at) / (high_at - low_at)
         assert value == pytest.approx(e["metrics"]["eval_accuracy"], abs=2e-3)
         assert x == pytest.approx(1000 * e["step"] / 6, abs=0.1)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_intervals_are_those_of_so_many_prompts(tmp_path: Path, samples: int) -> None:
+    _, page = report(make_run(tmp_path / "run", eval_samples=samples))
+    scores = [float(i == 1 or 1 < i <= 4) for i in range(8)]  # at step 4
+    means = [statistics.fmean(scores[i : i + samples]) for i in range(0, 8, samples)]
+    ends = binomtest(int(sum(scores)) // samples, 8 // samples).proportion_ci(0.95, method="wilson")
+    shown = page.chart("accuracy-0")["95% interval, held-out accuracy"]
+    assert shown[4] == f"{ends.low:.1%} to {ends.high:.1%}"
+    assert set(shown) == {0, 2, 4, 6}
+    half = norm.ppf(0.975) * statistics.stdev(means) / math.sqrt(len(means))
+    reward = statistics.fmean(scores) + 0.1
+    shown = page.chart("reward-0")["95% interval, held out, unperturbed"]
+    assert shown[4] == f"{reward - half:.4g} to {reward + half:.4g}"
+
+
+def test_without_the_completions_no_interval_is_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    shutil.rmtree(run / "completions")
+    _, page = report(run)
+    assert list(page.chart("accuracy-0")) == ["held-out accuracy"]
+    assert page.all("p").count("Not shown: no completions were kept.") == 1
+
+
+def test_every_chart_says_what_stands_along_it_and_upwards(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)]
+    for given in (runs[:1], runs):
+        _, page = report(*given)
+        charts = len(page.all("figure"))
+        upwards = page.all("span", **{"class": "axis"})
+        assert len(upwards) == charts
+        assert all(upwards)
+        assert page.all("span", **{"class": "axis along"}) == ["step"] * charts
+
+
+def completions(page: Parsed) -> list[tuple[str, str, str, float, int]]:
+    """Table, prompt, answer, reward and member of all completions that the page of one run holds."""
+    (kept,) = page.kept()
+    return [
+        (table["name"], kept["opening"] + kept["prompts"][p] + kept["ending"], kept["answers"][a], reward, member)
+        for table in kept["tables"]
+        for p, a, reward, _, member in table["rows"]
+    ]
+
+
+def test_all_completions_are_on_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for name, more in (("step-00002", {"member": 3}), ("watch-math-00004", {})):
+        rows = [{"prompt": f"{name} {i}", "completion": f"answer {i % 2}", "reward": i / 8, **more} for i in range(3)]
+        write_completions(run / "completions" / f"{name}.parquet", rows)
+    (run / "completions" / "step-00003.parquet").write_bytes(b"torn")
+    _, page = report(run)
+    safe = HOSTILE.replace("\x00", "\u2400").replace("\u202e", "\ufffd")
+    expected = []
+    for step in (0, 2, 4, 6):
+        for i in range(8):
+            score = float(i == 1 or (i == 0 and step == 0) or (1 < i <= step))
+            expected.append((f"held out, after step {step}", f"p{i} {safe}", f"c{i} at {step} {safe}", score + 0.1, -1))
+    expected += [("training, step 2", f"step-00002 {i}", f"answer {i % 2}", i / 8, 3) for i in range(3)]
+    expected += [("math, after step 4", f"watch-math-00004 {i}", f"answer {i % 2}", i / 8, -1) for i in range(3)]
+    assert completions(page) == expected
+    assert any(text.startswith("38 completions") and "step-00003.parquet" in text for text in page.all("p"))
+
+
+def test_what_has_no_room_is_left_out_by_prompt_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run")
+    rows = [{"prompt": "p", "completion": "c" * 4000, "reward": 0.0}]
+    write_completions(run / "completions" / "step-00001.parquet", rows)
+    monkeypatch.setattr("estune.study.report.page.MOST_TEXT", 2400)  # a prompt and its four answers take 600
+    _, page = report(run)
+    shown = completions(page)
+    steps: dict[str, list[str]] = {}
+    for name, prompt, *_ in shown:
+        steps.setdefault(prompt, []).append(name)
+    assert len(steps) == 3
+    assert all(names == [f"held out, after step {step}" for step in (0, 2, 4, 6)] for names in steps.values())
+    assert any("12 completions" in text and "Another 21 are there and left out" in text for text in page.all("p"))
+    monkeypatch.setattr("estune.study.report.page.MOST_TEXT", 10)
+    assert "Not shown: the page has no room for its completions." in report(run)[1].all("p")
+
+
+def test_contents_lead_to_every_part(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)]
+    for given in (runs[:1], runs):
+        _, page = report(*given)
+        linked = {a["href"][1:]: text for tag, a, text in page.elements if tag == "a"}
+        parts = {a["id"]: text for tag, a, text in page.elements if tag in ("h2", "h3") and "id" in a}
+        assert len(parts) >= 8 * len(given)
+        assert parts.items() <= linked.items()
+
+
+def test_machine_and_speed_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    machine = '{"processor": "<b>fast", "cores": 2, "memory": 23500000000, "device": null, "other": 1}'
+    (run / "machine.json").write_text(machine)
+    _, page = report(run)
+    assert "<b>fast, 2 cores, 23.5 GB of memory" in page.all("dd")
+    assert page.chart("speed-0")["tokens a second"] == dict.fromkeys(range(1, 7), "50")
+    assert "50 tokens/s" in page.all("b")
+    for torn in ("[1]", "{", "{}"):
+        (run / "machine.json").write_text(torn)
+        assert "machine" not in report(run)[1].all("dt")
+    journal = Journal.resume(run)
+    record = journal.steps[-1]
+    update = replace(record.update, step=len(journal.steps))
+    journal.append_step(replace(record, update=update, metrics={**record.metrics, "tokens_per_second": 75.0}))
+    journal.close()
+    assert report(run)[1].chart("speed-0")["tokens a second"][7] == "75"
 
 
 def test_distribution_shows_every_member(tmp_path: Path) -> None:
@@ -260,17 +372,19 @@ def test_hostile_text_stays_text_and_nothing_is_fetched(tmp_path: Path) -> None:
         assert scripts[-1][1].startswith('"use strict"')
         assert "\x00" not in page
         assert not [a for tag, a, _ in parsed.elements if tag in ("img", "iframe", "object", "base", "form")]
+        ids = [a["id"] for _, a, _ in parsed.elements if "id" in a]
+        assert len(ids) == len(set(ids))
         for _, attributes, _ in parsed.elements:
             assert not any(key.startswith("on") for key in attributes)
-            assert attributes.get("href", "data:,") == "data:,"
+            address = attributes.get("href", "data:,")
+            assert address == "data:," or address[1:] in ids
             assert "src" not in attributes
         style = "".join(parsed.all("style"))
         assert "url(" not in style
         assert "@import" not in style
         visible = HOSTILE.replace("\x00", "\u2400").replace("\u202e", "\ufffd")
         assert any(visible in text for text in parsed.all("pre"))
-        ids = [a["id"] for _, a, _ in parsed.elements if "id" in a]
-        assert len(ids) == len(set(ids))
+        assert any(visible in text for kept in parsed.kept() for text in kept["answers"])
 
 
 def test_the_training_command_gives_the_same_settings(tmp_path: Path) -> None:
@@ -348,7 +462,7 @@ def test_pages_of_long_runs_stay_small_and_true(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("os.fsync", lambda _: None)  # a disk takes a while for thousands of steps
     runs = [make_run(tmp_path / "long", steps=600, population=150)]
     page, parsed = report(*runs)
-    assert len(page) < 300_000
+    assert len(page) - len(to_json(parsed.kept())) < 300_000
     chart = parsed.chart("reward-0")
     assert len(chart["mean of the population"]) == 200
     pooled = [r for record in lines(runs[0], "step")[3:6] for r in record["rewards"] if r is not None]

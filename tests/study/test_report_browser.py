@@ -5,7 +5,6 @@ Needs a Chromium, which the system has or playwright brings (`playwright install
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,6 @@ import pytest
 
 from estune.study.report import write_report
 from tests.reports import make_run
-
-playwright = pytest.importorskip("playwright.sync_api")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as p:
-        try:
-            opened = p.chromium.launch(executable_path=system, args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +91,11 @@ def test_values_under_pointer_and_keys(open_page: Any) -> None:
     assert not tip.is_visible()
     plot.focus()
     page.keyboard.press("End")
-    assert tip.inner_text().splitlines() == ["step 6", "held-out accuracy: 75.0%"]
+    assert tip.inner_text().splitlines() == [
+        "step 6",
+        "held-out accuracy: 75.0%",
+        "95% interval, held-out accuracy: 40.9% to 92.9%",
+    ]
     page.keyboard.press("ArrowLeft")
     assert tip.inner_text().startswith("step 4")
     page.keyboard.press("Escape")
@@ -114,6 +103,54 @@ def test_values_under_pointer_and_keys(open_page: Any) -> None:
     box = plot.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 3, box["y"] + 20)
     assert tip.inner_text().startswith("step 2")
+
+
+def test_completions_are_searched_and_a_prompt_is_followed(open_page: Any) -> None:
+    page = open_page("one")
+    count = page.locator(".count")
+    assert count.inner_text() == "32 of 32 completions"
+    page.get_by_label("Search", exact=True).fill("C3 at 4")
+    assert count.inner_text() == "1 of 32 completions"
+    hit = page.locator(".hit")
+    assert hit.locator("mark").all_inner_texts() == ["c3 at 4"]
+    assert "held out, after step 4" in hit.inner_text()
+    hit.get_by_role("button", name="Follow this prompt").press("Enter")
+    follower = page.locator(".follower")
+    assert follower.locator("pre.prompt").inner_text().startswith("p3")
+    answers = follower.locator(".answer")
+    said = [text.split() for text in answers.locator(".when").all_inner_texts()]
+    assert said == [
+        ["step", str(k), "reward", reward] for k, reward in ((0, "0.1"), (2, "0.1"), (4, "1.1"), (6, "1.1"))
+    ]
+    assert all(f"c3 at {2 * i}" in text for i, text in enumerate(answers.locator("pre").all_inner_texts()))
+    assert answers.nth(2).get_attribute("class") == "answer better"
+    follower.get_by_role("button", name="Next").click()
+    assert follower.locator("pre.prompt").inner_text().startswith("p4")
+    page.locator("select.by").select_option("-1")
+    page.locator('input[type="search"]').fill("")
+    assert "reward 1.1" in page.locator(".hit").first.inner_text()
+    page.locator('input[type="search"]').fill("is nowhere")
+    assert count.inner_text() == "0 of 32 completions"
+    assert page.locator(".hit").count() == 0
+
+
+def test_links_of_the_contents_open_what_they_lead_to(open_page: Any) -> None:
+    page = open_page("many")
+    heading = page.locator("#part-again-1")
+    assert not heading.is_visible()
+    page.locator('nav a[href="#run-1"]').click()
+    page.locator('nav a[href="#part-again-1"]').click()
+    assert heading.is_visible()
+
+
+def test_what_is_copied_can_be_pasted(open_page: Any, pages: dict[str, Path]) -> None:
+    page = open_page("one")
+    button = page.locator("code.copied + .copy")
+    button.click()
+    page.wait_for_function("document.querySelector('code.copied + .copy').textContent === 'Copied'")
+    page.locator('input[type="search"]').press("ControlOrMeta+V")
+    assert page.locator('input[type="search"]').input_value() == str(pages["one"].parent / "first" / "journal.jsonl")
+    assert page.locator("pre.command + .copy").count() == page.locator("pre.command").count() >= 4
 
 
 def test_the_page_can_be_read_without_script_and_on_paper(open_page: Any) -> None:

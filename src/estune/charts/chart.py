@@ -24,7 +24,7 @@ ROWS = 24  # of a chart's table
 
 @dataclass(frozen=True)
 class Series:
-    """Values along the steps. A band reaches from `low` to `y`.
+    """Values along the steps. A band, and each whisker, reaches from `low` to `y`.
 
     `owner` is what a button shows and hides: elements of the same owner go together.
     """
@@ -32,7 +32,8 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    kind: str = "line"  # line, thin, dots (and a line), points, band, wide (a lighter band), area, silent (in tables)
+    kind: str = "line"
+    """line, thin, dots (and a line), points, whiskers, band, wide (a lighter band), area, silent (in tables)"""
     low: Sequence[float] = ()
     owner: str = ""
     colour: int = 0
@@ -64,6 +65,8 @@ class Chart:
     name: str  # unique in the page
     title: str
     series: Sequence[Series]
+    measured: str  # what stands upwards, with its unit
+    along: str = "step"  # what stands along it, with its unit
     note: str = ""
     percent: bool = False
     cells: Sequence[Cell] = ()
@@ -160,7 +163,8 @@ class Chart:
             for s in [s for s in self.series if s.kind in ("line", "dots")][:6]
             if s.x
         ]
-        return f"{self.title}: {'; '.join(parts)}. Arrow keys read single steps." if parts else self.title
+        what = f"{self.title}, {self.measured} by {self.along}"
+        return f"{what}: {'; '.join(parts)}. Arrow keys read single steps." if parts else what
 
     def _text(self, s: Series, i: int) -> str:
         if s.kind == "area":
@@ -192,6 +196,9 @@ class Chart:
             return ""
         points = [self._point(x, y) for x, y in zip(s.x, s.y, strict=True)]
         mark = f'class="{s.kind} c{s.colour % COLOURS}" data-owner="{escape(s.owner)}"'
+        if s.kind == "whiskers":
+            ends = [self._point(x, low) for x, low in zip(s.x, s.low, strict=True)]
+            return f'<path {mark} d="{"".join(f"M{a}L{b}" for a, b in zip(points, ends, strict=True))}"/>'
         if s.low:
             back = [self._point(x, y) for x, y in zip(reversed(s.x), reversed(s.low), strict=True)]
             return f'<path {mark} d="M{"L".join(points + back)}Z"/>'
@@ -218,7 +225,6 @@ class Chart:
 class Plot(Chart):
     """A chart over something else than the steps, such as a setting's values."""
 
-    along: str = ""  # what stands along it
     labels: Mapping[float, str] = field(default_factory=dict)  # of places, instead of round values
     log: bool = False  # along it by the logarithm; all values are above 0 then
 

@@ -11,9 +11,9 @@ from estune.errors import EstuneError
 from estune.files import replacing
 
 # Pixels of a chart with its labels, and of these the margins around its drawing.
-WIDTH = 340
+WIDTH = 360
 HEIGHT = 290
-LEFT = 56
+LEFT = 74
 RIGHT = 14
 TOP = 34
 BOTTOM = 44
@@ -46,7 +46,7 @@ def _picture(charts: Sequence[Plot]) -> str:
     turned = TURNED if any(_is_crowded(chart) for chart in charts) else 0
     width = WIDTH * len(charts)
     height = top + HEIGHT + turned
-    name = "; ".join(f"{chart.title} by {chart.along}" if chart.along else chart.title for chart in charts)
+    name = "; ".join(f"{chart.title}, {chart.measured} by {chart.along}" for chart in charts)
     return "".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" ',
@@ -92,6 +92,10 @@ def _panel(chart: Plot, left: float, top: float) -> str:
         parts.append(_text(at, below, _shortened(tick.text), how))
     below = y + height + 36 + (TURNED if turned else 0)
     parts.append(_text(x + width / 2, below, chart.along, 'text-anchor="middle"'))
+    beside = left + 16
+    middle = y + height / 2
+    how = f'text-anchor="middle" transform="rotate(-90 {beside:.1f} {middle:.1f})"'
+    parts.append(_text(beside, middle, chart.measured, how))
     return "".join(parts)
 
 

@@ -11,7 +11,7 @@ from estune.charts.picture import draw
 from estune.charts.table import markdown
 from estune.files import write_text
 from estune.journal.journal import EvaluationRecord, Journal
-from estune.journal.shares import is_share, shown
+from estune.journal.shares import is_share, wilson, with_interval
 from estune.run.directory import RunDirectory
 from estune.run.recipe import own_task, train_command
 from estune.weights.checkpoint import EMBEDDED, hub_name
@@ -20,13 +20,13 @@ from estune.weights.gguf import is_gguf
 CARD = "README.md"
 PICTURE = "learning-curve.svg"
 POINTS = 200  # of a curve, about
+MEASURED_SHARE = "share of prompts answered right, %"
 _USE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}")
 """
-NORMAL_95 = 1.959963984540054  # quantile of the standard normal distribution that 2.5% lie above
 _ROWS = (
     ("accuracy", "eval_accuracy"),
     ("reward", "eval_reward"),
@@ -50,7 +50,7 @@ def write_cards(run: RunDirectory, problems: int) -> None:
 
 def write_card(folder: Path, journal: Journal, name: str, step: int, problems: int, dataset: str | None = None) -> None:
     """Write a card and its picture into a checkpoint's directory; arguments as of `model_card`."""
-    if charts := _curves(journal):
+    if charts := _curves(journal, problems):
         draw(charts, folder / PICTURE)
     write_text(folder / CARD, model_card(journal, name, step, problems, dataset))
 
@@ -74,7 +74,7 @@ def model_card(journal: Journal, name: str, step: int, problems: int, dataset: s
         "([arXiv 2509.24372](https://arxiv.org/abs/2509.24372)) by estune.",
         *_training(journal, step),
     ]
-    if _curves(journal):
+    if _curves(journal, problems):
         parts.append(f"![Learning curve]({PICTURE})")
     if before is not None and after is not None:
         parts += ["## Evaluation", *_evaluation(journal, before, after, problems)]
@@ -85,19 +85,6 @@ def model_card(journal: Journal, name: str, step: int, problems: int, dataset: s
         *_again(journal, step),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95% confidence interval of a share.
-
-    Args:
-        share: what was found, 0 to 1.
-        count: of how many, at least 1.
-    """
-    z = NORMAL_95**2 / count
-    middle = share + z / 2
-    half = NORMAL_95 * math.sqrt((share * (1 - share) + z / 4) / count)
-    return max(0.0, (middle - half) / (1 + z)), min(1.0, (middle + half) / (1 + z))
 
 
 def _metadata(journal: Journal, name: str, after: EvaluationRecord | None, dataset: str | None) -> str:
@@ -187,8 +174,7 @@ def _cell(metrics: Mapping[str, float], key: str, problems: int) -> str:
         return ""
     if not problems:
         return f"{metrics[key]:.4g}"
-    low, high = wilson(metrics[key], problems)
-    return f"{shown(metrics[key], True)} [{shown(low, True)}, {shown(high, True)}]"
+    return with_interval(metrics[key], wilson(metrics[key], problems), True)
 
 
 def _again(journal: Journal, step: int) -> list[str]:
@@ -202,8 +188,8 @@ def _again(journal: Journal, step: int) -> list[str]:
     return [f"```sh\n{command}\n```", replayed]
 
 
-def _curves(journal: Journal) -> list[Plot]:
-    """Training reward and held-out accuracy by steps, as far as there are any."""
+def _curves(journal: Journal, problems: int) -> list[Plot]:
+    """Training reward and held-out accuracy by steps, as far as there are any; a share with its interval."""
     every = max(1, len(journal.steps) // POINTS)
     trained = [(r.step + 1.0, r.metrics.get("reward", math.nan)) for r in journal.steps[every - 1 :: every]]
     found = []
@@ -213,9 +199,14 @@ def _curves(journal: Journal) -> list[Plot]:
     ):
         finite = [(x, y) for x, y in points if math.isfinite(y)]
         if finite:
-            series = Series(title, [x for x, _ in finite], [y for _, y in finite], "dots" if key else "line")
+            x = [at for at, _ in finite]
+            series = [Series(title, x, [y for _, y in finite], "dots" if key else "line")]
             percent = bool(key) and is_share(journal, key)
-            found.append(Plot(title, title, [series], percent=percent, from_zero=percent, buttons=False, along="step"))
+            if percent and problems:
+                ends = [wilson(y, problems) for _, y in finite]
+                series.append(Series("95% interval", x, [b for _, b in ends], "whiskers", [a for a, _ in ends]))
+            measured = MEASURED_SHARE if percent else title.lower()
+            found.append(Plot(title, title, series, measured, percent=percent, from_zero=percent, buttons=False))
     return found
 
 

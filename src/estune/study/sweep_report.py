@@ -93,7 +93,8 @@ def effect_chart(setting: str, by: Mapping[str, Sequence[float]], metric: str, *
         series.append(Series("mean", [x for x, _ in means], [y for _, y in means], "dots"))
     wide = numbers is not None and min(places) > 0 and max(places) / min(places) >= (10 if many else 4)
     labels = {} if many else dict(zip(places, by, strict=True))
-    return Plot(setting, metric, series, percent=percent, buttons=False, along=setting, labels=labels, log=wide)
+    measured = f"{metric}, %" if percent else metric
+    return Plot(setting, metric, series, measured, setting, percent=percent, buttons=False, labels=labels, log=wide)
 
 
 def _is_share(trials: Sequence[Trial], metric: str) -> bool:

@@ -32,6 +32,8 @@ from estune.weights.pickles import PICKLES, in_safetensors
 
 EMBEDDED = {"tiny": Path(__file__).parents[1] / "models" / "tiny"}
 """Models shipped inside the package, by the name a user gives for `model`."""
+KNOWN = ", ".join((*EMBEDDED, *PACKAGED))
+"""All models that have a name of their own, for messages."""
 
 RUN_LENGTH = 1 << 20  # elements read, changed and written at a time
 SINGLE = "model.safetensors"
@@ -271,8 +273,7 @@ def locate(model: str | Path) -> Path:
     path = EMBEDDED.get(str(model), Path(model))
     if not path.exists():
         if not _HUB_ID.fullmatch(str(model)):
-            names = ", ".join((*EMBEDDED, *PACKAGED))
-            raise EstuneError(f"model {model}: no such directory; give a directory, a hub id or one of: {names}")
+            raise EstuneError(f"model {model}: no such directory; give a directory, a hub id or one of: {KNOWN}")
         path = _download(str(model), *COMPANIONS, INDEX, "*.safetensors")
         if not any(path.glob("*.safetensors")):
             path = _download(str(model), *COMPANIONS, *PICKLES)
@@ -308,10 +309,9 @@ def _download(model: str, *patterns: str) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=others))
     except Exception as error:  # the hub's library raises a dozen kinds; each means that the model cannot be had
         reason = first_line(error)
-        names = ", ".join(EMBEDDED)
         raise EstuneError(
             f"model {model}: neither a local directory nor to be had from the hub ({reason}); check the name, the "
-            f"network and, for a gated model, your login, or take an embedded one: {names}"
+            f"network and, for a gated model, your login, or take one of: {KNOWN}"
         ) from error
 
 

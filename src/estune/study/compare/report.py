@@ -174,10 +174,23 @@ def charts(found: Mapping[str, Sequence[Result]]) -> list[Plot]:
         divergences.append(Series(name, kl, [r["accuracy"] for r in apart], "points", owner=method, colour=colour))
     share = are_shares(r for runs in found.values() for r in runs)
     labels = {float(place): NAMES[method] for place, method in enumerate(found)}
-    drawn = [Plot("accuracy", "accuracy", accuracies, percent=share, from_zero=share, buttons=False, labels=labels)]
+    measured = "held-out accuracy, %" if share else "held-out accuracy"
+    drawn = [
+        Plot(
+            "accuracy",
+            "accuracy",
+            accuracies,
+            measured,
+            "method",
+            percent=share,
+            buttons=False,
+            from_zero=share,
+            labels=labels,
+        )
+    ]
     every = [x for s in divergences for x in s.x]
     if every:
         along = "KL to the base, nats a token"
         wide = min(every) > 0
-        drawn.append(Plot("kl", "accuracy", divergences, percent=share, from_zero=share, along=along, log=wide))
+        drawn.append(Plot("kl", "accuracy", divergences, measured, along, percent=share, from_zero=share, log=wide))
     return drawn

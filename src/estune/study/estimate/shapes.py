@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError, first_line
-from estune.weights.checkpoint import DTYPES, EMBEDDED, hub_name, locate
-from estune.weights.gguf import PACKAGED, is_gguf
+from estune.weights.checkpoint import DTYPES, EMBEDDED, KNOWN, hub_name, locate
+from estune.weights.gguf import is_gguf
 from estune.weights.sizes import EXPERTS, check_sizes
 
 
@@ -146,10 +146,9 @@ def _read_config(model: str | Path) -> Any:
         why = first_line(error)
         if path.exists():
             raise EstuneError(f"model {model}: its config.json cannot be used ({why})") from error
-        names = ", ".join((*EMBEDDED, *PACKAGED))
         raise EstuneError(
             f"model {model}: no such directory, nor is its config.json to be had from the hub ({why}); give a "
-            f"directory, in which a config.json is enough, a hub id or one of: {names}"
+            f"directory, in which a config.json is enough, a hub id or one of: {KNOWN}"
         ) from error
 
 

@@ -16,22 +16,26 @@ from estune.charts.chart import COLOURS, Cell, Chart, Series
 from estune.es.strategy import mean_and_std
 from estune.journal.journal import StepRecord
 from estune.journal.shares import is_share
+from estune.run.card import MEASURED_SHARE
+from estune.study.report.certainty import interval
 from estune.study.report.runs import Group, Run
 
 POINTS = 200  # of a curve at most
 BINS = 24  # of the distribution's rewards
 TITLES = {
-    "completions/mean_length": "Mean length, tokens",
-    "completions/clipped_ratio": "Cut off at the longest length",
-    "completions/distinct": "Distinct completions",
-    "kl": "KL divergence to the base model",
-    "weights/change": "Norm of the change of all weights",
-    "weights/relative_change": "Change of all weights, of the base model's norm",
-    "failed_members": "Members without a reward",
-    "learning_rate": "Learning rate",
+    "completions/mean_length": ("Mean length", "tokens a completion"),
+    "completions/clipped_ratio": ("Cut off at the longest length", "share of completions, %"),
+    "completions/distinct": ("Distinct completions", "share of completions, %"),
+    "kl": ("KL divergence to the base model", "nats a token"),
+    "weights/change": ("Norm of the change of all weights", "Euclidean norm"),
+    "weights/relative_change": ("Change of all weights", "share of the base model's norm, %"),
+    "failed_members": ("Members without a reward", "members"),
+    "learning_rate": ("Learning rate", "learning rate"),
 }
-"""Titles of metrics, with or without `eval_` before them; others appear under their own names after these."""
+"""What metrics are, and their units, with or without `eval_` before them; others have their own names, after these."""
+SPEED = "tokens_per_second"
 DRAWN_ELSEWHERE = {"step", "reward", "reward_std", "reward_min", "reward_max", "accuracy", "step_time", "num_tokens"}
+"""Metrics with a chart or a tile of their own; so has `SPEED`."""
 PARTS = ("perturb", "generate", "grade", "update")
 RATIOS = ("pass@", "mean@", "completions/clipped_ratio", "completions/distinct", "weights/relative_change")
 MOST_METRICS = 24
@@ -69,12 +73,22 @@ def learning(run: Run) -> list[Chart]:
         ]
     series += _evaluated(run, "eval_reward", "held out, unperturbed", f"{owner}e", 1)
     if series:
-        charts.append(Chart(f"reward-{run.index}", "Reward", series, _shared(kept)))
+        charts.append(Chart(f"reward-{run.index}", "Reward", series, "mean reward", note=_shared(kept)))
     accuracy = _evaluated(run, "eval_accuracy", "held-out accuracy", f"{owner}a", 1)
     if accuracy:
-        note = "The weights themselves, unperturbed."
+        sure = " Upright lines are 95% intervals over the prompts." if len(accuracy) > 1 else ""
         percent = _percent([run], "accuracy")
-        charts.append(Chart(f"accuracy-{run.index}", "Held-out accuracy", accuracy, note, percent, from_zero=percent))
+        charts.append(
+            Chart(
+                f"accuracy-{run.index}",
+                "Held-out accuracy",
+                accuracy,
+                _accuracy_axis(percent),
+                note=f"The weights themselves, unperturbed.{sure}",
+                percent=percent,
+                from_zero=percent,
+            )
+        )
     return charts
 
 
@@ -107,7 +121,8 @@ def distribution(run: Run) -> Chart | None:
         Series(name, x, y, "thin" if name == "median" else "silent", owner=owner) for name, y in quantiles.items()
     ]
     note = f"A column a point of the curve, darkest where most members are; the line is their median. {_shared(kept)}"
-    return Chart(f"distribution-{run.index}", "Rewards of all members", series, note.strip(), cells=cells)
+    title = "Rewards of all members"
+    return Chart(f"distribution-{run.index}", title, series, "reward of a member", note=note.strip(), cells=cells)
 
 
 def metrics(run: Run) -> list[Chart]:
@@ -120,7 +135,8 @@ def metrics(run: Run) -> list[Chart]:
         if points:
             drawn.append(Series("training", [x for x, _ in points], [y for _, y in points], owner=f"{owner}t"))
         drawn += _evaluated(run, f"eval_{key}", "held out", f"{owner}e", 1)
-        charts.append(Chart(f"{_id(key)}-{run.index}", _title(key), drawn, percent=_percent([run], key)))
+        percent = _percent([run], key)
+        charts.append(Chart(f"{_id(key)}-{run.index}", _title(key), drawn, _axis(key, percent), percent=percent))
     return charts
 
 
@@ -136,7 +152,7 @@ def metric_keys(runs: Sequence[Run]) -> list[str]:
                 values.setdefault(key.removeprefix("eval_"), set()).add(value)
     rewards = [key for key in values if key.startswith("rewards/")]
     dull = {key for key, found in values.items() if found == {0.0} or (len(found) == 1 and key not in TITLES)}
-    dull |= DRAWN_ELSEWHERE | {key for key in values if key.startswith("time/")}
+    dull |= DRAWN_ELSEWHERE | {SPEED} | {key for key in values if key.startswith("time/")}
     dull |= set(rewards) if len(rewards) == 1 else set()
     known = [key for key in TITLES if key in values.keys() - dull]
     return [*known, *sorted(values.keys() - dull - set(known))]
@@ -177,7 +193,35 @@ def time_chart(run: Run) -> Chart | None:
         top = [low + m for low, m in zip(base, means, strict=True)]
         series.append(Series(part, x, top, "area", base, f"r{run.index}-time-{part}", colour))
         base = top
-    return Chart(f"time-{run.index}", "Seconds a step", series, _shared(kept), from_zero=True)
+    title = "Time of a step by part"
+    return Chart(f"time-{run.index}", title, series, "seconds a step", note=_shared(kept), from_zero=True)
+
+
+def speeds(run: Run) -> list[Point]:
+    """Tokens generated a second in each step, as recorded or else of the tokens and the time of the step."""
+    found = []
+    before = 0.0
+    for record in run.journal.steps:
+        m = record.metrics
+        tokens = m.get("num_tokens", 0.0) - before
+        before += tokens
+        if SPEED in m:
+            found.append((record.step + 1.0, m[SPEED]))
+        elif "num_tokens" in m and m.get("step_time", 0.0) > 0:
+            found.append((record.step + 1.0, tokens / m["step_time"]))
+    return found
+
+
+def speed_chart(run: Run) -> Chart | None:
+    """Tokens a second along the steps; None where they are not known."""
+    known = dict(speeds(run))
+    kept = [(b[-1].step + 1.0, [known[r.step + 1.0] for r in b if r.step + 1.0 in known]) for b in buckets(run)]
+    points = [(x, statistics.fmean(values)) for x, values in kept if values]
+    if not points:
+        return None
+    series = [Series("tokens a second", [x for x, _ in points], [y for _, y in points], owner=f"r{run.index}-speed")]
+    note = f"Tokens generated in a step over its whole time. {_shared(buckets(run))}".strip()
+    return Chart(f"speed-{run.index}", "Speed", series, "tokens a second", note=note, from_zero=True)
 
 
 def overlays(groups: Sequence[Group]) -> list[Chart]:
@@ -186,16 +230,20 @@ def overlays(groups: Sequence[Group]) -> list[Chart]:
     limit = max(40, min(POINTS, 1600 // len(runs)))
     longest = max(run.done for run in runs)
     kept = {run.index: buckets(run, limit, longest) for run in runs}
+    share = _percent(runs, "accuracy")
     charts = [
-        _overlay(groups, "all-reward", "Training reward", lambda run: _points(kept[run.index], "reward")),
+        _overlay(
+            groups, "all-reward", "Training reward", lambda run: _points(kept[run.index], "reward"), "mean reward"
+        ),
         _overlay(
             groups,
             "all-accuracy",
             "Held-out accuracy",
             lambda run: _eval(run, "eval_accuracy"),
-            percent=_percent(runs, "accuracy"),
+            _accuracy_axis(share),
+            percent=share,
         ),
-        _overlay(groups, "all-eval-reward", "Held-out reward", lambda run: _eval(run, "eval_reward")),
+        _overlay(groups, "all-eval-reward", "Held-out reward", lambda run: _eval(run, "eval_reward"), "mean reward"),
     ]
     for key in metric_keys(runs)[:MOST_METRICS]:
         # Held out, unless all are the same there: then the difference is in training.
@@ -204,12 +252,19 @@ def overlays(groups: Sequence[Group]) -> list[Chart]:
         def values(run: Run, key: str = key, held_out: bool = held_out) -> list[Point]:
             return _eval(run, f"eval_{key}") if held_out else _points(kept[run.index], key)
 
-        charts.append(_overlay(groups, f"all-{_id(key)}", _title(key), values, percent=_percent(runs, key)))
+        percent = _percent(runs, key)
+        charts.append(_overlay(groups, f"all-{_id(key)}", _title(key), values, _axis(key, percent), percent=percent))
     return [chart for chart in charts if chart is not None]
 
 
 def _overlay(
-    groups: Sequence[Group], name: str, title: str, values: Callable[[Run], list[Point]], *, percent: bool = False
+    groups: Sequence[Group],
+    name: str,
+    title: str,
+    values: Callable[[Run], list[Point]],
+    measured: str,
+    *,
+    percent: bool = False,
 ) -> Chart | None:
     series = []
     for group in groups:
@@ -225,7 +280,7 @@ def _overlay(
             series.append(Series(label, x, y, kind, owner=f"run-{run.index}", colour=group.index % COLOURS))
     if not series:
         return None
-    return Chart(name, title, series, percent=percent, buttons=False, from_zero=percent)
+    return Chart(name, title, series, measured, percent=percent, buttons=False, from_zero=percent)
 
 
 def _group_curve(group: Group, curves: list[list[Point]]) -> list[Series]:
@@ -268,12 +323,21 @@ def _eval(run: Run, key: str) -> list[Point]:
 
 
 def _evaluated(run: Run, key: str, name: str, owner: str, colour: int) -> list[Series]:
+    """A metric of the evaluations, and the 95% intervals of those whose completions tell them."""
     points = _eval(run, key)
     every = max(1, math.ceil(len(points) / POINTS))
     points = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
-    x = [p[0] for p in points]
-    y = [p[1] for p in points]
-    return [Series(name, x, y, "dots", owner=owner, colour=colour)] if points else []
+    if not points:
+        return []
+    drawn = [Series(name, [x for x, _ in points], [y for _, y in points], "dots", owner=owner, colour=colour)]
+    shown = {x for x, _ in points}
+    found = {float(e.step): interval(run, e, key) for e in run.journal.evaluations if e.step in shown}
+    known = [(x, ends) for x, ends in found.items() if ends is not None]
+    if known:
+        low = [ends[0] for _, ends in known]
+        high = [ends[1] for _, ends in known]
+        drawn.append(Series(f"95% interval, {name}", [x for x, _ in known], high, "whiskers", low, owner, colour))
+    return drawn
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:
@@ -291,7 +355,20 @@ def _shared(kept: Sequence[Bucket]) -> str:
 def _title(key: str) -> str:
     if key.startswith("rewards/"):
         return f"Reward function {key.removeprefix('rewards/').removesuffix('/mean')}"
-    return TITLES.get(key, key)
+    return TITLES[key][0] if key in TITLES else key
+
+
+def _axis(key: str, percent: bool) -> str:
+    """What a metric is measured in."""
+    if key in TITLES:
+        return TITLES[key][1]
+    if key.startswith("rewards/"):
+        return "mean score"
+    return f"{key}, %" if percent else key
+
+
+def _accuracy_axis(percent: bool) -> str:
+    return MEASURED_SHARE if percent else "mean score"
 
 
 def _percent(runs: Sequence[Run], key: str) -> bool:

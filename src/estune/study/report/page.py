@@ -14,19 +14,19 @@ from estune import __version__
 from estune.charts.chart import COLOURS, STYLE, Chart, figure
 from estune.errors import EstuneError
 from estune.files import write_text
-from estune.journal.shares import is_share, shown
+from estune.journal.shares import is_share, shown, with_interval
 from estune.run.recipe import own_task
 from estune.study.report import curves, recipe
+from estune.study.report.certainty import interval
+from estune.study.report.completions import Kept, kept
 from estune.study.report.layers import LayerTable, layer_table
 from estune.study.report.runs import Group, Run, differences, group_runs, read_runs
-from estune.study.report.samples import Comparison, compare, readable
+from estune.study.report.samples import UNSEEN, Comparison, compare, readable
 from estune.weights.checkpoint import hub_name
 
 HERE = Path(__file__).parent
 T = TypeVar("T")
-UNSEEN = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-UNSEEN |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\N{REPLACEMENT CHARACTER}")
-"""Control characters, which HTML forbids, as their pictures; and none that turn the order of what follows."""
+MOST_TEXT = 6_000_000  # characters of completions on a page, about
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,33 @@ class Section:
     metrics: list[Chart]
     left_out: list[str]  # metrics beyond those
     completions: Comparison | Skipped
+    kept: Kept | Skipped
     layers: LayerTable | Skipped
     time: Chart | None
+    speed: Chart | None
     parts: list[tuple[str, float, float]]  # name, seconds, share of all
     settings: list[recipe.Setting]
+    file: str  # the settings as YAML
     commands: list[recipe.Command]
     own_task: bool
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """Its parts: headings by the names that links lead to."""
+        there = {
+            "learning": "Learning" if self.learning or self.distribution else "",
+            "said": "What it says, then and now",
+            "followed": "One prompt through all evaluations"
+            if isinstance(self.kept, Kept) and self.kept.prompts
+            else "",
+            "search": "All completions",
+            "metrics": "Completions and weights along the way" if self.metrics else "",
+            "layers": "Where the weights moved",
+            "time": "Where the time went" if self.time or self.speed else "",
+            "settings": "Settings",
+            "again": "How to make it again",
+        }
+        return {name: heading for name, heading in there.items() if heading}
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,7 @@ def _render(runs: list[Run]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     style = STYLE.read_text(encoding="utf-8") + (HERE / "page.css").read_text(encoding="utf-8")
-    script = (HERE / "page.js").read_text(encoding="utf-8")
+    script = "".join((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "completions.js"))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -102,7 +123,7 @@ def _render(runs: list[Run]) -> str:
         script=script,
         # Even if something hostile got past the escaping, no script but ours would run.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        sections=[_section(run) for run in runs],
+        sections=[_section(run, MOST_TEXT // len(runs)) for run in runs],
         groups=groups,
         overlays=curves.overlays(groups) if len(runs) > 1 else [],
         left_out=curves.left_out(runs),
@@ -113,7 +134,7 @@ def _render(runs: list[Run]) -> str:
     )
 
 
-def _section(run: Run) -> Section:
+def _section(run: Run, room: int) -> Section:
     parts = {name: sum(seconds) for name, seconds in curves.parts_of_time(run).items()}
     whole = sum(parts.values()) or 1.0
     return Section(
@@ -124,10 +145,13 @@ def _section(run: Run) -> Section:
         metrics=curves.metrics(run),
         left_out=curves.left_out([run]),
         completions=_or_skipped(compare, run),
+        kept=_or_skipped(lambda run: kept(run, room), run),
         layers=_or_skipped(layer_table, run),
         time=curves.time_chart(run),
+        speed=curves.speed_chart(run),
         parts=[(name, seconds, seconds / whole) for name, seconds in parts.items()],
         settings=recipe.settings_table(run),
+        file=recipe.settings_file(run),
         commands=recipe.commands(run),
         own_task=own_task(run.journal),
     )
@@ -157,7 +181,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if first and best and last and "eval_accuracy" in first.metrics:
         share = is_share(run.journal, "eval_accuracy")
         before, after, end = (shown(e.metrics["eval_accuracy"], share) for e in (first, best, last))
-        remark = f"best, at step {best.step}; last {end}"
+        ends = interval(run, best, "eval_accuracy")
+        sure = "" if ends is None else f", 95% interval {shown(ends[0], share)} to {shown(ends[1], share)}"
+        remark = f"best, at step {best.step}{sure}; last {end}"
         tiles.append(("Held-out accuracy", after if best is first else f"{before} → {after}", remark))
     for key, name in (("eval_reward", "Held-out reward"), ("eval_completions/mean_length", "Mean length")):
         if first and best and key in first.metrics and key in best.metrics:
@@ -171,6 +197,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         if all("step_time" in m for m in steps):
             tokens = f"{figure(steps[-1]['num_tokens'])} tokens" if "num_tokens" in steps[-1] else "all steps"
             tiles.append(("Time in steps", _duration(sum(m["step_time"] for m in steps)), tokens))
+        if speeds := [speed for _, speed in curves.speeds(run)]:
+            tiles.append(("Speed", f"{figure(statistics.median(speeds))} tokens/s", "median of the steps"))
     return tiles
 
 
@@ -188,6 +216,10 @@ def _results(groups: Sequence[Group]) -> list[Row]:
         for run in group.runs:
             label = run.label if len(group.runs) > 1 or group.label == run.label else f"{group.label} ({run.label})"
             cells = [_cell(value, share and i < 3) for i, value in enumerate(_figures(run))]
+            for i, evaluation in enumerate((run.first, run.best, run.last)):
+                ends = interval(run, evaluation, "eval_accuracy") if evaluation else None
+                if evaluation and ends:
+                    cells[i] = with_interval(evaluation.metrics["eval_accuracy"], ends, share)
             remark = f"seed {run.settings.get('seed', '?')}; {run.state}"
             rows.append(Row(f"run-{run.index}", colour, label, remark, cells, len(group.runs) == 1))
     return rows

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
+import yaml
+
 from estune.run.recipe import NOT_REPEATED, defaults_of, show, train_command
 from estune.study.report.runs import Run
 
@@ -40,6 +42,11 @@ def settings_table(run: Run) -> list[Setting]:
         if name not in NOT_REPEATED
     ]
     return sorted(rows, key=lambda row: not row.changed)
+
+
+def settings_file(run: Run) -> str:
+    """All settings as a file for `--config`."""
+    return yaml.safe_dump(run.journal.settings, sort_keys=False)
 
 
 def commands(run: Run) -> list[Command]:

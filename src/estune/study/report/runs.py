@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from estune.errors import EstuneError
 from estune.journal.journal import EvaluationRecord, Journal
 from estune.run.directory import RunDirectory
 from estune.run.recipe import flatten, show
+from estune.study.report.tables import Row, read_rows, score_column
 
 CHANCE_OR_PLACE = {
     "model",  # compared by the content hash instead
@@ -32,6 +34,8 @@ CHANCE_OR_PLACE = {
 }
 """Settings in which runs of one group may differ: the seed, and what does not change what is learnt."""
 
+MACHINE = {"processor": "{}", "cores": "{} cores", "memory": "{:.1f} GB of memory", "device": "weights on {}"}
+"""What `machine.json` holds, and how it is said; memory is in bytes there."""
 LARGEST = 1e100
 SMALLEST = 1e-100
 """Of what is drawn: beyond them, sums and squares of a journal's numbers would overflow, or vanish."""
@@ -88,6 +92,34 @@ class Run:
         """Its settings, those of the task as `task.NAME`."""
         return flatten(self.journal.settings)
 
+    @cached_property
+    def evaluated(self) -> dict[int, list[Row]]:
+        """Completions of each evaluation by its step, as far as they were kept and can be read."""
+        found = {}
+        for evaluation in self.journal.evaluations:
+            with suppress(EstuneError):
+                found[evaluation.step] = read_rows(self.directory.completions(f"evaluation-{evaluation.step:05d}"))
+        return {step: rows for step, rows in found.items() if rows}
+
+    @cached_property
+    def accuracy_column(self) -> str | None:
+        """The column of these tables whose mean is the accuracy; None where none is."""
+        kept = [e for e in self.journal.evaluations if e.step in self.evaluated]
+        return score_column([self.evaluated[e.step] for e in kept], kept) if kept else None
+
+    @property
+    def machine(self) -> str:
+        """What the run says of the machine that it ran on, in words; nothing where it does not."""
+        try:
+            found = json.loads((self.path / "machine.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return ""
+        known = {key: found[key] for key in MACHINE if found.get(key)} if isinstance(found, dict) else {}
+        memory = known.pop("memory", None)
+        if isinstance(memory, (int, float)):
+            known = {**known, "memory": memory / 1e9}
+        return ", ".join(MACHINE[key].format(value) for key, value in known.items())
+
 
 @dataclass(frozen=True)
 class Group:
@@ -114,7 +146,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     for index, path in enumerate(paths):
         journal = Journal.read(path)
         journal.steps = [
-            replace(s, rewards=[r if r is None else _bounded(r) for r in s.rewards], metrics=_drawable(s.metrics))
+            replace(s, rewards=[r if r is None else bounded(r) for r in s.rewards], metrics=_drawable(s.metrics))
             for s in journal.steps
         ]
         journal.evaluations = [replace(e, metrics=_drawable(e.metrics)) for e in journal.evaluations]
@@ -126,10 +158,11 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _drawable(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {key: _bounded(value) for key, value in metrics.items()}
+    return {key: bounded(value) for key, value in metrics.items()}
 
 
-def _bounded(value: float) -> float:
+def bounded(value: float) -> float:
+    """A figure as far as it can be drawn and added up."""
     return 0.0 if abs(value) < SMALLEST else max(-LARGEST, min(LARGEST, value))
 
 

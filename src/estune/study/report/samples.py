@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError
 from estune.journal.journal import EvaluationRecord
 from estune.study.report.runs import Run
+from estune.study.report.tables import Row, read_rows, score_column
 from estune.tasks.preflight import FULL_MARKS
 
-Row = dict[str, Any]
 SHOWN = {"better": 4, "low": 2, "worse": 2, "high": 1}
 LONGEST = 4000  # characters of a text shown
+UNSEEN = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+UNSEEN |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\N{REPLACEMENT CHARACTER}")
+"""Control characters, which HTML forbids, as their pictures; and none that turn the order of what follows."""
 BOILERPLATE = 40  # characters that all prompts must share to be shown once
 
 
@@ -56,9 +57,9 @@ def compare(run: Run) -> Comparison:
         after = run.last  # nothing was ever better than the base: show where it led
     if before is None or after is None or before.step == after.step:
         raise EstuneError("only one evaluation yet")
-    tables = [_read(run.directory.completions(f"evaluation-{e.step:05d}")) for e in (before, after)]
+    tables = [read_rows(run.directory.completions(f"evaluation-{e.step:05d}")) for e in (before, after)]
     pairs = _pairs(*tables)
-    score = _score(tables, (before, after))
+    score = score_column(tables, (before, after)) or "reward"
     pairs = [(b, a) for b, a in pairs if b.get(score) is not None and a.get(score) is not None]
     if not pairs:
         raise EstuneError("the two evaluations have no prompt in common")
@@ -69,7 +70,7 @@ def compare(run: Run) -> Comparison:
         high = max(values)  # most have the lowest score, which is not high
     kinds = [_kind(b[score], a[score], high) for b, a in pairs]
     prompts = [str(b["prompt"]) for b, _ in pairs]
-    opening, ending = _shared(prompts)
+    opening, ending = shared_ends(prompts)
     chosen: list[Sample] = []
     for kind, count in SHOWN.items():
         members = [i for i, k in enumerate(kinds) if k == kind]
@@ -93,37 +94,9 @@ def readable(text: str) -> str:
     return text
 
 
-def _read(path: Path) -> list[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not path.is_file():
-        raise EstuneError(f"{path.name} is not there")
-    try:
-        rows: list[Row] = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise EstuneError(f"{path.name} cannot be read") from error
-    if rows and not {"prompt", "completion", "reward"} <= rows[0].keys():
-        raise EstuneError(f"{path.name} has no columns prompt, completion and reward")
-    return rows
-
-
 def _pairs(before: list[Row], after: list[Row]) -> list[tuple[Row, Row]]:
     """Rows of the same prompt: an evaluation set does not change, so row by row where the prompts agree."""
     return [(b, a) for b, a in zip(before, after, strict=False) if b["prompt"] == a["prompt"]]
-
-
-def _score(tables: Sequence[list[Row]], evaluations: Sequence[EvaluationRecord]) -> str:
-    """The column whose mean is the recorded accuracy; the reward where none is."""
-    for column in tables[0][0] if tables[0] else ():
-        means = []
-        for rows in tables:
-            values = [row[column] for row in rows if row.get(column) is not None]
-            means.append(statistics.fmean(values) if column.startswith("rewards/") and values else math.nan)
-        accuracies = [e.metrics.get("eval_accuracy", math.nan) for e in evaluations]
-        if all(math.isclose(m, a, abs_tol=1e-9) for m, a in zip(means, accuracies, strict=True)):
-            return str(column)
-    return "reward"
 
 
 def _kind(before: float, after: float, high: float) -> str:
@@ -151,7 +124,7 @@ def _choose(members: list[int], pairs: Sequence[tuple[Row, Row]], score: str, co
     return [equals[k * (len(equals) - 1) // count] for k in range(count)]
 
 
-def _shared(prompts: Sequence[str]) -> tuple[str, str]:
+def shared_ends(prompts: Sequence[str]) -> tuple[str, str]:
     """What all prompts begin and end with, in whole words, where it is long enough to be worth showing once."""
     if len(prompts) < 2:
         return "", ""
