@@ -27,6 +27,7 @@ TITLES = {
     "kl": "KL divergence to the base model",
     "weights/change": "Norm of the change of all weights",
     "weights/relative_change": "Change of all weights, of the base model's norm",
+    "tokens_per_second": "Tokens a second, of whole steps",
     "failed_members": "Members without a reward",
     "learning_rate": "Learning rate",
 }
