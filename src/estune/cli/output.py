@@ -16,7 +16,7 @@ from rich.text import Text
 from estune import __version__
 from estune.errors import printable, printable_lines
 
-BAR = 24  # characters of a bar
+BAR = 16  # characters of a bar: the line is to fit on 80
 
 
 def say(text: str) -> None:
@@ -64,6 +64,7 @@ class _Waiting:
         share = wait.share()
         left = f"{seconds * (1 - share) / share:.0f} s left" if share else ""
         line = Table.grid(padding=(0, 2))
+        line.add_column(no_wrap=True)
         line.add_row(said, ProgressBar(total=1.0, completed=share, width=BAR), left)
         return line
 
