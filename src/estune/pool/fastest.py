@@ -28,7 +28,8 @@ TRYING = "trying what this processor is fastest with"
 MOST_TRIED = 1 << 28  # elements of all engines' matrices together
 MOST_OF_ONE = 1 << 25  # and of one engine's: more than the last cache holds
 SHARE = 8  # of an engine's elements, one in so many may be one matrix's
-ROUNDS = 3
+TURNS = 2  # that ways take, so that a busy moment slows more than one
+ROUNDS = 2  # of a turn; the best of all counts, which is not one in which something is compiled
 FEW_ROWS = 128  # up to which it is asked what twice as many would cost
 CHEAP = 1.5  # times the cost, up to which twice as many rows are worth a word
 ALIKE = 0.95  # of the best's speed, which another time may be the best's
@@ -85,8 +86,10 @@ def fastest(shapes: Sequence[tuple[int, int]], rows: int, choices: Sequence[Way]
         nonlocal done
         done += 1
 
-    with told_while(TRYING, share=lambda: done / (len(choices) * (1 + ROUNDS))):
-        speeds = {way: _speed(way, shapes, rows, own=own, tick=tick) for way in choices}
+    speeds = dict.fromkeys(choices, 0.0)
+    with told_while(TRYING, share=lambda: done / (len(choices) * TURNS * ROUNDS)):
+        for way in [*choices] * TURNS:
+            speeds[way] = max(speeds[way], _speed(way, shapes, rows, own=own, tick=tick))
     each = 2 * sum(map(math.prod, shapes))  # operations a token
     found = ", ".join(f"{way} {speed / each:,.0f}" for way, speed in speeds.items())
     log.info("tokens a second, by their matrix products alone: %s", found)
@@ -141,7 +144,6 @@ def _speed(way: Way, shapes: Sequence[tuple[int, int]], rows: int, *, own: bool,
 
     before = torch.get_num_threads()
     with ThreadPoolExecutor(way.replicas) as side_by_side:
-        once()  # what is compiled or set up at first use
         seconds = min(once() for _ in range(ROUNDS))
     torch.set_num_threads(before)
     return way.replicas * 2 * rows * sum(map(math.prod, some)) / seconds
