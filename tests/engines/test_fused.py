@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from estune.completion import Sampling
 from estune.engines.cpu import fused, kernels
 from estune.engines.cpu.fused import FusedDecoder, unfusable
-from estune.engines.cpu.products import MANY, Products
+from estune.engines.cpu.products import MANY, NONE, Products
 from estune.engines.decode import Decoder
 from estune.engines.progress import OWN
 from estune.engines.score import log_probabilities
@@ -350,6 +350,14 @@ def test_products_equal_pytorch_to_the_same_bits_in_any_blocks(
         torch.testing.assert_close(torch.from_numpy(out), right, rtol=1e-5, atol=1e-5 * width**0.5)
         found.append(out)
     assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+def test_the_product_that_was_compiled_once_is_found_in_the_cache() -> None:
+    x, weight = (torch.randn(2, 3, 32).numpy()[i] for i in range(2))
+    for _ in range(2):
+        product = kernels.product_kernel.__wrapped__(2, 1)  # as another process would make it
+        product(x, weight, NONE, np.empty((3, 3), np.float32), 0, 3)
+    assert sum(product.stats.cache_hits.values()) == 1
 
 
 def test_a_processor_that_multiplies_bfloat16_does_so_for_many_rows() -> None:

@@ -61,6 +61,19 @@ def test_work_that_takes_longer_is_found_slower(own: bool, monkeypatch: pytest.M
     assert torch.get_num_threads() == before
 
 
+def test_prompts_that_cost_little_are_advised(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (way,) = ways(["float32"], 1, 1, replicas=None, threads=1)
+    each = {24: 100.0, 48: 160.0, 96: 170.0}
+    monkeypatch.setattr(module, "_speed", lambda way, shapes, rows, **named: each[rows])
+    fastest([(64, 32)], 24, [way], own=True)
+    assert "prompts_per_step=48 would cost 1.2 times what 24 do" in caplog.text
+    caplog.clear()
+    fastest([(64, 32)], 48, [way], own=True)
+    assert not caplog.text
+
+
 def test_without_matrices_the_first_way_is_taken() -> None:
     choices = ways(["float32"], 2, 2, replicas=None, threads=None)
     assert fastest([], 3, choices, own=False) == choices[0]

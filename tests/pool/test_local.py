@@ -13,7 +13,9 @@ from estune.config import Config
 from estune.engines.progress import together
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
+from estune.pool.launch import launch_ahead, memory_ahead
 from estune.pool.local import LocalPool, open_local_pool
+from estune.pool.open import open_pool
 from estune.pool.process import WorkerProcess
 from estune.pool.replica import Replica
 from tests.runs import make_config
@@ -50,6 +52,40 @@ def test_one_base_is_updated_once(model: Path, tmp_path: Path) -> None:
         assert pool.progress() == together([own.progress(), done])
     finally:
         pool.close()
+
+
+def test_a_process_that_was_launched_ahead_is_taken_with_its_memory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    config = make_config(tmp_path / "run", model, threads=1, replicas=2, device="cpu")
+    launch_ahead(config)
+    memory = memory_ahead()
+    pool = open_local_pool(config)
+    worker: Any = pool.replicas[1]
+    taken = worker.process.pid
+    alone = Replica(config)
+    try:
+        assert memory is not None
+        assert memory_ahead() is None
+        assert worker._inherited == (memory,)
+        assert pool.apply(UPDATE) == LocalPool(alone).apply(UPDATE)
+        assert worker.process.pid == taken
+    finally:
+        pool.close()
+
+
+def test_a_process_ahead_that_nobody_needs_is_ended(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    config = make_config(tmp_path / "run", model, threads=1, device="cpu")
+    launch_ahead(config)  # which has one replica
+    assert memory_ahead() is None
+    launch_ahead(config.model_copy(update={"replicas": None}))
+    assert memory_ahead() is not None
+    open_pool(config).close()
+    assert memory_ahead() is None
 
 
 @pytest.mark.parametrize("changes", [{"replicas": 1}, {"replicas": 2, "weights": "inplace"}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -192,6 +193,13 @@ def test_evaluations_best_and_files(model: Path, tmp_path: Path) -> None:
         assert line["reward_std"] == pytest.approx(np.std(record.rewards))
     names = {"rewards/variety/mean", "completions/mean_length", "completions/clipped_ratio", "num_tokens", "step_time"}
     assert names <= set(steps[0])
+    for line in steps:
+        assert line["tokens_per_second"] * line["step_time"] == pytest.approx(24 * line["completions/mean_length"])
+    on = json.loads((folder / "machine.json").read_text())
+    assert on["processor"]
+    assert on["cores"] >= 1
+    assert on["memory"] > 1 << 28
+    assert on["device"] == platform.machine()
     table = pq.read_table(folder / "completions" / "step-00001.parquet").to_pylist()
     assert len(table) == 6
     assert [row["reward"] for row in table] == pytest.approx(variety([row["completion"] for row in table]))

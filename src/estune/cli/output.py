@@ -8,12 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich import get_console
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from estune import __version__
 from estune.errors import printable, printable_lines
+
+BAR = 16  # characters of a bar: the line is to fit on 80
 
 
 def say(text: str) -> None:
@@ -46,15 +49,24 @@ class _Waiting:
         self._what = ""
         self._since = time.monotonic()
 
-    def __rich__(self) -> Text:
-        from estune.pool.waiting import waited_for
+    def __rich__(self) -> RenderableType:
+        from estune.pool.waiting import Wait, waited_for
 
-        what, so_far = waited_for() or ("getting ready", "")
+        wait = waited_for() or Wait("getting ready")
         now = time.monotonic()
-        if what != self._what:
-            self._what = what
+        if wait.what != self._what:
+            self._what = wait.what
             self._since = now
-        return Text(f"{printable(what)}{so_far}  {now - self._since:.0f} s")
+        seconds = now - self._since
+        said = Text(f"{printable(wait.what)}{wait.so_far()}  {seconds:.0f} s")
+        if wait.share is None:
+            return said
+        share = wait.share()
+        left = f"{seconds * (1 - share) / share:.0f} s left" if share else ""
+        line = Table.grid(padding=(0, 2))
+        line.add_column(no_wrap=True)
+        line.add_row(said, ProgressBar(total=1.0, completed=share, width=BAR), left)
+        return line
 
 
 def say_table(

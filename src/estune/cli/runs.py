@@ -46,6 +46,9 @@ def train(
         _say_time(config, overrides)
         return
     with opening(f"train {settings.model} on {settings.task.name}"):
+        from estune.pool.launch import launch_ahead
+
+        launch_ahead(settings)
         from estune.run.monitors import check_trackers
         from estune.run.trainer import Trainer
 

@@ -51,6 +51,7 @@ _OUR_METRICS = (
     "step",
     "learning_rate",
     "num_tokens",
+    "tokens_per_second",
     "failed_members",
     "rewards/",
     "completions/",

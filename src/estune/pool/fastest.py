@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,13 +20,18 @@ import torch
 from torch.nn.functional import linear
 
 from estune.engines.cpu.products import Products
+from estune.pool.waiting import told_while
 
 log = logging.getLogger(__name__)
 
+TRYING = "trying what this processor is fastest with"
 MOST_TRIED = 1 << 28  # elements of all engines' matrices together
 MOST_OF_ONE = 1 << 25  # and of one engine's: more than the last cache holds
 SHARE = 8  # of an engine's elements, one in so many may be one matrix's
-ROUNDS = 3
+TURNS = 2  # that ways take, so that a busy moment slows more than one
+ROUNDS = 2  # of a turn; the best of all counts, which is not one in which something is compiled
+FEW_ROWS = 128  # up to which it is asked what twice as many would cost
+CHEAP = 1.5  # times the cost, up to which twice as many rows are worth a word
 ALIKE = 0.95  # of the best's speed, which another time may be the best's
 
 
@@ -75,14 +80,45 @@ def fastest(shapes: Sequence[tuple[int, int]], rows: int, choices: Sequence[Way]
     """
     if not shapes:
         return choices[0]
-    speeds = {way: _speed(way, shapes, rows, own=own) for way in choices}
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+
+    speeds = dict.fromkeys(choices, 0.0)
+    with told_while(TRYING, share=lambda: done / (len(choices) * TURNS * ROUNDS)):
+        for way in [*choices] * TURNS:
+            speeds[way] = max(speeds[way], _speed(way, shapes, rows, own=own, tick=tick))
     each = 2 * sum(map(math.prod, shapes))  # operations a token
     found = ", ".join(f"{way} {speed / each:,.0f}" for way, speed in speeds.items())
     log.info("tokens a second, by their matrix products alone: %s", found)
-    return next(way for way in choices if speeds[way] >= ALIKE * max(speeds.values()))
+    chosen = next(way for way in choices if speeds[way] >= ALIKE * max(speeds.values()))
+    if rows < FEW_ROWS:
+        said = more_prompts(rows, speeds[chosen], _speed(chosen, shapes, 2 * rows, own=own, tick=tick))
+        if said:
+            log.warning("%s", said)
+    return chosen
 
 
-def _speed(way: Way, shapes: Sequence[tuple[int, int]], rows: int, *, own: bool) -> float:
+def more_prompts(rows: int, speed: float, doubled: float) -> str | None:
+    """Advice where twice the prompts would cost little more: weights are read once for all rows of a token's products.
+
+    Args:
+        rows: decoded together.
+        speed: operations a second with as many, as measured.
+        doubled: the same with twice as many.
+    """
+    cost = 2 * speed / doubled
+    if cost > CHEAP:
+        return None
+    return (
+        f"prompts_per_step={2 * rows} would cost {cost:.1f} times what {rows} do: weights are read once for all of a "
+        "member's prompts (measured); a step of the same cost with fewer members and more prompts sees more of them"
+    )
+
+
+def _speed(way: Way, shapes: Sequence[tuple[int, int]], rows: int, *, own: bool, tick: Callable[[], None]) -> float:
     """Operations a second of all engines together."""
     some = list(_some(shapes, min(MOST_OF_ONE, MOST_TRIED // way.replicas)))
     dtype: torch.dtype = getattr(torch, way.dtype)
@@ -102,11 +138,12 @@ def _speed(way: Way, shapes: Sequence[tuple[int, int]], rows: int, *, own: bool)
     def once() -> float:
         began = time.perf_counter()
         list(side_by_side.map(multiply, engines))
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        tick()
+        return seconds
 
     before = torch.get_num_threads()
     with ThreadPoolExecutor(way.replicas) as side_by_side:
-        once()  # what is compiled or set up at first use
         seconds = min(once() for _ in range(ROUNDS))
     torch.set_num_threads(before)
     return way.replicas * 2 * rows * sum(map(math.prod, some)) / seconds

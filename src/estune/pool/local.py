@@ -22,6 +22,7 @@ from estune.journal.journal import StepRecord
 from estune.pool.base import Description, Evaluated, Evaluator
 from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.generators import Generators, open_together
+from estune.pool.launch import memory_ahead
 from estune.pool.process import WorkerProcess
 from estune.pool.replica import Replica
 from estune.weights.base import Share, open_memory
@@ -219,7 +220,7 @@ def open_local_pool(config: Config) -> LocalPool:
     count = config.replicas or 1
     keeps_base = POLICIES[config.weights].keeps_base
     one_base = keeps_base and count > 1 and training_device(config.device).type == "cpu"
-    memory = open_memory() if one_base else None
+    memory = (memory_ahead() or open_memory()) if one_base else None
     shares = [None if memory is None else Share(memory, i, count) for i in range(count)]
     deadlines = Deadlines(config.worker_timeout)
     workers = [WorkerProcess(config, share, deadlines=deadlines) for share in shares[1:]]

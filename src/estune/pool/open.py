@@ -22,6 +22,7 @@ from estune.errors import EstuneError
 from estune.pool.base import Generating, Pool
 from estune.pool.fastest import fastest, ways
 from estune.pool.generators import Generators, open_generators
+from estune.pool.launch import await_ahead, end_ahead
 from estune.pool.local import open_local_pool
 from estune.pool.waiting import told_while
 from estune.weights.base import keeps_base_on_host
@@ -135,8 +136,8 @@ def _share_processor(config: Config, live_dtype: str | None) -> dict[str, Any]:
         fused = (getattr(model, "architectures", None) or [""])[0] in ARCHITECTURES
         own = fused and "float16" not in dtypes and not any(width % WIDTH for _, width in shapes)
         rows = min(config.prompts_per_step, config.batch_size or MAX_ROWS["cpu"])
-        with told_while("trying what this processor is fastest with"):
-            chosen = fastest(shapes, rows, choices, own=own)
+        await_ahead()
+        chosen = fastest(shapes, rows, choices, own=own)
         log.info("%s is fastest here: dtype, replicas and threads of this run", chosen)
     else:
         (chosen,) = choices
@@ -259,8 +260,11 @@ def _open(config: Config, longest: int | None, open_as: Callable[[Config], T]) -
         torch.cuda.empty_cache()
         config = config.model_copy(update={"engine": "transformers"})
     where = f" on {config.workers} Ray workers" if config.workers else ""
-    with told_while(f"loading {config.model} with {config.engine}{where}"):
-        return open_as(with_length(config, longest))
+    try:
+        with told_while(f"loading {config.model} with {config.engine}{where}"):
+            return open_as(with_length(config, longest))
+    finally:
+        end_ahead()
 
 
 def available_cores() -> int:

@@ -8,7 +8,6 @@ our own, instead of `multiprocessing`'s, leaves the user's main module alone, an
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import sys
 import threading
@@ -23,10 +22,10 @@ from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.progress import OWN, Counts, Progress, together
 from estune.es.strategy import Member, Update
-from estune.files import make_temporary, remove_temporary
 from estune.pool.base import Evaluated
 from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.generator import open_generator
+from estune.pool.launch import Launched, launch
 from estune.pool.replica import Replica
 from estune.weights.base import Share
 
@@ -67,12 +66,16 @@ class GeneratorProcess:
         self._inherited = inherited
         self._lock = threading.Lock()
         self._closed = False
-        self.process: subprocess.Popen[bytes] | None = None
-        self._folder: Path | None = None
+        self._launched: Launched | None = None
         self._late: float | None = None  # seconds that it was waited for in vain
         self._counts = Counts()
         self._earlier = Progress()  # what processes that were lost had done
         self._proxy: Any = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """The process, or the last that there was."""
+        return self._launched and self._launched.process
 
     def __str__(self) -> str:
         return f"the replica of process {self.process.pid}" if self.process else "a replica"
@@ -123,31 +126,14 @@ class GeneratorProcess:
             if self._closed:
                 raise Lost("the run has ended")
             self._late = None
-            self._folder = make_temporary("replica")
+            self._launched = launch(self._inherited)
             self._earlier = self.progress()
-            self._counts.map(self._folder / COUNTS)
-            key = secrets.token_bytes(16)
-            socket = str(self._folder / "s")  # a path that the system allows is short
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "estune.pool.process", socket],
-                stdin=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for the trainer alone
-                pass_fds=self._inherited,
-            )
-            assert self.process.stdin is not None
-            self.process.stdin.write(key.hex().encode() + b"\n")
-            self.process.stdin.flush()
-            return _Manager(socket, key)
+            self._counts.map(self._launched.folder / COUNTS)
+            return _Manager(str(self._launched.socket), self._launched.key)
 
     def _end(self) -> None:
-        if self.process is not None:
-            self.process.kill()  # also one that is stopped
-            self.process.wait()
-            if self.process.stdin is not None:
-                self.process.stdin.close()
-        if self._folder is not None:
-            remove_temporary(self._folder)
-            self._folder = None
+        if self._launched is not None:
+            self._launched.end()
 
     def _call(self, kind: str, work: Callable[[], Any], units: int = 1) -> Any:
         limit = self._deadlines.of(kind, units)

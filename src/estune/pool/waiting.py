@@ -7,26 +7,37 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
 FIRST_WORD = 15.0  # seconds
 NEXT_WORD = 60.0
 
-_waits: list[tuple[str, Callable[[], str]]] = []
+
+class Wait(NamedTuple):
+    """What is waited for, how far it has come, in words, and what share of it is done, where that is known."""
+
+    what: str
+    so_far: Callable[[], str] = str
+    share: Callable[[], float] | None = None
 
 
-def waited_for() -> tuple[str, str] | None:
-    """What is waited for at this moment, if it is anything, and how far it has come."""
-    if not _waits:
-        return None
-    what, so_far = _waits[-1]
-    return what, so_far()
+_waits: list[Wait] = []
+
+
+def waited_for() -> Wait | None:
+    """What is waited for at this moment, if it is anything."""
+    return _waits[-1] if _waits else None
 
 
 @contextmanager
 def told_while(
-    what: str, first: float = FIRST_WORD, then: float = NEXT_WORD, so_far: Callable[[], str] = str
+    what: str,
+    first: float = FIRST_WORD,
+    then: float = NEXT_WORD,
+    so_far: Callable[[], str] = str,
+    share: Callable[[], float] | None = None,
 ) -> Iterator[None]:
     """Log what is waited for, and for how long it has been, as long as this lasts.
 
@@ -34,6 +45,7 @@ def told_while(
         what: is waited for.
         first, then: seconds until the first word, and between two.
         so_far: says how far it has come, from any thread.
+        share: the same as a number from 0 to 1, for a bar.
     """
     began = time.monotonic()
     over = threading.Event()
@@ -46,7 +58,7 @@ def told_while(
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
-    wait = (what, so_far)
+    wait = Wait(what, so_far, share)
     _waits.append(wait)
     try:
         yield

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -48,6 +51,11 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def machine(self) -> Path:
+        """The machine that the run began on, as JSON."""
+        return self.path / "machine.json"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's files."""
         return self.path / "tensorboard"
@@ -83,6 +91,11 @@ class RunDirectory:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         if not any(self.path.iterdir()):
             self.path.rmdir()
+
+    def note_machine(self, machine: Mapping[str, Any]) -> None:
+        """Keep what the run's speed is to be judged by, unless it is there: a start can be cut off before."""
+        if not self.machine.is_file():
+            write_text(self.machine, json.dumps(machine, indent=2) + "\n")
 
     def write_settings(self, config: Config) -> None:
         """Keep the settings, for people and for `--config`."""

@@ -34,6 +34,7 @@ from estune.run.directory import RunDirectory, default_path, how_to_go_on, refus
 from estune.run.graded import Graded, step_metrics, write_completions
 from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, token_ids
 from estune.run.interrupt import interruptible
+from estune.run.machine import machine
 from estune.run.make import make_grading, make_sampling, make_strategy
 from estune.run.monitors import Monitors, check_trackers, default_monitors
 from estune.run.monitors.base import Monitor, Plan, Summary, Work
@@ -112,6 +113,7 @@ class Trainer:
                 self.run = past.run
                 self.journal = past.journal
                 self._rebuild()
+            self.run.note_machine(machine(self.trained.device))
             self.journal.go_on = going_on(go_on, self.run.path)
             origin = self.journal.header.fingerprint if self.journal.header.ancestors else None
             self.strategy = make_strategy(config, origin)
@@ -431,6 +433,7 @@ class Trainer:
             metrics |= {"weights/drift_changed": drift.changed, "weights/drift_rms": drift.rms}
         metrics["num_tokens"] = self._tokens() + sum(g.tokens for g in in_order)
         metrics["step_time"] = time.perf_counter() - began
+        metrics["tokens_per_second"] = sum(g.tokens for g in in_order) / metrics["step_time"]
         metrics |= {f"time/{key}": value for key, value in times.items()}
         kept = in_order[: config.log_completions]
         if kept:  # before the journal says that the step is done: a step cut off in between is taken again

@@ -88,10 +88,6 @@ def product_kernel(rows: int = ROWS, columns: int = COLUMNS) -> Callable[..., No
     They change no bit, as an element of `out` is summed up alike wherever it lies: what a token becomes does not depend
     on the tokens beside it, on the processor's registers, nor on how the work is shared out.
     """
-    block = products(rows, columns)
-    opening = products(rows, columns, AHEAD)
-    row = products(1, columns, AHEAD)
-    single = products(1, 1)
 
     @_jit
     def product(x, weight, bias, out, first, last):
@@ -108,16 +104,16 @@ def product_kernel(rows: int = ROWS, columns: int = COLUMNS) -> Callable[..., No
             # The first tokens find the weights in memory, those after them in the cache.
             if tokens >= rows:
                 for c in range(start, even, columns):
-                    opening(x, 0, weight, c * width, width, out, c, total)
+                    products(x, 0, weight, c * width, width, out, c, total, rows, columns, AHEAD)
             for t in range(rows, tokens - rows + 1, rows):
                 for c in range(start, even, columns):
-                    block(x, t * width, weight, c * width, width, out, t * total + c, total)
+                    products(x, t * width, weight, c * width, width, out, t * total + c, total, rows, columns, 0)
             for t in range(tokens - tokens % rows, tokens):
                 for c in range(start, even, columns):
-                    row(x, t * width, weight, c * width, width, out, t * total + c, total)
+                    products(x, t * width, weight, c * width, width, out, t * total + c, total, 1, columns, AHEAD)
             for c in range(even, stop):
                 for t in range(tokens):
-                    single(x, t * width, weight, c * width, width, out, t * total + c, total)
+                    products(x, t * width, weight, c * width, width, out, t * total + c, total, 1, 1, 0)
         if bias.size:
             for t in range(tokens):
                 for c in range(first, last):

@@ -61,59 +61,76 @@ def element(typing: Any, array: Any, index: Any) -> Any:
     return (types.float32(array, types.intp), generate) if _is_stored(array) else None
 
 
-def products(rows: int, columns: int, ahead: int = 0) -> Any:
-    """A function that takes the dot products of `rows` neighbouring rows of one matrix with `columns` of another.
+@intrinsic(prefer_literal=True)
+def products(
+    typing: Any,
+    x: Any,
+    at: Any,
+    weight: Any,
+    there: Any,
+    width: Any,
+    out: Any,
+    to: Any,
+    stride: Any,
+    rows: Any,
+    columns: Any,
+    ahead: Any,
+) -> Any:
+    """The dot products of `rows` neighbouring rows of one matrix with `columns` of another.
 
-    It is called with `(x, at, weight, there, width, out, to, stride)`: rows of `width` elements, a multiple of 16, of
-    `x` from index `at` and of `weight` from index `there` on; the product of row r and row c is written to element
-    `to + r * stride + c` of `out`, which holds float32. Each is a sum of sixteen sums, by fused multiplication and
-    addition, and these are added by halves: the same bits, however many rows and columns are taken at once.
+    Rows have `width` elements, a multiple of 16, and lie in `x` from index `at` and in `weight` from index `there` on;
+    the product of row r and row c is written to element `to + r * stride + c` of `out`, which holds float32. Each is a
+    sum of sixteen sums, by fused multiplication and addition, and these are added by halves: the same bits, however
+    many rows and columns are taken at once.
 
-    Elements of `weight` that lie `ahead` further on are asked of the memory meanwhile, if that is not 0.
+    Elements of `weight` that lie `ahead` further on are asked of the memory meanwhile, if that is not 0. It and the
+    numbers of rows and columns are constants: a function made for each would have another name in every process, and
+    what calls it would never be found in Numba's cache.
     """
+    constants = (rows, columns, ahead)
+    if not all(isinstance(constant, types.IntegerLiteral) for constant in constants):
+        return None
 
-    @intrinsic
-    def block(typing: Any, x: Any, at: Any, weight: Any, there: Any, width: Any, out: Any, to: Any, stride: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _, at, _, there, width, _, to, stride = args
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, at, _, there, width, _, to, stride, *_ = args
 
-            def number(value: int) -> ir.Constant:
-                return ir.Constant(width.type, value)
+        def number(value: int) -> ir.Constant:
+            return ir.Constant(width.type, value)
 
-            def row(kind: Any, place: Any, index: Any, count: int) -> Any:
-                index = builder.add(index, builder.mul(width, number(count)))
-                return _address(context, builder, kind, (place, index), context.get_data_type(kind.dtype))
+        def row(kind: Any, place: Any, index: Any, count: int) -> Any:
+            index = builder.add(index, builder.mul(width, number(count)))
+            return _address(context, builder, kind, (place, index), context.get_data_type(kind.dtype))
 
-            def vector(kind: Any, start: Any, k: Any) -> Any:
-                return _widened(builder, kind, builder.gep(start, [k]))
+        def vector(kind: Any, start: Any, k: Any) -> Any:
+            return _widened(builder, kind, builder.gep(start, [k]))
 
-            lefts = [row(x, args[0], at, r) for r in range(rows)]
-            rights = [row(weight, args[2], there, c) for c in range(columns)]
-            # Variables on the stack, which the compiler keeps in registers.
-            sums = [[cgutils.alloca_once_value(builder, _all(0.0)) for _ in rights] for _ in lefts]
-            for variable in (s for of_row in sums for s in of_row):
-                builder.store(_all(0.0), variable)
-            with cgutils.for_range_slice(builder, number(0), width, number(WIDTH), inc=True) as (k, _):
-                factors = [vector(weight, start, k) for start in rights]
-                for start in rights if ahead else ():
-                    _prefetch(builder, builder.gep(start, [builder.add(k, number(ahead))]))
-                for start, of_row in zip(lefts, sums, strict=True):
-                    a = vector(x, start, k)
-                    for b, variable in zip(factors, of_row, strict=True):
-                        builder.store(_call(builder, "fma", a, b, builder.load(variable)), variable)
-            totals = _totals(builder, [builder.load(s) for of_row in sums for s in of_row])
-            for i, value in enumerate(totals):
-                index = builder.add(builder.add(to, builder.mul(stride, number(i // columns))), number(i % columns))
-                target = _address(context, builder, out, (args[5], index), ir.FloatType())
-                builder.store(value, target)
-            return context.get_dummy_value()
+        distance = ahead.literal_value
+        across = columns.literal_value
+        lefts = [row(x, args[0], at, r) for r in range(rows.literal_value)]
+        rights = [row(weight, args[2], there, c) for c in range(across)]
+        # Variables on the stack, which the compiler keeps in registers.
+        sums = [[cgutils.alloca_once_value(builder, _all(0.0)) for _ in rights] for _ in lefts]
+        for variable in (s for of_row in sums for s in of_row):
+            builder.store(_all(0.0), variable)
+        with cgutils.for_range_slice(builder, number(0), width, number(WIDTH), inc=True) as (k, _):
+            factors = [vector(weight, start, k) for start in rights]
+            for start in rights if distance else ():
+                _prefetch(builder, builder.gep(start, [builder.add(k, number(distance))]))
+            for start, of_row in zip(lefts, sums, strict=True):
+                a = vector(x, start, k)
+                for b, variable in zip(factors, of_row, strict=True):
+                    builder.store(_call(builder, "fma", a, b, builder.load(variable)), variable)
+        totals = _totals(builder, [builder.load(s) for of_row in sums for s in of_row])
+        for i, value in enumerate(totals):
+            index = builder.add(builder.add(to, builder.mul(stride, number(i // across))), number(i % across))
+            target = _address(context, builder, out, (args[5], index), ir.FloatType())
+            builder.store(value, target)
+        return context.get_dummy_value()
 
-        stored = _is_stored(x) and _is_stored(weight) and _is_stored(out) and out.dtype == types.float32
-        whole = (types.intp,) * 2
-        kind = types.void(x, types.intp, weight, *whole, out, *whole)
-        return (kind, generate) if stored else None
-
-    return block
+    stored = _is_stored(x) and _is_stored(weight) and _is_stored(out) and out.dtype == types.float32
+    whole = (types.intp,) * 2
+    kind = types.void(x, types.intp, weight, *whole, out, *whole, *constants)
+    return (kind, generate) if stored else None
 
 
 @intrinsic

@@ -34,6 +34,7 @@ CONTENTS = {
     "tensorboard": "the same for TensorBoard",
     "completions": "completions, as parquet",
     "config.yaml": "all settings",
+    "machine.json": "what it ran on",
 }
 BAR = 24  # characters of a bar
 BEATS = 0.25  # seconds between two looks at what is under way
@@ -57,7 +58,6 @@ class ConsoleMonitor(Monitor):
         self._sample: Sample | None = None
         self._watch: Stopwatch | None = None  # until a run begins
         self._steps = 0  # of the run
-        self._completions = 0  # of a step
         self._members = 0  # of the step, that have been graded
         self._foretold: bool | None = None  # what the run will take has been told; at most
         self._spoken = 0.0  # when the last line was written
@@ -78,7 +78,6 @@ class ConsoleMonitor(Monitor):
             soft_wrap=not self.console.is_terminal,
         )
         self._steps = plan.steps
-        self._completions = plan.population * plan.prompts_per_step
         self._watch = Stopwatch(plan)
         self._spoken = time.monotonic()
         self._over.clear()
@@ -112,8 +111,7 @@ class ConsoleMonitor(Monitor):
             self._print(
                 f"step {metrics['step']:>4}/{self._steps}  reward {metrics['reward']:.4f} ± {metrics['reward_std']:.4f}"
                 f"  length {metrics['completions/mean_length']:.1f}  {metrics['step_time']:.2f} s"
-                f"  {metrics['completions/mean_length'] * self._completions / metrics['step_time']:,.0f} tokens/s"
-                + (f"  {duration(left)} left" if left else "")
+                f"  {metrics['tokens_per_second']:,.0f} tokens/s" + (f"  {duration(left)} left" if left else "")
             )
 
     def on_evaluate(self, metrics: Metrics, sample: Sample) -> None:
