@@ -30,6 +30,8 @@ _COMMON: dict[str, Any] = {
     # Far from a usual init: else every completion repeats one token, and no comparison could fail.
     "initializer_range": 0.35,
 }
+# What `estune.engines.cpu` needs of the families that it decodes.
+FUSABLE: dict[str, Any] = {"head_dim": 32}
 # Config class and what differs from the common shape.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),

@@ -15,11 +15,18 @@ import pytest
 from estune.config import Config
 from tests.disks import Disk
 from tests.kills import broken_promises, differences, killed_at, power_cut_at
+from tests.models import save_model
 from tests.runs import make_config
 
 
 def config(output: Path, model: Path) -> Config:
     return make_config(output, model, steps=3, save_steps=2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose later evaluation is the best again: `best` is replaced."""
+    return save_model(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from estune.weights.checkpoint import Checkpoint
 from estune.weights.storage import as_array
 from tests.grading.test_pool import alive
 from tests.journal.test_faults import children
-from tests.models import save_model
+from tests.models import FUSABLE, save_model
 from tests.runs import assert_same_run, make_config, make_task, substance, variety
 
 UPDATE = Update(0, (Member(3), Member(2**64 - 4, -1)), (0.03, -0.02), decay=-0.01, rounding_seed=5)
@@ -102,7 +102,7 @@ def test_distance_from_the_base_is_what_two_models_say(model: Path, tmp_path: Pa
 def test_showing_another_checkpoint_lasts_until_weights_are_restored(
     model: Path, tmp_path: Path, weights: str, dtype: str
 ) -> None:
-    other = save_model(tmp_path / "other", seed=4)
+    other = save_model(tmp_path / "other", seed=4, **FUSABLE)
     replica, shown = open_replica(model, weights, dtype), open_replica(other, weights, dtype)
     bits, fingerprint = live_bits(replica), replica.weights.fingerprint()
     base = {name: array.copy() for name, array in replica.weights.base.items()}

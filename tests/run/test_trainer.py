@@ -26,7 +26,7 @@ from estune.run.monitors.base import Monitor, Summary
 from estune.run.order import RowOrder
 from estune.run.trainer import Trainer
 from estune.weights.device import training_device
-from tests.models import save_model
+from tests.models import FUSABLE, save_model
 from tests.runs import assert_same_run, make_config, make_task, substance, variety
 
 
@@ -156,7 +156,7 @@ def test_replay_refuses_what_does_not_fit(model: Path, tmp_path: Path) -> None:
     run(make_config(folder, model, steps=2))
     with pytest.raises(EstuneError, match="has 2 steps, not 3"):
         replay(folder, out, 3)
-    other = save_model(tmp_path / "other", seed=5)
+    other = save_model(tmp_path / "other", seed=5, **FUSABLE)
     with pytest.raises(EstuneError, match="give the original with --model"):
         replay(folder, out, model=str(other))
     with pytest.raises(EstuneError, match="exists already"):
