@@ -144,18 +144,20 @@ class Batcher:
     def _admit(self, rows: Rows, active: dict[int, _Work]) -> bool:
         """Let in who waits as far as there is room; wait where nobody is there. False when it is closed."""
         with self._ready:
-            while not (self._closed or self._waiting or active):
+            while not self._closed:
+                while self._waiting:
+                    work = self._waiting[0]
+                    if not work.future.cancelled():
+                        row = rows.join(work.request)
+                        if row is None:
+                            assert active, "an empty batch takes any prompt"
+                            break
+                        active[row] = work
+                    self._waiting.popleft()
+                if active:
+                    return True
                 self._ready.wait()
-            while self._waiting and not self._closed:
-                work = self._waiting[0]
-                if not work.future.cancelled():
-                    row = rows.join(work.request)
-                    if row is None:
-                        assert active, "an empty batch takes any prompt"
-                        break
-                    active[row] = work
-                self._waiting.popleft()
-            return not self._closed
+            return False
 
 
 class _Work:

@@ -229,4 +229,5 @@ class FusedRows:
 
 def _leading(same: Array) -> Array:
     """How many values are true before the first that is not, of each line of bool `[lines, values]`."""
-    return np.logical_and.accumulate(same, axis=1).sum(axis=1)
+    found: Array = np.logical_and.accumulate(same, axis=1).sum(axis=1)
+    return found
