@@ -89,6 +89,11 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="estune-batcher", daemon=True)
         self._thread.start()
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What the engine ended with, where it failed."""
+        return self._failure
+
     def submit(self, request: Request) -> Future[Completion]:
         """Ask for a completion; to cancel it, cancel what is returned.
 
