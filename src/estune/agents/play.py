@@ -92,14 +92,13 @@ class Run:
             if not self.over:
                 self.aborts.append(call)
                 return
-        call()
+        call()  # it was ended meanwhile
 
     def settle(self, outcome: Outcome | None, failure: str = "", why: str = "") -> None:
         """Say what became of it; the first word counts."""
         with self.lock:
             if self.over:
                 return
-            aborts = list(self.aborts)
             transcript = (outcome.transcript if outcome else None) or list(self.transcript)
             first = (self.first, list(self.completions[0].token_ids)) if self.completions else ([], [])
             self.result = Played(
@@ -113,8 +112,15 @@ class Run:
             )
             self.answers = list(self.completions)
             self.over = True
-        for abort in aborts:
-            abort()
+
+    def abort(self, failure: str, why: str) -> None:
+        """End it from outside, if it has not ended."""
+        self.settle(None, failure, why)
+        with self.lock:
+            aborts = self.aborts
+            self.aborts = []
+        for call in aborts:
+            call()
 
     def completion(self) -> Completion:
         """All that was generated, with what became of it."""
@@ -233,7 +239,8 @@ class Players:
             with ended:
                 waiting.clear()
             for run in runs:
-                run.settle(None, "errors", "was ended with the run")
+                if not run.over:
+                    run.abort("errors", "was ended with the run")
 
     def _end_late(self, runs: Sequence[Run], work: Callable[[], None]) -> None:
         """Settle rollouts that are late; another thread takes the place of each one's, which may never come back."""
@@ -248,7 +255,7 @@ class Players:
                 why = f"took more than {limits.turn_seconds:g} s for a turn (turn_timeout)"
             else:
                 continue
-            run.settle(None, "timeouts", why)
+            run.abort("timeouts", why)
             threading.Thread(target=work, name="estune-rollout", daemon=True).start()
 
 

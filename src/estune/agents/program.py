@@ -76,7 +76,8 @@ class ProgramPlayer:
                 with suppress(BrokenPipeError):  # it does not read
                     process.stdin.write(json.dumps(run.opening.row, default=str).encode() + b"\n")
                     process.stdin.close()
-                code = process.wait()
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # not reaped yet: its number is still its own
+            code = process.returncode
             if run.over:
                 raise Stopped("was ended")
             lines = [line for line in _tail(out).splitlines() if line.strip()]
@@ -84,7 +85,9 @@ class ProgramPlayer:
                 raise Stopped(f"was killed by {_signal_name(-code)}")
             if code:
                 last = ([line for line in _tail(err).splitlines() if line.strip()] or [""])[-1]
-                raise EstuneError(f"{command!r:.60} ended with code {code}: {printable(last[:300]) or 'it said nothing'}")
+                raise EstuneError(
+                    f"{command!r:.60} ended with code {code}: {printable(last[:300]) or 'it said nothing'}"
+                )
             if not lines:
                 raise EstuneError(f"{command!r:.60} printed nothing: print the reward on the last line")
             return outcome_of_line(lines[-1])
@@ -123,7 +126,9 @@ def started(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a program, and what it has started as far as it is known to have."""
+    """Kill a program, and what it has started as far as it is known to have; before its end is waited for."""
+    if process.returncode is not None:
+        return
     family: list[psutil.Process] = []
     with suppress(psutil.Error):
         family = psutil.Process(process.pid).children(recursive=True)

@@ -32,6 +32,7 @@ class Served:
         """Serve a member."""
         if self._endpoint is None:
             self._endpoint = Endpoint(self._encoder, sampling, model=self.model)
+        self._endpoint.sampling = sampling
         self._endpoint.serve(batcher)
 
     def shut(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 from estune.completion import Message, Played, Prompt
 from estune.errors import EstuneError, printable
-from estune.grading.convention import Log, Row, bounded
+from estune.grading.convention import Log, RewardFunction, Row, bounded, reward_name
 from estune.grading.modules import FILES, load_file
 from estune.grading.verdict import Verdict
 
@@ -131,6 +131,21 @@ class FromRollout:
         return Verdict("score", played.reward, "", extras, metrics)
 
 
+def with_rollout(
+    functions: Sequence[RewardFunction], weights: Sequence[float], accuracy: str | None
+) -> tuple[list[RewardFunction], list[float], str]:
+    """Reward functions of a task whose rows are played, their weights, and which of them tells accuracy.
+
+    Args:
+        functions: further ones, which grade the last answer.
+        weights: one for each of them.
+        accuracy: one of them, or a metric of the rollouts; their reward if None.
+    """
+    known = {REWARD, *map(reward_name, functions)}
+    metric = [FromRollout(accuracy)] if accuracy is not None and accuracy not in known else []
+    return [FromRollout(), *functions, *metric], [1.0, *weights, *(0.0 for _ in metric)], accuracy or REWARD
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a rollout ended with; a transcript where it gave its own."""
@@ -212,9 +227,7 @@ def _number(what: str, value: Any) -> float:
             raise TypeError
         return bounded(value)
     except (TypeError, ValueError):
-        raise EstuneError(
-            f"gave {_shown(value)} ({type(value).__name__}) as {what}, not a number"
-        ) from None
+        raise EstuneError(f"gave {_shown(value)} ({type(value).__name__}) as {what}, not a number") from None
 
 
 def _shown(value: Any) -> str:

@@ -50,9 +50,7 @@ class Generator:
             from estune.agents.play import Limits, Players
 
             config = self._config
-            limits = Limits(
-                config.rollout_timeout, config.turn_timeout, config.max_turns, config.rollouts_at_once
-            )
+            limits = Limits(config.rollout_timeout, config.turn_timeout, config.max_turns, config.rollouts_at_once)
             assert isinstance(self.engine, PromptEncoder)
             self._players = Players(self.engine, open_encoder(config), limits)
         return self._players.play(openings, sampling)

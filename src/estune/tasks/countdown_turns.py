@@ -42,7 +42,11 @@ class CountdownGame:
         (right,) = answer_reward(**said, numbers=[row["numbers"]], target=[row["target"]])
         (form,) = format_reward(**said)
         if right or self._tries >= self._left:
-            return {"reward": (right or 0.0) + 0.1 * (form or 0.0), SOLVED: right, "first_try": right * (self._tries == 1)}
+            return {
+                "reward": (right or 0.0) + 0.1 * (form or 0.0),
+                SOLVED: right,
+                "first_try": right * (self._tries == 1),
+            }
         return "\n<think>"
 
 
