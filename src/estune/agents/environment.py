@@ -48,7 +48,7 @@ class EnvironmentPlayer:
         rollout = run.opening.rollout
         run.turn = time.monotonic()
         game = environment_of(rollout.target)
-        said = game.reset(dict(run.opening.row))
+        said: Any = game.reset(dict(run.opening.row))
         if isinstance(said, str) and rollout.chat and self._encoder.has_template:
             said = [{"role": "user", "content": said}]
         if not isinstance(said, str | list) or not said:

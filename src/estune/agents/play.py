@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Protocol
@@ -211,7 +211,7 @@ class Players:
                 self._players[kind] = ProgramPlayer(self._encoder, self._limits)
         return self._players[kind]
 
-    def _play_all(self, runs: Sequence[Run], players: dict[str, Player]) -> None:
+    def _play_all(self, runs: Sequence[Run], players: Mapping[str, Player]) -> None:
         waiting = list(reversed(runs))
         ended = threading.Condition()
 

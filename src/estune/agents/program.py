@@ -1,4 +1,4 @@
-"""Rollouts that are programs: the endpoint in their environment, the row on standard input, the reward in the last line.
+"""Rollouts that are programs: the endpoint in their environment, the row on standard input, the reward printed last.
 
 A program runs as the user, with all that the user may do. It and what it started end with the rollout.
 """

@@ -124,7 +124,10 @@ class FromRollout:
             return Verdict("score")
         if self.__name__ != REWARD:
             return Verdict("score", played.metrics.get(self.__name__))
-        extras = {"transcript": [json.dumps(played.transcript, ensure_ascii=False)], "turns": [played.turns]}
+        extras: dict[str, list[Any]] = {
+            "transcript": [json.dumps(played.transcript, ensure_ascii=False)],
+            "turns": [played.turns],
+        }
         metrics = {name: [value] for name, value in played.metrics.items()} | {"turns": [float(played.turns)]}
         if played.failure:
             return Verdict(played.failure, None, played.why, extras, metrics)  # type: ignore[arg-type]
@@ -223,7 +226,7 @@ def environment_of(target: Any) -> Environment:
 
 def _number(what: str, value: Any) -> float:
     try:
-        if isinstance(value, str | bytes) or value is None or getattr(value, "ndim", 0):
+        if isinstance(value, str | bytes) or value is None or getattr(value, "ndim", False):
             raise TypeError
         return bounded(value)
     except (TypeError, ValueError):

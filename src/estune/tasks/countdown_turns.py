@@ -39,11 +39,11 @@ class CountdownGame:
         self._tries += 1
         row = self._row
         said: dict[str, Any] = {"prompts": [row["prompt"]], "completions": [completion]}
-        (right,) = answer_reward(**said, numbers=[row["numbers"]], target=[row["target"]])
-        (form,) = format_reward(**said)
+        right = answer_reward(**said, numbers=[row["numbers"]], target=[row["target"]])[0] or 0.0
+        form = format_reward(**said)[0] or 0.0
         if right or self._tries >= self._left:
             return {
-                "reward": (right or 0.0) + 0.1 * (form or 0.0),
+                "reward": right + 0.1 * form,
                 SOLVED: right,
                 "first_try": right * (self._tries == 1),
             }

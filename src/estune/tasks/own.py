@@ -47,8 +47,8 @@ class OwnConfig(TaskOptions):
 
     program: str | None = Field(
         None,
-        description="a command that plays a row in the place of rewards: it finds the model at OPENAI_BASE_URL, the row "
-        "on standard input, and prints the reward last",
+        description="a command that plays a row in the place of rewards: it finds the model at OPENAI_BASE_URL, the "
+        "row on standard input, and prints the reward last",
     )
     chat: bool | None = Field(
         None, description="prompts that are text as a user's message, for the chat template; true, if the file says not"
@@ -95,8 +95,8 @@ class OwnConfig(TaskOptions):
         missing = next((name for name in needed if not hasattr(module, name)), None)
         if missing is not None:
             raise EstuneError(
-                f"task {self.name}: no {missing}; the file needs a function task(seed), or the names train and rewards, "
-                "rollout or Environment"
+                f"task {self.name}: no {missing}; the file needs a function task(seed), or the names train and "
+                "rewards, rollout or Environment"
             )
         if self.options:
             raise EstuneError(f"task {self.name}: task.options are for a function task(seed, ...), which it lacks")
@@ -131,11 +131,12 @@ class OwnConfig(TaskOptions):
 
     def _rollout(self, module: ModuleType) -> Rollout | None:
         """What the file, or the option `program`, has to play rows with."""
-        found: list[tuple[Kind, Any]] = [
-            *([("program", self.program)] if self.program is not None else []),
-            *([("function", module.rollout)] if callable(getattr(module, "rollout", None)) else []),
-            *([("environment", module.Environment)] if callable(getattr(module, "Environment", None)) else []),
-        ]
+        players: dict[Kind, Any] = {
+            "program": self.program,
+            "function": getattr(module, "rollout", None),
+            "environment": getattr(module, "Environment", None),
+        }
+        found = [(kind, player) for kind, player in players.items() if player is not None]
         if len(found) > 1:
             raise EstuneError(
                 f"task {self.name}: {' and '.join(kind for kind, _ in found)} would both play its rows; leave out one"
