@@ -54,7 +54,7 @@ class EnvironmentPlayer:
         if not isinstance(said, str | list) or not said:
             raise EstuneError(f"reset gave {said!r:.60}: give it messages, or a text, that the model is shown")
         text = said if isinstance(said, str) else None
-        run.transcript = [{"role": "text", "content": text}] if text is not None else list(said)
+        run.transcript = [{"role": "text", "content": said}] if isinstance(said, str) else list(said)
         for _ in range(self._limits.turns):
             run.turn = None
             answer = self._ask(run, text)

@@ -19,7 +19,7 @@ from estune.engines.continuous import Batcher, Request
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
 from estune.grading.convention import describe
-from estune.grading.rollout import Opening, Outcome
+from estune.grading.rollout import Kind, Opening, Outcome
 
 AT_ONCE = 256
 PROGRAMS_PER_CORE = 4
@@ -166,7 +166,7 @@ class Players:
         self._engine = engine
         self._encoder = encoder
         self._limits = limits
-        self._players: dict[str, Player] = {}
+        self._players: dict[Kind, Player] = {}
 
     def play(self, openings: Sequence[Opening], sampling: Sampling) -> list[Completion]:
         """Play all, and give each one's answers with what became of it, in the order of the openings.
@@ -195,7 +195,7 @@ class Players:
             player.close()
         self._players.clear()
 
-    def _player(self, kind: str) -> Player:
+    def _player(self, kind: Kind) -> Player:
         if kind not in self._players:
             if kind == "environment":
                 from estune.agents.environment import EnvironmentPlayer
@@ -211,7 +211,7 @@ class Players:
                 self._players[kind] = ProgramPlayer(self._encoder, self._limits)
         return self._players[kind]
 
-    def _play_all(self, runs: Sequence[Run], players: Mapping[str, Player]) -> None:
+    def _play_all(self, runs: Sequence[Run], players: Mapping[Kind, Player]) -> None:
         waiting = list(reversed(runs))
         ended = threading.Condition()
 
