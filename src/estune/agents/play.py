@@ -100,7 +100,7 @@ class Run:
             if self.over:
                 return
             transcript = (outcome.transcript if outcome else None) or list(self.transcript)
-            first = (self.first, list(self.completions[0].token_ids)) if self.completions else ([], [])
+            first = (self.first, list(self.completions[0].token_ids)) if self.first else ([], [])
             self.result = Played(
                 reward=outcome.reward if outcome else None,
                 metrics=outcome.metrics if outcome else {},

@@ -61,8 +61,10 @@ class Served:
             if run.over:
                 return
             for completion in turn.completions:
-                run.note(turn.prompt_ids, completion)
-            run.transcript = [*turn.messages, turn.answer]
+                run.note((), completion)
+            asked = turn.messages
+            before = [dict(m) for m in asked if isinstance(m, dict)] or [{"role": "text", "content": str(asked)}]
+            run.transcript = [*before, dict(turn.answer)]
 
         key = endpoint.admit(run.seed, told)
         run.on_abort(lambda: endpoint.revoke(key))
