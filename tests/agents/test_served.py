@@ -72,7 +72,9 @@ async def converse(client: Any, row: dict[str, Any]) -> dict[str, float]:
 MODEL = [""]
 
 
-def test_a_function_asks_as_often_as_it_likes(engine: TransformersEngine, play: Callable[..., list[Completion]]) -> None:
+def test_a_function_asks_as_often_as_it_likes(
+    engine: TransformersEngine, play: Callable[..., list[Completion]]
+) -> None:
     MODEL[0] = engine.name
     check_two_turns(engine, play("function", converse))
 
@@ -146,7 +148,9 @@ def program(tmp_path: Path, text: str) -> str:
     return f"{sys.executable} -I -S {file}"
 
 
-def test_any_program_can_play(engine: TransformersEngine, play: Callable[..., list[Completion]], tmp_path: Path) -> None:
+def test_any_program_can_play(
+    engine: TransformersEngine, play: Callable[..., list[Completion]], tmp_path: Path
+) -> None:
     check_two_turns(engine, play("program", program(tmp_path, AGENT)))
 
 

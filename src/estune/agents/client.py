@@ -18,6 +18,9 @@ from estune.grading.rollout import Outcome, outcome_of
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
+NO_KEY = "none"  # the client wants one from the beginning; each rollout has its own
+_CLOSE_SECONDS = 5.0
+
 
 class FunctionPlayer:
     """As `Player`, for functions: all that are `async` share one event loop, others have a thread each.
@@ -45,7 +48,11 @@ class FunctionPlayer:
     def close(self) -> None:
         """As `Player.close`."""
         self._served.close()
-        if self._loop is not None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        if self._loop is not None and self._async_client is not None:
+            asyncio.run_coroutine_threadsafe(self._async_client.close(), self._loop).result(_CLOSE_SECONDS)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop = None
 
@@ -69,16 +76,23 @@ class FunctionPlayer:
 
     def _plain(self, url: str, key: str) -> Any:
         if self._client is None:
-            self._client = _openai().OpenAI(base_url=url, api_key="", timeout=self._limits.seconds)
+            self._client = _openai().OpenAI(base_url=url, api_key=NO_KEY, timeout=self._limits.seconds)
         return self._client.with_options(api_key=key)
 
     def _asynchronous(self, url: str, key: str) -> Any:
         """A client of the loop's: what it keeps of connections belongs to that loop."""
         if self._loop is None or self._async_client is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="estune-rollouts", daemon=True).start()
-            self._async_client = _openai().AsyncOpenAI(base_url=url, api_key="", timeout=self._limits.seconds)
+            threading.Thread(target=_run, args=(self._loop,), name="estune-rollouts", daemon=True).start()
+            self._async_client = _openai().AsyncOpenAI(base_url=url, api_key=NO_KEY, timeout=self._limits.seconds)
         return self._async_client.with_options(api_key=key)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 def _openai() -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import json
 import logging
 import secrets
@@ -358,9 +357,7 @@ class _Job:
             for seed in self.client.seeds(ids, self.body.seed, self.count):
                 number = len(futures)
                 hear = None if told is None else lambda text, number=number: told(number, text)
-                futures.append(
-                    self.client.submit(Request(ids, replace(sampling, seed=seed), self.body.stops, hear))
-                )
+                futures.append(self.client.submit(Request(ids, replace(sampling, seed=seed), self.body.stops, hear)))
         return futures
 
     def answer(self, completion: Completion, number: int) -> Message:

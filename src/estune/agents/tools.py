@@ -105,7 +105,9 @@ def find_style(name: str, chat_template: str | None) -> Style:
         EstuneError: its template takes no tools, or writes calls in a way that is not known.
     """
     if chat_template is None or not re.search(r"\btools\b", chat_template):
-        raise EstuneError(f"tools: the chat template of {name!r} takes none; leave them out, or tell of them in a message")
+        raise EstuneError(
+            f"tools: the chat template of {name!r} takes none; leave them out, or tell of them in a message"
+        )
     if "[ARGS]" not in chat_template:
         for style in STYLES:
             if all(mark in chat_template for mark in style.marks):
