@@ -181,7 +181,7 @@ class Players:
             for player in players.values():
                 player.open(batcher, sampling)
             try:
-                self._play_all(runs, players)
+                self._play_all(runs, players, batcher)
             finally:
                 for player in players.values():
                     player.shut()
@@ -211,7 +211,7 @@ class Players:
                 self._players[kind] = ProgramPlayer(self._encoder, self._limits)
         return self._players[kind]
 
-    def _play_all(self, runs: Sequence[Run], players: Mapping[Kind, Player]) -> None:
+    def _play_all(self, runs: Sequence[Run], players: Mapping[Kind, Player], batcher: Batcher) -> None:
         waiting = list(reversed(runs))
         ended = threading.Condition()
 
@@ -223,12 +223,14 @@ class Players:
                     run = waiting.pop()
                     run.began = time.monotonic()
                 play_one(run, players[run.opening.rollout.kind])
+                batcher.expect(-1)
                 with ended:
                     ended.notify()
 
         programs = any(run.opening.rollout.kind == "program" for run in runs)
         most = self._limits.at_once or (PROGRAMS_PER_CORE * (os.cpu_count() or 1) if programs else AT_ONCE)
         try:
+            batcher.expect(min(most, len(runs)))
             for _ in range(min(most, len(runs))):
                 threading.Thread(target=work, name="estune-rollout", daemon=True).start()
             with ended:
@@ -282,7 +284,7 @@ def ask(batcher: Batcher, run: Run, prompt_ids: Sequence[int], sampling: Samplin
         Stopped: the rollout was ended meanwhile.
         EstuneError: as `Batcher.submit`.
     """
-    future = batcher.submit(Request(prompt_ids, replace(sampling, seed=run.turn_seed())))
+    future = batcher.submit(Request(prompt_ids, replace(sampling, seed=run.turn_seed()), expected=True))
     run.on_abort(future.cancel)
     try:
         completion = future.result()

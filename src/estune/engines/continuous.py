@@ -18,6 +18,8 @@ from typing import Any, Protocol
 from estune.completion import Completion, Sampling
 from estune.errors import EstuneError
 
+GRACE_SECONDS = 0.02
+"""How long the next token waits for those who are expected to ask: they would come late and decode by themselves."""
 MOST_WAITING = 10_000
 """Requests that may wait: whoever sends more has lost count."""
 
@@ -31,12 +33,14 @@ class Request:
         sampling: how tokens are drawn: the same prompt and seed give the same completion, whatever else is decoded.
         stop: texts at which the completion ends; they are not part of it.
         told: called with the text so far, from the batcher's thread, when it has grown by whole characters.
+        expected: whoever asks is expected to ask again at once, or to say that he does not, by `Batcher.expect(-1)`.
     """
 
     prompt_ids: Sequence[int]
     sampling: Sampling
     stop: Sequence[str] = ()
     told: Callable[[str], None] | None = None
+    expected: bool = False
 
 
 class Rows(Protocol):
@@ -84,6 +88,7 @@ class Batcher:
         self._ends = frozenset(engine.end_ids)
         self._waiting: deque[_Work] = deque()
         self._ready = threading.Condition()
+        self._expected = 0  # who is about to ask
         self._closed = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="estune-batcher", daemon=True)
@@ -111,8 +116,13 @@ class Batcher:
             if len(self._waiting) >= MOST_WAITING:
                 raise EstuneError(f"{MOST_WAITING} requests wait already: send fewer at once")
             self._waiting.append(work)
-            self._ready.notify()
+            self._expect(-1 if request.expected else 0)
         return work.future
+
+    def expect(self, more: int) -> None:
+        """Say that so many more will ask at once; or, with a negative number, that they will not after all."""
+        with self._ready:
+            self._expect(more)
 
     def close(self) -> None:
         """End at once; what nobody will complete any more is cancelled."""
@@ -133,9 +143,12 @@ class Batcher:
             rows = self._engine.open_rows()
             while self._admit(rows, active):
                 for row, tokens in rows.step():
-                    if active[row].take(tokens):
+                    work = active[row]
+                    if work.take(tokens):
                         rows.leave(row)
                         del active[row]
+                        if work.request.expected:
+                            self.expect(1)
         except BaseException as error:
             self._failure = error
         finally:
@@ -146,9 +159,17 @@ class Batcher:
             for work in left:
                 work.end(self._failure)
 
+    def _expect(self, more: int) -> None:
+        self._expected = max(0, self._expected + more)
+        if not self._expected:
+            self._ready.notify()
+
     def _admit(self, rows: Rows, active: dict[int, _Work]) -> bool:
         """Let in who waits as far as there is room; wait where nobody is there. False when it is closed."""
         with self._ready:
+            if self._expected:
+                self._ready.wait_for(lambda: self._closed or not self._expected, GRACE_SECONDS)
+                self._expected = 0
             while not self._closed:
                 while self._waiting:
                     work = self._waiting[0]
