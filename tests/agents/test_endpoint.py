@@ -173,8 +173,8 @@ def test_whoever_shares_the_batch_an_answer_is_the_same(engine: TransformersEngi
 
 
 def test_draws_follow_the_seed_and_what_has_been_asked(endpoint: Endpoint) -> None:
-    def answers(seed: int, questions: list[str], **options: Any) -> list[str]:
-        with client_of(endpoint, seed) as client:
+    def answers(own: int, questions: list[str], **options: Any) -> list[str]:
+        with client_of(endpoint, own) as client:
             found = [
                 client.completions.create(model="small", prompt=question, temperature=1.5, **options)
                 for question in questions

@@ -38,4 +38,9 @@ def serve(
             endpoint, good = opened.enter_context(serving(model, given, step, host=host, port=port, key=key))
         say(f"OPENAI_BASE_URL={endpoint.url}\nOPENAI_API_KEY={good}\nmodel: {endpoint.model}\nCtrl-C ends")
         with suppress(KeyboardInterrupt):
-            threading.Event().wait()
+            wait_for_ever()
+
+
+def wait_for_ever() -> None:
+    """Return never; Ctrl-C and SIGTERM raise."""
+    threading.Event().wait()
