@@ -235,7 +235,7 @@ class Endpoint:
             begin: how the answer begins.
         """
         if isinstance(asked, list) and isinstance(asked[0], int):
-            return asked  # type: ignore[return-value]
+            return asked
         today = date.today().isoformat()  # a template may show it
         what = json.dumps([asked, options])
         encode = self._encoded if len(what) <= LONGEST_ENCODED else self._encode
@@ -244,10 +244,9 @@ class Endpoint:
     def _encode(self, what: str, begin: str, today: str) -> list[int]:
         asked, options = json.loads(what)
         if isinstance(asked, str):
-            (ids,) = self.encoder.encode([asked])
-            return ids
+            return self.encoder.encode([asked])[0]
         text = self.encoder.render(asked, options=options) + begin
-        ids = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise EstuneError(f"messages: {asked!r:.80} encode to no token; give them text")
         return ids
@@ -425,7 +424,7 @@ class _Answering:
         try:
             client = self._endpoint.client(asking.headers.get("authorization", ""))
             body = read_body(self._kind, await _read(asking))
-            prompts: list[Asked] = [body.messages] if isinstance(body, ChatBody) else list(body.prompts)  # type: ignore[attr-defined]
+            prompts: list[Asked] = [body.messages] if isinstance(body, ChatBody) else [*body.prompts]
             with self._endpoint.place(len(prompts) * (body.n or 1)):
                 work = asyncio.ensure_future(self._answer(client, body, prompts, scope, receive, sending))
                 left = asyncio.ensure_future(_leaves(receive))
