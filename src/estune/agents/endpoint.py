@@ -41,7 +41,8 @@ BACKLOG = 4096
 """Connections that the system keeps until they are taken."""
 ENCODED = 1024
 """Prompts whose token ids are kept: the members of a population are asked the same."""
-START_SECONDS = 30.0
+LONGEST_ENCODED = 16_000
+"""Characters of the longest of them."""
 
 Asked = list[Message] | str | list[int]
 
@@ -234,19 +235,18 @@ class Endpoint:
             begin: how the answer begins.
         """
         if isinstance(asked, list) and isinstance(asked[0], int):
-            return asked  # type: ignore[return-value]
+            return asked
         today = date.today().isoformat()  # a template may show it
         what = json.dumps([asked, options])
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoding, self._encoded, what, begin, today)
+        encode = self._encoded if len(what) <= LONGEST_ENCODED else self._encode
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, encode, what, begin, today)
 
     def _encode(self, what: str, begin: str, today: str) -> list[int]:
         asked, options = json.loads(what)
         if isinstance(asked, str):
-            (ids,) = self.encoder.encode([asked])
-            return ids
+            return self.encoder.encode([asked])[0]
         text = self.encoder.render(asked, options=options) + begin
-        ids = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise EstuneError(f"messages: {asked!r:.80} encode to no token; give them text")
         return ids
@@ -263,7 +263,7 @@ class _Client:
         self._batcher = batcher
         self._seed = seed
         self._told = told
-        self._asked: Counter[tuple[int, ...]] = Counter()
+        self._asked: Counter[int] = Counter()
         self._futures: set[Future[Completion]] = set()
         self._lock = threading.RLock()
 
@@ -271,21 +271,24 @@ class _Client:
         """A seed for each of so many completions of a prompt: of the request's seed, or else of the client's."""
         if given is not None:
             return [_hash(given, index) for index in range(count)]
-        prompt = tuple(ids)
+        prompt = _hash(tuple(ids))
         with self._lock:
             times = self._asked[prompt]
             self._asked[prompt] += 1
         return [_hash(self._seed, index, times, prompt) for index in range(count)]
 
     def submit(self, request: Request) -> Future[Completion]:
-        """As `Batcher.submit`.
+        """As `Batcher.submit`, for a prompt that has been checked.
 
         Raises:
-            Refusal: the key was revoked.
+            Refusal: the key was revoked, or the batcher has ended.
         """
         with self._lock:
             self.check()
-            future = self._batcher.submit(request)
+            try:
+                future = self._batcher.submit(request)
+            except EstuneError as error:
+                raise Refusal(503, str(error)) from error
             self._futures.add(future)
         future.add_done_callback(self._futures.discard)
         return future
@@ -391,7 +394,7 @@ class _Job:
             spelled: str = tokenizer.decode(ids[:-1] if completion.finished else ids, skip_special_tokens=False)
             return spelled
         whole: str = tokenizer.decode(ids, skip_special_tokens=False)
-        return whole[: min(place for stop in self.body.stops if (place := whole.find(stop)) >= 0)]
+        return whole[: min((place for stop in self.body.stops if (place := whole.find(stop)) >= 0), default=None)]
 
 
 class _Answering:
@@ -421,7 +424,7 @@ class _Answering:
         try:
             client = self._endpoint.client(asking.headers.get("authorization", ""))
             body = read_body(self._kind, await _read(asking))
-            prompts: list[Asked] = [body.messages] if isinstance(body, ChatBody) else list(body.prompts)  # type: ignore[attr-defined]
+            prompts: list[Asked] = [body.messages] if isinstance(body, ChatBody) else [*body.prompts]
             with self._endpoint.place(len(prompts) * (body.n or 1)):
                 work = asyncio.ensure_future(self._answer(client, body, prompts, scope, receive, sending))
                 left = asyncio.ensure_future(_leaves(receive))
@@ -442,7 +445,10 @@ class _Answering:
     async def _answer(
         self, client: _Client, body: Body, prompts: list[Asked], scope: Scope, receive: Receive, send: Send
     ) -> None:
-        job = await self._prepare(client, body, prompts)
+        try:
+            job = await self._prepare(client, body, prompts)
+        except EstuneError as error:
+            raise Refusal(400, str(error)) from error
         writer = Writer(self._endpoint.model, isinstance(body, ChatBody))
         if body.stream:
             await _stream(job, writer, send)
@@ -503,19 +509,14 @@ async def _results(job: _Job, futures: Sequence[Future[Completion]]) -> list[Com
     try:
         return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
     except asyncio.CancelledError:
-        _raise_cancelled(job)
+        task = asyncio.current_task()
+        if task is None or not task.cancelling():  # it was not that nobody waits for it
+            job.client.check()
+            raise Refusal(503, "these weights are no longer served") from None
         raise
     finally:
         for future in futures:
             future.cancel()
-
-
-def _raise_cancelled(job: _Job) -> None:
-    """Say why a completion was cancelled, unless it was because nobody waits for it."""
-    task = asyncio.current_task()
-    if task is None or not task.cancelling():
-        job.client.check()
-        raise Refusal(503, "these weights are no longer served")
 
 
 async def _stream(job: _Job, writer: Writer, send: Send) -> None:
@@ -595,12 +596,8 @@ def _refusal(error: Exception) -> Refusal:
     """What a client is told of an error."""
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, EstuneError):
-        # What is wrong with the prompt; an engine that has failed says so, too.
-        failed = isinstance(error.__cause__, Exception) and "has failed" in str(error)
-        return Refusal(500 if failed else 400, str(error))
     log.warning("endpoint: %s: %s", type(error).__name__, first_line(error))
-    return Refusal(500, f"the engine failed: {first_line(error)}")
+    return Refusal(500, f"the request has failed: {first_line(error)}")
 
 
 def _refuse(refusal: Refusal) -> ASGIApp:

@@ -95,7 +95,7 @@ class Body(BaseModel):
 
     def sampling(self, default: Sampling) -> Sampling:
         """How tokens are drawn: as the request says and, where it says nothing, as the default does."""
-        given = {
+        given: dict[str, Any] = {
             "max_new_tokens": self.most_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -152,8 +152,8 @@ class TextBody(Body):
         """Each prompt, as text or as token ids."""
         prompt = self.prompt
         if isinstance(prompt, str) or isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]
-        return list(prompt)  # type: ignore[arg-type]
+            return [prompt]
+        return list(prompt)
 
 
 Kind = TypeVar("Kind", bound=Body)

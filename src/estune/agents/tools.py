@@ -8,9 +8,10 @@ required: the answer is begun so, and the model goes on.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +103,10 @@ def find_style(name: str, chat_template: str | None) -> Style:
         chat_template: the text of its chat template.
 
     Raises:
-        EstuneError: its template takes no tools, or writes calls in a way that is not known.
+        EstuneError: its template takes no tools, or writes calls in a way that is not known, or transformers is too
+            old to read them.
     """
+    _parser()
     if chat_template is None or not re.search(r"\btools\b", chat_template):
         raise EstuneError(
             f"tools: the chat template of {name!r} takes none; leave them out, or tell of them in a message"
@@ -138,8 +141,6 @@ def parse_calls(
         tools: whose parameters' types those of the arguments follow.
         seed: of the calls' ids.
     """
-    from transformers.utils.chat_parsing import parse_response
-
     thoughts, thought, rest = text.rpartition("</think>")
     if not thought and "<think>" in text:
         return text, []
@@ -149,7 +150,7 @@ def parse_calls(
         "fields": {"tool_calls": {**style.calls, "repeats": True}, "content": {"content_args": {"strip": False}}},
     }
     try:
-        found = parse_response(rest, template, prefix="", tools=list(tools))
+        found = _parser()(rest, template, prefix="", tools=list(tools))
     except (ValueError, RecursionError):
         return text, []
     calls = [call for each in found.get("tool_calls", ()) for call in _each(each["function"])]
@@ -157,6 +158,18 @@ def parse_calls(
         return text, []
     content = (thoughts + thought + found.get("content", "")).strip()
     return content, [_call(call, seed, place) for place, call in enumerate(calls)]
+
+
+def _parser() -> Callable[..., dict[str, Any]]:
+    """transformers' parser of answers, as of 5.15."""
+    try:
+        from transformers.utils.chat_parsing import parse_response
+    except ImportError:
+        parse_response = None
+    if parse_response is None or "tools" not in inspect.signature(parse_response).parameters:
+        raise EstuneError("tools: calls are read with transformers 5.15 or later; update it, or leave tools out")
+    found: Callable[..., dict[str, Any]] = parse_response
+    return found
 
 
 def _each(function: Any) -> list[Any]:

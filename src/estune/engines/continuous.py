@@ -63,7 +63,11 @@ class Serving(Protocol):
     """What a batcher needs of an engine."""
 
     tokenizer: Any
-    end_ids: Sequence[int]
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """Tokens that end a completion."""
+        ...
 
     def check(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """As `Engine.check`."""
