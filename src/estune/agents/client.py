@@ -33,6 +33,7 @@ class FunctionPlayer:
     def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
         self._served = Served(encoder)
         self._limits = limits
+        self._lock = threading.Lock()  # rollouts begin in many threads, and share one loop and one client
         self._loop: asyncio.AbstractEventLoop | None = None
         self._async_client: AsyncOpenAI | None = None
         self._client: OpenAI | None = None
@@ -75,16 +76,18 @@ class FunctionPlayer:
                 raise error
 
     def _plain(self, url: str, key: str) -> Any:
-        if self._client is None:
-            self._client = _openai().OpenAI(base_url=url, api_key=NO_KEY, timeout=self._limits.seconds)
+        with self._lock:
+            if self._client is None:
+                self._client = _openai().OpenAI(base_url=url, api_key=NO_KEY, timeout=self._limits.seconds)
         return self._client.with_options(api_key=key)
 
     def _asynchronous(self, url: str, key: str) -> Any:
         """A client of the loop's: what it keeps of connections belongs to that loop."""
-        if self._loop is None or self._async_client is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=_run, args=(self._loop,), name="estune-rollouts", daemon=True).start()
-            self._async_client = _openai().AsyncOpenAI(base_url=url, api_key=NO_KEY, timeout=self._limits.seconds)
+        with self._lock:
+            if self._loop is None or self._async_client is None:
+                self._async_client = _openai().AsyncOpenAI(base_url=url, api_key=NO_KEY, timeout=self._limits.seconds)
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_run, args=(self._loop,), name="estune-rollouts", daemon=True).start()
         return self._async_client.with_options(api_key=key)
 
 

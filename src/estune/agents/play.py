@@ -230,7 +230,8 @@ class Players:
         programs = any(run.opening.rollout.kind == "program" for run in runs)
         most = self._limits.at_once or (PROGRAMS_PER_CORE * (os.cpu_count() or 1) if programs else AT_ONCE)
         try:
-            batcher.expect(min(most, len(runs)))
+            if all(run.opening.rollout.kind == "environment" for run in runs):  # others go by way of the endpoint
+                batcher.expect(min(most, len(runs)))
             for _ in range(min(most, len(runs))):
                 threading.Thread(target=work, name="estune-rollout", daemon=True).start()
             with ended:

@@ -120,7 +120,9 @@ class Batcher:
             if len(self._waiting) >= MOST_WAITING:
                 raise EstuneError(f"{MOST_WAITING} requests wait already: send fewer at once")
             self._waiting.append(work)
-            self._expect(-1 if request.expected else 0)
+            if request.expected:
+                self._expect(-1)
+            self._ready.notify()
         return work.future
 
     def expect(self, more: int) -> None:
