@@ -24,6 +24,7 @@ STOREYS = (
     ("journal", "tasks"),
     ("config",),
     ("engines",),
+    ("agents",),
     ("pool",),
     ("run",),
     ("trl",),

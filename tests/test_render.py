@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -138,3 +140,18 @@ def test_a_template_is_told_the_date_of_the_run_and_its_options() -> None:
     assert now in {f"{day:%d %b %Y}" for day in (before, date.today())}
     told = PromptEncoder("m", tokenizer, build_config("qwen2"), rendering=rendering)
     assert tokenizer.decode(told.encode([MESSAGES])[0]) == "26 Jul 2024 no thinking<>"
+
+
+def test_a_thread_that_ends_leaves_the_process_to_the_next() -> None:
+    """The kernel can end a child with the thread that has started it."""
+    renderer = Renderer()
+    found = []
+    try:
+        for _ in range(2):
+            thread = threading.Thread(target=lambda: found.append(renderer.render(encoder("hi").tokenizer, MESSAGES)))
+            thread.start()
+            thread.join()
+            time.sleep(0.1)
+        assert found == ["hi", "hi"]
+    finally:
+        renderer.close()

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -35,6 +36,20 @@ def die_with_thread() -> None:
     """On Linux, let the kernel kill this process when the thread that started it ends, even if it is stopped then."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def watch_parent() -> None:
+    """End this process within a second of the one that started it.
+
+    For one that reads its standard input itself, and that a thread may have started which ends before its process.
+    """
+    threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_without(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
 
 
 def _end_at_end_of(pipe: int) -> None:

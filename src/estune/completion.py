@@ -45,20 +45,45 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Played:
+    """What became of a rollout.
+
+    Attributes:
+        reward: what it is worth; None where that does not apply, or it failed.
+        metrics: further values that it gave.
+        transcript: its messages, the model's answers among them; of a model that continues text, pieces of it.
+        turns: answers of the model.
+        failure: how it failed, a word of `FAILURES`; empty where it did not.
+        why: the same in a line.
+        first: token ids of its first prompt, and of the answer to it; empty where nothing was asked.
+    """
+
+    reward: float | None
+    metrics: Mapping[str, float]
+    transcript: list[Message]
+    turns: int
+    failure: str = ""
+    why: str = ""
+    first: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One generated answer.
 
     `token_ids` holds what was generated, the end token included; `text` is the same without special tokens;
-    `finished` is False where `max_new_tokens` cut it off.
+    `finished` is False where `max_new_tokens` cut it off. Of a rollout they are all tokens that it had generated, the
+    last answer, and whether no answer was cut off; `played` is what became of it.
     """
 
     text: str
     token_ids: list[int]
     finished: bool
+    played: Played | None = None
 
-    def __reduce__(self) -> tuple[type, tuple[str, list[int], bool]]:
+    def __reduce__(self) -> tuple[type, tuple[str, list[int], bool, Played | None]]:
         """To and from another process in half the time that a frozen dataclass takes by itself."""
-        return Completion, (self.text, self.token_ids, self.finished)
+        return Completion, (self.text, self.token_ids, self.finished, self.played)
 
 
 class Engine(Protocol):

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from estune.children import die_with_thread
+from estune.children import watch_parent
 from estune.completion import Rendering, content_text
 from estune.errors import EstuneError
 
@@ -163,7 +163,7 @@ def stop_clock(day: date) -> None:
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    die_with_thread()
+    watch_parent()
     from transformers.utils.chat_template_utils import render_jinja_template
 
     requests = sys.stdin.buffer

@@ -97,7 +97,7 @@ def test_a_head_in_several_parts_takes_the_same_tokens(rows: int, monkeypatch: p
 
 def test_a_cache_too_large_says_what_to_lower() -> None:
     with pytest.raises(EstuneError, match=r"out of memory for the key/value cache.*lower batch_size or max_new_tokens"):
-        decoder_of(model_of("qwen2"))._cache("rows", 1 << 30, 1 << 20)
+        decoder_of(model_of("qwen2")).cache("rows", 1 << 30, 1 << 20)
 
 
 def test_several_threads_take_the_same_tokens() -> None:

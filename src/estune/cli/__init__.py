@@ -2,6 +2,7 @@
 
 - `runs.py`: train, eval, replay
 - `chat.py`: chat
+- `serve.py`: serve
 - `studies.py`: probe, sweep, compare, report
 - `estimate.py`: estimate
 - `lists.py`: tasks, settings
@@ -22,7 +23,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from estune import __version__
-from estune.cli import chat, estimate, lists, runs, studies
+from estune.cli import chat, estimate, lists, runs, serve, studies
 from estune.cli.signals import spared_imports, terminable
 from estune.errors import EstuneError, printable, printable_lines
 from estune.files import clear_temporary, explained
@@ -48,10 +49,11 @@ app = typer.Typer(
 app.command("train", context_settings=SETTINGS, cls=lists.WithSettings)(runs.train)
 app.command("eval", context_settings=SETTINGS)(runs.evaluate)
 app.command("chat", context_settings=SETTINGS)(chat.chat)
+app.command("serve", context_settings=SETTINGS)(terminable()(serve.serve))
 app.command("replay")(runs.replay)
 app.command("report")(studies.report)
 app.command("probe", context_settings=SETTINGS)(studies.probe)
-# These two ask their children to end, and wait for them, before they end by SIGTERM.
+# These two ask their children to end, and wait for them, before they end by SIGTERM; as `serve` removes its checkpoint.
 app.command("sweep", context_settings=SETTINGS)(terminable()(studies.sweep))
 app.command("compare", context_settings=SETTINGS)(terminable()(studies.compare))
 app.command("estimate", context_settings=SETTINGS)(estimate.estimate)

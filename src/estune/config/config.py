@@ -16,7 +16,18 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from estune.completion import Rendering
 from estune.config.names import answer, hint
-from estune.config.sections import Evaluation, Generation, Grading, Logging, Run, Search, Section, Weights, Workers
+from estune.config.sections import (
+    Evaluation,
+    Generation,
+    Grading,
+    Logging,
+    Rollouts,
+    Run,
+    Search,
+    Section,
+    Weights,
+    Workers,
+)
 from estune.errors import EstuneError
 from estune.tasks import DEFAULT, KINDS
 from estune.weights.policies import POLICIES
@@ -24,17 +35,20 @@ from estune.weights.policies import POLICIES
 RESUMABLE = (
     *("steps", "model", "trust_remote_code", "workers", "workers_per_gpu", "ray_address", "worker_timeout"),
     *("graders", "reward_timeout", "reward_errors", "max_reward_errors", "report_to"),
+    *("rollout_timeout", "turn_timeout", "rollouts_at_once"),
 )
 """What a run that is resumed may change: its length, where its weights come from and are, what may fail, and who is
 told."""
 _SEE = "see `estune train --help`"
 EMBEDDED_SETTINGS = Path(__file__).parents[1] / "models" / "tiny" / "estune.yaml"
 
-SECTIONS: tuple[type[Section], ...] = (Run, Search, Generation, Workers, Weights, Grading, Evaluation, Logging)
+SECTIONS: tuple[type[Section], ...] = (
+    *(Run, Search, Generation, Workers, Weights, Grading, Rollouts, Evaluation, Logging),
+)
 """In the order in which people read them."""
 
 
-class Config(Logging, Evaluation, Grading, Weights, Workers, Generation, Search, Run):
+class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generation, Search, Run):
     """All settings of `estune train`. Every field is a command-line option of the same name.
 
     Of several bases pydantic takes the last one's fields first, hence their order.

@@ -268,6 +268,17 @@ class Grading(Section):
     max_reward_errors: int = Field(100, ge=0, description="failed calls left out so before the run ends after all")
 
 
+class Rollouts(Section):
+    """Tasks of several turns: what a rollout may take."""
+
+    max_turns: int = Field(32, ge=1, description="answers of the model in one rollout of an environment")
+    rollout_timeout: float = Field(600.0, gt=0, description="seconds for one rollout")
+    turn_timeout: float = Field(60.0, gt=0, description="seconds for what an environment computes in one turn")
+    rollouts_at_once: int | None = Field(
+        None, ge=1, description="rollouts side by side on an engine; 256, or four programs a core, if not given"
+    )
+
+
 class Evaluation(Section):
     """When and how the held-out set is evaluated."""
 

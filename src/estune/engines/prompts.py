@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from estune.completion import Message, Prompt, Rendering, Sampling
@@ -64,12 +65,13 @@ class PromptEncoder:
                 raise EstuneError(f"prompt {i}: {prompts[i]!r} encodes to no token; give it text")
         return found
 
-    def render(self, prompt: Prompt, index: int = 0) -> str:
+    def render(self, prompt: Prompt, index: int = 0, options: Mapping[str, Any] | None = None) -> str:
         """The text that the model is shown.
 
         Args:
             prompt: text, as it is, or a conversation, as the chat template has it.
             index: its number, for messages.
+            options: further variables for the template, such as `tools`.
 
         Raises:
             EstuneError: as `encode`.
@@ -89,8 +91,9 @@ class PromptEncoder:
                 "it out"
             )
         proceed = prompt[-1].get("role") == "assistant"
+        rendering = replace(self.rendering, options={**self.rendering.options, **(options or {})})
         try:
-            return RENDERER.render(self.tokenizer, prompt, self.rendering, begin=not proceed, proceed=proceed)
+            return RENDERER.render(self.tokenizer, prompt, rendering, begin=not proceed, proceed=proceed)
         except EstuneError:
             raise
         except (Refused, ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -24,8 +24,8 @@ def choose(
         logits: `[rows, vocabulary]`.
         sampling: how tokens are drawn.
         rows: each row's prompt index, `[rows]`.
-        position: tokens generated before: a number, or int64 `[1]`.
-        seed: in the place of `sampling`'s, int64 `[1]`.
+        position: tokens generated before: a number, or int64 `[1]` or `[rows]`.
+        seed: in the place of `sampling`'s, int64 `[1]` or `[rows]`.
 
     Returns:
         Token ids `[rows]`, int64: the largest logit at temperature 0, else a draw.

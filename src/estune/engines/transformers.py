@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from estune.completion import Completion, Sampling
+from estune.engines.continuous import Rounds, Rows
 from estune.engines.cpu.fused import FusedDecoder, unfusable
+from estune.engines.cpu.rows import FusedRows
 from estune.engines.decode import Decoder, unsupported
 from estune.engines.generate import GenerateDecoder
 from estune.engines.graph import CudaRecorder, GraphDecoder, uncapturable
@@ -83,6 +85,7 @@ class TransformersEngine(PromptEncoder):
         self.end_ids = end_tokens(self.model, self.tokenizer)
         self.decoder = self.make_decoder(cuda_graphs)
         self._short = short_reach(self.model.config)
+        self._rows: FusedRows | None = None
 
     def make_decoder(self, cuda_graphs: bool) -> AnyDecoder:
         """The fastest decoder that this model and device allow; `cuda_graphs` allows those that replay graphs."""
@@ -124,6 +127,15 @@ class TransformersEngine(PromptEncoder):
                 token_ids[i] = row[:stop]
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
+
+    def open_rows(self) -> Rows:
+        """An empty batch that prompts join and leave, for the weights as they are."""
+        if not isinstance(self.decoder, FusedDecoder) or self._short is not None:
+            return Rounds(self.generate)
+        if self._rows is None:
+            self._rows = FusedRows(self.decoder, self.fitting_rows)
+        self._rows.clear()
+        return self._rows
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling, told: Callable[[str], None]) -> Completion:
         """Complete one prompt, and tell of it meanwhile: with the fused decoder, else by transformers' `generate`.

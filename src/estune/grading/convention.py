@@ -144,6 +144,7 @@ class Batch:
         if not isinstance(rows[0]["prompt"], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         self.lengths = [len(c.text) for c in completions]
+        self.played = [c.played for c in completions]
         self.state = state
         self.columns: dict[str, list[Any]] = {
             **{key: [row[key] for row in rows] for key in rows[0] if key not in _NO_COLUMNS},

@@ -41,6 +41,7 @@ from estune.grading.convention import (
 from estune.grading.isolation import Isolation, isolation_of, refuse_grader
 from estune.grading.pool import GraderPool
 from estune.grading.process import Call
+from estune.grading.rollout import FromRollout
 from estune.grading.verdict import Verdict
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,8 @@ class Grading:
         for number, limits in enumerate(self._isolations):
             if limits:
                 collect[number] = self._isolated(number, limits, batch)
+            elif isinstance(self.functions[number], FromRollout):
+                collect[number] = self._from_rollout(number, batch)
             elif is_async(self.functions[number]):
                 collect[number] = self._async(number, batch)
         for number in range(len(self.functions)):
@@ -239,6 +242,18 @@ class Grading:
                 marks.values = future.result()
             except Exception as error:
                 marks.fail(None, describe(error), batch)
+            return marks
+
+        return collect
+
+    def _from_rollout(self, number: int, batch: Batch) -> Callable[[], _Marks]:
+        function = self.functions[number]
+        assert isinstance(function, FromRollout)
+
+        def collect() -> _Marks:
+            marks = _Marks(Log(len(batch)))
+            for row, played in enumerate(batch.played):
+                marks.add(row, function.verdict(played), Isolation(), len(batch))
             return marks
 
         return collect

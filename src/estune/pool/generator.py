@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from estune.completion import Completion, Engine, Sampling
 from estune.config import Config
+from estune.engines.loading import open_encoder
 from estune.engines.progress import OWN, Progress
+from estune.engines.prompts import PromptEncoder
 from estune.engines.transformers import TransformersEngine
+from estune.grading.rollout import Opening
 from estune.pool.turns import gpus_of, in_turn
 from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.device import chosen_device
+
+if TYPE_CHECKING:
+    from estune.agents.play import Players
 
 
 class Generator:
@@ -21,14 +28,32 @@ class Generator:
 
     Args:
         engine: with the weights to generate with.
+        config: the settings, for rollouts.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, config: Config) -> None:
         self.engine = engine
+        self._config = config
+        self._players: Players | None = None
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in the order of the prompts."""
-        return self.engine.generate(prompt_ids, sampling)
+        return self.complete(prompt_ids, sampling)
+
+    def complete(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """As `generate`, with the weights as they are. Prompts that open rollouts are played to their ends."""
+        openings = [prompt for prompt in prompt_ids if isinstance(prompt, Opening)]
+        if not openings:
+            return self.engine.generate(prompt_ids, sampling)
+        assert len(openings) == len(prompt_ids)
+        if self._players is None:
+            from estune.agents.play import Limits, Players
+
+            config = self._config
+            limits = Limits(config.rollout_timeout, config.turn_timeout, config.max_turns, config.rollouts_at_once)
+            assert isinstance(self.engine, PromptEncoder)
+            self._players = Players(self.engine, open_encoder(config), limits)
+        return self._players.play(openings, sampling)
 
     def progress(self) -> Progress:
         """What the engine has done so far."""
@@ -36,6 +61,8 @@ class Generator:
 
     def close(self) -> None:
         """End what the engine has started. A model in this process goes with the last reference."""
+        if self._players is not None:
+            self._players.close()
         self.engine.close()
 
 
@@ -51,8 +78,8 @@ def open_generator(config: Config) -> Generator:
         from estune.engines.vllm.engine import VllmEngine
 
         with in_turn(gpus_of(config)):
-            return Generator(VllmEngine(checkpoint, config))
-    return Generator(open_transformers(checkpoint, config, chosen_device(config.device)))
+            return Generator(VllmEngine(checkpoint, config), config)
+    return Generator(open_transformers(checkpoint, config, chosen_device(config.device)), config)
 
 
 def set_up_process(config: Config) -> None:

@@ -55,11 +55,11 @@ class Replica(Generator):
 
             with in_turn(gpus_of(config)):
                 vllm, self.weights = open_vllm(self.checkpoint, config)
-            super().__init__(vllm)
+            super().__init__(vllm, config)
         else:
             engine = open_transformers(self.checkpoint, config, self._device)
             self.weights = open_weights(engine, self.checkpoint, config, share)
-            super().__init__(engine)
+            super().__init__(engine, config)
 
     def evaluate(
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
@@ -70,7 +70,7 @@ class Replica(Generator):
         if not self._vllm:  # whose processes wait for their own devices; this one may have nothing on any
             synchronize(self._device)  # for the clock: a device is still at work
         perturbed = time.perf_counter()
-        completions = self.engine.generate(prompt_ids, sampling)
+        completions = self.complete(prompt_ids, sampling)
         return Evaluated(completions, perturbed - start, time.perf_counter() - perturbed)
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:

@@ -109,13 +109,26 @@ def open_chats(
         raise EstuneError(
             f"--compare shows a run's base model beside it, and {model} is no run's directory: leave it out"
         )
-    config = settings_for(model, given)
+    config = settings_to_talk(model, given)
     models = {"tuned" if is_run else model: str(find_checkpoint(model))}
-    if is_run:
-        refuse_foreign(model, config, given, has_task=True, trust=True)  # no code runs but, if he says so, a model's
     if compare:
         journal = Journal.read(Path(model))
         models["base"] = str(base_checkpoint(journal.header, journal.base_model()).path)
-    threads = config.threads if "threads" in given else available_cores()  # a run's are those of one replica of several
-    config = config.model_copy(update={"engine": "transformers", "threads": threads})
     return {name: Chat(config.model_copy(update={"model": place}), system) for name, place in models.items()}
+
+
+def settings_to_talk(model: str, given: Mapping[str, Any]) -> Config:
+    """The settings to answer with, in this process.
+
+    Args:
+        model: a run's directory, whose settings are then used, or a model.
+        given: settings, on top of the run's.
+
+    Raises:
+        EstuneError: for a journal or settings that cannot be used.
+    """
+    config = settings_for(model, given)
+    if (Path(model) / FILE).is_file():
+        refuse_foreign(model, config, given, has_task=True, trust=True)  # no code runs but, if he says so, a model's
+    threads = config.threads if "threads" in given else available_cores()  # a run's are those of one replica of several
+    return config.model_copy(update={"engine": "transformers", "threads": threads})

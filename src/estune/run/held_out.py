@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from estune.completion import Sampling
+from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
 from estune.grading.convention import Row
 from estune.grading.grading import Grading
+from estune.grading.rollout import Opening
 from estune.journal.identity import hash_of
 from estune.pool.base import Generating
 from estune.run.graded import Graded, evaluation_metrics
@@ -78,7 +79,8 @@ class HeldOut:
             metrics |= pass_metrics(solved(self.task, graded), self._count)
         if compare is not None:
             chosen = range(0, len(rows), max(1, len(rows) // COMPARED))
-            ids = [prompt_ids[i] for i in chosen], [completions[i].token_ids for i in chosen]
+            first = [_first_answer(prompt_ids[i], completions[i]) for i in chosen]
+            ids = [prompt for prompt, answer in first if answer], [answer for _, answer in first if answer]
             metrics |= {f"eval_{key}": value for key, value in compare(*ids).items()}
         return metrics, graded
 
@@ -89,6 +91,11 @@ class HeldOut:
     def close(self) -> None:
         """End what grades."""
         self._grading.close()
+
+
+def _first_answer(prompt_ids: Sequence[int], completion: Completion) -> tuple[Sequence[int], Sequence[int]]:
+    """Token ids of a prompt and its completion; of a rollout's first turn, as others stand in between its answers."""
+    return (prompt_ids, completion.token_ids) if completion.played is None else completion.played.first
 
 
 def encode_rows(
@@ -113,8 +120,12 @@ def encode_rows(
 
 
 def token_ids(encoder: PromptEncoder, task: Task, rows: Iterable[Row]) -> list[list[int]]:
-    """Token ids of what the model is shown for each row."""
-    return encoder.encode([task.shown(row, template=encoder.has_template) for row in rows])
+    """Token ids of what the model is shown for each row, and what plays it from there on."""
+    rows = list(rows)
+    ids = encoder.encode([task.shown(row, template=encoder.has_template) for row in rows])
+    if task.rollout is None:
+        return ids
+    return [Opening(opening, task.rollout, row) for opening, row in zip(ids, rows, strict=True)]
 
 
 def hash_of_prompts(*prompts: Sequence[Sequence[int]]) -> str:

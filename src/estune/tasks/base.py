@@ -10,6 +10,7 @@ from typing import Any
 from estune.completion import Prompt
 from estune.errors import EstuneError
 from estune.grading.convention import RewardFunction, Row, reward_name
+from estune.grading.rollout import Rollout
 from estune.tasks.records import whole_rows
 
 IMAGES = frozenset(("image", "images"))
@@ -49,7 +50,8 @@ class Task:
 
     A prompt that is text stays text for reward functions, and so do its completions. `chat` says whether a model that
     has a chat template is shown it as a user's message; None is False, but True in a task's file. `show` says so row by
-    row instead: what a model is shown for a row, with or without a template.
+    row instead: what a model is shown for a row, with or without a template. `rollout` is what plays a row, where a
+    completion alone is not the end of it; then `FromRollout()` is one of the reward functions.
 
     Raises:
         EstuneError: an empty set, a prompt in both sets, weights that do not match the functions, an unknown accuracy.
@@ -66,6 +68,7 @@ class Task:
     stages: Sequence[Stage] = field(default=())
     chat: bool | None = None
     show: Callable[[Row, bool], Prompt] | None = None
+    rollout: Rollout | None = None
 
     def __post_init__(self) -> None:
         for side in ("train", "evaluation"):

@@ -83,7 +83,7 @@ class CountdownConfig(TaskOptions):
         Raises:
             EstuneError: data that is missing, malformed or overlapping, or ranges that hold too few problems.
         """
-        train, evaluation = self._sets(seed)
+        train, evaluation = self.sets(seed)
         return Task(
             name=self.name,
             train=train,
@@ -93,7 +93,8 @@ class CountdownConfig(TaskOptions):
             accuracy=answer_reward.__name__,
         )
 
-    def _sets(self, seed: int) -> tuple[list[Row], list[Row]]:
+    def sets(self, seed: int) -> tuple[list[Row], list[Row]]:
+        """Rows to train on, and to evaluate on; as `build`."""
         if self.data and not self.eval_data:
             return self._split_by_hash(_read(self.data, self.split))
         if self.data:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from estune.errors import EstuneError
 from estune.grading.convention import Row, reward_name
+from estune.grading.rollout import Rollout, with_rollout
 from estune.rewards.load import in_conversation, load_reward
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions
@@ -36,7 +37,16 @@ class CustomConfig(DataOptions):
     reward_weights: Annotated[list[float] | None, BeforeValidator(_items)] = Field(
         None, description="one for each of them; 1 if not given"
     )
-    accuracy: str | None = Field(None, description="name of the one whose mean is accuracy; the first if not given")
+    program: str | None = Field(
+        None,
+        description="a command that plays a row: it finds the model at OPENAI_BASE_URL, the row on standard input, and "
+        "prints the reward last",
+    )
+    accuracy: str | None = Field(
+        None,
+        description="name of the reward function, or of the program's metric, whose mean is accuracy; the first if not "
+        "given",
+    )
 
     def build(self, seed: int) -> Task:
         """Both sets, and the rewards named.
@@ -44,19 +54,27 @@ class CustomConfig(DataOptions):
         Raises:
             EstuneError: no reward is named, or cannot be had, or data is missing, malformed or overlapping.
         """
-        if not self.rewards:
-            raise EstuneError("task custom: no reward; name some in task.rewards, such as path/to/file.py:function")
+        if not self.rewards and self.program is None:
+            raise EstuneError(
+                "task custom: no reward; name some in task.rewards, such as path/to/file.py:function, or a program in "
+                "task.program"
+            )
         functions = [in_conversation(load_reward(reward), self.show) for reward in self.rewards]
+        weights = self.reward_weights or [1.0] * len(functions)
+        accuracy = self.accuracy or (reward_name(functions[0]) if functions else None)
+        if self.program is not None:
+            functions, weights, accuracy = with_rollout(functions, weights, accuracy)
         train, evaluation = self.read(self._rows)
         return Task(
             name=self.name,
             train=train,
             evaluation=evaluation,
             reward_funcs=functions,
-            reward_weights=self.reward_weights or [1.0] * len(functions),
-            accuracy=self.accuracy or reward_name(functions[0]),
+            reward_weights=weights,
+            accuracy=accuracy,
             gold=None if self.gold_column is None else self._gold,
             show=self.show,
+            rollout=None if self.program is None else Rollout("program", self.program, chat=self.chat),
         )
 
     def _gold(self, row: Row) -> str | None:

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Discriminator, Tag
 from estune.tasks.code import CodeConfig
 from estune.tasks.conciseness import ConcisenessConfig
 from estune.tasks.countdown import CountdownConfig
+from estune.tasks.countdown_turns import CountdownTurnsConfig
 from estune.tasks.custom import CustomConfig
 from estune.tasks.gym import PREFIX, GymConfig
 from estune.tasks.instructions import InstructionsConfig
@@ -23,6 +24,7 @@ DEFAULT = "countdown"
 
 KINDS: dict[str, type[TaskOptions]] = {
     "countdown": CountdownConfig,
+    "countdown-turns": CountdownTurnsConfig,
     "conciseness": ConcisenessConfig,
     "math": MathConfig,
     "code": CodeConfig,
@@ -63,6 +65,7 @@ def named(value: Any, known: Mapping[str, Any] = KINDS) -> Any:
 
 Alone = (
     Annotated[CountdownConfig, Tag("<countdown>")]
+    | Annotated[CountdownTurnsConfig, Tag("<countdown-turns>")]
     | Annotated[ConcisenessConfig, Tag("<conciseness>")]
     | Annotated[MathConfig, Tag("<math>")]
     | Annotated[CodeConfig, Tag("<code>")]

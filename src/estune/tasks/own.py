@@ -14,6 +14,7 @@ from pydantic import Field
 from estune.errors import EstuneError
 from estune.grading.convention import Row, describe, reward_name
 from estune.grading.modules import load_file
+from estune.grading.rollout import FromRollout, Kind, Rollout, with_rollout
 from estune.rewards.load import in_conversation, load_reward
 from estune.tasks.base import Task, as_message
 from estune.tasks.options import TaskOptions, identity, is_held_out, refuse_empty_side
@@ -30,7 +31,10 @@ class OwnConfig(TaskOptions):
     - `train`: rows with a prompt and the columns that rewards take, or a data set's file, directory or hub id;
     - `evaluation`: the same, to evaluate on; if there is none, an eighth of `train` is, by a hash of each prompt;
     - `rewards`: a reward function, or what names one, or a list of such;
-    - `weights` (1 each), `accuracy` (the first reward's name), `gold` and `chat` (true), as in `Task`.
+    - `weights` (1 each), `accuracy` (the first reward's name), `gold` and `chat` (true), as in `Task`;
+    - in the place of rewards, or beside them, what plays a row: `rollout`, a function `rollout(client, row)` that gives
+      the reward, or `Environment`, a class with `reset(row)` and `step(completion)`. `accuracy` may then be one of the
+      metrics that they give.
     """
 
     summary: ClassVar[str] = "a task of your own, in a Python file"
@@ -41,6 +45,11 @@ class OwnConfig(TaskOptions):
         default_factory=dict, description="what the file's function task takes beside a seed"
     )
 
+    program: str | None = Field(
+        None,
+        description="a command that plays a row in the place of rewards: it finds the model at OPENAI_BASE_URL, the "
+        "row on standard input, and prints the reward last",
+    )
     chat: bool | None = Field(
         None, description="prompts that are text as a user's message, for the chat template; true, if the file says not"
     )
@@ -69,7 +78,8 @@ class OwnConfig(TaskOptions):
         chat = next((chat for chat in (self.chat, task.chat) if chat is not None), True)
         show = (task.show or as_message) if chat else None
         for function in task.reward_funcs:
-            in_conversation(function, show)
+            if not isinstance(function, FromRollout):
+                in_conversation(function, show)
         return replace(
             task,
             name=self.name,
@@ -80,10 +90,13 @@ class OwnConfig(TaskOptions):
         )
 
     def _of_names(self, module: ModuleType) -> Task:
-        missing = next((name for name in ("train", "rewards") if not hasattr(module, name)), None)
+        rollout = self._rollout(module)
+        needed = ("train", "rewards") if rollout is None else ("train",)
+        missing = next((name for name in needed if not hasattr(module, name)), None)
         if missing is not None:
             raise EstuneError(
-                f"task {self.name}: no {missing}; the file needs a function task(seed), or the names train and rewards"
+                f"task {self.name}: no {missing}; the file needs a function task(seed), or the names train and "
+                "rewards, rollout or Environment"
             )
         if self.options:
             raise EstuneError(f"task {self.name}: task.options are for a function task(seed, ...), which it lacks")
@@ -96,20 +109,40 @@ class OwnConfig(TaskOptions):
             train = [row for row, out in zip(rows, held_out, strict=True) if not out]
             evaluation = [row for row, out in zip(rows, held_out, strict=True) if out]
             refuse_empty_side(self.name, train, evaluation, "the name evaluation in the file, rows to evaluate on")
-        rewards = module.rewards if isinstance(module.rewards, list | tuple) else [module.rewards]
-        functions = [load_reward(reward) for reward in rewards]
-        if not functions:
+        rewards = getattr(module, "rewards", [])
+        functions = [load_reward(reward) for reward in (rewards if isinstance(rewards, list | tuple) else [rewards])]
+        if not functions and rollout is None:
             raise EstuneError(f"task {self.name}: rewards is empty; name at least one function")
+        weights = list(getattr(module, "weights", [1.0] * len(functions)))
+        accuracy = getattr(module, "accuracy", reward_name(functions[0]) if functions else None)
+        if rollout is not None:
+            functions, weights, accuracy = with_rollout(functions, weights, accuracy)
         return Task(
             name=self.name,
             train=train,
             evaluation=evaluation,
             reward_funcs=functions,
-            reward_weights=list(getattr(module, "weights", [1.0] * len(functions))),
-            accuracy=getattr(module, "accuracy", reward_name(functions[0])),
+            reward_weights=weights,
+            accuracy=accuracy,
             gold=getattr(module, "gold", None),
             chat=getattr(module, "chat", None),
+            rollout=rollout,
         )
+
+    def _rollout(self, module: ModuleType) -> Rollout | None:
+        """What the file, or the option `program`, has to play rows with."""
+        players: dict[Kind, Any] = {
+            "program": self.program,
+            "function": getattr(module, "rollout", None),
+            "environment": getattr(module, "Environment", None),
+        }
+        found = [(kind, player) for kind, player in players.items() if player is not None]
+        if len(found) > 1:
+            raise EstuneError(
+                f"task {self.name}: {' and '.join(kind for kind, _ in found)} would both play its rows; leave out one"
+            )
+        chat = next((c for c in (self.chat, getattr(module, "chat", None)) if c is not None), True)
+        return Rollout(*found[0], chat=chat) if found else None
 
     def _rows(self, given: str | Iterable[Any], what: str) -> list[Row]:
         rows = load_records(given, what) if isinstance(given, str) else [dict(row) for row in islice(given, None)]

@@ -82,7 +82,7 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _Cache:
+class Cache:
     """Keys `[layers, rows, heads, slots / 16, dim, 16]` and values `[layers, rows, heads, slots, dim]`."""
 
     keys: Array
@@ -135,20 +135,19 @@ class FusedDecoder:
             prompts, indices, sampling: as for `Decoder.run`.
             told: called with each token of the first row that is left, as it is chosen; for a batch of one prompt.
         """
-        now = [parameter.data_ptr() for parameter in self.model.parameters()]
-        assert now == self._addresses, "a parameter is elsewhere now: weights may change in place only"
+        self.check_places()
         lengths = np.array([len(prompt) for prompt in prompts])
         new = sampling.max_new_tokens
         shared = common_prefix(prompts) // WIDTH * WIDTH if len(prompts) > 1 else 0
         meter = Meter()
-        self._reach(int(lengths.max()) + new)
-        prefix = self._cache("prefix", 1, shared)
-        cache = self._cache("rows", len(prompts), int(lengths.max()) - shared + new)
+        self.reach(int(lengths.max()) + new)
+        prefix = self.cache("prefix", 1, shared)
+        cache = self.cache("rows", len(prompts), int(lengths.max()) - shared + new)
         for start in range(0, shared, PREFILL_TOKENS):
             positions = np.arange(start, min(start + PREFILL_TOKENS, shared))
             places = Places.of(np.zeros_like(positions), positions)
             ids = np.array(prompts[0])[positions]
-            self.forward(ids, places, places, prefix, self._cache("none", 1, 0), 0, last=positions[:0])
+            self.forward(ids, places, places, prefix, self.cache("none", 1, 0), 0, last=positions[:0])
         meter.read(shared * len(prompts))
         hidden = self._prefill(prompts, shared, cache, prefix, meter)
         rows = np.arange(len(prompts))
@@ -178,9 +177,9 @@ class FusedDecoder:
         """Log-probability (nats) of every token of every completion; as `score.log_probabilities`."""
         rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
         longest = max(map(len, rows))
-        self._reach(longest)
-        cache = self._cache("rows", len(rows), longest)
-        none = self._cache("none", 1, 0)
+        self.reach(longest)
+        cache = self.cache("rows", len(rows), longest)
+        none = self.cache("none", 1, 0)
         tree = PromptTree.of(rows, 0)
         # 1. The nodes after which a completion's tokens come, by rising node, and these tokens.
         first = np.array([len(prompt) - 1 for prompt in prompts])
@@ -205,7 +204,7 @@ class FusedDecoder:
         return found
 
     def _prefill(
-        self, prompts: Sequence[Sequence[int]], shared: int, cache: _Cache, prefix: _Cache, meter: Meter
+        self, prompts: Sequence[Sequence[int]], shared: int, cache: Cache, prefix: Cache, meter: Meter
     ) -> Array:
         """Cache the prompts; return the last hidden state of each, `[prompts, hidden]`.
 
@@ -229,8 +228,8 @@ class FusedDecoder:
         ids: Array,
         places: Places,
         cached: Places,
-        cache: _Cache,
-        prefix: _Cache,
+        cache: Cache,
+        prefix: Cache,
         shared: int,
         last: Array | None = None,
     ) -> Array:
@@ -290,8 +289,15 @@ class FusedDecoder:
     def _choose(self, hidden: Array, number: torch.Tensor, step: int, sampling: Sampling) -> Array:
         """Each row's next token, `[rows]`, of hidden states `[rows, hidden]` and the prompts' numbers `[rows]`."""
         if sampling.temperature:
-            logits = torch.from_numpy(self._product(hidden, *self._head))
-            return choose(logits, sampling, number, step).numpy()
+            return choose(self.logits(hidden), sampling, number, step).numpy()
+        return self.largest(hidden)
+
+    def logits(self, hidden: Array) -> torch.Tensor:
+        """Float32 `[rows, vocabulary]` of hidden states `[rows, hidden]`."""
+        return torch.from_numpy(self._product(hidden, *self._head))
+
+    def largest(self, hidden: Array) -> Array:
+        """The token with the largest logit, `[rows]`, of hidden states `[rows, hidden]`."""
         best = np.full(len(hidden), -np.inf, np.float32)
         token = np.zeros(len(hidden), np.int64)
         first = 0
@@ -299,6 +305,11 @@ class FusedDecoder:
             self._run(kernels.running_argmax, (self._product(hidden, part), best, token), first)
             first += len(part)
         return token
+
+    def check_places(self) -> None:
+        """Assert that the parameters lie where they lay when this was made."""
+        now = [parameter.data_ptr() for parameter in self.model.parameters()]
+        assert now == self._addresses, "a parameter is elsewhere now: weights may change in place only"
 
     def _run(self, kernel: Callable[..., None], by_token: tuple[Array, ...], *whole: Any) -> None:
         """Run a kernel, its tokens shared out over the threads; a few by this one, before others were awake."""
@@ -308,19 +319,31 @@ class FusedDecoder:
             return
         self._product.in_parts(count, lambda first, last: kernel(*(array[first:last] for array in by_token), *whole))
 
-    def _cache(self, name: str, rows: int, slots: int) -> _Cache:
+    def cache(self, name: str, rows: int, slots: int) -> Cache:
         """A cache in storage that is kept from one batch to the next."""
-        slots = -(-slots // WIDTH) * WIDTH
-        shape = (len(self._layers), rows, self._heads, slots, self._dim)
-        size = int(np.prod(shape))
-        if name not in self.storage or len(self.storage[name]) < 2 * size:
+        size = self._cache_size(rows, slots)
+        if name not in self.storage or len(self.storage[name]) < size:
             self.storage.pop(name, None)  # the old one goes before the new one comes
-            with memory_for("the key/value cache", "lower batch_size or max_new_tokens"):
-                self.storage[name] = aligned_empty(2 * size, self._final_norm.dtype)
-        keys, values = self.storage[name][: 2 * size].reshape(2, *shape)
-        return _Cache(keys.reshape(*shape[:3], slots // WIDTH, self._dim, WIDTH), values)
+            self.storage[name] = self._cache_memory(size)
+        return self._cache_in(self.storage[name][:size], rows)
 
-    def _reach(self, positions: int) -> None:
+    def new_cache(self, rows: int, slots: int) -> Cache:
+        """A cache in storage of its own."""
+        return self._cache_in(self._cache_memory(self._cache_size(rows, slots)), rows)
+
+    def _cache_size(self, rows: int, slots: int) -> int:
+        """Elements of a cache, whose slots are a multiple of 16."""
+        return 2 * len(self._layers) * rows * self._heads * -(-slots // WIDTH) * WIDTH * self._dim
+
+    def _cache_memory(self, size: int) -> Array:
+        with memory_for("the key/value cache", "lower batch_size or max_new_tokens"):
+            return aligned_empty(size, self._final_norm.dtype)
+
+    def _cache_in(self, memory: Array, rows: int) -> Cache:
+        keys, values = memory.reshape(2, len(self._layers), rows, self._heads, -1, self._dim)
+        return Cache(keys.reshape(*keys.shape[:3], -1, self._dim, WIDTH), values)
+
+    def reach(self, positions: int) -> None:
         """Have the rotary embedding's angles for this many positions at hand."""
         if len(self._cos) < positions:
             cos, sin = self.model.model.rotary_emb(torch.empty(0), torch.arange(positions)[None])

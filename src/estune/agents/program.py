@@ -1,0 +1,162 @@
+"""Rollouts that are programs: the endpoint in their environment, the row on standard input, the reward printed last.
+
+A program runs as the user, with all that the user may do. It and what it started end with the rollout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO
+
+import psutil
+
+from estune.agents.play import Limits, Run, Stopped
+from estune.agents.served import Served
+from estune.completion import Sampling
+from estune.engines.continuous import Batcher
+from estune.engines.prompts import PromptEncoder
+from estune.errors import EstuneError, printable
+from estune.grading.rollout import Outcome, outcome_of_line
+
+KEY = "OPENAI_API_KEY"
+LONGEST = 1 << 20
+"""Bytes at the end of a program's output among which its last line is looked for."""
+
+
+class ProgramPlayer:
+    """As `Player`, for commands.
+
+    Args:
+        encoder: makes token ids of what the endpoint is asked.
+        limits: how long a rollout may take.
+    """
+
+    def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
+        self._served = Served(encoder)
+        self._limits = limits
+        self._keys: set[str] = set()
+
+    def open(self, batcher: Batcher, sampling: Sampling) -> None:
+        """As `Player.open`."""
+        self._served.open(batcher, sampling)
+
+    def shut(self) -> None:
+        """As `Player.shut`; programs that others have started end too, if they still have a rollout's key."""
+        self._served.shut()
+        end_all_with(KEY, self._keys)
+        self._keys.clear()
+
+    def close(self) -> None:
+        """As `Player.close`."""
+        self._served.close()
+
+    def play(self, run: Run) -> Outcome:
+        """As `Player.play`."""
+        command = run.opening.rollout.target
+        arguments = shlex.split(command) if isinstance(command, str) else list(command)
+        with self._served.admitted(run) as (url, key), tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            self._keys.add(key)
+            environment = {
+                "OPENAI_BASE_URL": url,
+                "OPENAI_API_BASE": url,  # as older clients call it
+                KEY: key,
+                "OPENAI_MODEL": self._served.model,
+                "ESTUNE_SEED": str(run.seed),
+            }
+            with started(arguments, environment, out, err) as process:
+                run.on_abort(lambda: end(process))
+                assert process.stdin is not None
+                with suppress(BrokenPipeError):  # it does not read
+                    process.stdin.write(json.dumps(run.opening.row, default=str).encode() + b"\n")
+                    process.stdin.close()
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # not reaped yet: its number is still its own
+            code = process.returncode
+            if run.over:
+                raise Stopped("was ended")
+            lines = [line for line in _tail(out).splitlines() if line.strip()]
+            if code < 0:
+                raise Stopped(f"was killed by {_signal_name(-code)}")
+            if code:
+                last = ([line for line in _tail(err).splitlines() if line.strip()] or [""])[-1]
+                raise EstuneError(
+                    f"{command!r:.60} ended with code {code}: {printable(last[:300]) or 'it said nothing'}"
+                )
+            if not lines:
+                raise EstuneError(f"{command!r:.60} printed nothing: print the reward on the last line")
+            return outcome_of_line(lines[-1])
+
+
+@contextmanager
+def started(
+    arguments: list[str], environment: dict[str, str], out: IO[bytes], err: IO[bytes]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program in a session of its own, which ends with this, and what it has started too.
+
+    Raises:
+        EstuneError: there is no such program.
+    """
+    try:
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=err,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+    except (OSError, IndexError, ValueError) as error:
+        raise EstuneError(
+            f"the program {' '.join(arguments)!r:.60} cannot be started: {error}; see task.program"
+        ) from error
+    try:
+        yield process
+    finally:
+        end(process)
+        process.wait()
+        with suppress(OSError):
+            assert process.stdin is not None
+            process.stdin.close()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a program, and what it has started as far as it is known to have; before its end is waited for."""
+    if process.returncode is not None:
+        return
+    family: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        family = psutil.Process(process.pid).children(recursive=True)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for child in family:
+        with suppress(psutil.Error):
+            child.kill()
+
+
+def end_all_with(variable: str, values: set[str]) -> None:
+    """Kill all processes in whose environment a variable has one of these values."""
+    if not values:
+        return
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(variable) in values:
+                process.kill()
+
+
+def _tail(file: IO[bytes]) -> str:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - LONGEST))
+    return file.read().decode(errors="replace")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

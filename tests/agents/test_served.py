@@ -1,0 +1,209 @@
+"""Rollouts that talk to the endpoint: functions with OpenAI's client, and programs."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from estune.agents.play import Limits, Players
+from estune.completion import Completion, Played, Sampling
+from estune.engines.transformers import TransformersEngine
+from estune.grading.rollout import Kind, Opening, Rollout
+from tests.models import save_model
+
+SAMPLING = Sampling(6)
+ROWS = [{"prompt": f"Say {n}", "number": n} for n in range(5)]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
+    return TransformersEngine(save_model(tmp_path_factory.mktemp("model"), "llama", hidden_size=64, head_dim=32))
+
+
+@pytest.fixture
+def play(engine: TransformersEngine) -> Iterator[Callable[..., list[Completion]]]:
+    made: list[Players] = []
+
+    def play(kind: Kind, target: Any, limits: Limits = Limits(), rows: Any = ROWS) -> list[Completion]:  # noqa: B008
+        made.append(Players(engine, engine, limits))
+        openings = [Opening(engine.encode([row["prompt"]])[0], Rollout(kind, target), row) for row in rows]
+        return made[-1].play(openings, SAMPLING)
+
+    yield play
+    for players in made:
+        players.close()
+
+
+def played(completion: Completion) -> Played:
+    assert completion.played is not None
+    return completion.played
+
+
+def check_two_turns(engine: TransformersEngine, found: list[Completion]) -> None:
+    """Each rollout asked about its row, and then once more after the answer."""
+    for row, done in zip(ROWS, found, strict=True):
+        messages: list[Any] = [{"role": "user", "content": row["prompt"]}]
+        (first,) = engine.generate(engine.encode([messages]), SAMPLING)
+        messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "More"}]
+        (second,) = engine.generate(engine.encode([messages]), SAMPLING)
+        assert done.text == second.text
+        assert done.token_ids == first.token_ids + second.token_ids
+        result = played(done)
+        assert (result.reward, result.metrics, result.turns) == (row["number"] + len(second.text), {"n": 1.0}, 2)
+        assert [m["content"] for m in result.transcript] == [*(m["content"] for m in messages), second.text]
+
+
+async def converse(client: Any, row: dict[str, Any]) -> dict[str, float]:
+    messages = [{"role": "user", "content": row["prompt"]}]
+    for _ in range(2):
+        answer = await client.chat.completions.create(model=client.base_url and MODEL[0], messages=messages)
+        said = answer.choices[0].message.content
+        messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "More"}]
+    return {"reward": row["number"] + len(said), "n": 1}
+
+
+MODEL = [""]
+
+
+def test_a_function_asks_as_often_as_it_likes(
+    engine: TransformersEngine, play: Callable[..., list[Completion]]
+) -> None:
+    MODEL[0] = engine.name
+    check_two_turns(engine, play("function", converse))
+
+
+def test_a_plain_function_has_a_plain_client(engine: TransformersEngine, play: Callable[..., list[Completion]]) -> None:
+    def rollout(client: Any, row: dict[str, Any]) -> float:
+        answer = client.completions.create(model=engine.name, prompt=row["prompt"])
+        return len(answer.choices[0].text)
+
+    for row, done in zip(ROWS, play("function", rollout), strict=True):
+        (alone,) = engine.generate(engine.encode([row["prompt"]]), SAMPLING)
+        assert played(done).reward == len(alone.text)
+
+
+def test_what_a_function_raises_is_its_rollouts(play: Callable[..., list[Completion]]) -> None:
+    async def rollout(client: Any, row: dict[str, Any]) -> Any:
+        if row["number"] == 1:
+            raise ValueError("no luck")
+        if row["number"] == 2:
+            return None
+        if row["number"] == 3:
+            import asyncio
+
+            await asyncio.sleep(100)
+        return 1.0
+
+    found = [played(done) for done in play("function", rollout, Limits(seconds=2.0))]
+    assert [f.failure for f in found] == ["", "errors", "errors", "timeouts", ""]
+    assert found[1].why.startswith("raised ValueError: no luck (")
+    assert found[2].why == "gave None (NoneType) as the rollout's end, not a number"
+    assert found[3].why == "took more than 2 s (rollout_timeout)"
+
+
+def test_a_function_that_was_left_behind_is_answered_no_more(
+    engine: TransformersEngine, play: Callable[..., list[Completion]]
+) -> None:
+    kept: list[Any] = []
+
+    def rollout(client: Any, row: dict[str, Any]) -> float:
+        kept.append(client)
+        return 1.0
+
+    play("function", rollout)
+    import openai
+
+    for client in kept:
+        with pytest.raises((openai.AuthenticationError, openai.APIConnectionError)):
+            client.with_options(max_retries=0).completions.create(model=engine.name, prompt="x")
+
+
+AGENT = """
+    import json, os, sys, urllib.request
+    row = json.loads(sys.stdin.readline())
+    messages = [{"role": "user", "content": row["prompt"]}]
+    for _ in range(2):
+        request = urllib.request.Request(
+            os.environ["OPENAI_BASE_URL"] + "/chat/completions",
+            json.dumps({"model": os.environ["OPENAI_MODEL"], "messages": messages}).encode(),
+            {"Authorization": "Bearer " + os.environ["OPENAI_API_KEY"], "Content-Type": "application/json"},
+        )
+        said = json.load(urllib.request.urlopen(request))["choices"][0]["message"]["content"]
+        messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "More"}]
+    print("this is not the reward")
+    print(json.dumps({"reward": row["number"] + len(said), "metrics": {"n": 1}}))
+"""
+
+
+def program(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "agent.py"
+    file.write_text(textwrap.dedent(text))
+    return f"{sys.executable} -I -S {file}"
+
+
+def test_any_program_can_play(
+    engine: TransformersEngine, play: Callable[..., list[Completion]], tmp_path: Path
+) -> None:
+    check_two_turns(engine, play("program", program(tmp_path, AGENT)))
+
+
+def test_how_a_program_fails_is_said(play: Callable[..., list[Completion]], tmp_path: Path) -> None:
+    command = program(
+        tmp_path,
+        """
+        import json, os, signal, sys, time
+        number = json.loads(sys.stdin.readline())["number"]
+        if number == 0:
+            print("ready")
+        if number == 1:
+            sys.exit("out of paper")
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if number == 3:
+            time.sleep(100)
+        """,
+    )
+    found = [played(done) for done in play("program", command, Limits(seconds=3.0))]
+    assert [f.failure for f in found] == ["errors", "errors", "crashes", "timeouts", "errors"]
+    assert found[0].why == "printed 'ready' last, neither a number nor JSON: print the reward on the last line"
+    assert found[1].why.endswith("ended with code 1: out of paper")
+    assert found[2].why == "was killed by SIGSEGV"
+    assert found[4].why.endswith("printed nothing: print the reward on the last line")
+    (none,) = play("program", "/no/such/program", rows=ROWS[:1])
+    assert "cannot be started" in played(none).why
+
+
+def test_what_a_program_started_ends_with_it(play: Callable[..., list[Completion]], tmp_path: Path) -> None:
+    command = program(
+        tmp_path,
+        f"""
+        import subprocess, sys
+        sys.stdin.readline()
+        for new in (False, True):
+            child = subprocess.Popen(
+                [sys.executable, "-c", "import time; time.sleep(100)"], stdout=open(r"{tmp_path}/out", "a"),
+                start_new_session=new,
+            )
+            print(child.pid, file=open(r"{tmp_path}/children", "a"), flush=True)
+        print(1)
+        """,
+    )
+    (done,) = play("program", command, rows=ROWS[:1])
+    assert played(done).reward == 1.0
+    children = [int(pid) for pid in (tmp_path / "children").read_text().split()]
+    assert len(children) == 2
+    deadline = time.monotonic() + 20
+    while any(map(_lives, children)):
+        assert time.monotonic() < deadline, "a child is left"
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
