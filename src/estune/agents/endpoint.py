@@ -78,10 +78,11 @@ class Endpoint:
     Args:
         encoder: the model's; it shows conversations to the model as its chat template has them.
         sampling: how tokens are drawn where a request says nothing. Its seed is not used: each key has its own.
-        model: the name that requests have to give.
+        model: the name that requests have to give, but with `any_model`.
         host: the address to listen at; by default no other machine reaches it.
         port: the port; by default any that is free.
         requests: completions that may be asked for and not be there yet; who asks for more is told to wait (429).
+        any_model: answer requests for whatever model: of programs that name one.
 
     Attributes:
         url: its address, as OpenAI's clients take it (`base_url`).
@@ -99,6 +100,7 @@ class Endpoint:
         host: str = "127.0.0.1",
         port: int = 0,
         requests: int = 1024,
+        any_model: bool = False,
     ) -> None:
         try:
             import uvicorn
@@ -109,6 +111,7 @@ class Endpoint:
         self.encoder = encoder
         self.sampling = sampling
         self.model = model
+        self.any_model = any_model
         self._most = requests
         self._under_way = 0
         self._batcher: Batcher | None = None
@@ -464,7 +467,7 @@ class _Answering:
 
     async def _prepare(self, client: _Client, body: Body, prompts: list[Asked]) -> _Job:
         endpoint = self._endpoint
-        if body.model != endpoint.model:
+        if body.model != endpoint.model and not endpoint.any_model:
             raise _no_model(body.model, endpoint.model)
         style = None
         begin = ""

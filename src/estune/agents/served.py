@@ -31,7 +31,7 @@ class Served:
     def open(self, batcher: Batcher, sampling: Sampling) -> None:
         """Serve a member."""
         if self._endpoint is None:
-            self._endpoint = Endpoint(self._encoder, sampling, model=self.model)
+            self._endpoint = Endpoint(self._encoder, sampling, model=self.model, any_model=True)
         self._endpoint.sampling = sampling
         self._endpoint.serve(batcher)
 
