@@ -17,7 +17,9 @@ import openai
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from estune.agents.endpoint import MOST_BYTES, Endpoint, Turn
+from estune.agents.answering import MOST_BYTES
+from estune.agents.clients import Turn
+from estune.agents.endpoint import Endpoint
 from estune.completion import Sampling
 from estune.engines.continuous import Batcher, Request
 from estune.engines.prompts import PromptEncoder
@@ -124,7 +126,7 @@ def test_a_conversation_is_answered_and_told(engine: TransformersEngine, endpoin
     assert found.usage is not None
     assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(ids), 8)
     (turn,) = turns
-    assert (turn.messages, turn.tools, turn.prompt_tokens) == (messages, (), len(ids))
+    assert (turn.messages, turn.tools, turn.prompt_ids) == (messages, (), ids)
     assert turn.answer == {"role": "assistant", "content": choice.message.content}
     assert turn.completions == tuple(engine.generate([ids], NEW))
 

@@ -6,45 +6,20 @@ import itertools
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from estune.agents.play import Limits, Players
-from estune.completion import Completion, Message, Sampling
+from estune.agents.play import Limits
+from estune.completion import Message
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from estune.grading.grading import Grading
 from estune.grading.modules import load_file
 from estune.grading.rollout import FromRollout, Opening, Rollout, outcome_of, outcome_of_line
 from estune.tasks.countdown_turns import CountdownGame
-
-SAMPLING = Sampling(6)
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
-    from tests.models import save_model
-
-    return TransformersEngine(save_model(tmp_path_factory.mktemp("model"), "llama", hidden_size=64, head_dim=32))
-
-
-@pytest.fixture
-def play(engine: TransformersEngine) -> Iterator[Callable[..., list[Completion]]]:
-    """Plays one rollout of an environment for each row."""
-    made: list[Players] = []
-
-    def play(target: Any, rows: list[dict[str, Any]], limits: Limits = Limits(), **how: Any) -> list[Completion]:  # noqa: B008
-        made.append(Players(engine, engine, limits))
-        rollout = Rollout("environment", target, **how)
-        openings = [Opening(engine.encode([row["prompt"]])[0], rollout, row) for row in rows]
-        return made[-1].play(openings, SAMPLING)
-
-    yield play
-    for players in made:
-        players.close()
+from tests.agents.conftest import SAMPLING, Play
 
 
 class Echo:
@@ -62,11 +37,9 @@ class Echo:
         return self.row["next"]
 
 
-def test_turns_go_on_from_one_another_as_each_alone_would(
-    engine: TransformersEngine, play: Callable[..., list[Completion]]
-) -> None:
+def test_turns_go_on_from_one_another_as_each_alone_would(engine: TransformersEngine, play: Play) -> None:
     rows = [{"prompt": f"Say {n}", "turns": 1 + n % 3, "next": f" and {n}"} for n in range(7)]
-    for row, found in zip(rows, play(Echo, rows, chat=False), strict=True):
+    for row, found in zip(rows, play("environment", Echo, rows, chat=False), strict=True):
         text = row["prompt"]
         tokens: list[int] = []
         for _ in range(row["turns"]):
@@ -79,10 +52,10 @@ def test_turns_go_on_from_one_another_as_each_alone_would(
         assert "".join(m["content"] for m in found.played.transcript) + row["next"] == text
 
 
-def test_conversations_go_through_the_chat_template(
-    engine: TransformersEngine, play: Callable[..., list[Completion]]
-) -> None:
-    (found,) = play(Echo, [{"prompt": "Hello", "turns": 2, "next": [{"role": "user", "content": "Again"}]}])
+def test_conversations_go_through_the_chat_template(engine: TransformersEngine, play: Play) -> None:
+    (found,) = play(
+        "environment", Echo, [{"prompt": "Hello", "turns": 2, "next": [{"role": "user", "content": "Again"}]}]
+    )
     assert found.played is not None
     messages: list[Message] = found.played.transcript
     assert [m["role"] for m in messages] == ["user", "assistant", "user", "assistant"]
@@ -104,9 +77,7 @@ def test_conversations_go_through_the_chat_template(
         ({"reward": None}, "", ""),
     ],
 )
-def test_an_end_that_is_no_reward_says_so(
-    end: Any, failure: str, why: str, play: Callable[..., list[Completion]]
-) -> None:
+def test_an_end_that_is_no_reward_says_so(end: Any, failure: str, why: str, play: Play) -> None:
     import re
 
     class Bad(Echo):
@@ -115,20 +86,20 @@ def test_an_end_that_is_no_reward_says_so(
                 raise KeyError("what")
             return end
 
-    (found,) = play(Bad, [{"prompt": "Hello"}], Limits(turns=3))
+    (found,) = play("environment", Bad, [{"prompt": "Hello"}], Limits(turns=3))
     assert found.played is not None
     assert (found.played.failure, found.played.reward) == (failure, None)
     assert re.search(why, found.played.why)
 
 
-def test_a_conversation_longer_than_the_model_reaches_ends(play: Callable[..., list[Completion]]) -> None:
-    (found,) = play(Echo, [{"prompt": "Hello", "turns": 9, "next": "word " * 60}], chat=False)
+def test_a_conversation_longer_than_the_model_reaches_ends(play: Play) -> None:
+    (found,) = play("environment", Echo, [{"prompt": "Hello", "turns": 9, "next": "word " * 60}], chat=False)
     assert found.played is not None
     assert found.played.failure == "too_long"
     assert "and the model reaches 256" in found.played.why
 
 
-def test_a_step_that_hangs_costs_its_rollout_alone(play: Callable[..., list[Completion]]) -> None:
+def test_a_step_that_hangs_costs_its_rollout_alone(play: Play) -> None:
     ever = threading.Event()
 
     class Hangs(Echo):
@@ -139,19 +110,19 @@ def test_a_step_that_hangs_costs_its_rollout_alone(play: Callable[..., list[Comp
 
     began = time.monotonic()
     rows = [{"prompt": "Hello", "hangs": n == 1} for n in range(4)]
-    found = play(Hangs, rows, Limits(turn_seconds=0.3, at_once=1))
+    found = play("environment", Hangs, rows, Limits(turn_seconds=0.3, at_once=1))
     ever.set()
     assert [c.played and c.played.failure for c in found] == ["", "timeouts", "", ""]
     assert time.monotonic() - began < 60
 
 
-def test_not_an_environment_is_said(play: Callable[..., list[Completion]]) -> None:
-    (found,) = play(dict, [{"prompt": "Hello"}])
+def test_not_an_environment_is_said(play: Play) -> None:
+    (found,) = play("environment", dict, [{"prompt": "Hello"}])
     assert found.played is not None
     assert found.played.why == "dict has no reset and no step: an environment needs both"
 
 
-def test_what_rollouts_come_to_is_graded(play: Callable[..., list[Completion]]) -> None:
+def test_what_rollouts_come_to_is_graded(play: Play) -> None:
     class Game(Echo):
         def step(self, completion: str) -> Any:
             return {"reward": self.row["worth"], "solved": 1, "metrics": {"moves": 3.0}}
@@ -161,7 +132,7 @@ def test_what_rollouts_come_to_is_graded(play: Callable[..., list[Completion]]) 
             return []
 
     rows = [{"prompt": "Hello", "worth": w} for w in (2.0, None)]
-    found = [*play(Game, rows), *play(Slow, rows[:1], Limits(turns=1))]
+    found = [*play("environment", Game, rows), *play("environment", Slow, rows[:1], Limits(turns=1))]
     with Grading([FromRollout(), FromRollout("solved")], [1.0, 0.0]) as grading:
         grades = grading.grade([*rows, rows[0]], found)
     assert grades.total == [2.0, 0.0, 0.0]  # of the second only `solved` applies; the third did not come to an end

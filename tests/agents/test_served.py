@@ -5,40 +5,18 @@ from __future__ import annotations
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from estune.agents.play import Limits, Players
-from estune.completion import Completion, Played, Sampling
+from estune.agents.play import Limits
+from estune.completion import Completion, Played
 from estune.engines.transformers import TransformersEngine
-from estune.grading.rollout import Kind, Opening, Rollout
-from tests.models import save_model
+from tests.agents.conftest import SAMPLING, Play
 
-SAMPLING = Sampling(6)
 ROWS = [{"prompt": f"Say {n}", "number": n} for n in range(5)]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
-    return TransformersEngine(save_model(tmp_path_factory.mktemp("model"), "llama", hidden_size=64, head_dim=32))
-
-
-@pytest.fixture
-def play(engine: TransformersEngine) -> Iterator[Callable[..., list[Completion]]]:
-    made: list[Players] = []
-
-    def play(kind: Kind, target: Any, limits: Limits = Limits(), rows: Any = ROWS) -> list[Completion]:  # noqa: B008
-        made.append(Players(engine, engine, limits))
-        openings = [Opening(engine.encode([row["prompt"]])[0], Rollout(kind, target), row) for row in rows]
-        return made[-1].play(openings, SAMPLING)
-
-    yield play
-    for players in made:
-        players.close()
 
 
 def played(completion: Completion) -> Played:
@@ -56,6 +34,7 @@ def check_two_turns(engine: TransformersEngine, found: list[Completion]) -> None
         assert done.text == second.text
         assert done.token_ids == first.token_ids + second.token_ids
         result = played(done)
+        assert result.first == (engine.encode([messages[:1]])[0], first.token_ids)
         assert (result.reward, result.metrics, result.turns) == (row["number"] + len(second.text), {"n": 1.0}, 2)
         assert [m["content"] for m in result.transcript] == [*(m["content"] for m in messages), second.text]
 
@@ -69,23 +48,21 @@ async def converse(client: Any, row: dict[str, Any]) -> dict[str, float]:
     return {"reward": row["number"] + len(said), "n": 1}
 
 
-def test_a_function_asks_as_often_as_it_likes(
-    engine: TransformersEngine, play: Callable[..., list[Completion]]
-) -> None:
-    check_two_turns(engine, play("function", converse))
+def test_a_function_asks_as_often_as_it_likes(engine: TransformersEngine, play: Play) -> None:
+    check_two_turns(engine, play("function", converse, ROWS))
 
 
-def test_a_plain_function_has_a_plain_client(engine: TransformersEngine, play: Callable[..., list[Completion]]) -> None:
+def test_a_plain_function_has_a_plain_client(engine: TransformersEngine, play: Play) -> None:
     def rollout(client: Any, row: dict[str, Any]) -> float:
         answer = client.completions.create(model=engine.name, prompt=row["prompt"])
         return len(answer.choices[0].text)
 
-    for row, done in zip(ROWS, play("function", rollout), strict=True):
+    for row, done in zip(ROWS, play("function", rollout, ROWS), strict=True):
         (alone,) = engine.generate(engine.encode([row["prompt"]]), SAMPLING)
         assert played(done).reward == len(alone.text)
 
 
-def test_what_a_function_raises_is_its_rollouts(play: Callable[..., list[Completion]]) -> None:
+def test_what_a_function_raises_is_its_rollouts(play: Play) -> None:
     async def rollout(client: Any, row: dict[str, Any]) -> Any:
         if row["number"] == 1:
             raise ValueError("no luck")
@@ -97,23 +74,21 @@ def test_what_a_function_raises_is_its_rollouts(play: Callable[..., list[Complet
             await asyncio.sleep(100)
         return 1.0
 
-    found = [played(done) for done in play("function", rollout, Limits(seconds=2.0))]
+    found = [played(done) for done in play("function", rollout, ROWS, Limits(seconds=2.0))]
     assert [f.failure for f in found] == ["", "errors", "errors", "timeouts", ""]
     assert found[1].why.startswith("raised ValueError: no luck (")
     assert found[2].why == "gave None (NoneType) as the rollout's end, not a number"
     assert found[3].why == "took more than 2 s (rollout_timeout)"
 
 
-def test_a_function_that_was_left_behind_is_answered_no_more(
-    engine: TransformersEngine, play: Callable[..., list[Completion]]
-) -> None:
+def test_a_function_that_was_left_behind_is_answered_no_more(engine: TransformersEngine, play: Play) -> None:
     kept: list[Any] = []
 
     def rollout(client: Any, row: dict[str, Any]) -> float:
         kept.append(client)
         return 1.0
 
-    play("function", rollout)
+    play("function", rollout, ROWS)
     import openai
 
     for client in kept:
@@ -144,13 +119,11 @@ def program(tmp_path: Path, text: str) -> str:
     return f"{sys.executable} -I -S {file}"
 
 
-def test_any_program_can_play(
-    engine: TransformersEngine, play: Callable[..., list[Completion]], tmp_path: Path
-) -> None:
-    check_two_turns(engine, play("program", program(tmp_path, AGENT)))
+def test_any_program_can_play(engine: TransformersEngine, play: Play, tmp_path: Path) -> None:
+    check_two_turns(engine, play("program", program(tmp_path, AGENT), ROWS))
 
 
-def test_how_a_program_fails_is_said(play: Callable[..., list[Completion]], tmp_path: Path) -> None:
+def test_how_a_program_fails_is_said(play: Play, tmp_path: Path) -> None:
     command = program(
         tmp_path,
         """
@@ -166,17 +139,17 @@ def test_how_a_program_fails_is_said(play: Callable[..., list[Completion]], tmp_
             time.sleep(100)
         """,
     )
-    found = [played(done) for done in play("program", command, Limits(seconds=3.0))]
+    found = [played(done) for done in play("program", command, ROWS, Limits(seconds=3.0))]
     assert [f.failure for f in found] == ["errors", "errors", "crashes", "timeouts", "errors"]
     assert found[0].why == "printed 'ready' last, neither a number nor JSON: print the reward on the last line"
     assert found[1].why.endswith("ended with code 1: out of paper")
     assert found[2].why == "was killed by SIGSEGV"
     assert found[4].why.endswith("printed nothing: print the reward on the last line")
-    (none,) = play("program", "/no/such/program", rows=ROWS[:1])
+    (none,) = play("program", "/no/such/program", ROWS[:1])
     assert "cannot be started" in played(none).why
 
 
-def test_what_a_program_started_ends_with_it(play: Callable[..., list[Completion]], tmp_path: Path) -> None:
+def test_what_a_program_started_ends_with_it(play: Play, tmp_path: Path) -> None:
     command = program(
         tmp_path,
         f"""
@@ -191,7 +164,7 @@ def test_what_a_program_started_ends_with_it(play: Callable[..., list[Completion
         print(1)
         """,
     )
-    (done,) = play("program", command, rows=ROWS[:1])
+    (done,) = play("program", command, ROWS[:1])
     assert played(done).reward == 1.0
     children = [int(pid) for pid in (tmp_path / "children").read_text().split()]
     assert len(children) == 2

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from estune.config import load
+from estune.errors import EstuneError
+from estune.grading.rollout import Rollout
 from estune.journal.journal import Journal
 from estune.run.trainer import Trainer
 
 SETTINGS = ("task=countdown-turns", "task.eval_size=16", "population=4", "prompts_per_step=12", "eval_steps=2")
-GUESS = """
-train = [{"prompt": f"Guess {n}", "number": n} for n in range(8)]
-evaluation = [{"prompt": "Guess what", "number": 9}]
-accuracy = "long"
-
-
-class Environment:
-    def reset(self, row):
-        self.said = [row["prompt"]]
-        return row["prompt"]
-
-    def step(self, completion):
-        self.said.append(completion)
-        if len(self.said) == 3:
-            return {"reward": float(len(set("".join(self.said)))), "long": len(completion) > 5}
-        return "Again."
-"""
+ROOT = Path(__file__).parents[2]
 
 
 def train(output: Path, *settings: str) -> Journal:
@@ -54,11 +43,46 @@ def test_a_run_of_two_tries_is_the_same_on_two_replicas_and_when_resumed(tmp_pat
     assert 2 in {row["turns"] for row in evaluated}
 
 
-def test_an_environment_in_a_file_is_trained_on(tmp_path: Path) -> None:
-    (tmp_path / "guess.py").write_text(GUESS)
-    task = f"task={tmp_path / 'guess.py'}"
-    Trainer(load(None, [task, "population=2", "prompts_per_step=3", "steps=1", "replicas=1", "max_new_tokens=12",
-                        "report_to=none", f"output_dir={tmp_path / 'run'}"])).train()  # fmt: skip
-    journal = Journal.read(tmp_path / "run")
-    assert journal.steps[0].metrics["turns"] == 2
-    assert journal.evaluations[-1].metrics["eval_accuracy"] == 1.0
+def train_small(output: Path, *settings: str) -> Journal:
+    small = ("population=2", "prompts_per_step=3", "steps=1", "replicas=1", "max_new_tokens=12", "report_to=none")
+    Trainer(load(None, [*small, f"output_dir={output}", *settings])).train()
+    return Journal.read(output)
+
+
+def test_the_documented_environment_is_trained_on(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "agents.md").read_text()
+    (tmp_path / "guess.py").write_text(text[text.index("# guess.py") :].partition("```")[0])
+    journal = train_small(tmp_path / "run", f"task={tmp_path / 'guess.py'}")
+    assert 1 <= journal.steps[0].metrics["turns"] <= 3
+    (row,) = pq.read_table(tmp_path / "run" / "completions" / "evaluation-00001.parquet").to_pylist()
+    roles = [message["role"] for message in json.loads(row["transcript"])]
+    assert roles == ["user", "assistant"] * row["turns"]
+
+
+def test_the_example_of_a_program_is_trained_on(tmp_path: Path) -> None:
+    """The embedded model knows these facts, and says more than that."""
+    command = f"{sys.executable} -I -S {ROOT / 'examples' / 'agent.py'}"
+    data = ("task.name=custom", f"task.data={ROOT / 'examples' / 'facts.jsonl'}", "task.accuracy=right")
+    journal = train_small(tmp_path / "run", *data, f"task.program={command}", "task.eval_size=3", "max_new_tokens=40")
+    first = journal.evaluations[0].metrics
+    assert (first["eval_accuracy"], first["eval_turns"], first["eval_kl"]) == (1.0, 1.0, 0.0)
+    (row, *_) = pq.read_table(tmp_path / "run" / "completions" / "evaluation-00000.parquet").to_pylist()
+    assert row["reward"] == pytest.approx(1 - len(row["completion"]) / 200)
+
+
+def test_a_run_whose_rollouts_are_all_late_goes_on(tmp_path: Path) -> None:
+    """Nothing was completed that could be compared with the base model."""
+    data = ("task.name=custom", f"task.data={ROOT / 'examples' / 'facts.jsonl'}", "task.eval_size=3")
+    journal = train_small(tmp_path / "run", *data, "task.program=sleep 60", "rollout_timeout=0.2")
+    assert journal.evaluations[0].metrics["eval_rewards/rollout/timeouts"] == 3
+    assert "eval_kl" not in journal.evaluations[0].metrics
+
+
+def test_what_other_processes_cannot_import_is_refused(tmp_path: Path) -> None:
+    class Local:
+        pass
+
+    task = dataclasses.replace(load(None, SETTINGS).task.build(0), rollout=Rollout("environment", Local))
+    with pytest.raises(EstuneError, match=r"rollout .*Local: other processes play it too.*or set replicas=1"):
+        Trainer(load(None, [*SETTINGS, "replicas=2", f"output_dir={tmp_path / 'run'}"]), task=task)
+    assert not (tmp_path / "run").exists()

@@ -198,7 +198,7 @@ def test_seeds_are_averaged_and_settings_ranked(tmp_path: Path) -> None:
     draw_effects(declared, tmp_path / "effects.svg")
     assert ">20%</text>" in (tmp_path / "effects.svg").read_text()
     drawn = ElementTree.fromstring((tmp_path / "effects.svg").read_text())
-    assert drawn.get("aria-label") == "eval_accuracy, eval_accuracy, % by sigma; eval_accuracy, eval_accuracy, % by seed"
+    assert drawn.get("aria-label") == "eval_accuracy, % by sigma; eval_accuracy, % by seed"
     with pytest.raises(EstuneError, match="no effect to draw"):
         draw_effects(found[:1], tmp_path / "none.svg")
 

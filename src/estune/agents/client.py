@@ -7,9 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from estune.agents.play import Limits, Run, Stopped
-from estune.agents.served import Served
-from estune.completion import Sampling
-from estune.engines.continuous import Batcher
+from estune.agents.served import ServedPlayer
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
 from estune.grading.convention import is_async
@@ -22,7 +20,7 @@ NO_KEY = "none"  # the client wants one from the beginning; each rollout has its
 _CLOSE_SECONDS = 5.0
 
 
-class FunctionPlayer:
+class FunctionPlayer(ServedPlayer):
     """As `Player`, for functions: all that are `async` share one event loop, others have a thread each.
 
     Args:
@@ -31,24 +29,15 @@ class FunctionPlayer:
     """
 
     def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
-        self._served = Served(encoder)
-        self._limits = limits
+        super().__init__(encoder, limits)
         self._lock = threading.Lock()  # rollouts begin in many threads, and share one loop and one client
         self._loop: asyncio.AbstractEventLoop | None = None
         self._async_client: AsyncOpenAI | None = None
         self._client: OpenAI | None = None
 
-    def open(self, batcher: Batcher, sampling: Sampling) -> None:
-        """As `Player.open`."""
-        self._served.open(batcher, sampling)
-
-    def shut(self) -> None:
-        """As `Player.shut`."""
-        self._served.shut()
-
     def close(self) -> None:
         """As `Player.close`."""
-        self._served.close()
+        super().close()
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -61,7 +50,7 @@ class FunctionPlayer:
         """As `Player.play`."""
         function = run.opening.rollout.target
         row = dict(run.opening.row)
-        with self._served.admitted(run) as (url, key):
+        with self.admitted(run) as (url, key):
             if not is_async(function):
                 return outcome_of(function(self._plain(url, key), row))
             client = self._asynchronous(url, key)

@@ -9,67 +9,33 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 import secrets
 import socket
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import date
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from estune.agents.answers import DONE, Writer, ending, usage
-from estune.agents.requests import Body, ChatBody, Refusal, TextBody, read_body, shown_message
-from estune.agents.tools import Style, beginning, find_style, parse_calls
-from estune.completion import Completion, Message, Sampling
-from estune.engines.continuous import Batcher, Request
+from estune.agents.answering import application
+from estune.agents.clients import Asked, Client, Turn
+from estune.agents.requests import Refusal
+from estune.agents.tools import Style, find_style
+from estune.completion import Sampling
+from estune.engines.continuous import Batcher
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError, first_line
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
-
-log = logging.getLogger(__name__)
-
-MOST_BYTES = 16 << 20
-"""Of a request's body."""
+IDLE_SECONDS = 120
+"""How long a connection is kept without a request: one that a client is about to use again must not be closed."""
 BACKLOG = 4096
 """Connections that the system keeps until they are taken."""
 ENCODED = 1024
 """Prompts whose token ids are kept: the members of a population are asked the same."""
 LONGEST_ENCODED = 16_000
 """Characters of the longest of them."""
-
-Asked = list[Message] | str | list[int]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one prompt asked and got.
-
-    Attributes:
-        messages: as they were sent; of /v1/completions the prompt, as text or token ids.
-        tools: as they were sent.
-        answers: the assistant's messages, as they were sent, with `tool_calls` where the model called functions: as
-            many as were asked for, of one prompt.
-        completions: what the model generated for each.
-        prompt_tokens: tokens that the model was shown.
-    """
-
-    messages: Asked
-    tools: tuple[dict[str, Any], ...]
-    answers: tuple[Message, ...]
-    completions: tuple[Completion, ...]
-    prompt_tokens: int
-
-    @property
-    def answer(self) -> Message:
-        """The first of the answers, which is the only one where `n` is not given."""
-        return self.answers[0]
 
 
 class Endpoint:
@@ -105,7 +71,7 @@ class Endpoint:
         try:
             import uvicorn
 
-            app = _application(self)
+            app = application(self)
         except ImportError as error:
             raise EstuneError(f"an endpoint needs {error.name}: pip install 'estune[agents]'") from error
         self.encoder = encoder
@@ -115,7 +81,7 @@ class Endpoint:
         self._most = requests
         self._under_way = 0
         self._batcher: Batcher | None = None
-        self._clients: dict[bytes, _Client] = {}
+        self._clients: dict[bytes, Client] = {}
         self._lock = threading.Lock()
         self._encoding = ThreadPoolExecutor(1, "estune-endpoint-encode")
         self._encoded = lru_cache(maxsize=ENCODED)(self._encode)
@@ -125,7 +91,7 @@ class Endpoint:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app, log_config=None, log_level="critical", access_log=False, lifespan="off", loop="asyncio", ws="none",
-                timeout_graceful_shutdown=1, backlog=BACKLOG, server_header=False,
+                timeout_graceful_shutdown=1, timeout_keep_alive=IDLE_SECONDS, backlog=BACKLOG, server_header=False,
             )
         )  # fmt: skip
         self._thread = threading.Thread(target=self._run, name="estune-endpoint", daemon=True)
@@ -160,7 +126,7 @@ class Endpoint:
         with self._lock:
             if self._batcher is None:
                 raise EstuneError("no weights are served: call serve first")
-            self._clients[_digest(key)] = _Client(self._batcher, seed, told)
+            self._clients[_digest(key)] = Client(self._batcher, seed, told)
         return key
 
     def revoke(self, key: str) -> None:
@@ -187,7 +153,7 @@ class Endpoint:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def client(self, authorization: str) -> _Client:
+    def client(self, authorization: str) -> Client:
         """Who has sent a request.
 
         Raises:
@@ -258,406 +224,6 @@ class Endpoint:
         asyncio.run(self._server.serve(sockets=[self._socket]))
 
 
-class _Client:
-    """Whoever has a key: the weights that it may ask, and what it has under way."""
-
-    def __init__(self, batcher: Batcher, seed: int, told: Callable[[Turn], None]) -> None:
-        self.revoked = False
-        self._batcher = batcher
-        self._seed = seed
-        self._told = told
-        self._asked: Counter[int] = Counter()
-        self._futures: set[Future[Completion]] = set()
-        self._lock = threading.RLock()
-
-    def seeds(self, ids: Sequence[int], given: int | None, count: int) -> list[int]:
-        """A seed for each of so many completions of a prompt: of the request's seed, or else of the client's."""
-        if given is not None:
-            return [_hash(given, index) for index in range(count)]
-        prompt = _hash(tuple(ids))
-        with self._lock:
-            times = self._asked[prompt]
-            self._asked[prompt] += 1
-        return [_hash(self._seed, index, times, prompt) for index in range(count)]
-
-    def submit(self, request: Request) -> Future[Completion]:
-        """As `Batcher.submit`, for a prompt that has been checked.
-
-        Raises:
-            Refusal: the key was revoked, or the batcher has ended.
-        """
-        with self._lock:
-            self.check()
-            try:
-                future = self._batcher.submit(request)
-            except EstuneError as error:
-                raise Refusal(503, str(error)) from error
-            self._futures.add(future)
-        future.add_done_callback(self._futures.discard)
-        return future
-
-    def tell(self, turns: Sequence[Turn]) -> None:
-        """Tell of turns.
-
-        Raises:
-            Refusal: the key was revoked.
-        """
-        with self._lock:
-            self.check()
-            for turn in turns:
-                self._told(turn)
-
-    def check(self) -> None:
-        """Refuse, if the key was revoked."""
-        if self.revoked:
-            raise Refusal(401, "this key is no longer good for the weights that are served", "invalid_api_key")
-
-    def revoke(self) -> None:
-        """Cancel what is under way, and refuse what comes."""
-        with self._lock:
-            self.revoked = True
-            for future in list(self._futures):
-                future.cancel()
-
-
-@dataclass
-class _Job:
-    """A request that is being answered.
-
-    Attributes:
-        endpoint, client, body: whose it is, and what it asks.
-        prompts: as they were sent.
-        ids: token ids of each.
-        sampling: for each.
-        style: how the model writes calls, where it was told of tools.
-        begin: how each answer begins.
-    """
-
-    endpoint: Endpoint
-    client: _Client
-    body: Body
-    prompts: list[Asked]
-    ids: list[list[int]]
-    sampling: list[Sampling]
-    style: Style | None
-    begin: str
-
-    @property
-    def count(self) -> int:
-        """Completions of each prompt."""
-        return self.body.n or 1
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens that are read."""
-        return sum(map(len, self.ids))
-
-    def submit(self, told: Callable[[int, str], None] | None = None) -> list[Future[Completion]]:
-        """Ask for all completions, prompt after prompt.
-
-        Args:
-            told: called with a completion's number and its text so far.
-        """
-        futures: list[Future[Completion]] = []
-        for ids, sampling in zip(self.ids, self.sampling, strict=True):
-            for seed in self.client.seeds(ids, self.body.seed, self.count):
-                number = len(futures)
-                hear = None if told is None else lambda text, number=number: told(number, text)
-                futures.append(self.client.submit(Request(ids, replace(sampling, seed=seed), self.body.stops, hear)))
-        return futures
-
-    def answer(self, completion: Completion, number: int) -> Message:
-        """A completion as the assistant's message."""
-        if self.style is None:
-            return {"role": "assistant", "content": completion.text}
-        body = self.body
-        assert isinstance(body, ChatBody)
-        text = self.begin + self._spelled(completion)
-        seed = _hash(self.prompt_tokens, number, 0, tuple(completion.token_ids))
-        content, calls = parse_calls(text, self.style, body.shown_tools, seed)
-        if calls:
-            return {"role": "assistant", "content": content or None, "tool_calls": calls}
-        return {"role": "assistant", "content": self.begin + completion.text}
-
-    def tell(self, answers: Sequence[Message], completions: Sequence[Completion]) -> None:
-        """Tell the client's owner of all turns."""
-        tools = tuple(self.body.tools or ()) if isinstance(self.body, ChatBody) else ()
-        turns = []
-        for place, (prompt, ids) in enumerate(zip(self.prompts, self.ids, strict=True)):
-            part = slice(place * self.count, (place + 1) * self.count)
-            turns.append(Turn(prompt, tools, tuple(answers[part]), tuple(completions[part]), len(ids)))
-        self.client.tell(turns)
-
-    def _spelled(self, completion: Completion) -> str:
-        """A completion's text with its special tokens, as far as it goes, without the token that ended it."""
-        tokenizer = self.endpoint.encoder.tokenizer
-        ids = completion.token_ids
-        plain: str = tokenizer.decode(ids, skip_special_tokens=True)
-        if plain == completion.text:
-            spelled: str = tokenizer.decode(ids[:-1] if completion.finished else ids, skip_special_tokens=False)
-            return spelled
-        whole: str = tokenizer.decode(ids, skip_special_tokens=False)
-        return whole[: min((place for stop in self.body.stops if (place := whole.find(stop)) >= 0), default=None)]
-
-
-class _Answering:
-    """Answers requests of one kind; an application of ASGI's.
-
-    Args:
-        endpoint: whose it is.
-        kind: of request.
-    """
-
-    def __init__(self, endpoint: Endpoint, kind: type[ChatBody] | type[TextBody]) -> None:
-        self._endpoint = endpoint
-        self._kind = kind
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, unless the client leaves."""
-        from starlette.requests import Request as Asking
-
-        asking = Asking(scope, receive)
-        begun = False
-
-        async def sending(message: Any) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        try:
-            client = self._endpoint.client(asking.headers.get("authorization", ""))
-            body = read_body(self._kind, await _read(asking))
-            prompts: list[Asked] = [body.messages] if isinstance(body, ChatBody) else [*body.prompts]
-            with self._endpoint.place(len(prompts) * (body.n or 1)):
-                work = asyncio.ensure_future(self._answer(client, body, prompts, scope, receive, sending))
-                left = asyncio.ensure_future(_leaves(receive))
-                try:
-                    await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    left.cancel()
-                    work.cancel()
-                with suppress(asyncio.CancelledError):
-                    await work
-        except Exception as error:
-            refusal = _refusal(error)
-            if begun:  # a stream ends with the error
-                await send({"type": "http.response.body", "body": _event(refusal) + DONE, "more_body": False})
-            else:
-                await _refuse(refusal)(scope, receive, send)
-
-    async def _answer(
-        self, client: _Client, body: Body, prompts: list[Asked], scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        try:
-            job = await self._prepare(client, body, prompts)
-        except EstuneError as error:
-            raise Refusal(400, str(error)) from error
-        writer = Writer(self._endpoint.model, isinstance(body, ChatBody))
-        if body.stream:
-            await _stream(job, writer, send)
-            return
-        from starlette.responses import JSONResponse
-
-        completions = await _results(job, job.submit())
-        answers = [job.answer(completion, number) for number, completion in enumerate(completions)]
-        job.tell(answers, completions)
-        used = usage(job.prompt_tokens, completions)
-        whole = writer.whole(list(zip(answers, completions, strict=True)), used)
-        await JSONResponse(whole)(scope, receive, send)
-
-    async def _prepare(self, client: _Client, body: Body, prompts: list[Asked]) -> _Job:
-        endpoint = self._endpoint
-        if body.model != endpoint.model and not endpoint.any_model:
-            raise _no_model(body.model, endpoint.model)
-        style = None
-        begin = ""
-        options: dict[str, Any] = {}
-        shown = prompts
-        if isinstance(body, ChatBody):
-            forced = body.forced
-            options = dict(body.chat_template_kwargs or {})
-            shown = [[shown_message(message) for message in body.messages]]
-            if body.shown_tools:
-                style = endpoint.style()
-                begin = beginning(style, forced)
-                options["tools"] = body.shown_tools
-        ids = [await endpoint.encode(each, options, begin) for each in shown]
-        sampling = [_fitting(each, body, endpoint) for each in ids]
-        for each, drawn in zip(ids, sampling, strict=True):
-            endpoint.encoder.check([each], drawn)
-        return _Job(endpoint, client, body, prompts, ids, sampling, style, begin)
-
-
-def _fitting(ids: Sequence[int], body: Body, endpoint: Endpoint) -> Sampling:
-    """How a prompt's completion is drawn; as long as there is room, where the request does not say how long."""
-    sampling = body.sampling(endpoint.sampling)
-    positions = endpoint.encoder.positions
-    if positions is None:
-        return sampling
-    room = positions - len(ids)
-    wanted = body.most_tokens or 1
-    if room < wanted:
-        raise Refusal(
-            400,
-            f"the model reaches {positions} tokens, and the prompt has {len(ids)}, with {wanted} to come; shorten it "
-            "or lower max_tokens",
-            "context_length_exceeded",
-            "prompt" if isinstance(body, TextBody) else "messages",
-        )
-    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-
-
-async def _results(job: _Job, futures: Sequence[Future[Completion]]) -> list[Completion]:
-    """All completions. What is left of them is cancelled where they are waited for no longer."""
-    try:
-        return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or not task.cancelling():  # it was not that nobody waits for it
-            job.client.check()
-            raise Refusal(503, "these weights are no longer served") from None
-        raise
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-async def _stream(job: _Job, writer: Writer, send: Send) -> None:
-    """Send pieces as they come; where there may be tool calls, all at the end."""
-    loop = asyncio.get_running_loop()
-    heard: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
-
-    def tell(number: int, text: str | None) -> None:
-        with suppress(RuntimeError):  # the endpoint has been closed
-            loop.call_soon_threadsafe(heard.put_nowait, (number, text))
-
-    async def put(piece: bytes, *, more: bool = True) -> None:
-        await send({"type": "http.response.body", "body": piece, "more_body": more})
-
-    futures = job.submit(tell if job.style is None else None)
-    try:
-        for number, future in enumerate(futures):
-            future.add_done_callback(lambda _, number=number: tell(number, None))  # type: ignore[misc]
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        sent = [""] * len(futures)
-        answers: list[Message] = [{}] * len(futures)
-        if writer.chat:
-            for number in range(len(futures)):
-                await put(writer.begun(number))
-        left = len(futures)
-        while left:
-            number, text = await heard.get()
-            if text is None:
-                left -= 1
-                completion = await _result(job, futures[number])
-                answers[number] = job.answer(completion, number)
-                text = answers[number]["content"] or ""
-            if len(text) > len(sent[number]):
-                await put(writer.grown(number, text[len(sent[number]) :]))
-                sent[number] = text
-            if answers[number]:
-                if calls := answers[number].get("tool_calls"):
-                    await put(writer.called(number, calls))
-                await put(writer.ended(number, ending(futures[number].result(), answers[number])))
-        completions = [future.result() for future in futures]
-        job.tell(answers, completions)
-        if job.body.include_usage:
-            await put(writer.used(usage(job.prompt_tokens, completions)))
-        await put(DONE, more=False)
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-async def _result(job: _Job, future: Future[Completion]) -> Completion:
-    (completion,) = await _results(job, [future])
-    return completion
-
-
-async def _leaves(receive: Receive) -> None:
-    """Wait until the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _read(asking: Any) -> bytes:
-    """A request's body.
-
-    Raises:
-        Refusal: it is too large.
-    """
-    raw = bytearray()
-    async for piece in asking.stream():
-        raw += piece
-        if len(raw) > MOST_BYTES:
-            raise Refusal(413, f"the body has more than {MOST_BYTES} bytes; send less")
-    return bytes(raw)
-
-
-def _refusal(error: Exception) -> Refusal:
-    """What a client is told of an error."""
-    if isinstance(error, Refusal):
-        return error
-    log.warning("endpoint: %s: %s", type(error).__name__, first_line(error))
-    return Refusal(500, f"the request has failed: {first_line(error)}")
-
-
-def _refuse(refusal: Refusal) -> ASGIApp:
-    from starlette.responses import JSONResponse
-
-    headers = {"retry-after": "1"} if refusal.status == 429 else None
-    return JSONResponse(refusal.body(), refusal.status, headers)
-
-
-def _event(refusal: Refusal) -> bytes:
-    return b"data: " + json.dumps(refusal.body()).encode() + b"\n\n"
-
-
-def _no_model(found: str, model: str) -> Refusal:
-    return Refusal(404, f"model {found!r:.80} is not served here; {model!r} is", "model_not_found", "model")
-
-
-def _application(endpoint: Endpoint) -> ASGIApp:
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import Request as Asking
-    from starlette.responses import JSONResponse, Response
-    from starlette.routing import Route
-
-    def described() -> dict[str, Any]:
-        return {"id": endpoint.model, "object": "model", "created": 0, "owned_by": "estune"}
-
-    async def models(asking: Asking) -> Response:
-        endpoint.client(asking.headers.get("authorization", ""))
-        return JSONResponse({"object": "list", "data": [described()]})
-
-    async def model(asking: Asking) -> Response:
-        endpoint.client(asking.headers.get("authorization", ""))
-        if asking.path_params["name"] != endpoint.model:
-            raise _no_model(asking.path_params["name"], endpoint.model)
-        return JSONResponse(described())
-
-    async def refused(asking: Asking, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
-        return _refuse(error)  # type: ignore[return-value]
-
-    async def unknown(asking: Asking, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        where = f"{asking.method} {asking.url.path}"
-        return _refuse(Refusal(error.status_code, f"{where}: there is nothing here", "unknown_url"))  # type: ignore[return-value]
-
-    return Starlette(
-        routes=[
-            Route("/v1/chat/completions", _Answering(endpoint, ChatBody), methods=["POST"]),
-            Route("/v1/completions", _Answering(endpoint, TextBody), methods=["POST"]),
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", model),
-        ],
-        exception_handlers={Refusal: refused, HTTPException: unknown},
-    )
-
-
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -670,8 +236,3 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
-
-
-def _hash(*values: Any) -> int:
-    """63 bits of what is given."""
-    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest()) >> 1

@@ -62,7 +62,9 @@ class EnvironmentPlayer:
             run.turn = time.monotonic()
             said = game.step(answer)
             if not isinstance(said, str | list):
-                return outcome_of(said if isinstance(said, Mapping) else _scalar(said))
+                if said is None:
+                    raise EstuneError("step gave None: give it messages or text to go on with, or the reward")
+                return outcome_of(said)
             if isinstance(said, str):
                 text = None if text is None else text + said
                 said = [{"role": "user" if text is None else "text", "content": said}]
@@ -83,16 +85,10 @@ class EnvironmentPlayer:
             (ids,) = self._encoder.encode([prompt])
         sampling = self._sampling
         reach = self._encoder.positions
-        if reach is not None and run.completions:  # the first turn has been checked
+        if reach is not None:
             if len(ids) >= reach:
                 raise TooLong(f"has come to {len(ids)} tokens, and the model reaches {reach}")
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, reach - len(ids)))
         answer = ask(batcher, run, ids, sampling).text
         run.transcript.append({"role": "assistant", "content": answer})
         return answer
-
-
-def _scalar(said: Any) -> Any:
-    if said is None:
-        raise EstuneError("step gave None: give it messages or text to go on with, or the reward")
-    return said

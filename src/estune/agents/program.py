@@ -18,9 +18,7 @@ from typing import IO
 import psutil
 
 from estune.agents.play import Limits, Run, Stopped
-from estune.agents.served import Served
-from estune.completion import Sampling
-from estune.engines.continuous import Batcher
+from estune.agents.served import ServedPlayer
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError, printable
 from estune.grading.rollout import Outcome, outcome_of_line
@@ -30,7 +28,7 @@ LONGEST = 1 << 20
 """Bytes at the end of a program's output among which its last line is looked for."""
 
 
-class ProgramPlayer:
+class ProgramPlayer(ServedPlayer):
     """As `Player`, for commands.
 
     Args:
@@ -39,35 +37,26 @@ class ProgramPlayer:
     """
 
     def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
-        self._served = Served(encoder)
-        self._limits = limits
+        super().__init__(encoder, limits)
         self._keys: set[str] = set()
-
-    def open(self, batcher: Batcher, sampling: Sampling) -> None:
-        """As `Player.open`."""
-        self._served.open(batcher, sampling)
 
     def shut(self) -> None:
         """As `Player.shut`; programs that others have started end too, if they still have a rollout's key."""
-        self._served.shut()
+        super().shut()
         end_all_with(KEY, self._keys)
         self._keys.clear()
-
-    def close(self) -> None:
-        """As `Player.close`."""
-        self._served.close()
 
     def play(self, run: Run) -> Outcome:
         """As `Player.play`."""
         command = run.opening.rollout.target
         arguments = shlex.split(command) if isinstance(command, str) else list(command)
-        with self._served.admitted(run) as (url, key), tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with self.admitted(run) as (url, key), tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             self._keys.add(key)
             environment = {
                 "OPENAI_BASE_URL": url,
                 "OPENAI_API_BASE": url,  # as older clients call it
                 KEY: key,
-                "OPENAI_MODEL": self._served.model,
+                "OPENAI_MODEL": self._encoder.name,
                 "ESTUNE_SEED": str(run.seed),
             }
             with started(arguments, environment, out, err) as process:
@@ -76,8 +65,7 @@ class ProgramPlayer:
                 with suppress(BrokenPipeError):  # it does not read
                     process.stdin.write(json.dumps(run.opening.row, default=str).encode() + b"\n")
                     process.stdin.close()
-                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # not reaped yet: its number is still its own
-            code = process.returncode
+                code = process.wait()
             if run.over:
                 raise Stopped("was ended")
             lines = [line for line in _tail(out).splitlines() if line.strip()]
@@ -126,12 +114,11 @@ def started(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a program, and what it has started as far as it is known to have; before its end is waited for."""
-    if process.returncode is not None:
-        return
+    """Kill a program and what it has started: its session and, while it lives, its children in others."""
     family: list[psutil.Process] = []
-    with suppress(psutil.Error):
-        family = psutil.Process(process.pid).children(recursive=True)
+    if process.poll() is None:
+        with suppress(psutil.Error):
+            family = psutil.Process(process.pid).children(recursive=True)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     for child in family:

@@ -1,47 +1,45 @@
-"""The endpoint of those rollouts that talk to it: a key for each, and what was said under it."""
+"""What rollouts that talk to the endpoint have in common: the endpoint, a key for each, and what was said under it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from estune.agents.endpoint import Endpoint, Turn
-from estune.agents.play import Run, Stopped
+from estune.agents.clients import Turn
+from estune.agents.endpoint import Endpoint
+from estune.agents.play import Limits, Run, Stopped
 from estune.completion import Sampling
 from estune.engines.continuous import Batcher
 from estune.engines.prompts import PromptEncoder
 
 
-class Served:
-    """Starts an endpoint when it is first needed, and keeps it from member to member.
+class ServedPlayer:
+    """As `Player`, but for `play`. The endpoint starts when it is first needed, and is kept from member to member.
 
     Args:
-        encoder: makes token ids of what it is asked.
+        encoder: makes token ids of what the endpoint is asked.
+        limits: what a rollout may take.
     """
 
-    def __init__(self, encoder: PromptEncoder) -> None:
+    def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
         self._encoder = encoder
+        self._limits = limits
         self._endpoint: Endpoint | None = None
 
-    @property
-    def model(self) -> str:
-        """What the endpoint calls the model."""
-        return self._encoder.name
-
     def open(self, batcher: Batcher, sampling: Sampling) -> None:
-        """Serve a member."""
+        """As `Player.open`."""
         if self._endpoint is None:
-            self._endpoint = Endpoint(self._encoder, sampling, model=self.model, any_model=True)
+            self._endpoint = Endpoint(self._encoder, sampling, model=self._encoder.name, any_model=True)
         self._endpoint.sampling = sampling
         self._endpoint.serve(batcher)
 
     def shut(self) -> None:
-        """Serve nobody: who still asks is refused."""
+        """As `Player.shut`: who still asks is refused."""
         if self._endpoint is not None:
             self._endpoint.serve(None)
 
     def close(self) -> None:
-        """End the endpoint."""
+        """As `Player.close`."""
         if self._endpoint is not None:
             self._endpoint.close()
             self._endpoint = None
@@ -61,7 +59,7 @@ class Served:
             if run.over:
                 return
             for completion in turn.completions:
-                run.note((), completion)
+                run.note(turn.prompt_ids, completion)
             asked = turn.messages
             before = [dict(m) for m in asked if isinstance(m, dict)] or [{"role": "text", "content": str(asked)}]
             run.transcript = [*before, dict(turn.answer)]

@@ -46,7 +46,7 @@ def _picture(charts: Sequence[Plot]) -> str:
     turned = TURNED if any(_is_crowded(chart) for chart in charts) else 0
     width = WIDTH * len(charts)
     height = top + HEIGHT + turned
-    name = "; ".join(f"{chart.title}, {chart.measured} by {chart.along}" for chart in charts)
+    name = "; ".join(f"{chart.measured} by {chart.along}" for chart in charts)
     return "".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" ',

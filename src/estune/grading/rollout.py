@@ -69,6 +69,22 @@ class Rollout:
     target: Any
     chat: bool = True
 
+    def refuse_unreachable(self) -> None:
+        """Refuse what no other process can import, where rollouts are played in several.
+
+        Raises:
+            EstuneError: with what to change.
+        """
+        target = self.target
+        while isinstance(target, functools.partial):
+            target = target.func
+        name = getattr(target, "__qualname__", "")
+        if self.kind != "program" and (getattr(target, "__module__", "") == "__main__" or "<" in name):
+            raise EstuneError(
+                f"rollout {name}: other processes play it too, and cannot import it: define it at the top level of a "
+                "file of its own, and import it from there; or set replicas=1"
+            )
+
     def __reduce__(self) -> tuple[Callable[..., Rollout], tuple[Any, ...]]:
         """To another process, where the user's file is loaded, too."""
         module = getattr(self.target, "__module__", "")

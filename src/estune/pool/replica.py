@@ -126,12 +126,13 @@ class Replica(Generator):
             `weights/change`: norm of the change; `weights/relative_change`: the same over the norm of the base model's
             weights; `kl`: divergence from the base model in nats a token, over the completions. For it the base model's
             weights are put in the place of the live ones. Where no base is kept, nothing would bring these back: there
-            is no `kl` there. What is not finite, as with weights that are far gone, is left out.
+            is no `kl` there, nor where there are no completions. What is not finite, as with weights that are far gone,
+            is left out.
         """
         self.weights.restore()  # where no base is kept, the live weights are it
         difference, norm = self.weights.change(self.checkpoint)
         found = {"weights/change": difference, "weights/relative_change": difference / norm if norm else 0.0}
-        if self.weights.rule.how.keeps_base:
+        if self.weights.rule.how.keeps_base and completion_ids:
             now = self.engine.score(prompt_ids, completion_ids)
             self.weights.show(self.checkpoint)
             base = self.engine.score(prompt_ids, completion_ids)

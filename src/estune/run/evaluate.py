@@ -58,7 +58,7 @@ def evaluate_model(
     from estune.pool.open import open_to_generate, with_resources_to_generate
     from estune.pool.waiting import told_while
     from estune.run.graded import write_completions
-    from estune.run.held_out import HeldOut
+    from estune.run.held_out import HeldOut, refuse_unreachable
 
     given = _from_here(read(file, overrides or []))
     folder = Path.cwd()
@@ -77,6 +77,7 @@ def evaluate_model(
     task = task or config.task.build(config.seed)
     config = config.model_copy(update={"model": str(find_checkpoint(model)), "workers": None})
     config = with_resources_to_generate(config)
+    refuse_unreachable(task, config)
     for remark in of_evaluation(config):
         log.warning("%s", remark)
     encoder = open_encoder(config)

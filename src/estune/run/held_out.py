@@ -93,6 +93,12 @@ class HeldOut:
         self._grading.close()
 
 
+def refuse_unreachable(task: Task, config: Config) -> None:
+    """Refuse rollouts that the processes of these settings could not play; see `Rollout.refuse_unreachable`."""
+    if task.rollout is not None and ((config.replicas or 1) > 1 or config.workers):
+        task.rollout.refuse_unreachable()
+
+
 def _first_answer(prompt_ids: Sequence[int], completion: Completion) -> tuple[Sequence[int], Sequence[int]]:
     """Token ids of a prompt and its completion; of a rollout's first turn, as others stand in between its answers."""
     return (prompt_ids, completion.token_ids) if completion.played is None else completion.played.first

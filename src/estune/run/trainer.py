@@ -32,7 +32,7 @@ from estune.run import remarks
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, how_to_go_on, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
-from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, token_ids
+from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, refuse_unreachable, token_ids
 from estune.run.interrupt import interruptible
 from estune.run.machine import machine
 from estune.run.make import make_grading, make_sampling, make_strategy
@@ -198,6 +198,7 @@ class Trainer:
         clear_temporary()
         config = self.config
         task = self.task
+        refuse_unreachable(task, config)
         self.encoder = open_encoder(config)
         used = {i: task.train[i] for i in self.order.used(0, config.steps)}
         ids = encode_rows(self.encoder, task, used, "training row", make_sampling(config))

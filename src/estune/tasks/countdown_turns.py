@@ -1,4 +1,4 @@
-"""Countdown in several tries: a wrong one is told what it came to, and another is asked for."""
+"""Countdown in several tries: after a wrong one the model is asked to think again."""
 
 from __future__ import annotations
 

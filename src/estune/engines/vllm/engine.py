@@ -16,6 +16,7 @@ import torch
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
+from estune.engines.continuous import Rounds, Rows
 from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer, pick_dtype
 from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for, total_memory
 from estune.engines.progress import Meter
@@ -165,6 +166,10 @@ class VllmEngine(PromptEncoder):
         meter.read(sum(map(len, prompt_ids)))  # between one another, vLLM reads and writes
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
+
+    def open_rows(self) -> Rows:
+        """An empty batch: those who wait are given to vLLM together, to their ends."""
+        return Rounds(self.generate)
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats) of the tokens of every completion, but of one that fills up the model's positions.

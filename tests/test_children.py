@@ -1,0 +1,41 @@
+"""Processes that end with those that started them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import psutil
+
+CHILD = "from estune.children import watch_parent; watch_parent(); print('ready', flush=True)\nwhile True: pass"
+PARENT = f"""
+import subprocess, sys, threading
+found = []
+def start():
+    found.append(subprocess.Popen([sys.executable, "-P", "-c", {CHILD!r}], stdout=subprocess.PIPE, text=True))
+thread = threading.Thread(target=start)
+thread.start()
+thread.join()
+print(found[0].stdout.readline().strip(), found[0].pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_child_that_computes_ends_with_its_parent_and_not_with_the_thread_that_started_it() -> None:
+    command = [sys.executable, "-P", "-c", PARENT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        ready, pid = parent.stdout.readline().split()
+        assert ready == "ready"
+        time.sleep(0.7)  # more than it takes to look
+        assert lives(int(pid))
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while lives(int(pid)):
+        assert time.monotonic() < deadline, "it computes for ever"
+        time.sleep(0.05)
