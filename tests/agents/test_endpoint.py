@@ -272,14 +272,20 @@ def test_a_key_is_good_until_it_is_revoked_or_others_are_served(
         endpoint.admit(0, lambda turn: None)
 
 
-def test_revoked_in_the_middle_a_request_is_refused_and_told_to_nobody(scripted: tuple[Scripted, Endpoint]) -> None:
+@pytest.mark.parametrize("how", ["revoked", "others are served"])
+def test_revoked_in_the_middle_a_request_is_refused_and_told_to_nobody(
+    how: str, scripted: tuple[Scripted, Endpoint]
+) -> None:
     engine, endpoint = scripted
     engine.held = True
     turns: list[Turn] = []
     with client_of(endpoint, told=turns.append) as client, ThreadPoolExecutor() as pool:
         asked = pool.submit(client.chat.completions.create, model="scripted", messages=HELLO)
         assert engine.joined.wait(SECONDS)
-        endpoint.revoke(client.api_key)
+        if how == "revoked":
+            endpoint.revoke(client.api_key)
+        else:
+            endpoint.serve(None)
         with pytest.raises(openai.AuthenticationError):
             asked.result(SECONDS)
     assert engine.left.wait(SECONDS)

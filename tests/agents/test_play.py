@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from estune.agents.play import Limits
-from estune.completion import Message
+from estune.completion import Message, Sampling
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from estune.grading.grading import Grading
 from estune.grading.modules import load_file
 from estune.grading.rollout import FromRollout, Opening, Rollout, outcome_of, outcome_of_line
 from estune.tasks.countdown_turns import CountdownGame
-from tests.agents.conftest import SAMPLING, Play
+from tests.agents.conftest import SAMPLING, Play, played
 
 
 class Echo:
@@ -47,22 +47,32 @@ def test_turns_go_on_from_one_another_as_each_alone_would(engine: TransformersEn
             tokens += done.token_ids
             text += done.text + row["next"]
         assert (found.text, found.token_ids) == (done.text, tokens)
-        assert found.played is not None
-        assert (found.played.reward, found.played.turns) == (len(done.text), row["turns"])
-        assert "".join(m["content"] for m in found.played.transcript) + row["next"] == text
+        assert (played(found).reward, played(found).turns) == (len(done.text), row["turns"])
+        assert "".join(m["content"] for m in played(found).transcript) + row["next"] == text
 
 
 def test_conversations_go_through_the_chat_template(engine: TransformersEngine, play: Play) -> None:
     (found,) = play(
         "environment", Echo, [{"prompt": "Hello", "turns": 2, "next": [{"role": "user", "content": "Again"}]}]
     )
-    assert found.played is not None
-    messages: list[Message] = found.played.transcript
+    messages: list[Message] = played(found).transcript
     assert [m["role"] for m in messages] == ["user", "assistant", "user", "assistant"]
     (first,) = engine.generate(engine.encode([messages[:1]]), SAMPLING)
     (second,) = engine.generate(engine.encode([messages[:3]]), SAMPLING)
     assert [messages[1]["content"], messages[3]["content"]] == [first.text, second.text]
-    assert found.played.first == (engine.encode([messages[:1]])[0], first.token_ids)
+    assert played(found).first == (engine.encode([messages[:1]])[0], first.token_ids)
+
+
+def test_rollouts_that_are_drawn_differ_and_can_be_drawn_again(play: Play) -> None:
+    rows = [{"prompt": "Hello", "turns": 2, "next": " and"}] * 3
+    hot = Sampling(6, temperature=1.5, seed=1)
+    texts = [[m["content"] for m in played(done).transcript] for done in play("environment", Echo, rows, sampling=hot)]
+    assert len({text[1] for text in texts}) == 3
+    assert all(text[1] != text[3] for text in texts)
+    again = play("environment", Echo, rows, sampling=hot)
+    assert [[m["content"] for m in played(done).transcript] for done in again] == texts
+    other = play("environment", Echo, rows, sampling=Sampling(6, temperature=1.5, seed=2))
+    assert [[m["content"] for m in played(done).transcript] for done in other] != texts
 
 
 @pytest.mark.parametrize(
@@ -87,16 +97,14 @@ def test_an_end_that_is_no_reward_says_so(end: Any, failure: str, why: str, play
             return end
 
     (found,) = play("environment", Bad, [{"prompt": "Hello"}], Limits(turns=3))
-    assert found.played is not None
-    assert (found.played.failure, found.played.reward) == (failure, None)
-    assert re.search(why, found.played.why)
+    assert (played(found).failure, played(found).reward) == (failure, None)
+    assert re.search(why, played(found).why)
 
 
 def test_a_conversation_longer_than_the_model_reaches_ends(play: Play) -> None:
     (found,) = play("environment", Echo, [{"prompt": "Hello", "turns": 9, "next": "word " * 60}], chat=False)
-    assert found.played is not None
-    assert found.played.failure == "too_long"
-    assert "and the model reaches 256" in found.played.why
+    assert played(found).failure == "too_long"
+    assert "and the model reaches 256" in played(found).why
 
 
 def test_a_step_that_hangs_costs_its_rollout_alone(play: Play) -> None:
@@ -118,8 +126,7 @@ def test_a_step_that_hangs_costs_its_rollout_alone(play: Play) -> None:
 
 def test_not_an_environment_is_said(play: Play) -> None:
     (found,) = play("environment", dict, [{"prompt": "Hello"}])
-    assert found.played is not None
-    assert found.played.why == "dict has no reset and no step: an environment needs both"
+    assert played(found).why == "dict has no reset and no step: an environment needs both"
 
 
 def test_what_rollouts_come_to_is_graded(play: Play) -> None:

@@ -12,16 +12,11 @@ import psutil
 import pytest
 
 from estune.agents.play import Limits
-from estune.completion import Completion, Played
+from estune.completion import Completion
 from estune.engines.transformers import TransformersEngine
-from tests.agents.conftest import SAMPLING, Play
+from tests.agents.conftest import SAMPLING, Play, played
 
 ROWS = [{"prompt": f"Say {n}", "number": n} for n in range(5)]
-
-
-def played(completion: Completion) -> Played:
-    assert completion.played is not None
-    return completion.played
 
 
 def check_two_turns(engine: TransformersEngine, found: list[Completion]) -> None:

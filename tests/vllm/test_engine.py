@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from estune.agents.play import Limits, Players
 from estune.completion import Sampling
 from estune.config import Config
 from estune.engines.prompts import PromptEncoder
@@ -19,6 +20,7 @@ from estune.engines.score import log_probabilities
 from estune.engines.vllm import internals
 from estune.errors import EstuneError
 from estune.es.strategy import Member
+from estune.grading.rollout import Opening, Rollout
 from estune.weights.checkpoint import Checkpoint
 from tests.vllm.pairs import PROMPTS, UPDATE, open_reference, open_weights, settings
 
@@ -228,3 +230,28 @@ def test_settings_reach_vllm(saved: Any, engines: Any) -> None:
     assert config.cache_config.enable_prefix_caching
     assert config.cache_config.kv_cache_memory_bytes < 64 << 20
     assert settings(engine, path).gpus_per_worker == 1
+
+
+def test_rollouts_are_played(saved: Callable[..., Path], engines: Callable[..., Any]) -> None:
+    path = saved("qwen2")
+    engine = engines(path)
+    reference, _ = open_reference(path, "float32")
+    opening = Opening(engine.encode(["Hello"])[0], Rollout("environment", Twice, chat=False), {"prompt": "Hello"})
+    (found,) = Players(engine, engine, Limits()).play([opening], GREEDY)
+    (first,) = reference.generate(reference.encode(["Hello"]), GREEDY)
+    (second,) = reference.generate(reference.encode([f"Hello{first.text} and"]), GREEDY)
+    assert (found.text, found.token_ids) == (second.text, first.token_ids + second.token_ids)
+
+
+class Twice:
+    """Two turns over a text."""
+
+    def __init__(self) -> None:
+        self.turns = 0
+
+    def reset(self, row: dict[str, Any]) -> str:
+        return str(row["prompt"])
+
+    def step(self, completion: str) -> Any:
+        self.turns += 1
+        return 1.0 if self.turns == 2 else " and"

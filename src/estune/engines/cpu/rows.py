@@ -61,9 +61,7 @@ class FusedRows:
         """Begin anew, as weights have changed."""
         self._decoder.check_places()
         self._rows.clear()
-        self._ids[:] = -1
-        self._cached[:] = 0
-        self._left[:] = 0
+        self._ids[:] = -1  # which no prompt begins with
         self._meter = Meter()
 
     def join(self, request: Request) -> int | None:
