@@ -193,4 +193,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # nobody waits for an answer any more
+        os._exit(0)  # without a last attempt to write it

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -11,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from estune.agents.keeper import Keeper
 from estune.agents.play import Limits
 from estune.completion import Completion
 from estune.engines.transformers import TransformersEngine
@@ -171,3 +175,21 @@ def test_what_a_program_started_ends_with_it(play: Play, tmp_path: Path) -> None
 
 def _lives(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_programs_end_with_the_process_that_started_them() -> None:
+    """A keeper learns that it is gone when its own standard input ends."""
+    keeper = Keeper()
+    keeper.tell("one")
+    environments = ({"OPENAI_API_KEY": "one"}, {"OPENAI_API_KEY": "other"})
+    kept, other = (
+        subprocess.Popen(["sleep", "100"], env={**os.environ, **each}, start_new_session=True) for each in environments
+    )
+    assert kept.poll() is None
+    keeper.close()
+    try:
+        assert kept.wait(20) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()

@@ -78,6 +78,21 @@ def test_a_run_whose_rollouts_are_all_late_goes_on(tmp_path: Path) -> None:
     assert "eval_kl" not in journal.evaluations[0].metrics
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("/no/such x", "there is no such program"), ("", "there is no such program"), ("sh 'x", "No closing quotation")],
+)
+def test_a_program_that_is_not_there_is_refused_before_anything_is_written(
+    command: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text("train = [{'prompt': 'a'}]\nevaluation = [{'prompt': 'b'}]\n")
+    for task in ("custom", str(tmp_path / "own.py")):
+        data = [f"task.data={ROOT / 'examples' / 'facts.jsonl'}"] if task == "custom" else []
+        config = load(None, [f"task.name={task}", *data, f"task.program={command}"])
+        with pytest.raises(EstuneError, match=f"task.program .*{said}"):
+            config.task.build(0)
+
+
 def test_what_other_processes_cannot_import_is_refused(tmp_path: Path) -> None:
     class Local:
         pass

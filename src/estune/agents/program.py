@@ -1,6 +1,7 @@
 """Rollouts that are programs: the endpoint in their environment, the row on standard input, the reward printed last.
 
-A program runs as the user, with all that the user may do. It and what it started end with the rollout.
+A program runs as the user, with all that the user may do. It and what it started end with the rollout, and with the
+process that plays it, however that ends.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from typing import IO
 
 import psutil
 
+from estune.agents.keeper import KEY, Keeper, end_all_with
 from estune.agents.play import Limits, Run, Stopped
 from estune.agents.served import ServedPlayer
+from estune.completion import Sampling
+from estune.engines.continuous import Batcher
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError, printable
 from estune.grading.rollout import Outcome, outcome_of_line
 
-KEY = "OPENAI_API_KEY"
 LONGEST = 1 << 20
 """Bytes at the end of a program's output among which its last line is looked for."""
 
@@ -39,12 +42,25 @@ class ProgramPlayer(ServedPlayer):
     def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
         super().__init__(encoder, limits)
         self._keys: set[str] = set()
+        self._keeper: Keeper | None = None
+
+    def open(self, batcher: Batcher, sampling: Sampling) -> None:
+        """As `Player.open`."""
+        super().open(batcher, sampling)
+        self._keeper = self._keeper or Keeper()
 
     def shut(self) -> None:
         """As `Player.shut`; programs that others have started end too, if they still have a rollout's key."""
         super().shut()
-        end_all_with(KEY, self._keys)
+        end_all_with(self._keys)
         self._keys.clear()
+
+    def close(self) -> None:
+        """As `Player.close`."""
+        super().close()
+        if self._keeper is not None:
+            self._keeper.close()
+            self._keeper = None
 
     def play(self, run: Run) -> Outcome:
         """As `Player.play`."""
@@ -52,6 +68,8 @@ class ProgramPlayer(ServedPlayer):
         arguments = shlex.split(command) if isinstance(command, str) else list(command)
         with self.admitted(run) as (url, key), tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             self._keys.add(key)
+            assert self._keeper is not None
+            self._keeper.tell(key)
             environment = {
                 "OPENAI_BASE_URL": url,
                 "OPENAI_API_BASE": url,  # as older clients call it
@@ -124,16 +142,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
     for child in family:
         with suppress(psutil.Error):
             child.kill()
-
-
-def end_all_with(variable: str, values: set[str]) -> None:
-    """Kill all processes in whose environment a variable has one of these values."""
-    if not values:
-        return
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get(variable) in values:
-                process.kill()
 
 
 def _tail(file: IO[bytes]) -> str:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import shlex
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -148,6 +150,23 @@ class FromRollout:
         if played.failure:
             return Verdict(played.failure, None, played.why, extras, metrics)  # type: ignore[arg-type]
         return Verdict("score", played.reward, "", extras, metrics)
+
+
+def by_program(command: str, *, chat: bool = True) -> Rollout:
+    """Rows played by a command, its words as a shell takes them.
+
+    Raises:
+        EstuneError: there is no such program.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise EstuneError(f"task.program {command!r:.80}: {error}; write it as in a shell") from error
+    if not words or shutil.which(words[0]) is None:
+        raise EstuneError(
+            f"task.program {command!r:.80}: there is no such program; give a command that can be run here"
+        )
+    return Rollout("program", command, chat=chat)
 
 
 def with_rollout(

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from estune.errors import EstuneError
 from estune.grading.convention import Row, reward_name
-from estune.grading.rollout import Rollout, with_rollout
+from estune.grading.rollout import by_program, with_rollout
 from estune.rewards.load import in_conversation, load_reward
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions
@@ -74,7 +74,7 @@ class CustomConfig(DataOptions):
             accuracy=accuracy,
             gold=None if self.gold_column is None else self._gold,
             show=self.show,
-            rollout=None if self.program is None else Rollout("program", self.program, chat=self.chat),
+            rollout=None if self.program is None else by_program(self.program, chat=self.chat),
         )
 
     def _gold(self, row: Row) -> str | None:

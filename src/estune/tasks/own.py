@@ -14,7 +14,7 @@ from pydantic import Field
 from estune.errors import EstuneError
 from estune.grading.convention import Row, describe, reward_name
 from estune.grading.modules import load_file
-from estune.grading.rollout import FromRollout, Kind, Rollout, with_rollout
+from estune.grading.rollout import FromRollout, Kind, Rollout, by_program, with_rollout
 from estune.rewards.load import in_conversation, load_reward
 from estune.tasks.base import Task, as_message
 from estune.tasks.options import TaskOptions, identity, is_held_out, refuse_empty_side
@@ -65,6 +65,10 @@ class OwnConfig(TaskOptions):
         module = load_file(Path(self.name))
         make = getattr(module, "task", None)
         if callable(make):
+            if self.program is not None:
+                raise EstuneError(
+                    f"task {self.name}: task.program is for files without a function task(seed); leave it out"
+                )
             try:
                 task = make(seed, **self.options)
             except EstuneError:
@@ -132,7 +136,7 @@ class OwnConfig(TaskOptions):
     def _rollout(self, module: ModuleType) -> Rollout | None:
         """What the file, or the option `program`, has to play rows with."""
         players: dict[Kind, Any] = {
-            "program": self.program,
+            "program": None if self.program is None else by_program(self.program).target,
             "function": getattr(module, "rollout", None),
             "environment": getattr(module, "Environment", None),
         }
