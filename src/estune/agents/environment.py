@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from estune.agents.play import Limits, Run, Stopped, TooLong, ask
-from estune.completion import Message, Sampling
+from estune.agents.play import Limits, Run, TooLong, Turns
+from estune.completion import Prompt, Sampling
 from estune.engines.continuous import Batcher
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
-from estune.grading.rollout import Outcome, environment_of, outcome_of
+from estune.grading.rollout import environment_of, outcome_of
 
 
 class EnvironmentPlayer:
-    """As `Player`, for environments.
+    """As `Player`, for environments, turn by turn.
 
     Args:
         encoder: makes token ids of what the model is shown.
@@ -28,25 +27,21 @@ class EnvironmentPlayer:
         self._encoder = encoder
         self._limits = limits
         self._encoding = threading.Lock()  # tokenizers are not for two threads at a time
-        self._batcher: Batcher | None = None
         self._sampling = Sampling(1)
 
     def open(self, batcher: Batcher, sampling: Sampling) -> None:
         """As `Player.open`."""
-        self._batcher = batcher
         self._sampling = sampling
 
     def shut(self) -> None:
         """As `Player.shut`."""
-        self._batcher = None
 
     def close(self) -> None:
         """As `Player.close`."""
 
-    def play(self, run: Run) -> Outcome:
+    def play(self, run: Run) -> Turns:
         """As `Player.play`."""
         rollout = run.opening.rollout
-        run.turn = time.monotonic()
         game = environment_of(rollout.target)
         said: Any = game.reset(dict(run.opening.row))
         if isinstance(said, str) and rollout.chat and self._encoder.has_template:
@@ -56,10 +51,10 @@ class EnvironmentPlayer:
         text = said if isinstance(said, str) else None
         run.transcript = [{"role": "text", "content": said}] if isinstance(said, str) else list(said)
         for _ in range(self._limits.turns):
-            run.turn = None
-            answer = self._ask(run, text)
+            completion = yield self._asked(run.transcript if text is None else text)
+            answer = completion.text
+            run.transcript.append({"role": "assistant", "content": answer})
             text = None if text is None else text + answer
-            run.turn = time.monotonic()
             said = game.step(answer)
             if not isinstance(said, str | list):
                 if said is None:
@@ -75,20 +70,14 @@ class EnvironmentPlayer:
             run.transcript.extend(dict(message) for message in said)
         raise TooLong(f"goes on after {self._limits.turns} turns (max_turns)")
 
-    def _ask(self, run: Run, text: str | None) -> str:
-        """The model's answer to what was said so far."""
-        batcher = self._batcher
-        if batcher is None:
-            raise Stopped("was ended")
-        prompt: str | list[Message] = run.transcript if text is None else text
+    def _asked(self, prompt: Prompt) -> tuple[list[int], Sampling]:
+        """What was said so far as token ids, and how the answer is drawn: as long as there is room."""
         with self._encoding:
             (ids,) = self._encoder.encode([prompt])
-        sampling = self._sampling
         reach = self._encoder.positions
-        if reach is not None:
-            if len(ids) >= reach:
-                raise TooLong(f"has come to {len(ids)} tokens, and the model reaches {reach}")
-            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, reach - len(ids)))
-        answer = ask(batcher, run, ids, sampling).text
-        run.transcript.append({"role": "assistant", "content": answer})
-        return answer
+        sampling = self._sampling
+        if reach is None:
+            return ids, sampling
+        if len(ids) >= reach:
+            raise TooLong(f"has come to {len(ids)} tokens, and the model reaches {reach}")
+        return ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, reach - len(ids)))

@@ -1,16 +1,21 @@
-"""Playing the rollouts of a member: side by side, each in a thread of its own, over one engine that batches them all.
+"""Playing the rollouts of a member: side by side over one engine that batches what they ask.
 
-What a user wrote can hang, and a thread cannot be ended: a rollout that is late is left behind, without an engine to
-ask, and counted. Threads die with the process.
+Rollouts that wait for the endpoint have a thread each. Environments share one, which takes the next turn of whichever
+has its answer; more come where a turn takes long. What a user wrote can hang, and a thread cannot be ended: a rollout
+that is late is left behind, without an engine to ask, and counted. Threads die with the process.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from typing import Protocol
 
@@ -23,7 +28,11 @@ from estune.grading.rollout import Kind, Opening, Outcome
 
 AT_ONCE = 256
 PROGRAMS_PER_CORE = 4
-_LOOK_SECONDS = 0.25
+_LOOK_SECONDS = 0.1
+_LONG_TURN = 0.05  # seconds, after which others do not wait for a turn to end
+
+Turns = Generator[tuple[list[int], Sampling], Completion, Outcome]
+"""A rollout that gives what is to be completed next, is sent the completion, and returns its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +149,8 @@ class Player(Protocol):
         """Begin with a member."""
         ...
 
-    def play(self, run: Run) -> Outcome:
-        """Play one to its end, in the thread that calls; what it raises is the rollout's failure."""
+    def play(self, run: Run) -> Outcome | Turns:
+        """Play one to its end, in the thread that calls, or turn by turn; what it raises is the rollout's failure."""
         ...
 
     def shut(self) -> None:
@@ -181,7 +190,7 @@ class Players:
             for player in players.values():
                 player.open(batcher, sampling)
             try:
-                self._play_all(runs, players, batcher)
+                _Side(runs, players, batcher, self._limits).play()
             finally:
                 for player in players.values():
                     player.shut()
@@ -211,90 +220,138 @@ class Players:
                 self._players[kind] = ProgramPlayer(self._encoder, self._limits)
         return self._players[kind]
 
-    def _play_all(self, runs: Sequence[Run], players: Mapping[Kind, Player], batcher: Batcher) -> None:
-        waiting = list(reversed(runs))
-        ended = threading.Condition()
 
-        def work() -> None:
-            while True:
-                with ended:
-                    if not waiting:
-                        return
-                    run = waiting.pop()
-                    run.began = time.monotonic()
-                play_one(run, players[run.opening.rollout.kind])
-                batcher.expect(-1)
-                with ended:
-                    ended.notify()
+class _Side:
+    """The rollouts of one member, side by side.
 
+    Args:
+        runs: the rollouts.
+        players: of each kind that there is.
+        batcher: completes what is asked.
+        limits: what a rollout may take.
+    """
+
+    def __init__(self, runs: Sequence[Run], players: Mapping[Kind, Player], batcher: Batcher, limits: Limits) -> None:
+        self._runs = runs
+        self._players = players
+        self._batcher = batcher
+        self._limits = limits
+        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = 0
+        self._ended = threading.Semaphore(0)
+
+    def play(self) -> None:
+        """Play all to their ends."""
+        runs = self._runs
+        turn_by_turn = all(run.opening.rollout.kind == "environment" for run in runs)
         programs = any(run.opening.rollout.kind == "program" for run in runs)
         most = self._limits.at_once or (PROGRAMS_PER_CORE * (os.cpu_count() or 1) if programs else AT_ONCE)
+        waiting = deque(runs)
         try:
-            if all(run.opening.rollout.kind == "environment" for run in runs):  # others go by way of the endpoint
-                batcher.expect(min(most, len(runs)))
+            if turn_by_turn:  # what others ask goes by way of the endpoint
+                self._batcher.expect(min(most, len(runs)))
             for _ in range(min(most, len(runs))):
-                threading.Thread(target=work, name="estune-rollout", daemon=True).start()
-            with ended:
-                while not all(run.over for run in runs):
-                    ended.wait(_LOOK_SECONDS)
-                    self._end_late(runs, work)
+                self._todo.put(partial(self._begin, waiting.popleft()))
+            self._more_threads(1 if turn_by_turn else most)
+            while not all(run.over for run in runs):
+                if self._ended.acquire(timeout=_LOOK_SECONDS) and waiting:
+                    self._todo.put(partial(self._begin, waiting.popleft()))
+                self._look(most)
         finally:
-            with ended:
-                waiting.clear()
             for run in runs:
                 if not run.over:
                     run.abort("errors", "was ended with the run")
+            for _ in range(self._threads):
+                self._todo.put(None)
 
-    def _end_late(self, runs: Sequence[Run], work: Callable[[], None]) -> None:
-        """Settle rollouts that are late; another thread takes the place of each one's, which may never come back."""
+    def _look(self, most: int) -> None:
+        """Settle rollouts that are late, and let no other wait for one that computes."""
         now = time.monotonic()
-        for run in runs:
+        limits = self._limits
+        for run in self._runs:
             if run.over or run.began is None:
                 continue
-            limits = self._limits
             if now - run.began > limits.seconds:
-                why = f"took more than {limits.seconds:g} s (rollout_timeout)"
+                self._leave_behind(run, f"took more than {limits.seconds:g} s (rollout_timeout)")
             elif run.turn is not None and now - run.turn > limits.turn_seconds:
-                why = f"took more than {limits.turn_seconds:g} s for a turn (turn_timeout)"
-            else:
-                continue
-            run.abort("timeouts", why)
-            threading.Thread(target=work, name="estune-rollout", daemon=True).start()
+                self._leave_behind(run, f"took more than {limits.turn_seconds:g} s for a turn (turn_timeout)")
+            elif run.turn is not None and now - run.turn > _LONG_TURN:
+                self._more_threads(min(self._todo.qsize(), self._threads, most - self._threads))
 
+    def _leave_behind(self, run: Run, why: str) -> None:
+        """Settle a rollout whose thread may never come back; another takes its place."""
+        run.abort("timeouts", why)
+        self._ended.release()
+        self._more_threads(1)
 
-def play_one(run: Run, player: Player) -> None:
-    """Play a rollout to its end, whatever that is."""
-    try:
-        run.settle(player.play(run))
-    except Stopped as stop:
-        run.settle(None, "crashes", str(stop))
-    except TooLong as stop:
-        run.settle(None, "too_long", str(stop))
-    except TimeoutError:
-        run.settle(None, "timeouts", "took too long")
-    except EstuneError as error:
-        run.settle(None, "errors", str(error))
-    except BaseException as error:
-        run.settle(None, "errors", describe(error))
+    def _more_threads(self, count: int) -> None:
+        for _ in range(count):
+            self._threads += 1
+            threading.Thread(target=self._work, name="estune-rollout", daemon=True).start()
 
+    def _work(self) -> None:
+        while (work := self._todo.get()) is not None:
+            work()
 
-def ask(batcher: Batcher, run: Run, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-    """Complete a prompt for a rollout, and wait for it.
+    def _begin(self, run: Run) -> None:
+        run.began = time.monotonic()
 
-    Raises:
-        Stopped: the rollout was ended meanwhile.
-        EstuneError: as `Batcher.submit`.
-    """
-    future = batcher.submit(Request(prompt_ids, replace(sampling, seed=run.turn_seed()), expected=True))
-    run.on_abort(future.cancel)
-    try:
-        completion = future.result()
-    except BaseException as error:
-        if future.cancelled():
-            raise Stopped("was ended") from None
-        raise error
-    run.note(prompt_ids, completion)
-    return completion
+        def play() -> Outcome | None:
+            played = self._players[run.opening.rollout.kind].play(run)
+            return played if isinstance(played, Outcome) else self._turn(run, played, None)
+
+        self._settle(run, play)
+
+    def _turn(self, run: Run, turns: Turns, completion: Completion | None) -> Outcome | None:
+        """Take a turn; its end, or None where it has asked for the next completion."""
+        run.turn = time.monotonic()
+        try:
+            ids, sampling = next(turns) if completion is None else turns.send(completion)
+        except StopIteration as end:
+            outcome: Outcome = end.value
+            return outcome
+        run.turn = None
+        if not run.over:
+            future = self._batcher.submit(Request(ids, replace(sampling, seed=run.turn_seed()), expected=True))
+            run.on_abort(future.cancel)
+            future.add_done_callback(lambda done: self._todo.put(partial(self._answer, run, turns, ids, done)))
+        return None
+
+    def _answer(self, run: Run, turns: Turns, ids: list[int], done: Future[Completion]) -> None:
+        """Go on with a completion, or without."""
+
+        def go_on() -> Outcome | None:
+            if done.cancelled():
+                raise Stopped("was ended")
+            completion = done.result()
+            run.note(ids, completion)
+            return self._turn(run, turns, completion)
+
+        self._settle(run, go_on)
+
+    def _settle(self, run: Run, play: Callable[[], Outcome | None]) -> None:
+        """Play on, and settle the rollout if that was its end, whatever it was."""
+        over = run.over
+        failure, why = "", ""
+        outcome = None
+        try:
+            outcome = play()
+            if outcome is None:
+                return
+        except Stopped as stop:
+            failure, why = "crashes", str(stop)
+        except TooLong as stop:
+            failure, why = "too_long", str(stop)
+        except TimeoutError:
+            failure, why = "timeouts", "took too long"
+        except EstuneError as error:
+            failure, why = "errors", str(error)
+        except BaseException as error:
+            failure, why = "errors", describe(error)
+        self._batcher.expect(-1)
+        if not over:
+            run.settle(outcome, failure, why)
+            self._ended.release()
 
 
 def mixed(seed: int, number: int) -> int:

@@ -154,7 +154,8 @@ class Batcher:
                         rows.leave(row)
                         del active[row]
                         if work.request.expected:
-                            self.expect(1)
+                            self.expect(1)  # before anybody who has the completion can say that he does not ask
+                        work.deliver()
         except BaseException as error:
             self._failure = error
         finally:
@@ -202,6 +203,7 @@ class _Work:
         self._ends = ends
         self._token_ids: list[int] = []
         self._heard = ""
+        self._completion: Completion | None = None
 
     def take(self, tokens: Sequence[int]) -> bool:
         """Add tokens; whether the completion has ended, or nobody wants it any more."""
@@ -210,6 +212,12 @@ class _Work:
             if self._complete(token):
                 return True
         return self.future.cancelled()
+
+    def deliver(self) -> None:
+        """Give the completion to those who wait for it."""
+        if self._completion is not None:
+            with suppress(InvalidStateError):  # it was cancelled meanwhile
+                self.future.set_result(self._completion)
 
     def end(self, error: BaseException | None) -> None:
         """Say that there will be no completion."""
@@ -233,8 +241,7 @@ class _Work:
         over = ended or full or stopped
         self._tell(text, over=over)
         if over:
-            with suppress(InvalidStateError):  # it was cancelled meanwhile
-                self.future.set_result(Completion(text, self._token_ids, finished=ended or stopped))
+            self._completion = Completion(text, self._token_ids, finished=ended or stopped)
         return over
 
     def _tell(self, text: str, *, over: bool) -> None:

@@ -171,16 +171,16 @@ class FusedRows:
 
     def _computing(self, row: int, prompt: Array) -> tuple[int, _Row] | None:
         """A row that is about to compute more of what this one begins with than it has, if there is one."""
-        best = int(self._cached[row]) + WORTH_COPYING - 1
-        found = None
-        for other, state in self._rows.items():
-            if self._cached[other] < state.prompt:
-                limit = min(len(prompt) - 1, state.prompt)
-                common = int(_leading((self._ids[other, :limit] == prompt[:limit])[None])[0])
-                if common > best:
-                    best = common
-                    found = other, state
-        return found
+        others = np.array([n for n, state in self._rows.items() if self._cached[n] < state.prompt], np.int64)
+        if not len(others):
+            return None
+        length = len(prompt) - 1
+        common = _leading(self._ids[others, :length] == prompt[:length])
+        best = int(common.argmax())
+        if common[best] < self._cached[row] + WORTH_COPYING:
+            return None
+        other = int(others[best])
+        return other, self._rows[other]
 
     def _copy_beginnings(self) -> None:
         """Let rows go on that wait for another to compute what both begin with, where it has, or is gone."""
