@@ -19,6 +19,8 @@ import ray
 from estune.completion import Completion, Sampling
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
+from estune.journal.journal import Journal
+from estune.journal.replay import replay
 from estune.pool.base import Evaluated
 from estune.pool.deadlines import Deadlines
 from estune.pool.local import LocalPool
@@ -29,6 +31,7 @@ from estune.pool.ray.worker import RayWorker, StaleWeights
 from estune.pool.replica import Replica
 from estune.study.probe import probe
 from tests.rays import until, with_workers
+from tests.run.test_staleness import assert_rewards_are_those_of_the_bases_named
 from tests.runs import assert_same_run, make_config, make_task
 
 SAMPLING = Sampling(8)
@@ -226,3 +229,13 @@ def test_an_error_of_all_workers_is_raised_as_it_is(pool: RayPool) -> None:
     with pytest.raises(AttributeError, match="seed"):
         list(pool.evaluate([None], 0.02, PROMPTS, SAMPLING))  # type: ignore[list-item]
     pool.crew.wait(lambda: not any(slot.handle in handles for slot in pool.crew.slots) or None)
+
+
+def test_members_of_the_next_step_begin_while_the_last_are_at_work(cluster: Any, model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer = with_workers(run, model, 2, steps=6, population=5, max_staleness=1, dtype="float32")
+    trainer.pool.wait_for_workers(60)
+    trainer.train()
+    stale = assert_rewards_are_those_of_the_bases_named(run, model)
+    assert any(stale)
+    assert replay(run, tmp_path / "replayed") == Journal.read(run).fingerprint()

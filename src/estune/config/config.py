@@ -34,6 +34,7 @@ from estune.weights.policies import POLICIES
 
 RESUMABLE = (
     *("steps", "model", "trust_remote_code", "workers", "workers_per_gpu", "ray_address", "worker_timeout"),
+    "max_staleness",
     *("graders", "reward_timeout", "reward_errors", "max_reward_errors", "report_to"),
     *("rollout_timeout", "turn_timeout", "rollouts_at_once"),
 )
@@ -75,6 +76,8 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         about_vllm = self.vllm_gpu_memory_utilization or self.vllm_max_model_length
         if self.engine == "auto" and (about_vllm or self.gpus_per_worker > 1):
             self.engine = "vllm"  # whose settings these are
+        if POLICIES[self.weights].drifts and self.max_staleness:
+            raise ValueError(f"weights={self.weights} changes what members are made from: max_staleness must be 0")
         if (self.workers or self.engine == "vllm") and (self.replicas or 1) > 1:
             raise ValueError("replicas are processes of this machine's transformers engine: give workers instead")
         if self.device.startswith("mps") and (self.workers or self.engine == "vllm"):

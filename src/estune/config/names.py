@@ -56,6 +56,9 @@ _RENAMED = {
     "batch_size": "mini_batch_size eval_batch_size val_batch_size per_device_eval_batch_size",
     "dtype": "torch_dtype precision model_dtype weight_dtype vllm_dtype",
     "workers": "num_engines n_vllm_engines",
+    "max_staleness": (
+        "async async_level max_async_level staleness_threshold max_head_offpolicyness max_off_policy_steps max_lag"
+    ),
     "gpus_per_worker": (
         "vllm_tensor_parallel_size n_gpu_per_vllm_engine tensor_parallel_size tensor_model_parallel_size tp tp_size "
         "tensor_parallel"

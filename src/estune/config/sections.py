@@ -195,6 +195,13 @@ class Workers(Section):
         description="workers that share a GPU, which hides what a token costs each; auto is as many, at most 4, as its "
         "memory holds with all prompts at once, and without workers is about replicas",
     )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="updates that the weights a member is made from may lack: 1 lets members of the next step begin "
+        "while the last of a step are at work; which did depends on time, and the journal tells",
+    )
     gpus_per_worker: int = Field(
         1, ge=1, description="GPUs of one engine; vLLM splits every matrix over them (tensor parallelism)"
     )

@@ -56,8 +56,8 @@ class Strategy(Protocol):
         """Step size of the current step."""
         ...
 
-    def ask(self) -> list[Member]:
-        """The members to evaluate in this step."""
+    def ask(self, step: int | None = None) -> list[Member]:
+        """The members to evaluate in a step, the current one if None."""
         ...
 
     def tell(self, rewards: Sequence[float | None]) -> Update:
@@ -117,12 +117,13 @@ class EvolutionStrategy:
             case _:
                 return self.peak_learning_rate
 
-    def ask(self) -> list[Member]:
-        """The members of the current step: `population` of them, in a fixed order."""
+    def ask(self, step: int | None = None) -> list[Member]:
+        """The members of a step, the current one if None: `population` of them, in a fixed order."""
+        step = self.step if step is None else step
         if self.mirrored:
-            seeds = [member_seed(self.seed, self.step, i) for i in range(self.population // 2)]
+            seeds = [member_seed(self.seed, step, i) for i in range(self.population // 2)]
             return [Member(s, sign) for s in seeds for sign in (1, -1)]
-        return [Member(member_seed(self.seed, self.step, i)) for i in range(self.population)]
+        return [Member(member_seed(self.seed, step, i)) for i in range(self.population)]
 
     def tell(self, rewards: Sequence[float | None]) -> Update:
         """z-score the rewards (population standard deviation) and turn them into coefficients.

@@ -110,6 +110,7 @@ class StepRecord:
     prompts: list[int]  # rows of the training set
     fingerprint: str  # of the base weights after the step
     metrics: dict[str, float] = field(default_factory=dict)  # for people and plots
+    staleness: list[int] = field(default_factory=list)  # by member: updates that its base lacked; empty: none did
 
     @property
     def step(self) -> int:
@@ -282,6 +283,7 @@ class Journal:
                 "prompts": record.prompts,
                 "fingerprint": record.fingerprint,
                 "metrics": record.metrics,
+                **({"staleness": record.staleness} if any(record.staleness) else {}),
             },
         )
         self.steps.append(record)
@@ -466,6 +468,7 @@ def _decode_step(payload: dict[str, Any]) -> StepRecord:
         payload["prompts"],
         payload["fingerprint"],
         payload["metrics"],
+        payload.get("staleness", []),
     )
 
 

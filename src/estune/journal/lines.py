@@ -77,12 +77,14 @@ class StepLine(Line):
     prompts: list[Count]
     fingerprint: Hash
     metrics: dict[str, float]
+    staleness: list[Literal[0, 1]] = []
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
-        lengths = {len(each) for each in (self.seeds, self.signs, self.rewards, self.coefficients)}
+        staleness = self.staleness or self.seeds
+        lengths = {len(each) for each in (self.seeds, self.signs, self.rewards, self.coefficients, staleness)}
         if len(lengths) > 1:
-            raise ValueError("seeds, signs, rewards and coefficients are not equally many")
+            raise ValueError("seeds, signs, rewards, coefficients and staleness are not equally many")
         return self
 
 

@@ -18,11 +18,20 @@ from estune.weights.trained import Drift
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A member's completions, one per prompt, and the seconds they took."""
+    """A member's completions, one per prompt, the seconds they took, and the updates that the base had had by then."""
 
     completions: list[Completion]
     perturb_time: float
     generate_time: float
+    updates: int = 0
+
+
+class Evaluation(Iterator[tuple[int, Evaluated]], Protocol):
+    """Members that are evaluated: the index and the result of each, as they finish, while others go on."""
+
+    def close(self) -> None:
+        """Drop those that are not begun, and wait for those that are."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +89,12 @@ class Pool(Protocol):
 
     def evaluate(
         self, members: Sequence[Member], sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Iterator[tuple[int, Evaluated]]:
-        """Generate with each member's weights; yields (index, result) as they finish, while others go on."""
+    ) -> Evaluation:
+        """Generate with each member's weights, from now on. Who is free takes those first that were given first.
+
+        `apply` may be called while members of a later call are at work: each is perturbed around the base as it is when
+        it begins.
+        """
         ...
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
@@ -144,10 +157,12 @@ class Evaluator(Generating, Protocol):
     The latter raises `Lost` where its process is gone or does not answer, and can be opened again.
     """
 
-    def evaluate(
-        self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Evaluated:
-        """Generate with a member's weights."""
+    def perturb(self, member: Member, sigma: float) -> None:
+        """Make the live weights a member's. Until it ends, nobody may change the base."""
+        ...
+
+    def complete(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """Generate with the live weights. The base may change meanwhile."""
         ...
 
     def apply(self, update: Update) -> int:

@@ -80,14 +80,15 @@ class Generators(Generic[G]):
         log.warning("%s was lost: %s; another takes its place", replica, why)
         replica.open()
 
-    def _do(self, replica: G, work: Callable[[G], T]) -> T:
-        """Let a replica do something, and what takes its place if it is lost."""
+    def _do(self, replica: G, work: Callable[[G], T], replace: Callable[[G, Lost, int], None] | None = None) -> T:
+        """Let a replica do something, and what takes its place if it is lost: `_replace` puts it there, if not told."""
+        replace = replace or self._replace
         losses = 0
         why: Lost | None = None
         while True:
             try:
                 if why is not None:
-                    self._replace(replica, why, losses)
+                    replace(replica, why, losses)
                 return work(replica)
             except Lost as error:
                 losses += 1

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from estune.es.update import as_fingerprint
 from estune.journal.journal import StepRecord
 from estune.pool.base import Description, Evaluated, Evaluator
 from estune.pool.deadlines import Deadlines, Lost
+from estune.pool.gate import Gate
 from estune.pool.generators import Generators, open_together
 from estune.pool.launch import memory_ahead
 from estune.pool.process import WorkerProcess
@@ -65,6 +68,9 @@ class LocalPool(Generators[Evaluator]):
         self._updates: list[Update] = []  # that the base has had
         self._fingerprint = ""  # after them
         self._checkpoint: tuple[int, Path] | None = None  # a number of them, and the weights after these
+        self._gate = Gate()  # to the base
+        # The others can be at work on members that were given ahead.
+        self._updaters = ThreadPoolExecutor(len(self.replicas), "update")
 
     def describe(self) -> Description:
         """As `Pool.describe`."""
@@ -72,18 +78,19 @@ class LocalPool(Generators[Evaluator]):
 
     def evaluate(
         self, members: Sequence[Member], sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Iterator[tuple[int, Evaluated]]:
+    ) -> LocalEvaluation:
         """As `Pool.evaluate`."""
-        futures: dict[Future[Evaluated], int] = {
-            self._submit(lambda r, m=member: r.evaluate(m, sigma, prompt_ids, sampling)): i  # type: ignore[misc]
-            for i, member in enumerate(members)
-        }
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            for future in futures:
-                future.cancel()
+
+        def evaluate(member: Member, replica: Evaluator) -> Evaluated:
+            began = time.perf_counter()
+            with self._gate.reading():
+                updates = len(self._updates)
+                replica.perturb(member, sigma)
+            perturbed = time.perf_counter()
+            completions = replica.complete(prompt_ids, sampling)
+            return Evaluated(completions, perturbed - began, time.perf_counter() - perturbed, updates)
+
+        return LocalEvaluation({self._submit(partial(evaluate, member)): i for i, member in enumerate(members)})
 
     def apply(self, update: Update) -> str:
         """Add an update to the base, or to every replica's; return the fingerprint after it.
@@ -97,8 +104,9 @@ class LocalPool(Generators[Evaluator]):
                 part: this pool must not be used any more.
         """
         updates = [*self._updates, update]
-        self._fingerprint = self._apply_shared(updates) if self._one_base else self._apply_each(update)
-        self._updates = updates
+        with self._gate.writing():
+            self._fingerprint = self._apply_shared(updates) if self._one_base else self._apply_each(update)
+            self._updates = updates
         return self._fingerprint
 
     def rebuild(self, records: Sequence[StepRecord], checkpoint: tuple[int, Path] | None = None) -> str:
@@ -107,7 +115,7 @@ class LocalPool(Generators[Evaluator]):
         self._checkpoint = checkpoint
         if checkpoint is not None:
             done, path = checkpoint
-            list(self._threads.map(lambda replica: self._do(replica, lambda r: r.load(path)), self.replicas))
+            list(self._updaters.map(lambda replica: self._do(replica, lambda r: r.load(path)), self.replicas))
         self._updates = [record.update for record in records[:done]]
         self._fingerprint = self.own.weights.fingerprint()
         updates = [record.update for record in records[done:]]
@@ -133,14 +141,18 @@ class LocalPool(Generators[Evaluator]):
     def close(self) -> None:
         """End replicas and threads; members not yet begun are dropped."""
         super().close()
+        self._updaters.shutdown(wait=False, cancel_futures=True)
         if self._memory is not None:
             os.close(self._memory)
             self._memory = None
 
     def _apply_each(self, update: Update) -> str:
         """Add an update to the base of every replica."""
-        sums = self._threads.map(lambda replica: self._do(replica, lambda r: r.apply(update)), self.replicas)
-        fingerprints = {as_fingerprint(total) for total in sums}
+
+        def apply(replica: Evaluator) -> int:
+            return self._do(replica, lambda r: r.apply(update), replace=self._put_another)
+
+        fingerprints = {as_fingerprint(total) for total in self._updaters.map(apply, self.replicas)}
         if len(fingerprints) > 1:
             raise EstuneError(
                 f"step {update.step + 1}: after the same update replicas' weights differ ({', '.join(fingerprints)}): "
@@ -157,7 +169,7 @@ class LocalPool(Generators[Evaluator]):
         found = ""
         while done < len(updates):
             update = updates[done]
-            outcomes = list(self._threads.map(_try_apply, self.replicas, repeat(update)))
+            outcomes = list(self._updaters.map(_try_apply, self.replicas, repeat(update)))
             lost = [(r, o) for r, o in zip(self.replicas, outcomes, strict=True) if isinstance(o, Lost)]
             if not lost:
                 done = done + 1
@@ -170,7 +182,7 @@ class LocalPool(Generators[Evaluator]):
                 continue
             losses += 1
             for replica, error in lost:
-                self._replace(replica, error, losses)
+                self._put_another(replica, error, losses)
             done = self._begin_anew()
             log.warning("the base may have been updated in part: it is made anew, by %d updates", len(updates) - done)
         return found
@@ -185,11 +197,15 @@ class LocalPool(Generators[Evaluator]):
         return done
 
     def _replace(self, replica: Evaluator, why: Lost, losses: int) -> None:
-        """Start another process in the place of one that is lost, with the weights that it had before.
+        """As `Generators._replace`, with the weights that the lost one had before: not while these change.
 
         Raises:
             EstuneError: this was the last of too many, or the weights do not become what they were.
         """
+        with self._gate.reading():
+            self._put_another(replica, why, losses)
+
+    def _put_another(self, replica: Evaluator, why: Lost, losses: int) -> None:
         super()._replace(replica, why, losses)
         if self._updates and not self._one_base:
             found = replica.rebuild(self._updates, self._checkpoint)
@@ -200,6 +216,31 @@ class LocalPool(Generators[Evaluator]):
                     f"{replica}: the updates so far give fingerprint {found} there, {self._fingerprint} elsewhere: no "
                     "sound machine does that; nothing wrong was recorded: resume"
                 )
+
+
+class LocalEvaluation:
+    """As `Evaluation`.
+
+    Args:
+        futures: what becomes of each member, with its index.
+    """
+
+    def __init__(self, futures: Mapping[Future[Evaluated], int]) -> None:
+        self._futures = futures
+        self._completed = as_completed(futures)
+
+    def __iter__(self) -> LocalEvaluation:
+        return self
+
+    def __next__(self) -> tuple[int, Evaluated]:
+        future = next(self._completed)
+        return self._futures[future], future.result()
+
+    def close(self) -> None:
+        """As `Evaluation.close`."""
+        for future in self._futures:
+            future.cancel()
+        wait(self._futures)
 
 
 def _try_apply(replica: Evaluator, update: Update) -> int | Lost:
@@ -218,8 +259,14 @@ def open_local_pool(config: Config) -> LocalPool:
         EstuneError: for a model that cannot be had or trained.
     """
     count = config.replicas or 1
+    on_cpu = training_device(config.device).type == "cpu"
+    if config.max_staleness and count > 1 and not on_cpu:
+        raise EstuneError(
+            f"max_staleness: replicas on {config.device} cannot be updated while they generate: give workers={count} "
+            "in their place, or set max_staleness=0"
+        )
     keeps_base = POLICIES[config.weights].keeps_base
-    one_base = keeps_base and count > 1 and training_device(config.device).type == "cpu"
+    one_base = keeps_base and count > 1 and on_cpu
     memory = (memory_ahead() or open_memory()) if one_base else None
     shares = [None if memory is None else Share(memory, i, count) for i in range(count)]
     deadlines = Deadlines(config.worker_timeout)

@@ -22,7 +22,6 @@ from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.progress import OWN, Counts, Progress, together
 from estune.es.strategy import Member, Update
-from estune.pool.base import Evaluated
 from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.generator import open_generator
 from estune.pool.launch import Launched, launch
@@ -45,7 +44,7 @@ def _open(config: Config, share: Share | None) -> Replica:
 
 
 _Manager.register("Generator", open_generator, exposed=("generate",))
-_Manager.register("Replica", _open, exposed=("evaluate", "generate", "apply", "load", "rebuild"))
+_Manager.register("Replica", _open, exposed=("perturb", "complete", "generate", "apply", "load", "rebuild"))
 
 
 class GeneratorProcess:
@@ -178,11 +177,13 @@ class WorkerProcess(GeneratorProcess):
         super().__init__(config, deadlines=deadlines, inherited=() if share is None else (share.memory,))
         self._share = share
 
-    def evaluate(
-        self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Evaluated:
-        """As `Replica.evaluate`."""
-        found: Evaluated = self._call("evaluate", lambda: self._proxy.evaluate(member, sigma, prompt_ids, sampling))
+    def perturb(self, member: Member, sigma: float) -> None:
+        """As `Replica.perturb`."""
+        self._call("perturb", lambda: self._proxy.perturb(member, sigma))
+
+    def complete(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """As `Replica.complete`."""
+        found: list[Completion] = self._call("complete", lambda: self._proxy.complete(prompt_ids, sampling))
         return found
 
     def apply(self, update: Update) -> int:

@@ -66,12 +66,16 @@ class Replica(Generator):
     ) -> Evaluated:
         """Generate with a member's weights."""
         start = time.perf_counter()
-        self.weights.perturb(member, sigma)
-        if not self._vllm:  # whose processes wait for their own devices; this one may have nothing on any
-            synchronize(self._device)  # for the clock: a device is still at work
+        self.perturb(member, sigma)
         perturbed = time.perf_counter()
         completions = self.complete(prompt_ids, sampling)
         return Evaluated(completions, perturbed - start, time.perf_counter() - perturbed)
+
+    def perturb(self, member: Member, sigma: float) -> None:
+        """Make the live weights a member's."""
+        self.weights.perturb(member, sigma)
+        if not self._vllm:  # whose processes wait for their own devices; this one may have nothing on any
+            synchronize(self._device)  # for the clock: a device is still at work
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """Generate with the base weights."""

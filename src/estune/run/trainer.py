@@ -29,6 +29,7 @@ from estune.pool.base import EVALUATION_BATCH
 from estune.pool.open import open_pool, with_resources
 from estune.pool.waiting import told_while
 from estune.run import remarks
+from estune.run.asked import Asked
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, how_to_go_on, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
@@ -67,6 +68,8 @@ class Trainer:
     Raises:
         EstuneError: for settings, data or a model that cannot be trained with, before anything is written.
     """
+
+    _ahead: Asked | None = None  # the next step, where it has begun
 
     def __init__(
         self,
@@ -178,6 +181,7 @@ class Trainer:
                 self._catch_up()
             with interruptible() as interrupted:
                 ended = self._loop(interrupted)
+            self._drop_ahead()
             self._save(self.run.final)
             summary = self._summary(ended, time.perf_counter() - began)
             self._tell(lambda m: m.on_train_end(summary))
@@ -398,26 +402,13 @@ class Trainer:
         began = time.perf_counter()
         config = self.config
         step = self.strategy.step
-        sigma = self.strategy.sigma
         rate = self.strategy.learning_rate
-        indices = self.order.rows(step, {e.step: e.metrics for e in self.journal.evaluations})
-        rows = [self.task.train[i] for i in indices]
-        prompt_ids = token_ids(self.encoder, self.task, rows)
-        sampling = make_sampling(config, member_seed(self.strategy.seed, step, 1 << 23))
-        members = self.strategy.ask()
-        pending: dict[int, tuple[list[Completion], Pending]] = {}
-        times = {"perturb": 0.0, "generate": 0.0, "grade": 0.0}
-        self._begin_work("members", prompt_ids, len(members), len(members))
-        for index, done in self.pool.evaluate(members, sigma, prompt_ids, sampling):
-            start = time.perf_counter()
-            pending[index] = done.completions, self.grading.submit(rows, done.completions)
-            times["grade"] += time.perf_counter() - start
-            times["perturb"] += done.perturb_time
-            times["generate"] += done.generate_time
-            self._tell(lambda m: m.on_member_end(len(pending), len(members)))
-        start = time.perf_counter()
-        in_order = [Graded(rows, c, grades.result()) for c, grades in (pending[i] for i in range(len(members)))]
-        times["grade"] += time.perf_counter() - start
+        asked = self._ahead or self._ask(step)
+        self._ahead = None
+        self._begin_work("members", asked.prompt_ids, len(asked.members), len(asked.members))
+        if config.max_staleness and not self._pauses(step + 1):
+            self._ahead = self._ask(step + 1)  # whoever finds no member of this step left goes on with these
+        in_order, staleness, times = self._graded(asked)
         rewards = [g.grades.mean for g in in_order]
         if all(r is None for r in rewards):
             raise EstuneError(
@@ -435,16 +426,60 @@ class Trainer:
         metrics["num_tokens"] = self._tokens() + sum(g.tokens for g in in_order)
         metrics["step_time"] = time.perf_counter() - began
         metrics["tokens_per_second"] = sum(g.tokens for g in in_order) / metrics["step_time"]
+        if config.max_staleness:
+            metrics["staleness"] = sum(staleness) / len(staleness)
         metrics |= {f"time/{key}": value for key, value in times.items()}
         kept = in_order[: config.log_completions]
         if kept:  # before the journal says that the step is done: a step cut off in between is taken again
             records = [r for member, g in enumerate(kept) for r in g.records(step=step + 1, member=member)]
             write_completions(self.run.completions(f"step-{step + 1:05d}"), records)
-        self.journal.append_step(StepRecord(update, sigma, rate, rewards, indices, fingerprint, metrics))
+        record = StepRecord(update, asked.sigma, rate, rewards, asked.indices, fingerprint, metrics, staleness)
+        self.journal.append_step(record)
         self.state.global_step = step + 1
-        self.state.epoch = (step + 1) * len(rows) / len(self.task.train)
+        self.state.epoch = (step + 1) * len(asked.rows) / len(self.task.train)
         self._tell(lambda m: m.on_step_end(metrics, in_order[0].sample()))
         self._say("members", remarks.members_alike(self.journal.steps))
+
+    def _graded(self, asked: Asked) -> tuple[list[Graded], list[int], dict[str, float]]:
+        """What a step's members come to, how stale each was, and the seconds of each stage, all members together."""
+        members = asked.members
+        made = len(self.journal.inherited) + asked.step  # updates
+        pending: dict[int, tuple[list[Completion], Pending]] = {}
+        staleness = [0] * len(members)
+        times = {"perturb": 0.0, "generate": 0.0, "grade": 0.0}
+        for index, done in asked.evaluation:
+            start = time.perf_counter()
+            staleness[index] = made - done.updates
+            pending[index] = done.completions, self.grading.submit(asked.rows, done.completions)
+            times["grade"] += time.perf_counter() - start
+            times["perturb"] += done.perturb_time
+            times["generate"] += done.generate_time
+            self._tell(lambda m: m.on_member_end(len(pending), len(members)))
+        start = time.perf_counter()
+        in_order = [Graded(asked.rows, c, grades.result()) for c, grades in (pending[i] for i in range(len(members)))]
+        times["grade"] += time.perf_counter() - start
+        return in_order, staleness, times
+
+    def _ask(self, step: int) -> Asked:
+        """Have a step's members evaluated, by whoever is free."""
+        sigma = self.strategy.sigma
+        members = self.strategy.ask(step)
+        indices = self.order.rows(step, {e.step: e.metrics for e in self.journal.evaluations})
+        rows = [self.task.train[i] for i in indices]
+        prompt_ids = token_ids(self.encoder, self.task, rows)
+        sampling = make_sampling(self.config, member_seed(self.strategy.seed, step, 1 << 23))
+        evaluation = self.pool.evaluate(members, sigma, prompt_ids, sampling)
+        return Asked(step, sigma, members, indices, rows, prompt_ids, evaluation)
+
+    def _pauses(self, step: int) -> bool:
+        """Whether all members have to be at their end after so many steps."""
+        return self._evaluation_is_due(step) or self._due(step, self.config.save_steps)
+
+    def _drop_ahead(self) -> None:
+        """Forget what the next step's members have answered so far: the base is to be had by itself."""
+        if self._ahead is not None:
+            self._ahead.evaluation.close()
+            self._ahead = None
 
     def _tokens(self) -> float:
         """Tokens generated by all steps so far."""
@@ -453,6 +488,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         if not self.task.evaluation or any(e.step == step for e in self.journal.evaluations):
             return  # nothing to evaluate on, or the run was cut off after this evaluation, and goes on from here
+        self._drop_ahead()
         compare = self.pool.compare if self.config.compare_with_base else None
         self._begin_evaluation("evaluation", self.held_out)
         found, graded = self.held_out.evaluate(self.pool, compare=compare)
@@ -509,6 +545,7 @@ class Trainer:
         self.pool.save(path, dtype or self.journal.header.save_dtype)
 
     def _save_checkpoint(self, step: int) -> None:
+        self._drop_ahead()
         self._save(self.run.checkpoint(step), self.trained.dtype)
         self._tell(lambda m: m.on_save(step))
 

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -38,13 +38,17 @@ LONGEST_PAUSE = 10.0  # seconds before a worker that was lost again is replaced 
 
 @dataclass(eq=False)
 class Job:
-    """Something for a worker to do: one of `RayWorker`'s methods."""
+    """Something for a worker to do: one of `RayWorker`'s methods.
+
+    Where it is for whoever is free, `arguments` are those after `done`, the number of updates that the worker has made.
+    """
 
     kind: str
     arguments: tuple[Any, ...]
     finished: deque[Job]  # where it goes once it is done, failed or, if it is for one worker alone, lost
     index: int = 0
     alone: bool = False
+    handle: Handle | None = None  # who does it, or did
     losses: int = 0
     errors: list[Exception] = field(default_factory=list)
     done: bool = False
@@ -61,6 +65,7 @@ class Slot:
     since: float = field(default_factory=time.monotonic)
     handle: Handle | None = None
     own: deque[Job] = field(default_factory=deque)
+    busy: bool = False  # with a job that was for whoever is free
     losses: int = 0  # since its worker last finished something
     errors: list[Exception] = field(default_factory=list)  # on starting
 
@@ -97,26 +102,32 @@ class Crew:
 
     # For the trainer's thread.
 
-    def run(self, kind: str, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Job]:
-        """Let whoever is free do a job for each of these arguments; yields jobs as they are done.
-
-        Raises:
-            Exception: what workers raise in a job, when several have tried.
-        """
+    def run(self, kind: str, arguments: Sequence[tuple[Any, ...]], *, at_once: bool = False) -> Jobs:
+        """Let whoever is free do a job for each of these arguments, before what others wait for if at once."""
         finished: deque[Job] = deque()
         jobs = [Job(kind, each, finished, index) for index, each in enumerate(arguments)]
         with self._changed:
-            self._jobs.extend(jobs)
+            if at_once:
+                self._jobs.extendleft(reversed(jobs))
+            else:
+                self._jobs.extend(jobs)
             self._changed.notify_all()
-        try:
-            for _ in jobs:
-                job = self.wait(lambda: finished.popleft() if finished else None)
-                if job.error is not None:
-                    raise job.error
-                yield job
-        finally:
-            with self._changed:
-                self._jobs.clear()
+        return Jobs(self, jobs, finished)
+
+    def drop(self, jobs: Sequence[Job]) -> bool:
+        """Take back those of these jobs that nobody has begun; whether the others have come to their end."""
+        with self._changed:
+            for job in jobs:
+                if job in self._jobs:
+                    self._jobs.remove(job)
+                    job.done = True
+            return all(job.done or job.error is not None for job in jobs)
+
+    @property
+    def at_work(self) -> bool:
+        """Whether jobs for whoever is free are waiting or under way."""
+        with self._changed:
+            return bool(self._jobs) or any(slot.busy for slot in self.slots)
 
     def ask(self, slots: Sequence[Slot], kind: str, arguments: tuple[Any, ...]) -> dict[Slot, Any]:
         """Let each of these workers that is ready do a job; returns results of those that live to tell.
@@ -273,21 +284,26 @@ class Crew:
             while not self._closed.is_set() and slot.handle.done == len(self.weights.history):
                 jobs = slot.own or self._jobs
                 if jobs:
+                    slot.busy = jobs is self._jobs
                     return jobs.popleft()
                 self._changed.wait()
         return None
 
     def _do(self, slot: Slot, job: Job) -> None:
         assert slot.handle is not None
+        job.handle = slot.handle
         try:
             units = len(job.arguments[0]) if job.kind == "rebuild" else 1
-            job.result = slot.handle.call(job.kind, *job.arguments, units=units)
+            arguments = job.arguments if job.alone else (slot.handle.done, *job.arguments)
+            job.result = slot.handle.call(job.kind, *arguments, units=units)
         except StaleWeights:
             log.warning("%s has other weights than the run, and makes them anew", slot)
             slot.handle.done = None
+            slot.busy = False
             self._give_back(job)
             return
         with self._changed:
+            slot.busy = False
             self._losses = slot.losses = 0
             slot.errors.clear()
             job.done = True
@@ -301,6 +317,7 @@ class Crew:
         log.warning("%s was lost%s: %s; it is replaced, and others do its work", slot, what, cause)
         self._empty(slot, "waiting")
         with self._changed:
+            slot.busy = False
             self._losses += 1
             self._cause = cause
         if job is not None:
@@ -356,6 +373,47 @@ class Crew:
                 slot.state = state
                 slot.since = time.monotonic()
             self._changed.notify_all()
+
+
+class Jobs:
+    """Jobs for whoever is free, as they are done.
+
+    Args:
+        crew: who does them.
+        jobs: all of them.
+        finished: those that are, and were not taken yet.
+    """
+
+    def __init__(self, crew: Crew, jobs: Sequence[Job], finished: deque[Job]) -> None:
+        self._crew = crew
+        self._jobs = jobs
+        self._finished = finished
+        self._left = len(jobs)
+
+    def __iter__(self) -> Jobs:
+        return self
+
+    def __next__(self) -> Job:
+        """The next one that is done.
+
+        Raises:
+            Exception: what workers raise in a job, when several have tried.
+        """
+        if not self._left:
+            raise StopIteration
+        self._left -= 1
+        try:
+            job = self._crew.wait(lambda: self._finished.popleft() if self._finished else None)
+            if job.error is not None:
+                raise job.error
+        except BaseException:
+            self._crew.drop(self._jobs)
+            raise
+        return job
+
+    def close(self) -> None:
+        """Drop those that nobody has begun, and wait for the others."""
+        self._crew.wait(lambda: self._crew.drop(self._jobs) or None)
 
 
 def compare(handle: Handle, found: dict[str, Any], expected: dict[str, Any]) -> None:

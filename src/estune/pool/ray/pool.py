@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from estune.es.strategy import Member, Update
 from estune.journal.journal import StepRecord
 from estune.pool.base import Description, Evaluated, evaluation_batches
 from estune.pool.ray.cluster import connect, disconnect
-from estune.pool.ray.crew import Crew, Slot, Weights
+from estune.pool.ray.crew import Crew, Jobs, Slot, Weights
 from estune.weights.checkpoint import EMBEDDED, Checkpoint, locate
 from estune.weights.rebuild import Steps
 from estune.weights.trained import Drift
@@ -78,27 +78,39 @@ class RayPool:
 
     def evaluate(
         self, members: Sequence[Member], sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Iterator[tuple[int, Evaluated]]:
+    ) -> RayEvaluation:
         """As `Pool.evaluate`."""
         self.crew.check_cluster(at_once=True)
-        done = self._done
         prompts = ray.put(prompt_ids)  # sent to a node once a step, not once a member
-        for job in self.crew.run("evaluate", [(done, member, sigma, prompts, sampling) for member in members]):
-            self._count(prompt_ids, job.result.completions, sampling, job.result.generate_time)
-            yield job.index, job.result
+        jobs = self.crew.run("evaluate", [(member, sigma, prompts, sampling) for member in members])
+
+        def count(done: Evaluated) -> None:
+            self._count(prompt_ids, done.completions, sampling, done.generate_time)
+
+        return RayEvaluation(jobs, count)
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """As `Pool.generate`."""
-        batches = [(self._done, *batch) for batch in evaluation_batches(prompt_ids, sampling)]
+        batches = evaluation_batches(prompt_ids, sampling)
         found: dict[int, list[Completion]] = {}
         for job in self.crew.run("generate", batches):
             found[job.index] = job.result
-            self._count(batches[job.index][1], job.result, sampling)
+            self._count(batches[job.index][0], job.result, sampling)
         return [completion for index in range(len(batches)) for completion in found[index]]
 
     def apply(self, update: Update) -> str:
-        """As `Pool.apply`. Weights that differ from the majority's are made anew; if there is none, all are."""
-        return self._bring_all([*self.crew.weights.history, update], "apply", (self._done, update))
+        """As `Pool.apply`. Weights that differ from the majority's are made anew; if there is none, all are.
+
+        While members are at work that were given ahead, who is free first makes the update and tells the fingerprint.
+        Each of the others makes it when it is free, and is refused if its fingerprint is another.
+        """
+        history = [*self.crew.weights.history, update]
+        if not self.crew.at_work:
+            return self._bring_all(history, "apply", (self._done, update))
+        (job,) = self.crew.run("apply", [(update,)], at_once=True)
+        assert job.handle is not None
+        self.crew.commit(Weights(history, job.result), [job.handle])
+        return str(job.result)
 
     def rebuild(self, records: Sequence[StepRecord], checkpoint: tuple[int, Path] | None = None) -> str:
         """As `Pool.rebuild`."""
@@ -124,7 +136,7 @@ class RayPool:
 
     def compare(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
         """As `Pool.compare`."""
-        (job,) = self.crew.run("compare", [(self._done, prompt_ids, completion_ids)])
+        (job,) = self.crew.run("compare", [(prompt_ids, completion_ids)])
         found: dict[str, float] = job.result
         return found
 
@@ -203,6 +215,31 @@ class RayPool:
                 raise EstuneError(f"{path}: replay on this machine gives other weights than the workers have; resume")
 
         Steps(trained.rule, weights.history).write(base, trained.tensors, path, dtype, verify)
+
+
+class RayEvaluation:
+    """As `Evaluation`.
+
+    Args:
+        jobs: each evaluates a member.
+        count: called with each result.
+    """
+
+    def __init__(self, jobs: Jobs, count: Callable[[Evaluated], None]) -> None:
+        self._jobs = jobs
+        self._count = count
+
+    def __iter__(self) -> RayEvaluation:
+        return self
+
+    def __next__(self) -> tuple[int, Evaluated]:
+        job = next(self._jobs)
+        self._count(job.result)
+        return job.index, job.result
+
+    def close(self) -> None:
+        """As `Evaluation.close`."""
+        self._jobs.close()
 
 
 def _for_workers(config: Config) -> Config:

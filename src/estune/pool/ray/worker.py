@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,7 @@ class RayWorker:
     ) -> Evaluated:
         """As `Replica.evaluate`."""
         self._require(done)
-        return self.replica.evaluate(member, sigma, prompt_ids, sampling)
+        return replace(self.replica.evaluate(member, sigma, prompt_ids, sampling), updates=done)
 
     def generate(self, done: int, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """As `Replica.generate`."""
