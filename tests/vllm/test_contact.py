@@ -51,6 +51,16 @@ def test_the_engine_takes_our_options() -> None:
     assert "use_tqdm" in parameters(LLM.generate)
 
 
+def test_the_engine_takes_prompts_one_by_one() -> None:
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    assert parameters(LLMEngine.add_request)[:4] == ["self", "request_id", "prompt", "params"]
+    assert parameters(LLMEngine.abort_request)[:2] == ["self", "request_ids"]
+    assert parameters(LLMEngine.step) == ["self"]
+    assert RequestOutputKind.DELTA
+
+
 def test_the_stream_of_a_thread_is_remembered_where_we_forget_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU vLLM puts a thread on a stream of its own, unless it remembers another."""
     from vllm.utils import torch_utils
@@ -86,6 +96,7 @@ def test_sampling_takes_our_settings() -> None:
         "ignore_eos",
         "detokenize",
         "logprobs",
+        "output_kind",
     }
     assert ours <= set(SamplingParams.__struct_fields__)
 

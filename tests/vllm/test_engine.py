@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from estune.agents.play import Limits, Players
 from estune.completion import Sampling
 from estune.config import Config
+from estune.engines.continuous import Batcher, Request
 from estune.engines.prompts import PromptEncoder
 from estune.engines.score import log_probabilities
 from estune.engines.vllm import internals
@@ -255,3 +257,41 @@ class Twice:
     def step(self, completion: str) -> Any:
         self.turns += 1
         return 1.0 if self.turns == 2 else " and"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prompts_join_and_leave_at_any_token(
+    saved: Callable[..., Path], engines: Callable[..., Any], temperature: float
+) -> None:
+    """Each gets what it gets alone; a long one neither holds up the short, nor those that come meanwhile."""
+    engine = engines(saved("qwen2"))
+    prompts = [[5 + n, 6, 7 + n] for n in range(6)]
+
+    def drawn(number: int) -> Sampling:
+        return Sampling(3 + 4 * number, temperature=temperature, seed=number)
+
+    expected = [engine.generate([prompt], drawn(number))[0] for number, prompt in enumerate(prompts)]
+    endless: list[Any] = []
+    ended: list[int] = []
+    with Batcher(engine) as batcher:
+        endless.append(batcher.submit(Request([9, 9], Sampling(200), told=lambda text: ended.append(-1))))
+        futures = []
+        for number, prompt in enumerate(prompts):
+            futures.append(batcher.submit(Request(prompt, drawn(number))))
+            futures[-1].add_done_callback(lambda _, number=number: ended.append(number))  # type: ignore[misc]
+            if number % 2:
+                futures[number // 2].result()
+        assert [future.result() for future in futures] == expected
+        endless[0].cancel()
+    engine.forget()  # which vLLM refuses while it decodes anything
+    assert engine.generate([prompts[0]], drawn(0)) == expected[:1]
+
+
+def test_a_batch_that_is_closed_leaves_nothing_behind(saved: Callable[..., Path], engines: Callable[..., Any]) -> None:
+    engine = engines(saved("qwen2"))
+    begun = threading.Event()
+    with Batcher(engine) as batcher:
+        left = batcher.submit(Request([5, 6], Sampling(200), told=lambda text: begun.set()))
+        begun.wait(20)
+    assert left.cancelled()
+    engine.forget()

@@ -156,6 +156,8 @@ class Batcher:
                         if work.request.expected:
                             self.expect(1)  # before anybody who has the completion can say that he does not ask
                         work.deliver()
+            for row in active:
+                rows.leave(row)
         except BaseException as error:
             self._failure = error
         finally:

@@ -6,6 +6,7 @@ same kernels as any other weights: a member's weights are those of the transform
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
-from estune.engines.continuous import Rounds, Rows
+from estune.engines.continuous import Request, Rows
 from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer, pick_dtype
 from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for, total_memory
 from estune.engines.progress import Meter
@@ -75,7 +76,7 @@ class VllmEngine(PromptEncoder):
         self._stream = module.current_stream() if self.parallel == 1 else None
 
     @contextmanager
-    def _here(self) -> Iterator[Any]:
+    def here(self) -> Iterator[Any]:
         """vLLM's engine, set up for the thread that calls, whichever has started it.
 
         On a GPU, vLLM's runner waits for the stream on which it was started, and a thread has a stream of its own: what
@@ -159,7 +160,7 @@ class VllmEngine(PromptEncoder):
         self.check(prompt_ids, sampling)
         ends = set(self.end_ids)
         meter = Meter()
-        with self._here() as llm:
+        with self.here() as llm:
             token_ids = internals.generate(llm, prompt_ids, sampling, self.end_ids)
         tokens = sum(map(len, token_ids))
         meter.wrote(tokens, spared=len(prompt_ids) * sampling.max_new_tokens - tokens)
@@ -168,8 +169,8 @@ class VllmEngine(PromptEncoder):
         return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
 
     def open_rows(self) -> Rows:
-        """An empty batch: those who wait are given to vLLM together, to their ends."""
-        return Rounds(self.generate)
+        """An empty batch."""
+        return VllmRows(self)
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats) of the tokens of every completion, but of one that fills up the model's positions.
@@ -178,7 +179,7 @@ class VllmEngine(PromptEncoder):
         """
         most = (self.positions or math.inf) - 1
         rows = [[*prompt, *ids] for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
-        with self._here() as llm:
+        with self.here() as llm:
             found = internals.score(llm, [row[: int(min(len(row), most))] for row in rows])
         return [row[len(prompt) - 1 :] for prompt, row in zip(prompt_ids, found, strict=True)]
 
@@ -188,7 +189,7 @@ class VllmEngine(PromptEncoder):
         Raises:
             EstuneError: what one of them raised.
         """
-        with self._here() as llm:
+        with self.here() as llm:
             answers = internals.call(llm, method, *args)
         for answer in answers:
             if isinstance(answer, EstuneError):
@@ -197,7 +198,7 @@ class VllmEngine(PromptEncoder):
 
     def forget(self) -> None:
         """Forget keys and values of earlier prompts, which other weights have made."""
-        with self._here() as llm:
+        with self.here() as llm:
             done = internals.reset_prefix_cache(llm)
         if not done:
             raise EstuneError("vLLM keeps keys and values of other weights: prompts are still under way; start again")
@@ -208,7 +209,7 @@ class VllmEngine(PromptEncoder):
         length = max(1, min(8, (self.positions or 8) - 2))
         prompts = [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]
         self.forget()
-        with self._here() as llm:
+        with self.here() as llm:
             return internals.log_probabilities(llm, prompts, 2 if (self.positions or 8) > 2 else 1)
 
     def close(self) -> None:
@@ -216,6 +217,54 @@ class VllmEngine(PromptEncoder):
         if self.llm is not None:
             internals.stop(self.llm)
             self.llm = None
+
+
+class VllmRows:
+    """As `Rows`: vLLM's own batch, which prompts join and leave at any token.
+
+    Args:
+        engine: whose batch it is, and whose weights stay as they are.
+    """
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self._engine = engine
+        self._numbers = itertools.count()
+        self._unread: dict[int, int] = {}  # tokens of prompts that have gained nothing yet
+        self._active: set[int] = set()  # rows that vLLM decodes
+        self._meter = Meter()
+
+    def join(self, request: Request) -> int:
+        """As `Rows.join`. Where there is no room, vLLM lets them wait."""
+        row = next(self._numbers)
+        if not self._active:
+            self._meter = Meter()  # nobody waited for anything
+        with self._engine.here() as llm:
+            internals.add(llm, str(row), request.prompt_ids, request.sampling, self._engine.end_ids)
+        self._active.add(row)
+        self._unread[row] = len(request.prompt_ids)
+        return row
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        """As `Rows.step`."""
+        with self._engine.here() as llm:
+            gained = internals.step(llm)
+        found = []
+        for name, tokens, finished in gained:
+            row = int(name)
+            found.append((row, tokens))
+            self._meter.read(self._unread.pop(row, 0))
+            if finished:
+                self._active.discard(row)
+        self._meter.wrote(sum(len(tokens) for _, tokens in found))
+        return found
+
+    def leave(self, row: int) -> None:
+        """As `Rows.leave`."""
+        self._unread.pop(row, None)
+        if row in self._active:
+            self._active.discard(row)
+            with self._engine.here() as llm:
+                internals.drop(llm, str(row))
 
 
 def rows_at_once(config: Config, *, on_cpu: bool) -> int:

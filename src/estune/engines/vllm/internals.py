@@ -145,24 +145,46 @@ def generate(
     llm: Any, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
 ) -> list[list[int]]:
     """Token ids of each completion, the end token included."""
+    prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
+    settings = _parameters(sampling, end_ids, 0)
+    if sampling.temperature:
+        settings = [_parameters(sampling, end_ids, row) for row in range(len(prompts))]
+    return [list(found.outputs[0].token_ids) for found in llm.generate(prompts, settings, use_tqdm=False)]
+
+
+def add(llm: Any, row: str, prompt_ids: Sequence[int], sampling: Sampling, end_ids: Sequence[int]) -> None:
+    """Take a prompt in, which `step` will tell of under this name. Drawn, it is as the only one of `generate`."""
+    from vllm.sampling_params import RequestOutputKind
+
+    settings = _parameters(sampling, end_ids, 0)
+    settings.output_kind = RequestOutputKind.DELTA
+    llm.llm_engine.add_request(row, {"prompt_token_ids": list(prompt_ids)}, settings)
+
+
+def step(llm: Any) -> list[tuple[str, list[int], bool]]:
+    """Decode on: names of prompts with the tokens that each has gained, and whether that was its end."""
+    return [(one.request_id, list(one.outputs[0].token_ids), one.finished) for one in llm.llm_engine.step()]
+
+
+def drop(llm: Any, row: str) -> None:
+    """Decode a prompt no further."""
+    llm.llm_engine.abort_request([row])
+
+
+def _parameters(sampling: Sampling, end_ids: Sequence[int], row: int) -> Any:
     from vllm import SamplingParams
 
-    def parameters(row: int) -> Any:
-        return SamplingParams(
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            # A row of its own for each prompt, so that it matters not with which others it is batched.
-            seed=member_seed(sampling.seed, 0, row) >> 1 if sampling.temperature else None,
-            stop_token_ids=list(end_ids),
-            ignore_eos=True,  # `end_ids` has every end
-            detokenize=False,
-        )
-
-    prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
-    settings = [parameters(row) for row in range(len(prompts))] if sampling.temperature else parameters(0)
-    return [list(found.outputs[0].token_ids) for found in llm.generate(prompts, settings, use_tqdm=False)]
+    return SamplingParams(
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        # A row of its own for each prompt, so that it matters not with which others it is batched.
+        seed=member_seed(sampling.seed, 0, row) >> 1 if sampling.temperature else None,
+        stop_token_ids=list(end_ids),
+        ignore_eos=True,  # `end_ids` has every end
+        detokenize=False,
+    )
 
 
 def log_probabilities(llm: Any, prompt_ids: Sequence[Sequence[int]], tokens: int) -> list[dict[int, float]]:
