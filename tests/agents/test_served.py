@@ -122,6 +122,23 @@ def test_any_program_can_play(engine: TransformersEngine, play: Play, tmp_path: 
     check_two_turns(engine, play("program", program(tmp_path, AGENT), ROWS))
 
 
+def test_a_program_that_is_killed_is_played_again(engine: TransformersEngine, play: Play, tmp_path: Path) -> None:
+    """At its second turn, once; what it had been answered is forgotten, and so is its key."""
+    hit = AGENT.replace(
+        '    messages += [{"role": "assistant"',
+        f"""    with open(r"{tmp_path}/keys", "a") as keys:
+            print(row["number"], os.environ["OPENAI_API_KEY"], file=keys)
+        if not os.path.exists(r"{tmp_path}/hit" + str(row["number"])):
+            open(r"{tmp_path}/hit" + str(row["number"]), "x").close()
+            os.kill(os.getpid(), 9)
+        messages += [{{"role": "assistant\"""",
+    )
+    check_two_turns(engine, play("program", program(tmp_path, hit), ROWS))
+    keys = (tmp_path / "keys").read_text().split("\n")[:-1]
+    assert len(set(keys)) == 2 * len(ROWS)
+    assert len(keys) == 3 * len(ROWS)
+
+
 def test_how_a_program_fails_is_said(play: Play, tmp_path: Path) -> None:
     command = program(
         tmp_path,
@@ -142,7 +159,7 @@ def test_how_a_program_fails_is_said(play: Play, tmp_path: Path) -> None:
     assert [f.failure for f in found] == ["errors", "errors", "crashes", "timeouts", "errors"]
     assert found[0].why == "printed 'ready' last, neither a number nor JSON: print the reward on the last line"
     assert found[1].why.endswith("ended with code 1: out of paper")
-    assert found[2].why == "was killed by SIGSEGV"
+    assert found[2].why == "was killed by SIGSEGV, 3 times"
     assert found[4].why.endswith("printed nothing: print the reward on the last line")
     (none,) = play("program", "/no/such/program", ROWS[:1])
     assert "cannot be started" in played(none).why

@@ -95,6 +95,14 @@ class Run:
             self.first = list(prompt_ids)
         self.completions.append(completion)
 
+    def begin_again(self) -> None:
+        """Forget what was said so far."""
+        with self.lock:
+            self.transcript = []
+            self.completions = []
+            self.first = []
+            self.aborts = []
+
     def on_abort(self, call: Callable[[], object]) -> None:
         """Have something called where the rollout is ended from outside, which it may have been already."""
         with self.lock:

@@ -27,6 +27,8 @@ from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError, printable
 from estune.grading.rollout import Outcome, outcome_of_line
 
+MOST_PLAYS = 3
+"""How often a rollout is played whose program is killed."""
 LONGEST = 1 << 20
 """Bytes at the end of a program's output among which its last line is looked for."""
 
@@ -63,9 +65,27 @@ class ProgramPlayer(ServedPlayer):
             self._keeper = None
 
     def play(self, run: Run) -> Outcome:
-        """As `Player.play`."""
+        """As `Player.play`. A program that is killed is played again: it may have been somebody else's doing."""
         command = run.opening.rollout.target
         arguments = shlex.split(command) if isinstance(command, str) else list(command)
+        for play in range(1, MOST_PLAYS + 1):
+            code, said, complained = self._play(run, arguments)
+            if run.over:
+                raise Stopped("was ended")
+            if code >= 0:
+                break
+            if play == MOST_PLAYS:
+                raise Stopped(f"was killed by {_signal_name(-code)}, {MOST_PLAYS} times")
+            run.begin_again()
+        if code:
+            last = printable((complained or [""])[-1][:300])
+            raise EstuneError(f"{command!r:.60} ended with code {code}: {last or 'it said nothing'}")
+        if not said:
+            raise EstuneError(f"{command!r:.60} printed nothing: print the reward on the last line")
+        return outcome_of_line(said[-1])
+
+    def _play(self, run: Run, arguments: list[str]) -> tuple[int, list[str], list[str]]:
+        """Let the program run once; its code, and lines at the end of its output and of its errors."""
         with self.admitted(run) as (url, key), tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             self._keys.add(key)
             assert self._keeper is not None
@@ -84,19 +104,7 @@ class ProgramPlayer(ServedPlayer):
                     process.stdin.write(json.dumps(run.opening.row, default=str).encode() + b"\n")
                     process.stdin.close()
                 code = process.wait()
-            if run.over:
-                raise Stopped("was ended")
-            lines = [line for line in _tail(out).splitlines() if line.strip()]
-            if code < 0:
-                raise Stopped(f"was killed by {_signal_name(-code)}")
-            if code:
-                last = ([line for line in _tail(err).splitlines() if line.strip()] or [""])[-1]
-                raise EstuneError(
-                    f"{command!r:.60} ended with code {code}: {printable(last[:300]) or 'it said nothing'}"
-                )
-            if not lines:
-                raise EstuneError(f"{command!r:.60} printed nothing: print the reward on the last line")
-            return outcome_of_line(lines[-1])
+            return code, _last_lines(out), _last_lines(err)
 
 
 @contextmanager
@@ -144,10 +152,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
             child.kill()
 
 
-def _tail(file: IO[bytes]) -> str:
+def _last_lines(file: IO[bytes]) -> list[str]:
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - LONGEST))
-    return file.read().decode(errors="replace")
+    return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
 
 
 def _signal_name(number: int) -> str:
