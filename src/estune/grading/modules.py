@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,47 @@ def load_file(path: Path) -> ModuleType:
         raise EstuneError(f"reward file {path} cannot be loaded: {one_line(error)}") from error
     FILES[name] = str(path)
     return module
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a module is had from, in this process and in others.
+
+    Attributes:
+        name: that it is imported by.
+        file: that it was loaded from by path; None if it was imported.
+        root: the folder that its name begins in, or None; it may be on this process's path alone, as a script's is.
+    """
+
+    name: str
+    file: str | None
+    root: str | None
+
+    def load(self) -> ModuleType:
+        """The module, wherever other modules of that name lie: after those that this process has already.
+
+        Raises:
+            EstuneError: it cannot be loaded here.
+        """
+        if self.file is not None:
+            return load_file(Path(self.file))
+        if self.root is not None and self.root not in sys.path:
+            sys.path.append(self.root)
+        try:
+            return importlib.import_module(self.name)
+        except Exception as error:
+            raise EstuneError(f"module {self.name} cannot be imported by another process: {one_line(error)}") from error
+
+
+def place_of(module: ModuleType) -> Place:
+    """Where a module of this process can be had by another."""
+    file = getattr(module, "__file__", None)
+    root = None
+    if file is not None:
+        path = Path(file).resolve()
+        steps = module.__name__.count(".") + (path.name == "__init__.py")
+        root = str(path.parents[steps]) if steps < len(path.parents) else None
+    return Place(module.__name__, FILES.get(module.__name__), root)
 
 
 def one_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ import inspect
 import json
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -25,7 +26,7 @@ from typing import Any, Literal, Protocol
 from estune.completion import Message, Played, Prompt
 from estune.errors import EstuneError, printable
 from estune.grading.convention import Log, RewardFunction, Row, bounded, reward_name
-from estune.grading.modules import FILES, load_file
+from estune.grading.modules import Place, place_of
 from estune.grading.verdict import Verdict
 
 Kind = Literal["environment", "function", "program"]
@@ -88,18 +89,21 @@ class Rollout:
             )
 
     def __reduce__(self) -> tuple[Callable[..., Rollout], tuple[Any, ...]]:
-        """To another process, where the user's file is loaded, too."""
-        module = getattr(self.target, "__module__", "")
-        if module in FILES:
-            return _from_file, (self.kind, FILES[module], self.target.__qualname__, self.chat)
-        return Rollout, (self.kind, self.target, self.chat)
+        """To another process, which finds the target where this one has it."""
+        target, given = self.target, None
+        if isinstance(target, functools.partial):
+            target, given = target.func, (target.args, target.keywords)
+        module = sys.modules.get(getattr(target, "__module__", None) or "")
+        if self.kind == "program" or module is None or not hasattr(target, "__qualname__"):
+            return Rollout, (self.kind, self.target, self.chat)
+        return _found, (self.kind, place_of(module), target.__qualname__, given, self.chat)
 
 
-def _from_file(kind: Kind, path: str, name: str, chat: bool) -> Rollout:
-    from pathlib import Path
-
-    target = functools.reduce(getattr, name.split("."), load_file(Path(path)))
-    return Rollout(kind, target, chat)
+def _found(kind: Kind, place: Place, name: str, given: tuple[Any, Any] | None, chat: bool) -> Rollout:
+    target: Any = place.load()
+    for part in name.split("."):
+        target = getattr(target, part)
+    return Rollout(kind, functools.partial(target, *given[0], **given[1]) if given else target, chat)
 
 
 class Opening(list[int]):
