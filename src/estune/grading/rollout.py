@@ -90,9 +90,11 @@ class Rollout:
 
     def __reduce__(self) -> tuple[Callable[..., Rollout], tuple[Any, ...]]:
         """To another process, which finds the target where this one has it."""
-        target, given = self.target, None
+        target: Any = self.target
+        given = None
         if isinstance(target, functools.partial):
-            target, given = target.func, (target.args, target.keywords)
+            given = target.args, target.keywords
+            target = target.func
         module = sys.modules.get(getattr(target, "__module__", None) or "")
         if self.kind == "program" or module is None or not hasattr(target, "__qualname__"):
             return Rollout, (self.kind, self.target, self.chat)
