@@ -25,6 +25,11 @@ function marked(text, wanted) {
   return element;
 }
 
+/** What an answer's turns are; a plain text is one, of nobody in particular. */
+function turns(answer) {
+  return typeof answer === "string" ? [["", answer]] : answer;
+}
+
 function answered(data, row, when, wanted, kind) {
   const [, answer, reward, finished] = row;
   const section = made("section", kind);
@@ -33,7 +38,11 @@ function answered(data, row, when, wanted, kind) {
     made("span", "", when + (finished ? "" : ", cut off")),
     made("span", "reward", "reward " + (reward === null ? "none" : reward)),
   );
-  section.append(head, marked(data.answers[answer] || "(nothing)", wanted));
+  section.append(head);
+  for (const [who, said] of turns(data.answers[answer])) {
+    if (who) section.append(made("p", "who", who));
+    section.append(marked(said || "(nothing)", wanted));
+  }
   return section;
 }
 
@@ -124,7 +133,9 @@ function searched(part, data, follow) {
 
   const search = () => {
     wanted = input.value.toLowerCase();
-    low ??= [data.prompts, data.answers].map((texts) => texts.map((text) => text.toLowerCase()));
+    low ??= [data.prompts, data.answers].map((texts) =>
+      texts.map((text) => turns(text).map(([, said]) => said.toLowerCase()).join("\n")),
+    );
     const [prompts, answers] = low.map((texts) => texts.map((text) => text.includes(wanted)));
     const kind = among.selectedIndex ? among.value : null;
     found = all.filter(({ table, row }) => (!kind || table.kind === kind) && (prompts[row[0]] || answers[row[1]]));

@@ -17,7 +17,10 @@ from estune.errors import EstuneError
 from estune.study.report.runs import Run
 from estune.study.report.samples import LONGEST, UNSEEN, readable, shared_ends
 from estune.study.report.tables import Row, read_rows
+from estune.study.report.turns import Turn, turns_of
 
+Answer = str | tuple[Turn, ...]
+"""What is shown of an answer: its text or, of a rollout, its turns."""
 ROW_SIZE = 24  # characters that a row takes beside its texts, about
 
 
@@ -25,7 +28,7 @@ ROW_SIZE = 24  # characters that a row takes beside its texts, about
 class Kept:
     """Completions as the page holds them."""
 
-    data: str  # JSON: the prompts, the answers, and tables of rows [prompt, answer, reward, finished, member]
+    data: str  # JSON: prompts, answers as `Answer`, and tables of rows [prompt, answer, reward, finished, member]
     shown: int  # completions in it
     left_out: int
     unreadable: list[str]  # names of tables
@@ -41,8 +44,8 @@ class _Room:
 
     def takes(self, rows: Sequence[Row]) -> bool:
         """Whether all of these rows have room; it is theirs then."""
-        texts = {str(row[column]) for row in rows for column in ("prompt", "completion")} - self._texts
-        size = ROW_SIZE * len(rows) + sum(min(len(text), LONGEST) for text in texts)
+        texts = {text for row in rows for text in (str(row["prompt"]), *_said(_answer(row)))}
+        size = ROW_SIZE * len(rows) + sum(min(len(text), LONGEST) for text in texts - self._texts)
         if size > self._left:
             return False
         self._left -= size
@@ -99,14 +102,14 @@ def _followed(tables: Sequence[Sequence[Row]], room: _Room) -> set[str]:
 def _data(tables: Sequence[tuple[Path, Sequence[Row]]]) -> dict[str, Any]:
     """What the script reads: each prompt and each answer once, and tables of rows that name them by number."""
     prompts: dict[str, int] = {}
-    answers: dict[str, int] = {}
+    answers: dict[Answer, int] = {}
     listed = []
     for path, rows in tables:
         kind, name, step = _named(path)
         cells = [
             [
                 prompts.setdefault(str(row["prompt"]), len(prompts)),
-                answers.setdefault(str(row["completion"]), len(answers)),
+                answers.setdefault(_answer(row), len(answers)),
                 _number(row["reward"]),
                 int(row.get("finished") is not False),
                 row["member"] if isinstance(row.get("member"), int) else -1,
@@ -119,9 +122,20 @@ def _data(tables: Sequence[tuple[Path, Sequence[Row]]]) -> dict[str, Any]:
         "opening": _safe(opening),
         "ending": _safe(ending),
         "prompts": [_safe(prompt[len(opening) : len(prompt) - len(ending)]) for prompt in prompts],
-        "answers": [_safe(answer) for answer in answers],
+        "answers": [
+            _safe(answer) if isinstance(answer, str) else [[_safe(who), _safe(said)] for who, said in answer]
+            for answer in answers
+        ],
         "tables": listed,
     }
+
+
+def _answer(row: Row) -> Answer:
+    return tuple(turns_of(row)) or str(row["completion"])
+
+
+def _said(answer: Answer) -> list[str]:
+    return [answer] if isinstance(answer, str) else [said for _, said in answer]
 
 
 def _evenly(count: int) -> list[int]:

@@ -11,6 +11,7 @@ from estune.errors import EstuneError
 from estune.journal.journal import EvaluationRecord
 from estune.study.report.runs import Run
 from estune.study.report.tables import Row, read_rows, score_column
+from estune.study.report.turns import turns_of
 from estune.tasks.preflight import FULL_MARKS
 
 SHOWN = {"better": 4, "low": 2, "worse": 2, "high": 1}
@@ -144,4 +145,5 @@ def _common(texts: Sequence[str]) -> str:
 
 
 def _shown(row: Row) -> Row:
-    return {**row, "completion": readable(row["completion"])}
+    turns = [(who, readable(text)) for who, text in turns_of(row)]
+    return {**row, "completion": readable(row["completion"]), "turns": turns}
