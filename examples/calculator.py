@@ -1,0 +1,69 @@
+"""A real model learns to use a calculator, for products that it cannot work out itself.
+
+estune train --config examples/calculator.yaml
+
+A call stands alone, `CALC: 23 * 45`; the calculator answers, and then the model says what it has found. Asked, the model
+writes the call, but goes on with a result of its own, which is wrong: it has to learn to wait for the calculator's. The
+numbers of the held-out questions are others than those it is trained on.
+"""
+
+import random
+import re
+
+from estune.rewards.expression import evaluate, tokenize
+
+SHOWN = [
+    {"role": "system", "content": "Use the calculator: write CALC: and the expression."},
+    {"role": "user", "content": "What is 14 times 21?"},
+    {"role": "assistant", "content": "CALC: 14 * 21"},
+    {"role": "user", "content": "RESULT: 294"},
+    {"role": "assistant", "content": "The answer is 294."},
+]
+QUESTIONS = (
+    "What is {a} times {b}?",
+    "Multiply {a} by {b}.",
+    "A box holds {a} eggs. How many eggs are in {b} boxes?",
+    "A ticket costs {a} dollars. What do {b} tickets cost?",
+    "There are {b} rows of {a} seats. How many seats are there?",
+)
+CALL = re.compile(r"CALC:\s*([\d+*/() -]{1,40})")
+MOST_CALLS = 2
+
+
+def problems(count: int, seed: int, numbers: range) -> list[dict[str, object]]:
+    """Questions, their numbers drawn from a range."""
+    chance = random.Random(seed)
+    found = []
+    for _ in range(count):
+        a, b = chance.choice(numbers), chance.choice(numbers)
+        question = chance.choice(QUESTIONS).format(a=a, b=b)
+        found.append({"prompt": [*SHOWN, {"role": "user", "content": question}], "answer": a * b})
+    return found
+
+
+class Environment:
+    """A question, and a calculator to answer it with."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def reset(self, row):
+        self.answer = row["answer"]
+        return row["prompt"]
+
+    def step(self, completion):
+        call = CALL.fullmatch(completion.strip())
+        if call and self.calls < MOST_CALLS:
+            self.calls += 1
+            try:
+                return f"RESULT: {evaluate(tokenize(call[1]))}"
+            except (ValueError, ZeroDivisionError):
+                return "RESULT: that is no expression"
+        said = re.findall(r"\d+", completion.replace(",", ""))
+        right = said[-1:] == [str(self.answer)]
+        return {"reward": float(right), "right": right, "calls": self.calls}
+
+
+train = problems(400, 0, range(13, 100, 2))
+evaluation = problems(60, 1, range(12, 100, 2))
+accuracy = "right"
