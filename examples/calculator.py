@@ -2,9 +2,9 @@
 
 estune train --config examples/calculator.yaml
 
-A call stands alone, `CALC: 23 * 45`; the calculator answers, and then the model says what it has found. Asked, the model
-writes the call, but goes on with a result of its own, which is wrong: it has to learn to wait for the calculator's. The
-numbers of the held-out questions are others than those it is trained on.
+A call stands alone, `CALC: 23 * 45`; the calculator answers, and then the model says what it has found. Asked, it
+writes the call, but often goes on with a result of its own, which is wrong: it has to learn to wait for the
+calculator's. The numbers of the held-out questions are even, of those that it is trained on odd.
 """
 
 import random
@@ -48,10 +48,12 @@ class Environment:
         self.calls = 0
 
     def reset(self, row):
+        """What the model is shown."""
         self.answer = row["answer"]
         return row["prompt"]
 
     def step(self, completion):
+        """The calculator's answer to a call; to anything else, whether the last number in it is right."""
         call = CALL.fullmatch(completion.strip())
         if call and self.calls < MOST_CALLS:
             self.calls += 1
