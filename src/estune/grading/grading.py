@@ -68,7 +68,8 @@ class Grading:
         state: what functions are told of the run; the caller keeps it up to date.
 
     Raises:
-        EstuneError: weights that do not match, or an isolated function that no other process could import.
+        EstuneError: weights that do not match, an isolated function that no other process could import, or what a
+            function's `prepare()` raises.
     """
 
     def __init__(
@@ -101,6 +102,9 @@ class Grading:
         if isolated:
             picked = {number: f for number, f in enumerate(self.functions) if self._isolations[number]}
             self.pool = GraderPool(picked, processes or min(_cores(), MOST_PROCESSES), max(isolated))
+        for function, isolation in zip(self.functions, self._isolations, strict=True):
+            if isolation is None:
+                getattr(function, "prepare", lambda: None)()
 
     def grade(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Grades:
         """Grades of the completions of `rows`.
@@ -182,7 +186,7 @@ class Grading:
         failure: str | None = None
         with contained() as around:
             try:
-                marks.values = as_scores(function(**arguments(batch.columns, self.state, marks.log)), len(batch))
+                marks.take(as_scores(function(**arguments(batch.columns, self.state, marks.log)), len(batch)))
             except BaseException as error:
                 if around.stopped and not isinstance(error, Exception):
                     raise  # Ctrl-C or SIGTERM came while it ran
@@ -220,7 +224,7 @@ class Grading:
         function = self.functions[number]
         marks = _Marks(Log(len(batch)))
 
-        async def run() -> list[float | None]:
+        async def run() -> list[float | None | Exception]:
             process = os.getpid()
             try:
                 return as_scores(await function(**arguments(batch.columns, self.state, marks.log)), len(batch))
@@ -239,7 +243,7 @@ class Grading:
 
         def collect() -> _Marks:
             try:
-                marks.values = future.result()
+                marks.take(future.result())
             except Exception as error:
                 marks.fail(None, describe(error), batch)
             return marks
@@ -294,6 +298,13 @@ class _Marks:
     values: list[float | None] = field(default_factory=list)
     errors: dict[int | None, str] = field(default_factory=dict)
 
+    def take(self, scores: Sequence[float | None | Exception]) -> None:
+        """Take what the function returned for the whole batch."""
+        self.values = [None if isinstance(score, Exception) else score for score in scores]
+        self.errors = {row: describe(score) for row, score in enumerate(scores) if isinstance(score, Exception)}
+        if self.errors:
+            self.failures["errors"] = len(self.errors)
+
     def fail(self, row: int | None, why: str, batch: Batch) -> None:
         """Note that the function failed on the whole batch, because of one row or of none in particular."""
         self.values = [None] * len(batch)
@@ -315,6 +326,8 @@ class _Marks:
             self.log.extras.setdefault(column, [None] * size)[row] = values[0]
         for name, logged in verdict.metrics.items():
             self.log.metrics.setdefault(name, []).extend(logged)
+        for name, number in verdict.counts.items():
+            self.log.count(name, number)
 
 
 class Pending:
@@ -364,6 +377,7 @@ class Pending:
             {name: marks.failures for name, marks in marked.items() if marks.failures},
             extras,
             logged,
+            {name: marks.log.counts for name, marks in marked.items() if marks.log.counts},
         )
 
 

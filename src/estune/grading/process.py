@@ -118,11 +118,13 @@ def _grade(function: Any, call: Call, state: State) -> Verdict:
             if is_async(function):
                 returned = asyncio.run(_awaited(returned))
             (score,) = as_scores(returned, 1)
+            if isinstance(score, Exception):
+                raise score
         except MemoryError:
             verdict = Verdict("crashes", text="out of memory")
         except BaseException as error:  # Ctrl-C does not reach a grader: whatever it is, the function raised it
             verdict = Verdict("errors", text=describe(error))
-    verdict = verdict or Verdict("score", score, "", log.extras, log.metrics)
+    verdict = verdict or Verdict("score", score, "", log.extras, log.metrics, log.counts)
     return replace(verdict, notes=around.notes)
 
 

@@ -173,7 +173,7 @@ class Only:
         return self._spread(self.function(**self._arguments(own, len(task), given)) if own else [], own, len(task))
 
     def prepare(self) -> None:
-        """What the function wants done before it is first called in a grader."""
+        """What the function wants done before it is first called."""
         getattr(self.function, "prepare", lambda: None)()
 
     def worthless(self, row: Row) -> list[str]:
