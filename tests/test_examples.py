@@ -18,7 +18,10 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from simple_slurm import Slurm
 
+from estune.completion import Completion
 from estune.config import Config, load
+from estune.grading.grading import grade
+from tests.judges import serving
 from tests.test_docs import complaint, opened
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +103,17 @@ def test_python_on_the_pages_does_what_is_said(tmp_path: Path, monkeypatch: pyte
     Path("journal.jsonl").write_bytes(Path("journal.jsonl").read_bytes().replace(b"brief", b"grief", 1))
     with pytest.raises(AssertionError, match="line 1"):
         exec(check)
+
+
+def test_the_judge_on_the_page_judges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names: dict[str, Any] = {}
+    with serving() as judge:
+        exec(python("docs/rewards.md", "Judge(").replace("http://localhost:8000/v1", judge.url), names)
+        rows = [{"prompt": "Is it so?", "answer": "yes"}, {"prompt": "Is it?", "answer": "no"}]
+        found = grade(names["rewards"], None, rows, [Completion(text, [1], True) for text in ("yes, yes", "no")])
+    assert found.total == [pytest.approx(0.1), 0.0]
+    assert (tmp_path / "estune" / "judge.sqlite").is_file()
 
 
 def test_the_first_lines_of_python_are_the_same_everywhere() -> None:

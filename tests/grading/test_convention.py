@@ -552,10 +552,10 @@ def test_a_forked_child_never_goes_on_as_a_second_trainer(tmp_path: Path) -> Non
 def test_an_exception_in_the_place_of_a_score_is_that_completions_error() -> None:
     """Others of its batch keep their scores, whatever kind the function is."""
 
-    def some(completions: list[str], **_: Any) -> list[float | None | Exception]:
+    def some(completions: list[str], **_: Any) -> list[float | Exception | None]:
         return [ValueError("no x") if text == "x" else 1.0 for text in completions]
 
-    async def asked(completions: list[str], **_: Any) -> list[float | None | Exception]:
+    async def asked(completions: list[str], **_: Any) -> list[float | Exception | None]:
         return some(completions)
 
     for function in (some, asked, functools.partial(some)):

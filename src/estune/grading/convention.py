@@ -146,7 +146,9 @@ class Log:
         """Add to a count of the function's, which is summed over the members of a step."""
         name = printable(name)
         if name == "mean" or name in FAILURES:
-            raise EstuneError(f"log_metric({name!r}, total=True): estune's own metrics are called so; choose another name")
+            raise EstuneError(
+                f"log_metric({name!r}, total=True): estune's own metrics are called so; choose another name"
+            )
         self.counts[name] = bounded(self.counts.get(name, 0) + value)
 
 
@@ -203,7 +205,7 @@ def arguments(columns: Mapping[str, Any], state: TrainerState, log: Log) -> dict
     return {**copied(columns), "trainer_state": replace(state), "log_extra": log.extra, "log_metric": log.metric}
 
 
-def as_scores(returned: Any, size: int) -> list[float | None | Exception]:
+def as_scores(returned: Any, size: int) -> list[float | Exception | None]:
     """What a reward function returned, as floats, those beyond `LARGEST` infinite, and exceptions as they are.
 
     Raises:
@@ -221,7 +223,7 @@ def as_scores(returned: Any, size: int) -> list[float | None | Exception]:
     return values
 
 
-def _score(value: Any, number: int) -> float | None | Exception:
+def _score(value: Any, number: int) -> float | Exception | None:
     if value is None or isinstance(value, Exception):
         return value
     # An array of one number would pass for the number; a tensor on `meta` has none.

@@ -224,7 +224,7 @@ class Grading:
         function = self.functions[number]
         marks = _Marks(Log(len(batch)))
 
-        async def run() -> list[float | None | Exception]:
+        async def run() -> list[float | Exception | None]:
             process = os.getpid()
             try:
                 return as_scores(await function(**arguments(batch.columns, self.state, marks.log)), len(batch))
@@ -298,7 +298,7 @@ class _Marks:
     values: list[float | None] = field(default_factory=list)
     errors: dict[int | None, str] = field(default_factory=dict)
 
-    def take(self, scores: Sequence[float | None | Exception]) -> None:
+    def take(self, scores: Sequence[float | Exception | None]) -> None:
         """Take what the function returned for the whole batch."""
         self.values = [None if isinstance(score, Exception) else score for score in scores]
         self.errors = {row: describe(score) for row, score in enumerate(scores) if isinstance(score, Exception)}
