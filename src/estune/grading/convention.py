@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from estune.completion import Completion, Rendering
 from estune.errors import EstuneError, printable
+from estune.grading.level import Level
 
 RewardFunction = Callable[..., Any]
 Function = TypeVar("Function", bound=RewardFunction)
@@ -181,6 +182,18 @@ class Batch:
         return repr(self.columns["completions"][index])[:100]
 
 
+class Population:
+    """What all members wrote for the same rows, as the arguments of a population-level function."""
+
+    def __init__(self, members: Sequence[Batch]) -> None:
+        self.columns: dict[str, list[Any]] = dict(members[0].columns)
+        for name in ("completions", "completion_ids"):
+            self.columns[name] = [member.columns[name] for member in members]
+
+    def __len__(self) -> int:
+        return len(self.columns["completions"])
+
+
 def copied(value: Any, uncopied: list[Any] | None = None) -> Any:
     """A copy of what a column holds, to any depth; what cannot be copied is itself, and is added to `uncopied`."""
     kind = type(value)
@@ -205,32 +218,40 @@ def arguments(columns: Mapping[str, Any], state: TrainerState, log: Log) -> dict
     return {**copied(columns), "trainer_state": replace(state), "log_extra": log.extra, "log_metric": log.metric}
 
 
-def as_scores(returned: Any, size: int) -> list[float | Exception | None]:
+def as_scores(returned: Any, size: int, level: Level = "completion") -> list[float | Exception | None]:
     """What a reward function returned, as floats, those beyond `LARGEST` infinite, and exceptions as they are.
 
+    Args:
+        returned: one for each completion, one in all from a corpus-level function, or one for each member.
+        size: the number of completions, or of members.
+        level: the function's.
+
     Raises:
-        EstuneError: not one number, None or exception per completion.
+        EstuneError: something else, or not as many numbers, Nones or exceptions as there should be.
     """
+    if level == "corpus":
+        return [_score(returned, "all completions: it is corpus-level")] * size
+    what = "completion" if level == "completion" else "member"
     if (
         isinstance(returned, (*_NO_LISTS, Mapping, set, frozenset))
         or not isinstance(returned, Iterable)
         or getattr(returned, "ndim", 1) == 0
     ):
         raise EstuneError(f"returned {returned!r:.60} ({type(returned).__name__}), not a list of numbers")
-    values = [_score(value, number) for number, value in enumerate(returned)]
+    values = [_score(value, f"{what} {number}") for number, value in enumerate(returned)]
     if len(values) != size:
-        raise EstuneError(f"returned {len(values)} values for {size} completions: one each")
+        raise EstuneError(f"returned {len(values)} values for {size} {what}s: one each")
     return values
 
 
-def _score(value: Any, number: int) -> float | Exception | None:
+def _score(value: Any, of: str) -> float | Exception | None:
     if value is None or isinstance(value, Exception):
         return value
     # An array of one number would pass for the number; a tensor on `meta` has none.
     if not isinstance(value, (*_NO_LISTS, complex)) and not getattr(value, "ndim", 0):
         with suppress(TypeError, ValueError, RuntimeError):
             return bounded(value)
-    raise EstuneError(f"returned {value!r:.60} ({type(value).__name__}) for completion {number}, not a number or None")
+    raise EstuneError(f"returned {value!r:.60} ({type(value).__name__}) for {of}, not a number or None")
 
 
 def bounded(value: Any) -> float:
