@@ -4,9 +4,10 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from estune.cli import app
@@ -101,13 +102,22 @@ def _cell(text: str) -> str:
 
 def _table(fields: Mapping[str, FieldInfo], prefix: str, embedded: Mapping[str, Any]) -> str:
     lines = ["| setting | default | `tiny` | what it is |", "|---|---|---|---|"]
+    return "\n".join([*lines, *_lines(fields, prefix, embedded)]) + "\n"
+
+
+def _lines(fields: Mapping[str, FieldInfo], prefix: str, embedded: Mapping[str, Any]) -> list[str]:
+    """A line of the table for each setting; those of a section that may be given follow it."""
+    lines = []
     for name, field in fields.items():
-        value = field.get_default(call_default_factory=True)
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
         default = _show(getattr(value, "name", value) if name == "task" else value)
         other = _show(embedded[name]) if name in embedded and name != "task" else ""
         description = _cell(field.description or "")
         lines.append(f"| `{prefix}{name}` | {default} | {'' if other == default else other} | {description} |")
-    return "\n".join(lines) + "\n"
+        section, *rest = get_args(field.annotation) or (None,)
+        if rest == [type(None)] and isinstance(section, type) and issubclass(section, BaseModel):
+            lines += _lines(section.model_fields, f"{prefix}{name}.", {})
+    return lines
 
 
 def _show(value: Any) -> str:

@@ -26,13 +26,14 @@ def framed(message: bytes) -> bytes:
 SAID = {
     "no json": framed(b"hello"),
     "no list": framed(b'{"score": 1}'),
-    "a word for a number": framed(b'[0,"score","1","",{},{},[]]'),
-    "true for a number": framed(b'[0,"score",true,"",{},{},[]]'),
-    "a number too large": framed(b'[0,"score",1' + b"0" * 400 + b',"",{},{},[]]'),
-    "a number beyond sums": framed(b'[0,"score",1e308,"",{},{},[]]'),
-    "a reward of ours": framed(b'[0,"score",1,"",{"reward":[9]},{},[]]'),
+    "a word for a number": framed(b'[0,"score","1","",{},{},{},[]]'),
+    "true for a number": framed(b'[0,"score",true,"",{},{},{},[]]'),
+    "a number too large": framed(b'[0,"score",1' + b"0" * 400 + b',"",{},{},{},[]]'),
+    "a number beyond sums": framed(b'[0,"score",1e308,"",{},{},{},[]]'),
+    "a reward of ours": framed(b'[0,"score",1,"",{"reward":[9]},{},{},[]]'),
+    "a count of ours": framed(b'[0,"score",1,"",{},{},{"errors":1},[]]'),
     "deep": framed(b"[" * 100_000),
-    "another's score": framed(b'[7,"score",1,"",{},{},[]]'),
+    "another's score": framed(b'[7,"score",1,"",{},{},{},[]]'),
     "4 GiB": b"\xff" * 8,
     "half a length": b"\x00",
     "half a message": struct.pack("!I", 100) + b"[0,",
@@ -97,7 +98,7 @@ def obey(  # noqa: PLR0911, PLR0912, PLR0915
         threading.Timer(0.05, lambda: os._exit(4)).start()
         return [1.0]
     elif text == "say that it raised":
-        say(framed(b'[0,"errors",null,"no disk",{},{},[]]'))
+        say(framed(b'[0,"errors",null,"no disk",{},{},{},[]]'))
     elif text == "raise":
         raise KeyError("gold")
     elif text == "none":

@@ -248,6 +248,11 @@ def test_the_task_of_one_s_own_is_the_example_that_was_trained_on(page: str) -> 
     assert (ROOT / "examples" / "sums.py").read_text() in blocks
 
 
+def test_the_corpus_level_task_is_the_example_that_was_trained_on() -> None:
+    blocks = [block.text for block in opened(ROOT / "docs" / "rewards.md").blocks]
+    assert (ROOT / "examples" / "micro_f1.py").read_text() in blocks
+
+
 @every_page
 def test_settings_in_yaml_are_settings(path: Path) -> None:
     for block in opened(path).blocks:

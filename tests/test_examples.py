@@ -18,8 +18,13 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from simple_slurm import Slurm
 
+from estune.cli.options import overrides_of
+from estune.completion import Completion
 from estune.config import Config, load
-from tests.test_docs import complaint, opened
+from estune.grading.grading import grade
+from estune.run.trainer import Trainer
+from tests.judges import serving
+from tests.test_docs import command_lines, complaint, opened
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -100,6 +105,43 @@ def test_python_on_the_pages_does_what_is_said(tmp_path: Path, monkeypatch: pyte
     Path("journal.jsonl").write_bytes(Path("journal.jsonl").read_bytes().replace(b"brief", b"grief", 1))
     with pytest.raises(AssertionError, match="line 1"):
         exec(check)
+
+
+def test_the_judge_on_the_page_judges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names: dict[str, Any] = {}
+    with serving() as judge:
+        exec(python("docs/rewards.md", "Judge(").replace("http://localhost:8000/v1", judge.url), names)
+        rows = [{"prompt": "Is it so?", "answer": "yes"}, {"prompt": "Is it?", "answer": "no"}]
+        found = grade(names["rewards"], None, rows, [Completion(text, [1], True) for text in ("yes, yes", "no")])
+    assert found.total == [pytest.approx(0.1), 0.0]
+    assert (tmp_path / "estune" / "judge.sqlite").is_file()
+
+
+def test_a_corpus_level_reward_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the page has it, in fewer steps."""
+    monkeypatch.chdir(ROOT)
+    line = next(line for line in command_lines(opened(ROOT / "docs/rewards.md")) if "micro_f1" in line)
+    said = [
+        *line.split()[2:],
+        "--steps",
+        "10",
+        "--replicas",
+        "1",
+        "--threads",
+        "1",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    summary = Trainer(load(overrides=overrides_of(said)), monitors=[]).train()
+    assert summary.before["eval_accuracy"] < 0.2
+    assert summary.best["eval_accuracy"] > 2 * summary.before["eval_accuracy"]
+
+
+def test_the_population_level_reward_on_the_page() -> None:
+    names: dict[str, Any] = {}
+    exec(python("docs/rewards.md", "def novelty"), names)
+    assert names["novelty"](completions=[["a", "b"], ["a", "c"], ["d", "c"]]) == [0.5, 0.0, 0.5]
 
 
 def test_the_first_lines_of_python_are_the_same_everywhere() -> None:

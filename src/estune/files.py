@@ -95,6 +95,11 @@ def write_text(target: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def user_cache(name: str) -> Path:
+    """Where estune keeps, for this user, what can be made again: the path of a file or a folder in its cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "estune" / name
+
+
 def make_folder(path: Path) -> None:
     """Make a directory and those that it lies in, if they are not there; they outlive a power cut.
 

@@ -547,3 +547,58 @@ def test_a_forked_child_never_goes_on_as_a_second_trainer(tmp_path: Path) -> Non
     )
     done = subprocess.run([sys.executable, str(script)], check=False, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("[2.0]\n", 0), done.stderr
+
+
+def test_an_exception_in_the_place_of_a_score_is_that_completions_error() -> None:
+    """Others of its batch keep their scores, whatever kind the function is."""
+
+    def some(completions: list[str], **_: Any) -> list[float | Exception | None]:
+        return [ValueError("no x") if text == "x" else 1.0 for text in completions]
+
+    async def asked(completions: list[str], **_: Any) -> list[float | Exception | None]:
+        return some(completions)
+
+    for function in (some, asked, functools.partial(some)):
+        with pytest.raises(EstuneError, match=r"reward \w+ raised ValueError: no x on row 1, 'x'; nothing is lost"):
+            grade([function], [1.0], ROWS, COMPLETIONS)
+        with Grading([right, function], errors="exclude", max_errors=1) as grading:
+            grades = grading.grade(ROWS, COMPLETIONS)
+            assert grades.total == [2.0, None, 2.0]
+            assert list(grades.failures.values()) == [{"errors": 1}]
+            with pytest.raises(EstuneError, match="2 calls of rewards failed, more than max_reward_errors, 1"):
+                grading.grade(ROWS, COMPLETIONS)
+
+
+def test_totals_are_added_up_over_a_batch_and_a_step() -> None:
+    def paid(completions: list[str], log_metric: Any, **_: Any) -> list[float]:
+        for text in completions:
+            log_metric("tokens", len(text), total=True)
+            log_metric("length", len(text))
+        return [0.0] * len(completions)
+
+    members = [[*COMPLETIONS[:2], Completion(text, [1], True)] for text in ("four", "five5")]
+    task = task_of([paid])
+    graded = [grade_completions(task, ROWS, member) for member in members]
+    assert [g.metrics()["rewards/paid/tokens"] for g in graded] == [6, 7]
+    metrics = step_metrics(graded)
+    assert metrics["rewards/paid/tokens"] == 13
+    assert metrics["length"] == pytest.approx(13 / 6)
+
+    def taken(log_metric: Any, **_: Any) -> list[float]:
+        log_metric("errors", 1, total=True)
+        return [0.0] * 3
+
+    with pytest.raises(EstuneError, match="estune's own metrics are called so"):
+        grade([taken], [1.0], ROWS, COMPLETIONS)
+
+
+def test_a_function_is_prepared_before_it_grades() -> None:
+    class Unready:
+        def prepare(self) -> None:
+            raise EstuneError("no disk")
+
+        def __call__(self, **_: Any) -> list[float]:
+            return [0.0] * 3
+
+    with pytest.raises(EstuneError, match="no disk"):
+        Grading([Unready()])

@@ -122,11 +122,12 @@ def test_what_is_no_verdict_is_a_crash_or_late(order: str, grading: Grading) -> 
 def test_what_was_logged_comes_as_what_can_be_written() -> None:
     found = decode(
         b'[0,"score",1,"",{"a\\u001b[2J":[{"x":[]}],"b":[10000000000000000000],"c":[[1]],"d":[-1.5]},'
-        b'{"e\\u0007":[1e308,2]},[]]',
+        b'{"e\\u0007":[1e308,2]},{"f\\u0007":3},[]]',
         0,
     )
     assert found.extras == {"a?[2J": ['{"x": []}'], "b": ["10000000000000000000"], "c": ["[1]"], "d": [-1.5]}
     assert found.metrics == {"e?": [math.inf, 2.0]}
+    assert found.counts == {"f?": 3.0}
 
 
 def test_an_answer_is_never_run(tmp_path: Path, grading: Grading) -> None:

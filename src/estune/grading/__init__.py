@@ -4,6 +4,7 @@ Imports nothing of ours but `completion` and `errors`. Begin with `grading.py`, 
 """
 
 from estune.grading.isolation import Isolation, isolated
+from estune.grading.level import corpus_level, population_level
 from estune.grading.sandbox import Limits, Outcome, run_code
 
-__all__ = ["Isolation", "Limits", "Outcome", "isolated", "run_code"]
+__all__ = ["Isolation", "Limits", "Outcome", "corpus_level", "isolated", "population_level", "run_code"]

@@ -1,8 +1,9 @@
 """What a reward function is given and what it gives, in TRL's calling convention (TRL 1.16, `GRPOTrainer`).
 
 A reward function is called once per batch, by keyword: `prompts`, `completions`, `completion_ids`, every further column
-of the data set as a list, `trainer_state`, `log_extra` and `log_metric`. It returns one float per completion, or None
-or NaN where it does not apply. It may be `async`. What it is given is its own: it may change it.
+of the data set as a list, `trainer_state`, `log_extra` and `log_metric`. It returns one float per completion, None or
+NaN where it does not apply, or an exception where this one could not be graded. It may be `async`. What it is given is
+its own: it may change it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 
 from estune.completion import Completion, Rendering
 from estune.errors import EstuneError, printable
+from estune.grading.level import Level
 
 RewardFunction = Callable[..., Any]
 Function = TypeVar("Function", bound=RewardFunction)
@@ -84,6 +86,7 @@ class Grades:
         failures: for each function, how many completions failed in which of the ways in `FAILURES`.
         extras: columns that functions logged with `log_extra`, one value per completion.
         logged: values that functions logged with `log_metric`.
+        counts: for each function, the sums of what it logged with `log_metric(..., total=True)`.
     """
 
     total: list[float | None]
@@ -91,6 +94,7 @@ class Grades:
     failures: dict[str, dict[str, int]] = field(default_factory=dict)
     extras: dict[str, list[Any]] = field(default_factory=dict)
     logged: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
@@ -116,6 +120,7 @@ class Log:
         self._size = size
         self.extras: dict[str, list[Any]] = {}
         self.metrics: dict[str, list[float]] = {}
+        self.counts: dict[str, float] = {}
 
     def extra(self, column: str, values: Sequence[Any]) -> None:
         """Add a column to the completions' records, one value per completion."""
@@ -128,12 +133,24 @@ class Log:
             raise EstuneError(f"log_extra({column!r}): a column of estune's own has this name; choose another")
         self.extras[column] = list(values)
 
-    def metric(self, name: str, value: float) -> None:
-        """Add a value to the step's metric of this name, their mean."""
+    def metric(self, name: str, value: float, *, total: bool = False) -> None:
+        """Add a value to the step's metric of this name, their mean; or to `rewards/FUNCTION/name`, their sum."""
+        if total:
+            self.count(name, value)
+            return
         name = printable(name)
         if name == "reward" or name.startswith((*_OUR_METRICS, "reward_", "eval_")):
             raise EstuneError(f"log_metric({name!r}): estune's own metrics are called so; choose another name")
         self.metrics.setdefault(name, []).append(bounded(value))
+
+    def count(self, name: str, value: float) -> None:
+        """Add to a count of the function's, which is summed over the members of a step."""
+        name = printable(name)
+        if name == "mean" or name in FAILURES:
+            raise EstuneError(
+                f"log_metric({name!r}, total=True): estune's own metrics are called so; choose another name"
+            )
+        self.counts[name] = bounded(self.counts.get(name, 0) + value)
 
 
 class Batch:
@@ -165,6 +182,18 @@ class Batch:
         return repr(self.columns["completions"][index])[:100]
 
 
+class Population:
+    """What all members wrote for the same rows, as the arguments of a population-level function."""
+
+    def __init__(self, members: Sequence[Batch]) -> None:
+        self.columns: dict[str, list[Any]] = dict(members[0].columns)
+        for name in ("completions", "completion_ids"):
+            self.columns[name] = [member.columns[name] for member in members]
+
+    def __len__(self) -> int:
+        return len(self.columns["completions"])
+
+
 def copied(value: Any, uncopied: list[Any] | None = None) -> Any:
     """A copy of what a column holds, to any depth; what cannot be copied is itself, and is added to `uncopied`."""
     kind = type(value)
@@ -189,32 +218,40 @@ def arguments(columns: Mapping[str, Any], state: TrainerState, log: Log) -> dict
     return {**copied(columns), "trainer_state": replace(state), "log_extra": log.extra, "log_metric": log.metric}
 
 
-def as_scores(returned: Any, size: int) -> list[float | None]:
-    """What a reward function returned, as floats, those beyond `LARGEST` infinite.
+def as_scores(returned: Any, size: int, level: Level = "completion") -> list[float | Exception | None]:
+    """What a reward function returned, as floats, those beyond `LARGEST` infinite, and exceptions as they are.
+
+    Args:
+        returned: one for each completion, one in all from a corpus-level function, or one for each member.
+        size: the number of completions, or of members.
+        level: the function's.
 
     Raises:
-        EstuneError: not one number or None per completion.
+        EstuneError: something else, or not as many numbers, Nones or exceptions as there should be.
     """
+    if level == "corpus":
+        return [_score(returned, "all completions: it is corpus-level")] * size
+    what = "completion" if level == "completion" else "member"
     if (
         isinstance(returned, (*_NO_LISTS, Mapping, set, frozenset))
         or not isinstance(returned, Iterable)
         or getattr(returned, "ndim", 1) == 0
     ):
         raise EstuneError(f"returned {returned!r:.60} ({type(returned).__name__}), not a list of numbers")
-    values = [_score(value, number) for number, value in enumerate(returned)]
+    values = [_score(value, f"{what} {number}") for number, value in enumerate(returned)]
     if len(values) != size:
-        raise EstuneError(f"returned {len(values)} values for {size} completions: one each")
+        raise EstuneError(f"returned {len(values)} values for {size} {what}s: one each")
     return values
 
 
-def _score(value: Any, number: int) -> float | None:
-    if value is None:
-        return None
+def _score(value: Any, of: str) -> float | Exception | None:
+    if value is None or isinstance(value, Exception):
+        return value
     # An array of one number would pass for the number; a tensor on `meta` has none.
     if not isinstance(value, (*_NO_LISTS, complex)) and not getattr(value, "ndim", 0):
         with suppress(TypeError, ValueError, RuntimeError):
             return bounded(value)
-    raise EstuneError(f"returned {value!r:.60} ({type(value).__name__}) for completion {number}, not a number or None")
+    raise EstuneError(f"returned {value!r:.60} ({type(value).__name__}) for {of}, not a number or None")
 
 
 def bounded(value: Any) -> float:

@@ -3,8 +3,9 @@
 - A plain function is called at once, in the caller's thread, in the order of submission: it need not be thread-safe.
 - `async` functions of all batches in flight share one event loop in a thread of its own, as in TRL.
 - Functions marked `isolated` go to a pool of processes, a completion at a time.
+- Population-level functions wait for all members of a step.
 
-The last two go on while the caller does something else.
+The second and the third go on while the caller does something else.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from estune.grading.convention import (
     Batch,
     Grades,
     Log,
+    Population,
     RewardFunction,
     Row,
     TrainerState,
@@ -39,6 +41,7 @@ from estune.grading.convention import (
     without_nan,
 )
 from estune.grading.isolation import Isolation, isolation_of, refuse_grader
+from estune.grading.level import Level, level_of, refuse_level
 from estune.grading.pool import GraderPool
 from estune.grading.process import Call
 from estune.grading.rollout import FromRollout
@@ -68,7 +71,8 @@ class Grading:
         state: what functions are told of the run; the caller keeps it up to date.
 
     Raises:
-        EstuneError: weights that do not match, or an isolated function that no other process could import.
+        EstuneError: weights that do not match, an isolated function that no other process could import or that is to
+            see more than a completion, or what a function's `prepare()` raises.
     """
 
     def __init__(
@@ -95,12 +99,18 @@ class Grading:
         self._deadline = deadline
         self._notes: dict[str, int] = {}
         self._isolations = [isolation_of(function) for function in self.functions]
+        self._levels = [level_of(function) for function in self.functions]
+        isolated = [function for function, limits in zip(self.functions, self._isolations, strict=True) if limits]
+        refuse_level(isolated, "isolated", "a grader is given one completion at a time", "corpus", "population")
         self._loop: asyncio.AbstractEventLoop | None = None
         self.pool: GraderPool | None = None
-        isolated = [isolation.memory for isolation in self._isolations if isolation]
-        if isolated:
+        memory = [isolation.memory for isolation in self._isolations if isolation]
+        if memory:
             picked = {number: f for number, f in enumerate(self.functions) if self._isolations[number]}
-            self.pool = GraderPool(picked, processes or min(_cores(), MOST_PROCESSES), max(isolated))
+            self.pool = GraderPool(picked, processes or min(_cores(), MOST_PROCESSES), max(memory))
+        for function, isolation in zip(self.functions, self._isolations, strict=True):
+            if isolation is None:
+                getattr(function, "prepare", lambda: None)()
 
     def grade(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Grades:
         """Grades of the completions of `rows`.
@@ -113,6 +123,8 @@ class Grading:
     def submit(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Pending:
         """Begin to grade; plain functions are done when this returns.
 
+        Population-level ones have nothing to say of it: see `results`.
+
         Raises:
             EstuneError: a plain function failed.
         """
@@ -124,6 +136,8 @@ class Grading:
                 collect[number] = self._isolated(number, limits, batch)
             elif isinstance(self.functions[number], FromRollout):
                 collect[number] = self._from_rollout(number, batch)
+            elif self._levels[number] == "population":
+                collect[number] = lambda: _Marks(Log(len(batch)), values=[None] * len(batch))
             elif is_async(self.functions[number]):
                 collect[number] = self._async(number, batch)
         for number in range(len(self.functions)):
@@ -131,6 +145,24 @@ class Grading:
                 marks = self._plain(number, batch)
                 collect[number] = lambda marks=marks: marks  # type: ignore[misc]
         return Pending(self, batch, [collect[number] for number in range(len(self.functions))])
+
+    def results(self, members: Sequence[Pending]) -> list[Grades]:
+        """Grades of all members of a step, whom population-level functions see together.
+
+        Args:
+            members: what `submit` gave for each, of the same rows.
+
+        Raises:
+            EstuneError: as `Pending.result`; and a population-level function that fails as a whole ends the run in any
+                case, since no member would have a reward.
+        """
+        marked = [pending.marks() for pending in members]
+        for number, level in enumerate(self._levels):
+            if level == "population":
+                together = self._population(number, [pending.batch for pending in members])
+                for marks, own in zip(marked, together, strict=True):
+                    marks[number] = own
+        return [pending.grades(marks) for pending, marks in zip(members, marked, strict=True)]
 
     def close(self) -> None:
         """End the graders and the event loop."""
@@ -176,20 +208,33 @@ class Grading:
                 *(len(total), batch.show(0)),
             )
 
-    def _plain(self, number: int, batch: Batch) -> _Marks:
+    def _population(self, number: int, members: Sequence[Batch]) -> list[_Marks]:
+        """What a population-level function gives the completions of each member."""
+        function = self.functions[number]
+        seen = Population(members)
+        found = self._async(number, seen)() if is_async(function) else self._plain(number, seen)
+        if None in found.errors:
+            raise EstuneError(
+                f"reward {reward_name(function)} {found.errors[None]}; it grades all members together, so none has a "
+                f"reward: mend it, then resume with {ACCEPT}"
+            )
+        return [found.of_member(i, len(batch)) for i, batch in enumerate(members)]
+
+    def _plain(self, number: int, batch: Batch | Population) -> _Marks:
         function = self.functions[number]
         marks = _Marks(Log(len(batch)))
         failure: str | None = None
         with contained() as around:
             try:
-                marks.values = as_scores(function(**arguments(batch.columns, self.state, marks.log)), len(batch))
+                returned = function(**arguments(batch.columns, self.state, marks.log))
+                marks.take(as_scores(returned, len(batch), self._levels[number]), self._levels[number])
             except BaseException as error:
                 if around.stopped and not isinstance(error, Exception):
                     raise  # Ctrl-C or SIGTERM came while it ran
                 failure = describe(error)
         self.note(function, around.notes)
         if failure is not None:
-            marks.fail(self._culprit(function, batch), failure, batch)
+            marks.fail(self._culprit(number, batch), failure, len(batch))
         return marks
 
     def note(self, function: RewardFunction, notes: Sequence[str]) -> None:
@@ -202,9 +247,10 @@ class Grading:
             elif self._notes[name] == MOST_NOTES + 1:
                 log.warning("reward %s prints more than %d lines: the rest is not shown", name, MOST_NOTES)
 
-    def _culprit(self, function: RewardFunction, batch: Batch) -> int | None:
+    def _culprit(self, number: int, batch: Batch | Population) -> int | None:
         """The first row that a function fails on when called with it alone, to be named where the run is to end."""
-        if self.errors == "exclude":
+        function = self.functions[number]
+        if self.errors == "exclude" or self._levels[number] == "corpus" or isinstance(batch, Population):
             return None  # who compares the completions of a batch must not be called with less
         for row in range(len(batch)):
             with contained() as around:
@@ -216,14 +262,15 @@ class Grading:
                     return row
         return None
 
-    def _async(self, number: int, batch: Batch) -> Callable[[], _Marks]:
+    def _async(self, number: int, batch: Batch | Population) -> Callable[[], _Marks]:
         function = self.functions[number]
         marks = _Marks(Log(len(batch)))
 
-        async def run() -> list[float | None]:
+        async def run() -> list[float | Exception | None]:
             process = os.getpid()
             try:
-                return as_scores(await function(**arguments(batch.columns, self.state, marks.log)), len(batch))
+                returned = await function(**arguments(batch.columns, self.state, marks.log))
+                return as_scores(returned, len(batch), self._levels[number])
             except (Exception, asyncio.CancelledError):
                 raise
             except BaseException as error:
@@ -239,9 +286,9 @@ class Grading:
 
         def collect() -> _Marks:
             try:
-                marks.values = future.result()
+                marks.take(future.result(), self._levels[number])
             except Exception as error:
-                marks.fail(None, describe(error), batch)
+                marks.fail(None, describe(error), len(batch))
             return marks
 
         return collect
@@ -294,11 +341,31 @@ class _Marks:
     values: list[float | None] = field(default_factory=list)
     errors: dict[int | None, str] = field(default_factory=dict)
 
-    def fail(self, row: int | None, why: str, batch: Batch) -> None:
+    def take(self, scores: Sequence[float | Exception | None], level: Level) -> None:
+        """Take what the function returned for the whole batch."""
+        if level == "corpus" and isinstance(scores[0], Exception):
+            raise scores[0]
+        self.values = [None if isinstance(score, Exception) else score for score in scores]
+        self.errors = {row: describe(score) for row, score in enumerate(scores) if isinstance(score, Exception)}
+        if self.errors:
+            self.failures["errors"] = len(self.errors)
+
+    def fail(self, row: int | None, why: str, size: int) -> None:
         """Note that the function failed on the whole batch, because of one row or of none in particular."""
-        self.values = [None] * len(batch)
+        self.values = [None] * size
         self.errors = {row: why}
-        self.failures["errors"] = len(batch)
+        self.failures["errors"] = size
+
+    def of_member(self, member: int, size: int) -> _Marks:
+        """Of what a population-level function gave, what is a member's: the same for each of its completions."""
+        found = _Marks(Log(size), values=[self.values[member]] * size)
+        if member in self.errors:
+            found.fail(None, self.errors[member], size)
+        found.log.extras = {column: [values[member]] * size for column, values in self.log.extras.items()}
+        if member == 0:  # what was logged once is to count once
+            found.log.metrics = self.log.metrics
+            found.log.counts = self.log.counts
+        return found
 
     def add(self, row: int, verdict: Verdict, isolation: Isolation, size: int) -> None:
         """Take the next row's verdict."""
@@ -315,6 +382,8 @@ class _Marks:
             self.log.extras.setdefault(column, [None] * size)[row] = values[0]
         for name, logged in verdict.metrics.items():
             self.log.metrics.setdefault(name, []).extend(logged)
+        for name, number in verdict.counts.items():
+            self.log.count(name, number)
 
 
 class Pending:
@@ -322,7 +391,7 @@ class Pending:
 
     def __init__(self, grading: Grading, batch: Batch, collect: Sequence[Callable[[], _Marks]]) -> None:
         self._grading = grading
-        self._batch = batch
+        self.batch = batch
         self._collect = collect
 
     def result(self) -> Grades:
@@ -331,24 +400,36 @@ class Pending:
         Raises:
             EstuneError: a function failed, and that ends the run.
         """
+        return self.grades(self.marks())
+
+    def marks(self) -> list[_Marks]:
+        """Wait for what each function gives."""
+        return [collect() for collect in self._collect]
+
+    def grades(self, given: Sequence[_Marks]) -> Grades:
+        """What the functions gave, weighted and added up.
+
+        Raises:
+            EstuneError: a function failed, and that ends the run.
+        """
         functions = self._grading.functions
         weights = self._grading.weights
-        size = len(self._batch)
+        size = len(self.batch)
         left_out: set[int] = set()
         marked: dict[str, _Marks] = {}
         extras: dict[str, list[Any]] = {}
         logged: dict[str, list[float]] = {}
-        for function, collect in zip(functions, self._collect, strict=True):
-            marks = marked[reward_name(function)] = collect()
+        for function, marks in zip(functions, given, strict=True):
+            marked[reward_name(function)] = marks
             marks.values = without_nan(marks.values)
             for row, why in marks.errors.items():
-                self._grading.exclude(function, self._batch, row, why)
+                self._grading.exclude(function, self.batch, row, why)
                 left_out.update(range(size) if row is None else (row,))
             bad = next((i for i, v in enumerate(marks.values) if v is not None and not math.isfinite(v)), None)
             if bad is not None:
                 log.warning(
                     "reward %s gave %s for %s: the member is left out",
-                    *(reward_name(function), marks.values[bad], self._batch.show(bad)),
+                    *(reward_name(function), marks.values[bad], self.batch.show(bad)),
                 )
             extras |= marks.log.extras
             for name, values in marks.log.metrics.items():
@@ -357,13 +438,14 @@ class Pending:
         total = [
             None if i in left_out else weighted(scores, weights) for i, scores in enumerate(zip(*columns, strict=True))
         ]
-        self._grading.note_nothing(total, left_out, self._batch)
+        self._grading.note_nothing(total, left_out, self.batch)
         return Grades(
             total,
             {name: marks.values for name, marks in marked.items()},
             {name: marks.failures for name, marks in marked.items() if marks.failures},
             extras,
             logged,
+            {name: marks.log.counts for name, marks in marked.items() if marks.log.counts},
         )
 
 

@@ -111,18 +111,19 @@ def _prepare(setup: Setup) -> dict[int, Any]:
 
 def _grade(function: Any, call: Call, state: State) -> Verdict:
     log = Log(1)
-    verdict = None
     with contained(state) as around:
         try:
             returned = function(**arguments(call.columns, call.state, log))
             if is_async(function):
                 returned = asyncio.run(_awaited(returned))
             (score,) = as_scores(returned, 1)
+            if isinstance(score, Exception):
+                raise score
+            verdict = Verdict("score", score, "", log.extras, log.metrics, log.counts)
         except MemoryError:
             verdict = Verdict("crashes", text="out of memory")
         except BaseException as error:  # Ctrl-C does not reach a grader: whatever it is, the function raised it
             verdict = Verdict("errors", text=describe(error))
-    verdict = verdict or Verdict("score", score, "", log.extras, log.metrics)
     return replace(verdict, notes=around.notes)
 
 

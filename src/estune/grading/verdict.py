@@ -25,6 +25,7 @@ class Verdict:
     text: str = ""
     extras: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def encode(self, call: int) -> bytes:
@@ -33,7 +34,7 @@ class Verdict:
         Raises:
             TypeError, ValueError: a logged value is none that JSON has.
         """
-        fields = (call, self.kind, self.score, self.text, self.extras, self.metrics, self.notes)
+        fields = (call, self.kind, self.score, self.text, self.extras, self.metrics, self.counts, self.notes)
         return json.dumps(fields, separators=(",", ":")).encode()
 
 
@@ -51,7 +52,7 @@ def decode(answer: bytes, call: int) -> Verdict:
         if "\\u" in given:
             # Halves of characters, which nothing can write, become question marks.
             found = json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace"))
-        number, kind, score, text, extras, metrics, notes = found
+        number, kind, score, text, extras, metrics, counts, notes = found
         if number != call:
             raise Garbled("no verdict on this completion")
         if kind not in get_args(Kind) or not all(isinstance(part, str) for part in (text, *notes)):
@@ -62,12 +63,13 @@ def decode(answer: bytes, call: int) -> Verdict:
         for name, values in metrics.items():
             for value in values:
                 log.metric(name, _number(value))
+        for name, value in counts.items():
+            log.count(name, _number(value))
         score = None if score is None else _number(score)
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError, EstuneError) as error:
         raise Garbled(f"no verdict: {type(error).__name__}") from error
-    return Verdict(
-        kind, score, printable(text[:_TEXT]), log.extras, log.metrics, [printable(note[:_TEXT]) for note in notes]
-    )
+    notes = [printable(note[:_TEXT]) for note in notes]
+    return Verdict(kind, score, printable(text[:_TEXT]), log.extras, log.metrics, log.counts, notes)
 
 
 def decode_problem(answer: bytes) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from estune.grading.convention import RewardFunction, reward_name
 from estune.journal.identity import hash_of
+from estune.rewards.judge import Judge, JudgeConfig
 from estune.tasks import TaskOptions
 from estune.tasks.custom import CustomConfig
 from estune.tasks.mix import MixConfig, Only
@@ -31,7 +32,8 @@ def code_of(functions: Iterable[RewardFunction], options: TaskOptions | None = N
     """Hash of the source of each reward function, and of each Python file that a task's settings name.
 
     Functions of this package are left out, and so is what has no source, such as a function typed into a prompt. A
-    reward model's is of its weights and its tokenizer, a `functools.partial`'s of its arguments too.
+    reward model's is of its weights and its tokenizer, a `functools.partial`'s of its arguments too, and a judge's of
+    its rubric and whatever else it is asked with.
 
     Args:
         functions: the task's.
@@ -63,6 +65,17 @@ def references(options: TaskOptions) -> list[str]:
         case _:
             return []
     return [name for name in named if _is_code(name)]
+
+
+def judges(options: TaskOptions) -> list[JudgeConfig]:
+    """The judges that a task's settings name: completions go to them, with a key from the environment."""
+    match options:
+        case MixConfig():
+            return [judge for each in options.tasks.values() for judge in judges(each)]
+        case CustomConfig(judge=JudgeConfig() as judge):
+            return [judge]
+        case _:
+            return []
 
 
 def code_file(reference: str) -> Path | None:
@@ -99,8 +112,8 @@ def _source(function: Any) -> bytes | None:
     inner = function.function if isinstance(function, Only) else inspect.unwrap(function)
     if inner is not function:
         return _source(inner)
-    if hasattr(function, "model") and hasattr(function, "tokenizer"):
-        return _of_reward_model(function.model, function.tokenizer)
+    if (known := _of_a_model(function)) is not None:
+        return known
     if not hasattr(function, "__code__") and not inspect.ismethod(function):
         function = type(function)
     if str(getattr(function, "__module__", "")).startswith(OURS):
@@ -132,6 +145,15 @@ def _by_kind(value: Any) -> Any:
     source = _source(value) if callable(value) else None
     kind = value if hasattr(value, "__qualname__") else type(value)
     return hash_of(source) if source else f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
+
+
+def _of_a_model(function: Any) -> bytes | None:
+    """What a judge or a reward model is; None for what is neither."""
+    if isinstance(function, Judge):
+        return function.definition
+    if hasattr(function, "model") and hasattr(function, "tokenizer"):
+        return _of_reward_model(function.model, function.tokenizer)
+    return None
 
 
 def _of_reward_model(model: Any, tokenizer: Any) -> bytes:

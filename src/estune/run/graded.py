@@ -11,7 +11,7 @@ from estune.completion import Completion, content_text
 from estune.errors import ACCEPT, EstuneError
 from estune.es.strategy import mean_and_std
 from estune.files import replacing
-from estune.grading.convention import FAILURES, Grades, Row
+from estune.grading.convention import Grades, Row
 from estune.grading.grading import Grading, grade
 from estune.run.monitors.base import Sample
 from estune.tasks.base import Task
@@ -33,23 +33,28 @@ class Graded:
     def metrics(self) -> dict[str, float]:
         """Reward (if there is one), each function's mean, and the shape of the completions, under TRL's names.
 
-        Then what functions logged, and how many completions a function could not grade, as `rewards/NAME/timeouts` and
-        so on: always for isolated functions, for others where one failed.
+        Then what functions logged and counted, and how many completions a function could not grade, as
+        `rewards/NAME/timeouts` and so on: always for isolated functions, for others where one failed.
         """
         count = len(self.completions)
         mean = self.grades.mean
         return {
             **({} if mean is None else {"reward": mean}),
             **{f"rewards/{name}/mean": value for name, value in self.grades.means().items()},
-            **{
-                f"rewards/{name}/{kind}": number
-                for name, failures in self.grades.failures.items()
-                for kind, number in failures.items()
-            },
+            **self.counts(),
             **self.grades.logged_means(),
             "completions/mean_length": self.tokens / count,
             "completions/clipped_ratio": sum(not c.finished for c in self.completions) / count,
             "completions/distinct": len({c.text for c in self.completions}) / count,
+        }
+
+    def counts(self) -> dict[str, float]:
+        """Of the metrics those that are summed over members: failures, and what functions counted."""
+        return {
+            f"rewards/{name}/{kind}": number
+            for counted in (self.grades.failures, self.grades.counts)
+            for name, numbers in counted.items()
+            for kind, number in numbers.items()
         }
 
     def sample(self, index: int = 0) -> Sample:
@@ -100,9 +105,10 @@ def evaluation_metrics(task: Task, graded: Graded) -> dict[str, float]:
 
 
 def step_metrics(members: Sequence[Graded]) -> dict[str, float]:
-    """Metrics of a step over its members: reward and spread, failures added up, and the mean of all else."""
+    """Metrics of a step over its members: reward and spread, counts added up, and the mean of all else."""
     each = [graded.metrics() for graded in members]
     rewards = [metrics["reward"] for metrics in each if "reward" in metrics]
+    counts = {key for graded in members for key in graded.counts()}
     mean, std = mean_and_std(rewards)
     columns = {
         key: [metrics[key] for metrics in each if key in metrics]
@@ -114,7 +120,7 @@ def step_metrics(members: Sequence[Graded]) -> dict[str, float]:
         "reward_std": std,
         "reward_min": min(rewards),
         "reward_max": max(rewards),
-        **{key: sum(v) if _is_count(key) else mean_and_std(v)[0] for key, v in columns.items()},
+        **{key: sum(v) if key in counts else mean_and_std(v)[0] for key, v in columns.items()},
         "failed_members": len(members) - len(rewards),
     }
 
@@ -142,10 +148,6 @@ def _column(values: list[Any]) -> Any:
         texts = [None if value is None else str(value) for value in values]
         return pa.array([text if text is None else text.encode(errors="replace").decode() for text in texts])
     return found
-
-
-def _is_count(key: str) -> bool:
-    return key.startswith("rewards/") and key.rpartition("/")[2] in FAILURES
 
 
 def prompt_text(prompt: Any) -> str:

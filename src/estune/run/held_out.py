@@ -12,8 +12,9 @@ from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
-from estune.grading.convention import Row
+from estune.grading.convention import Row, reward_name
 from estune.grading.grading import Grading
+from estune.grading.level import level_of
 from estune.grading.rollout import Opening
 from estune.journal.identity import hash_of
 from estune.pool.base import Generating
@@ -44,6 +45,8 @@ class HeldOut:
     def __init__(self, task: Task, config: Config, encoder: PromptEncoder, grading: Grading | None = None) -> None:
         self.task = task
         self._count = config.eval_samples
+        telling = (function for function in task.reward_funcs if reward_name(function) in task.accuracies)
+        self._of_corpus = "corpus" in map(level_of, telling)  # then no completion is right or wrong by itself
         self._grading = grading or make_grading(config, task)
         self._sampling = evaluation_sampling(config)
         self.prompt_ids = encode_rows(encoder, task, dict(enumerate(task.evaluation)), "evaluation row", self._sampling)
@@ -75,7 +78,7 @@ class HeldOut:
             completions = self._each(completions)
         graded = Graded(rows, completions, self._grading.grade(rows, completions))
         metrics = evaluation_metrics(self.task, graded)
-        if self._count > 1:
+        if self._count > 1 and not self._of_corpus:
             metrics |= pass_metrics(solved(self.task, graded), self._count)
         if compare is not None:
             chosen = range(0, len(rows), max(1, len(rows) // COMPARED))

@@ -456,7 +456,8 @@ class Trainer:
             times["generate"] += done.generate_time
             self._tell(lambda m: m.on_member_end(len(pending), len(members)))
         start = time.perf_counter()
-        in_order = [Graded(asked.rows, c, grades.result()) for c, grades in (pending[i] for i in range(len(members)))]
+        completions, waiting = zip(*(pending[i] for i in range(len(members))), strict=True)
+        in_order = [Graded(asked.rows, *each) for each in zip(completions, self.grading.results(waiting), strict=True)]
         times["grade"] += time.perf_counter() - start
         return in_order, staleness, times
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from estune.config import Config
 from estune.errors import ACCEPT, EstuneError
-from estune.run.code import code_file, references
+from estune.rewards.judge import JudgeConfig
+from estune.run.code import code_file, judges, references
 
 TRUST = "--trust-task (in Python trust_task=True)"
 TRUST_MODEL = "--trust_remote_code true (in Python trust_remote_code=True)"
@@ -65,6 +66,13 @@ def refuse_foreign(
             f"{where}: its journal names code to be run, {reference}{f' ({file})' if file else ''}, which you have not "
             f"run from there before; read it, and let it run by {TRUST}"
         )
+    for judge in _judges(config)[0 if not has_task else len(judges(config.task)) :]:
+        if judge.base_url not in named and not _known(_place(judge)):
+            raise EstuneError(
+                f"{where}: its journal names a judge, {judge.model} at {judge.base_url or 'OPENAI_BASE_URL'}, which "
+                f"would be sent completions, the key in {judge.api_key_env} and the rubric {judge.rubric[:60]!r}; go "
+                f"on by {TRUST}"
+            )
     address = config.ray_address
     if config.workers and address and address not in named and not _known(f"ray {address}"):
         raise EstuneError(
@@ -80,12 +88,23 @@ def remember(config: Config) -> None:
             file = code_file(reference)
             if file is not None:
                 _note(str(file), _digest(file.read_bytes()))
+        for judge in _judges(config):
+            _note(_place(judge), "")
         if config.workers and config.ray_address:
             _note(f"ray {config.ray_address}", "")
 
 
 def _code(config: Config) -> list[str]:
     return [reference for options in (config.task, *config.watch) for reference in references(options)]
+
+
+def _judges(config: Config) -> list[JudgeConfig]:
+    return [judge for options in (config.task, *config.watch) for judge in judges(options)]
+
+
+def _place(judge: JudgeConfig) -> str:
+    """What a judge is remembered by: where what is the user's goes."""
+    return f"judge {judge.base_url} {judge.api_key_env} {judge.rubric}"
 
 
 def texts(value: Any) -> Iterable[str]:

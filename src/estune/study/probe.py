@@ -19,6 +19,7 @@ from estune.errors import EstuneError
 from estune.es.strategy import Member, mean_and_std, member_seed
 from estune.grading.convention import Row
 from estune.grading.grading import Grading
+from estune.grading.level import refuse_level
 from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
 from estune.run.graded import Graded, grade_completions
@@ -159,6 +160,7 @@ def probe(
     opened = None
     if pool is None:
         config = with_resources(config)
+    refuse_level(task.reward_funcs, "probe", "members are compared with the base model alone", "population")
     rows, ids = _first_prompts(config, task, min(prompts, config.prompts_per_step))
     if pool is None:
         opened = pool = open_pool(config, max(map(len, ids)))

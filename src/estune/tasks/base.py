@@ -10,6 +10,7 @@ from typing import Any
 from estune.completion import Prompt
 from estune.errors import EstuneError
 from estune.grading.convention import RewardFunction, Row, reward_name
+from estune.grading.level import refuse_level
 from estune.grading.rollout import Rollout
 from estune.tasks.records import whole_rows
 
@@ -87,6 +88,11 @@ class Task:
         unknown = next((name for name in self.accuracies if name not in names), None)
         if unknown is not None or (self.evaluation and not self.accuracies):
             raise EstuneError(f"task {self.name}: accuracy is {unknown!r}; choose one of {', '.join(names)}")
+        telling = [function for function in self.reward_funcs if reward_name(function) in self.accuracies]
+        where = f"task {self.name}: accuracy"
+        refuse_level(telling, where, "an evaluation has one set of weights, not members to compare", "population")
+        if self.group is not None:
+            refuse_level(telling, where, f"has one value for all groups of {self.group}", "corpus")
         sides: dict[str, Sequence[Row]] = {"training": self.train} | (
             {} if self.accuracy is None else {"evaluation": self.evaluation}
         )

@@ -1,4 +1,4 @@
-"""Your own prompts, from a file or the hub, and your own functions to grade them, both by name."""
+"""Your own prompts, from a file or the hub, and your own functions or a judge to grade them, all by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from estune.errors import EstuneError
 from estune.grading.convention import Row, reward_name
 from estune.grading.rollout import by_program, with_rollout
+from estune.rewards.judge import Judge, JudgeConfig
 from estune.rewards.load import in_conversation, load_reward
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions
@@ -23,7 +24,7 @@ def _items(value: Any) -> Any:
 class CustomConfig(DataOptions):
     """Options of the task custom."""
 
-    summary: ClassVar[str] = "your own prompts, graded by functions named in task.rewards"
+    summary: ClassVar[str] = "your own prompts, graded by functions that you name or by a judge"
     usual_data: ClassVar[str] = "task.data"
 
     name: Literal["custom"] = Field("custom", description="the task")
@@ -35,7 +36,10 @@ class CustomConfig(DataOptions):
         "reward model",
     )
     reward_weights: Annotated[list[float] | None, BeforeValidator(_items)] = Field(
-        None, description="one for each of them; 1 if not given"
+        None, description="one for each of them, the judge's last; 1 if not given"
+    )
+    judge: JudgeConfig | None = Field(
+        None, description="a language model that scores completions by a rubric: a further reward, after the others"
     )
     program: str | None = Field(
         None,
@@ -54,12 +58,14 @@ class CustomConfig(DataOptions):
         Raises:
             EstuneError: no reward is named, or cannot be had, or data is missing, malformed or overlapping.
         """
-        if not self.rewards and self.program is None:
+        if not self.rewards and self.judge is None and self.program is None:
             raise EstuneError(
-                "task custom: no reward; name some in task.rewards, such as path/to/file.py:function, or a program in "
-                "task.program"
+                "task custom: no reward; name some in task.rewards, such as path/to/file.py:function, a judge in "
+                "task.judge, or a program in task.program"
             )
         functions = [in_conversation(load_reward(reward), self.show) for reward in self.rewards]
+        if self.judge is not None:
+            functions.append(Judge(**self.judge.model_dump()))
         weights = self.reward_weights or [1.0] * len(functions)
         accuracy = self.accuracy or (reward_name(functions[0]) if functions else None)
         if self.program is not None:

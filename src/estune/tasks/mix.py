@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from estune.grading.convention import RewardFunction, Row, is_async, reward_name
 from estune.grading.isolation import isolate, isolation_of
+from estune.grading.level import level_of, refuse_level
 from estune.rewards.text import as_text
 from estune.tasks.base import Stage, Task
 from estune.tasks.kinds import AnyTask
@@ -89,6 +90,8 @@ class MixConfig(TaskOptions):
             EstuneError: what the tasks raise.
         """
         tasks = {label: options.build(seed) for label, options in self.tasks.items()}
+        for label, task in tasks.items():
+            refuse_level(task.reward_funcs, f"task mix: {label}", "rows of a mix are of several tasks", "population")
         columns = dict.fromkeys(key for task in tasks.values() for key in _columns(task))
         train = {label: _labelled(label, task.train[: self.train_size], columns) for label, task in tasks.items()}
         rows = [row for part in train.values() for row in part]
@@ -170,10 +173,10 @@ class Only:
     def __call__(self, *, task: Sequence[str], **given: Any) -> list[float | None]:
         """The function's values for its own rows."""
         own = self._own(task)
-        return self._spread(self.function(**self._arguments(own, len(task), given)) if own else [], own, len(task))
+        return self._values(self.function(**self._arguments(own, len(task), given)) if own else [], own, len(task))
 
     def prepare(self) -> None:
-        """What the function wants done before it is first called in a grader."""
+        """What the function wants done before it is first called."""
         getattr(self.function, "prepare", lambda: None)()
 
     def worthless(self, row: Row) -> list[str]:
@@ -200,6 +203,12 @@ class Only:
             more["log_extra"] = lambda name, values: given["log_extra"](name, self._spread(values, own, size))
         return {**chosen, **more, "completions": texts if self.chat else [as_text(text) for text in texts]}
 
+    def _values(self, returned: Any, own: list[int], size: int) -> list[Any]:
+        """What the function returned, for all rows: from a corpus-level one the same for each of its own."""
+        if own and level_of(self.function) == "corpus":
+            returned = [returned] * len(own)
+        return self._spread(returned, own, size)
+
     @staticmethod
     def _spread(values: Sequence[Any], own: list[int], size: int) -> list[Any]:
         if len(values) != len(own):
@@ -215,7 +224,7 @@ class OnlyAsync(Only):
         """The function's values for its own rows."""
         own = self._own(task)
         values = await self.function(**self._arguments(own, len(task), given)) if own else []
-        return self._spread(values, own, len(task))
+        return self._values(values, own, len(task))
 
 
 def only_for(label: str, task: Task, function: RewardFunction) -> Only:

@@ -9,6 +9,7 @@ from estune.completion import Completion
 from estune.errors import EstuneError
 from estune.grading.convention import Row, reward_name
 from estune.grading.grading import Grading
+from estune.grading.level import level_of
 from estune.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def preflight(task: Task, grading: Grading, rows: int = 8) -> int:
     Args:
         task: what is to be trained; without `gold` or `accuracy` no gold completion is graded.
         grading: grades by the task's rewards.
-        rows: how many rows of each set to grade.
+        rows: how many rows of each set to grade; all of them where a corpus-level reward tells accuracy.
 
     Returns:
         The number of gold completions that were graded.
@@ -37,6 +38,9 @@ def preflight(task: Task, grading: Grading, rows: int = 8) -> int:
     _refuse_free_marks(task, grading)
     if task.gold is None or not task.accuracies:
         return 0
+    telling = (function for function in task.reward_funcs if reward_name(function) in task.accuracies)
+    if "corpus" in map(level_of, telling):
+        rows = max(len(task.train), len(task.evaluation))  # it need not be 1 for a part
     checked = 0
     for side, data in (("training", task.train), ("evaluation", task.evaluation)):
         gold = {number: text for number in range(min(rows, len(data))) if (text := task.gold(data[number])) is not None}

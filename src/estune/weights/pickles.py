@@ -14,7 +14,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 from estune.errors import EstuneError, first_line
-from estune.weights.converted import cache, made_once, state_of
+from estune.files import user_cache
+from estune.weights.converted import made_once, state_of
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -43,7 +44,7 @@ def in_safetensors(folder: Path, companions: Iterable[Path]) -> Path:
             shutil.copy(file, copy / file.name)
         _convert(files, copy)
 
-    target = cache("safetensors") / state_of([*files, *others]) / folder.resolve().name
+    target = user_cache("safetensors") / state_of([*files, *others]) / folder.resolve().name
     return made_once(target, make, f"model {folder} has its weights in {SINGLE} alone: making safetensors of them")
 
 

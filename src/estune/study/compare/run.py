@@ -15,6 +15,7 @@ from typing import Any
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import make_folder, read_claim, write_text
+from estune.grading.level import refuse_level
 from estune.study.compare.plan import Job, Plan, at_an_end, read_results
 from estune.study.jobs import Jobs, claimed
 from estune.tasks.base import Task
@@ -109,6 +110,7 @@ def _check_task(task: Task) -> None:
             f"task {task.name}: prompts that end with the assistant's words, which ES goes on with and TRL ends; take "
             "those words out"
         )
+    refuse_level(task.reward_funcs, "compare", "TRL rewards each completion by itself", "corpus", "population")
     if not task.evaluation:
         raise EstuneError(f"task {task.name}: it has no evaluation set to compare on")
 
