@@ -17,7 +17,7 @@ from estune.errors import EstuneError
 from estune.grading.convention import Row
 from estune.rewards.gym import VERSION, GymReward, generator, generator_names
 from estune.tasks.base import Task
-from estune.tasks.options import PromptOptions
+from estune.tasks.options import PromptOptions, typed
 
 PREFIX = "gym:"
 INSTRUCTION = "Think first, then give the final answer, and nothing else, in <answer> </answer> tags."
@@ -58,7 +58,7 @@ class GymConfig(PromptOptions):
     @classmethod
     def _typed(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Text from the command line as the number, list or switch that it spells."""
-        return {key: _value(value) for key, value in options.items()}
+        return typed(options)
 
     @property
     def generator(self) -> str:
@@ -137,15 +137,6 @@ class GymConfig(PromptOptions):
             "answer": entry["answer"],
             "metadata": repr(_literal(entry["metadata"])),
         }
-
-
-def _value(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def _literal(value: Any) -> Any:

@@ -19,6 +19,8 @@ from estune.tasks.math import MathConfig
 from estune.tasks.options import TaskOptions
 from estune.tasks.own import SUFFIX, OwnConfig
 from estune.tasks.preference import PreferenceConfig
+from estune.tasks.verifiers import PREFIX as VERIFIERS
+from estune.tasks.verifiers import VerifiersConfig
 
 DEFAULT = "countdown"
 
@@ -31,14 +33,17 @@ KINDS: dict[str, type[TaskOptions]] = {
     "instructions": InstructionsConfig,
     "preference": PreferenceConfig,
     "gym:NAME": GymConfig,
+    "verifiers:TASKSET": VerifiersConfig,
     "custom": CustomConfig,
     "FILE.py": OwnConfig,
 }
+PREFIXES = {PREFIX: "gym:NAME", VERIFIERS: "verifiers:TASKSET"}
 
 
 def kind_of(name: str) -> str:
     """What kind of task a name is of: a key of `KINDS`, or the name itself."""
-    return "gym:NAME" if name.startswith(PREFIX) else "FILE.py" if name.endswith(SUFFIX) else name
+    prefixed = next((kind for prefix, kind in PREFIXES.items() if name.startswith(prefix)), None)
+    return prefixed or ("FILE.py" if name.endswith(SUFFIX) else name)
 
 
 def tag_of(value: Any) -> str:
@@ -72,6 +77,7 @@ Alone = (
     | Annotated[InstructionsConfig, Tag("<instructions>")]
     | Annotated[PreferenceConfig, Tag("<preference>")]
     | Annotated[GymConfig, Tag("<gym:NAME>")]
+    | Annotated[VerifiersConfig, Tag("<verifiers:TASKSET>")]
     | Annotated[CustomConfig, Tag("<custom>")]
     | Annotated[OwnConfig, Tag("<FILE.py>")]
 )
