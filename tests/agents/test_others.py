@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from estune.agents.play import Limits
 from estune.completion import Completion
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
+from estune.grading.rollout import environment_of
 from estune.tasks import options_of
 from estune.tasks.base import Task
 from tests.agents.conftest import SAMPLING, Play, played, python_with
@@ -90,3 +92,79 @@ def test_a_python_without_verifiers_is_said() -> None:
         pytest.skip("it has verifiers")
     with pytest.raises(EstuneError, match=r"it needs verifiers 0.4; name its Python in task.python"):
         task_of("verifiers:anything")
+
+
+def test_games_of_textarena() -> None:
+    pytest.importorskip("textarena")
+    task = task_of("textarena:GuessTheNumber-v0", train_size=6, eval_size=3)
+    assert task.rollout is not None
+    assert len({row["prompt"] for row in (*task.train, *task.evaluation)}) == 9
+    make = task.rollout.target
+    ends = []
+    for row in (task.train[0], task.train[0], *task.train[1:]):
+        game = environment_of(make)
+        said: Any = game.reset(row)
+        assert "You are playing Guess The Number" in said
+        low, high = 1, 20
+        while isinstance(said, str):
+            random.random()  # others are at work beside it
+            guess = (low + high) // 2
+            said = game.step(f"I think it is [{guess}]")
+            if "lower" in said:
+                high = guess - 1
+            elif "higher" in said:
+                low = guess + 1
+        ends.append((guess, said))
+    assert ends[0] == ends[1]
+    assert {guess for guess, _ in ends} != {ends[0][0]}
+    assert {said["reward"] for _, said in ends} == {1.0}
+    assert ends[0][1] == {"reward": 1.0, "won": True, "invalid_move": False}
+
+
+def test_a_game_draws_its_own_numbers(play: Play) -> None:
+    """A game of 2048 draws a tile in each turn: from its own row's numbers."""
+    pytest.importorskip("textarena")
+    task = task_of("textarena:2048-v0-ultra-easy", train_size=2, eval_size=1)
+    assert task.rollout is not None
+    games = [environment_of(task.rollout.target) for _ in range(3)]
+    for game in games:
+        game.reset(task.train[0])
+    boards = [[game.step(move) for move in ("[up]", "[left]", "[down]")] for game in games[:1]]
+    woven = list(zip(*[[game.step(move) for game in games[1:]] for move in ("[up]", "[left]", "[down]")], strict=True))
+    assert [boards[0], boards[0]] == [list(each) for each in woven]
+    found = play("environment", task.rollout.target, task.train, Limits(turns=3))
+    assert {played(done).failure for done in found} <= {"", "too_long"}
+    assert {played(done).metrics.get("invalid_move", 1.0) for done in found} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("GuesTheNumber-v0", "did you mean textarena:GuessTheNumber-v0"),
+        ("TicTacToe-v0", "it is for several players"),
+        ("QuantumTicTacToe-v0", "it is for several players"),
+        ("TwentyQuestions-v0", "it cannot be played here: OpenRouter API key not found"),
+    ],
+)
+def test_a_game_that_cannot_be_played_is_refused(name: str, why: str) -> None:
+    pytest.importorskip("textarena")
+    with pytest.raises(EstuneError, match=why):
+        task_of(f"textarena:{name}")
+
+
+def test_a_problem_of_reasoning_gym_in_several_tries(play: Play) -> None:
+    task = task_of("gym:chain_sum", tries=2, train_size=3, eval_size=2)
+    assert task.rollout is not None
+    assert task.accuracies == ["score"]
+    row = task.train[0]
+    right, wrong = (f"Thus <answer>{answer}</answer>" for answer in (row["answer"], "x"))
+    for tries, first, last in (((right,), 1.0, 1.0), ((wrong, right), 0.0, 1.0), ((wrong, wrong), 0.0, 0.0)):
+        game = environment_of(task.rollout.target)
+        assert game.reset(row) == row["prompt"]
+        *before, end = map(game.step, tries)
+        assert all(isinstance(said, str) and said.startswith("That is not right.") for said in before)
+        assert isinstance(end, dict)
+        assert (end["first_try"] >= 1, end["reward"] >= 1) == (first >= 1, last >= 1)
+    assert [played(done).turns for done in play_task(play, task)] == [2, 2, 2]
+    one = task_of("gym:chain_sum", train_size=3, eval_size=2)
+    assert (one.rollout, [row["question"] for row in one.train]) == (None, [row["question"] for row in task.train])

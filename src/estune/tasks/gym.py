@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import islice
@@ -13,14 +14,18 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from estune.completion import Prompt
 from estune.errors import EstuneError
 from estune.grading.convention import Row
+from estune.grading.rollout import FromRollout, Rollout
 from estune.rewards.gym import VERSION, GymReward, generator, generator_names
 from estune.tasks.base import Task
 from estune.tasks.options import PromptOptions, typed
 
 PREFIX = "gym:"
 INSTRUCTION = "Think first, then give the final answer, and nothing else, in <answer> </answer> tags."
+AGAIN = "That is not right. Think again, and give your answer in the same form."
+SCORE = "score"
 SIZE = 200
 
 # A problem is a function of its seed, of 32 bits. The lower half of them are evaluation's, the upper half training's;
@@ -29,6 +34,38 @@ SPAN = 1 << 20
 SEEDS = 1 << 11
 BLOCK = 500
 _MOST_FAILURES = 2_000
+
+
+class GymTries:
+    """An environment, as `grading.rollout.Environment`: a problem, with several tries.
+
+    The reward is the score of the last one, which is also a metric, beside that of the first. Scores are computed in
+    this process: what takes long is ended with the rollout, by `turn_timeout`.
+
+    Args:
+        reward: what scores a try.
+        tries: answers that may be given.
+    """
+
+    def __init__(self, reward: GymReward, tries: int) -> None:
+        self._reward = reward
+        self._tries = tries
+        self._scores: list[float] = []
+
+    def reset(self, row: Row) -> Prompt:
+        """As `Environment.reset`."""
+        self._row = row
+        prompt: Prompt = row["prompt"]
+        return prompt
+
+    def step(self, completion: str) -> str | Mapping[str, Any]:
+        """As `Environment.step`."""
+        columns = {name: [value] for name, value in self._row.items() if name != "prompt"}
+        (score,) = self._reward(prompts=[self._row["prompt"]], completions=[completion], **columns)
+        self._scores.append(score or 0.0)
+        if self._scores[-1] < 1.0 and len(self._scores) < self._tries:
+            return AGAIN
+        return {"reward": self._scores[-1], SCORE: self._scores[-1], "first_try": self._scores[0]}
 
 
 class GymConfig(PromptOptions):
@@ -47,6 +84,9 @@ class GymConfig(PromptOptions):
         True, description="the answer is what stands in <answer> tags, which the prompt asks for; false: the whole text"
     )
     instruction: str = Field(INSTRUCTION, description="what follows each question in the prompt, where tags are wanted")
+    tries: int = Field(
+        1, ge=1, description="answers that may be given: after one that has not full marks the model is asked again"
+    )
     trust_scorers: bool = Field(
         False,
         description=f"score with a reasoning-gym other than {VERSION}, whose scorers may run what the model writes",
@@ -88,6 +128,16 @@ class GymConfig(PromptOptions):
         own = seed if self.seed is None else self.seed
         train = self._rows((SEEDS + own % SEEDS) * SPAN, self.train_size or SIZE, known)
         reward = GymReward(self.generator, self._options(), self.tags)
+        if self.tries > 1:
+            return Task(
+                name=self.name,
+                train=train,
+                evaluation=evaluation,
+                reward_funcs=[FromRollout(), FromRollout(SCORE, share=True)],
+                reward_weights=[1.0, 0.0],
+                accuracy=SCORE,
+                rollout=Rollout("environment", functools.partial(GymTries, reward, self.tries)),
+            )
         return Task(
             name=self.name,
             train=train,

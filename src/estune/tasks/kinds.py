@@ -19,6 +19,8 @@ from estune.tasks.math import MathConfig
 from estune.tasks.options import TaskOptions
 from estune.tasks.own import SUFFIX, OwnConfig
 from estune.tasks.preference import PreferenceConfig
+from estune.tasks.textarena import PREFIX as TEXTARENA
+from estune.tasks.textarena import TextArenaConfig
 from estune.tasks.verifiers import PREFIX as VERIFIERS
 from estune.tasks.verifiers import VerifiersConfig
 
@@ -33,11 +35,12 @@ KINDS: dict[str, type[TaskOptions]] = {
     "instructions": InstructionsConfig,
     "preference": PreferenceConfig,
     "gym:NAME": GymConfig,
+    "textarena:GAME": TextArenaConfig,
     "verifiers:TASKSET": VerifiersConfig,
     "custom": CustomConfig,
     "FILE.py": OwnConfig,
 }
-PREFIXES = {PREFIX: "gym:NAME", VERIFIERS: "verifiers:TASKSET"}
+PREFIXES = {PREFIX: "gym:NAME", TEXTARENA: "textarena:GAME", VERIFIERS: "verifiers:TASKSET"}
 
 
 def kind_of(name: str) -> str:
@@ -77,6 +80,7 @@ Alone = (
     | Annotated[InstructionsConfig, Tag("<instructions>")]
     | Annotated[PreferenceConfig, Tag("<preference>")]
     | Annotated[GymConfig, Tag("<gym:NAME>")]
+    | Annotated[TextArenaConfig, Tag("<textarena:GAME>")]
     | Annotated[VerifiersConfig, Tag("<verifiers:TASKSET>")]
     | Annotated[CustomConfig, Tag("<custom>")]
     | Annotated[OwnConfig, Tag("<FILE.py>")]
