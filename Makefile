@@ -141,7 +141,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 $(CLIENTS)/.installed: Makefile
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install $(PIP_OPTIONS) litellm==1.110.2 'lm-eval[api]==0.4.13'
+	$(CLIENTS)/bin/python -m pip install $(PIP_OPTIONS) litellm==1.110.2 'lm-eval[api]==0.4.13' openenv==0.10.0
 	@touch $@
 
 # verifiers wants an older client of OpenAI's; uv is what its own harnesses are started by.

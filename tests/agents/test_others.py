@@ -6,6 +6,8 @@ import importlib.util
 import os
 import random
 import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,7 @@ def test_a_game_that_cannot_be_played_is_refused(name: str, why: str) -> None:
 
 
 def test_a_problem_of_reasoning_gym_in_several_tries(play: Play) -> None:
-    task = task_of("gym:chain_sum", tries=2, train_size=3, eval_size=2)
+    task = task_of("gym:chain_sum", tries=2, instruction="In <answer> tags.", train_size=3, eval_size=2)
     assert task.rollout is not None
     assert task.accuracies == ["score"]
     row = task.train[0]
@@ -168,3 +170,47 @@ def test_a_problem_of_reasoning_gym_in_several_tries(play: Play) -> None:
     assert [played(done).turns for done in play_task(play, task)] == [2, 2, 2]
     one = task_of("gym:chain_sum", train_size=3, eval_size=2)
     assert (one.rollout, [row["question"] for row in one.train]) == (None, [row["question"] for row in task.train])
+
+
+@pytest.fixture
+def openenv(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a server that takes so many sessions."""
+    pytest.importorskip("websockets")
+    command = [python_with("openenv"), str(SCRIPTS / "serve_openenv.py"), str(request.param)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        server.kill()
+
+
+@pytest.mark.parametrize("openenv", [8], indirect=True)
+def test_a_server_of_openenv(openenv: str, play: Play) -> None:
+    task = task_of(f"openenv:{openenv}", train_size=5, eval_size=2, options={"most": "4"}, instruction="Say a number.")
+    assert task.rollout is not None
+    for row in task.train:
+        game = environment_of(task.rollout.target)
+        assert game.reset(row) == "Say a number.\n\nGuess my number from 1 to 4."
+        number = 1 + row["seed"] % 4
+        assert game.step("none") == "No."
+        assert game.step(f"It is {number}") == {"reward": 0.75}
+    found = [played(done) for done in play_task(play, task)]
+    assert [(one.failure, one.reward, one.turns) for one in found] == [("", -0.75, 3)] * 5
+    assert [m["content"] for m in found[0].transcript[2::2]] == ["No.", "No."]
+    wrong = play_task(play, task_of(f"openenv:{openenv}", train_size=1, eval_size=1, action="words"))
+    assert played(wrong[0]).failure == "errors"
+    assert "step was refused" in played(wrong[0]).why
+
+
+@pytest.mark.parametrize("openenv", [1], indirect=True)
+def test_a_server_of_openenv_that_is_full(openenv: str, play: Play) -> None:
+    task = task_of(f"openenv:{openenv}", train_size=4, eval_size=2)
+    assert {played(done).failure for done in play_task(play, task, Limits(at_once=1))} == {""}
+    failed = [played(done).why for done in play_task(play, task) if played(done).failure]
+    assert failed
+    assert all("set rollouts_at_once" in why for why in failed)
+
+
+def test_no_server_of_openenv() -> None:
+    pytest.importorskip("websockets")
+    with pytest.raises(EstuneError, match="no server of OpenEnv answers at http://127.0.0.1:9/schema: .*start it"):
+        task_of("openenv:http://127.0.0.1:9")

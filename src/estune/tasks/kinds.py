@@ -16,6 +16,8 @@ from estune.tasks.custom import CustomConfig
 from estune.tasks.gym import PREFIX, GymConfig
 from estune.tasks.instructions import InstructionsConfig
 from estune.tasks.math import MathConfig
+from estune.tasks.openenv import PREFIX as OPENENV
+from estune.tasks.openenv import OpenEnvConfig
 from estune.tasks.options import TaskOptions
 from estune.tasks.own import SUFFIX, OwnConfig
 from estune.tasks.preference import PreferenceConfig
@@ -35,12 +37,13 @@ KINDS: dict[str, type[TaskOptions]] = {
     "instructions": InstructionsConfig,
     "preference": PreferenceConfig,
     "gym:NAME": GymConfig,
+    "openenv:URL": OpenEnvConfig,
     "textarena:GAME": TextArenaConfig,
     "verifiers:TASKSET": VerifiersConfig,
     "custom": CustomConfig,
     "FILE.py": OwnConfig,
 }
-PREFIXES = {PREFIX: "gym:NAME", TEXTARENA: "textarena:GAME", VERIFIERS: "verifiers:TASKSET"}
+PREFIXES = {PREFIX: "gym:NAME", OPENENV: "openenv:URL", TEXTARENA: "textarena:GAME", VERIFIERS: "verifiers:TASKSET"}
 
 
 def kind_of(name: str) -> str:
@@ -80,6 +83,7 @@ Alone = (
     | Annotated[InstructionsConfig, Tag("<instructions>")]
     | Annotated[PreferenceConfig, Tag("<preference>")]
     | Annotated[GymConfig, Tag("<gym:NAME>")]
+    | Annotated[OpenEnvConfig, Tag("<openenv:URL>")]
     | Annotated[TextArenaConfig, Tag("<textarena:GAME>")]
     | Annotated[VerifiersConfig, Tag("<verifiers:TASKSET>")]
     | Annotated[CustomConfig, Tag("<custom>")]
