@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
-import functools
 import json
 import random
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import islice
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from estune.completion import Prompt
+from estune.completion import Completion, Prompt
 from estune.errors import EstuneError
 from estune.grading.convention import Row
+from estune.grading.grading import Grading
 from estune.grading.rollout import FromRollout, Rollout
 from estune.rewards.gym import VERSION, GymReward, generator, generator_names
 from estune.tasks.base import Task
@@ -39,8 +42,8 @@ _MOST_FAILURES = 2_000
 class GymTries:
     """An environment, as `grading.rollout.Environment`: a problem, with several tries.
 
-    The reward is the score of the last one, which is also a metric, beside that of the first. Scores are computed in
-    this process: what takes long is ended with the rollout, by `turn_timeout`.
+    The reward is the score of the last one, which is also a metric, beside that of the first. Scores are computed by a
+    grader, as without tries: what takes too long, or crashes it, is worth 0.
 
     Args:
         reward: what scores a try.
@@ -60,9 +63,10 @@ class GymTries:
 
     def step(self, completion: str) -> str | Mapping[str, Any]:
         """As `Environment.step`."""
-        columns = {name: [value] for name, value in self._row.items() if name != "prompt"}
-        (score,) = self._reward(prompts=[self._row["prompt"]], completions=[completion], **columns)
-        self._scores.append(score or 0.0)
+        grading, one_at_a_time = _grading(self._reward)
+        with one_at_a_time:
+            (score,) = grading.grade([self._row], [Completion(completion, [], True)]).total
+        self._scores.append(score)
         if self._scores[-1] < 1.0 and len(self._scores) < self._tries:
             return AGAIN
         return {"reward": self._scores[-1], SCORE: self._scores[-1], "first_try": self._scores[0]}
@@ -136,7 +140,7 @@ class GymConfig(PromptOptions):
                 reward_funcs=[FromRollout(), FromRollout(SCORE, share=True)],
                 reward_weights=[1.0, 0.0],
                 accuracy=SCORE,
-                rollout=Rollout("environment", functools.partial(GymTries, reward, self.tries)),
+                rollout=Rollout("environment", partial(GymTries, reward, self.tries)),
             )
         return Task(
             name=self.name,
@@ -201,6 +205,14 @@ def _literal(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return _literal(value.tolist())
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+@lru_cache
+def _grading(reward: GymReward) -> tuple[Grading, threading.Lock]:
+    """A grader of this process's, for as long as that lives."""
+    grading = Grading([reward], processes=1)
+    atexit.register(grading.close)
+    return grading, threading.Lock()
 
 
 @contextmanager
