@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from estune.errors import EstuneError, first_line
+from estune.errors import EstuneError, printable
 from estune.grading.convention import Row
 from estune.grading.rollout import FromRollout, Rollout
 from estune.tasks.base import Task
@@ -137,7 +137,7 @@ class TextArenaConfig(TaskOptions):
             played = make()
             played.reset({"seed": 0})
         except Exception as error:
-            why = first_line(error) or type(error).__name__
+            why = printable(" ".join(str(error).replace("*", "").split())[:200]) or type(error).__name__
             if "player" in why.lower():
                 why = f"it is for several players ({why}); take one that is played alone"
             raise EstuneError(f"task {self.name}: it cannot be played here: {why}") from error

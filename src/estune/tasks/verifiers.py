@@ -85,7 +85,7 @@ class VerifiersConfig(TaskOptions):
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="the environment's configuration, as vf-eval takes it under --env: task.options.taskset.KEY=VALUE",
+        description="the environment's configuration, as vf-eval takes it for env: task.options.taskset.KEY=VALUE",
     )
     eval_options: dict[str, Any] | None = Field(
         None,
