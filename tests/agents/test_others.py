@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from estune.agents.endpoint import Endpoint
 from estune.agents.play import Limits
 from estune.completion import Completion
 from estune.engines.transformers import TransformersEngine
@@ -20,7 +23,8 @@ from estune.errors import EstuneError
 from estune.grading.rollout import environment_of
 from estune.tasks import options_of
 from estune.tasks.base import Task
-from tests.agents.conftest import SAMPLING, Play, played, python_with
+from estune.tasks.verifiers import Bridge
+from tests.agents.conftest import SAMPLING, Play, Scripted, mark, played, python_with
 
 SCRIPTS = Path(__file__).parent / "clients"
 
@@ -54,6 +58,25 @@ def test_verifiers_plays_its_own_environments(capitals: Any, engine: Transformer
         assert (result.reward, result.turns, result.why) == (0.0, 1, "")
         assert result.metrics == {"right": 0.0, "characters": len(alone.text.strip())}
         assert result.transcript == [*messages, {"role": "assistant", "content": alone.text}]
+
+
+def test_tools_of_verifiers(capitals: Any, scripted: tuple[Scripted, Endpoint]) -> None:
+    engine, endpoint = scripted
+    mark(engine, "<tool_call>")
+    engine.script = ['<tool_call>{"name": "lookup_capital", "arguments": {"country": "France"}}</tool_call>']
+    engine.text = "It is Paris."
+    asked = {"play": 1, "task": {"prompt": "What is the capital of France?"}, "url": endpoint.url, "model": "scripted"}
+    bridge = Bridge(capitals["python"], "estune-lookups", "{}")
+    with tempfile.TemporaryFile() as errors, bridge.start(errors) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        program.stdin.write(bridge.first_line)
+        program.stdin.write(json.dumps({**asked, "key": endpoint.admit(0, lambda turn: None)}) + "\n")
+        program.stdin.flush()
+        said = json.loads(program.stdout.readline())
+        program.stdin.close()
+    assert said == {"played": 1, "reward": 1.0, "metrics": {"told": 1.0}}
+    assert "Gives the capital of a country." in engine.shown(0)
 
 
 @pytest.mark.parametrize(
