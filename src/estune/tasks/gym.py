@@ -66,7 +66,7 @@ class GymTries:
         grading, one_at_a_time = _grading(self._reward)
         with one_at_a_time:
             (score,) = grading.grade([self._row], [Completion(completion, [], True)]).total
-        self._scores.append(score)
+        self._scores.append(score or 0.0)
         if self._scores[-1] < 1.0 and len(self._scores) < self._tries:
             return AGAIN
         return {"reward": self._scores[-1], SCORE: self._scores[-1], "first_try": self._scores[0]}
