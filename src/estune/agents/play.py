@@ -222,6 +222,10 @@ class Players:
                 from estune.agents.client import FunctionPlayer
 
                 self._players[kind] = FunctionPlayer(self._encoder, self._limits)
+            elif kind == "verifiers":
+                from estune.agents.verifiers import VerifiersPlayer
+
+                self._players[kind] = VerifiersPlayer(self._encoder, self._limits)
             else:
                 from estune.agents.program import ProgramPlayer
 

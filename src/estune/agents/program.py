@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -139,7 +139,7 @@ def started(
             process.stdin.close()
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """Kill a program and what it has started: its session and, while it lives, its children in others."""
     family: list[psutil.Process] = []
     if process.poll() is None:

@@ -8,6 +8,8 @@ A rollout is a program that talks to the model and ends with a number. There are
 - any program: the endpoint in its environment variables, the row as JSON on standard input, the reward on the last line
   of its output.
 
+Environments of the library verifiers, which its own code plays, are a fourth.
+
 The reward is a number, or a mapping with `reward`, and `metrics` and `transcript` where there are any.
 """
 
@@ -29,7 +31,7 @@ from estune.grading.convention import Log, RewardFunction, Row, bounded, reward_
 from estune.grading.modules import Place, place_of
 from estune.grading.verdict import Verdict
 
-Kind = Literal["environment", "function", "program"]
+Kind = Literal["environment", "function", "program", "verifiers"]
 REWARD = "rollout"
 """What the reward of rollouts is called in metrics."""
 
@@ -64,7 +66,8 @@ class Rollout:
 
     Attributes:
         kind: what `target` is.
-        target: a class or function that makes an environment, a function `rollout(client, row)`, or a command.
+        target: a class or function that makes an environment, a function `rollout(client, row)`, a command, or
+            an environment of verifiers.
         chat: whether a text that opens an environment is shown as a user's message, where there is a chat template.
     """
 
@@ -82,7 +85,8 @@ class Rollout:
         while isinstance(target, functools.partial):
             target = target.func
         name = getattr(target, "__qualname__", "")
-        if self.kind != "program" and (getattr(target, "__module__", "") == "__main__" or "<" in name):
+        ours = self.kind in ("environment", "function")
+        if ours and (getattr(target, "__module__", "") == "__main__" or "<" in name):
             raise EstuneError(
                 f"rollout {name}: other processes play it too, and cannot import it: define it at the top level of a "
                 "file of its own, and import it from there; or set replicas=1"

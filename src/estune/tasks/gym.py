@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import json
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import islice
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from estune.completion import Completion, Prompt
 from estune.errors import EstuneError
 from estune.grading.convention import Row
+from estune.grading.grading import Grading
+from estune.grading.rollout import FromRollout, Rollout
 from estune.rewards.gym import VERSION, GymReward, generator, generator_names
 from estune.tasks.base import Task
-from estune.tasks.options import PromptOptions
+from estune.tasks.options import PromptOptions, typed
 
 PREFIX = "gym:"
 INSTRUCTION = "Think first, then give the final answer, and nothing else, in <answer> </answer> tags."
+AGAIN = "That is not right. Think again, and give your answer in the same form."
+SCORE = "score"
 SIZE = 200
 
 # A problem is a function of its seed, of 32 bits. The lower half of them are evaluation's, the upper half training's;
@@ -29,6 +37,39 @@ SPAN = 1 << 20
 SEEDS = 1 << 11
 BLOCK = 500
 _MOST_FAILURES = 2_000
+
+
+class GymTries:
+    """An environment, as `grading.rollout.Environment`: a problem, with several tries.
+
+    The reward is the score of the last one, which is also a metric, beside that of the first. Scores are computed by a
+    grader, as without tries: what takes too long, or crashes it, is worth 0.
+
+    Args:
+        reward: what scores a try.
+        tries: answers that may be given.
+    """
+
+    def __init__(self, reward: GymReward, tries: int) -> None:
+        self._reward = reward
+        self._tries = tries
+        self._scores: list[float] = []
+
+    def reset(self, row: Row) -> Prompt:
+        """As `Environment.reset`."""
+        self._row = row
+        prompt: Prompt = row["prompt"]
+        return prompt
+
+    def step(self, completion: str) -> str | Mapping[str, Any]:
+        """As `Environment.step`."""
+        grading, one_at_a_time = _grading(self._reward)
+        with one_at_a_time:
+            (score,) = grading.grade([self._row], [Completion(completion, [], True)]).total
+        self._scores.append(score or 0.0)
+        if self._scores[-1] < 1.0 and len(self._scores) < self._tries:
+            return AGAIN
+        return {"reward": self._scores[-1], SCORE: self._scores[-1], "first_try": self._scores[0]}
 
 
 class GymConfig(PromptOptions):
@@ -47,6 +88,9 @@ class GymConfig(PromptOptions):
         True, description="the answer is what stands in <answer> tags, which the prompt asks for; false: the whole text"
     )
     instruction: str = Field(INSTRUCTION, description="what follows each question in the prompt, where tags are wanted")
+    tries: int = Field(
+        1, ge=1, description="answers that may be given: after one that has not full marks the model is asked again"
+    )
     trust_scorers: bool = Field(
         False,
         description=f"score with a reasoning-gym other than {VERSION}, whose scorers may run what the model writes",
@@ -58,7 +102,7 @@ class GymConfig(PromptOptions):
     @classmethod
     def _typed(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Text from the command line as the number, list or switch that it spells."""
-        return {key: _value(value) for key, value in options.items()}
+        return typed(options)
 
     @property
     def generator(self) -> str:
@@ -88,6 +132,16 @@ class GymConfig(PromptOptions):
         own = seed if self.seed is None else self.seed
         train = self._rows((SEEDS + own % SEEDS) * SPAN, self.train_size or SIZE, known)
         reward = GymReward(self.generator, self._options(), self.tags)
+        if self.tries > 1:
+            return Task(
+                name=self.name,
+                train=train,
+                evaluation=evaluation,
+                reward_funcs=[FromRollout(), FromRollout(SCORE, share=True)],
+                reward_weights=[1.0, 0.0],
+                accuracy=SCORE,
+                rollout=Rollout("environment", partial(GymTries, reward, self.tries)),
+            )
         return Task(
             name=self.name,
             train=train,
@@ -139,15 +193,6 @@ class GymConfig(PromptOptions):
         }
 
 
-def _value(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
 def _literal(value: Any) -> Any:
     """The same in what Python has literals for. JSON would lose tuples and numbers as keys, which scores depend on."""
     if isinstance(value, dict):
@@ -160,6 +205,14 @@ def _literal(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return _literal(value.tolist())
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+@lru_cache
+def _grading(reward: GymReward) -> tuple[Grading, threading.Lock]:
+    """A grader of this process's, for as long as that lives."""
+    grading = Grading([reward], processes=1)
+    atexit.register(grading.close)
+    return grading, threading.Lock()
 
 
 @contextmanager

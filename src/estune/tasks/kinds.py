@@ -16,9 +16,15 @@ from estune.tasks.custom import CustomConfig
 from estune.tasks.gym import PREFIX, GymConfig
 from estune.tasks.instructions import InstructionsConfig
 from estune.tasks.math import MathConfig
+from estune.tasks.openenv import PREFIX as OPENENV
+from estune.tasks.openenv import OpenEnvConfig
 from estune.tasks.options import TaskOptions
 from estune.tasks.own import SUFFIX, OwnConfig
 from estune.tasks.preference import PreferenceConfig
+from estune.tasks.textarena import PREFIX as TEXTARENA
+from estune.tasks.textarena import TextArenaConfig
+from estune.tasks.verifiers import PREFIX as VERIFIERS
+from estune.tasks.verifiers import VerifiersConfig
 
 DEFAULT = "countdown"
 
@@ -31,14 +37,19 @@ KINDS: dict[str, type[TaskOptions]] = {
     "instructions": InstructionsConfig,
     "preference": PreferenceConfig,
     "gym:NAME": GymConfig,
+    "openenv:URL": OpenEnvConfig,
+    "textarena:GAME": TextArenaConfig,
+    "verifiers:TASKSET": VerifiersConfig,
     "custom": CustomConfig,
     "FILE.py": OwnConfig,
 }
+PREFIXES = {PREFIX: "gym:NAME", OPENENV: "openenv:URL", TEXTARENA: "textarena:GAME", VERIFIERS: "verifiers:TASKSET"}
 
 
 def kind_of(name: str) -> str:
     """What kind of task a name is of: a key of `KINDS`, or the name itself."""
-    return "gym:NAME" if name.startswith(PREFIX) else "FILE.py" if name.endswith(SUFFIX) else name
+    prefixed = next((kind for prefix, kind in PREFIXES.items() if name.startswith(prefix)), None)
+    return prefixed or ("FILE.py" if name.endswith(SUFFIX) else name)
 
 
 def tag_of(value: Any) -> str:
@@ -72,6 +83,9 @@ Alone = (
     | Annotated[InstructionsConfig, Tag("<instructions>")]
     | Annotated[PreferenceConfig, Tag("<preference>")]
     | Annotated[GymConfig, Tag("<gym:NAME>")]
+    | Annotated[OpenEnvConfig, Tag("<openenv:URL>")]
+    | Annotated[TextArenaConfig, Tag("<textarena:GAME>")]
+    | Annotated[VerifiersConfig, Tag("<verifiers:TASKSET>")]
     | Annotated[CustomConfig, Tag("<custom>")]
     | Annotated[OwnConfig, Tag("<FILE.py>")]
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
 from math import inf
@@ -170,6 +171,22 @@ def is_held_out(text: str, fraction: float = HELD_OUT_FRACTION) -> bool:
     """Whether an example belongs to evaluation: a pure function of its text."""
     digest = blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def typed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Text from the command line as the number, list or switch that it spells, in sections too."""
+    return {key: _value(value) for key, value in options.items()}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return typed(value)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def refuse_switch(model: type[BaseModel], name: str, value: Any) -> None:
