@@ -74,6 +74,7 @@ class _Job:
                 number = len(futures)
                 hear = None if told is None else lambda text, number=number: told(number, text)
                 futures.append(self.client.submit(Request(ids, replace(sampling, seed=seed), self.body.stops, hear)))
+        self.client.expect(-1)
         return futures
 
     def answer(self, completion: Completion, number: int) -> Message:
@@ -158,10 +159,15 @@ class _Answering:
     async def _answer(
         self, client: Client, body: Body, prompts: list[Asked], scope: Scope, receive: Receive, send: Send
     ) -> None:
+        client.expect(1)  # what has come before is decoded with it
+        job = None
         try:
             job = await self._prepare(client, body, prompts)
         except EstuneError as error:
             raise Refusal(400, str(error)) from error
+        finally:
+            if job is None:
+                client.expect(-1)
         writer = Writer(self._endpoint.model, isinstance(body, ChatBody))
         if body.stream:
             await _stream(job, writer, send)

@@ -81,6 +81,10 @@ class Client:
         future.add_done_callback(self._futures.discard)
         return future
 
+    def expect(self, more: int) -> None:
+        """As `Batcher.expect`."""
+        self._batcher.expect(more)
+
     def tell(self, turns: Sequence[Turn]) -> None:
         """Tell of turns.
 

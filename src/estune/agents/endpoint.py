@@ -90,7 +90,7 @@ class Endpoint:
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}/v1"
         self._server = uvicorn.Server(
             uvicorn.Config(
-                app, log_config=None, log_level="critical", access_log=False, lifespan="off", loop="asyncio", ws="none",
+                app, log_config=None, log_level="critical", access_log=False, lifespan="off", loop="auto", ws="none",
                 timeout_graceful_shutdown=1, timeout_keep_alive=IDLE_SECONDS, backlog=BACKLOG, server_header=False,
             )
         )  # fmt: skip
@@ -221,7 +221,7 @@ class Endpoint:
         return ids
 
     def _run(self) -> None:
-        asyncio.run(self._server.serve(sockets=[self._socket]))
+        self._server.run(sockets=[self._socket])
 
 
 def _listen(host: str, port: int) -> socket.socket:
