@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -102,30 +101,3 @@ def test_what_other_processes_cannot_import_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EstuneError, match=r"rollout .*Local: other processes play it too.*or set replicas=1"):
         Trainer(load(None, [*SETTINGS, "replicas=2", f"output_dir={tmp_path / 'run'}"]), task=task)
     assert not (tmp_path / "run").exists()
-
-
-def test_an_environment_in_a_module_beside_the_script_is_found_by_replicas(tmp_path: Path) -> None:
-    (tmp_path / "games").mkdir()
-    (tmp_path / "games" / "__init__.py").touch()
-    (tmp_path / "games" / "short.py").write_text(
-        "class Short:\n"
-        "    def __init__(self, worth):\n        self.worth = worth\n"
-        "    def reset(self, row):\n        return row['prompt']\n"
-        "    def step(self, completion):\n        return self.worth - len(completion) / 100\n"
-    )
-    (tmp_path / "train.py").write_text(
-        "from functools import partial\n"
-        "from estune import Config, Task, Trainer\n"
-        "from estune.grading.rollout import FromRollout, Rollout\n"
-        "from games.short import Short\n"
-        "rows = [{'prompt': f'Say {n}.'} for n in range(9)]\n"
-        "task = Task(name='short', train=rows[:8], evaluation=rows[8:], reward_funcs=[FromRollout()],\n"
-        "            reward_weights=[1.0], accuracy='rollout',\n"
-        "            rollout=Rollout('environment', partial(Short, worth=3)))\n"
-        "config = Config(steps=1, population=4, prompts_per_step=4, max_new_tokens=8, replicas=2, report_to=[],\n"
-        "                output_dir='run')\n"
-        "if __name__ == '__main__':\n    Trainer(config, task=task, monitors=[]).train()\n"
-    )
-    subprocess.run([sys.executable, "train.py"], cwd=tmp_path, check=True, timeout=120)
-    (step,) = Journal.read(tmp_path / "run").steps
-    assert all(reward is not None and 2 < reward < 3 for reward in step.rewards)
