@@ -329,3 +329,11 @@ def test_light_modules_load_no_torch(module: str) -> None:
         f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets', 'numba')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_options_of_a_task_may_stand_before_its_name() -> None:
+    given = ["task.eval_size=7", "task=countdown-turns", "task.tries=3"]
+    task = load(None, given).task
+    assert (task.name, task.eval_size, task.tries) == ("countdown-turns", 7, 3)  # type: ignore[union-attr]
+    with pytest.raises(EstuneError, match="unknown setting task.progam; did you mean task.program?"):
+        load(None, ["task.progam=x", "task=custom"])

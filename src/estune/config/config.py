@@ -120,13 +120,14 @@ def load(file: Path | None = None, overrides: Iterable[str] = ()) -> Config:
 def read(file: Path | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """What file and overrides say, and nothing else: not yet checked, no defaults.
 
-    An override's value stays text, which the setting's type converts; `null` is None, and a key alone is True.
+    An override's value stays text, which the setting's type converts; `null` is None, and a key alone is True. A task's
+    options may stand before its name.
 
     Raises:
         EstuneError: for a file that cannot be read or an override without key.
     """
     values = _read(file) if file else {}
-    for override in overrides:
+    for override in sorted(overrides, key=lambda each: each.partition("=")[0] not in ("task", "task.name")):
         key, separator, text = override.partition("=")
         if not key:
             raise EstuneError(f"override {override!r} is not of the form key=value")
