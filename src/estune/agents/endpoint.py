@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date
-from functools import lru_cache
 from typing import Any
 
 from estune.agents.answering import application
@@ -84,7 +83,7 @@ class Endpoint:
         self._clients: dict[bytes, Client] = {}
         self._lock = threading.Lock()
         self._encoding = ThreadPoolExecutor(1, "estune-endpoint-encode")
-        self._encoded = lru_cache(maxsize=ENCODED)(self._encode)
+        self._encoded: dict[tuple[str, str, str], list[int]] = {}
         self._socket = _listen(host, port)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}/v1"
@@ -206,15 +205,20 @@ class Endpoint:
         if isinstance(asked, list) and isinstance(asked[0], int):
             return asked
         today = date.today().isoformat()  # a template may show it
-        what = json.dumps([asked, options])
-        encode = self._encoded if len(what) <= LONGEST_ENCODED else self._encode
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, encode, what, begin, today)
+        key = json.dumps([asked, options]), begin, today
+        if (known := self._encoded.get(key)) is not None:
+            return known
+        ids = await asyncio.get_running_loop().run_in_executor(self._encoding, self._encode, asked, options, begin)
+        if len(key[0]) <= LONGEST_ENCODED:
+            self._encoded[key] = ids
+            if len(self._encoded) > ENCODED:
+                del self._encoded[next(iter(self._encoded))]
+        return ids
 
-    def _encode(self, what: str, begin: str, today: str) -> list[int]:
-        asked, options = json.loads(what)
+    def _encode(self, asked: Asked, options: dict[str, Any], begin: str) -> list[int]:
         if isinstance(asked, str):
             return self.encoder.encode([asked])[0]
-        text = self.encoder.render(asked, options=options) + begin
+        text = self.encoder.render(asked, options=options) + begin  # type: ignore[arg-type]
         ids: list[int] = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise EstuneError(f"messages: {asked!r:.80} encode to no token; give them text")
