@@ -460,6 +460,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
     imported = {
         name.split(".")[0]
         for file in (ROOT / "src").rglob("*.py")
+        if file.name != "verifiers_bridge.py"  # which runs in a Python of verifiers' own
         for node in ast.walk(ast.parse(file.read_text()))
         for name in (
             [alias.name for alias in node.names]
