@@ -22,6 +22,7 @@ from estune.pool.ray.handle import Handle
 from estune.run.trainer import Trainer
 from tests.journal.test_faults import children, started
 from tests.rays import on_call, pid_of, stop, until, with_workers
+from tests.run.test_staleness import assert_rewards_are_those_of_the_bases_named
 from tests.runs import assert_same_run, make_task, slow_variety, substance
 
 PHASES = ("open", "generate", "evaluate", "apply", "rebuild", "save")
@@ -187,3 +188,27 @@ def test_a_cluster_whose_servers_are_killed_is_one_line_and_leaves_nobody(
     assert re.search(rf"EstuneError: .*{gone}; no step is lost: resume, with another cluster or none", error), error
     until(lambda: not any(Path(f"/proc/{pid}").exists() and name(pid) == text for pid, text in family.items()), 60)
     assert len(Journal.read(run).steps) >= 2
+
+
+def test_killed_while_members_are_at_work_ahead(
+    cluster: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an evaluation, and of the update that whoever is free first makes for all."""
+    left = {"evaluate", "apply"}
+    lock = threading.Lock()
+
+    def kill(handle: Handle, kind: str) -> None:
+        with lock:
+            if kind not in left:
+                return
+            left.remove(kind)
+        stop(pid_of(handle))
+        threading.Timer(0.2, os.kill, (pid_of(handle), signal.SIGKILL)).start()
+
+    on_call(monkeypatch, kill)
+    run = tmp_path / "run"
+    trainer = with_workers(run, model, 2, steps=6, population=5, max_staleness=1, dtype="float32")
+    trainer.pool.wait_for_workers(60)
+    trainer.train()
+    assert not left
+    assert_rewards_are_those_of_the_bases_named(run, model)
