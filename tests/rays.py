@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +76,26 @@ def on_call(monkeypatch: pytest.MonkeyPatch, before: Callable[[Handle, str], Non
         return call(self, kind, *arguments, **options)
 
     monkeypatch.setattr(Handle, "call", wrapped)
+
+
+def kill_once(monkeypatch: pytest.MonkeyPatch, kinds: set[str]) -> set[str]:
+    """Kill a worker in the middle of each of these kinds of calls, once; returns those that are still to come.
+
+    It is stopped before it is asked, and killed when it has been.
+    """
+    left = set(kinds)
+    lock = threading.Lock()
+
+    def kill(handle: Handle, kind: str) -> None:
+        with lock:
+            if kind not in left:
+                return
+            left.remove(kind)
+        stop(pid_of(handle))
+        threading.Timer(0.2, os.kill, (pid_of(handle), signal.SIGKILL)).start()
+
+    on_call(monkeypatch, kill)
+    return left
 
 
 def pid_of(handle: Handle | None) -> int:

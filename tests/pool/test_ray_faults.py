@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,17 @@ from estune.journal.journal import Journal
 from estune.pool.ray.handle import Handle
 from estune.run.trainer import Trainer
 from tests.journal.test_faults import children, started
-from tests.rays import on_call, pid_of, stop, until, with_workers
+from tests.rays import kill_once, on_call, pid_of, stop, until, with_workers
 from tests.run.test_staleness import assert_rewards_are_those_of_the_bases_named
 from tests.runs import assert_same_run, make_task, slow_variety, substance
 
-PHASES = ("open", "generate", "evaluate", "apply", "rebuild", "save")
+PHASES = {"open", "generate", "evaluate", "apply", "rebuild", "save"}
 
 
 def test_killed_in_every_phase(
     cluster: Any, model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker is stopped before it is asked, and killed when it has been: always in the middle."""
-    left = set(PHASES)
-    lock = threading.Lock()
-
-    def kill(handle: Handle, kind: str) -> None:
-        with lock:
-            if kind not in left:
-                return
-            left.remove(kind)
-        stop(pid_of(handle))
-        threading.Timer(0.2, os.kill, (pid_of(handle), signal.SIGKILL)).start()
-
-    on_call(monkeypatch, kill)
+    left = kill_once(monkeypatch, PHASES)
     run = tmp_path / "run"
     trainer = with_workers(run, model, 2)
     evaluate = trainer.pool.evaluate
@@ -194,18 +181,7 @@ def test_killed_while_members_are_at_work_ahead(
     cluster: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of an evaluation, and of the update that whoever is free first makes for all."""
-    left = {"evaluate", "apply"}
-    lock = threading.Lock()
-
-    def kill(handle: Handle, kind: str) -> None:
-        with lock:
-            if kind not in left:
-                return
-            left.remove(kind)
-        stop(pid_of(handle))
-        threading.Timer(0.2, os.kill, (pid_of(handle), signal.SIGKILL)).start()
-
-    on_call(monkeypatch, kill)
+    left = kill_once(monkeypatch, {"evaluate", "apply"})
     run = tmp_path / "run"
     trainer = with_workers(run, model, 2, steps=6, population=5, max_staleness=1, dtype="float32")
     trainer.pool.wait_for_workers(60)

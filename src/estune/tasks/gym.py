@@ -14,7 +14,7 @@ from importlib.metadata import version
 from itertools import islice
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from estune.completion import Completion, Prompt
 from estune.errors import EstuneError
@@ -23,7 +23,7 @@ from estune.grading.grading import Grading
 from estune.grading.rollout import FromRollout, Rollout
 from estune.rewards.gym import VERSION, GymReward, generator, generator_names
 from estune.tasks.base import Task
-from estune.tasks.options import PromptOptions, typed
+from estune.tasks.options import OwnOptions, PromptOptions
 
 PREFIX = "gym:"
 INSTRUCTION = "Think first, then give the final answer, and nothing else, in <answer> </answer> tags."
@@ -83,7 +83,7 @@ class GymConfig(PromptOptions):
     )
     train_size: int | None = Field(None, ge=1, le=SPAN, description="training problems; 200 if not given")
     eval_size: int | None = Field(None, ge=1, le=SPAN, description="held-out problems; 200 if not given")
-    options: dict[str, Any] = Field(default_factory=dict, description="the generator's own, as task.options.KEY=VALUE")
+    options: OwnOptions = Field(default_factory=dict, description="the generator's own, as task.options.KEY=VALUE")
     tags: bool = Field(
         True, description="the answer is what stands in <answer> tags, which the prompt asks for; false: the whole text"
     )
@@ -97,12 +97,6 @@ class GymConfig(PromptOptions):
     )
     seed: int | None = Field(None, ge=0, description="seed of the training problems; the run's seed if not given")
     eval_seed: int = Field(0, ge=0, description="seed of the held-out problems; the same for all runs unless changed")
-
-    @field_validator("options")
-    @classmethod
-    def _typed(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Text from the command line as the number, list or switch that it spells."""
-        return typed(options)
 
     @property
     def generator(self) -> str:

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from estune.errors import EstuneError, first_line
 from estune.grading.convention import Row
 from estune.grading.rollout import Rollout, with_rollout
 from estune.tasks.base import Task
-from estune.tasks.options import TaskOptions, typed
+from estune.tasks.options import OwnOptions, TaskOptions
 
 PREFIX = "openenv:"
 SIZE = 200
@@ -124,15 +124,10 @@ class OpenEnvConfig(TaskOptions):
         None, description="field of an observation that is shown; the one that is text, if not given"
     )
     instruction: str = Field("", description="what is shown before the first observation")
-    options: dict[str, Any] = Field(
+    options: OwnOptions = Field(
         default_factory=dict, description="what a session is reset with beside a seed, as task.options.KEY=VALUE"
     )
     chat: bool = Field(True, description="as a conversation, for the chat template; false: as plain text")
-
-    @field_validator("options")
-    @classmethod
-    def _typed(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return typed(options)
 
     def build(self, seed: int) -> Task:
         """Both sets, each row a seed, played by `OpenEnvSession`.

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
 from math import inf
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from estune.completion import Prompt
 from estune.errors import EstuneError
@@ -26,6 +26,26 @@ HELD_OUT_FRACTION = 0.125
 
 ToRows = Callable[[str, Sequence[Record]], Iterable[Row]]
 """From a source's name and its records to rows."""
+
+
+def _typed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Text from the command line as the number, list or switch that it spells, in sections too."""
+    return {key: _value(value) for key, value in options.items()}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _typed(value)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+OwnOptions = Annotated[dict[str, Any], AfterValidator(_typed)]
+"""What a library's own generators, games or environments take, as `task.options.KEY=VALUE`."""
 
 
 class TaskOptions(BaseModel):
@@ -171,22 +191,6 @@ def is_held_out(text: str, fraction: float = HELD_OUT_FRACTION) -> bool:
     """Whether an example belongs to evaluation: a pure function of its text."""
     digest = blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
-
-
-def typed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Text from the command line as the number, list or switch that it spells, in sections too."""
-    return {key: _value(value) for key, value in options.items()}
-
-
-def _value(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return typed(value)
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def refuse_switch(model: type[BaseModel], name: str, value: Any) -> None:

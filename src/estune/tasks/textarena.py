@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from estune.errors import EstuneError, printable
 from estune.grading.convention import Row
 from estune.grading.rollout import FromRollout, Rollout
 from estune.tasks.base import Task
-from estune.tasks.options import TaskOptions, typed
+from estune.tasks.options import OwnOptions, TaskOptions
 
 PREFIX = "textarena:"
 SIZE = 200
@@ -97,14 +97,9 @@ class TextArenaConfig(TaskOptions):
     )
     train_size: int | None = Field(None, ge=1, le=SPAN, description="boards to train on; 200 if not given")
     eval_size: int | None = Field(None, ge=1, le=SPAN, description="held-out boards; 200 if not given")
-    options: dict[str, Any] = Field(default_factory=dict, description="the game's own, as task.options.KEY=VALUE")
+    options: OwnOptions = Field(default_factory=dict, description="the game's own, as task.options.KEY=VALUE")
     chat: bool = Field(True, description="as a conversation, for the chat template; false: as plain text")
     seed: int | None = Field(None, ge=0, description="seed of the training boards; the run's seed if not given")
-
-    @field_validator("options")
-    @classmethod
-    def _typed(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return typed(options)
 
     def build(self, seed: int) -> Task:
         """Both sets, each row the seed of a board, played by `TextArenaGame`.

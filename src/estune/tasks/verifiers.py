@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from estune.errors import EstuneError, printable
 from estune.grading.convention import Row
 from estune.grading.rollout import Rollout, with_rollout
 from estune.tasks.base import Task
-from estune.tasks.options import TaskOptions, identity, is_held_out, refuse_empty_side, typed
+from estune.tasks.options import OwnOptions, TaskOptions, identity, is_held_out, refuse_empty_side
 
 PREFIX = "verifiers:"
 SIZE = 200
@@ -83,11 +83,11 @@ class VerifiersConfig(TaskOptions):
     python: str | None = Field(
         None, description="a Python interpreter that has verifiers 0.4; the one that runs estune, if not given"
     )
-    options: dict[str, Any] = Field(
+    options: OwnOptions = Field(
         default_factory=dict,
         description="the environment's configuration, as vf-eval takes it for env: task.options.taskset.KEY=VALUE",
     )
-    eval_options: dict[str, Any] | None = Field(
+    eval_options: OwnOptions | None = Field(
         None,
         description="the same for the rows to evaluate on; if not given, an eighth of the tasks is held out, by a hash "
         "of each prompt, and of an endless taskset the first ones are",
@@ -95,11 +95,6 @@ class VerifiersConfig(TaskOptions):
     accuracy: str | None = Field(
         None, description="name of the reward or metric whose mean is accuracy; the reward itself if not given"
     )
-
-    @field_validator("options", "eval_options")
-    @classmethod
-    def _typed(cls, options: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if options is None else typed(options)
 
     def build(self, seed: int) -> Task:
         """Both sets, each row a task of the taskset.
