@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bench.common import options, rounded, settings, write_result
 from estune import Config, Trainer
 from estune.es.strategy import Update
 from estune.journal.journal import Journal
+from estune.pool.base import Evaluated, Evaluation
 
 
 def accuracies(seed: int, steps: int, *, stale: bool) -> tuple[dict[int, float], float]:
@@ -39,18 +41,41 @@ def accuracies(seed: int, steps: int, *, stale: bool) -> tuple[dict[int, float],
     return {e.step: e.metrics["eval_accuracy"] for e in journal.evaluations}, statistics.fmean(lacking)
 
 
+class Waited:
+    """An evaluation whose end can be waited for before its results are taken.
+
+    Args:
+        evaluation: the pool's.
+    """
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+        self._done: list[tuple[int, Evaluated]] = []
+
+    def wait(self) -> None:
+        """Wait until all members have been evaluated."""
+        self._done += self._evaluation
+
+    def close(self) -> None:
+        """As `Evaluation.close`."""
+        self._evaluation.close()
+
+    def __iter__(self) -> Iterator[tuple[int, Evaluated]]:
+        yield from self._done
+        yield from self._evaluation
+
+
 def wait_for_those_ahead(trainer: Trainer) -> None:
     """Have each update made only when all members that were given ahead are done."""
     evaluate, apply = trainer.pool.evaluate, trainer.pool.apply
-    given: list[Any] = []
+    given: list[Waited] = []
 
     def remember(*arguments: Any) -> Any:
-        given.append(evaluate(*arguments))
+        given.append(Waited(evaluate(*arguments)))
         return given[-1]
 
     def late(update: Update) -> str:
-        for future in getattr(given[-1], "_futures", ()):
-            future.exception()
+        given[-1].wait()
         return apply(update)
 
     trainer.pool.evaluate = remember  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""A step whose members have been asked: what they are, what they answer, and where answers come from."""
+"""The members of a step, asked all at once, and behind them those of the next step where these may be stale."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from estune.es.strategy import Member
-from estune.pool.base import Evaluation
+from estune.config import Config
+from estune.engines.prompts import PromptEncoder
+from estune.es.strategy import EvolutionStrategy, member_seed
+from estune.journal.journal import Journal
+from estune.pool.base import Evaluation, Pool
+from estune.pool.waiting import told_while
+from estune.run.held_out import token_ids
+from estune.run.make import make_sampling
+from estune.run.order import StagedOrder
+from estune.tasks.base import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,19 +23,79 @@ class Asked:
     """Members of a step, from the moment on that the pool has them.
 
     Attributes:
-        step: its index, from 0.
         sigma: of the perturbations.
-        members: who is asked.
         indices: of the rows, in the training set.
         rows: the rows.
         prompt_ids: their prompts as token ids.
-        evaluation: gives the answers.
+        members: how many there are.
+        updates: that a base has had which is not stale.
+        evaluation: gives what they answer.
     """
 
-    step: int
     sigma: float
-    members: Sequence[Member]
     indices: list[int]
     rows: Sequence[dict[str, Any]]
     prompt_ids: Sequence[Sequence[int]]
+    members: int
+    updates: int
     evaluation: Evaluation
+
+
+class Asking:
+    """Has members evaluated by whoever is free.
+
+    Args:
+        config: the settings.
+        task, encoder, order: what the rows are, how they are encoded, and which of them a step takes.
+        strategy: who the members are.
+        pool: evaluates them.
+        journal: what has been done so far.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        encoder: PromptEncoder,
+        order: StagedOrder,
+        strategy: EvolutionStrategy,
+        pool: Pool,
+        journal: Journal,
+    ) -> None:
+        self._config = config
+        self._task = task
+        self._encoder = encoder
+        self._order = order
+        self._strategy = strategy
+        self._pool = pool
+        self._journal = journal
+        self._ahead: Asked | None = None
+
+    def ask(self) -> Asked:
+        """The current step's members, who may have been at work for a while."""
+        asked = self._ahead or self._ask(self._strategy.step)
+        self._ahead = None
+        return asked
+
+    def ask_ahead(self) -> None:
+        """Let those who find no member of the current step left go on with the next step's."""
+        self._ahead = self._ask(self._strategy.step + 1)
+
+    def drop_ahead(self) -> None:
+        """Forget what the next step's members have answered so far: the base is to be had by itself."""
+        if self._ahead is not None:
+            with told_while("waiting for members of the next step, which are dropped, to end"):
+                self._ahead.evaluation.close()
+            self._ahead = None
+
+    def _ask(self, step: int) -> Asked:
+        strategy = self._strategy
+        sigma = strategy.sigma
+        members = strategy.ask(step)
+        indices = self._order.rows(step, {e.step: e.metrics for e in self._journal.evaluations})
+        rows = [self._task.train[i] for i in indices]
+        prompt_ids = token_ids(self._encoder, self._task, rows)
+        sampling = make_sampling(self._config, member_seed(strategy.seed, step, 1 << 23))
+        evaluation = self._pool.evaluate(members, sigma, prompt_ids, sampling)
+        updates = len(self._journal.inherited) + step
+        return Asked(sigma, indices, rows, prompt_ids, len(members), updates, evaluation)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from estune.completion import Sampling
 from estune.config import Config
 from estune.es.strategy import EvolutionStrategy
@@ -11,18 +9,15 @@ from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading
 from estune.tasks.base import Task
 
-if TYPE_CHECKING:
-    pass
 
-
-def make_strategy(config: Config, origin: str | None = None) -> EvolutionStrategy:
-    """The settings' strategy.
+def make_strategy(config: Config, origin: str | None = None, step: int = 0) -> EvolutionStrategy:
+    """The settings' strategy, after so many steps.
 
     Args:
         config: the settings.
         origin: for a run that goes on from another, the fingerprint it starts with: its perturbations are to be others.
     """
-    return EvolutionStrategy(
+    strategy = EvolutionStrategy(
         seed=config.seed if origin is None else config.seed ^ int(origin, 16) >> 1,
         population=config.population,
         sigma=config.sigma,
@@ -32,6 +27,8 @@ def make_strategy(config: Config, origin: str | None = None) -> EvolutionStrateg
         weight_decay=config.weight_decay,
         mirrored=config.mirrored,
     )
+    strategy.step = step
+    return strategy
 
 
 def make_grading(config: Config, task: Task, state: TrainerState | None = None) -> Grading:

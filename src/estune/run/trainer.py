@@ -17,7 +17,6 @@ from estune.completion import Completion
 from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.errors import ACCEPT, EstuneError
-from estune.es.strategy import member_seed
 from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
@@ -29,7 +28,7 @@ from estune.pool.base import EVALUATION_BATCH
 from estune.pool.open import open_pool, with_resources
 from estune.pool.waiting import told_while
 from estune.run import remarks
-from estune.run.asked import Asked
+from estune.run.asked import Asked, Asking
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, how_to_go_on, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
@@ -68,8 +67,6 @@ class Trainer:
     Raises:
         EstuneError: for settings, data or a model that cannot be trained with, before anything is written.
     """
-
-    _ahead: Asked | None = None  # the next step, where it has begun
 
     def __init__(
         self,
@@ -119,8 +116,8 @@ class Trainer:
             self.run.note_machine(machine(self.trained.device))
             self.journal.go_on = going_on(go_on, self.run.path)
             origin = self.journal.header.fingerprint if self.journal.header.ancestors else None
-            self.strategy = make_strategy(config, origin)
-            self.strategy.step = self._began_at
+            self.strategy = make_strategy(config, origin, self._began_at)
+            self.asking = Asking(config, task, self.encoder, self.order, self.strategy, self.pool, self.journal)
             # A crash may have cost the last lines.
             rewrite_metrics(self.run.metrics, [e.metrics for e in self.journal.chronicle()])
             make = monitors if callable(monitors) else default_monitors
@@ -181,7 +178,7 @@ class Trainer:
                 self._catch_up()
             with interruptible() as interrupted:
                 ended = self._loop(interrupted)
-            self._drop_ahead()
+            self.asking.drop_ahead()
             self._save(self.run.final)
             summary = self._summary(ended, time.perf_counter() - began)
             self._tell(lambda m: m.on_train_end(summary))
@@ -403,11 +400,10 @@ class Trainer:
         config = self.config
         step = self.strategy.step
         rate = self.strategy.learning_rate
-        asked = self._ahead or self._ask(step)
-        self._ahead = None
-        self._begin_work("members", asked.prompt_ids, len(asked.members), len(asked.members))
+        asked = self.asking.ask()
+        self._begin_work("members", asked.prompt_ids, asked.members, asked.members)
         if config.max_staleness and not self._pauses(step + 1):
-            self._ahead = self._ask(step + 1)  # whoever finds no member of this step left goes on with these
+            self.asking.ask_ahead()
         in_order, staleness, times = self._graded(asked)
         rewards = [g.grades.mean for g in in_order]
         if all(r is None for r in rewards):
@@ -442,45 +438,26 @@ class Trainer:
 
     def _graded(self, asked: Asked) -> tuple[list[Graded], list[int], dict[str, float]]:
         """What a step's members come to, how stale each was, and the seconds of each stage, all members together."""
-        members = asked.members
-        made = len(self.journal.inherited) + asked.step  # updates
         pending: dict[int, tuple[list[Completion], Pending]] = {}
-        staleness = [0] * len(members)
+        staleness = [0] * asked.members
         times = {"perturb": 0.0, "generate": 0.0, "grade": 0.0}
         for index, done in asked.evaluation:
             start = time.perf_counter()
-            staleness[index] = made - done.updates
+            staleness[index] = asked.updates - done.updates
             pending[index] = done.completions, self.grading.submit(asked.rows, done.completions)
             times["grade"] += time.perf_counter() - start
             times["perturb"] += done.perturb_time
             times["generate"] += done.generate_time
-            self._tell(lambda m: m.on_member_end(len(pending), len(members)))
+            self._tell(lambda m: m.on_member_end(len(pending), asked.members))
         start = time.perf_counter()
-        completions, waiting = zip(*(pending[i] for i in range(len(members))), strict=True)
+        completions, waiting = zip(*(pending[i] for i in range(asked.members)), strict=True)
         in_order = [Graded(asked.rows, *each) for each in zip(completions, self.grading.results(waiting), strict=True)]
         times["grade"] += time.perf_counter() - start
         return in_order, staleness, times
 
-    def _ask(self, step: int) -> Asked:
-        """Have a step's members evaluated, by whoever is free."""
-        sigma = self.strategy.sigma
-        members = self.strategy.ask(step)
-        indices = self.order.rows(step, {e.step: e.metrics for e in self.journal.evaluations})
-        rows = [self.task.train[i] for i in indices]
-        prompt_ids = token_ids(self.encoder, self.task, rows)
-        sampling = make_sampling(self.config, member_seed(self.strategy.seed, step, 1 << 23))
-        evaluation = self.pool.evaluate(members, sigma, prompt_ids, sampling)
-        return Asked(step, sigma, members, indices, rows, prompt_ids, evaluation)
-
     def _pauses(self, step: int) -> bool:
         """Whether all members have to be at their end after so many steps."""
         return self._evaluation_is_due(step) or self._due(step, self.config.save_steps)
-
-    def _drop_ahead(self) -> None:
-        """Forget what the next step's members have answered so far: the base is to be had by itself."""
-        if self._ahead is not None:
-            self._ahead.evaluation.close()
-            self._ahead = None
 
     def _tokens(self) -> float:
         """Tokens generated by all steps so far."""
@@ -489,7 +466,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         if not self.task.evaluation or any(e.step == step for e in self.journal.evaluations):
             return  # nothing to evaluate on, or the run was cut off after this evaluation, and goes on from here
-        self._drop_ahead()
+        self.asking.drop_ahead()
         compare = self.pool.compare if self.config.compare_with_base else None
         self._begin_evaluation("evaluation", self.held_out)
         found, graded = self.held_out.evaluate(self.pool, compare=compare)
@@ -546,7 +523,7 @@ class Trainer:
         self.pool.save(path, dtype or self.journal.header.save_dtype)
 
     def _save_checkpoint(self, step: int) -> None:
-        self._drop_ahead()
+        self.asking.drop_ahead()
         self._save(self.run.checkpoint(step), self.trained.dtype)
         self._tell(lambda m: m.on_save(step))
 
