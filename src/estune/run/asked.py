@@ -118,6 +118,7 @@ class Asking:
         indices = self._order.rows(step, {e.step: e.metrics for e in self._journal.evaluations})
         groups = self._config.prompt_groups
         each = len(indices) // groups
+        indices = indices[: each * groups]  # a small training set may not divide
         size = len(members) // groups
         sampling = make_sampling(self._config, member_seed(strategy.seed, step, 1 << 23))
         asked = []

@@ -21,6 +21,7 @@ from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.grading.isolation import refuse_grader
+from estune.grading.level import refuse_level
 from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, going_on, rank
 from estune.journal.replay import holds, rebuild
 from estune.journal.shares import is_share
@@ -201,6 +202,8 @@ class Trainer:
         config = self.config
         task = self.task
         refuse_unreachable(task, config)
+        if config.prompt_groups > 1:
+            refuse_level(task.reward_funcs, "prompt_groups", "groups of members have other prompts", "population")
         self.encoder = open_encoder(config)
         used = {i: task.train[i] for i in self.order.used(0, config.steps)}
         ids = encode_rows(self.encoder, task, used, "training row", make_sampling(config))
@@ -208,7 +211,7 @@ class Trainer:
         first = token_ids(self.encoder, task, (task.train[i] for i in self.order.rows(0)))
         opened.callback(self.grading.close)
         self.held_out = HeldOut(task, config, self.encoder, self.grading)
-        self._prompt_tokens = sum(map(len, first))
+        self._prompt_tokens = sum(map(len, first)) * config.samples_per_prompt // config.prompt_groups
         self._prompts_hash = hash_of_prompts(first, self.held_out.prompt_ids)
         if past is not None:
             self._accepted_prompts = refuse_changed_prompts(
@@ -555,8 +558,8 @@ class Trainer:
             task=self.task.name,
             steps=self.config.steps,
             first_step=self.strategy.step,
-            population=self.config.population,
-            prompts_per_step=self.order.per_step,
+            population=self.config.members,
+            prompts_per_step=self.order.per_step // self.config.prompt_groups * self.config.samples_per_prompt,
             prompt_tokens=self._prompt_tokens,
             engines=self.pool.engines,
             train_size=len(self.task.train),
