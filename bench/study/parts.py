@@ -4,8 +4,8 @@
     python -m bench.study.parts [--models a,b] [--settings paper,larger] [--methods grpo,rloo] [--seeds 3]
 
 The tasks and the budget are those of `bench.study.compare`; so are the learning rates of reinforcement learning, the
-best of its trials there. Settings of ES were tried on the embedded model with seeds 1000 and 1001 and are judged here on
-others. A curve has 20 points, evaluated greedily on 400 held-out problems once the run is over. Results are
+best of its trials there. Settings of ES were tried on the embedded model with seeds 1000 and 1001, and are judged here
+on others. A curve has 20 points, evaluated greedily on 400 held-out problems once the run is over. Results are
 `parts-MODEL.jsonl`, a line a run; what is there is not run again. The page of the study draws them.
 """
 
