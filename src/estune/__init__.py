@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from estune.es.strategy import Member, Strategy, Update
     from estune.noise import normal
     from estune.run.evaluate import evaluate_model
+    from estune.run.parameter_search import Engines, ParameterSearch
     from estune.run.trainer import Trainer
     from estune.tasks.base import Task
     from estune.trl.config import ESConfig
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 _HOME = {
     "Config": "config",
     "ESConfig": "trl.config",
+    "Engines": "run.parameter_search",
     "ESTrainer": "trl.trainer",
     "EstuneError": "errors",
     "EvolutionStrategy": "es.evolution",
     "Member": "es.strategy",
+    "ParameterSearch": "run.parameter_search",
     "Strategy": "es.strategy",
     "Task": "tasks.base",
     "Trainer": "run.trainer",
@@ -45,9 +48,11 @@ __all__ = [
     "Config",
     "ESConfig",
     "ESTrainer",
+    "Engines",
     "EstuneError",
     "EvolutionStrategy",
     "Member",
+    "ParameterSearch",
     "Strategy",
     "Task",
     "Trainer",
