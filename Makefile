@@ -39,7 +39,7 @@ help: ## list the targets
 train: $(VENV)/.train-installed ## install, then teach the embedded model Countdown
 	$(BIN)/estune train $(ARGS)
 
-real: $(VENV)/.real-installed ## install, then teach a real model of 135 million parameters to name capitals
+real: $(VENV)/.real-installed ## install, then teach a real model of 135 million parameters to use a calculator
 	$(BIN)/python examples/real.py $(ARGS)
 
 test: lint types pytest site vllm ## install, then lint, check types, run the tests and build the site

@@ -1,7 +1,7 @@
 """What each part of the strategy brings: learning curves on three models, beside reinforcement learning's.
 
     python -m bench.study.compare models        first: pretrain the small ones
-    python -m bench.study.parts [--models a,b] [--settings paper,larger] [--methods grpo,rloo] [--seeds 3]
+    python -m bench.study.parts [--models a,b] [--settings 'paper;momentum'] [--methods grpo,rloo] [--seeds 3]
 
 The tasks and the budget are those of `bench.study.compare`; so are the learning rates of reinforcement learning, the
 best of its trials there. Settings of ES were tried on the embedded model with seeds 1000 and 1001, and are judged here
@@ -41,12 +41,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one fifth": {"adapt_sigma": True, "learning_rate": None},
     "cosine": {"lr_scheduler_type": "cosine"},
     "double alpha": {"learning_rate": 0.024},
-    "larger": {"population": 40, "prompts_per_step": 10, "learning_rate": 0.024},
-    "larger, cosine": {
-        "population": 40, "prompts_per_step": 10, "learning_rate": 0.036, "lr_scheduler_type": "cosine",
+    "40 members": {"population": 40, "prompts_per_step": 10, "learning_rate": 0.024},
+    "40 members, 4 prompts": {"population": 40, "prompts_per_step": 4, "learning_rate": 0.012},
+    "40 members, 4 prompts, large steps": {
+        "population": 40, "prompts_per_step": 4, "learning_rate": 0.03, "lr_scheduler_type": "cosine",
     },
     "groups": {
-        "population": 40, "prompts_per_step": 10, "prompt_groups": 4, "per_prompt": "center", "learning_rate": 0.024,
+        "population": 40, "prompts_per_step": 4, "prompt_groups": 4, "per_prompt": "center", "learning_rate": 0.03,
+        "lr_scheduler_type": "cosine",
     },
 }  # fmt: skip
 
