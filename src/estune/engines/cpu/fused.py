@@ -1,12 +1,12 @@
 """Decoding on a CPU with as few operations a token as a decoder layer allows: four matrix products and five kernels.
 
 For the models that share Llama's layer (Llama, Mistral, Qwen2, Qwen3), in float32 and bfloat16; the others are decoded
-over their own forward, by `decode.Decoder`. Besides its kernels: projections of the same input are one product, what
-prompts begin with in common is computed once, nothing is padded, rows that have ended are left out, and of a prompt's
-last layer only the last token is computed.
+over their own forward, by `decode.Decoder`. What saves work besides the kernels: projections of the same input are one
+product, a beginning that prompts share is computed once, nothing is padded, rows that have ended are left out, and the
+last layer computes only the last token of each prompt.
 
 A row's completion depends on its prompt alone, to the bit: not on the rows beside it nor on the number of threads.
-Where the processor multiplies bfloat16 itself, that holds in float32.
+Where the processor multiplies bfloat16 itself, this holds in float32 only.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from estune.engines.tree import Places, PromptTree, common_prefix
 ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 PREFILL_TOKENS = decode.PREFILL_TOKENS["cpu"]
 SHARED_OUT = 256
-"""Tokens from which on threads share what is done between products; attention they always share."""
+"""Tokens from which on threads share the passes between products. Attention is always shared."""
 HEAD_ROWS = 8192
-"""Tokens of the vocabulary whose logits are computed at once, and forgotten but for the largest."""
+"""Entries of the vocabulary whose logits are computed at once; only the largest logit is kept."""
 
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # those whose angles do not depend on the length of a batch
 
@@ -90,7 +90,7 @@ class Cache:
 
 
 class FusedDecoder:
-    """As `Decoder`, for models of which `unfusable` has nothing to say; not for two threads at a time.
+    """As `Decoder`, for models for which `unfusable` gives no reason; not for two threads at a time.
 
     Moves the model's projections that share an input into one tensor. The parameters become views of it, each still
     whole, contiguous and under its own name.
@@ -128,12 +128,12 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Complete one batch; as `Decoder.run`.
 
-        What all prompts begin with is computed first, then the rest of each, then token after token of those that have
-        not ended.
+        The beginning that all prompts share is computed first, then the rest of each, then token after token of those
+        that have not ended.
 
         Args:
             prompts, indices, sampling: as for `Decoder.run`.
-            told: called with each token of the first row that is left, as it is chosen; for a batch of one prompt.
+            told: for a batch of one prompt, called with each token as it is chosen.
         """
         self.check_places()
         lengths = np.array([len(prompt) for prompt in prompts])
@@ -181,14 +181,14 @@ class FusedDecoder:
         cache = self.cache("rows", len(rows), longest)
         none = self.cache("none", 1, 0)
         tree = PromptTree.of(rows, 0)
-        # 1. The nodes after which a completion's tokens come, by rising node, and these tokens.
+        # 1. Find the nodes after which a completion's tokens come, by rising node, and these tokens.
         first = np.array([len(prompt) - 1 for prompt in prompts])
         wanted = tree.cached.positions >= first[tree.cached.rows]
         nodes, of, at = (part[wanted] for part in (tree.cached.tokens, tree.cached.rows, tree.cached.positions))
         at = at - first[of]
         following = torch.tensor([completions[row][place] for row, place in zip(of, at, strict=True)])
         found = [[0.0] * len(completion) for completion in completions]
-        # 2. Some nodes at a time, and of these as many as logits may be held of.
+        # 2. Compute some nodes at a time, and logits of as many of these as may be held.
         most = max(1, logits // len(self._is_end))
         for start in range(0, len(tree.ids), PREFILL_TOKENS):
             stop = min(start + PREFILL_TOKENS, len(tree.ids))
@@ -208,12 +208,12 @@ class FusedDecoder:
     ) -> Array:
         """Cache the prompts; return the last hidden state of each, `[prompts, hidden]`.
 
-        Prompts that begin alike are computed once as far as they do, and cached in the row of each.
+        A beginning that prompts share is computed once, and cached in the row of each.
         """
         tree = self._tree(tuple(map(tuple, prompts)), shared)
         found = []
         count = len(tree.ids)
-        left = sum(map(len, prompts)) - shared * len(prompts)  # with what several of them begin with counted for each
+        left = sum(map(len, prompts)) - shared * len(prompts)  # a beginning that several share counts for each
         for start in range(0, count, PREFILL_TOKENS):
             stop = start + PREFILL_TOKENS
             ends = tree.leaves[(tree.leaves >= start) & (tree.leaves < stop)] - start
@@ -238,11 +238,11 @@ class FusedDecoder:
         Each token sees the positions of its row up to its own, once all have been cached where `cached` says.
 
         Args:
-            ids: the tokens, `[tokens]`.
-            places: the cache row that each looks back on, and its position.
+            ids: token ids, `[tokens]`.
+            places: the cache row that each token looks back on, and its position.
             cached: where their keys and values go: a token that several prompts share goes into the row of each.
-            cache: of what each row has of its own, from position `shared` on.
-            prefix: of the first `shared` positions, which all rows have in common.
+            cache: keys and values that each row has of its own, from position `shared` on.
+            prefix: keys and values of the first `shared` positions, which all rows have in common.
             last: numbers of the tokens whose hidden states are wanted.
         """
         # x, float32, is the residual stream. What a block adds to it waits as `change`, to be added in one pass with
@@ -287,17 +287,17 @@ class FusedDecoder:
         return out
 
     def _choose(self, hidden: Array, number: torch.Tensor, step: int, sampling: Sampling) -> Array:
-        """Each row's next token, `[rows]`, of hidden states `[rows, hidden]` and the prompts' numbers `[rows]`."""
+        """Each row's next token, `[rows]`, from hidden states `[rows, hidden]` and the prompts' numbers `[rows]`."""
         if sampling.temperature:
             return choose(self.logits(hidden), sampling, number, step).numpy()
         return self.largest(hidden)
 
     def logits(self, hidden: Array) -> torch.Tensor:
-        """Float32 `[rows, vocabulary]` of hidden states `[rows, hidden]`."""
+        """Logits, float32 `[rows, vocabulary]`, from hidden states `[rows, hidden]`."""
         return torch.from_numpy(self._product(hidden, *self._head))
 
     def largest(self, hidden: Array) -> Array:
-        """The token with the largest logit, `[rows]`, of hidden states `[rows, hidden]`."""
+        """The token with the largest logit, `[rows]`, from hidden states `[rows, hidden]`."""
         best = np.full(len(hidden), -np.inf, np.float32)
         token = np.zeros(len(hidden), np.int64)
         first = 0
@@ -312,7 +312,7 @@ class FusedDecoder:
         assert now == self._addresses, "a parameter is elsewhere now: weights may change in place only"
 
     def _run(self, kernel: Callable[..., None], by_token: tuple[Array, ...], *whole: Any) -> None:
-        """Run a kernel, its tokens shared out over the threads; a few by this one, before others were awake."""
+        """Run a kernel, its tokens shared out over the threads; a few tokens are done here, sooner than others wake."""
         count = len(by_token[0])
         if count < SHARED_OUT and kernel is not self._attend:
             kernel(*by_token, *whole)
@@ -320,7 +320,7 @@ class FusedDecoder:
         self._product.in_parts(count, lambda first, last: kernel(*(array[first:last] for array in by_token), *whole))
 
     def cache(self, name: str, rows: int, slots: int) -> Cache:
-        """A cache in storage that is kept from one batch to the next."""
+        """A cache in storage that is kept, under this name, from one batch to the next."""
         size = self._cache_size(rows, slots)
         if name not in self.storage or len(self.storage[name]) < size:
             self.storage.pop(name, None)  # the old one goes before the new one comes
@@ -344,7 +344,7 @@ class FusedDecoder:
         return Cache(keys.reshape(*keys.shape[:3], -1, self._dim, WIDTH), values)
 
     def reach(self, positions: int) -> None:
-        """Have the rotary embedding's angles for this many positions at hand."""
+        """Compute the rotary embedding's angles for this many positions, unless they are there."""
         if len(self._cos) < positions:
             cos, sin = self.model.model.rotary_emb(torch.empty(0), torch.arange(positions)[None])
             half = self._dim // 2  # the other half repeats it
@@ -368,14 +368,14 @@ def _layer(layer: Any) -> _Layer:
 
 
 def _joined(*projections: torch.nn.Linear) -> _Linear:
-    """One projection of all; their parameters become views of it."""
+    """One projection made of several, whose parameters become views of it."""
     weight = _whole([projection.weight for projection in projections])
     biases = [projection.bias for projection in projections]
     return _Linear(weight, NONE if biases[0] is None else _whole(biases))
 
 
 def _whole(parts: Sequence[torch.Tensor]) -> Array:
-    """One tensor of all parts, one after another, which become views of it."""
+    """One tensor made of all parts, one after another. The parts become views of it."""
     if len(parts) == 1:
         return _array(parts[0])
     whole = torch.cat([part.data for part in parts])
