@@ -1,7 +1,7 @@
-"""Weights after any number of steps: live ones brought there, or a checkpoint made of files alone.
+"""Weights after any number of steps: live weights brought there, or a checkpoint made from files alone.
 
-The latter works tensor by tensor, a run of a million elements at a time, without an engine or torch: the memory needed
-does not grow with the model.
+A checkpoint is made tensor by tensor, a run of a million elements at a time, without an engine or torch: the memory
+needed does not grow with the model.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Steps:
 
     Args:
         rule: how the base weights are kept and changed.
-        updates: of the steps, oldest first.
-        sigmas: by which their members were perturbed, one a step. Only a policy that drifts needs them.
+        updates: one for each step, oldest first.
+        sigmas: by which the members of each step were perturbed. Only a policy that drifts needs them.
     """
 
     def __init__(self, rule: Rule, updates: Sequence[Update], sigmas: Sequence[float] = ()) -> None:
@@ -36,7 +36,7 @@ class Steps:
         self._terms = [terms(update, rule.rounding) for update in updates]
 
     def retrace(self, perturb: Callable[[Member, float], None], apply: Callable[[int], object]) -> None:
-        """Do to weights again what these steps did to them, to the bit.
+        """Do these steps again to weights, to the same bits.
 
         Args:
             perturb: perturb the weights by a member and its sigma; whatever is called next restores them first.
