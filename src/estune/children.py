@@ -41,7 +41,8 @@ def die_with_thread() -> None:
 def watch_parent() -> None:
     """End this process within a second of the one that started it.
 
-    For one that reads its standard input itself, and that a thread may have started which ends before its process.
+    It is for a process that reads its standard input itself, and whose starter may be a thread that ends before its own
+    process does.
     """
     threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
 

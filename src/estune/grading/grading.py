@@ -5,7 +5,7 @@
 - Functions marked `isolated` go to a pool of processes, a completion at a time.
 - Population-level functions wait for all members of a step.
 
-The second and the third go on while the caller does something else.
+Functions of the second and the third kind run while the caller does something else.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ OnError = Literal["raise", "exclude"]
 
 MOST_PROCESSES = 8
 MOST_NOTES = 20
-"""Lines shown of what one reward function prints, in a whole run."""
+"""How many lines of what a reward function prints are shown in a whole run."""
 
 
 class Grading:
@@ -65,14 +65,14 @@ class Grading:
         weights: one for each, 1.0 if None.
         processes: graders for isolated functions; one per core, at most 8, if None. They start when first needed.
         deadline: seconds for one completion, for isolated functions that do not say so themselves.
-        errors: what to do where a function raises: end the run, or leave the completion out of the mean.
-        max_errors: calls that may fail in this way before the run ends after all. A call of an isolated function is a
-            completion, any other a batch.
-        state: what functions are told of the run; the caller keeps it up to date.
+        errors: what to do if a function raises: end the run, or leave the completion out of the mean.
+        max_errors: calls that may fail in this way before the run ends after all. An isolated function is called for
+            each completion, any other for each batch.
+        state: what functions are told of the run. The caller keeps it up to date.
 
     Raises:
-        EstuneError: weights that do not match, an isolated function that no other process could import or that is to
-            see more than a completion, or what a function's `prepare()` raises.
+        EstuneError: weights do not match, an isolated function cannot be imported by other processes or is to see more
+            than a completion, or a function's `prepare()` raises it.
     """
 
     def __init__(
@@ -116,21 +116,19 @@ class Grading:
         """Grades of the completions of `rows`.
 
         Raises:
-            EstuneError: a function raised, or returned something else than a value for each completion.
+            EstuneError: a function raised, or returned anything but a value for each completion.
         """
         return self.submit(rows, completions).result()
 
     def submit(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Pending:
-        """Begin to grade; plain functions are done when this returns.
-
-        Population-level ones have nothing to say of it: see `results`.
+        """Begin to grade. Plain functions are done when this returns; population-level ones are called by `results`.
 
         Raises:
             EstuneError: a plain function failed.
         """
         batch = Batch(rows, completions, self.state)
         collect: dict[int, Callable[[], _Marks]] = {}
-        # Those that go on elsewhere come first, so that they run while plain functions do.
+        # Functions that run elsewhere come first, so that they run while plain functions do.
         for number, limits in enumerate(self._isolations):
             if limits:
                 collect[number] = self._isolated(number, limits, batch)
@@ -147,14 +145,15 @@ class Grading:
         return Pending(self, batch, [collect[number] for number in range(len(self.functions))])
 
     def results(self, members: Sequence[Pending]) -> list[Grades]:
-        """Grades of all members of a step, whom population-level functions see together.
+        """Grades of all members of a step, which population-level functions see together.
 
         Args:
-            members: what `submit` gave for each, of the same rows.
+            members: what `submit` returned for each, for the same rows.
 
         Raises:
-            EstuneError: as `Pending.result`; and a population-level function that fails as a whole ends the run in any
-                case, since no member would have a reward.
+            EstuneError: as `Pending.result`. A population-level function that fails as a whole ends the run in any
+            case,
+                since no member would have a reward.
         """
         marked = [pending.marks() for pending in members]
         for number, level in enumerate(self._levels):
@@ -181,10 +180,10 @@ class Grading:
         self.close()
 
     def exclude(self, function: RewardFunction, batch: Batch, row: int | None, why: str) -> None:
-        """Note that a call of a function failed, on a row (None: on a batch as a whole).
+        """Note that a call of a function failed, on a row or, if that is None, on a batch as a whole.
 
         Raises:
-            EstuneError: where that ends the run.
+            EstuneError: this ends the run.
         """
         where = "" if row is None else f" on row {row}, {batch.show(row)}"
         if self.errors == "raise":
@@ -200,7 +199,7 @@ class Grading:
         log.warning("reward %s %s%s: left out", reward_name(function), why, where)
 
     def note_nothing(self, total: Sequence[float | None], left_out: Collection[int], batch: Batch) -> None:
-        """Say once in a run that no function applies to any completion of a batch, which is hardly ever meant."""
+        """Warn once in a run if no function applies to any completion of a batch, which is hardly ever meant."""
         if not self._told_nothing and not left_out and all(value is None for value in total):
             self._told_nothing = True
             log.warning(
@@ -209,7 +208,7 @@ class Grading:
             )
 
     def _population(self, number: int, members: Sequence[Batch]) -> list[_Marks]:
-        """What a population-level function gives the completions of each member."""
+        """The marks of a population-level function for the completions of each member."""
         function = self.functions[number]
         seen = Population(members)
         found = self._async(number, seen)() if is_async(function) else self._plain(number, seen)
@@ -238,7 +237,7 @@ class Grading:
         return marks
 
     def note(self, function: RewardFunction, notes: Sequence[str]) -> None:
-        """Pass on what a function printed, and what it did that was undone, as far as anyone wants to read it."""
+        """Log what a function printed, and what it did that was undone, up to the first lines."""
         name = reward_name(function)
         for note in notes:
             self._notes[name] = self._notes.get(name, 0) + 1
@@ -248,7 +247,7 @@ class Grading:
                 log.warning("reward %s prints more than %d lines: the rest is not shown", name, MOST_NOTES)
 
     def _culprit(self, number: int, batch: Batch | Population) -> int | None:
-        """The first row that a function fails on when called with it alone, to be named where the run is to end."""
+        """The first row on which a function fails if called with it alone, to be named when the run ends."""
         function = self.functions[number]
         if self.errors == "exclude" or self._levels[number] == "corpus" or isinstance(batch, Population):
             return None  # who compares the completions of a batch must not be called with less
@@ -334,7 +333,7 @@ class Grading:
 
 @dataclass
 class _Marks:
-    """What one function gave a batch: values, and the rows where it failed (None: as a whole) and how."""
+    """What one function gave a batch: values, and how it failed on which rows (None: on the whole batch)."""
 
     log: Log
     failures: dict[str, int] = field(default_factory=dict)
@@ -357,7 +356,7 @@ class _Marks:
         self.failures["errors"] = size
 
     def of_member(self, member: int, size: int) -> _Marks:
-        """Of what a population-level function gave, what is a member's: the same for each of its completions."""
+        """A member's part of what a population-level function gave, repeated for each of its completions."""
         found = _Marks(Log(size), values=[self.values[member]] * size)
         if member in self.errors:
             found.fail(None, self.errors[member], size)
@@ -387,7 +386,7 @@ class _Marks:
 
 
 class Pending:
-    """Grades of a batch on their way."""
+    """Grades of a batch that are under way."""
 
     def __init__(self, grading: Grading, batch: Batch, collect: Sequence[Callable[[], _Marks]]) -> None:
         self._grading = grading
@@ -407,7 +406,10 @@ class Pending:
         return [collect() for collect in self._collect]
 
     def grades(self, given: Sequence[_Marks]) -> Grades:
-        """What the functions gave, weighted and added up.
+        """Weight and add up what the functions gave.
+
+        Args:
+            given: the marks of each function.
 
         Raises:
             EstuneError: a function failed, and that ends the run.
@@ -455,7 +457,7 @@ def grade(
     rows: Sequence[Row],
     completions: Sequence[Completion],
 ) -> Grades:
-    """Grades of one batch; who has many keeps a `Grading`.
+    """Grades of one batch. For several batches, keep a `Grading`.
 
     Raises:
         EstuneError: as `Grading`.

@@ -26,6 +26,7 @@ from estune.files import user_cache
 from estune.grading.convention import Row
 from estune.rewards import rubric as rubrics
 from estune.rewards.cache import Cache
+from estune.rewards.text import spelled
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 NO_KEY = "none"  # OpenAI's client wants one; servers of one's own take any
 _TRIAL = "Say hello."
-_PER = 1e6  # tokens that a price is of
+_PER = 1e6  # a price is for so many tokens
 _TAGS = frozenset(("prompt", "completion", "A", "B"))
 
 
@@ -43,17 +44,7 @@ def _items(value: Any) -> Any:
 
 
 def _values(value: Any) -> Any:
-    """Fields whose texts are read as JSON where that gives something else, as from a command line."""
-    if not isinstance(value, Mapping):
-        return value
-    return {key: _value(item) if isinstance(item, str) else item for key, item in value.items()}
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    return {key: spelled(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 class JudgeConfig(BaseModel):
@@ -120,9 +111,9 @@ class JudgeConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What the judge said to one question, and what that cost in tokens: nothing where it had been asked before.
+    """The judge's answer to one question, and the tokens that it cost, which are none if it had been asked before.
 
-    One that was cut off has not come to its verdict, and what stands last in it may be a quotation.
+    An answer that was cut off has not come to its verdict: what stands last in it may be a quotation.
     """
 
     text: str
@@ -143,19 +134,19 @@ class _Session:
 
 
 def _nowhere(*_: Any, **__: Any) -> None:
-    """What is logged where nobody listens."""
+    """Log nothing."""
 
 
 class Judge:
     """An `async` reward function: scores from 0 to 1 that a model gives by a rubric.
 
-    A completion that the judge cannot be asked about has an exception in the place of its score, which is an error of
+    If the judge cannot be asked about a completion, an exception stands in the place of its score, which is an error of
     that completion alone. Metrics, summed over a step: `rewards/judge/prompt_tokens`, `completion_tokens`, `requests`,
-    `cached` (questions answered from the cache), `no_score` and, where prices are given, `cost`. Records have what it
-    said, in a column `judge/answer`.
+    `cached` (questions answered from the cache), `no_score` and, if prices are given, `cost`. Records keep what the
+    judge said, in a column `judge/answer`.
 
     Args:
-        settings: those of `JudgeConfig`, of which `model` and `rubric` must be given.
+        settings: settings of `JudgeConfig`; `model` and `rubric` must be given.
 
     Raises:
         EstuneError: for settings that cannot be used, or a rubric's file that is not there.
@@ -177,7 +168,7 @@ class Judge:
 
     @property
     def definition(self) -> bytes:
-        """All that scores depend on, but for what the judge's server does."""
+        """Everything that scores depend on, except for what the judge's server does."""
         where = {"base_url", "api_key_env", "timeout", "max_retries", "max_concurrency", "cache"}
         settings = self.config.model_dump(exclude=where | {"prompt_price", "completion_price"})
         return json.dumps({**settings, "rubric": self.rubric}, sort_keys=True).encode()
@@ -193,7 +184,7 @@ class Judge:
             )
 
     def prepare(self) -> None:
-        """Ask the judge once, so that one that cannot be asked is found out before anything is done.
+        """Ask the judge once, so that a judge that cannot be asked is found before anything else is done.
 
         Raises:
             EstuneError: it cannot be reached or does not take the key or the model, or the cache cannot be opened.
@@ -216,13 +207,13 @@ class Judge:
         log_metric: Callable[..., None] = _nowhere,
         **columns: Any,
     ) -> list[float | Exception]:
-        """For each completion its score, or why there is none.
+        """The score of each completion, or the exception that says why there is none.
 
         Args:
             prompts: texts or conversations.
             completions: texts, or lists of one message.
-            log_extra, log_metric: where answers and counts go.
-            columns: the data's, of which the judge is shown those that the settings name.
+            log_extra, log_metric: log answers and counts.
+            columns: the data's columns, of which the judge is shown those that the settings name.
         """
         session = await self._session()
         shown = [{name: columns[name][i] for name in self._shown()} for i in range(len(completions))]
@@ -237,12 +228,12 @@ class Judge:
         return [_score(found) for found in judged]
 
     def _shown(self) -> list[str]:
-        """Columns that a question takes."""
+        """Names of the columns that a question shows."""
         compared = [self.config.compare_to] if self.config.compare_to else []
         return list(dict.fromkeys([*self.config.columns, *compared]))
 
     def _questions(self, prompt: Any, completion: Any, more: Mapping[str, Any]) -> list[rubrics.Messages]:
-        """One to score; two to compare, in both orders, so that a judge that likes the first says nothing."""
+        """One question to score; two to compare, in both orders, so that a preference for the first cancels out."""
         config = self.config
         shown = {"prompt": prompt, **{name: more[name] for name in config.columns}}
         if config.compare_to is None:
@@ -255,7 +246,7 @@ class Judge:
     async def _judge(
         self, session: _Session, questions: Sequence[rubrics.Messages], log_metric: Any
     ) -> tuple[float | EstuneError, str]:
-        """Score and words of the judge."""
+        """The judge's score of a completion, or why there is none, and what it said."""
         answers = await asyncio.gather(*(self._ask(session, self._body(question)) for question in questions))
         self._count(answers, log_metric)
         said = "\n\n".join(answer.text for answer in answers)
@@ -291,7 +282,7 @@ class Judge:
             log_metric("cost", cost, total=True)
 
     def _body(self, messages: rubrics.Messages) -> dict[str, Any]:
-        """A request, all but the address."""
+        """The body of a request."""
         config = self.config
         temperature = {} if config.temperature is None else {"temperature": config.temperature}
         return {"model": config.model, "messages": messages, **temperature, **config.request}
@@ -304,7 +295,7 @@ class Judge:
         return self._sessions[loop][1]
 
     async def _open(self) -> AsyncIterator[_Session]:
-        """A session; a loop that ends closes generators, and this one its client and its file with it."""
+        """A session, in a generator: a loop that ends closes its generators, and this one its client and file."""
         async with self._client(self.config.max_retries) as client:
             cached = self._cache()
             try:
@@ -328,7 +319,7 @@ class Judge:
         return Cache(user_cache("judge.sqlite") if where == "auto" else Path(where).expanduser())
 
     async def _ask(self, session: _Session, body: dict[str, Any]) -> _Answer:
-        """An answer: one that is kept, one that is on its way, or a new one."""
+        """An answer: from the cache, from a question that is under way, or a new one."""
         key = blake2b(
             json.dumps([str(session.client.base_url), body], sort_keys=True).encode(), digest_size=16
         ).hexdigest()
@@ -341,7 +332,7 @@ class Judge:
         return replace(await task, new=True)
 
     async def _answer(self, session: _Session, key: str, body: dict[str, Any]) -> _Answer:
-        """A new answer, which is kept if there is a score in it."""
+        """A new answer, which is cached if there is a score in it."""
         async with session.slots:
             answer = await self._request(session.client, body)
         if session.cache is not None and self._read(answer) is not None:
@@ -380,7 +371,7 @@ class Judge:
         return _Answer(text, finished, getattr(usage, "prompt_tokens", 0), getattr(usage, "completion_tokens", 0))
 
     async def _try(self, body: dict[str, Any]) -> str:
-        """Ask once, without patience; return the answer if no score is in it."""
+        """Ask with one retry at most; return the answer if there is no score in it, else an empty text."""
         cached = self._cache()
         if cached is not None:
             cached.close()
@@ -401,7 +392,7 @@ def _score(found: tuple[float | EstuneError, str] | BaseException) -> float | Ex
 
 
 def _rubric(given: str) -> str:
-    """A rubric's text, which may be in a file: what has no spaces must be one."""
+    """A rubric's text, which may be in a file. A value without spaces must be a file's path."""
     path = Path(given).expanduser()
     if any(map(str.isspace, given)) and not os.path.isfile(path):
         return given

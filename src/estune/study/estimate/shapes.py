@@ -35,7 +35,7 @@ class Shape:
     heads: int = 0  # query heads of a layer; 0 where config.json does not tell
 
     def splits_over(self, gpus: int) -> bool:
-        """Whether vLLM can give each GPU as many heads of queries, and of keys and values, which it may also repeat."""
+        """Whether vLLM can give each GPU equally many query heads, and key and value heads, which it may repeat."""
         pairs = self.heads // self.grouped
         return not self.heads or (self.heads % gpus == 0 and (pairs % gpus == 0 or gpus % pairs == 0))
 
@@ -44,11 +44,11 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
     """Sizes of a model given as an embedded name, a directory with `config.json` or a hub id.
 
     The model is built on torch's `meta` device, which has shapes but no memory, and reads two and then three tokens
-    there: what it caches more of three is a token's. Of some hundred layers that takes seconds, so it is done once a
-    process.
+    there: the difference of what it caches is a token's. For a hundred layers that takes seconds, so a process does it
+    once.
 
     Args:
-        model: as `--model`. Of a hub id only the configuration is downloaded.
+        model: as `--model`. For a hub id only the configuration is downloaded.
         pattern: `train_parameters`.
 
     Raises:
@@ -166,9 +166,9 @@ def _cached(model: Any, tokens: int) -> int:
 
 
 def _counting() -> Any:
-    """A context in which `count` is the number of operations whose results have memory of their own, or change some.
+    """A context whose `count` is the number of operations that write to memory, each of which launches a kernel.
 
-    A view launches no kernel, and of memory that is not filled nobody computes anything.
+    A view launches no kernel, nor does memory that is not filled.
     """
     from torch import Tensor
     from torch.utils._python_dispatch import TorchDispatchMode
