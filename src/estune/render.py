@@ -54,10 +54,10 @@ class Renderer:
 
         Args:
             tokenizer: gives the template, and the special tokens that it may use.
-            conversation: messages, of what JSON knows.
+            conversation: messages, in JSON's types.
             rendering: the date that the template is told, and its options.
-            begin: let a message of the assistant's begin at the end.
-            proceed: leave the last message open, to be gone on with.
+            begin: begin a message of the assistant at the end.
+            proceed: leave the last message open, to be continued.
 
         Raises:
             Refused: the template raised, did not end in time or took too much memory.
