@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
+from estune.children import cores
 from estune.completion import Completion
 from estune.errors import ACCEPT, EstuneError
 from estune.grading.containment import contained
@@ -107,7 +108,7 @@ class Grading:
         memory = [isolation.memory for isolation in self._isolations if isolation]
         if memory:
             picked = {number: f for number, f in enumerate(self.functions) if self._isolations[number]}
-            self.pool = GraderPool(picked, processes or min(_cores(), MOST_PROCESSES), max(memory))
+            self.pool = GraderPool(picked, processes or min(cores(), MOST_PROCESSES), max(memory))
         for function, isolation in zip(self.functions, self._isolations, strict=True):
             if isolation is None:
                 getattr(function, "prepare", lambda: None)()
@@ -474,7 +475,3 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
             task.cancel()
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

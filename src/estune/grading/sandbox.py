@@ -154,8 +154,13 @@ def run_code(
             found = _keeper(json.dumps(job), limits.wall)
     if found["status"] == "unavailable":
         raise _unavailable(found["stderr"])
-    lines = found.get("stdout", "").split("\n") if tests else []
-    passed = _passed(lines, sealed, secret)
+    return _outcome(found, sealed, secret, limits)
+
+
+def _outcome(found: dict[str, Any], tests: Sequence[Sealed | None], secret: str, limits: Limits) -> Outcome:
+    """The outcome of a program, from what its keeper found."""
+    stdout = found.get("stdout", "")
+    passed = _passed(stdout.split("\n") if tests else [], tests, secret)
     text = (found.get("stderr", "").strip().splitlines() or [""])[-1][:300]
     status = _status(found, text, len(passed) < len(tests))
     if status == "failed" and not text:
@@ -163,10 +168,10 @@ def run_code(
     return Outcome(
         status,
         text,
-        "" if tests else found.get("stdout", ""),
+        "" if tests else stdout,
         len(passed),
         len(tests),
-        unsealed,
+        sum(test is None for test in tests),
         float(found.get("seconds", limits.wall)),
     )
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from estune import children
 from estune.config import Config
 from estune.engines.cpu.fused import ARCHITECTURES
 from estune.engines.cpu.simd import WIDTH
@@ -105,8 +106,10 @@ def share_cores(config: Config, size: int) -> tuple[int, int]:
 
 
 def _share_processor(config: Config, live_dtype: str | None) -> dict[str, Any]:
-    """`replicas`, `threads` and, where it is not left to vLLM, `dtype` on this CPU: for all but small models the
-    fastest, by a short trial. Replicas that are given have threads as `share_cores` says."""
+    """`replicas`, `threads` and, unless vLLM chooses it, `dtype` on this CPU: the fastest, by a short trial.
+
+    Small models need no trial. If `replicas` is given, threads are as `share_cores` says.
+    """
     checkpoint = Checkpoint(locate(config.model))
     tensors = checkpoint.tensors.values()
     size = sum(t.size for t in tensors)
@@ -268,8 +271,8 @@ def _open(config: Config, longest: int | None, open_as: Callable[[Config], T]) -
 
 
 def available_cores() -> int:
-    """Cores this process may use: OMP_NUM_THREADS where it is set, else all it is given."""
+    """How many cores this process may use: OMP_NUM_THREADS if it is set, else all that the system gives it."""
     limit = os.environ.get("OMP_NUM_THREADS", "")
     if limit.isdigit() and int(limit) > 0:
         return int(limit)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return children.cores()

@@ -1,8 +1,7 @@
 """A judge: a language model behind OpenAI's chat completions that scores completions by a rubric.
 
 It is an `async` reward function: requests of all batches in flight wait at the same time, in the trainer's process,
-while members generate. Retries are those of OpenAI's client, which waits longer each time, up to 8 seconds, or as long
-as the server's `Retry-After` says, after lost connections, timeouts and the states 408, 409, 429 and 5xx.
+while members generate. `rubric.py` makes questions and reads answers, `asking.py` asks.
 """
 
 from __future__ import annotations
@@ -11,29 +10,21 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-from weakref import WeakKeyDictionary
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from estune.errors import EstuneError
-from estune.files import user_cache
 from estune.grading.convention import Row
 from estune.rewards import rubric as rubrics
-from estune.rewards.cache import Cache
+from estune.rewards.asking import Answer, Asker
 from estune.rewards.text import spelled
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
 
 log = logging.getLogger(__name__)
 
-NO_KEY = "none"  # OpenAI's client wants one; servers of one's own take any
 _TRIAL = "Say hello."
 _PER = 1e6  # a price is for so many tokens
 _TAGS = frozenset(("prompt", "completion", "A", "B"))
@@ -109,30 +100,6 @@ class JudgeConfig(BaseModel):
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """The judge's answer to one question, and the tokens that it cost, which are none if it had been asked before.
-
-    An answer that was cut off has not come to its verdict: what stands last in it may be a quotation.
-    """
-
-    text: str
-    finished: bool = True
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    new: bool = False
-
-
-@dataclass
-class _Session:
-    """What belongs to one event loop: a client, the cache, and the questions that are being asked."""
-
-    client: AsyncOpenAI
-    cache: Cache | None
-    slots: asyncio.Semaphore
-    asked: dict[str, asyncio.Task[_Answer]] = field(default_factory=dict)
-
-
 def _nowhere(*_: Any, **__: Any) -> None:
     """Log nothing."""
 
@@ -162,8 +129,7 @@ class Judge:
             raise EstuneError(f"judge: {'; '.join(problems)}") from error
         self.__name__ = config.name
         self.rubric = _rubric(config.rubric)
-        self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[AsyncIterator[_Session], _Session]]
-        self._sessions = WeakKeyDictionary()
+        self._asker = Asker(config, lambda answer: self._read(answer) is not None)
         self._ready = False
 
     @property
@@ -215,11 +181,11 @@ class Judge:
             log_extra, log_metric: log answers and counts.
             columns: the data's columns, of which the judge is shown those that the settings name.
         """
-        session = await self._session()
+        await self._asker.open()
         shown = [{name: columns[name][i] for name in self._shown()} for i in range(len(completions))]
         judged = await asyncio.gather(
             *(
-                self._judge(session, self._questions(prompt, completion, more), log_metric)
+                self._judge(self._questions(prompt, completion, more), log_metric)
                 for prompt, completion, more in zip(prompts, completions, shown, strict=True)
             ),
             return_exceptions=True,
@@ -243,11 +209,9 @@ class Judge:
         pairs = ({"A": completion, "B": other}, {"A": other, "B": completion})
         return [rubrics.to_compare(self.rubric, {**shown, **pair}) for pair in pairs]
 
-    async def _judge(
-        self, session: _Session, questions: Sequence[rubrics.Messages], log_metric: Any
-    ) -> tuple[float | EstuneError, str]:
+    async def _judge(self, questions: Sequence[rubrics.Messages], log_metric: Any) -> tuple[float | EstuneError, str]:
         """The judge's score of a completion, or why there is none, and what it said."""
-        answers = await asyncio.gather(*(self._ask(session, self._body(question)) for question in questions))
+        answers = await asyncio.gather(*(self._asker.ask(self._body(question)) for question in questions))
         self._count(answers, log_metric)
         said = "\n\n".join(answer.text for answer in answers)
         scores = [self._read(answer) for answer in answers]
@@ -262,14 +226,14 @@ class Judge:
         why = "" if wrong.finished else "was cut off before its score: raise request.max_tokens: "
         return EstuneError(f"was answered by {self.config.model} without a score: {why}{wrong.text[-200:]!r}"), said
 
-    def _read(self, answer: _Answer) -> float | None:
+    def _read(self, answer: Answer) -> float | None:
         if not answer.finished:
             return None
         if self.config.compare_to is not None:
             return rubrics.preference_of(answer.text)
         return rubrics.score_of(answer.text, self.config.min_score, self.config.max_score)
 
-    def _count(self, answers: Sequence[_Answer], log_metric: Any) -> None:
+    def _count(self, answers: Sequence[Answer], log_metric: Any) -> None:
         read = sum(answer.prompt_tokens for answer in answers)
         written = sum(answer.completion_tokens for answer in answers)
         asked = sum(answer.new for answer in answers)
@@ -287,97 +251,10 @@ class Judge:
         temperature = {} if config.temperature is None else {"temperature": config.temperature}
         return {"model": config.model, "messages": messages, **temperature, **config.request}
 
-    async def _session(self) -> _Session:
-        loop = asyncio.get_running_loop()
-        if loop not in self._sessions:
-            opened = self._open()
-            self._sessions[loop] = opened, await anext(opened)
-        return self._sessions[loop][1]
-
-    async def _open(self) -> AsyncIterator[_Session]:
-        """A session, in a generator: a loop that ends closes its generators, and this one its client and file."""
-        async with self._client(self.config.max_retries) as client:
-            cached = self._cache()
-            try:
-                yield _Session(client, cached, asyncio.Semaphore(self.config.max_concurrency))
-            finally:
-                if cached is not None:
-                    cached.close()
-
-    def _client(self, retries: int) -> AsyncOpenAI:
-        try:
-            from openai import AsyncOpenAI
-        except ImportError as error:
-            raise EstuneError("a judge is asked by OpenAI's client: pip install 'estune[judge]'") from error
-        key = os.environ.get(self.config.api_key_env) or NO_KEY
-        return AsyncOpenAI(base_url=self.config.base_url, api_key=key, timeout=self.config.timeout, max_retries=retries)
-
-    def _cache(self) -> Cache | None:
-        where = self.config.cache
-        if where is None:
-            return None
-        return Cache(user_cache("judge.sqlite") if where == "auto" else Path(where).expanduser())
-
-    async def _ask(self, session: _Session, body: dict[str, Any]) -> _Answer:
-        """An answer: from the cache, from a question that is under way, or a new one."""
-        key = blake2b(
-            json.dumps([str(session.client.base_url), body], sort_keys=True).encode(), digest_size=16
-        ).hexdigest()
-        if session.cache is not None and (kept := session.cache.get(key)) is not None:
-            return _Answer(**{**json.loads(kept), "prompt_tokens": 0, "completion_tokens": 0})
-        if key in session.asked:
-            return replace(await session.asked[key], prompt_tokens=0, completion_tokens=0, new=False)
-        task = session.asked[key] = asyncio.ensure_future(self._answer(session, key, body))
-        task.add_done_callback(lambda _: session.asked.pop(key, None))
-        return replace(await task, new=True)
-
-    async def _answer(self, session: _Session, key: str, body: dict[str, Any]) -> _Answer:
-        """A new answer, which is cached if there is a score in it."""
-        async with session.slots:
-            answer = await self._request(session.client, body)
-        if session.cache is not None and self._read(answer) is not None:
-            kept = asdict(answer)
-            del kept["new"]
-            session.cache.put(key, json.dumps(kept))
-        return answer
-
-    async def _request(self, client: AsyncOpenAI, body: dict[str, Any]) -> _Answer:
-        import openai
-
-        where = f"model {self.config.model} at {client.base_url}"
-        fixed = {name: body[name] for name in ("model", "messages")}
-        more = {name: value for name, value in body.items() if name not in fixed}
-        try:
-            done: Any = await client.chat.completions.create(**fixed, extra_body=more)
-        except openai.APITimeoutError as error:
-            raise EstuneError(f"had no answer from {where} within {self.config.timeout:g} s; raise timeout") from error
-        except openai.APIConnectionError as error:
-            why = error.__cause__ or error
-            raise EstuneError(f"did not reach {where} ({why}); start its server, or set base_url") from error
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise EstuneError(
-                f"was refused by {where} ({_short(error)}); put a key into the environment variable "
-                f"{self.config.api_key_env}, or name another by api_key_env"
-            ) from error
-        except openai.OpenAIError as error:
-            raise EstuneError(f"had an error from {where}: {_short(error)}") from error
-        try:
-            (choice, *_) = done.choices
-            text = choice.message.content or ""
-        except (AttributeError, TypeError, ValueError) as error:
-            raise EstuneError(f"was answered by {where} with no chat completion: {str(done)[:200]!r}") from error
-        usage = done.usage
-        finished = choice.finish_reason != "length"
-        return _Answer(text, finished, getattr(usage, "prompt_tokens", 0), getattr(usage, "completion_tokens", 0))
-
     async def _try(self, body: dict[str, Any]) -> str:
         """Ask with one retry at most; return the answer if there is no score in it, else an empty text."""
-        cached = self._cache()
-        if cached is not None:
-            cached.close()
         try:
-            async with self._client(min(self.config.max_retries, 1)) as client:
-                answer = await self._request(client, body)
+            answer = await self._asker.ask_once(body)
         except EstuneError as error:
             raise EstuneError(f"reward {self.__name__} {error}") from error
         return "" if self._read(answer) is not None else answer.text or "(nothing)"
@@ -402,7 +279,3 @@ def _rubric(given: str) -> str:
         raise EstuneError(
             f"judge: rubric {given}: it cannot be read as a file ({error}); give a sentence, or a file's path"
         ) from error
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

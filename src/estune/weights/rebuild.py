@@ -6,11 +6,11 @@ needed does not grow with the model.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from estune.children import cores
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint, terms
 from estune.noise.reference import tensor_id
@@ -105,7 +105,7 @@ class Steps:
 
         def runs() -> Iterator[Array]:
             total = 0
-            workers = _cores()
+            workers = cores()
             starts = range(0, tensor.elements, RUN_LENGTH)
             with ThreadPoolExecutor(workers) as threads:
                 for i in range(0, len(starts), workers):
@@ -115,8 +115,3 @@ class Steps:
             sums[tensor.name] = total
 
         return runs
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

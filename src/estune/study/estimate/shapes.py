@@ -75,23 +75,10 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
 def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
     """The sizes of the model of a configuration, given by its class and as JSON."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     config = kind.from_dict(json.loads(values))
     dtype = _dtype(config)  # building changes it
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no word on missing kernels, which nothing here would use
-    try:
-        # In bfloat16, for the sake of expert layers, which transformers multiplies in that type alone.
-        with torch.device("meta"):
-            built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
-        two = _cached(built, 2)
-        with _counting() as kernels:
-            three = _cached(built, 3)
-    finally:
-        logging.set_verbosity(verbosity)
-
+    built, cached, kernels = _built(config)
     text = built.config.get_text_config(decoder=True)
     parameters = dict(built.named_parameters())
     trained = sum(p.numel() for name, p in parameters.items() if fnmatchcase(name, pattern))
@@ -114,16 +101,36 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
         matrices=sum(p.numel() for p in matrices.values()),
         active=int(active),
         output=output.numel() if output is not None else 0,
-        cached=three - two,
+        cached=cached,
         grouped=max(1, heads // (getattr(layer, "num_key_value_heads", None) or heads or 1)),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         width=max((max(p.shape[-2:]) for p in matrices.values()), default=text.hidden_size),
         vocabulary=text.vocab_size,
-        kernels=kernels.count,
+        kernels=kernels,
         dtype=dtype,
         heads=heads,
     )
+
+
+def _built(config: Any) -> tuple[Any, int, int]:
+    """The model of a configuration on `meta`, the elements that it caches of a token, and its forward's operations."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no word on missing kernels, which nothing here would use
+    try:
+        # In bfloat16, for the sake of expert layers, which transformers multiplies in that type alone.
+        with torch.device("meta"):
+            built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
+        two = _cached(built, 2)
+        with _counting() as kernels:
+            three = _cached(built, 3)
+    finally:
+        logging.set_verbosity(verbosity)
+    return built, three - two, kernels.count
 
 
 def _dtype(config: Any) -> str | None:
