@@ -17,7 +17,6 @@ import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
@@ -42,7 +41,8 @@ from estune.grading.convention import (
     without_nan,
 )
 from estune.grading.isolation import Isolation, isolation_of, refuse_grader
-from estune.grading.level import Level, level_of, refuse_level
+from estune.grading.level import level_of, refuse_level
+from estune.grading.marks import Marks
 from estune.grading.pool import GraderPool
 from estune.grading.process import Call
 from estune.grading.rollout import FromRollout
@@ -128,7 +128,7 @@ class Grading:
             EstuneError: a plain function failed.
         """
         batch = Batch(rows, completions, self.state)
-        collect: dict[int, Callable[[], _Marks]] = {}
+        collect: dict[int, Callable[[], Marks]] = {}
         # Functions that run elsewhere come first, so that they run while plain functions do.
         for number, limits in enumerate(self._isolations):
             if limits:
@@ -136,7 +136,7 @@ class Grading:
             elif isinstance(self.functions[number], FromRollout):
                 collect[number] = self._from_rollout(number, batch)
             elif self._levels[number] == "population":
-                collect[number] = lambda: _Marks(Log(len(batch)), values=[None] * len(batch))
+                collect[number] = lambda: Marks(Log(len(batch)), values=[None] * len(batch))
             elif is_async(self.functions[number]):
                 collect[number] = self._async(number, batch)
         for number in range(len(self.functions)):
@@ -208,7 +208,7 @@ class Grading:
                 *(len(total), batch.show(0)),
             )
 
-    def _population(self, number: int, members: Sequence[Batch]) -> list[_Marks]:
+    def _population(self, number: int, members: Sequence[Batch]) -> list[Marks]:
         """The marks of a population-level function for the completions of each member."""
         function = self.functions[number]
         seen = Population(members)
@@ -220,9 +220,9 @@ class Grading:
             )
         return [found.of_member(i, len(batch)) for i, batch in enumerate(members)]
 
-    def _plain(self, number: int, batch: Batch | Population) -> _Marks:
+    def _plain(self, number: int, batch: Batch | Population) -> Marks:
         function = self.functions[number]
-        marks = _Marks(Log(len(batch)))
+        marks = Marks(Log(len(batch)))
         failure: str | None = None
         with contained() as around:
             try:
@@ -262,9 +262,9 @@ class Grading:
                     return row
         return None
 
-    def _async(self, number: int, batch: Batch | Population) -> Callable[[], _Marks]:
+    def _async(self, number: int, batch: Batch | Population) -> Callable[[], Marks]:
         function = self.functions[number]
-        marks = _Marks(Log(len(batch)))
+        marks = Marks(Log(len(batch)))
 
         async def run() -> list[float | Exception | None]:
             process = os.getpid()
@@ -284,7 +284,7 @@ class Grading:
             threading.Thread(target=_run_loop, args=(self._loop,), name="estune-rewards", daemon=True).start()
         future = asyncio.run_coroutine_threadsafe(run(), self._loop)
 
-        def collect() -> _Marks:
+        def collect() -> Marks:
             try:
                 marks.take(future.result(), self._levels[number])
             except Exception as error:
@@ -293,19 +293,19 @@ class Grading:
 
         return collect
 
-    def _from_rollout(self, number: int, batch: Batch) -> Callable[[], _Marks]:
+    def _from_rollout(self, number: int, batch: Batch) -> Callable[[], Marks]:
         function = self.functions[number]
         assert isinstance(function, FromRollout)
 
-        def collect() -> _Marks:
-            marks = _Marks(Log(len(batch)))
+        def collect() -> Marks:
+            marks = Marks(Log(len(batch)))
             for row, played in enumerate(batch.played):
                 marks.add(row, function.verdict(played), Isolation(), len(batch))
             return marks
 
         return collect
 
-    def _isolated(self, number: int, isolation: Isolation, batch: Batch) -> Callable[[], _Marks]:
+    def _isolated(self, number: int, isolation: Isolation, batch: Batch) -> Callable[[], Marks]:
         assert self.pool is not None
         deadline = isolation.deadline or self._deadline
         # A function of one task of a mix says so of other tasks' rows before they are sent anywhere.
@@ -320,8 +320,8 @@ class Grading:
             else:
                 verdicts.append(self.pool.submit(Call(number, columns, self.state), deadline))
 
-        def collect() -> _Marks:
-            marks = _Marks(Log(len(batch)), dict.fromkeys(("timeouts", "crashes", "too_long"), 0))
+        def collect() -> Marks:
+            marks = Marks(Log(len(batch)), dict.fromkeys(("timeouts", "crashes", "too_long"), 0))
             for row, pending in enumerate(verdicts):
                 verdict = pending if isinstance(pending, Verdict) else pending.result()
                 marks.add(row, verdict, isolation, len(batch))
@@ -332,64 +332,10 @@ class Grading:
         return collect
 
 
-@dataclass
-class _Marks:
-    """What one function gave a batch: values, and how it failed on which rows (None: on the whole batch)."""
-
-    log: Log
-    failures: dict[str, int] = field(default_factory=dict)
-    values: list[float | None] = field(default_factory=list)
-    errors: dict[int | None, str] = field(default_factory=dict)
-
-    def take(self, scores: Sequence[float | Exception | None], level: Level) -> None:
-        """Take what the function returned for the whole batch."""
-        if level == "corpus" and isinstance(scores[0], Exception):
-            raise scores[0]
-        self.values = [None if isinstance(score, Exception) else score for score in scores]
-        self.errors = {row: describe(score) for row, score in enumerate(scores) if isinstance(score, Exception)}
-        if self.errors:
-            self.failures["errors"] = len(self.errors)
-
-    def fail(self, row: int | None, why: str, size: int) -> None:
-        """Note that the function failed on the whole batch, because of one row or of none in particular."""
-        self.values = [None] * size
-        self.errors = {row: why}
-        self.failures["errors"] = size
-
-    def of_member(self, member: int, size: int) -> _Marks:
-        """A member's part of what a population-level function gave, repeated for each of its completions."""
-        found = _Marks(Log(size), values=[self.values[member]] * size)
-        if member in self.errors:
-            found.fail(None, self.errors[member], size)
-        found.log.extras = {column: [values[member]] * size for column, values in self.log.extras.items()}
-        if member == 0:  # what was logged once is to count once
-            found.log.metrics = self.log.metrics
-            found.log.counts = self.log.counts
-        return found
-
-    def add(self, row: int, verdict: Verdict, isolation: Isolation, size: int) -> None:
-        """Take the next row's verdict."""
-        kind = verdict.kind
-        if verdict.score is not None and not math.isfinite(verdict.score):
-            kind = "crashes"  # one completion's doing: it must not cost its member the step
-        if kind == "errors":
-            self.errors[row] = verdict.text
-        if kind != "score":
-            self.failures[kind] = self.failures.get(kind, 0) + 1
-        failed = kind in ("timeouts", "crashes", "too_long")
-        self.values.append(isolation.failure_score if failed else verdict.score)
-        for column, values in verdict.extras.items():
-            self.log.extras.setdefault(column, [None] * size)[row] = values[0]
-        for name, logged in verdict.metrics.items():
-            self.log.metrics.setdefault(name, []).extend(logged)
-        for name, number in verdict.counts.items():
-            self.log.count(name, number)
-
-
 class Pending:
     """Grades of a batch that are under way."""
 
-    def __init__(self, grading: Grading, batch: Batch, collect: Sequence[Callable[[], _Marks]]) -> None:
+    def __init__(self, grading: Grading, batch: Batch, collect: Sequence[Callable[[], Marks]]) -> None:
         self._grading = grading
         self.batch = batch
         self._collect = collect
@@ -402,11 +348,11 @@ class Pending:
         """
         return self.grades(self.marks())
 
-    def marks(self) -> list[_Marks]:
+    def marks(self) -> list[Marks]:
         """Wait for what each function gives."""
         return [collect() for collect in self._collect]
 
-    def grades(self, given: Sequence[_Marks]) -> Grades:
+    def grades(self, given: Sequence[Marks]) -> Grades:
         """Weight and add up what the functions gave.
 
         Args:
@@ -419,7 +365,7 @@ class Pending:
         weights = self._grading.weights
         size = len(self.batch)
         left_out: set[int] = set()
-        marked: dict[str, _Marks] = {}
+        marked: dict[str, Marks] = {}
         extras: dict[str, list[Any]] = {}
         logged: dict[str, list[float]] = {}
         for function, marks in zip(functions, given, strict=True):

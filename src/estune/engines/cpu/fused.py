@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ import torch
 from estune.completion import Sampling
 from estune.engines import decode
 from estune.engines.cpu import kernels
+from estune.engines.cpu.layers import Linear, bits_of, fused_layer
 from estune.engines.cpu.products import NONE, Array, Products
 from estune.engines.cpu.simd import WIDTH
 from estune.engines.memory import aligned_empty, memory_for
@@ -60,27 +61,6 @@ def unfusable(model: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-class _Linear(NamedTuple):
-    """A projection: `x @ weight.T + bias`."""
-
-    weight: Array  # [columns, width]
-    bias: Array  # [columns], or empty
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Weights of one layer, views of the model's own."""
-
-    input_norm: Array
-    qkv: _Linear  # [(heads + 2 * key heads) * dim, hidden]
-    query_norm: Array  # [dim], or empty
-    key_norm: Array
-    output: _Linear  # [hidden, heads * dim]
-    mlp_norm: Array
-    gate_up: _Linear  # [2 * intermediate, hidden]
-    down: _Linear  # [hidden, intermediate]
-
-
 @dataclass(frozen=True)
 class Cache:
     """Keys `[layers, rows, heads, slots / 16, dim, 16]` and values `[layers, rows, heads, slots, dim]`."""
@@ -98,13 +78,13 @@ class FusedDecoder:
 
     def __init__(self, model: Any, end_ids: Sequence[int]) -> None:
         self.model = model
-        self._layers = [_layer(layer) for layer in model.model.layers]
+        self._layers = [fused_layer(layer) for layer in model.model.layers]
         self._addresses = [parameter.data_ptr() for parameter in model.parameters()]
         # A tokenizer's end token can be one that the model has no logit for.
         self._is_end = np.isin(np.arange(model.config.vocab_size), list(end_ids))
-        self._table = _array(model.model.embed_tokens.weight)
-        self._head = _Linear(_array(model.lm_head.weight), NONE)
-        self._final_norm = _array(model.model.norm.weight)
+        self._table = bits_of(model.model.embed_tokens.weight)
+        self._head = Linear(bits_of(model.lm_head.weight), NONE)
+        self._final_norm = bits_of(model.model.norm.weight)
         self._eps = np.float32(model.model.norm.variance_epsilon)
         attention = model.model.layers[0].self_attn
         self._dim: int = attention.head_dim
@@ -349,42 +329,3 @@ class FusedDecoder:
             cos, sin = self.model.model.rotary_emb(torch.empty(0), torch.arange(positions)[None])
             half = self._dim // 2  # the other half repeats it
             self._cos, self._sin = (part[0, :, :half].contiguous().numpy() for part in (cos, sin))
-
-
-def _layer(layer: Any) -> _Layer:
-    attention = layer.self_attn
-    mlp = layer.mlp
-    normed = hasattr(attention, "q_norm")
-    return _Layer(
-        input_norm=_array(layer.input_layernorm.weight),
-        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        query_norm=_array(attention.q_norm.weight) if normed else NONE,
-        key_norm=_array(attention.k_norm.weight) if normed else NONE,
-        output=_joined(attention.o_proj),
-        mlp_norm=_array(layer.post_attention_layernorm.weight),
-        gate_up=_joined(mlp.gate_proj, mlp.up_proj),
-        down=_joined(mlp.down_proj),
-    )
-
-
-def _joined(*projections: torch.nn.Linear) -> _Linear:
-    """One projection made of several, whose parameters become views of it."""
-    weight = _whole([projection.weight for projection in projections])
-    biases = [projection.bias for projection in projections]
-    return _Linear(weight, NONE if biases[0] is None else _whole(biases))
-
-
-def _whole(parts: Sequence[torch.Tensor]) -> Array:
-    """One tensor made of all parts, one after another. The parts become views of it."""
-    if len(parts) == 1:
-        return _array(parts[0])
-    whole = torch.cat([part.data for part in parts])
-    for part, view in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
-        part.data = view
-    return _array(whole)
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    """A tensor's own memory, bfloat16 as its bits."""
-    tensor = tensor.detach()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
