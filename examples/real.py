@@ -2,7 +2,7 @@
 
 python examples/real.py [SETTING=VALUE ...]
 
-The model is SmolLM2-135M-Instruct, which learns to use a calculator; the settings are those of examples/calculator.yaml.
+The model is SmolLM2-135M-Instruct, which learns to use a calculator, with the settings of examples/calculator.yaml.
 """
 
 import sys

@@ -38,17 +38,25 @@ def pytest_configure() -> None:
 
 SLOWEST = (
     "tests/pool/test_ray_faults.py",
-    "tests/cli/test_more.py",
-    "tests/cli/test_commands.py",
-    "tests/engines/test_graph.py",
-    "tests/run/test_trainer.py",
+    "tests/noise/test_noise_gpu.py",
     "tests/engines/test_fused.py",
+    "tests/cli/test_more.py",
+    "tests/grading/test_pool.py",
+    "tests/grading/test_sandbox.py",
     "tests/journal/test_faults.py",
-    "tests/engines/test_decode.py",
+    "tests/run/test_trainer.py",
+    "tests/cli/test_commands.py",
+    "tests/rewards/test_judge.py",
+    "tests/rewards/test_payloads.py",
+    "tests/engines/test_graph.py",
+    "tests/weights/test_weights_pieces.py",
     "tests/pool/test_ray_pool.py",  # not beside the other file of Ray's
+    "tests/run/test_instruments.py",
+    "tests/study/test_report.py",
+    "tests/weights/test_smollm2.py",
+    "tests/study/test_estimate.py",
     "tests/trl/test_trainer.py",
-    "tests/study/test_sweep.py",
-    "tests/study/test_compare.py",
+    "tests/engines/test_decode.py",
 )
 
 

@@ -63,7 +63,7 @@ def test_your_data_trains_on_rows_and_a_reward_of_the_notebook(tmp_path: Path) -
 def test_the_real_models_example_shows_answers_before_and_after(tmp_path: Path) -> None:
     small = ["steps=1", "population=2", "prompts_per_step=2", "max_new_tokens=4", "replicas=1", "threads=1"]
     told = subprocess.run(
-        [sys.executable, "examples/real.py", "model=tiny", f"output_dir={tmp_path / 'run'}", *small],
+        [sys.executable, str(EXAMPLES / "real.py"), "model=tiny", f"output_dir={tmp_path / 'run'}", *small],
         check=True, cwd=ROOT, capture_output=True, text=True,
     ).stdout  # fmt: skip
     assert "after step 0" in told

@@ -24,7 +24,7 @@ from estune.study.compare.plan import Plan, best_tried, read_results
 from estune.study.compare.run import compare
 
 FOLDER = Path("runs/study/parts")
-BUDGET, POINTS, TOKENS = 200_000, 20, 20.4  # to generate, and of a completion, about
+BUDGET, POINTS, TOKENS = 200_000, 20, 18.5  # to generate, and of a completion, about
 METHODS = ("grpo", "dr_grpo", "dapo", "rloo")
 PAPER = {"population": 20, "prompts_per_step": 20, "sigma": 0.024, "learning_rate": 0.012}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -63,8 +63,9 @@ def rates(model: str, results: Path) -> dict[str, float]:
 def run(model: str, name: str, changes: dict[str, Any], plan: Plan, results: Path) -> None:
     """One comparison of a single method, and its results so far in the file of the model."""
     settings = {**PAPER, **changes}
-    per_step = settings["population"] * settings["prompts_per_step"] * TOKENS
-    settings["steps"] = round(plan.budget / per_step)
+    if "lr_scheduler_type" in settings:
+        per_step = settings["population"] * settings["prompts_per_step"] * TOKENS
+        plan = plan.model_copy(update={"es_steps": round(plan.budget / per_step)})
     given = [f"{key}={value}" for key, value in settings.items() if value is not None]
     folder = FOLDER / model / name.replace(" ", "-").replace(",", "")
     compare(plan, load(None, [*model_and_task(model), *given]), folder, lambda r: print(name, _shown(r), flush=True))

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that one ends."""
+"""Processes that end with the one that started them, however that one ends; and the cores that they may use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def die_with_thread() -> None:
 def watch_parent() -> None:
     """End this process within a second of the one that started it.
 
-    For one that reads its standard input itself, and that a thread may have started which ends before its process.
+    It is for a process that reads its standard input itself, and whose starter may be a thread that ends before its own
+    process does.
     """
     threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
 
@@ -55,3 +56,8 @@ def _end_without(parent: int) -> None:
 def _end_at_end_of(pipe: int) -> None:
     os.read(pipe, 1)
     os._exit(0)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
-"""Plain text, sent as it is, or a conversation, rendered by the tokenizer's chat template."""
+"""Plain text, which is sent as it is, or a conversation, which the tokenizer's chat template renders."""
 
 
 def content_text(content: Any) -> str:
@@ -26,7 +26,7 @@ class Rendering:
 
     Attributes:
         date: the date that its `strftime_now` gives; today's if None.
-        options: further variables of its own, such as `enable_thinking`; of what JSON knows.
+        options: further variables of the template, such as `enable_thinking`, in JSON's types.
     """
 
     date: date | None = None
@@ -49,13 +49,13 @@ class Played:
     """What became of a rollout.
 
     Attributes:
-        reward: what it is worth; None where that does not apply, or it failed.
+        reward: what it is worth; None if no reward applies, or it failed.
         metrics: further values that it gave.
-        transcript: its messages, the model's answers among them; of a model that continues text, pieces of it.
-        turns: answers of the model.
-        failure: how it failed, a word of `FAILURES`; empty where it did not.
-        why: the same in a line.
-        first: token ids of its first prompt, and of the answer to it; empty where nothing was asked.
+        transcript: its messages, with the model's answers; pieces of text if the model continues a text.
+        turns: number of the model's answers.
+        failure: how it failed, a word of `FAILURES`; empty if it did not.
+        why: the reason of the failure, in a line.
+        first: token ids of its first prompt, and of the answer to it; empty if nothing was asked.
     """
 
     reward: float | None
@@ -72,8 +72,8 @@ class Completion:
     """One generated answer.
 
     `token_ids` holds what was generated, the end token included; `text` is the same without special tokens;
-    `finished` is False where `max_new_tokens` cut it off. Of a rollout they are all tokens that it had generated, the
-    last answer, and whether no answer was cut off; `played` is what became of it.
+    `finished` is False if `max_new_tokens` cut it off. For a rollout they are all tokens that were generated, the last
+    answer, and whether no answer was cut off; `played` is what became of it.
     """
 
     text: str
@@ -82,7 +82,7 @@ class Completion:
     played: Played | None = None
 
     def __reduce__(self) -> tuple[type, tuple[str, list[int], bool, Played | None]]:
-        """To and from another process in half the time that a frozen dataclass takes by itself."""
+        """Pickle it in half the time that a frozen dataclass takes by itself."""
         return Completion, (self.text, self.token_ids, self.finished, self.played)
 
 
@@ -95,7 +95,7 @@ class Engine(Protocol):
         ...
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of each prompt, once per step rather than once per member."""
+        """Token ids of each prompt. They are made once per step, not once per member."""
         ...
 
     def check(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
@@ -111,5 +111,5 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """End what it has started."""
+        """End what the engine has started."""
         ...

@@ -1,7 +1,7 @@
-"""The one exception a user's input can raise, and what of others' errors and texts may be shown."""
+"""The one exception that a user's input can raise, and how other errors and texts are shown."""
 
 ACCEPT = "--accept-changes (in Python accept_changes=True)"
-"""How a run is told to go on although something has changed; for messages, which may be read in either kind of run."""
+"""How to tell a run to go on although something has changed, from the command line or in Python, for messages."""
 
 
 class EstuneError(ValueError):
@@ -9,15 +9,15 @@ class EstuneError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line that says something, or its kind."""
+    """The first line of an error's message that is not empty, or the error's type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def printable(text: str) -> str:
-    """A text in which nothing moves a terminal's cursor."""
+    """A text without characters that move a terminal's cursor."""
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """A text in which nothing but the ends of its lines moves a terminal's cursor."""
+    """A text without characters that move a terminal's cursor, except for the ends of its lines."""
     return "\n".join(map(printable, text.expandtabs().replace("\r\n", "\n").split("\n")))

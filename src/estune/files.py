@@ -29,9 +29,9 @@ _HELD: dict[Path, int] = {}  # temporary folders of this process, each with the 
 def replacing(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on success it takes the target's place, on failure it is removed.
 
-    Whenever the power is cut, there is the old content or the new, whole: all of the new is on disk before it gets its
-    name. A target has one writer at a time. What a killed one leaves lies under the same names, and the next one clears
-    it, as `clear_leftovers` does.
+    Whenever the power is cut, the whole old content or the whole new one is there: the new one is on disk before it
+    gets its name. A target has one writer at a time. What a killed writer leaves lies under the same names, and the
+    next one clears it, as `clear_leftovers` does.
 
     Raises:
         EstuneError: it cannot be written.
@@ -55,10 +55,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Say of a full disk, or one that cannot be written to, where it is and what to do.
+    """Explain errors of a full disk, or of one that cannot be written to: where it is, and what to do.
 
     Raises:
-        EstuneError: with that; other errors pass.
+        EstuneError: in the place of such an error; other errors pass.
     """
     try:
         yield
@@ -75,7 +75,7 @@ def writing(target: Path) -> Iterator[None]:
 
 
 def explained(error: OSError) -> str:
-    """An error of the system's in one line: what is full or closed, and what to do."""
+    """A system error in one line: what is full or closed, and what to do."""
     remedy = _remedy(error)
     if remedy is None:
         return str(error)
@@ -96,12 +96,12 @@ def write_text(target: Path, text: str) -> None:
 
 
 def user_cache(name: str) -> Path:
-    """Where estune keeps, for this user, what can be made again: the path of a file or a folder in its cache."""
+    """The path of a file or a folder in this user's cache, where estune keeps what can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "estune" / name
 
 
 def make_folder(path: Path) -> None:
-    """Make a directory and those that it lies in, if they are not there; they outlive a power cut.
+    """Make a directory, and those that it lies in, so that they outlive a power cut.
 
     Raises:
         EstuneError: it cannot be made.
@@ -114,7 +114,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or the names in a directory, on disk."""
+    """Write a file's content, or the names in a directory, to the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -126,7 +126,7 @@ def sync(path: Path) -> None:
 
 
 def remove(target: Path) -> None:
-    """Remove a file or a directory: whenever the process is killed, it is there as it was, or gone."""
+    """Remove a file or a directory. Whenever the process is killed, it is there as it was, or gone."""
     if os.path.lexists(target):
         temporary, _ = _beside(target)
         _remove(temporary)
@@ -135,7 +135,7 @@ def remove(target: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Clear what killed writers of this folder's files have left. An old directory that was set aside is put back."""
+    """Clear what killed writers of this folder's files have left; put an old directory that was set aside back."""
     for path in folder.glob(".*.*") if folder.is_dir() else ():
         name, _, kind = path.name[1:].rpartition(".")
         if kind in ("tmp", "old") and path.exists():
@@ -145,8 +145,8 @@ def clear_leftovers(folder: Path) -> None:
 def make_temporary(kind: str, parent: Path | None = None) -> Path:
     """A folder `estune-KIND-...` for this process, in the system's temporary directory or `parent`.
 
-    Those of this kind that processes of this user have left when they were killed are removed: a folder is locked for
-    as long as the process lives that made it.
+    Folders of this kind that killed processes of this user have left are removed. A folder is locked as long as the
+    process that made it lives.
 
     Raises:
         EstuneError: it cannot be made.
@@ -170,9 +170,9 @@ def make_temporary(kind: str, parent: Path | None = None) -> Path:
 
 @cache
 def clear_temporary() -> None:
-    """Remove what killed processes of this user have left of any kind, in the system's temporary directory and `/tmp`.
+    """Remove folders of any kind that killed processes of this user have left in the temporary directory and `/tmp`.
 
-    It looks once in a process. A sandbox is made before it is locked, so one that is new is left alone.
+    A process looks once. A sandbox is made before it is locked, so that a new one is left alone.
     """
     with suppress(OSError):  # there is no temporary directory: who needs one says so
         for place in {Path(tempfile.gettempdir()), Path("/tmp")}:
@@ -190,7 +190,7 @@ def remove_temporary(folder: Path) -> None:
 
 
 def locked(path: Path, mode: str) -> Any:
-    """The file, open for this process alone. Unbuffered: after a failed write nothing is left to be written later.
+    """Open a file for this process alone. It is unbuffered, so that a failed write leaves nothing to be written later.
 
     Raises:
         EstuneError: another process has it.
@@ -206,7 +206,7 @@ def locked(path: Path, mode: str) -> Any:
 
 
 def read_claim(path: Path, *keys: str) -> dict[str, Any]:
-    """What a sweep or a comparison wrote of itself into its folder, an object with these keys.
+    """The record of a sweep or a comparison in its folder: an object with these keys.
 
     Raises:
         EstuneError: it holds something else.
@@ -221,12 +221,12 @@ def read_claim(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def _near(path: Path, target: Path) -> bool:
-    """Whether a path is a part of writing the target: in its directory, or one that this lies in."""
+    """Whether a path takes part in writing the target: it is in its directory, or a directory above."""
     return path.is_relative_to(target.parent) or target.is_relative_to(path)
 
 
 def _beside(target: Path) -> tuple[Path, Path]:
-    """Where a target's new content is made, and where an old directory waits until the new one has its name."""
+    """The paths at which a target's new content is made, and an old directory waits until the new has its name."""
     return target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
 
 
@@ -241,7 +241,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _sync_tree(path: Path) -> None:
-    """Have a file, or a directory with all that it holds, on disk. Where links lead is not its own."""
+    """Write a file, or a directory with all that it holds, to the disk. Links are not followed."""
     if path.is_symlink():
         return
     if path.is_dir():
@@ -251,7 +251,7 @@ def _sync_tree(path: Path) -> None:
 
 
 def _tidy(target: Path, temporary: Path, old: Path) -> None:
-    """Remove what is left over; an old directory whose place was not taken goes back there."""
+    """Remove what is left over; put an old directory back if nothing has taken its place."""
     if old.exists() and not target.exists():
         os.rename(old, target)
     _remove(temporary)

@@ -1,4 +1,4 @@
-"""Module paths that the documentation once named: importing one gives the module that is in its place today."""
+"""Module paths that the documentation once named: importing one gives the module that has taken its place."""
 
 from __future__ import annotations
 
@@ -47,6 +47,6 @@ class Finder:
 
 
 def install() -> None:
-    """Let imports find them, before they look for a file."""
+    """Let imports find these paths before they look for a file."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())

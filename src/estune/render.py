@@ -1,4 +1,4 @@
-"""Chat templates are programs that come with a model. They run in a process of their own, which can be ended.
+"""Chat templates, rendered in a process of their own, which can be ended: they are programs that come with a model.
 
 transformers' sandbox keeps a template from everything but computing: it can still loop for ever, or fill the memory.
 Here that ends the process, not the run. Requests and answers are JSON, one a line.
@@ -54,10 +54,10 @@ class Renderer:
 
         Args:
             tokenizer: gives the template, and the special tokens that it may use.
-            conversation: messages, of what JSON knows.
+            conversation: messages, in JSON's types.
             rendering: the date that the template is told, and its options.
-            begin: let a message of the assistant's begin at the end.
-            proceed: leave the last message open, to be gone on with.
+            begin: begin a message of the assistant at the end.
+            proceed: leave the last message open, to be continued.
 
         Raises:
             Refused: the template raised, did not end in time or took too much memory.
@@ -83,7 +83,7 @@ class Renderer:
         return text
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it is doing."""
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
@@ -141,7 +141,7 @@ class Renderer:
 
 
 RENDERER = Renderer()
-"""This process's. It has one process for all models, which ends with this one."""
+"""The renderer of this process. Its process serves all models, and ends with this one."""
 atexit.register(RENDERER.close)
 
 
@@ -153,7 +153,7 @@ def _plain(key: str, value: Any) -> Any:
 def stop_clock(day: date) -> None:
     """Let `strftime_now` of all chat templates of this process give the beginning of a day.
 
-    transformers lets a template see no function but its own, which asks the clock.
+    transformers gives templates its own function alone, which asks the clock.
     """
     from transformers.utils import chat_template_utils
 

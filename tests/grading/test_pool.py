@@ -43,6 +43,13 @@ def grading() -> Iterator[Grading]:
         yield grading
 
 
+@pytest.fixture
+def one() -> Iterator[Grading]:
+    """With a single grader: whoever comes after a completion meets what that has left behind."""
+    with Grading([obey], processes=1) as grading:
+        yield grading
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs: one that is dead, or dead and not yet waited for, does not."""
     try:
@@ -110,13 +117,13 @@ def test_shared_memory_and_that_of_children_count_once_each(order: str, crashes:
 
 
 @pytest.mark.parametrize("order", [*SAID, "close", "nan"])
-def test_what_is_no_verdict_is_a_crash_or_late(order: str, grading: Grading) -> None:
+def test_what_is_no_verdict_is_a_crash_or_late(order: str, one: Grading) -> None:
     """Whatever it is, the next completion gets its own score."""
-    grades = grading.grade(*batch([order, "fine"]))
+    grades = one.grade(*batch([order, "fine"]))
     assert grades.total == [0.0, 1.0]
     counted = {kind: count for kind, count in grades.failures["obey"].items() if count}
     assert counted == {"timeouts" if order.startswith("half") else "crashes": 1}
-    assert grading.grade(*batch(["none", "fine"] * 3)).total == [None, 1.0] * 3
+    assert one.grade(*batch(["none", "fine"] * 3)).total == [None, 1.0] * 3
 
 
 def test_what_was_logged_comes_as_what_can_be_written() -> None:
@@ -130,9 +137,9 @@ def test_what_was_logged_comes_as_what_can_be_written() -> None:
     assert found.counts == {"f?": 3.0}
 
 
-def test_an_answer_is_never_run(tmp_path: Path, grading: Grading) -> None:
+def test_an_answer_is_never_run(tmp_path: Path, one: Grading) -> None:
     canary = tmp_path / "canary"
-    assert grading.grade(*batch([f"pickle {canary}", "fine"])).total == [0.0, 1.0]
+    assert one.grade(*batch([f"pickle {canary}", "fine"])).total == [0.0, 1.0]
     assert not canary.exists()
     pickle.loads(pickle.dumps(Touch(str(canary))))
     assert canary.exists()  # it would have been
@@ -212,9 +219,9 @@ def test_graders_import_nothing_heavy_and_what_they_log_comes_back() -> None:
         ("no JSON", "reward obey logged what JSON cannot hold: Object of type function"),
     ],
 )
-def test_errors_end_the_run_with_function_and_row(order: str, message: str, grading: Grading) -> None:
+def test_errors_end_the_run_with_function_and_row(order: str, message: str, one: Grading) -> None:
     with pytest.raises(EstuneError, match=message) as caught:
-        grading.grade(*batch(["fine", order]))
+        one.grade(*batch(["fine", order]))
     assert "\n" not in str(caught.value)
 
 

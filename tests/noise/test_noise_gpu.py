@@ -36,8 +36,8 @@ TYPES = [(FLOAT, FLOAT), (FLOAT, BRAIN), (BRAIN, BRAIN), (FLOAT, HALF), (HALF, H
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of few elements, as the interpreter is slow."""
     if not ON_GPU:
-        monkeypatch.setattr(gpu, "BLOCK", 16)
-        monkeypatch.setattr(gpu, "STEPS", 3)
+        monkeypatch.setattr(gpu, "BLOCK", 32)
+        monkeypatch.setattr(gpu, "STEPS", 2)
 
 
 def weights(size: int, dtype: torch.dtype) -> torch.Tensor:

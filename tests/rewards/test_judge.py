@@ -239,7 +239,7 @@ print(grades.total == [0.1] * len(numbers), int(grades.counts["judge"]["requests
 
 
 def asking(url: str, cache: Path, first: int, last: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-P", "-c", ASKS, url, str(cache), str(first), str(last)]
+    command = [sys.executable, "-P", "-u", "-c", ASKS, url, str(cache), str(first), str(last)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -421,7 +421,8 @@ def test_the_embedded_model_can_be_asked_by_its_endpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not know how to judge: what it says has no score, and that is said."""
-    command = [sys.executable, "-P", "-u", "-m", "estune.cli", "serve", "tiny", "--port", "0", "--key", KEY]
+    command = [sys.executable, "-P", "-m", "estune.cli", "serve", "tiny", "--port", "0", "--key", KEY]
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert server.stdout is not None

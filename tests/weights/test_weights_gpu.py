@@ -50,7 +50,7 @@ def kind_of_storage(kind: str, length: int = 64) -> Iterator[None]:
         patch.setattr("estune.weights.storage.STREAMED_LENGTH", length)
         if not ON_GPU:
             patch.setattr("estune.weights.weights.open_storage", lambda runs, threads: KINDS[kind](runs))
-            patch.setattr(gpu, "BLOCK", 16)
+            patch.setattr(gpu, "BLOCK", 32)
             patch.setattr(gpu, "STEPS", 2)
         yield
 
@@ -144,7 +144,7 @@ def test_a_base_is_saved_and_loaded(kind: str, tmp_path: Path, monkeypatch: pyte
     base = Checkpoint(save_model(tmp_path / "model", "llama"))
     update = Update(0, (Member(4),), (0.25,))
     with kind_of_storage(kind, 1000):
-        monkeypatch.setattr(gpu, "BLOCK", 256)  # some thousand elements
+        monkeypatch.setattr(gpu, "BLOCK", 32)  # some thousand elements
         found = trained_parameters(build_model("llama"), base.tensors, "*.layers.0.self_attn.*")
         weights = on_device(found, kind)
         weights.load(base)

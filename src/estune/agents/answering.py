@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 16 << 20
-"""Of a request's body."""
+"""Bytes of the longest body of a request."""
 
 
 @dataclass
@@ -37,9 +37,9 @@ class _Job:
     Attributes:
         endpoint, client, body: whose it is, and what it asks.
         prompts: as they were sent.
-        ids: token ids of each.
-        sampling: for each.
-        style: how the model writes calls, where it was told of tools.
+        ids: token ids of each prompt.
+        sampling: how the completions of each prompt are drawn.
+        style: how the model writes tool calls, where it was told of tools.
         begin: how each answer begins.
     """
 
@@ -54,12 +54,12 @@ class _Job:
 
     @property
     def count(self) -> int:
-        """Completions of each prompt."""
+        """How many completions each prompt gets."""
         return self.body.n or 1
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens that are read."""
+        """Tokens of all prompts."""
         return sum(map(len, self.ids))
 
     def submit(self, told: Callable[[int, str], None] | None = None) -> list[Future[Completion]]:
@@ -205,7 +205,7 @@ class _Answering:
 
 
 def _fitting(ids: Sequence[int], body: Body, endpoint: Endpoint) -> Sampling:
-    """How a prompt's completion is drawn; as long as there is room, where the request does not say how long."""
+    """How a prompt's completion is drawn; up to the model's last position where the request sets no length."""
     sampling = body.sampling(endpoint.sampling)
     positions = endpoint.encoder.positions
     if positions is None:
@@ -224,7 +224,7 @@ def _fitting(ids: Sequence[int], body: Body, endpoint: Endpoint) -> Sampling:
 
 
 async def _results(job: _Job, futures: Sequence[Future[Completion]]) -> list[Completion]:
-    """All completions. What is left of them is cancelled where they are waited for no longer."""
+    """All completions. If nobody waits for them any more, those that are left are cancelled."""
     try:
         return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
     except asyncio.CancelledError:
@@ -239,7 +239,7 @@ async def _results(job: _Job, futures: Sequence[Future[Completion]]) -> list[Com
 
 
 async def _stream(job: _Job, writer: Writer, send: Send) -> None:
-    """Send pieces as they come; where there may be tool calls, all at the end."""
+    """Send pieces as they come; where there may be tool calls, send all at the end."""
     loop = asyncio.get_running_loop()
     heard: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
 

@@ -23,7 +23,7 @@ def usage(prompt_tokens: int, completions: Sequence[Completion]) -> dict[str, in
 
 
 def ending(completion: Completion, answer: Message) -> str:
-    """Why a completion has ended, in OpenAI's words."""
+    """Why a completion ended, as OpenAI calls it."""
     if not completion.finished:
         return "length"
     return "tool_calls" if answer.get("tool_calls") else "stop"
@@ -44,7 +44,7 @@ class Writer:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, answers: Sequence[tuple[Message, Completion]], used: dict[str, int]) -> dict[str, Any]:
-        """All of it."""
+        """The answer as a whole."""
         choices = [
             {**self._said(answer), "index": index, "logprobs": None, "finish_reason": ending(completion, answer)}
             for index, (answer, completion) in enumerate(answers)

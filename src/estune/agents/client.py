@@ -21,12 +21,7 @@ _CLOSE_SECONDS = 5.0
 
 
 class FunctionPlayer(ServedPlayer):
-    """As `Player`, for functions: all that are `async` share one event loop, others have a thread each.
-
-    Args:
-        encoder: makes token ids of what the endpoint is asked.
-        limits: how long a rollout may take.
-    """
+    """As `Player`, for functions: all that are `async` share one event loop, others have a thread each."""
 
     def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
         super().__init__(encoder, limits)
@@ -71,7 +66,7 @@ class FunctionPlayer(ServedPlayer):
         return self._client.with_options(api_key=key)
 
     def _asynchronous(self, url: str, key: str) -> Any:
-        """A client of the loop's: what it keeps of connections belongs to that loop."""
+        """A client for the event loop: the connections that it keeps belong to that loop."""
         with self._lock:
             if self._loop is None or self._async_client is None:
                 self._async_client = _openai().AsyncOpenAI(base_url=url, api_key=NO_KEY, timeout=self._limits.seconds)

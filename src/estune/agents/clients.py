@@ -1,4 +1,4 @@
-"""Those who have a key for an endpoint: what they may ask, what they have under way, and what their turns come to."""
+"""Clients of an endpoint, each with a key: what it may ask, what it has under way, and what its turns came to."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Asked = list[Message] | str | list[int]
 
 @dataclass(frozen=True)
 class Turn:
-    """What one prompt asked and got.
+    """A prompt that was asked, and its answers.
 
     Attributes:
-        messages: as they were sent; of /v1/completions the prompt, as text or token ids.
+        messages: as they were sent; for /v1/completions the prompt, as text or token ids.
         tools: as they were sent.
-        answers: the assistant's messages, as they were sent, with `tool_calls` where the model called functions: as
-            many as were asked for, of one prompt.
+        answers: the assistant's messages, as they were sent, with `tool_calls` where the model called functions; as
+            many as the request asked for.
         completions: what the model generated for each.
         prompt_ids: token ids that the model was shown.
     """
@@ -44,7 +44,7 @@ class Turn:
 
 
 class Client:
-    """Whoever has a key: the weights that it may ask, and what it has under way."""
+    """The holder of a key: the weights that it may ask, and what it has under way."""
 
     def __init__(self, batcher: Batcher, seed: int, told: Callable[[Turn], None]) -> None:
         self.revoked = False
@@ -56,7 +56,7 @@ class Client:
         self._lock = threading.RLock()
 
     def seeds(self, ids: Sequence[int], given: int | None, count: int) -> list[int]:
-        """A seed for each of so many completions of a prompt: of the request's seed, or else of the client's."""
+        """A seed for each of `count` completions of a prompt, from the request's seed or else from the client's."""
         if given is not None:
             return [mixed_bits(given, index) for index in range(count)]
         prompt = mixed_bits(tuple(ids))
@@ -86,7 +86,7 @@ class Client:
         self._batcher.expect(more)
 
     def tell(self, turns: Sequence[Turn]) -> None:
-        """Tell of turns.
+        """Tell the client's owner of turns.
 
         Raises:
             Refusal: the key was revoked.
@@ -110,5 +110,5 @@ class Client:
 
 
 def mixed_bits(*values: Any) -> int:
-    """63 bits of what is given."""
+    """A hash of the values, 63 bits."""
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest()) >> 1

@@ -43,11 +43,11 @@ class Endpoint:
     Args:
         encoder: the model's; it shows conversations to the model as its chat template has them.
         sampling: how tokens are drawn where a request says nothing. Its seed is not used: each key has its own.
-        model: the name that requests have to give, but with `any_model`.
+        model: the name that requests have to give, unless `any_model` is set.
         host: the address to listen at; by default no other machine reaches it.
         port: the port; by default any that is free.
-        requests: completions that may be asked for and not be there yet; who asks for more is told to wait (429).
-        any_model: answer requests for whatever model: of programs that name one.
+        requests: completions that may be under way at a time; whoever asks for more is told to wait (429).
+        any_model: answer requests whatever model they name, as some programs name one of their own.
 
     Attributes:
         url: its address, as OpenAI's clients take it (`base_url`).
@@ -100,7 +100,7 @@ class Endpoint:
         """Answer with these weights from now on. All keys so far are revoked.
 
         Args:
-            batcher: completes with them; None if nobody is to be answered.
+            batcher: completes prompts with them; None if nobody is to be answered.
         """
         with self._lock:
             clients = list(self._clients.values())
@@ -153,10 +153,10 @@ class Endpoint:
         self.close()
 
     def client(self, authorization: str) -> Client:
-        """Who has sent a request.
+        """The client that has sent a request.
 
         Raises:
-            Refusal: nobody that is admitted.
+            Refusal: its key is not admitted.
         """
         kind, _, key = authorization.partition(" ")
         with self._lock:
@@ -170,7 +170,7 @@ class Endpoint:
 
     @contextmanager
     def place(self, count: int) -> Iterator[None]:
-        """Room for so many completions, as long as they are under way; within the loop's thread.
+        """Take room for `count` completions as long as they are under way; called in the loop's thread.
 
         Raises:
             Refusal: there is none.

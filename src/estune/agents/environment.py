@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from estune.agents.play import Limits, Run, TooLong, Turns
+from estune.agents.play import Limits, Player, Run, TooLong, Turns
 from estune.completion import Prompt, Sampling
 from estune.engines.continuous import Batcher
 from estune.engines.prompts import PromptEncoder
@@ -15,29 +15,17 @@ from estune.errors import EstuneError
 from estune.grading.rollout import environment_of, outcome_of
 
 
-class EnvironmentPlayer:
-    """As `Player`, for environments, turn by turn.
-
-    Args:
-        encoder: makes token ids of what the model is shown.
-        limits: how many turns a rollout may take.
-    """
+class EnvironmentPlayer(Player):
+    """As `Player`, for environments, turn by turn."""
 
     def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
-        self._encoder = encoder
-        self._limits = limits
+        super().__init__(encoder, limits)
         self._encoding = threading.Lock()  # tokenizers are not for two threads at a time
         self._sampling = Sampling(1)
 
     def open(self, batcher: Batcher, sampling: Sampling) -> None:
         """As `Player.open`."""
         self._sampling = sampling
-
-    def shut(self) -> None:
-        """As `Player.shut`."""
-
-    def close(self) -> None:
-        """As `Player.close`."""
 
     def play(self, run: Run) -> Turns:
         """As `Player.play`."""
@@ -71,7 +59,7 @@ class EnvironmentPlayer:
         raise TooLong(f"goes on after {self._limits.turns} turns (max_turns)")
 
     def _asked(self, prompt: Prompt) -> tuple[list[int], Sampling]:
-        """What was said so far as token ids, and how the answer is drawn: as long as there is room."""
+        """Token ids of what was said so far, and how the answer is drawn: as far as the model's positions reach."""
         with self._encoding:
             (ids,) = self._encoder.encode([prompt])
         reach = self._encoder.positions

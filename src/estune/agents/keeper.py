@@ -16,7 +16,7 @@ KEY = "OPENAI_API_KEY"
 
 
 class Keeper:
-    """The process, as who starts programs knows it."""
+    """The process, for the one that starts programs."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -32,7 +32,7 @@ class Keeper:
         self._process.stdin.flush()
 
     def close(self) -> None:
-        """Let it end them, and wait until it has."""
+        """Let it end the programs that are left, and wait until it has."""
         self._process.communicate()
 
 

@@ -7,6 +7,7 @@ that is late is left behind, without an engine to ask, and counted. Threads die 
 
 from __future__ import annotations
 
+import importlib
 import os
 import queue
 import threading
@@ -17,7 +18,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
-from typing import Protocol
 
 from estune.completion import Completion, Message, Played, Sampling
 from estune.engines.continuous import Batcher, Request
@@ -30,9 +30,16 @@ AT_ONCE = 256
 PROGRAMS_PER_CORE = 4
 _LOOK_SECONDS = 0.1
 _LONG_TURN = 0.05  # seconds, after which others do not wait for a turn to end
+_PLAYERS: dict[Kind, tuple[str, str]] = {
+    "environment": ("environment", "EnvironmentPlayer"),
+    "function": ("client", "FunctionPlayer"),
+    "program": ("program", "ProgramPlayer"),
+    "verifiers": ("verifiers", "VerifiersPlayer"),
+}
+"""Module and class that play each kind, imported when a rollout is of it."""
 
 Turns = Generator[tuple[list[int], Sampling], Completion, Outcome]
-"""A rollout that gives what is to be completed next, is sent the completion, and returns its end."""
+"""A rollout as a generator: it yields what is to be completed next, is sent the completion, and returns its outcome."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +47,10 @@ class Limits:
     """What a rollout may take.
 
     Attributes:
-        seconds: of one rollout, from its begin on.
-        turn_seconds: of one step of an environment.
+        seconds: for one rollout, from its beginning on.
+        turn_seconds: for one step of an environment.
         turns: answers of the model in one rollout.
-        at_once: rollouts side by side; None: all of an environment's, and of programs four a core.
+        at_once: rollouts side by side; None: four a core if some are programs, else 256.
     """
 
     seconds: float = 600.0
@@ -57,7 +64,7 @@ class Stopped(Exception):
 
 
 class TooLong(Exception):
-    """A rollout has come to what it may not go beyond."""
+    """A rollout has reached its limit of turns or tokens."""
 
 
 @dataclass
@@ -66,14 +73,14 @@ class Run:
 
     Attributes:
         opening: what it begins with.
-        seed: that its completions are drawn from.
+        seed: what its completions are drawn from.
         transcript: what was said so far.
         completions: the model's answers.
         first: token ids of the first prompt.
-        began: when it did, by the monotonic clock.
-        turn: since when a user's code computes a turn; None while it does not.
-        over: somebody has decided what became of it: `result`, after these `answers`.
-        aborts: what ends it, where it waits for something.
+        began: when it began, by the monotonic clock.
+        turn: since when a user's code has been computing a turn; None while it does not.
+        over: whether it has been settled what became of it: `result`, after these `answers`.
+        aborts: calls that end what it waits for.
     """
 
     opening: Opening
@@ -104,7 +111,7 @@ class Run:
             self.aborts = []
 
     def on_abort(self, call: Callable[[], object]) -> None:
-        """Have something called where the rollout is ended from outside, which it may have been already."""
+        """Call this when the rollout is ended from outside; at once if it already has been."""
         with self.lock:
             if not self.over:
                 self.aborts.append(call)
@@ -112,7 +119,7 @@ class Run:
         call()  # it was ended meanwhile
 
     def settle(self, outcome: Outcome | None, failure: str = "", why: str = "") -> None:
-        """Say what became of it; the first word counts."""
+        """Settle what became of it. Only the first call counts."""
         with self.lock:
             if self.over:
                 return
@@ -146,28 +153,34 @@ class Run:
         return Completion(last, tokens, all(a.finished for a in self.answers), self.result)
 
     def turn_seed(self) -> int:
-        """That the next answer is drawn from: of the run's, the rollout's and the number of the turn."""
+        """The seed of the next answer, made of the rollout's seed and the number of the turn."""
         return mixed(self.seed, len(self.completions))
 
 
-class Player(Protocol):
-    """Plays rollouts of one kind."""
+class Player:
+    """Plays rollouts of one kind.
+
+    Args:
+        encoder: makes token ids of what the model is asked.
+        limits: what a rollout may take.
+    """
+
+    def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
+        self._encoder = encoder
+        self._limits = limits
 
     def open(self, batcher: Batcher, sampling: Sampling) -> None:
         """Begin with a member."""
-        ...
 
     def play(self, run: Run) -> Outcome | Turns:
-        """Play one to its end, in the thread that calls, or turn by turn; what it raises is the rollout's failure."""
-        ...
+        """Play a rollout to its end, in the thread that calls, or turn by turn. What it raises fails the rollout."""
+        raise NotImplementedError
 
     def shut(self) -> None:
         """End with the member: nobody is answered any more."""
-        ...
 
     def close(self) -> None:
         """End for good."""
-        ...
 
 
 class Players:
@@ -186,7 +199,7 @@ class Players:
         self._players: dict[Kind, Player] = {}
 
     def play(self, openings: Sequence[Opening], sampling: Sampling) -> list[Completion]:
-        """Play all, and give each one's answers with what became of it, in the order of the openings.
+        """Play all rollouts; return the answers of each with what became of it, in the order of the openings.
 
         Raises:
             EstuneError: the engine failed.
@@ -214,22 +227,9 @@ class Players:
 
     def _player(self, kind: Kind) -> Player:
         if kind not in self._players:
-            if kind == "environment":
-                from estune.agents.environment import EnvironmentPlayer
-
-                self._players[kind] = EnvironmentPlayer(self._encoder, self._limits)
-            elif kind == "function":
-                from estune.agents.client import FunctionPlayer
-
-                self._players[kind] = FunctionPlayer(self._encoder, self._limits)
-            elif kind == "verifiers":
-                from estune.agents.verifiers import VerifiersPlayer
-
-                self._players[kind] = VerifiersPlayer(self._encoder, self._limits)
-            else:
-                from estune.agents.program import ProgramPlayer
-
-                self._players[kind] = ProgramPlayer(self._encoder, self._limits)
+            module, name = _PLAYERS[kind]
+            made = getattr(importlib.import_module(f"estune.agents.{module}"), name)
+            self._players[kind] = made(self._encoder, self._limits)
         return self._players[kind]
 
 
@@ -238,7 +238,7 @@ class _Side:
 
     Args:
         runs: the rollouts.
-        players: of each kind that there is.
+        players: one for each kind of rollout among them.
         batcher: completes what is asked.
         limits: what a rollout may take.
     """
@@ -277,7 +277,7 @@ class _Side:
                 self._todo.put(None)
 
     def _look(self, most: int) -> None:
-        """Settle rollouts that are late, and let no other wait for one that computes."""
+        """Settle rollouts that are late, and start more threads where others wait for a long turn."""
         now = time.monotonic()
         limits = self._limits
         for run in self._runs:
@@ -291,7 +291,7 @@ class _Side:
                 self._more_threads(min(self._todo.qsize(), self._threads, most - self._threads))
 
     def _leave_behind(self, run: Run, why: str) -> None:
-        """Settle a rollout whose thread may never come back; another takes its place."""
+        """Settle a rollout whose thread may never come back, and start another thread in its place."""
         run.abort("timeouts", why)
         self._ended.release()
         self._more_threads(1)
@@ -315,7 +315,7 @@ class _Side:
         self._settle(run, play)
 
     def _turn(self, run: Run, turns: Turns, completion: Completion | None) -> Outcome | None:
-        """Take a turn; its end, or None where it has asked for the next completion."""
+        """Take a turn; return the rollout's outcome, or None if it has asked for the next completion."""
         run.turn = time.monotonic()
         try:
             ids, sampling = next(turns) if completion is None else turns.send(completion)
@@ -330,7 +330,7 @@ class _Side:
         return None
 
     def _answer(self, run: Run, turns: Turns, ids: list[int], done: Future[Completion]) -> None:
-        """Go on with a completion, or without."""
+        """Go on once a completion has come, or was cancelled."""
 
         def go_on() -> Outcome | None:
             if done.cancelled():
@@ -342,7 +342,7 @@ class _Side:
         self._settle(run, go_on)
 
     def _settle(self, run: Run, play: Callable[[], Outcome | None]) -> None:
-        """Play on, and settle the rollout if that was its end, whatever it was."""
+        """Play on, and settle the rollout if it has ended, in whatever way."""
         over = run.over
         failure, why = "", ""
         outcome = None
@@ -367,6 +367,6 @@ class _Side:
 
 
 def mixed(seed: int, number: int) -> int:
-    """A seed of another one and a number, 63 bits."""
+    """A seed of 63 bits, made of another seed and a number."""
     digest = blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -28,18 +28,13 @@ from estune.errors import EstuneError, printable
 from estune.grading.rollout import Outcome, outcome_of_line
 
 MOST_PLAYS = 3
-"""How often a rollout is played whose program is killed."""
+"""How often a rollout is played at most, if its program is killed each time."""
 LONGEST = 1 << 20
-"""Bytes at the end of a program's output among which its last line is looked for."""
+"""Bytes at the end of a program's output in which its last line is looked for."""
 
 
 class ProgramPlayer(ServedPlayer):
-    """As `Player`, for commands.
-
-    Args:
-        encoder: makes token ids of what the endpoint is asked.
-        limits: how long a rollout may take.
-    """
+    """As `Player`, for commands."""
 
     def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
         super().__init__(encoder, limits)
@@ -85,7 +80,7 @@ class ProgramPlayer(ServedPlayer):
         return outcome_of_line(said[-1])
 
     def _play(self, run: Run, arguments: list[str]) -> tuple[int, list[str], list[str]]:
-        """Let the program run once; its code, and lines at the end of its output and of its errors."""
+        """Run the program once; return its exit code, and the last lines of its output and of its errors."""
         with self.admitted(run) as (url, key), tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             self._keys.add(key)
             assert self._keeper is not None
@@ -111,7 +106,7 @@ class ProgramPlayer(ServedPlayer):
 def started(
     arguments: list[str], environment: dict[str, str], out: IO[bytes], err: IO[bytes]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A program in a session of its own, which ends with this, and what it has started too.
+    """A program in a session of its own. It ends with this context, and so does what it has started.
 
     Raises:
         EstuneError: there is no such program.

@@ -27,7 +27,7 @@ _NOTHING: Mapping[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1, 1.0),
     "response_format": (None, {"type": "text"}),
 }
-"""Fields that cannot be kept, with the values at which there is nothing to keep."""
+"""Fields that cannot be obeyed, with the values that ask for nothing."""
 
 Texts = Annotated[list[str], Field(min_length=1, max_length=1024)]
 Ids = Annotated[list[int], Field(min_length=1)]
@@ -50,7 +50,7 @@ class Refusal(Exception):
         self.param = param
 
     def body(self) -> dict[str, Any]:
-        """As OpenAI writes it."""
+        """The refusal as OpenAI writes it."""
         kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
         kind = kinds.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
@@ -79,7 +79,7 @@ class Body(BaseModel):
 
     @property
     def most_tokens(self) -> int | None:
-        """The most that a completion may have, if it is said."""
+        """The most tokens that a completion may have, if the request says so."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -105,7 +105,7 @@ class Body(BaseModel):
 
 
 class ChatBody(Body):
-    """Of /v1/chat/completions."""
+    """A request to /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
@@ -119,10 +119,10 @@ class ChatBody(Body):
 
     @property
     def forced(self) -> str | None:
-        """The function that has to be called, "" where any has to be, None where none has to.
+        """The function that has to be called; "" if any function has to be, None if none has to be.
 
         Raises:
-            Refusal: it is none of the tools.
+            Refusal: the function is none of the tools.
         """
         choice = self.tool_choice
         if choice in (None, "auto", "none"):
@@ -143,7 +143,7 @@ class ChatBody(Body):
 
 
 class TextBody(Body):
-    """Of /v1/completions."""
+    """A request to /v1/completions."""
 
     prompt: str | Texts | Ids | Annotated[list[Ids], Field(min_length=1, max_length=1024)]
 
@@ -163,7 +163,7 @@ def read_body(kind: type[Kind], raw: bytes) -> Kind:
     """A request's body.
 
     Raises:
-        Refusal: naming the field.
+        Refusal: it is malformed; the message names the field.
     """
     try:
         given = json.loads(raw)

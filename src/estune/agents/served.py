@@ -7,23 +7,17 @@ from contextlib import contextmanager
 
 from estune.agents.clients import Turn
 from estune.agents.endpoint import Endpoint
-from estune.agents.play import Limits, Run, Stopped
+from estune.agents.play import Limits, Player, Run, Stopped
 from estune.completion import Sampling
 from estune.engines.continuous import Batcher
 from estune.engines.prompts import PromptEncoder
 
 
-class ServedPlayer:
-    """As `Player`, but for `play`. The endpoint starts when it is first needed, and is kept from member to member.
-
-    Args:
-        encoder: makes token ids of what the endpoint is asked.
-        limits: what a rollout may take.
-    """
+class ServedPlayer(Player):
+    """As `Player`, but for `play`. The endpoint starts when it is first needed, and is kept from member to member."""
 
     def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
-        self._encoder = encoder
-        self._limits = limits
+        super().__init__(encoder, limits)
         self._endpoint: Endpoint | None = None
 
     def open(self, batcher: Batcher, sampling: Sampling) -> None:
@@ -34,7 +28,7 @@ class ServedPlayer:
         self._endpoint.serve(batcher)
 
     def shut(self) -> None:
-        """As `Player.shut`: who still asks is refused."""
+        """As `Player.shut`: whoever still asks is refused."""
         if self._endpoint is not None:
             self._endpoint.serve(None)
 
@@ -46,7 +40,7 @@ class ServedPlayer:
 
     @contextmanager
     def admitted(self, run: Run) -> Iterator[tuple[str, str]]:
-        """The endpoint's URL and a key for a rollout, which is refused from the end of this on.
+        """The endpoint's URL and a key for a rollout, which is good as long as this lasts.
 
         Raises:
             Stopped: the member is served no longer.

@@ -1,8 +1,8 @@
 """How models write tool calls, and the calls in what they have written.
 
-A model's way is found by what its chat template writes itself. The parser is transformers'; a style is its response
-template, https://huggingface.co/docs/transformers/chat_response_parsing, and how a call begins, for a call that is
-required: the answer is begun so, and the model goes on.
+How a model writes them is told by what its chat template itself writes. The parser is transformers'. A style is its
+response template, https://huggingface.co/docs/transformers/chat_response_parsing, and the beginning of a call: where a
+call is required the answer is begun with it, and the model goes on.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def find_style(name: str, chat_template: str | None) -> Style:
 
 
 def beginning(style: Style, forced: str | None) -> str:
-    """How an answer begins that has to call a function: any if it is "". It begins anyhow if it is None."""
+    """The beginning of an answer that has to call the function `forced`, or any if that is ""; empty if it is None."""
     if forced is None:
         return ""
     return style.begin + (forced + style.named if forced else "")
@@ -136,9 +136,9 @@ def parse_calls(
     What a model thinks stays in the content, and calls no function. An answer whose calls cannot be read is content.
 
     Args:
-        text: with the special tokens in it, but for the one that ended it.
+        text: the answer with its special tokens, but for the one that ended it.
         style: how the model writes calls.
-        tools: whose parameters' types those of the arguments follow.
+        tools: the functions; arguments get the types of their parameters.
         seed: of the calls' ids.
     """
     thoughts, thought, rest = text.rpartition("</think>")

@@ -23,12 +23,7 @@ _CLOSE_SECONDS = 15.0
 
 
 class VerifiersPlayer(ServedPlayer):
-    """As `Player`, for environments of verifiers.
-
-    Args:
-        encoder: makes token ids of what the endpoint is asked.
-        limits: how long a rollout may take.
-    """
+    """As `Player`, for environments of verifiers."""
 
     def __init__(self, encoder: PromptEncoder, limits: Limits) -> None:
         super().__init__(encoder, limits)
@@ -63,7 +58,7 @@ class VerifiersPlayer(ServedPlayer):
         return outcome_of({"reward": said["reward"], "metrics": said["metrics"]})
 
     def _program(self, bridge: Bridge) -> _Program:
-        """The program that plays it, anew if it has ended."""
+        """The program that plays an environment, started again if it has ended."""
         with self._lock:
             program = self._programs.get(bridge)
             if program is None or program.ended:
@@ -86,7 +81,7 @@ class _Program:
         self._reader.start()
 
     def ask(self, what: Mapping[str, Any]) -> tuple[int, Future[dict[str, Any]]]:
-        """Have a task played; its number, and what it comes to."""
+        """Have a task played; return its number, and a future of what it comes to."""
         future: Future[dict[str, Any]] = Future()
         with self._lock:
             self._asked += 1
@@ -99,7 +94,7 @@ class _Program:
         return number, future
 
     def drop(self, number: int) -> None:
-        """Wait for a rollout no longer."""
+        """Stop waiting for a rollout."""
         with self._lock:
             future = self._waiting.pop(number, None)
             if future is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 STYLE = Path(__file__).with_name("chart.css")
-"""What a drawing's elements look like, on a page and in a picture."""
+"""Styles of a drawing's elements, on a page and in a picture."""
 COLOURS = 8
 SHADES = 8
 ROWS = 24  # of a chart's table
@@ -26,7 +26,7 @@ ROWS = 24  # of a chart's table
 class Series:
     """Values along the steps. A band, and each whisker, reaches from `low` to `y`.
 
-    `owner` is what a button shows and hides: elements of the same owner go together.
+    A button shows and hides all elements of the same `owner`.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Chart:
 
     @property
     def svg(self) -> str:
-        """The drawing's elements, of numbers and our own names only."""
+        """The drawing's elements, which hold nothing but numbers and our own names."""
         lines = "".join(f'<path class="grid" d="M0 {_n(1000 - 10 * t.at)}H1000"/>' for t in self.y_ticks)
         return lines + self._heat() + "".join(self._draw(s) for s in self.series)
 
@@ -125,7 +125,7 @@ class Chart:
 
     @cached_property
     def points(self) -> list[float]:
-        """All steps that have a value."""
+        """All steps with a value."""
         return sorted({x for s in self.series for x in s.x})
 
     @property
@@ -139,7 +139,7 @@ class Chart:
 
     @property
     def data(self) -> str:
-        """What the script needs to show values, as JSON that no text can end early."""
+        """What the script needs to show values, as JSON that no text in it can end early."""
         low, high = self.span
         series = [
             {"name": s.name, "owner": s.owner, "colour": s.colour, "text": texts}
@@ -149,7 +149,7 @@ class Chart:
 
     @property
     def rows(self) -> list[tuple[str, list[str]]]:
-        """The figures as a table: some of the steps, the first and the last among them."""
+        """The figures as a table of some of the steps, with the first and the last."""
         count = len(self.points)
         chosen = sorted({round(i * (count - 1) / (ROWS - 1)) for i in range(ROWS)}) if count > ROWS else range(count)
         columns = self.texts
@@ -223,7 +223,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Plot(Chart):
-    """A chart over something else than the steps, such as a setting's values."""
+    """A chart over something other than the steps, such as a setting's values."""
 
     labels: Mapping[float, str] = field(default_factory=dict)  # of places, instead of round values
     log: bool = False  # along it by the logarithm; all values are above 0 then
@@ -263,14 +263,14 @@ class Plot(Chart):
 
 
 def figure(value: float) -> str:
-    """A figure with four digits, thousands apart."""
+    """A figure with four digits and separated thousands."""
     if value and abs(value) < 1e-4:
         return f"{value:.3e}"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def to_json(value: Any) -> str:
-    """JSON for a script element: with no character that HTML could take for its end."""
+    """JSON for a script element, without characters that HTML could take for its end."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

@@ -72,7 +72,7 @@ def _legend(series: Sequence[Series]) -> str:
 
 
 def _panel(chart: Plot, left: float, top: float) -> str:
-    """One chart: its drawing, stretched to its place, and text around it."""
+    """A chart's drawing, stretched to its place, and the text around it."""
     x = left + LEFT
     y = top + TOP
     width = WIDTH - LEFT - RIGHT
@@ -107,7 +107,7 @@ def _is_crowded(chart: Plot) -> bool:
 
 
 def _shortened(label: str) -> str:
-    """A label, or the end of a long one: paths differ there."""
+    """A label, or only the end of a long one, where paths differ."""
     return label if len(label) <= LONGEST else f"…{label[1 - LONGEST :]}"
 
 

@@ -14,7 +14,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, of two values or more, the standard deviation of the sample; nothing of none."""
+    """The mean and, for two values or more, the standard deviation of the sample; empty for no value."""
     if not values:
         return ""
     mean = f"{statistics.fmean(values):,.{digits}f}"

@@ -103,7 +103,7 @@ def reply(chats: Mapping[str, Chat], said: str, console: Console) -> None:
 
 
 class _Stream:
-    """Prints what a growing text has more than when it was last told."""
+    """Prints what a growing text has gained since it was last told."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -116,7 +116,7 @@ class _Stream:
 
 @contextmanager
 def _columns(names: Mapping[str, Chat], console: Console) -> Iterator[dict[str, Callable[[str], None]]]:
-    """For each name, what to tell its text so far. It shows what fits on the screen, and all of it in the end."""
+    """For each name, a function to tell its text so far. What fits on the screen is shown, and all of it at the end."""
     texts = dict.fromkeys(names, "")
 
     def table() -> Table:

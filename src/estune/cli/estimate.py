@@ -87,7 +87,7 @@ def _say_items(title: str, items: Sequence[Item], show: Callable[[float], str]) 
 
 
 def _say_speeds(found: Estimate) -> None:
-    """The whole run, by engine."""
+    """Say how long the whole run takes by each engine."""
     rows = [["", "a member", "a step", "tokens/s", f"{found.work.steps:,} steps", ""]]
     for speed in found.speeds:
         how = f"{speed.rows} rows at once, {1e3 * speed.token:.3g} ms a token, mostly {speed.limit}"
@@ -97,7 +97,7 @@ def _say_speeds(found: Estimate) -> None:
 
 
 def say_outlook(found: Estimate) -> None:
-    """The line that `estune train` says too, where it has measured its pace."""
+    """Say the line that `estune train` also says, once it has measured its pace."""
     from estune.run.monitors.pace import DAY, outlook, too_long
 
     work = found.work
@@ -111,7 +111,7 @@ def say_outlook(found: Estimate) -> None:
 
 
 def _say_scales(found: Estimate) -> None:
-    """By number of workers, as far as more of them gain anything."""
+    """Say how long it takes by number of workers, up to where more gain nothing."""
     rows = [["workers", "GPUs", "a step", "efficiency", "tokens/s", "the run", "GPU-hours"]]
     steps = [scale.step for scale in found.scales]
     for scale in found.scales[: steps.index(min(steps)) + 1]:
@@ -137,7 +137,7 @@ def _days(days: float) -> str:
 
 
 def _say_reinforcement_learning(found: Estimate) -> None:
-    """Memory by method; what GRPO does without is empty there."""
+    """Say the memory by method; cells are empty for what GRPO does without."""
     grpo, ppo = ({item.name: item for item in found.reinforcement_learning[m]} for m in ("GRPO", "PPO"))
     rows = [["", "GRPO", "PPO", ""]]
     for name, item in ppo.items():

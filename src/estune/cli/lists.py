@@ -63,7 +63,7 @@ def _say_settings(title: str, fields: Mapping[str, Any], prefix: str = "") -> No
 
 
 def _as_given(value: Any) -> str:
-    """A value as it would be given on the command line; empty for none."""
+    """A value as it would be given on the command line; empty for None."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     shown = str(getattr(value, "name", value))

@@ -29,7 +29,7 @@ def opening(what: str) -> Iterator[None]:
     """Say at once what a command is about and, on a terminal, show what it waits for and for how long, until it begins.
 
     Args:
-        what: it is about.
+        what: what the command is about.
     """
     console = get_console()  # the one that log messages go to: they appear above
     console.print(f"estune {__version__}: {printable(what)}", highlight=False, markup=False, soft_wrap=True)
@@ -43,7 +43,7 @@ def opening(what: str) -> Iterator[None]:
 
 
 class _Waiting:
-    """What is waited for, as it is when it is shown."""
+    """Shows what is waited for at the moment when it is drawn."""
 
     def __init__(self) -> None:
         self._what = ""
@@ -97,6 +97,6 @@ def say_table(
 
 
 def wide_console() -> Console:
-    """As wide as the terminal, or as tables need it in a file."""
+    """A console as wide as the terminal or, for a file, as wide as tables need."""
     console = Console(markup=False, highlight=False)
     return console if console.is_terminal else Console(width=160, markup=False, highlight=False)

@@ -42,5 +42,5 @@ def serve(
 
 
 def wait_for_ever() -> None:
-    """Return never; Ctrl-C and SIGTERM raise."""
+    """Never return; Ctrl-C and SIGTERM raise."""
     threading.Event().wait()

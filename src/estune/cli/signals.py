@@ -1,12 +1,12 @@
 """Signals while a command goes on: Ctrl-C in the middle of an import, SIGTERM that lets it clean up.
 
-Why an import is told by the stack, and its end by a timer. A command spends its first seconds importing torch, which is
-when people press Ctrl-C; what is raised there is often lost (see `spared_imports`), so it has to wait for the end. But
-Python has no event for that end: an import hook sees only the beginning, and not the imports that began before it was
-set. What can be trusted is the interpreter's own: every import runs in frames of `importlib._bootstrap`, which lie on
-the stack as long as it goes on, and no longer. A handler is given the frame that it interrupts, so it need only look;
-and the timer asks again, in the main thread, which alone runs handlers, until there is no such frame. Outside of
-imports, nothing is different from Python's own Ctrl-C.
+An import is recognized by the stack, and its end by a timer, for this reason. A command spends its first seconds
+importing torch, which is when people press Ctrl-C. What is raised there is often lost (see `spared_imports`), so it has
+to wait for the end of the import. Python has no event for that end: an import hook sees only the beginning, and not the
+imports that began before it was set. But every import runs in frames of `importlib._bootstrap`, which lie on the stack
+exactly as long as it goes on. A handler is given the frame that it interrupts, so it need only look; and the timer asks
+again, in the main thread, which alone runs handlers, until there is no such frame. Outside of imports, nothing differs
+from Python's own Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _POLL_SECONDS = 0.05
 
 @contextmanager
 def spared_imports() -> Iterator[None]:
-    """Within this, a Ctrl-C that comes in the middle of an import raises when that has ended; a second one at once.
+    """Within this, a Ctrl-C in the middle of an import raises when the import has ended; a second one at once.
 
-    Raised in there it may be lost, and the command go on as if nothing had been: importlib drops what is raised in its
-    callbacks, and some packages whatever stops an import of theirs. Or torch's C code meets it, and aborts.
+    Raised within the import it might be lost, and the command go on as if nothing had happened: importlib drops what is
+    raised in its callbacks, and some packages drop whatever stops their imports. Or torch's C code meets it and aborts.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

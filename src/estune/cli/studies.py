@@ -193,10 +193,10 @@ def compare(
 
 
 def _plan(**given: Any) -> Plan:
-    """What is compared, of what was given.
+    """The plan of a comparison, from the options that were given.
 
     Raises:
-        EstuneError: naming each option that cannot be used.
+        EstuneError: some options cannot be used; the message names each.
     """
     from pydantic import ValidationError
 

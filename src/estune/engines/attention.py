@@ -2,7 +2,7 @@
 
 Where several query heads share the keys and values of one, transformers' `sdpa` copies these for each query head: where
 a mask is given and, before 5.23, where one token is decoded. For 14 query heads over 2 that is seven times the cache in
-every layer and step. What shares keys and values can as well be rows of one query, as there is one new token a row.
+every layer and step. With one new token a row, the query heads that share keys and values can be the rows of one query.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPECIAL = {"softcap", *inspect.signature(sdpa_attention_forward).parameters} - 
 
 
 def replaceable(model: Any) -> bool:
-    """Whether `model` computes attention by transformers' `sdpa`, and looks that up like any other.
+    """Whether `model` computes attention by transformers' `sdpa`, and looks it up where it can be replaced.
 
     Some models have an `sdpa` of their own, and some prepare another mask for what has this name.
     """
@@ -57,9 +57,16 @@ def attention(
     """As transformers' `sdpa`: queries `[rows, heads, tokens, dim]` in, `[rows, tokens, heads, dim]` out.
 
     With one token a row, the query heads that share keys are the rows of one query. With more, PyTorch's kernel for
-    CPUs has query heads share keys and values under any mask. Those of other devices have them share without a mask,
-    which transformers asks them for; under a mask it copies keys and values there, and so it does from here. Sums may
-    run in another order than transformers', so that results differ in their last bits.
+    CPUs lets query heads share keys and values under any mask. On other devices transformers shares them without a
+    mask and copies them under one, and this function leaves both to it. Sums may run in another order than
+    transformers', so that results differ in their last bits.
+
+    Args:
+        module: the attention layer, as for the next four.
+        query: `[rows, heads, tokens, dim]`.
+        key, value: `[rows, shared heads, slots, dim]`.
+        attention_mask: `[rows or 1, heads or 1, tokens, slots]`, bool or additive; None is causal.
+        dropout, scaling, kwargs: as transformers passes them.
     """
     rows, heads, tokens, _ = query.shape
     shared = key.shape[1]

@@ -146,5 +146,5 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         return (self.length + query_length if self._slot is None else self._visible), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Slots of the batch."""
+        """Slots of each row of the batch."""
         return self._shape[1]

@@ -19,9 +19,9 @@ from estune.completion import Completion, Sampling
 from estune.errors import EstuneError
 
 GRACE_SECONDS = 0.02
-"""How long the next token waits for those who are expected to ask: they would come late and decode by themselves."""
+"""How long the next token waits for those that are expected to ask: if they came late, each would decode alone."""
 MOST_WAITING = 10_000
-"""Requests that may wait: whoever sends more has lost count."""
+"""Requests that may wait; more are refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Request:
         sampling: how tokens are drawn: the same prompt and seed give the same completion, whatever else is decoded.
         stop: texts at which the completion ends; they are not part of it.
         told: called with the text so far, from the batcher's thread, when it has grown by whole characters.
-        expected: whoever asks is expected to ask again at once, or to say that he does not, by `Batcher.expect(-1)`.
+        expected: the caller is expected to ask again at once, or else to say `Batcher.expect(-1)`.
     """
 
     prompt_ids: Sequence[int]
@@ -47,11 +47,11 @@ class Rows(Protocol):
     """A batch that prompts join and leave."""
 
     def join(self, request: Request) -> int | None:
-        """Take a prompt in; the number of its row, or None as long as there is no room."""
+        """Take a prompt in; return the number of its row, or None as long as there is no room."""
         ...
 
     def step(self) -> list[tuple[int, list[int]]]:
-        """Decode on: rows with the tokens that each has gained, which may be none."""
+        """Decode further; return rows with the tokens that each has gained, which may be none."""
         ...
 
     def leave(self, row: int) -> None:
@@ -79,7 +79,7 @@ class Serving(Protocol):
 
 
 class Batcher:
-    """Completes prompts together that are asked for by anyone. A context manager; `close` ends it.
+    """Completes the prompts of any number of callers together. A context manager; `close` ends it.
 
     As long as it is open the engine must not be used otherwise, and its weights must stay.
 
@@ -92,7 +92,7 @@ class Batcher:
         self._ends = frozenset(engine.end_ids)
         self._waiting: deque[_Work] = deque()
         self._ready = threading.Condition()
-        self._expected = 0  # who is about to ask
+        self._expected = 0  # callers that are about to ask
         self._closed = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="estune-batcher", daemon=True)
@@ -100,7 +100,7 @@ class Batcher:
 
     @property
     def failure(self) -> BaseException | None:
-        """What the engine ended with, where it failed."""
+        """The error that the engine failed with, if it has."""
         return self._failure
 
     def submit(self, request: Request) -> Future[Completion]:
@@ -126,12 +126,12 @@ class Batcher:
         return work.future
 
     def expect(self, more: int) -> None:
-        """Say that so many more will ask at once; or, with a negative number, that they will not after all."""
+        """Say that `more` callers will ask at once; with a negative number, that so many will not after all."""
         with self._ready:
             self._expect(more)
 
     def close(self) -> None:
-        """End at once; what nobody will complete any more is cancelled."""
+        """End at once, and cancel all requests that are not complete."""
         with self._ready:
             self._closed = True
             self._ready.notify()
@@ -154,7 +154,7 @@ class Batcher:
                         rows.leave(row)
                         del active[row]
                         if work.request.expected:
-                            self.expect(1)  # before anybody who has the completion can say that he does not ask
+                            self.expect(1)  # before whoever gets the completion can say `expect(-1)`
                         work.deliver()
             for row in active:
                 rows.leave(row)
@@ -174,7 +174,7 @@ class Batcher:
             self._ready.notify()
 
     def _admit(self, rows: Rows, active: dict[int, _Work]) -> bool:
-        """Let in who waits as far as there is room; wait where nobody is there. False when it is closed."""
+        """Let waiting requests in as far as there is room; wait while there are none. False once it is closed."""
         with self._ready:
             if self._expected:
                 self._ready.wait_for(lambda: self._closed or not self._expected, GRACE_SECONDS)
@@ -208,7 +208,7 @@ class _Work:
         self._completion: Completion | None = None
 
     def take(self, tokens: Sequence[int]) -> bool:
-        """Add tokens; whether the completion has ended, or nobody wants it any more."""
+        """Add tokens; return whether the completion has ended, or nobody wants it any more."""
         for token in tokens:
             self._token_ids.append(token)
             if self._complete(token):
@@ -250,7 +250,7 @@ class _Work:
         if self.request.told is None:
             return
         if not over:
-            # What may yet become another character, or the beginning of a text to stop at, is held back.
+            # The end may become another character, or turn out to be a text to stop at: it is held back until then.
             text = text.rstrip("\ufffd")
             held = max((_overlap(text, stop) for stop in self.request.stop), default=0)
             text = text[: len(text) - held]
@@ -295,7 +295,7 @@ class Rounds:
         for row, request in self._joined.items():
             groups.setdefault(request.sampling, []).append(row)
         for sampling, rows in groups.items():
-            # Drawn alike, two prompts of one batch would have other numbers than each alone.
+            # What is drawn depends on a prompt's number in its batch: alone, each has the number 0.
             batches = [rows] if sampling.temperature == 0 else [[row] for row in rows]
             for batch in batches:
                 prompts = [self._joined[row].prompt_ids for row in batch]

@@ -26,7 +26,7 @@ PREFILL_TOKENS = {"cpu": 1024}
 """Tokens in one prefill forward: as many as keep the activations of a small model in a core's cache."""
 PREFILL_TOKENS_ELSEWHERE = 16384
 CHECK_EVERY = {"cpu": 1}
-"""Steps between two looks at which rows have finished: a look waits for the device."""
+"""Steps between two looks at which rows have finished, as each look waits for the device."""
 CHECK_EVERY_ELSEWHERE = 8
 
 _ARGUMENTS = {"position_ids", "past_key_values", "use_cache", "logits_to_keep"}
@@ -58,8 +58,8 @@ class Decoder:
     """Decodes batches with one model and one cache; not for two threads at a time.
 
     Attributes:
-        prefill_tokens: of prompts that are computed at once.
-        check_every: steps between two looks whether all rows have ended.
+        prefill_tokens: tokens of prompts that are computed at once.
+        check_every: steps between two looks at which rows have ended.
     """
 
     def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int) -> None:
@@ -155,7 +155,12 @@ class Decoder:
         return out
 
     def _drop(self, ended: torch.Tensor, left: int) -> torch.Tensor:
-        """Close the gaps that ended rows leave with rows from the end; return the old index of each row kept."""
+        """Move rows from the end into the gaps that ended rows leave; return the old index of each row kept.
+
+        Args:
+            ended: bool `[rows]`.
+            left: how many of them are False.
+        """
         keep = torch.arange(left, device=self._device)
         gaps = ended[:left].nonzero().squeeze(1)
         movers = left + (~ended[left:]).nonzero().squeeze(1)

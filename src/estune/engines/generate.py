@@ -23,7 +23,7 @@ RWKV's last hidden states, `[rows, hidden]`, are added to those of a new token, 
 class GenerateDecoder:
     """Same calls as `Decoder`, at `generate`'s speed. Prompts of one batch must be of one length.
 
-    Padding would do: but recurrent states differ in how, and whether, they skip it.
+    They are not padded, because recurrent states differ in how, and whether, they skip padding.
 
     Attributes:
         single: whether a batch may hold one prompt only.
@@ -91,7 +91,7 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]  # transformers carries no
 
 
 class _Teller(BaseStreamer):  # type: ignore[misc]  # transformers carries no types
-    """Passes on the tokens of a completion; the first that it is given is the prompt."""
+    """Passes on the tokens of a completion. What it is given first is the prompt."""
 
     def __init__(self, told: Callable[[int], None]) -> None:
         self._told = told
@@ -103,4 +103,4 @@ class _Teller(BaseStreamer):  # type: ignore[misc]  # transformers carries no ty
         self._begun = True
 
     def end(self) -> None:
-        """Nothing is left: no token is held back."""
+        """Does nothing, as no token is held back."""

@@ -60,7 +60,7 @@ class Recorder(Protocol):
         ...
 
     def forget(self) -> None:
-        """Told when no earlier recording will be used again."""
+        """Forget all recordings: none will be used again."""
         ...
 
 
@@ -118,7 +118,7 @@ class CudaRecorder:
 
 
 class GraphDecoder(Decoder):
-    """As `Decoder`, by static steps; a batch longer than a model's window takes the plain loop.
+    """As `Decoder`, in static steps; a batch longer than a model's window takes the plain loop.
 
     Args:
         model: one for which `unsupported` and `uncapturable` find no reason.
@@ -220,7 +220,7 @@ class GraphDecoder(Decoder):
             counter.add_(1)
 
     def advance(self, shape: _Shape) -> None:
-        """Run a step, the fastest way there is by now."""
+        """Run a step: replayed if its shape is captured, else warming up or capturing it."""
         step = functools.partial(self._step, shape)
         if self.recorder is None:
             step()

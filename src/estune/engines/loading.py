@@ -1,4 +1,4 @@
-"""Model, tokenizer and end tokens from a checkpoint's directory; one clear line where that cannot be.
+"""Model, tokenizer and end tokens from a checkpoint's directory, or one clear line that says why not.
 
 `trust_remote_code` is said at every call: where it is left open, transformers asks on standard input whether a model's
 own code may run. It is True where the user has set it, and nowhere else.
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHTS = "the live weights"
 _LESS = "take a smaller model, dtype=bfloat16, or fewer replicas"
-# Of a generation config, what says which tokens may come and when to end, with the values that say nothing.
+# Settings of a generation config that change which tokens come and when they end, with the values that change nothing.
 _RULES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), (1.0,)),
     **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
@@ -48,7 +48,7 @@ _RULES: dict[str, tuple[Any, ...]] = {
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
     """The type to load weights in. "auto" is the checkpoint's own, but float32 on a CPU.
 
-    There float16 has no fast kernels, and a model small enough to train on a CPU is worth the exactness.
+    On a CPU float16 has no fast kernels, and a model small enough to train there is worth the exactness.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -199,7 +199,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def generation_config(path: Path, config: Any) -> GenerationConfig:
-    """What a checkpoint says of generating: in generation_config.json or, without that, in `config`, its config.json.
+    """A checkpoint's generation config: generation_config.json or, without that, what `config`, its config.json, says.
 
     Raises:
         EstuneError: it cannot be used.
@@ -213,9 +213,9 @@ def generation_config(path: Path, config: Any) -> GenerationConfig:
 
 
 def warn_of_rules(name: str, found: GenerationConfig) -> None:
-    """Log a warning that names what of a generation config no engine obeys, if there is such.
+    """Log a warning that names the settings of a generation config that no engine obeys, if there are any.
 
-    Sampling is up to the settings, where a run finds it; end tokens are obeyed.
+    How tokens are sampled is for the run's settings to say; end tokens are obeyed.
 
     Args:
         name: what the user calls the model.
@@ -233,7 +233,7 @@ def warn_of_rules(name: str, found: GenerationConfig) -> None:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every id at which a completion ends: the generation config's and the tokenizer's, sorted, maybe none."""
+    """Every token id at which a completion ends, by generation config and tokenizer, sorted; there may be none."""
     text = model.config.get_text_config(decoder=True)
     own = getattr(model.config, "eos_token_id", getattr(text, "eos_token_id", None))  # a composite config names none
     ids: set[int] = set()
@@ -244,13 +244,13 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """An id to fill gaps with. All of them are masked, so that any token serves where none is declared."""
+    """A token id to pad with. Padding is masked, so that any token serves where none is declared."""
     declared = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return int(declared or 0)
 
 
 def open_encoder(config: Config) -> PromptEncoder:
-    """What makes token ids of prompts, wherever the engines are; loads no weights.
+    """The encoder that makes token ids of prompts, wherever the engines are. Loads no weights.
 
     Raises:
         EstuneError: for a model whose configuration or tokenizer cannot be had.
@@ -260,7 +260,7 @@ def open_encoder(config: Config) -> PromptEncoder:
     path = locate(config.model)
     most = config.vllm_max_model_length if config.engine == "vllm" else None
     trust = config.trust_remote_code
-    # First: transformers' tokenizers look at it too, and at no size of it.
+    # First, as it checks sizes: transformers' tokenizers read the configuration too, without a check.
     settings = load_config(path, trust_remote_code=trust)
     warn_of_rules(config.model, generation_config(path, settings))
     tokenizer = load_tokenizer(path, trust_remote_code=trust)

@@ -84,12 +84,12 @@ def group_limits(root: Path = Path("/")) -> list[int]:
 def cached_elements(config: Any, parallel: int = 1) -> int:
     """Elements of keys and values that a token leaves in all layers together.
 
-    Layers that keep a state of one size, whatever the length, are counted as if they attended: it is no more than that
-    but for the shortest texts. A config that names no heads is counted with as many as its hidden size has room for.
+    Layers that keep a state of one size, whatever the length, are counted as if they attended, which is more except for
+    the shortest texts. A config that names no heads is counted with as many as its hidden size has room for.
 
     Args:
         config: a causal language model's.
-        parallel: devices that the heads are split over; counted is what one of them holds.
+        parallel: devices that the heads are split over; the elements on one of them are returned.
     """
     text = config.get_text_config(decoder=True)
     if getattr(text, "is_heterogeneous", False):  # it refuses to tell what differs from layer to layer
@@ -122,10 +122,10 @@ def _layer_elements(layer: Any, parallel: int) -> int:
 
 
 def known_cache(needed: int, weights: int, allotted: int) -> int | None:
-    """Bytes for keys and values on a GPU where all that can be needed fits there, with room to spare for all else.
+    """Bytes for keys and values on a GPU, if all that can be needed fits there with room to spare.
 
-    vLLM measures the room by what memory has gone from the GPU since it started, and an engine that generates there
-    meanwhile is counted in. What is known needs no measuring.
+    vLLM would measure the room by the memory that has gone from the GPU since it started, and count in what another
+    engine takes there meanwhile. A size that is known needs no measuring.
 
     Args:
         needed: bytes of the keys and values of as many full sequences as there can be.
@@ -153,13 +153,13 @@ def fitting_rows(memory: int, *, cache: int, vocabulary: int, most: int) -> int:
 def fitting_engines(memory: int, *, live: int, base: int, rows: int, row: int, share: int) -> int:
     """Engines that one device holds, from 1 to `MOST_ENGINES`, each with its base, and all rows of a step in one batch.
 
-    By the memory that the device has, and not by what is free, which would make the same run another on another day.
+    They are counted by the memory that the device has, not by what is free: the same run must be the same on any day.
 
     Args:
         memory: bytes of the device.
         live, base: bytes of one engine's weights, and of the base that it keeps there.
         rows: prompts of a step.
-        row: bytes of one of them: its cache and its logits.
+        row: bytes of one prompt: its cache and its logits.
         share: a batch may take one part in `share` of what live weights leave, a base one in two.
     """
     for count in range(MOST_ENGINES, 1, -1):
@@ -171,7 +171,7 @@ def fitting_engines(memory: int, *, live: int, base: int, rows: int, row: int, s
 
 @contextmanager
 def memory_for(name: str, remedy: str) -> Iterator[None]:
-    """Where memory runs out within this, say what it was for, and what to do.
+    """If memory runs out within this context, raise an error that says what it was for, and what to do.
 
     Raises:
         EstuneError: in place of what PyTorch, NumPy or Python raise for a lack of memory.

@@ -1,7 +1,7 @@
 """How far an engine has come with what it generates: counted as it decodes, and read by whoever shows it.
 
-A process has one engine at work, so the counts are the process's. One that works for another process counts in a file
-that both have mapped: looking costs neither of them a word, and takes nothing that could hang.
+A process has one engine at work, so the counts are the process's. An engine that works for another process counts in a
+file that both have mapped: to look sends no message, and waits for nothing that could hang.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Progress(NamedTuple):
     """What engines have done, and the time it took them, all engines together.
 
     Attributes:
-        read: tokens of prompts.
-        reading: nanoseconds of it.
-        settled: places of tokens of completions, of `max_new_tokens` each, about which nothing is open any more: a
-            token stands there, or the completion ended before.
-        tokens: that were generated.
-        writing: nanoseconds of it.
+        read: tokens of prompts that were read.
+        reading: nanoseconds that this took.
+        settled: of the `max_new_tokens` places of each completion, those that are settled: a token stands there, or
+            the completion ended before.
+        tokens: tokens that were generated.
+        writing: nanoseconds that this took.
     """
 
     read: int = 0
@@ -50,7 +50,7 @@ class Counts:
         self._counts = np.zeros(len(Progress()), np.int64)
 
     def map(self, file: Path) -> None:
-        """Count in a file from here on, where another process counts or looks too; it is made if it is not there."""
+        """Count from here on in a file that another process looks at too; it is made if it is not there."""
         with file.open("a+b") as opened:
             opened.truncate(self._counts.nbytes)
             self._counts = np.frombuffer(mmap.mmap(opened.fileno(), self._counts.nbytes), np.int64)
@@ -65,7 +65,7 @@ class Counts:
 
 
 OWN = Counts()
-"""Of this process's engine."""
+"""The counts of this process's engine."""
 
 
 class Meter:
@@ -75,11 +75,11 @@ class Meter:
         self._last = time.perf_counter_ns()
 
     def read(self, tokens: int) -> None:
-        """So many tokens of prompts have been read."""
+        """Count `tokens` tokens of prompts as read."""
         OWN.add(Progress(read=tokens, reading=self._lap()))
 
     def wrote(self, tokens: int, spared: int = 0) -> None:
-        """So many tokens have been generated; so many others will not be, as their completions have ended."""
+        """Count tokens as generated, and `spared` others that will not be, as their completions have ended."""
         OWN.add(Progress(settled=tokens + spared, tokens=tokens, writing=self._lap()))
 
     def _lap(self) -> int:

@@ -104,7 +104,12 @@ class PromptEncoder:
             ) from error
 
     def check(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Refuse, as `generate` would, what cannot be generated; for those who want to know before they begin."""
+        """Refuse what `generate` would refuse, before anything is begun.
+
+        Raises:
+            EstuneError: a prompt is empty, has an unknown token or leaves too few positions, or `sampling` is out of
+                range.
+        """
         if sampling.max_new_tokens < 1:
             raise EstuneError(f"max_new_tokens: {sampling.max_new_tokens} leaves nothing to generate; give at least 1")
         if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def short_reach(config: Any) -> int | None:
-    """Tokens up to which a text is short; None for a model that turns texts of all lengths alike.
+    """The length in tokens up to which a text is short; None for a model that turns texts of all lengths alike.
 
     LongRoPE (arXiv 2402.13753) has one set of angles for texts up to the length that the model was first trained with,
     and another beyond. transformers takes the longest row of a forward as the measure of all its rows, so that rows of

@@ -12,7 +12,7 @@ import torch
 from estune.engines.decode import unsupported
 from estune.engines.rotation import short_reach
 
-LARGEST_EXPONENT = 700.0  # of e, in a float
+LARGEST_EXPONENT = 700.0  # beyond it, e^x is no float
 
 
 @torch.inference_mode()
@@ -24,11 +24,14 @@ def log_probabilities(
     Args:
         model: a transformers causal language model.
         prompts, completions: token ids, one or more each.
-        logits: the most logits to hold at once.
+        logits: how many logits to hold at once at most.
+
+    Returns:
+        A list for each completion, with a value for each of its tokens.
     """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     short = short_reach(model.config)
-    alike = unsupported(model) is not None  # what `Decoder` cannot serve may look beyond a row's end, if by blocks
+    alike = unsupported(model) is not None  # such models may compute by blocks and look beyond a row's end
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     found: list[list[float]] = [[] for _ in rows]
@@ -59,7 +62,7 @@ def divergence(now: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) 
     """Divergence of a model from its base in nats, over tokens that the model wrote.
 
     The mean of r - 1 - log r over all tokens, with r the base's probability over the model's (Schulman's k3, as in
-    TRL): above 0 token by token and, over tokens that the model draws, right on average.
+    TRL): each is above 0 and, over tokens that the model draws, their mean is unbiased.
 
     Args:
         now, base: log-probabilities (nats) of the tokens of each completion under the model and its base.
@@ -82,8 +85,8 @@ def divergence(now: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) 
 def _forward(model: Any, rows: Sequence[Sequence[int]], first: int) -> torch.Tensor:
     """Log-probabilities of the tokens from position `first`, 1 or more, on: `[rows, longest - first]`.
 
-    Rows are filled up on the right, where causal attention does not look: no mask has to leave anything out. It is with
-    tokens of their own, since some models warn of those that stand for padding.
+    Rows are padded on the right, where causal attention does not look, so that no mask is needed. They are padded with
+    tokens of their own, since some models warn of padding tokens.
     """
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=model.device)

@@ -29,9 +29,9 @@ from estune.weights.device import pick_device
 MAX_ROWS = {"cpu": 256}
 """Rows per batch that still gain from one another: beyond, a CPU's caches lose more than larger products win."""
 MAX_ROWS_ELSEWHERE = 1024
-SCORE_COPIES = 4  # of a batch's logits in float32, while completions are scored
+SCORE_COPIES = 4  # copies of a batch's logits in float32 that there are while completions are scored
 MEMORY_SHARE = 4
-"""A batch takes at most this part, one in so many, of the memory that a device has beyond the model's weights."""
+"""A batch takes at most a fourth of the memory that a device has beyond the model's weights."""
 
 AnyDecoder = Decoder | FusedDecoder | GenerateDecoder
 
@@ -105,7 +105,7 @@ class TransformersEngine(PromptEncoder):
         return str(self.model.dtype).removeprefix("torch.")
 
     def close(self) -> None:
-        """Nothing to release: the model goes with the last reference."""
+        """Does nothing: the model goes with the last reference."""
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in the order of the prompts.
@@ -138,13 +138,13 @@ class TransformersEngine(PromptEncoder):
         return self._rows
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling, told: Callable[[str], None]) -> Completion:
-        """Complete one prompt, and tell of it meanwhile: with the fused decoder, else by transformers' `generate`.
+        """Complete one prompt, and pass its text on as it grows: by the fused decoder or transformers' `generate`.
 
         Args:
             prompt_ids: its token ids.
             sampling: how tokens are drawn.
-            told: called with the text so far, after each token where this ends with a whole character, and at the
-                end. What it raises ends the completion.
+            told: called with the text so far, after each token with which a whole character ends, and at the end.
+                What it raises ends the completion.
 
         Returns:
             The completion that `generate` gives, but for what rounding does to near-ties.
@@ -210,7 +210,8 @@ class TransformersEngine(PromptEncoder):
     def fitting_rows(self, slots: int) -> int:
         """Rows of `slots` tokens that fit in a batch's memory, within what is fast on this device.
 
-        Never by the memory free now: another batch size can round differently, and a run could not be repeated.
+        The memory that is free now does not count: another batch size can round differently, and a run could not be
+        repeated.
         """
         config = self.model.config.get_text_config(decoder=True)
         cache = cached_elements(config) * slots * self.model.dtype.itemsize

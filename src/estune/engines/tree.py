@@ -13,7 +13,7 @@ Array = npt.NDArray[Any]
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all prompts share, short of any prompt's last."""
+    """How many first tokens all prompts share, the last token of each left out."""
     # What the first and the last prompt in lexical order share, all between them share too.
     low = min(map(list, prompts))
     high = max(map(list, prompts))
@@ -23,7 +23,7 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 @dataclass(frozen=True)
 class Places:
-    """For tokens, by their numbers in a forward: a cache row, and a position in it. int64 `[tokens]` each."""
+    """Where tokens, by their numbers in a forward, stand: a cache row, and a position in it. int64 `[tokens]` each."""
 
     tokens: Array
     rows: Array
@@ -44,11 +44,12 @@ class Places:
 class PromptTree:
     """Prompts as a tree with a node for each different beginning; every node stands after its parent.
 
-    ids: `[nodes]` a node's token.
-    nodes: each node, in the row of one prompt that begins so.
-    cached: each token of each prompt, by rising node.
-    last: `[prompts]` the node of each prompt's last token.
-    leaves: the nodes in `last`, once each, rising.
+    Attributes:
+        ids: `[nodes]`, each node's token.
+        nodes: each node's place, in the row of one prompt that begins so.
+        cached: the place of each token of each prompt, by rising node.
+        last: `[prompts]`, the node of each prompt's last token.
+        leaves: the nodes in `last`, once each, rising.
     """
 
     ids: Array

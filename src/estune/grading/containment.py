@@ -1,8 +1,8 @@
 """What a reward function does to the process that calls it, undone.
 
-Rewards are trusted: this is for what one does without meaning it, or what a library does that it calls. Not held: what
-it does to memory, to open files other than the standard ones, to the environment, or in threads of its own; and
-nothing of what an `async` function does, which shares the process with others at the same time.
+Rewards are trusted: this is for what a reward does without meaning it, or what a library that it calls does. Not undone
+is what it does to memory, to open files other than the standard ones, to the environment, or in threads of its own; nor
+anything that an `async` function does, which shares the process with others at the same time.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _LIMITS = {
 
 
 class Around:
-    """What a call left behind: `notes`, one a line, of what it printed and of what had to be undone.
+    """What a call left behind: `notes`, a line each, on what it printed and on what had to be undone.
 
-    `stopped` tells that a signal stopped it, such as Ctrl-C's: what it raises then is not its own.
+    `stopped` tells that a signal such as Ctrl-C's stopped it: what it raises then is not its own error.
     """
 
     def __init__(self) -> None:
@@ -45,18 +45,18 @@ class Around:
 
     @property
     def notes(self) -> list[str]:
-        """A line each, without what would move a cursor."""
+        """The notes, a line each, without what would move a cursor."""
         printed = self._bytes.getvalue().decode(errors="replace")
         return [printable(line) for line in (*printed.splitlines(), *self.undone) if line.strip()]
 
 
 @contextmanager
 def contained(state: State | None = None) -> Iterator[Around]:
-    """Within this, printing is kept; after it, the process is as it was. A child that was forked within ends here.
+    """Within this, what is printed is kept; after it, the process is as it was. A child forked within ends here.
 
     Args:
-        state: how it should be, in a process that only grades: nobody else changes it, and no signal means anything
-            but the end; as it is now if None.
+        state: what the process should be like, if it only grades: nobody else changes it, and any signal means the end.
+            If None, it should be as it is now.
     """
     around = Around()
     before = state or State()
@@ -76,7 +76,7 @@ def contained(state: State | None = None) -> Iterator[Around]:
 
 @contextmanager
 def _listening(around: Around) -> Iterator[None]:
-    """Within this, handlers of signals say when they raise."""
+    """Within this, it is noted if a handler of a signal raises."""
     if threading.current_thread() is not threading.main_thread():
         yield  # where no handler is called
         return
@@ -104,7 +104,7 @@ def _listening(around: Around) -> Iterator[None]:
 
 
 class _Bytes(io.BytesIO):
-    """What is printed, as far as it is kept. It cannot be closed, and is known to others by the real descriptor."""
+    """The part of what is printed that is kept. It cannot be closed, and its `fileno` is the real descriptor."""
 
     def write(self, data: Any) -> int:
         super().write(bytes(data)[: max(0, _PRINTED - self.tell())])
@@ -118,7 +118,7 @@ class _Bytes(io.BytesIO):
 
 
 class State:
-    """Of a process: what a reward function may change, and must find unchanged at its next call."""
+    """The state of a process that a reward function may change, and must find unchanged at its next call."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -132,7 +132,7 @@ class State:
         self._limits = {name: resource.getrlimit(which) for name, which in _LIMITS.items()}
 
     def restore(self) -> list[str]:
-        """Put everything back; what had to be, in words."""
+        """Put everything back; return what had to be put back, in words."""
         undone = []
         if self._folder is not None and _folder() != self._folder:
             os.chdir(self._folder)
@@ -147,7 +147,7 @@ class State:
         return undone + self._restore_limits()
 
     def close(self) -> None:
-        """Let go of the copies of the standard descriptors."""
+        """Close the copies of the standard descriptors."""
         for copy in self._standard.values():
             if copy is not None:
                 os.close(copy)
@@ -192,7 +192,7 @@ class State:
 
 
 class _Standard:
-    """Python's stream of a standard descriptor, which others, such as loggers, have in hand: it must stay usable."""
+    """Python's stream of a standard descriptor, which must stay usable for others that hold it, such as loggers."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream = stream
@@ -203,7 +203,7 @@ class _Standard:
         }
 
     def reopen(self) -> bool:
-        """Whether it was closed or detached, and had to be opened again: the same object."""
+        """Open the same object again if it was closed or detached; return whether it was."""
         with suppress(ValueError):
             if not self._stream.closed:
                 return False
@@ -212,7 +212,7 @@ class _Standard:
 
 
 def _number(stream: Any) -> int | None:
-    """The descriptor of one of Python's own streams, open."""
+    """The descriptor of one of Python's own streams, if it is open."""
     if type(stream) is not io.TextIOWrapper or stream.closed:
         return None
     try:

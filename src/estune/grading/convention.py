@@ -1,9 +1,9 @@
-"""What a reward function is given and what it gives, in TRL's calling convention (TRL 1.16, `GRPOTrainer`).
+"""What a reward function is called with and returns: TRL's calling convention (TRL 1.16, `GRPOTrainer`).
 
 A reward function is called once per batch, by keyword: `prompts`, `completions`, `completion_ids`, every further column
 of the data set as a list, `trainer_state`, `log_extra` and `log_metric`. It returns one float per completion, None or
-NaN where it does not apply, or an exception where this one could not be graded. It may be `async`. What it is given is
-its own: it may change it.
+NaN where it does not apply, or an exception where this one could not be graded. It may be `async`. It may change its
+arguments, which are copies.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FAILURES = ("errors", "timeouts", "crashes", "too_long")
 """Ways in which grading a completion can fail, as they are counted in metrics."""
 
 LARGEST = 1e100
-"""Scores and logged values beyond this count as infinite: of larger ones, sums and squares may be."""
+"""Scores and logged values beyond this count as infinite, as their sums and squares might be."""
 
 _OURS = os.path.join(str(Path(__file__).parents[1]), "")
 _INSTALLED = tuple(
@@ -85,7 +85,7 @@ class Grades:
         scores: each function's own scores.
         failures: for each function, how many completions failed in which of the ways in `FAILURES`.
         extras: columns that functions logged with `log_extra`, one value per completion.
-        logged: values that functions logged with `log_metric`.
+        logged: values that functions logged with `log_metric`, by name.
         counts: for each function, the sums of what it logged with `log_metric(..., total=True)`.
     """
 
@@ -98,14 +98,14 @@ class Grades:
 
     @property
     def mean(self) -> float | None:
-        """Mean total over the completions that any function applied to; None if a score is not finite, or for none."""
+        """Mean total over completions to which any function applies; None without any, or if a score is not finite."""
         values = [t for t in self.total if t is not None]
         if not values or not all(map(math.isfinite, values)):
             return None
         return math.fsum(values) / len(values)
 
     def means(self) -> dict[str, float]:
-        """Each function's mean over its finite scores; a function without any is left out."""
+        """Each function's mean over its finite scores. A function without any is left out."""
         return _means(self.scores)
 
     def logged_means(self) -> dict[str, float]:
@@ -134,7 +134,7 @@ class Log:
         self.extras[column] = list(values)
 
     def metric(self, name: str, value: float, *, total: bool = False) -> None:
-        """Add a value to the step's metric of this name, their mean; or to `rewards/FUNCTION/name`, their sum."""
+        """Add a value to the step's metric of this name, a mean; with `total`, to the sum `rewards/FUNCTION/name`."""
         if total:
             self.count(name, value)
             return
@@ -195,7 +195,7 @@ class Population:
 
 
 def copied(value: Any, uncopied: list[Any] | None = None) -> Any:
-    """A copy of what a column holds, to any depth; what cannot be copied is itself, and is added to `uncopied`."""
+    """A deep copy of what a column holds. What cannot be copied stays the same object, and is added to `uncopied`."""
     kind = type(value)
     if kind in _ATOMS:
         return value
@@ -214,20 +214,20 @@ def copied(value: Any, uncopied: list[Any] | None = None) -> Any:
 
 
 def arguments(columns: Mapping[str, Any], state: TrainerState, log: Log) -> dict[str, Any]:
-    """All that a reward function is called with: copies, so that no call sees what another changed."""
+    """The arguments of a reward function: copies, so that no call sees what another has changed."""
     return {**copied(columns), "trainer_state": replace(state), "log_extra": log.extra, "log_metric": log.metric}
 
 
 def as_scores(returned: Any, size: int, level: Level = "completion") -> list[float | Exception | None]:
-    """What a reward function returned, as floats, those beyond `LARGEST` infinite, and exceptions as they are.
+    """What a reward function returned as floats, infinite beyond `LARGEST`; exceptions stay as they are.
 
     Args:
-        returned: one for each completion, one in all from a corpus-level function, or one for each member.
+        returned: a value for each completion, one in all from a corpus-level function, or one for each member.
         size: the number of completions, or of members.
         level: the function's.
 
     Raises:
-        EstuneError: something else, or not as many numbers, Nones or exceptions as there should be.
+        EstuneError: it is something else, or not as many numbers, Nones or exceptions as there should be.
     """
     if level == "corpus":
         return [_score(returned, "all completions: it is corpus-level")] * size
@@ -258,7 +258,7 @@ def bounded(value: Any) -> float:
     """A number as a float, infinite beyond `LARGEST`.
 
     Raises:
-        TypeError, ValueError: it is no number.
+        TypeError, ValueError: the value is no number.
     """
     try:
         number = float(value)
@@ -277,9 +277,9 @@ def describe(error: BaseException) -> str:
 
 
 def place(error: BaseException) -> str:
-    """The file and line of the user's that an error comes from, as ` (FILE:LINE)`; nothing where there is none.
+    """The user's file and line that an error comes from, as ` (FILE:LINE)`; empty if there is none.
 
-    The innermost line that is not estune's and, if there is such a one, not an installed package's either.
+    It is the innermost line outside of estune and, if possible, outside of installed packages.
     """
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
@@ -293,14 +293,14 @@ def place(error: BaseException) -> str:
 
 
 def reward_name(function: RewardFunction) -> str:
-    """The name a reward function goes by in metrics, as in TRL: a partial's is that of what it wraps."""
+    """The name of a reward function in metrics, as in TRL. A partial has that of what it wraps."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
 def share(function: Function) -> Function:
-    """Declare that a reward function's scores lie in 0 to 1: as accuracy they are then shown in percent."""
+    """Declare that a reward function's scores lie in 0 to 1, so that as accuracy they are shown in percent."""
     setattr(function, "share", True)  # noqa: B010 - a function has no such attribute to the type checker
     return function
 
@@ -334,13 +334,13 @@ def is_async(function: RewardFunction) -> bool:
 
 
 def weighted(scores: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    """The sum of scores times weights over those that apply; None where none does, NaN where one is not finite."""
+    """The weighted sum of the scores that apply; None if none does, NaN if one is not finite."""
     terms = [bounded(w * s) for w, s in zip(weights, scores, strict=True) if s is not None]
     return math.fsum(terms) if terms and all(map(math.isfinite, terms)) else (math.nan if terms else None)
 
 
 def without_nan(scores: Sequence[float | None]) -> list[float | None]:
-    """Scores with None for NaN: where a function does not apply, as in TRL, whose sum leaves both out."""
+    """Scores with None for NaN: both say that a function does not apply, as in TRL."""
     return [None if score is None or math.isnan(score) else score for score in scores]
 
 

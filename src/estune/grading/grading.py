@@ -5,7 +5,7 @@
 - Functions marked `isolated` go to a pool of processes, a completion at a time.
 - Population-level functions wait for all members of a step.
 
-The second and the third go on while the caller does something else.
+Functions of the second and the third kind run while the caller does something else.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
+from estune.children import cores
 from estune.completion import Completion
 from estune.errors import ACCEPT, EstuneError
 from estune.grading.containment import contained
@@ -41,7 +41,8 @@ from estune.grading.convention import (
     without_nan,
 )
 from estune.grading.isolation import Isolation, isolation_of, refuse_grader
-from estune.grading.level import Level, level_of, refuse_level
+from estune.grading.level import level_of, refuse_level
+from estune.grading.marks import Marks
 from estune.grading.pool import GraderPool
 from estune.grading.process import Call
 from estune.grading.rollout import FromRollout
@@ -54,7 +55,7 @@ OnError = Literal["raise", "exclude"]
 
 MOST_PROCESSES = 8
 MOST_NOTES = 20
-"""Lines shown of what one reward function prints, in a whole run."""
+"""How many lines of what a reward function prints are shown in a whole run."""
 
 
 class Grading:
@@ -65,14 +66,14 @@ class Grading:
         weights: one for each, 1.0 if None.
         processes: graders for isolated functions; one per core, at most 8, if None. They start when first needed.
         deadline: seconds for one completion, for isolated functions that do not say so themselves.
-        errors: what to do where a function raises: end the run, or leave the completion out of the mean.
-        max_errors: calls that may fail in this way before the run ends after all. A call of an isolated function is a
-            completion, any other a batch.
-        state: what functions are told of the run; the caller keeps it up to date.
+        errors: what to do if a function raises: end the run, or leave the completion out of the mean.
+        max_errors: calls that may fail in this way before the run ends after all. An isolated function is called for
+            each completion, any other for each batch.
+        state: what functions are told of the run. The caller keeps it up to date.
 
     Raises:
-        EstuneError: weights that do not match, an isolated function that no other process could import or that is to
-            see more than a completion, or what a function's `prepare()` raises.
+        EstuneError: weights do not match, an isolated function cannot be imported by other processes or is to see more
+            than a completion, or a function's `prepare()` raises it.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Grading:
         memory = [isolation.memory for isolation in self._isolations if isolation]
         if memory:
             picked = {number: f for number, f in enumerate(self.functions) if self._isolations[number]}
-            self.pool = GraderPool(picked, processes or min(_cores(), MOST_PROCESSES), max(memory))
+            self.pool = GraderPool(picked, processes or min(cores(), MOST_PROCESSES), max(memory))
         for function, isolation in zip(self.functions, self._isolations, strict=True):
             if isolation is None:
                 getattr(function, "prepare", lambda: None)()
@@ -116,28 +117,26 @@ class Grading:
         """Grades of the completions of `rows`.
 
         Raises:
-            EstuneError: a function raised, or returned something else than a value for each completion.
+            EstuneError: a function raised, or returned anything but a value for each completion.
         """
         return self.submit(rows, completions).result()
 
     def submit(self, rows: Sequence[Row], completions: Sequence[Completion]) -> Pending:
-        """Begin to grade; plain functions are done when this returns.
-
-        Population-level ones have nothing to say of it: see `results`.
+        """Begin to grade. Plain functions are done when this returns; population-level ones are called by `results`.
 
         Raises:
             EstuneError: a plain function failed.
         """
         batch = Batch(rows, completions, self.state)
-        collect: dict[int, Callable[[], _Marks]] = {}
-        # Those that go on elsewhere come first, so that they run while plain functions do.
+        collect: dict[int, Callable[[], Marks]] = {}
+        # Functions that run elsewhere come first, so that they run while plain functions do.
         for number, limits in enumerate(self._isolations):
             if limits:
                 collect[number] = self._isolated(number, limits, batch)
             elif isinstance(self.functions[number], FromRollout):
                 collect[number] = self._from_rollout(number, batch)
             elif self._levels[number] == "population":
-                collect[number] = lambda: _Marks(Log(len(batch)), values=[None] * len(batch))
+                collect[number] = lambda: Marks(Log(len(batch)), values=[None] * len(batch))
             elif is_async(self.functions[number]):
                 collect[number] = self._async(number, batch)
         for number in range(len(self.functions)):
@@ -147,14 +146,15 @@ class Grading:
         return Pending(self, batch, [collect[number] for number in range(len(self.functions))])
 
     def results(self, members: Sequence[Pending]) -> list[Grades]:
-        """Grades of all members of a step, whom population-level functions see together.
+        """Grades of all members of a step, which population-level functions see together.
 
         Args:
-            members: what `submit` gave for each, of the same rows.
+            members: what `submit` returned for each, for the same rows.
 
         Raises:
-            EstuneError: as `Pending.result`; and a population-level function that fails as a whole ends the run in any
-                case, since no member would have a reward.
+            EstuneError: as `Pending.result`. A population-level function that fails as a whole ends the run in any
+            case,
+                since no member would have a reward.
         """
         marked = [pending.marks() for pending in members]
         for number, level in enumerate(self._levels):
@@ -181,10 +181,10 @@ class Grading:
         self.close()
 
     def exclude(self, function: RewardFunction, batch: Batch, row: int | None, why: str) -> None:
-        """Note that a call of a function failed, on a row (None: on a batch as a whole).
+        """Note that a call of a function failed, on a row or, if that is None, on a batch as a whole.
 
         Raises:
-            EstuneError: where that ends the run.
+            EstuneError: this ends the run.
         """
         where = "" if row is None else f" on row {row}, {batch.show(row)}"
         if self.errors == "raise":
@@ -200,7 +200,7 @@ class Grading:
         log.warning("reward %s %s%s: left out", reward_name(function), why, where)
 
     def note_nothing(self, total: Sequence[float | None], left_out: Collection[int], batch: Batch) -> None:
-        """Say once in a run that no function applies to any completion of a batch, which is hardly ever meant."""
+        """Warn once in a run if no function applies to any completion of a batch, which is hardly ever meant."""
         if not self._told_nothing and not left_out and all(value is None for value in total):
             self._told_nothing = True
             log.warning(
@@ -208,8 +208,8 @@ class Grading:
                 *(len(total), batch.show(0)),
             )
 
-    def _population(self, number: int, members: Sequence[Batch]) -> list[_Marks]:
-        """What a population-level function gives the completions of each member."""
+    def _population(self, number: int, members: Sequence[Batch]) -> list[Marks]:
+        """The marks of a population-level function for the completions of each member."""
         function = self.functions[number]
         seen = Population(members)
         found = self._async(number, seen)() if is_async(function) else self._plain(number, seen)
@@ -220,9 +220,9 @@ class Grading:
             )
         return [found.of_member(i, len(batch)) for i, batch in enumerate(members)]
 
-    def _plain(self, number: int, batch: Batch | Population) -> _Marks:
+    def _plain(self, number: int, batch: Batch | Population) -> Marks:
         function = self.functions[number]
-        marks = _Marks(Log(len(batch)))
+        marks = Marks(Log(len(batch)))
         failure: str | None = None
         with contained() as around:
             try:
@@ -238,7 +238,7 @@ class Grading:
         return marks
 
     def note(self, function: RewardFunction, notes: Sequence[str]) -> None:
-        """Pass on what a function printed, and what it did that was undone, as far as anyone wants to read it."""
+        """Log what a function printed, and what it did that was undone, up to the first lines."""
         name = reward_name(function)
         for note in notes:
             self._notes[name] = self._notes.get(name, 0) + 1
@@ -248,7 +248,7 @@ class Grading:
                 log.warning("reward %s prints more than %d lines: the rest is not shown", name, MOST_NOTES)
 
     def _culprit(self, number: int, batch: Batch | Population) -> int | None:
-        """The first row that a function fails on when called with it alone, to be named where the run is to end."""
+        """The first row on which a function fails if called with it alone, to be named when the run ends."""
         function = self.functions[number]
         if self.errors == "exclude" or self._levels[number] == "corpus" or isinstance(batch, Population):
             return None  # who compares the completions of a batch must not be called with less
@@ -262,9 +262,9 @@ class Grading:
                     return row
         return None
 
-    def _async(self, number: int, batch: Batch | Population) -> Callable[[], _Marks]:
+    def _async(self, number: int, batch: Batch | Population) -> Callable[[], Marks]:
         function = self.functions[number]
-        marks = _Marks(Log(len(batch)))
+        marks = Marks(Log(len(batch)))
 
         async def run() -> list[float | Exception | None]:
             process = os.getpid()
@@ -284,7 +284,7 @@ class Grading:
             threading.Thread(target=_run_loop, args=(self._loop,), name="estune-rewards", daemon=True).start()
         future = asyncio.run_coroutine_threadsafe(run(), self._loop)
 
-        def collect() -> _Marks:
+        def collect() -> Marks:
             try:
                 marks.take(future.result(), self._levels[number])
             except Exception as error:
@@ -293,19 +293,19 @@ class Grading:
 
         return collect
 
-    def _from_rollout(self, number: int, batch: Batch) -> Callable[[], _Marks]:
+    def _from_rollout(self, number: int, batch: Batch) -> Callable[[], Marks]:
         function = self.functions[number]
         assert isinstance(function, FromRollout)
 
-        def collect() -> _Marks:
-            marks = _Marks(Log(len(batch)))
+        def collect() -> Marks:
+            marks = Marks(Log(len(batch)))
             for row, played in enumerate(batch.played):
                 marks.add(row, function.verdict(played), Isolation(), len(batch))
             return marks
 
         return collect
 
-    def _isolated(self, number: int, isolation: Isolation, batch: Batch) -> Callable[[], _Marks]:
+    def _isolated(self, number: int, isolation: Isolation, batch: Batch) -> Callable[[], Marks]:
         assert self.pool is not None
         deadline = isolation.deadline or self._deadline
         # A function of one task of a mix says so of other tasks' rows before they are sent anywhere.
@@ -320,8 +320,8 @@ class Grading:
             else:
                 verdicts.append(self.pool.submit(Call(number, columns, self.state), deadline))
 
-        def collect() -> _Marks:
-            marks = _Marks(Log(len(batch)), dict.fromkeys(("timeouts", "crashes", "too_long"), 0))
+        def collect() -> Marks:
+            marks = Marks(Log(len(batch)), dict.fromkeys(("timeouts", "crashes", "too_long"), 0))
             for row, pending in enumerate(verdicts):
                 verdict = pending if isinstance(pending, Verdict) else pending.result()
                 marks.add(row, verdict, isolation, len(batch))
@@ -332,64 +332,10 @@ class Grading:
         return collect
 
 
-@dataclass
-class _Marks:
-    """What one function gave a batch: values, and the rows where it failed (None: as a whole) and how."""
-
-    log: Log
-    failures: dict[str, int] = field(default_factory=dict)
-    values: list[float | None] = field(default_factory=list)
-    errors: dict[int | None, str] = field(default_factory=dict)
-
-    def take(self, scores: Sequence[float | Exception | None], level: Level) -> None:
-        """Take what the function returned for the whole batch."""
-        if level == "corpus" and isinstance(scores[0], Exception):
-            raise scores[0]
-        self.values = [None if isinstance(score, Exception) else score for score in scores]
-        self.errors = {row: describe(score) for row, score in enumerate(scores) if isinstance(score, Exception)}
-        if self.errors:
-            self.failures["errors"] = len(self.errors)
-
-    def fail(self, row: int | None, why: str, size: int) -> None:
-        """Note that the function failed on the whole batch, because of one row or of none in particular."""
-        self.values = [None] * size
-        self.errors = {row: why}
-        self.failures["errors"] = size
-
-    def of_member(self, member: int, size: int) -> _Marks:
-        """Of what a population-level function gave, what is a member's: the same for each of its completions."""
-        found = _Marks(Log(size), values=[self.values[member]] * size)
-        if member in self.errors:
-            found.fail(None, self.errors[member], size)
-        found.log.extras = {column: [values[member]] * size for column, values in self.log.extras.items()}
-        if member == 0:  # what was logged once is to count once
-            found.log.metrics = self.log.metrics
-            found.log.counts = self.log.counts
-        return found
-
-    def add(self, row: int, verdict: Verdict, isolation: Isolation, size: int) -> None:
-        """Take the next row's verdict."""
-        kind = verdict.kind
-        if verdict.score is not None and not math.isfinite(verdict.score):
-            kind = "crashes"  # one completion's doing: it must not cost its member the step
-        if kind == "errors":
-            self.errors[row] = verdict.text
-        if kind != "score":
-            self.failures[kind] = self.failures.get(kind, 0) + 1
-        failed = kind in ("timeouts", "crashes", "too_long")
-        self.values.append(isolation.failure_score if failed else verdict.score)
-        for column, values in verdict.extras.items():
-            self.log.extras.setdefault(column, [None] * size)[row] = values[0]
-        for name, logged in verdict.metrics.items():
-            self.log.metrics.setdefault(name, []).extend(logged)
-        for name, number in verdict.counts.items():
-            self.log.count(name, number)
-
-
 class Pending:
-    """Grades of a batch on their way."""
+    """Grades of a batch that are under way."""
 
-    def __init__(self, grading: Grading, batch: Batch, collect: Sequence[Callable[[], _Marks]]) -> None:
+    def __init__(self, grading: Grading, batch: Batch, collect: Sequence[Callable[[], Marks]]) -> None:
         self._grading = grading
         self.batch = batch
         self._collect = collect
@@ -402,12 +348,15 @@ class Pending:
         """
         return self.grades(self.marks())
 
-    def marks(self) -> list[_Marks]:
+    def marks(self) -> list[Marks]:
         """Wait for what each function gives."""
         return [collect() for collect in self._collect]
 
-    def grades(self, given: Sequence[_Marks]) -> Grades:
-        """What the functions gave, weighted and added up.
+    def grades(self, given: Sequence[Marks]) -> Grades:
+        """Weight and add up what the functions gave.
+
+        Args:
+            given: the marks of each function.
 
         Raises:
             EstuneError: a function failed, and that ends the run.
@@ -416,7 +365,7 @@ class Pending:
         weights = self._grading.weights
         size = len(self.batch)
         left_out: set[int] = set()
-        marked: dict[str, _Marks] = {}
+        marked: dict[str, Marks] = {}
         extras: dict[str, list[Any]] = {}
         logged: dict[str, list[float]] = {}
         for function, marks in zip(functions, given, strict=True):
@@ -455,7 +404,7 @@ def grade(
     rows: Sequence[Row],
     completions: Sequence[Completion],
 ) -> Grades:
-    """Grades of one batch; who has many keeps a `Grading`.
+    """Grades of one batch. For several batches, keep a `Grading`.
 
     Raises:
         EstuneError: as `Grading`.
@@ -472,7 +421,3 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
             task.cancel()
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

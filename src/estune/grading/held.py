@@ -1,7 +1,7 @@
-"""The memory that a process and its children hold, as Linux's /proc tells of it.
+"""The memory that a process and its children hold, from Linux's /proc.
 
-What is counted is memory of their own and memory that they share with each other: what no limit on a single process
-sees. Pages of files are not.
+Memory of their own is counted, and memory that they share with each other, which no limit on a single process sees.
+Pages of files are not counted.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 
 def held_at_most(pid: int) -> int:
-    """Bytes that a process and its descendants hold, what several of them share once for each; quickly told."""
+    """Bytes that a process and its descendants hold at most: what they share counts for each. Fast."""
     names = ("RssAnon:", "RssShmem:", "VmSwap:")
     return sum(_sum(f"/proc/{member}/status", names) for member in _family(pid))
 
 
 def held(pid: int) -> int:
-    """Bytes that a process and its descendants hold together; takes longer. 0 where the system does not tell."""
+    """Bytes that a process and its descendants hold together. Slower; 0 if the system does not tell."""
     names = ("Pss_Anon:", "Pss_Shmem:", "SwapPss:")
     return sum(_sum(f"/proc/{member}/smaps_rollup", names) for member in _family(pid))
 
@@ -44,7 +44,7 @@ def _sum(path: str, names: tuple[str, ...]) -> int:
 
 
 def _text(path: str) -> str:
-    """A file of /proc; nothing where what it tells of has ended."""
+    """The text of a file of /proc; empty if its process has ended."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()

@@ -18,11 +18,11 @@ _MARK = "__estune_isolation__"
 class Isolation:
     """Limits of one call.
 
-    `deadline` in seconds, None for the run's; `memory` in bytes beyond what the grader needs when idle, those of its
-    children (programs in the sandbox among them) included; `max_length` in characters of the completion. A completion
-    that is too long, or whose grading does not end in time or crashes, scores `failure_score`. With `errors_as_crashes`
-    an exception is such a crash where an empty completion in a fresh grader does not raise one too: for functions that
-    read what a model wrote with care, as estune's own do.
+    `deadline` is in seconds, None for the run's. `memory` is in bytes beyond what the grader needs when idle, with
+    those of its children, such as programs in the sandbox. `max_length` is in characters of the completion. A
+    completion that is too long, or whose grading does not end in time or crashes, scores `failure_score`. With
+    `errors_as_crashes` an exception is such a crash, unless an empty completion in a fresh grader raises one too: for
+    functions that read what a model wrote with care, as estune's own do.
     """
 
     deadline: float | None = None
@@ -69,7 +69,7 @@ def isolate(function: Function, isolation: Isolation) -> Function:
 
 
 def isolation_of(function: Any) -> Isolation | None:
-    """The limits a function is marked with; those of what it wraps if it is a `functools.partial`."""
+    """The limits that a function is marked with; a `functools.partial` has those of what it wraps."""
     while isinstance(function, functools.partial) and not hasattr(function, _MARK):
         function = function.func
     found: Isolation | None = getattr(function, _MARK, None)
@@ -89,7 +89,7 @@ def refuse_grader() -> None:
     """Refuse to train in a grader, before anything is written.
 
     Raises:
-        EstuneError: with what to change in the script.
+        EstuneError: this process is a grader; the message says what to change in the script.
     """
     if IN_GRADER:
         raise EstuneError(GUARD)

@@ -141,7 +141,7 @@ class Running:
 
 
 class Over(Exception):
-    """The program has used more than it may; of what, says the text: `timeout` or `memory`."""
+    """The program has used too much of what the text names: `timeout` or `memory`."""
 
 
 def main() -> None:
@@ -367,7 +367,7 @@ def _wait(program: int, job: dict[str, Any], deadline: float) -> int:
 
 
 def _held(proc: int, program: int, family: bool) -> int:
-    """Bytes that a process (and its family) holds, page tables among them: address space does not tell of those."""
+    """Bytes that a process (and its family) holds, with page tables, which no limit on address space counts."""
     total = 0
     for pid in _family(proc, program) if family else (program,):
         # A process chooses its name, of any bytes but line feeds, which the kernel escapes.
@@ -378,7 +378,7 @@ def _held(proc: int, program: int, family: bool) -> int:
 
 
 def _family(proc: int, pid: int) -> Iterator[int]:
-    """A process and its descendants; in namespaces an orphan is the first process's child."""
+    """A process and its descendants. In namespaces, orphans are children of the first process."""
     yield pid
     try:
         tasks = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
@@ -396,7 +396,7 @@ def _family(proc: int, pid: int) -> Iterator[int]:
 
 
 def _content(proc: int, path: str) -> bytes:
-    """A file of /proc; nothing where what it tells of has ended."""
+    """The text of a file of /proc; empty if its process has ended."""
     try:
         with os.fdopen(os.open(path, os.O_RDONLY, dir_fd=proc), "rb") as file:
             return file.read()
@@ -405,7 +405,7 @@ def _content(proc: int, path: str) -> bytes:
 
 
 def _end(program: int, namespaces: bool, running: bool) -> None:
-    """Kill what the program left; in namespaces that is all dead once its first process is."""
+    """Kill what the program left. In namespaces, all of it is dead once the first process is."""
     try:
         if not namespaces:
             os.killpg(program, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""How much of a step a reward function sees at once, and returns a number for: a completion, a corpus, a population."""
+"""How much of a step a reward function grades with one number: a completion, a corpus or a population."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def population_level(function: Function) -> Function:
 
 
 def level_of(function: Any) -> Level:
-    """What a function is marked as; a `functools.partial` as what it wraps, a completion's if it is not."""
+    """The level that a function is marked with, by default a completion's; a partial has that of what it wraps."""
     while isinstance(function, functools.partial) and not hasattr(function, "level"):
         function = function.func
     found: Level = getattr(function, "level", "completion")
@@ -45,10 +45,10 @@ def _marked(function: Function, level: Level) -> Function:
 
 
 def refuse_level(functions: Iterable[Any], where: str, why: str, *levels: Level) -> None:
-    """Refuse functions that are marked as of these levels, where nothing can be made of them.
+    """Refuse functions of these levels where they cannot be used.
 
     Raises:
-        EstuneError: for the first.
+        EstuneError: there is such a function; the message names the first.
     """
     for function in functions:
         level = level_of(function)

@@ -45,12 +45,12 @@ def load_file(path: Path) -> ModuleType:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a module is had from, in this process and in others.
+    """Where this process and others get a module from.
 
     Attributes:
-        name: that it is imported by.
-        file: that it was loaded from by path; None if it was imported.
-        root: the folder that its name begins in, or None; it may be on this process's path alone, as a script's is.
+        name: the name that it is imported by.
+        file: the file that it was loaded from by path; None if it was imported.
+        root: the folder that its name begins in, or None. It may be on this process's path alone, as a script's is.
     """
 
     name: str
@@ -85,5 +85,5 @@ def place_of(module: ModuleType) -> Place:
 
 
 def one_line(error: Exception) -> str:
-    """An exception for a message: its type, what it says, and where in the user's files it comes from."""
+    """An exception in one line: its type, its text, and where in the user's files it comes from."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place(error)}"

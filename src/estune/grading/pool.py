@@ -1,4 +1,4 @@
-"""A pool of grader processes that stays at full strength whatever its graders are given.
+"""A pool of grader processes that stays at full strength, whatever its graders are given to grade.
 
 Each grader has a thread and a connection of its own. Pools whose workers share a queue and locks (`pebble` 5.2)
 stall when one is killed while it holds a lock; and `concurrent.futures` cannot end a call at all.
@@ -42,8 +42,8 @@ class GraderPool:
 
     Args:
         functions: what a `Call` refers to, by number.
-        processes: number of graders, which start when they are first needed; where the user's script has functions,
-            one at once.
+        processes: number of graders, which start when they are first needed; if functions are the user's script's, one
+            starts at once.
         memory: bytes a grader may grow by, with its children, beyond what importing its functions takes.
 
     Raises:
@@ -65,7 +65,7 @@ class GraderPool:
             self._try_script()
 
     def submit(self, call: Call, deadline: float) -> Future[Verdict]:
-        """Have a call made by whichever grader is free first; `deadline` in seconds from when it begins."""
+        """Have a call made by the grader that is free first; `deadline` is in seconds from its beginning."""
         return self._threads.submit(self._run, call, deadline)
 
     def pids(self) -> list[int]:
@@ -85,7 +85,7 @@ class GraderPool:
         self._graders.clear()
 
     def _try_script(self) -> None:
-        """Start a grader before anything else is done: whether it can import the user's script, only that tells."""
+        """Start a grader before anything else is done, to see whether it can import the user's script."""
         try:
             self._threads.submit(lambda: self._start().get_ready()).result()
         except BaseException:
@@ -137,7 +137,7 @@ class GraderPool:
         return grader
 
     def _watch(self) -> None:
-        """Look at each grader again before it could hold more than it may; the less is left to it, the sooner."""
+        """Look at each grader again before it could hold more than it may: the sooner, the less is left to it."""
         seconds = most = self._setup.memory / _FASTEST
         while not self._closed.wait(max(seconds, _MOST_OFTEN)):
             with self._lock:
@@ -146,7 +146,7 @@ class GraderPool:
 
 
 class _Grader:
-    """One process and the connection to it. Belongs to the thread that made it: the kernel ends it with that thread."""
+    """A process and the connection to it. It belongs to the thread that made it, with which the kernel ends it."""
 
     def __init__(self, setup: Setup) -> None:
         self.calls = 0
@@ -185,7 +185,7 @@ class _Grader:
             return Verdict("crashes", text=f"the grader {why}")
 
     def left(self) -> int:
-        """Bytes that it may hold beyond what it does; where that is less than none, it is ended."""
+        """Bytes that it may hold beyond what it does. If it holds too many, it is ended."""
         if self._most is None:
             return self._setup.memory
         left = self._most - held_at_most(self.process.pid)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import os
@@ -29,7 +28,7 @@ from estune.grading.wire import Wire
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a grader needs to be ready: where to import from, its functions as a pickle, and its limit in bytes."""
+    """What a grader needs: where to import from, its functions as a pickle, and its memory limit in bytes."""
 
     preparation: dict[str, Any]
     files: dict[str, str]
@@ -39,14 +38,14 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One completion for the function of this number."""
+    """One completion for a function, which is given by its number."""
 
     function: int
     columns: dict[str, list[Any]]
     state: TrainerState
 
     def with_empty_completion(self) -> Call:
-        """The same call, of a model that said nothing."""
+        """The same call with an empty completion."""
         (said,) = self.columns["completions"]
         empty = "" if isinstance(said, str) else [{**message, "content": ""} for message in said]
         return replace(self, columns=self.columns | {"completions": [empty], "completion_ids": [[]]})
@@ -82,7 +81,7 @@ def _encoded(verdict: Verdict, number: int) -> bytes:
 
 
 def _prepare(setup: Setup) -> dict[int, Any]:
-    """Import what the functions need, and limit this process to so much more memory than that.
+    """Import what the functions need, and limit this process to `setup.memory` bytes beyond that.
 
     `pool.py` watches what this limit does not count: shared memory, and what all processes hold together.
     """
@@ -115,6 +114,8 @@ def _grade(function: Any, call: Call, state: State) -> Verdict:
         try:
             returned = function(**arguments(call.columns, call.state, log))
             if is_async(function):
+                import asyncio  # a fifth of the imports of a grader, most of which have no such function
+
                 returned = asyncio.run(_awaited(returned))
             (score,) = as_scores(returned, 1)
             if isinstance(score, Exception):

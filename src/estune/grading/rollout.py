@@ -1,4 +1,4 @@
-"""Rollouts: what a row is played by, where a completion alone is not the end of it, and what comes of it.
+"""Rollouts, by which a row is played if one completion does not end it, and what comes of them.
 
 A rollout is a program that talks to the model and ends with a number. There are three kinds:
 
@@ -10,7 +10,7 @@ A rollout is a program that talks to the model and ends with a number. There are
 
 Environments of the library verifiers, which its own code plays, are a fourth.
 
-The reward is a number, or a mapping with `reward`, and `metrics` and `transcript` where there are any.
+The reward is a number, or a mapping with `reward` and, optionally, `metrics` and `transcript`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from estune.grading.verdict import Verdict
 
 Kind = Literal["environment", "function", "program", "verifiers"]
 REWARD = "rollout"
-"""What the reward of rollouts is called in metrics."""
+"""The name of rollouts' rewards in metrics."""
 
 
 class Environment(Protocol):
-    """A game for one rollout: made anew for each, and used by one thread."""
+    """A game for one rollout. Each rollout has its own, used by one thread."""
 
     def reset(self, row: Row) -> Prompt:
         """What the model is shown first: messages, or text.
 
         Args:
-            row: of the data, with all its columns.
+            row: a row of the data, with all its columns.
         """
         ...
 
@@ -54,8 +54,8 @@ class Environment(Protocol):
             completion: the model's answer, as text.
 
         Returns:
-            Messages that follow the answer, or text, which is a user's message in a conversation and otherwise goes on
-            right after the answer; or, at the end, the reward: a number, or a mapping with `reward`.
+            Messages that follow the answer; or text, which is a user's message in a conversation and otherwise
+            continues right after the answer; or, at the end, the reward: a number, or a mapping with `reward`.
         """
         ...
 
@@ -76,10 +76,10 @@ class Rollout:
     chat: bool = True
 
     def refuse_unreachable(self) -> None:
-        """Refuse what no other process can import, where rollouts are played in several.
+        """Refuse a target that other processes cannot import, if rollouts are played in several.
 
         Raises:
-            EstuneError: with what to change.
+            EstuneError: it cannot be imported; the message says what to change.
         """
         target = self.target
         while isinstance(target, functools.partial):
@@ -93,7 +93,7 @@ class Rollout:
             )
 
     def __reduce__(self) -> tuple[Callable[..., Rollout], tuple[Any, ...]]:
-        """To another process, which finds the target where this one has it."""
+        """Pickle it for another process, which gets the target from the place where this one has it."""
         target: Any = self.target
         given = None
         if isinstance(target, functools.partial):
@@ -131,10 +131,10 @@ class Opening(list[int]):
 
 
 class FromRollout:
-    """A reward function that tells what a rollout came to: its reward or, by name, one of its metrics.
+    """A reward function that returns a rollout's reward or, by name, one of its metrics.
 
     Args:
-        name: the metric's; that of the reward itself if not given.
+        name: the metric's name; by default, that of the reward itself.
         share: whether the values lie in 0 to 1: as accuracy they are then shown in percent.
     """
 
@@ -143,11 +143,11 @@ class FromRollout:
         self.share = share
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """None for each: of a text that was not played nothing can be told."""
+        """None for each: a text that was not played has no such value."""
         return [None] * len(completions)
 
     def verdict(self, played: Played | None) -> Verdict:
-        """What grading is to know of a rollout."""
+        """The verdict on a rollout, for grading."""
         if played is None:
             return Verdict("score")
         if self.__name__ != REWARD:
@@ -163,7 +163,7 @@ class FromRollout:
 
 
 def by_program(command: str, *, chat: bool = True) -> Rollout:
-    """Rows played by a command, its words as a shell takes them.
+    """A rollout by a command, which is split into words as by a shell.
 
     Raises:
         EstuneError: there is no such program.
@@ -185,9 +185,9 @@ def with_rollout(
     """Reward functions of a task whose rows are played, their weights, and which of them tells accuracy.
 
     Args:
-        functions: further ones, which grade the last answer.
-        weights: one for each of them.
-        accuracy: one of them, or a metric of the rollouts; their reward if None.
+        functions: further reward functions, which grade the last answer.
+        weights: one for each of these.
+        accuracy: the name of one of these, or a metric of the rollouts; their reward if None.
     """
     known = {REWARD, *map(reward_name, functions)}
     metric = [FromRollout(accuracy)] if accuracy is not None and accuracy not in known else []
@@ -196,7 +196,7 @@ def with_rollout(
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a rollout ended with; a transcript where it gave its own."""
+    """What a rollout ended with; a transcript if it gave its own."""
 
     reward: float | None
     metrics: dict[str, float]
@@ -204,7 +204,7 @@ class Outcome:
 
 
 def outcome_of(given: Any) -> Outcome:
-    """What a rollout gave as its end.
+    """The outcome of a rollout, from what it returned.
 
     Args:
         given: a number, or a mapping with `reward` (None: does not apply) and, where there are any, `metrics`, a
@@ -233,7 +233,7 @@ def outcome_of(given: Any) -> Outcome:
 
 
 def outcome_of_line(line: str) -> Outcome:
-    """What a program printed last: a number, or JSON.
+    """The outcome of a program, from the last line that it printed: a number, or JSON.
 
     Raises:
         EstuneError: it is neither.

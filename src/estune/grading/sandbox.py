@@ -1,9 +1,9 @@
 """Programs that a model wrote, run where they can do no harm.
 
-What holds them is described in `jail.py`. It is a fence against what a model writes by accident or because it pays, and
-no protection against an attack on the kernel. The value that a test expects never comes near the program, where the
-test has a shape that `sealed.py` knows. Another one runs in one process with the program, which can see through it: an
-object that equals everything passes, and so does one that searches its own process for how passed tests are reported.
+What confines them is described in `jail.py`. It is a fence against what a model writes by accident or because it pays,
+and no protection against an attack on the kernel. If a test has a shape that `sealed.py` knows, the value that it
+expects never comes near the program. Any other test runs in one process with the program, which can cheat: an object
+that equals everything passes, and so does a program that searches its process for how passed tests are reported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,11 +46,11 @@ class Limits:
     Attributes:
         wall: seconds until everything is killed.
         cpu: seconds of processor time of one process, whole.
-        memory: bytes that all processes may hold together, and of address space for each an equal part of them.
+        memory: bytes that all processes may hold together; each has an equal part of them as its address space.
         disk: bytes of a file, and of all files together.
-        processes: processes at a time. A single one has up to 8 threads; of several, each thread counts as one. In
-            namespaces, and one also without them on Linux.
-        output: bytes kept of what it prints to each of standard output and standard error.
+        processes: processes at a time. A single one has up to 8 threads; with several, each thread counts as one. This
+            holds in namespaces, and for one process also without them on Linux.
+        output: bytes that are kept of each of standard output and standard error.
         length: characters of the longest program.
     """
 
@@ -104,7 +103,7 @@ def run_code(
     Args:
         program: its text. It is `__main__`, unless there are tests.
         stdin: its standard input.
-        setup: what comes before the program, and is not its doing.
+        setup: what runs before the program, and does not count as its doing.
         tests: statements to execute one after the other in the program's names once it has run, such as `assert`s.
         packages: installed packages that it may import, by the names they are installed by; none of what they need
             comes along.
@@ -155,8 +154,13 @@ def run_code(
             found = _keeper(json.dumps(job), limits.wall)
     if found["status"] == "unavailable":
         raise _unavailable(found["stderr"])
-    lines = found.get("stdout", "").split("\n") if tests else []
-    passed = _passed(lines, sealed, secret)
+    return _outcome(found, sealed, secret, limits)
+
+
+def _outcome(found: dict[str, Any], tests: Sequence[Sealed | None], secret: str, limits: Limits) -> Outcome:
+    """The outcome of a program, from what its keeper found."""
+    stdout = found.get("stdout", "")
+    passed = _passed(stdout.split("\n") if tests else [], tests, secret)
     text = (found.get("stderr", "").strip().splitlines() or [""])[-1][:300]
     status = _status(found, text, len(passed) < len(tests))
     if status == "failed" and not text:
@@ -164,16 +168,16 @@ def run_code(
     return Outcome(
         status,
         text,
-        "" if tests else found.get("stdout", ""),
+        "" if tests else stdout,
         len(passed),
         len(tests),
-        unsealed,
+        sum(test is None for test in tests),
         float(found.get("seconds", limits.wall)),
     )
 
 
 def _passed(lines: list[str], tests: Sequence[Sealed | None], secret: str) -> set[int]:
-    """Numbers of the tests that passed: sealed ones by what they gave, others by the secret."""
+    """Numbers of the tests that passed: sealed tests by the values that came back, others by the secret."""
     values = values_of(lines)
     told = set(lines)
     return {
@@ -221,13 +225,13 @@ def _status(found: dict[str, Any], text: str, short: bool) -> Status:
 
 @cache
 def _python() -> str:
-    """The interpreter itself, which no virtual environment is about."""
+    """The interpreter itself, outside of any virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 @cache
 def _other_packages() -> list[str]:
-    """Folders of packages that lie among what a program is shown."""
+    """Folders of packages that lie within what a program is shown."""
     prefixes = {sys.base_prefix, os.path.realpath(sys.base_prefix), "/usr", "/usr/local"}
     found = {
         os.path.realpath(path)
@@ -241,9 +245,11 @@ def _other_packages() -> list[str]:
 @cache
 def _paths_of(package: str) -> list[str]:
     """The files and folders that an installed package has put beside the others."""
+    from importlib import metadata  # which every grader, as it imports this module, does without
+
     try:
-        found = distribution(package)
-    except PackageNotFoundError:
+        found = metadata.distribution(package)
+    except metadata.PackageNotFoundError:
         raise EstuneError(f"package {package!r} is not installed here; install it, or do without it") from None
     names = {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}
     if all(name.endswith((".dist-info", ".pth")) for name in names):
@@ -259,7 +265,7 @@ def _import_from(packages: Sequence[str], sandbox: Isolation) -> list[str]:
 
 @contextmanager
 def _folder() -> Iterator[str]:
-    """A folder for as long as it is used; locked, so that it can be told from what a kill has left."""
+    """A temporary folder, locked so that it can be told from what a kill has left."""
     folder = tempfile.mkdtemp(prefix=_FOLDER)
     lock = os.open(folder, os.O_RDONLY)
     try:

@@ -1,12 +1,12 @@
 """Tests whose expected value never comes near the program.
 
-`assert f(2) == 4` is taken apart: the call goes into the sandbox, what it gives comes back as data, and the comparison
-is made here, by a small interpreter that knows literals, arithmetic, comparisons and a few functions, and executes
-nothing. So whatever a program does in its process, it passes only by naming the value.
+`assert f(2) == 4` is taken apart: the call goes into the sandbox, its result comes back as data, and the comparison is
+made here, by a small interpreter that knows literals, arithmetic, comparisons and a few functions, and executes
+nothing. So whatever a program does in its process, it passes only by returning the value.
 
 A test is sealed if it is made of plain statements (imports, assignments, definitions without checks) and `assert`s, or
 is HumanEval's `check(candidate)` with a body of these; and if in each `assert` every comparison has a side that needs
-nothing of the program. Truth alone, `assert f(2)`, is claimed by the program whatever one does.
+nothing of the program. Truth alone, `assert f(2)`, a program can always claim.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Unsealed(Exception):
 
 
 class Broken(Exception):
-    """What came back cannot be compared: a value is missing, or of a kind that the operation does not take."""
+    """What came back cannot be compared: a value is missing, or the operation does not take its type."""
 
 
 class Slot(ast.expr):
@@ -91,7 +91,7 @@ class Sealed:
     checks: tuple[ast.expr, ...]
 
     def holds(self, values: Mapping[int, Any]) -> bool:
-        """Whether all conditions do, given the values of the slots as `literal` reads them."""
+        """Whether all conditions hold, given the values of the slots as `literal` reads them."""
         try:
             return all(_Values(values).visit(check) for check in self.checks)
         except (Broken, ArithmeticError, LookupError, TypeError, ValueError, RecursionError, MemoryError):
@@ -103,7 +103,7 @@ def seal(test: str, setup: str = "") -> Sealed | None:
 
     Args:
         test: Python statements.
-        setup: statements that come before the program. What they define is not the program's.
+        setup: statements that run before the program. What they define is not the program's.
     """
     if len(test) + len(setup) > _LONGEST:
         return None
@@ -114,10 +114,10 @@ def seal(test: str, setup: str = "") -> Sealed | None:
 
 
 def literal(data: Any) -> Any:
-    """A value as the sandbox sends it, from JSON. What was no literal there is an object that equals nothing.
+    """A value from the JSON that the sandbox sends. What was no literal there is an object that equals nothing.
 
     Raises:
-        Broken: no such thing can have been sent.
+        Broken: the sandbox cannot have sent this.
     """
     if data is None or isinstance(data, bool | int | float | str):
         return data
@@ -143,7 +143,7 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
 
 
 def values_of(lines: list[str]) -> dict[int, dict[int, Any]]:
-    """By test and slot, the values that a program's process sent, a line each. Lines that are none are skipped."""
+    """The values that a program's process sent, a line each, by test and slot. Other lines are skipped."""
     found: dict[int, dict[int, Any]] = {}
     for line in lines:
         try:
@@ -189,7 +189,7 @@ class _Sealing(ast.NodeTransformer):
         return Sealed(tuple((ast.unparse(node), slot) for node, slot in self._needed()), apart, tuple(self._checks))
 
     def _needed(self) -> Iterator[tuple[ast.AST, int | None]]:
-        """The steps without those that only say what is expected."""
+        """The steps but those that serve only the expected values."""
         names = [_names(step) for step, _ in self._steps]
         uses = Counter(name for in_step in names for name in in_step)
         given = {_assigned(step): number for number, (step, _) in enumerate(self._steps)}
@@ -220,7 +220,7 @@ class _Sealing(ast.NodeTransformer):
                 raise Unsealed
 
     def _note(self, statement: ast.stmt) -> None:
-        """Whether a name stands for a constant, or for an object of the program's."""
+        """Note for the names of a statement whether they stand for a constant, or for an object of the program's."""
         name = _assigned(statement)
         if name is None or self._bound[name] > 1 or not isinstance(statement, ast.Assign):
             return
@@ -243,7 +243,7 @@ class _Sealing(ast.NodeTransformer):
         return found
 
     def _truth(self, node: ast.expr) -> ast.expr:
-        """Where only the truth of a value counts, that comes back instead of it."""
+        """A condition of which only the truth counts, so that the truth comes back instead of the value."""
         match node:
             case ast.BoolOp(operation, parts):
                 return ast.BoolOp(operation, [self._truth(part) for part in parts])
@@ -342,7 +342,7 @@ class _Sealing(ast.NodeTransformer):
 
 
 def _bound(tree: ast.AST) -> Iterator[str]:
-    """Names that are given something anywhere in it."""
+    """Names that are bound anywhere in a syntax tree."""
     for node in ast.walk(tree):
         match node:
             case ast.Name(name, ast.Store() | ast.Del()):
@@ -358,7 +358,7 @@ def _has_slot(node: ast.AST) -> bool:
 
 
 def _assigned(statement: ast.AST) -> str | None:
-    """The one name that an assignment gives something."""
+    """The name that an assignment to a single name binds, or None."""
     match statement:
         case ast.Assign([ast.Name(name)]):
             return name
@@ -379,7 +379,7 @@ def _dotted(node: ast.expr) -> str:
 
 
 class _Values(ast.NodeVisitor):
-    """What an expression of those that `_Sealing` lets through is worth."""
+    """Evaluates the expressions that `_Sealing` lets through."""
 
     def __init__(self, values: Mapping[int, Any]) -> None:
         self._given = values
@@ -431,7 +431,7 @@ class _Values(ast.NodeVisitor):
 
 
 def _arithmetic(operation: ast.operator, left: Any, right: Any) -> Any:
-    """Of numbers; texts and lists may be added up and repeated. Nothing that takes long or much memory."""
+    """Arithmetic of numbers; texts and lists may be added and repeated. Nothing may take long, or much memory."""
     numbers = isinstance(left, _NUMBER) and isinstance(right, _NUMBER)
     if isinstance(operation, ast.Mult) and not numbers:
         size = len(left) * right if isinstance(right, int) else len(right) * left

@@ -1,7 +1,7 @@
-"""Filters of system calls (Linux's seccomp), for what no limit on a process and no namespace holds.
+"""Filters of system calls (Linux's seccomp), for what neither limits on a process nor namespaces hold.
 
-Memory that is no process's own: System V's shared memory, queues and semaphores, memfd, what io_uring and the key rings
-hold, pages in pipes. And doors to other processes and to parts of the kernel that no program here has business with.
+These are memory that is no process's own (System V's shared memory, queues and semaphores, memfd, what io_uring and the
+key rings hold, pages in pipes), and doors to other processes and to parts of the kernel that no program here needs.
 The numbers are those of the kernel's tables for x86-64 and arm64 (arch/x86/entry/syscalls/syscall_64.tbl and
 include/uapi/asm-generic/unistd.h); what is newer than Linux 6.6 does not exist behind a filter.
 """
@@ -137,7 +137,7 @@ def deny_shared_memory() -> bool:
     For a process that runs under `RLIMIT_AS` or `RLIMIT_DATA`. Privileges can then no longer be had through `execve`.
 
     Returns:
-        Whether it is so: not elsewhere than on Linux on x86-64 and arm64.
+        Whether it is refused from now on: only on Linux on x86-64 and arm64.
     """
     machine = _machine()
     if machine is None:
@@ -169,7 +169,7 @@ def _refuse(calls: Iterable[_Call], which: int, error: int = errno.EPERM) -> lis
 
 
 def _rule(call: tuple[int, int], which: int, argument: int, test: list[bytes]) -> list[bytes]:
-    """For one call: the lower half of an argument (all that the kernel takes of these), and a test that refuses."""
+    """The rule for one call: load the lower half of an argument, which is all that the kernel uses, and test it."""
     inside = [_instruction(_LOAD, 0, 0, _ARGUMENTS + 8 * argument), *test, _allow()]
     return [_jump(_EQUAL, call[which], 0, len(inside)), *inside]
 

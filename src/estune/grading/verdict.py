@@ -1,4 +1,4 @@
-"""What a grader answers, as data: written as JSON by the grader, and believed by the trainer only as far as it fits."""
+"""A grader's answer as data: the grader writes it as JSON, and the trainer believes it only as far as it fits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INT64 = range(-(1 << 63), 1 << 63)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of a call: a score (None: does not apply), or why there is none; what was logged; notes on the call."""
+    """The result of a call: a score (None: does not apply), or why there is none; what was logged; and notes."""
 
     kind: Kind
     score: float | None = None
@@ -29,23 +29,23 @@ class Verdict:
     notes: list[str] = field(default_factory=list)
 
     def encode(self, call: int) -> bytes:
-        """As JSON, in answer to the call of this number.
+        """Encode it as JSON, in answer to the call of this number.
 
         Raises:
-            TypeError, ValueError: a logged value is none that JSON has.
+            TypeError, ValueError: JSON cannot hold a logged value.
         """
         fields = (call, self.kind, self.score, self.text, self.extras, self.metrics, self.counts, self.notes)
         return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def decode(answer: bytes, call: int) -> Verdict:
-    """The verdict that a grader sent in answer to the call of this number.
+    """Decode the verdict that a grader sent in answer to the call of this number.
 
-    Of what was logged, numbers beyond 64 bits, lists and objects become texts, as JSON writes them: what can be made of
-    them on disk is not the grader's to choose.
+    Logged numbers beyond 64 bits, lists and objects become texts, as JSON writes them: their types on disk are not the
+    grader's to choose.
 
     Raises:
-        Garbled: it is none.
+        Garbled: it is no verdict.
     """
     try:
         found = json.loads(given := answer.decode())

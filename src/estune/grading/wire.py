@@ -1,8 +1,8 @@
 """Messages between the trainer and a grader: a length of 4 bytes, then so many bytes.
 
 Whatever the other side does, no wait here is longer than was asked for, and no message longer than `LONGEST`. The
-trainer sends pickles, which a grader may trust. A grader answers in JSON: what a completion may have taken over can say
-what it likes, and never make the trainer do something.
+trainer sends pickles, which a grader may trust. A grader answers in JSON: even if a completion has taken it over, its
+answer cannot make the trainer do anything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LENGTH = struct.Struct("!I")
 
 
 class Garbled(ValueError):
-    """The other side sent what is no message."""
+    """What the other side sent is no message."""
 
 
 class Wire:
@@ -29,7 +29,7 @@ class Wire:
         self._received = bytearray()
 
     def send(self, message: bytes, seconds: float | None = None) -> None:
-        """Send a message, within so many seconds.
+        """Send a message within this many seconds.
 
         Raises:
             TimeoutError: the other side did not take it.
@@ -39,12 +39,12 @@ class Wire:
         self._socket.sendall(_LENGTH.pack(len(message)) + message)
 
     def receive(self, seconds: float | None = None) -> bytes:
-        """The next message, if all of it comes within so many seconds.
+        """Receive the next message, all of which must come within this many seconds.
 
         Raises:
             TimeoutError: it did not.
             EOFError, ConnectionError: the other side is gone.
-            Garbled: it is said to be longer than any.
+            Garbled: its length is beyond `LONGEST`.
         """
         end = None if seconds is None else time.monotonic() + seconds
         (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size, end))

@@ -52,7 +52,7 @@ _kernel: Any = triton.jit(do_not_specialize=["seed", "members", "rounding_seed",
 
 @triton.jit
 def box_muller(a, b):
-    """As `cpu.box_muller`, in registers: two normals of two words."""
+    """As `cpu.box_muller`, in registers: two normals from two words, all of one shape."""
     # u in (0, 1] times 2^24, and u = m * 2^e with m in [sqrt(0.5), sqrt(2)): what is at least sqrt(0.5) begins a new e.
     bits = ((a >> 8) + 1).to(tl.int32).to(tl.float32).to(tl.uint32, bitcast=True)
     above = bits - _SQRT_HALF
@@ -91,9 +91,9 @@ def box_muller(a, b):
 
 @triton.jit
 def random_words(seed, tensor, low, high):
-    """As `cpu.random_words`: four 32-bit words for each block, whose number's halves are given.
+    """As `cpu.random_words`: four 32-bit words for each block, given by the halves of its number, `[blocks]` each.
 
-    Where `high` is one number for all, the first two rounds take a product less for each block.
+    Where `high` is one number for all blocks, the first two rounds take a product less for each.
     """
     seed = seed.to(tl.uint64)  # the interpreter takes a small number for an int32
     c0 = low
@@ -140,7 +140,7 @@ def _narrow(value, like: tl.constexpr):
 
 @triton.jit
 def _run(table, owners, COUNT: tl.constexpr, STEPS: tl.constexpr, PITCHED: tl.constexpr):
-    """A program's run, the first of its counters there, and how many times `COUNT` there are from it on for it."""
+    """A program's run, its first counter there, and how many times it takes `COUNT` counters from there on."""
     program = tl.program_id(0)
     run = table + tl.load(owners + program).to(tl.int64) * COLUMNS
     start = tl.load(run + START)
@@ -157,9 +157,9 @@ def _run(table, owners, COUNT: tl.constexpr, STEPS: tl.constexpr, PITCHED: tl.co
 
 @triton.jit
 def _places(run, first, PITCHED: tl.constexpr, ALIGNED: tl.constexpr, COUNT: tl.constexpr):
-    """Of `COUNT` counters from `first` on: halves of their numbers, where in the run their elements are, and which are.
+    """Halves of the numbers of `COUNT` counters from `first` on, the places of their elements in the run, and a mask.
 
-    The place is one number for the first of the elements, and those of all from there, `[COUNT, 4]`.
+    Places are one number for the first element, and distances of all from there, `[COUNT, 4]`, as is the mask.
     """
     start = tl.load(run + START)
     size = tl.load(run + SIZE)
@@ -290,7 +290,7 @@ def _squares(now, then, sums, size: tl.int64, BLOCK: tl.constexpr, LANES: tl.con
 
 @triton.jit
 def _folded(lanes, LANES: tl.constexpr):
-    """The sum of lanes, half upon half. Of two numbers there is one sum, however it is made."""
+    """The sum of lanes, by halves. The sum of two numbers is the same however it is made."""
     for halves in tl.static_range(1, LANES.bit_length()):
         lanes = tl.sum(tl.reshape(lanes, (2, LANES >> halves)), 0)
     return tl.sum(lanes, 0)
@@ -298,7 +298,7 @@ def _folded(lanes, LANES: tl.constexpr):
 
 @dataclass(frozen=True)
 class _Launch:
-    """Runs of one kind: their table and, of each program, the number of its run, both on the device."""
+    """Runs of one kind: their table and, for each program, the number of its run, both on the device."""
 
     table: torch.Tensor
     owners: torch.Tensor
@@ -341,20 +341,20 @@ class Batch:
         return _Launch(rows, torch.from_numpy(owners).to(device), live, base, flags)
 
     def perturb(self, seed: int, sigma: float) -> None:
-        """As `cpu.perturb`, of all runs."""
+        """As `cpu.perturb`, for all runs."""
         for launch in self._launches:
             types = {"LIVE_TYPE": _TYPES[launch.live], "BASE_TYPE": _TYPES[launch.base]}
             launch.start(_perturb, seed, sigma, **types)
 
     def restore(self) -> None:
-        """Set `live = base`, rounded to nearest, of all runs."""
+        """Set `live = base`, rounded to nearest, in all runs."""
         for launch in self._launches:
             launch.start(_restore, LIVE_TYPE=_TYPES[launch.live], BASE_TYPE=_TYPES[launch.base])
 
     def update(
         self, seeds: torch.Tensor, coefficients: torch.Tensor, decay: float = 0.0, rounding_seed: int | None = None
     ) -> None:
-        """As `cpu.update`, of the bases of all runs.
+        """As `cpu.update`, for the bases of all runs.
 
         `seeds` are int64 (their bits) and `coefficients` float32, `[members]` each, both on the device.
         """
@@ -372,7 +372,7 @@ class Batch:
             )
 
     def fingerprint(self, total: torch.Tensor) -> None:
-        """As `cpu.fingerprint`, of the bases of the runs that count, added to `total`, int64 `[1]` on the device."""
+        """As `cpu.fingerprint`, for the bases of the runs that count; added to `total`, int64 `[1]` on the device."""
         for launch in self._launches:
             launch.start(_fingerprint, total, BITS_TYPE=tl.uint32 if launch.base.itemsize == 4 else tl.uint16)
 
@@ -381,19 +381,19 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 def _parts(run: Run) -> Iterator[Run]:
-    """A run as kernels take it: at once, or row by row where its rows do not begin and end with a counter."""
+    """A run in parts for the kernels: whole, or row by row if its rows do not begin and end with a counter."""
     whole = run.rows is None or (_aligned(run) and run.rows.skip + len(run.live) < 2**33)  # counters in it are 32-bit
     yield from (run,) if whole else run.stretches()
 
 
 def _aligned(run: Run) -> bool:
-    """Whether each of its counters has four elements, side by side, at addresses that are multiples of their bytes."""
+    """Whether each counter of a run has four elements, side by side, at an address that is a multiple of their size."""
     addresses = (t.data_ptr() // t.element_size() for t in (run.live, run.base))
     return not any(n % 4 for n in (run.start, len(run.live), *(run.rows or ()), *addresses))
 
 
 def _programs(run: Run) -> int:
-    """Programs that take a run; see `_run`."""
+    """How many programs a run takes; see `_run`."""
     begun = 0 if run.rows else run.start // 4 // BLOCK * BLOCK
     end = len(run.live) // 4 if run.rows else (run.start + len(run.live) + 3) // 4
     return int(triton.cdiv(end - begun, BLOCK * STEPS))

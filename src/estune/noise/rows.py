@@ -1,4 +1,4 @@
-"""What passes go over: runs, parts of parameters, each one stretch of its tensor or columns of it, row by row."""
+"""Runs, which passes go over: parts of parameters, each one stretch of its tensor, or columns of it row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What evaluates members: a pool to the trainer, made of evaluators, and what they answer."""
+"""What evaluates members: to the trainer a pool, made of evaluators; and what they answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Evaluation(Iterator[tuple[int, Evaluated]], Protocol):
     """Members that are evaluated: the index and the result of each, as they finish, while others go on."""
 
     def close(self) -> None:
-        """Drop those that are not begun, and wait for those that are."""
+        """Drop members that are not begun, and wait for those that are."""
         ...
 
 
@@ -72,28 +72,27 @@ def evaluation_batches(
 
 
 class Pool(Protocol):
-    """What a run needs of those who evaluate its members. All of them hold the same base weights."""
+    """What a run needs of the engines that evaluate its members. All of them hold the same base weights."""
 
     @property
     def engines(self) -> int:
-        """How many of them work side by side."""
+        """How many engines work side by side."""
         ...
 
     def progress(self) -> Progress:
-        """What they have done so far, all together; from any thread, while they are at it."""
+        """What all engines have done so far. May be called from any thread, while they are at work."""
         ...
 
     def describe(self) -> Description:
-        """What they train, and the fingerprint of their weights."""
+        """What the engines train, and the fingerprint of their weights."""
         ...
 
     def evaluate(
         self, members: Sequence[Member], sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
     ) -> Evaluation:
-        """Generate with each member's weights, from now on. Who is free takes those first that were given first.
+        """Begin to generate with each member's weights. Engines that are free take members in the order given.
 
-        `apply` may be called while members of a later call are at work: each is perturbed around the base as it is when
-        it begins.
+        `apply` may be called while members are at work: each is perturbed around the base as it is when it begins.
         """
         ...
 
@@ -105,7 +104,7 @@ class Pool(Protocol):
         """Add an update to the base weights; return the fingerprint after it.
 
         Raises:
-            EstuneError: where it cannot be done by all. The pool must then not be used any more.
+            EstuneError: not all engines can do it. The pool must then not be used any more.
         """
         ...
 
@@ -114,7 +113,7 @@ class Pool(Protocol):
 
         Args:
             records: all steps of the run so far.
-            checkpoint: a number of steps and the weights after them, to begin with.
+            checkpoint: a number of steps, and the directory of the weights after them, to begin with.
         """
         ...
 
@@ -123,7 +122,7 @@ class Pool(Protocol):
         ...
 
     def drift(self) -> Drift | None:
-        """What restoring left behind since the last update; None where it leaves nothing."""
+        """What restoring left behind since the last update; None if it leaves nothing."""
         ...
 
     def compare(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -143,11 +142,11 @@ class Generating(Protocol):
         ...
 
     def progress(self) -> Progress:
-        """What it has done so far; from any thread, while it is at it."""
+        """What it has done so far. May be called from any thread, while it is at work."""
         ...
 
     def close(self) -> None:
-        """Release what it holds; a process ends at once."""
+        """Release what it holds. Processes end at once."""
         ...
 
 

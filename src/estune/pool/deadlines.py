@@ -13,14 +13,14 @@ LEAST_SECONDS = 60.0
 
 
 class Lost(Exception):
-    """A process that evaluates is gone or no use any more. The message says how, in one line."""
+    """A process that evaluates is gone, or of no use any more. The message says why, in one line."""
 
 
 class Deadlines:
-    """Seconds to wait for a call, by what calls of its kind took so far.
+    """Seconds to wait for a call, judged by how long calls of its kind took so far.
 
     Args:
-        fixed: seconds for every call but those that load a model; by experience if None.
+        fixed: seconds for every call but those that load a model; None to judge them.
     """
 
     def __init__(self, fixed: float | None) -> None:
@@ -29,7 +29,7 @@ class Deadlines:
         self._lock = threading.Lock()
 
     def of(self, kind: str, units: int = 1) -> float:
-        """Seconds for a call, or for one that does the work of so many."""
+        """Seconds to wait for a call of a kind that does the work of `units`."""
         if kind == "open":
             return START_SECONDS
         if kind == "rebuild":
@@ -41,6 +41,6 @@ class Deadlines:
             return max(LEAST_SECONDS, 10 * statistics.median(seconds)) if seconds else FIRST_SECONDS
 
     def took(self, kind: str, seconds: float) -> None:
-        """Remember what a call took."""
+        """Remember how long a call took."""
         with self._lock:
             self._seconds[kind] = [*self._seconds[kind][-99:], seconds]

@@ -1,5 +1,5 @@
-"""How a model's weights are computed with fastest on this machine's processor: in which type, by how many engines, each
-on how many threads. Known by trying: a second of the matrix products that a token takes.
+"""How this machine's processor computes a model fastest: in which type, by how many engines, on how many threads each.
+It is found by trying, in a second of the matrix products that a token takes.
 
 It depends on whether the processor multiplies bfloat16, on how many of its cores its memory can feed, and on how many
 rows share one reading of the weights. No list of processors would tell.
@@ -37,12 +37,12 @@ ALIKE = 0.95  # of the best's speed, which another time may be the best's
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How weights are computed with.
+    """A way to compute with weights.
 
     Attributes:
         dtype: float32 or bfloat16.
         replicas: engines side by side.
-        threads: of each.
+        threads: threads of each engine.
     """
 
     dtype: str
@@ -55,13 +55,13 @@ class Way:
 
 
 def ways(dtypes: Sequence[str], cores: int, most: int, *, replicas: int | None, threads: int | None) -> list[Way]:
-    """What there is to try: the cores, shared out in powers of two.
+    """The ways that there are to try: the cores, shared out in powers of two.
 
     Args:
         dtypes: types that the weights may have.
         cores: to share out.
         most: engines that there is memory and work for.
-        replicas, threads: as the settings have them, if they do.
+        replicas, threads: those of the settings, if they are set.
     """
     powers = {1 << i for i in range(cores.bit_length())}
     shares = [threads] if threads else sorted(n for n in powers | {cores} if n * (replicas or 1) <= cores) or [1]
@@ -73,7 +73,7 @@ def fastest(shapes: Sequence[tuple[int, int]], rows: int, choices: Sequence[Way]
     """The first of those ways that are about as fast as the fastest.
 
     Args:
-        shapes: of the model's matrices, `[columns, width]`; of a model that has none, the first way is taken.
+        shapes: shapes of the model's matrices, `[columns, width]`; without any, the first way is taken.
         rows: decoded together.
         choices: to compare.
         own: products are those of our own kernel, not PyTorch's.
@@ -102,12 +102,12 @@ def fastest(shapes: Sequence[tuple[int, int]], rows: int, choices: Sequence[Way]
 
 
 def more_prompts(rows: int, speed: float, doubled: float) -> str | None:
-    """Advice where twice the prompts would cost little more: weights are read once for all rows of a token's products.
+    """Advice if twice the prompts would cost little more, as weights are read once for all rows.
 
     Args:
         rows: decoded together.
-        speed: operations a second with as many, as measured.
-        doubled: the same with twice as many.
+        speed: operations a second with so many rows, as measured.
+        doubled: the same with twice as many rows.
     """
     cost = 2 * speed / doubled
     if cost > CHEAP:

@@ -18,7 +18,7 @@ class Gate:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Beside other readers."""
+        """Within this, the base is only read, beside other readers."""
         with self._changed:
             self._changed.wait_for(lambda: not self._writers)
             self._readers += 1
@@ -31,7 +31,7 @@ class Gate:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Alone."""
+        """Within this, the base may be changed, alone."""
         with self._changed:
             self._writers += 1
             self._changed.wait_for(lambda: not self._readers)

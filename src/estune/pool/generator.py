@@ -1,4 +1,4 @@
-"""An engine with its model's own weights, as they are: what evaluation needs, and all that it needs."""
+"""An engine with its model's own weights, as they are, which is all that evaluation needs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Generator:
 
 
 def open_generator(config: Config) -> Generator:
-    """A generator with the model that the settings name. Any device and any types will do.
+    """A generator with the model that the settings name, on any device and in any type.
 
     Raises:
         EstuneError: for a model or a device that cannot be had.
@@ -83,7 +83,7 @@ def open_generator(config: Config) -> Generator:
 
 
 def set_up_process(config: Config) -> None:
-    """Let PyTorch use the threads that the settings give an engine, and transformers show no bars among ours."""
+    """Let PyTorch use the threads that the settings give an engine, and transformers show no progress bars."""
     disable_progress_bar()
     torch.set_num_threads(config.threads or 1)
 
@@ -106,5 +106,5 @@ def open_transformers(checkpoint: Checkpoint, config: Config, device: torch.devi
 
 
 def sharers(config: Config, device: torch.device) -> int:
-    """Engines on a device. On a CPU, whose memory is seldom what is short, it does not matter."""
+    """How many engines share the memory of a device; 1 on a CPU, whose memory is seldom short."""
     return 1 if device.type == "cpu" else max(config.replicas or 1, config.sharing)

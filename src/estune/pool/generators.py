@@ -30,8 +30,8 @@ class Generators(Generic[G]):
     A process that is lost, killed or stopped, is replaced, and does again what it was to do.
 
     Args:
-        replicas: the generators: one of this process, then those of others.
-        threads: as many as there are replicas, if processes were opened in them: they end with them.
+        replicas: the generators: that of this process, then those of others.
+        threads: one for each replica, if processes were opened in them: a process ends with its thread.
     """
 
     def __init__(self, replicas: Sequence[G], threads: ThreadPoolExecutor | None = None) -> None:
@@ -52,11 +52,11 @@ class Generators(Generic[G]):
 
     @property
     def engines(self) -> int:
-        """How many work side by side."""
+        """How many generators work side by side."""
         return len(self.replicas)
 
     def progress(self) -> Progress:
-        """What they have done so far, all together."""
+        """What all of them have done so far."""
         return together(replica.progress() for replica in self.replicas)
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class Generators(Generic[G]):
         """Start another process in the place of one that is lost.
 
         Raises:
-            EstuneError: this was the last of too many.
+            EstuneError: too many were lost.
         """
         if self._closed or losses >= MOST_LOSSES or not isinstance(replica, GeneratorProcess):
             raise EstuneError(
@@ -81,7 +81,7 @@ class Generators(Generic[G]):
         replica.open()
 
     def _do(self, replica: G, work: Callable[[G], T], replace: Callable[[G, Lost, int], None] | None = None) -> T:
-        """Let a replica do something, and what takes its place if it is lost: `_replace` puts it there, if not told."""
+        """Let a replica do something; if it is lost, `replace`, by default `_replace`, starts another that does it."""
         replace = replace or self._replace
         losses = 0
         why: Lost | None = None
@@ -125,7 +125,7 @@ def open_together(open_own: Callable[[], T], processes: Sequence[GeneratorProces
         processes: the others, not yet opened.
 
     Returns:
-        What `open_own` returned, and the threads that have opened the processes: these end with them.
+        What `open_own` returned, and the threads that have opened the processes, which end with their threads.
 
     Raises:
         EstuneError: a process was lost meanwhile.

@@ -1,7 +1,7 @@
 """Processes for replicas, and one that is launched ahead: it imports what it needs while this process does the same.
 
-Imports no torch: the one ahead is launched first of all. The memory of a base that replicas share is made with it, as a
-process can only inherit what is there before.
+Imports no torch, as the process ahead is launched before anything else. The memory of a base that replicas share is
+made with it, as a process can inherit only what is there when it starts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Launched(NamedTuple):
 
     @property
     def socket(self) -> Path:
-        """Where it serves; there once it does."""
+        """The path of the socket that it serves at, which is there once it does."""
         return self.folder / "s"  # a path that the system allows is short
 
     def end(self) -> None:
@@ -49,7 +49,7 @@ _ahead: list[Launched] = []  # one at most
 
 
 def launch(inherited: Sequence[int] = ()) -> Launched:
-    """A process for a replica: the one ahead if it has inherited the same, or a new one.
+    """A process for a replica: the one ahead if it has inherited the same memory, or else a new one.
 
     Args:
         inherited: file descriptors that the process inherits.
@@ -60,7 +60,7 @@ def launch(inherited: Sequence[int] = ()) -> Launched:
 
 
 def launch_ahead(config: Config) -> None:
-    """Launch a process now if this machine's CPU will likely have a second replica. `end_ahead` ends one left over."""
+    """Launch a process now if there will likely be a second replica on the CPU. `end_ahead` ends one left over."""
     alone = config.workers or config.engine == "vllm" or POLICIES[config.weights].drifts
     elsewhere = config.device not in ("auto", "cpu") or (config.device == "auto" and Path("/dev/nvidiactl").exists())
     cores = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
@@ -72,12 +72,12 @@ def launch_ahead(config: Config) -> None:
 
 
 def memory_ahead() -> int | None:
-    """The memory that the process ahead has inherited, for one pool, which closes it. None if there is none."""
+    """The descriptor of the memory that the process ahead has inherited, for one pool to use and close, or None."""
     return _ahead[0].memory if _ahead else None
 
 
 def await_ahead() -> None:
-    """Wait until the process ahead has imported what it needs, as it would disturb what is measured."""
+    """Wait until the process ahead has imported what it needs, as its imports would disturb a measurement."""
     until = time.monotonic() + READY_SECONDS
     while _ahead and not _ahead[0].socket.exists() and _ahead[0].process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)

@@ -1,7 +1,7 @@
 """The engines of this machine as one pool: this process's replica, and those in processes of their own.
 
-A member is taken by whoever is free, and its completions depend on its seed alone, so the number of replicas changes
-nothing but the time.
+A member is taken by any replica that is free, and its completions depend on its seed alone, so that the number of
+replicas changes nothing but the time.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 class LocalPool(Generators[Evaluator]):
     """Replicas that work side by side.
 
-    One that takes the place of a lost one gets the weights that this had: the updates so far are made again. Where the
-    lost one was to update its share of a base that all have in common, nobody knows how far it came: the base is made
-    anew, from the last checkpoint of its own type or the base model, and the updates since.
+    A replica that takes the place of a lost one makes the updates so far again. If the lost one was updating its share
+    of a common base, nobody knows how far it came: the base is made anew, from the last checkpoint of its own type or
+    the base model, and the updates since.
 
     Args:
         own: the replica of this process.
@@ -95,13 +95,13 @@ class LocalPool(Generators[Evaluator]):
     def apply(self, update: Update) -> str:
         """Add an update to the base, or to every replica's; return the fingerprint after it.
 
-        Bases of their own are compared: a replica whose machine made an error is found at once. One base for all is
-        updated once, by all together, and there is nothing to compare it with: its fingerprint is that of the bits that
-        are there, right or wrong, and an error shows when the run is replayed or resumed.
+        If each replica has a base of its own, these are compared, and a replica with an error is found at once. A
+        common base is updated by all together, and there is nothing to compare it with: its fingerprint is that of the
+        bits that are there, right or wrong, and an error shows when the run is replayed or resumed.
 
         Raises:
-            EstuneError: where bases differ, or processes are lost again and again. A shared base may then be updated in
-                part: this pool must not be used any more.
+            EstuneError: bases differ, or processes are lost again and again. A shared base may then be updated in part,
+                and this pool must not be used any more.
         """
         updates = [*self._updates, update]
         with self._gate.writing():
@@ -162,7 +162,7 @@ class LocalPool(Generators[Evaluator]):
         return fingerprint
 
     def _apply_shared(self, updates: Sequence[Update]) -> str:
-        """Add the last of all the run's updates to the base that all share, each to its share."""
+        """Add the last of all the run's updates to the common base, each replica to its share."""
         done = len(updates) - 1
         before = self._fingerprint
         losses = 0
@@ -197,10 +197,10 @@ class LocalPool(Generators[Evaluator]):
         return done
 
     def _replace(self, replica: Evaluator, why: Lost, losses: int) -> None:
-        """As `Generators._replace`, with the weights that the lost one had before: not while these change.
+        """As `Generators._replace`, with the weights that the lost replica had; not while these change.
 
         Raises:
-            EstuneError: this was the last of too many, or the weights do not become what they were.
+            EstuneError: too many were lost, or the weights do not become what they were.
         """
         with self._gate.reading():
             self._put_another(replica, why, losses)
@@ -251,9 +251,9 @@ def _try_apply(replica: Evaluator, update: Update) -> int | Lost:
 
 
 def open_local_pool(config: Config) -> LocalPool:
-    """The replica of this process, and those in processes of their own.
+    """A pool of this process's replica and those in processes of their own.
 
-    On a CPU they share one base, which the replica of this process fills, if the policy keeps one.
+    On a CPU they share one base, which the replica of this process fills, if the policy keeps a base.
 
     Raises:
         EstuneError: for a model that cannot be had or trained.

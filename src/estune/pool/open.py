@@ -1,4 +1,4 @@
-"""From settings to who evaluates: on which device, by which engine, how many."""
+"""From settings to a pool: on which device, by which engine, and how many of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from estune import children
 from estune.config import Config
 from estune.engines.cpu.fused import ARCHITECTURES
 from estune.engines.cpu.simd import WIDTH
@@ -38,7 +39,7 @@ _INSTEAD = "engine=auto takes transformers: %s"
 # Models above this size share their matrices' rows over all cores; smaller ones do better with one member per core.
 LARGEST_REPLICATED = 256 << 20
 LEAST_TRIED = 1 << 24
-"""Elements from which on it is tried what a CPU is fastest with. Smaller models stay in its caches: a member a core."""
+"""Elements from which on a trial tells what a CPU is fastest with. Smaller models stay in its caches: one a core."""
 PROMPT_ROOM = 512  # tokens of a prompt, in deciding how many engines a GPU holds, before any is read
 
 
@@ -46,12 +47,12 @@ def with_resources(config: Config, live_dtype: str | None = None) -> Config:
     """The settings to train with: `device`, `replicas`, `threads` and `workers_per_gpu` as this machine has them, a hub
     id's commit and the date of today.
 
-    They are part of a run: another device, or a matrix product shared out over other threads, can change its last bits,
-    and another date what a chat template says.
+    They are part of a run: another device, or matrix products shared out over other threads, can change the last bits
+    of its results, and another date what a chat template says.
 
     Args:
         config: the settings.
-        live_dtype: of a run that goes on, the type that its weights have: `dtype` may be open in its settings.
+        live_dtype: for a run that goes on, the type of its weights, as `dtype` may be open in its settings.
 
     Raises:
         EstuneError: for a device that is not there or cannot be trained on, or a model that cannot be had.
@@ -64,13 +65,13 @@ def with_resources(config: Config, live_dtype: str | None = None) -> Config:
 
 
 def comparable_dtype(config: Config) -> str:
-    """The `dtype` of runs that are to be compared: on a CPU one for all, whatever a trial would find for each."""
+    """The `dtype` for runs that are to be compared: on a CPU one for all, whatever a trial would find for each."""
     tried = config.dtype == "auto" and config.engine != "vllm" and not config.workers
     return "float32" if tried and training_device(config.device).type == "cpu" else config.dtype
 
 
 def with_resources_to_generate(config: Config) -> Config:
-    """As `with_resources`, where weights are only generated with, which more devices can.
+    """As `with_resources`, to generate only, which more devices can do.
 
     Raises:
         EstuneError: for a device that is not there, or a model that cannot be had.
@@ -105,8 +106,10 @@ def share_cores(config: Config, size: int) -> tuple[int, int]:
 
 
 def _share_processor(config: Config, live_dtype: str | None) -> dict[str, Any]:
-    """`replicas`, `threads` and, where it is not left to vLLM, `dtype` on this CPU: for all but small models the
-    fastest, by a short trial. Replicas that are given have threads as `share_cores` says."""
+    """`replicas`, `threads` and, unless vLLM chooses it, `dtype` on this CPU: the fastest, by a short trial.
+
+    Small models need no trial. If `replicas` is given, threads are as `share_cores` says.
+    """
     checkpoint = Checkpoint(locate(config.model))
     tensors = checkpoint.tensors.values()
     size = sum(t.size for t in tensors)
@@ -145,7 +148,7 @@ def _share_processor(config: Config, live_dtype: str | None) -> dict[str, Any]:
 
 
 def share_gpu(config: Config, device: str) -> int:
-    """What `workers_per_gpu=auto` is on GPUs like this machine's, with the model that the settings name.
+    """What `workers_per_gpu=auto` stands for on GPUs like this machine's, with the model that the settings name.
 
     Raises:
         EstuneError: this machine has no GPU whose memory could be divided.
@@ -182,8 +185,8 @@ def share_gpu(config: Config, device: str) -> int:
 def with_engine(config: Config, device: str) -> Config:
     """The settings with `engine=auto` made "transformers" where vLLM is not to be tried.
 
-    It is where weights are on CUDA, one replica is enough, and a version of vLLM that we know is installed, if that can
-    be seen from here. Whether it can take the model is known when it has: `open_pool` tries.
+    vLLM is tried if weights are on CUDA, one replica is enough, and a version of vLLM that we know is installed, as far
+    as can be seen from here. Whether it takes the model only a trial tells, which `open_pool` makes.
 
     Args:
         config: the settings.
@@ -204,9 +207,9 @@ def with_engine(config: Config, device: str) -> Config:
 
 
 def with_length(config: Config, longest: int | None) -> Config:
-    """The settings with a `vllm_max_model_length`, where none is given, for prompts of at most so many tokens.
+    """The settings with `vllm_max_model_length`, if it is not given, set for prompts of at most `longest` tokens.
 
-    A model can reach a hundred times as far as a run goes, and what vLLM sets up follows from how far it may go.
+    A model can have a hundred times the positions that a run needs, and vLLM sets itself up for as many as it may use.
     """
     if config.engine == "transformers" or config.vllm_max_model_length is not None or longest is None:
         return config
@@ -221,7 +224,7 @@ def open_pool(config: Config, longest: int | None = None) -> Pool:
 
     Args:
         config: the settings.
-        longest: tokens of the longest prompt that is to come; any that the model can take if None.
+        longest: tokens of the longest prompt that is to come; None for any that the model can take.
 
     Raises:
         EstuneError: for a model that cannot be had or trained, or a cluster that cannot be reached.
@@ -268,8 +271,8 @@ def _open(config: Config, longest: int | None, open_as: Callable[[Config], T]) -
 
 
 def available_cores() -> int:
-    """Cores this process may use: OMP_NUM_THREADS where it is set, else all it is given."""
+    """How many cores this process may use: OMP_NUM_THREADS if it is set, else all that the system gives it."""
     limit = os.environ.get("OMP_NUM_THREADS", "")
     if limit.isdigit() and int(limit) > 0:
         return int(limit)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return children.cores()

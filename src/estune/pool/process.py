@@ -48,10 +48,10 @@ _Manager.register("Replica", _open, exposed=("perturb", "complete", "generate", 
 
 
 class GeneratorProcess:
-    """A process with a `Generator`, to which calls are passed on; one that is lost can be opened again.
+    """A process with a `Generator`, to which calls are passed on. If the process is lost, it can be opened again.
 
-    The process ends with this one, however it ends, and with the thread that opened it. Every call raises what the
-    generator raised, or `Lost` if the process is gone or does not answer in time; it has been killed then.
+    The process ends with this one, however this one ends, and with the thread that opened it. Every call raises what
+    the generator raised, or `Lost` if the process is gone or does not answer in time; it has been killed then.
 
     Args:
         config: the settings of its generator.
@@ -73,14 +73,14 @@ class GeneratorProcess:
 
     @property
     def process(self) -> subprocess.Popen[bytes] | None:
-        """The process, or the last that there was."""
+        """The process, or the last one that there was."""
         return self._launched and self._launched.process
 
     def __str__(self) -> str:
         return f"the replica of process {self.process.pid}" if self.process else "a replica"
 
     def open(self) -> None:
-        """Start a process, in place of one that there was, and let it load the model.
+        """Start a process, in the place of an earlier one, and let it load the model.
 
         Raises:
             Lost: it ended before it was ready.
@@ -106,7 +106,7 @@ class GeneratorProcess:
         return found
 
     def progress(self) -> Progress:
-        """What it has done so far, and those that it took the place of."""
+        """What it and the lost processes before it have done so far."""
         return together([self._earlier, self._counts.now()])
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ class GeneratorProcess:
             self._end()
 
     def _make(self, manager: _Manager) -> Any:
-        """Let the process make what it serves; return a proxy for it."""
+        """Let the process make the object that it serves; return a proxy of it."""
         return manager.Generator(self._config)  # type: ignore[attr-defined]
 
     def _start(self) -> _Manager:

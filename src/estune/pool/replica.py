@@ -32,13 +32,13 @@ from estune.weights.weights import Weights
 
 
 class Replica(Generator):
-    """A generator whose weights are perturbed, around a base of its own or one that it shares.
+    """A generator whose weights are perturbed, around a base of its own or a shared one.
 
-    Around the same base two replicas give the same completions.
+    Replicas with the same base give the same completions.
 
     Args:
         config: the settings; `config.threads` is the number of CPU threads to compute with.
-        share: of a base that it shares with other processes. One of them fills it, and must have before any perturbs.
+        share: of a base that it shares with other processes. One of them must have filled it before any perturbs.
 
     Raises:
         EstuneError: for a model that cannot be had or trained.
@@ -83,7 +83,7 @@ class Replica(Generator):
         return super().generate(prompt_ids, sampling)
 
     def apply(self, update: Update) -> int:
-        """Add an update to the base, or to its share of it; return the sum of the hashes of that after it."""
+        """Add an update to the base, or to its share of it; return the sum of the hashes of what was updated."""
         self._add(update)
         return self.weights.share_sum()
 
@@ -115,7 +115,7 @@ class Replica(Generator):
         self.checkpoint.write(path, self.weights.runs(), dtype)
 
     def describe(self) -> Description:
-        """What it trains; reads the base checkpoint, to hash it."""
+        """What it trains. This reads the base checkpoint, to hash it."""
         return Description(
             engine="vllm" if self._vllm else "transformers",
             base_hash=self.checkpoint.content_hash(),
@@ -133,10 +133,9 @@ class Replica(Generator):
 
         Returns:
             `weights/change`: norm of the change; `weights/relative_change`: the same over the norm of the base model's
-            weights; `kl`: divergence from the base model in nats a token, over the completions. For it the base model's
-            weights are put in the place of the live ones. Where no base is kept, nothing would bring these back: there
-            is no `kl` there, nor where there are no completions. What is not finite, as with weights that are far gone,
-            is left out.
+            weights; `kl`: divergence from the base model in nats a token, over the completions. For `kl` the base
+            model's weights replace the live ones for a while. It is missing if no base is kept to bring these back, or
+            if there are no completions. Values that are not finite, as of weights that are far gone, are left out.
         """
         self.weights.restore()  # where no base is kept, the live weights are it
         difference, norm = self.weights.change(self.checkpoint)
@@ -187,7 +186,7 @@ def open_weights(
 
 
 def wants_base_on_host(engine: TransformersEngine, config: Config, parameters: Sequence[Parameter]) -> bool:
-    """Whether the base of these parameters is kept in host memory: by the settings, or for want of room on a GPU."""
+    """Whether the base of these parameters is kept in host memory, by the settings or for lack of room on a GPU."""
     policy = POLICIES[config.weights]
     if engine.device.type != "cuda" or not policy.keeps_base:
         return False
@@ -201,13 +200,13 @@ def wants_base_on_host(engine: TransformersEngine, config: Config, parameters: S
 
 
 def _kind(device: torch.device) -> str:
-    """What a device is called: one of another name can round otherwise."""
+    """The name of a device's kind: one of another name can round differently."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.machine() if device.type == "cpu" else f"{platform.machine()} {device.type}"
 
 
 def less_base(device: torch.device, *, on_host: bool) -> str:
-    """What to do where a base does not fit: another place for it, if there is one, or a smaller one."""
+    """Advice if a base does not fit: another place for it, if there is one, or a smaller base."""
     another = "" if on_host or device.type != "cuda" else "base_device=host, "
     return f"set {another}weights=copy or weights=inplace, or fewer replicas"

@@ -18,13 +18,13 @@ from estune.pool.waiting import FIRST_WORD, told_while
 
 @contextmanager
 def in_turn(gpus: Sequence[str], first: float = FIRST_WORD) -> Iterator[None]:
-    """Hold GPUs while an engine starts on them, with a word now and then as long as another process holds one.
+    """Hold GPUs while an engine starts on them; say now and then that it waits if another process holds one.
 
-    A process that ends, however it does, holds nothing any more.
+    A process that ends, in whatever way, holds nothing any more.
 
     Args:
-        gpus: a name of each that it has for all processes of this machine; none for an engine on a CPU.
-        first: seconds until the first word.
+        gpus: names of the GPUs, the same in all processes of this machine; none for an engine on a CPU.
+        first: seconds until it first says that it waits.
     """
     with ExitStack() as held:
         for gpu in sorted(set(gpus)):  # in one order for all, so that no two wait for each other
@@ -57,7 +57,7 @@ def _alone(gpu: str, first: float) -> Iterator[None]:
 
 
 def _open(path: Path) -> int:
-    """A file that users of all names can lock: for that it need only be read."""
+    """A file that all users can lock, for which it is enough that they may read it."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
         with suppress(FileNotFoundError):

@@ -16,7 +16,7 @@ NEXT_WORD = 60.0
 
 
 class Wait(NamedTuple):
-    """What is waited for, how far it has come, in words, and what share of it is done, where that is known."""
+    """Something that is waited for: how far it has come, in words, and the share that is done, if it is known."""
 
     what: str
     so_far: Callable[[], str] = str
@@ -27,7 +27,7 @@ _waits: list[Wait] = []
 
 
 def waited_for() -> Wait | None:
-    """What is waited for at this moment, if it is anything."""
+    """What is waited for at this moment, or None."""
     return _waits[-1] if _waits else None
 
 
@@ -39,11 +39,11 @@ def told_while(
     so_far: Callable[[], str] = str,
     share: Callable[[], float] | None = None,
 ) -> Iterator[None]:
-    """Log what is waited for, and for how long it has been, as long as this lasts.
+    """Log now and then, as long as this lasts, what is waited for and how long it has taken so far.
 
     Args:
-        what: is waited for.
-        first, then: seconds until the first word, and between two.
+        what: what is waited for.
+        first, then: seconds until the first message, and between two.
         so_far: says how far it has come, from any thread.
         share: the same as a number from 0 to 1, for a bar.
     """

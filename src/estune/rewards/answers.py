@@ -30,7 +30,7 @@ _SENTENCE_ENDS = re.compile(
 
 
 def final_answer(text: str) -> str | None:
-    r"""What the last complete box holds, else what is stated as the answer; None without either.
+    r"""The final answer: what the last complete box holds, else what is stated as the answer; None without either.
 
     - Boxes with only commas, `and` or `or` between them are the parts of one answer.
     - Without a box: what the last closed `<answer>` holds, or what follows the last `answer is`, `answer:` or `####`,
@@ -46,7 +46,7 @@ def final_answer(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """Where each complete box begins and ends, and what it holds, innermost ones only; in one pass."""
+    """Beginning, end and content of each complete box without a box in it, found in one pass."""
     found: list[tuple[int, int, str]] = []
     open_braces: list[tuple[int, int, bool]] = []
     for match in _BRACES.finditer(text):
@@ -62,7 +62,7 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def _last_row(text: str, boxes: list[tuple[int, int, str]]) -> list[str]:
-    """What the last boxes hold that stand in one row."""
+    """Contents of the last boxes that stand in one row."""
     row = [boxes[-1][2]]
     for before, after in pairwise(reversed(boxes)):
         if not _BETWEEN_BOXES.fullmatch(text[after[1] : before[0]][:50]):
@@ -72,7 +72,7 @@ def _last_row(text: str, boxes: list[tuple[int, int, str]]) -> list[str]:
 
 
 def _stated(text: str) -> Iterator[tuple[str, bool]]:
-    """Answers in words, the last one first, each with whether it is said to be final."""
+    """Answers that are stated in words, the last one first, each with whether it is called final."""
     tagged = (last_answer(text) or "").strip()
     if tagged:
         yield tagged, True
@@ -86,7 +86,7 @@ def _stated(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _first_answer(text: str) -> str:
-    """What a text begins with: mathematics between signs for it, or words up to where the sentence ends."""
+    """The answer that a text begins with: mathematics between its signs, or words up to the end of the sentence."""
     text = text.lstrip(" \t\r\n:*_=")
     line = text.split("\n", 1)[0]
     span = _SPAN.match(text)

@@ -1,4 +1,4 @@
-"""What has been answered before, on disk: a table of texts that several processes read and write at once."""
+"""Answers that have been given before, on disk: a table of texts that several processes read and write at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WAIT = 60.0  # seconds for another process that writes
 
 
 class Cache:
-    """Texts by key, in a SQLite file. What `put` has returned from outlives a kill and a power cut.
+    """Texts by key, in a SQLite file. Once `put` has returned, a text outlives a kill and a power cut.
 
     It is used by the thread that opened it. SQLite's default journal, unlike its write-ahead log, also works on network
     file systems that lock files.
@@ -21,7 +21,7 @@ class Cache:
         path: the file; it and its folder are made if they are not there.
 
     Raises:
-        EstuneError: the file cannot be opened or written, or is something else; so do `get` and `put`.
+        EstuneError: the file cannot be opened or written, or is something else; `get` and `put` raise it too.
     """
 
     def __init__(self, path: Path) -> None:

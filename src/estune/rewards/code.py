@@ -67,7 +67,7 @@ def passed_fraction(
 
 
 def unsealed_tests(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """Of how many tests a program could forge the pass, and how many there are, in rows with `unit_tests`' columns."""
+    """How many tests a program could forge a pass of, and how many there are, in rows with `unit_tests`' columns."""
     all_tests = [tests_of(row) for row in rows]
     found = [seal(test, tests.setup) for tests in all_tests for test in tests.asserts]
     # What a pair wants stays out of the sandbox, whatever it is.
@@ -75,9 +75,9 @@ def unsealed_tests(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
 
 
 def worthless(row: dict[str, Any]) -> list[str]:
-    """Completions whose programs do nothing, to be graded before training, so that tests that check nothing are found.
+    """Completions whose programs do nothing, graded before training to find tests that check nothing.
 
-    One program is empty, the other defines what the tests call. None where such programs are seen to fail.
+    One program is empty, the other defines what the tests call. There are none if such programs are sure to fail.
     """
     tests = tests_of(row)
     names = {pair.function for pair in tests.pairs if pair.function}
@@ -115,7 +115,7 @@ def _scores(completions: Sequence[Text], columns: dict[str, Any], all_of_them: b
 
 
 def _score(program: str, tests: Tests, packages: Sequence[str], all_of_them: bool) -> float | None:
-    """The fraction that passes; where all have to, whatever is less than 1 once one does not."""
+    """The fraction of the tests that pass. With `all_of_them`, any number below 1 may stand for a failure."""
     asserts = [*tests.asserts, *(pair.as_assertion(program) for pair in tests.pairs if pair.function)]
     pairs = [pair for pair in tests.pairs if not pair.function]
     number = len(asserts) + len(pairs)

@@ -1,4 +1,4 @@
-"""Rewards for short answers: the paper's (arXiv 2509.24372, conciseness), and whether the answer is there at all."""
+"""Rewards for short answers: the paper's (arXiv 2509.24372, conciseness), and whether the answer is given at all."""
 
 import re
 from collections.abc import Sequence

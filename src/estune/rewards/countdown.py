@@ -32,7 +32,7 @@ def parse_numbers(numbers: Any) -> list[int]:
     """The numbers to use, as integers.
 
     Raises:
-        EstuneError: no list of at least one whole number; such as of texts, which would equal no number.
+        EstuneError: they are no list of whole numbers, or an empty one. Texts are refused: they would equal no number.
     """
     given = numbers.tolist() if hasattr(numbers, "tolist") else numbers
     if isinstance(given, list | tuple) and given and all(map(_is_natural, given)):
@@ -45,7 +45,7 @@ def _is_natural(value: Any) -> bool:
 
 
 def _check(row: Row) -> None:
-    """Of a column that is not there, the call complains."""
+    """Check the values of a row's columns. If a column is missing, calling the reward says so."""
     parse_numbers(row.get("numbers", [0]))
     parse_target(row.get("target", 0))
 
@@ -79,14 +79,14 @@ def answer_reward(
 def format_reward(*, prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float | None]:
     r"""1.0 where the whole is `<think>...</think>\n<answer>...</answer>`.
 
-    Else 0.1 where there is a think pair, and 0.5 more where there is an answer pair. A `<think>` at the end of the
-    prompt belongs to the completion.
+    Otherwise 0.1 for a think pair, and 0.5 more for an answer pair. A `<think>` at the end of the prompt belongs to the
+    completion.
     """
     return [_format(as_text(prompt), as_text(text)) for prompt, text in zip(prompts, completions, strict=True)]
 
 
 def parse_target(target: Any) -> tuple[Fraction, Fraction]:
-    """A target as a rational, and how far below this distance a value must lie to count (0: it must be equal).
+    """A target as a rational, and the distance below which a value reaches it (0: it must be equal).
 
     Raises:
         EstuneError: not an integer or a decimal of at most 20 digits before and after its point, with or without an
@@ -115,7 +115,7 @@ def _solves(text: str, given: Any, target: Any) -> bool:
         return False
     try:
         tokens = tokenize(answer.strip())
-        # The cheap test first: most wrong answers use other numbers.
+        # The cheap test comes first: most wrong answers use other numbers.
         if sorted(int(token) for token in tokens if token.isdigit()) != sorted(numbers):
             return False
         return _reaches(evaluate(tokens), goal, tolerance)

@@ -1,7 +1,7 @@
-r"""Answers that their form tells apart, where their value, as `math-verify` reads it, does not.
+r"""Answers that differ in form, though `math-verify` reads the same value from them.
 
-Words are no products of their letters, a time is no fraction, a list no point, `x = 1, y = 2` no list, and a number
-of another base than ten not the one with the same digits.
+Words are no products of their letters, a time is no fraction, a list is no point, `x = 1, y = 2` is no list, and a
+number in another base than ten is not the decimal number with the same digits.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _NAMED_POINT = re.compile(r"\(([A-Za-z\s,]+)\)\s*=\s*\((.*)\)", re.DOTALL)
 
 
 def choice(gold: str) -> str | None:
-    """The letter that a gold answer is, as of a question with choices."""
+    """The letter that a gold answer consists of, as for a question with choices; None if it is something else."""
     found = _CHOICE.fullmatch(gold)
     return (found[1] or found[2]).upper() if found else None
 
 
 def is_choice(letter: str, answer: str) -> bool:
-    """Whether an answer chooses a letter, and no other."""
+    """Whether an answer chooses this letter and no other."""
     chosen = _CHOSEN.fullmatch(answer.strip())
     if chosen is None or _OTHER_CHOICE.match(chosen[3]):  # "(B) or (C)" chooses nothing
         return False
@@ -92,12 +92,14 @@ def _time(found: re.Match[str]) -> list[int]:
 
 
 def differ(gold: str, answer: str, is_text: bool) -> bool:
-    r"""Whether two answers in the library's notation, not the same as text, differ in a way that it does not see.
+    r"""Whether two answers in the library's notation, different as texts, differ in a way that it does not see.
 
-    - Words, whose letters it takes for factors, in any order; and whole numbers.
-    - Numbers of different bases; one without a base is of base ten.
-    - A ratio and a decimal that is not exactly it.
-    - A point or an interval, and a list or a set; lists of different lengths.
+    These are
+
+    - words, whose letters it takes for factors in any order, and whole numbers;
+    - numbers in different bases; a number without a base is in base ten;
+    - a ratio, and a decimal that does not equal it exactly;
+    - a point or an interval, and a list or a set; lists of different lengths.
     """
     whole = _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer) and int(gold) != int(answer)
     based = (_BASE.fullmatch(gold) or _BASE.fullmatch(answer)) and _base(gold) != _base(answer)
@@ -105,7 +107,7 @@ def differ(gold: str, answer: str, is_text: bool) -> bool:
 
 
 def _words(gold: str, is_text: bool) -> bool:
-    """Whether a text is of words: said to be, or one of its words has a vowel and unlike abc no order of letters."""
+    """Whether a text consists of words: `is_text` says so, or a word has a vowel and, unlike abc, unordered letters."""
     if not _LETTERS.fullmatch(gold):
         return False
     words = _WORD.findall(gold.lower())
@@ -163,7 +165,7 @@ def in_one_order(gold: str, answer: str) -> tuple[str, str]:
 
 
 def _named(text: str) -> dict[str, str] | None:
-    """Values by name, where there are several and each has its own: x_1 and x_2 are values of one x."""
+    """Values by name, if there are several and each has a name of its own: x_1 and x_2 are values of one x."""
     text = _SIZED.sub("", text)
     if point := _NAMED_POINT.fullmatch(text):
         names = [name.strip() for name in point[1].split(",")]

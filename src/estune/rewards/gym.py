@@ -34,8 +34,7 @@ class GymReward:
     Args:
         generator: its name in reasoning-gym.
         options: its options, as JSON.
-        tags: the answer is what the last closed `<answer>` holds (0.0 without one), or, if
-            False, the whole.
+        tags: the answer is what the last closed `<answer>` holds (0.0 without one); if False, the whole completion.
     """
 
     generator: str
@@ -92,7 +91,7 @@ class GymReward:
 
 
 def may_be_scored(name: str, answer: str, entry: Mapping[str, Any]) -> bool:
-    """Whether a generator's scorer may see an answer: it evaluates nothing of it, or what it evaluates is harmless.
+    """Whether a generator's scorer may see an answer: it evaluates nothing of it, or only what is harmless.
 
     Args:
         name: the generator's.

@@ -1,4 +1,4 @@
-"""Tests that check nothing: programs that do nothing pass them, so that nothing can be learned."""
+"""Tests that check nothing: programs that do nothing pass them, so that nothing can be learned from them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Anything:
 
 
 def refuse_idle(column: str, tests: Sequence[str], setup: str) -> None:
-    """Refuse tests that are no Python, or are seen to check nothing.
+    """Refuse tests that are no Python, or that visibly check nothing.
 
     Raises:
-        EstuneError: there is such a test; with the column's name.
+        EstuneError: there is such a test; the message names the column.
     """
     checking = {"main", "run"}  # unittest's
     with suppress(SyntaxError, ValueError):
@@ -48,10 +48,7 @@ def refuse_idle(column: str, tests: Sequence[str], setup: str) -> None:
 
 
 def is_decisive(test: str, setup: str = "") -> bool:
-    """Whether a program that does nothing is seen to fail an assertion, without being run.
-
-    False leaves it open.
-    """
+    """Whether a program that does nothing is sure to fail an assertion. It is not run: False leaves it open."""
     sealed = seal(test, setup)
     if sealed is None or not free_names([test], setup):
         return False
@@ -61,12 +58,12 @@ def is_decisive(test: str, setup: str = "") -> bool:
 
 
 def stub(names: Iterable[str]) -> str:
-    """A program of functions, each of which gives what can be called, equals nothing, and has no truth."""
+    """A program with functions of these names, whose result can be called, equals nothing, and has no truth value."""
     return _STUB + "".join(f"def {name}(*values, **named): return Anything()\n" for name in names)
 
 
 def free_names(tests: Iterable[str], setup: str = "") -> list[str]:
-    """Names that tests use, and neither they, nor what comes before the program, nor Python defines, sorted."""
+    """Names, sorted, that tests use and that neither the tests, nor the set-up, nor Python define."""
     try:
         top = symtable.symtable("\n".join((setup, *tests)), "tests", "exec")
     except SyntaxError:  # as of `return` outside of a function, which is found here alone: no program passes
@@ -88,7 +85,7 @@ def _tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
 
 
 def _checking(tree: ast.Module) -> Iterator[str]:
-    """Names of functions and classes that check something where they are called."""
+    """Names of functions and classes that check something when they are called."""
     for node in tree.body:
         if isinstance(node, _DEFINITIONS) and any(map(_is_check, ast.walk(node))):
             yield node.name

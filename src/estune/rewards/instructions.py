@@ -1,7 +1,7 @@
 """Checks of instructions that can be verified (IFEval, arXiv 2311.07911): 24 of its 25 kinds, by its names.
 
-Left out is `language:response_language`, which takes a classifier. Sentences are told apart by a rule, where IFEval has
-a trained splitter; whether a text in one case is English is not asked, where IFEval has langdetect.
+`language:response_language` is left out, as it takes a classifier. Sentences are split by a rule, for which IFEval has
+a trained splitter, and a text in one case need not be English, which IFEval checks with langdetect.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _count(word: str, text: str) -> int:
 
 
 def _sentences(text: str) -> int:
-    """As Punkt, IFEval's splitter, tells them apart, but for rare abbreviations: at points, not at empty lines."""
+    """Sentences as Punkt, IFEval's splitter, finds them, but for rare abbreviations: at points, not at empty lines."""
     words = text.split()
     return sum(map(_ends_sentence, words[:-1])) + bool(words)
 
@@ -155,14 +155,14 @@ def _number_sentences(text: str, num_sentences: int, relation: str) -> bool:
 
 @_named("length_constraints:number_paragraphs")
 def _number_paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Paragraphs are separated by `***`; an empty one counts at neither end, and nowhere else may there be one."""
+    """Paragraphs are separated by `***`. Empty ones do not count at the ends, and are wrong elsewhere."""
     parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
     return all(parts[1:-1]) and sum(map(bool, parts)) == num_paragraphs
 
 
 @_named("length_constraints:nth_paragraph_first_word")
 def _nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Paragraphs are separated by an empty line. Empty ones do not count, but the number of the wanted one has them."""
+    """Paragraphs are separated by an empty line. Empty ones count for `nth_paragraph`, not for `num_paragraphs`."""
     parts = [part.strip() for part in text.split("\n\n")]
     number = sum(map(bool, parts))
     if number != num_paragraphs or not 1 <= nth_paragraph <= number or not parts[nth_paragraph - 1]:
@@ -220,7 +220,7 @@ def _json(text: str) -> bool:
 
 @_named("detectable_format:title")
 def _title(text: str) -> bool:
-    """Something in double angular brackets, from the first to the last of a line."""
+    """Something in double angular brackets, from the first to the last of them in a line."""
     return any(map(_line_has_title, text.split("\n")))
 
 
@@ -237,7 +237,7 @@ def _repeat(text: str, prompt_to_repeat: str) -> bool:
 
 @_named("combination:two_responses")
 def _two_responses(text: str) -> bool:
-    """Two different ones, separated by six stars."""
+    """Two different responses, separated by six stars."""
     parts = [part.strip() for part in text.split("******")]
     return all(parts[1:-1]) and len(found := [part for part in parts if part]) == 2 and found[0] != found[1]
 

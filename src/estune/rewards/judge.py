@@ -1,8 +1,7 @@
 """A judge: a language model behind OpenAI's chat completions that scores completions by a rubric.
 
 It is an `async` reward function: requests of all batches in flight wait at the same time, in the trainer's process,
-while members generate. Retries are those of OpenAI's client, which waits longer each time, up to 8 seconds, or as long
-as the server's `Retry-After` says, after lost connections, timeouts and the states 408, 409, 429 and 5xx.
+while members generate. `rubric.py` makes questions and reads answers, `asking.py` asks.
 """
 
 from __future__ import annotations
@@ -11,30 +10,23 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-from weakref import WeakKeyDictionary
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from estune.errors import EstuneError
-from estune.files import user_cache
 from estune.grading.convention import Row
 from estune.rewards import rubric as rubrics
-from estune.rewards.cache import Cache
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+from estune.rewards.asking import Answer, Asker
+from estune.rewards.text import spelled
 
 log = logging.getLogger(__name__)
 
-NO_KEY = "none"  # OpenAI's client wants one; servers of one's own take any
 _TRIAL = "Say hello."
-_PER = 1e6  # tokens that a price is of
+_PER = 1e6  # a price is for so many tokens
 _TAGS = frozenset(("prompt", "completion", "A", "B"))
 
 
@@ -43,17 +35,7 @@ def _items(value: Any) -> Any:
 
 
 def _values(value: Any) -> Any:
-    """Fields whose texts are read as JSON where that gives something else, as from a command line."""
-    if not isinstance(value, Mapping):
-        return value
-    return {key: _value(item) if isinstance(item, str) else item for key, item in value.items()}
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    return {key: spelled(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 class JudgeConfig(BaseModel):
@@ -118,44 +100,20 @@ class JudgeConfig(BaseModel):
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What the judge said to one question, and what that cost in tokens: nothing where it had been asked before.
-
-    One that was cut off has not come to its verdict, and what stands last in it may be a quotation.
-    """
-
-    text: str
-    finished: bool = True
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    new: bool = False
-
-
-@dataclass
-class _Session:
-    """What belongs to one event loop: a client, the cache, and the questions that are being asked."""
-
-    client: AsyncOpenAI
-    cache: Cache | None
-    slots: asyncio.Semaphore
-    asked: dict[str, asyncio.Task[_Answer]] = field(default_factory=dict)
-
-
 def _nowhere(*_: Any, **__: Any) -> None:
-    """What is logged where nobody listens."""
+    """Log nothing."""
 
 
 class Judge:
     """An `async` reward function: scores from 0 to 1 that a model gives by a rubric.
 
-    A completion that the judge cannot be asked about has an exception in the place of its score, which is an error of
+    If the judge cannot be asked about a completion, an exception stands in the place of its score, which is an error of
     that completion alone. Metrics, summed over a step: `rewards/judge/prompt_tokens`, `completion_tokens`, `requests`,
-    `cached` (questions answered from the cache), `no_score` and, where prices are given, `cost`. Records have what it
-    said, in a column `judge/answer`.
+    `cached` (questions answered from the cache), `no_score` and, if prices are given, `cost`. Records keep what the
+    judge said, in a column `judge/answer`.
 
     Args:
-        settings: those of `JudgeConfig`, of which `model` and `rubric` must be given.
+        settings: settings of `JudgeConfig`; `model` and `rubric` must be given.
 
     Raises:
         EstuneError: for settings that cannot be used, or a rubric's file that is not there.
@@ -171,13 +129,12 @@ class Judge:
             raise EstuneError(f"judge: {'; '.join(problems)}") from error
         self.__name__ = config.name
         self.rubric = _rubric(config.rubric)
-        self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[AsyncIterator[_Session], _Session]]
-        self._sessions = WeakKeyDictionary()
+        self._asker = Asker(config, lambda answer: self._read(answer) is not None)
         self._ready = False
 
     @property
     def definition(self) -> bytes:
-        """All that scores depend on, but for what the judge's server does."""
+        """Everything that scores depend on, except for what the judge's server does."""
         where = {"base_url", "api_key_env", "timeout", "max_retries", "max_concurrency", "cache"}
         settings = self.config.model_dump(exclude=where | {"prompt_price", "completion_price"})
         return json.dumps({**settings, "rubric": self.rubric}, sort_keys=True).encode()
@@ -193,7 +150,7 @@ class Judge:
             )
 
     def prepare(self) -> None:
-        """Ask the judge once, so that one that cannot be asked is found out before anything is done.
+        """Ask the judge once, so that a judge that cannot be asked is found before anything else is done.
 
         Raises:
             EstuneError: it cannot be reached or does not take the key or the model, or the cache cannot be opened.
@@ -216,19 +173,19 @@ class Judge:
         log_metric: Callable[..., None] = _nowhere,
         **columns: Any,
     ) -> list[float | Exception]:
-        """For each completion its score, or why there is none.
+        """The score of each completion, or the exception that says why there is none.
 
         Args:
             prompts: texts or conversations.
             completions: texts, or lists of one message.
-            log_extra, log_metric: where answers and counts go.
-            columns: the data's, of which the judge is shown those that the settings name.
+            log_extra, log_metric: log answers and counts.
+            columns: the data's columns, of which the judge is shown those that the settings name.
         """
-        session = await self._session()
+        await self._asker.open()
         shown = [{name: columns[name][i] for name in self._shown()} for i in range(len(completions))]
         judged = await asyncio.gather(
             *(
-                self._judge(session, self._questions(prompt, completion, more), log_metric)
+                self._judge(self._questions(prompt, completion, more), log_metric)
                 for prompt, completion, more in zip(prompts, completions, shown, strict=True)
             ),
             return_exceptions=True,
@@ -237,12 +194,12 @@ class Judge:
         return [_score(found) for found in judged]
 
     def _shown(self) -> list[str]:
-        """Columns that a question takes."""
+        """Names of the columns that a question shows."""
         compared = [self.config.compare_to] if self.config.compare_to else []
         return list(dict.fromkeys([*self.config.columns, *compared]))
 
     def _questions(self, prompt: Any, completion: Any, more: Mapping[str, Any]) -> list[rubrics.Messages]:
-        """One to score; two to compare, in both orders, so that a judge that likes the first says nothing."""
+        """One question to score; two to compare, in both orders, so that a preference for the first cancels out."""
         config = self.config
         shown = {"prompt": prompt, **{name: more[name] for name in config.columns}}
         if config.compare_to is None:
@@ -252,11 +209,9 @@ class Judge:
         pairs = ({"A": completion, "B": other}, {"A": other, "B": completion})
         return [rubrics.to_compare(self.rubric, {**shown, **pair}) for pair in pairs]
 
-    async def _judge(
-        self, session: _Session, questions: Sequence[rubrics.Messages], log_metric: Any
-    ) -> tuple[float | EstuneError, str]:
-        """Score and words of the judge."""
-        answers = await asyncio.gather(*(self._ask(session, self._body(question)) for question in questions))
+    async def _judge(self, questions: Sequence[rubrics.Messages], log_metric: Any) -> tuple[float | EstuneError, str]:
+        """The judge's score of a completion, or why there is none, and what it said."""
+        answers = await asyncio.gather(*(self._asker.ask(self._body(question)) for question in questions))
         self._count(answers, log_metric)
         said = "\n\n".join(answer.text for answer in answers)
         scores = [self._read(answer) for answer in answers]
@@ -271,14 +226,14 @@ class Judge:
         why = "" if wrong.finished else "was cut off before its score: raise request.max_tokens: "
         return EstuneError(f"was answered by {self.config.model} without a score: {why}{wrong.text[-200:]!r}"), said
 
-    def _read(self, answer: _Answer) -> float | None:
+    def _read(self, answer: Answer) -> float | None:
         if not answer.finished:
             return None
         if self.config.compare_to is not None:
             return rubrics.preference_of(answer.text)
         return rubrics.score_of(answer.text, self.config.min_score, self.config.max_score)
 
-    def _count(self, answers: Sequence[_Answer], log_metric: Any) -> None:
+    def _count(self, answers: Sequence[Answer], log_metric: Any) -> None:
         read = sum(answer.prompt_tokens for answer in answers)
         written = sum(answer.completion_tokens for answer in answers)
         asked = sum(answer.new for answer in answers)
@@ -291,102 +246,15 @@ class Judge:
             log_metric("cost", cost, total=True)
 
     def _body(self, messages: rubrics.Messages) -> dict[str, Any]:
-        """A request, all but the address."""
+        """The body of a request."""
         config = self.config
         temperature = {} if config.temperature is None else {"temperature": config.temperature}
         return {"model": config.model, "messages": messages, **temperature, **config.request}
 
-    async def _session(self) -> _Session:
-        loop = asyncio.get_running_loop()
-        if loop not in self._sessions:
-            opened = self._open()
-            self._sessions[loop] = opened, await anext(opened)
-        return self._sessions[loop][1]
-
-    async def _open(self) -> AsyncIterator[_Session]:
-        """A session; a loop that ends closes generators, and this one its client and its file with it."""
-        async with self._client(self.config.max_retries) as client:
-            cached = self._cache()
-            try:
-                yield _Session(client, cached, asyncio.Semaphore(self.config.max_concurrency))
-            finally:
-                if cached is not None:
-                    cached.close()
-
-    def _client(self, retries: int) -> AsyncOpenAI:
-        try:
-            from openai import AsyncOpenAI
-        except ImportError as error:
-            raise EstuneError("a judge is asked by OpenAI's client: pip install 'estune[judge]'") from error
-        key = os.environ.get(self.config.api_key_env) or NO_KEY
-        return AsyncOpenAI(base_url=self.config.base_url, api_key=key, timeout=self.config.timeout, max_retries=retries)
-
-    def _cache(self) -> Cache | None:
-        where = self.config.cache
-        if where is None:
-            return None
-        return Cache(user_cache("judge.sqlite") if where == "auto" else Path(where).expanduser())
-
-    async def _ask(self, session: _Session, body: dict[str, Any]) -> _Answer:
-        """An answer: one that is kept, one that is on its way, or a new one."""
-        key = blake2b(
-            json.dumps([str(session.client.base_url), body], sort_keys=True).encode(), digest_size=16
-        ).hexdigest()
-        if session.cache is not None and (kept := session.cache.get(key)) is not None:
-            return _Answer(**{**json.loads(kept), "prompt_tokens": 0, "completion_tokens": 0})
-        if key in session.asked:
-            return replace(await session.asked[key], prompt_tokens=0, completion_tokens=0, new=False)
-        task = session.asked[key] = asyncio.ensure_future(self._answer(session, key, body))
-        task.add_done_callback(lambda _: session.asked.pop(key, None))
-        return replace(await task, new=True)
-
-    async def _answer(self, session: _Session, key: str, body: dict[str, Any]) -> _Answer:
-        """A new answer, which is kept if there is a score in it."""
-        async with session.slots:
-            answer = await self._request(session.client, body)
-        if session.cache is not None and self._read(answer) is not None:
-            kept = asdict(answer)
-            del kept["new"]
-            session.cache.put(key, json.dumps(kept))
-        return answer
-
-    async def _request(self, client: AsyncOpenAI, body: dict[str, Any]) -> _Answer:
-        import openai
-
-        where = f"model {self.config.model} at {client.base_url}"
-        fixed = {name: body[name] for name in ("model", "messages")}
-        more = {name: value for name, value in body.items() if name not in fixed}
-        try:
-            done: Any = await client.chat.completions.create(**fixed, extra_body=more)
-        except openai.APITimeoutError as error:
-            raise EstuneError(f"had no answer from {where} within {self.config.timeout:g} s; raise timeout") from error
-        except openai.APIConnectionError as error:
-            why = error.__cause__ or error
-            raise EstuneError(f"did not reach {where} ({why}); start its server, or set base_url") from error
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise EstuneError(
-                f"was refused by {where} ({_short(error)}); put a key into the environment variable "
-                f"{self.config.api_key_env}, or name another by api_key_env"
-            ) from error
-        except openai.OpenAIError as error:
-            raise EstuneError(f"had an error from {where}: {_short(error)}") from error
-        try:
-            (choice, *_) = done.choices
-            text = choice.message.content or ""
-        except (AttributeError, TypeError, ValueError) as error:
-            raise EstuneError(f"was answered by {where} with no chat completion: {str(done)[:200]!r}") from error
-        usage = done.usage
-        finished = choice.finish_reason != "length"
-        return _Answer(text, finished, getattr(usage, "prompt_tokens", 0), getattr(usage, "completion_tokens", 0))
-
     async def _try(self, body: dict[str, Any]) -> str:
-        """Ask once, without patience; return the answer if no score is in it."""
-        cached = self._cache()
-        if cached is not None:
-            cached.close()
+        """Ask with one retry at most; return the answer if there is no score in it, else an empty text."""
         try:
-            async with self._client(min(self.config.max_retries, 1)) as client:
-                answer = await self._request(client, body)
+            answer = await self._asker.ask_once(body)
         except EstuneError as error:
             raise EstuneError(f"reward {self.__name__} {error}") from error
         return "" if self._read(answer) is not None else answer.text or "(nothing)"
@@ -401,7 +269,7 @@ def _score(found: tuple[float | EstuneError, str] | BaseException) -> float | Ex
 
 
 def _rubric(given: str) -> str:
-    """A rubric's text, which may be in a file: what has no spaces must be one."""
+    """A rubric's text, which may be in a file. A value without spaces must be a file's path."""
     path = Path(given).expanduser()
     if any(map(str.isspace, given)) and not os.path.isfile(path):
         return given
@@ -411,7 +279,3 @@ def _rubric(given: str) -> str:
         raise EstuneError(
             f"judge: rubric {given}: it cannot be read as a file ({error}); give a sentence, or a file's path"
         ) from error
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -36,8 +36,8 @@ def math_reward(
     r"""1.0 where the completion's final answer equals the gold answer, else 0.0.
 
     The final answer is what the last complete `\boxed{...}` holds or, without one, what is stated as the answer
-    (`estune.rewards.answers.final_answer`). Equal are the same text but for spaces, and what `math-verify` proves equal
-    when both are rewritten by `estune.rewards.notation`.
+    (`estune.rewards.answers.final_answer`). Answers are equal if their texts are, but for spaces, or if `math-verify`
+    proves them equal after both were rewritten by `estune.rewards.notation`.
 
     Args:
         prompts: not read.
@@ -70,7 +70,7 @@ def is_right(text: str, gold: Any) -> bool:
 
 
 def same(gold: str, answer: str) -> bool:
-    """Whether two answers are equal: as text, by their form, or in value; the gold answer first."""
+    """Whether two answers, the gold answer first, are equal: as text, by their form, or in value."""
     if _plain(gold) == _plain(answer):
         return True
     right = rewritten(gold)

@@ -1,6 +1,6 @@
-r"""Answers in the notation that `math-verify` reads: what people, models and data sets write otherwise, rewritten.
+r"""Answers of people, models and data sets, rewritten in the notation that `math-verify` reads.
 
-It reads LaTeX well. Rewritten is what it misreads: characters beyond ASCII, currency, texts about a whole answer,
+It reads LaTeX well. What it misreads is rewritten: characters beyond ASCII, currency, texts around a whole answer,
 alternatives of inequalities, proportions, primes, and numbers as `quantities.py` reads them.
 """
 

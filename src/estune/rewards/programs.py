@@ -1,4 +1,4 @@
-"""Programs in what a model writes, and the tests that they have to pass, in every shape that data sets have."""
+"""Programs in completions, and the tests that they have to pass, in all the shapes that data sets have."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS = (
     "code_prompt",
     "packages",
 )
-"""What is read of a row."""
+"""Columns of a row that are read."""
 
 _PYTHON = r"(?:ipython|python|py)[0-9.]*"
 _QUOTED = re.compile(r"\A(?:[ \t]*>){1,3} ?")
@@ -45,14 +45,14 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What a program is given and has to give: texts on standard input and output, or a call's arguments and value."""
+    """An input and the output that it must lead to: texts on standard input and output, or arguments and a value."""
 
     given: Any
     wanted: Any
     function: str = ""
 
     def as_assertion(self, program: str) -> str:
-        """For a call: a test of the program, whose function can be a method of a class `Solution`.
+        """A call's test of a program, whose function may be a method of a class `Solution`.
 
         As in APPS, a value may stand in a list of its own, and a tuple counts as a list.
         """
@@ -75,10 +75,10 @@ class Tests:
 
 
 def extract_code(text: str) -> str:
-    """The last block of a text between ``` or ~~~ that is named Python's; the whole text where there is no block.
+    """The last block of a text between ``` or ~~~ that is marked as Python's; the whole text if there is no block.
 
-    Where none is named, one without a language. A block may be indented or quoted (`> `), and the last one need not be
-    closed where no other is. Thoughts, `<think>...</think>`, are no part of the answer.
+    If no block is so marked, it is the last one without a language. A block may be indented or quoted (`> `), and the
+    last one need not be closed if no other is. Thoughts, `<think>...</think>`, are not part of the answer.
     """
     text = without_thoughts(text).replace("\r\n", "\n").replace("\r", "\n")
     found: dict[tuple[bool, bool], str] = {}  # the last of each: named, closed
@@ -116,7 +116,7 @@ def extract_code(text: str) -> str:
 
 
 def tests_of(row: Mapping[str, Any]) -> Tests:
-    """The tests of a row, none where it has none.
+    """The tests of a row, which may be none.
 
     Raises:
         EstuneError: they have another shape, or check nothing.
@@ -214,7 +214,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The same with lists in the place of arrays, as pandas has them."""
+    """A value with lists in the place of the arrays that pandas has."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -223,7 +223,7 @@ def _plain(value: Any) -> Any:
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
-    """A column's text, or lines of it in a list; the empty one where there is none."""
+    """A column's text, which may come as a list of lines; empty if the column is missing."""
     value = row[column] or ""
     if isinstance(value, list | tuple) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
@@ -233,7 +233,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 
 def _rows(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """One test after the other, of `inputs` and `outputs`, or `input` and `output`, in lists."""
+    """Tests one by one, from lists under `inputs` and `outputs`, or `input` and `output`."""
     inputs = table.get("inputs", table.get("input"))
     outputs = table.get("outputs", table.get("output"))
     if isinstance(inputs, str) and isinstance(outputs, str):
@@ -282,7 +282,7 @@ def _pair(test: Any) -> Pair:
 
 
 def _source(value: Any) -> str:
-    """A value as Python.
+    """A value as Python's source text.
 
     Raises:
         EstuneError: it is of a kind that has no literals.
@@ -313,7 +313,7 @@ def _has_keyword(entry: str) -> bool:
 
 
 def _lines(text: Any) -> str:
-    """What goes through standard input or output: text, lines of it, or a number."""
+    """Text for standard input or output, from text, a list of lines, or a number."""
     if isinstance(text, list | tuple):
         return "\n".join(map(_lines, text))
     if isinstance(text, str | int | float):

@@ -1,4 +1,4 @@
-r"""Numbers as digits: those in words, or with a unit, a scale word, an exponent, a fraction or groups of digits."""
+r"""Numbers as digits, read from words, units, scale words, exponents, fractions or groups of digits."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _factor(found: re.Match[str]) -> str:
 
 
 def _meaning(words: list[str]) -> str:
-    """What words behind a number multiply it with."""
+    """The factor that words behind a number multiply it by."""
     if words[0] in _PERCENT:
         return r"\%"
     scales = [_SCALES[word] for word in words if word in _SCALES]
@@ -99,7 +99,7 @@ def _meaning(words: list[str]) -> str:
 
 
 def as_number(text: str) -> str:
-    """A number as digits, where it is one in any of these forms; anything else as it is."""
+    """A number in any of these forms as digits; anything else as it is."""
     text = _from_words(text)
     text, times, rest = text.partition(_TIMES)
     factor = times + rest

@@ -1,7 +1,7 @@
 """What a completion may say where a library hands it to Python's `eval`, or to sympy's `parse_expr`, which evaluates.
 
-Both checks let through what has a value and nothing else: no attribute, no index, no string that is read as code, and
-no call but of the functions named here. What passes can take long, never do anything.
+Both checks let through values and nothing else: no attribute, no index, no string that is read as code, and no call but
+of the functions named here. What passes may take long to evaluate, but can do nothing else.
 """
 
 from __future__ import annotations

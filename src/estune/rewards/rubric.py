@@ -1,7 +1,7 @@
 """What a judge is asked, and how its answer is read.
 
-What is judged stands between tags whose names hold a hash of it: no completion can write the tag that ends it. Only the
-judge's answer is read for a score, never a completion.
+What is judged stands between tags whose names hold a hash of it, so that no completion can write its own end tag. Only
+the judge's answer is read for a score, never a completion.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def to_score(rubric: str, shown: Mapping[str, Any], low: float, high: float) -> 
 
 
 def to_compare(rubric: str, shown: Mapping[str, Any]) -> Messages:
-    """The messages that ask which of `A` and `B` is better, both among what is `shown`."""
+    """The messages that ask which of `A` and `B`, two entries of `shown`, is better."""
     return _messages(_BETTER, rubric, shown)
 
 
 def score_of(answer: str, low: float, high: float) -> float | None:
     """The score that a judge's answer ends with, from 0 (`low`) to 1 (`high`).
 
-    It is what follows the last `Score:`, or `"score":` in JSON, or an answer that is a number and nothing else.
+    It is the number after the last `Score:`, or after `"score":` in JSON, or an answer that is nothing but a number.
 
     Returns:
-        None where there is none, or it is beyond the scale, of another scale (`7/5` of 10) or no single number.
+        The score; None if there is none, or it is beyond the scale, of another scale (`7/5`), or no single number.
     """
     text = without_thoughts(answer)
     found = _last(_SAID, _ANY, text) or (None if _ANY.search(text) else _ALONE.fullmatch(text))

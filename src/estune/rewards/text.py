@@ -1,5 +1,6 @@
-"""What a reward function is given, as plain text: a string, or a list of chat messages; and the answer in its tags."""
+"""Texts as rewards read them: strings or chat messages, the answer in its tags, and values that a text spells."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ _END_THINK = "</think>"
 
 
 def as_text(text: Text) -> str:
-    """The string itself, or the content of the last message; the empty string where there is none."""
+    """The string itself, or the content of the last message; empty if there is no message."""
     if isinstance(text, str):
         return text
     return content_text(text[-1].get("content")) if text else ""
@@ -37,16 +38,26 @@ def answer_text(answer: Any) -> str:
 
 
 def last_answer(text: str) -> str | None:
-    """What stands between the last `<answer>` that is closed and the first `</answer>` after it; None without a pair.
+    """The text between the last `<answer>` that is closed and the first `</answer>` after it; None without such a pair.
 
-    A `</answer>` too many, or one in prose further on, belongs to nothing.
+    Further `</answer>`, as in prose later on, are ignored.
     """
     start = text.rfind(_ANSWER, 0, max(text.rfind(_END_ANSWER), 0))
     return None if start < 0 else text[start + len(_ANSWER) : text.find(_END_ANSWER, start)]
 
 
 def without_thoughts(text: str) -> str:
-    """A text without what stands in `<think>...</think>`; the prompt may have opened the first, and none may end."""
+    """A text without its `<think>...</think>`. The prompt may have opened the first, and the last may have no end."""
     *thoughts, rest = text.split(_END_THINK)
     shown = [part.partition(_THINK)[0] if number or _THINK in part else "" for number, part in enumerate(thoughts)]
     return "".join(shown) + ("" if rest.lstrip().startswith(_THINK) else rest)
+
+
+def spelled(value: Any) -> Any:
+    """The number, list or switch that a text spells as JSON, as from a command line; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

@@ -1,6 +1,6 @@
-r"""What two answers are worth, compared by `math-verify`, and by their digits where its six decimals are too few.
+r"""Values of two answers, compared by `math-verify`, and by their digits where its six decimals are too few.
 
-Its own search for an answer in a text is left out: it also finds a number in what it cannot read.
+Its own search for an answer in a text is not used: it also finds numbers in what it cannot read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _EQUALS = re.compile(r"(?<![<>!\\])=")
 
 
 def verified(gold: str, answer: str) -> bool:
-    """Whether `math-verify` proves two answers equal, and their digits do not tell otherwise; the gold answer first.
+    """Whether `math-verify` proves two answers, the gold answer first, equal, and their digits agree.
 
     Raises:
         EstuneError: it is not installed.
@@ -41,10 +41,10 @@ def _verify(gold: Any, answer: Any) -> bool:
 
 
 def _holds(gold: Any, answer: Any) -> bool:
-    """Whether an answer has no equation that is none or another than the gold answer: 8 = 7, x = x + 1, -x = 7.
+    """Whether an answer has no wrong equation, nor another than the gold answer has: 8 = 7, x = x + 1, -x = 7.
 
-    The library takes what stands to the right of the last sign. What stands to the left is the name of what was asked
-    for, as f(3) or m + n.
+    The library takes the right side of the last equals sign. The left side is a name for what was asked, such as f(3)
+    or m + n.
     """
     from sympy import Basic, Eq
 
@@ -73,9 +73,9 @@ def _unknowns(value: Any) -> Any:
 
 
 def _difference(gold: Any, answer: Any) -> float | None:
-    """How far numbers, or those in points, sets, intervals or matrices, are from each other, relative to the larger.
+    """The largest difference of numbers, also in points, sets, intervals or matrices, relative to the larger number.
 
-    None where there are none, or not as many in one as in the other.
+    None if there are no numbers, or not as many in one answer as in the other.
     """
     ours = list(_numbers(gold))
     theirs = list(_numbers(answer))
@@ -127,7 +127,7 @@ def _apart(one: Any, other: Any) -> float:
 
 @lru_cache(maxsize=4096)
 def _parsed(text: str) -> list[Any]:
-    """What a text is to the library, and its text as the library normalizes it; the text alone if it cannot be read."""
+    """A text as the library reads it, and as it normalizes it; the latter alone if it cannot read it."""
     from sympy import Eq, I, Symbol
 
     normalized = library().normalized(text)
@@ -146,7 +146,7 @@ def _parsed(text: str) -> list[Any]:
 
 
 class Library(NamedTuple):
-    """What is used of `math-verify`, and of the parser that it comes with."""
+    """The parts of `math-verify`, and of the parser that it comes with, that are used."""
 
     verify: Callable[..., bool]
     normalized: Callable[[str], str]

@@ -1,4 +1,4 @@
-"""Child processes of a study: started, watched and ended; and the folder that one study has for itself.
+"""Child processes of a study, started, watched and ended; and a folder locked for one study.
 
     python -m estune.study.jobs MODULE ARGUMENT...
 
@@ -44,7 +44,7 @@ class Jobs:
         self._ended = False
 
     def run(self, module: str, *arguments: str, log: Path, **environment: str) -> str | None:
-        """Run a module to its end, which may be days away: there is no deadline, but `end` ends a stopped one too.
+        """Run a module to its end, which may be days away: there is no deadline, but `end` ends even a stopped one.
 
         Args:
             module, arguments: as for `python -m`.
@@ -52,7 +52,7 @@ class Jobs:
             environment: variables that differ from this process's.
 
         Returns:
-            why it failed, in a line; None if it did not.
+            Why it failed, in a line; None if it did not.
         """
         command = [sys.executable, "-P", "-m", "estune.study.jobs", module, *arguments]
         # Unbuffered: in the order in which it was said, so that an error stands behind what came before it.
@@ -80,7 +80,7 @@ class Jobs:
         return (complaint(said) if code > 0 else None) or _how(code)
 
     def each(self, work: Callable[[T], R], items: Iterable[T], at_once: int) -> list[R]:
-        """Do some work, which may `run` modules, for each item, so many at once; what it returns, in order."""
+        """Do work, which may `run` modules, for each item, `at_once` at a time; return the results in order."""
         with ThreadPoolExecutor(at_once) as threads:
             try:
                 return list(threads.map(work, items))
@@ -90,7 +90,7 @@ class Jobs:
                 raise
 
     def end(self) -> None:
-        """Ask what is running to end, and kill what does not. Whatever is started from now on ends at once."""
+        """Ask the modules that run to end, and kill those that do not. Modules started from now on end at once."""
         self._ended = True
         running = list(self._running)
         for process in running:
@@ -103,10 +103,10 @@ class Jobs:
 
 
 def complaint(text: str) -> str | None:
-    """The line of a log that says what went wrong; None if nothing was said.
+    """The line of a log that says what went wrong; None if there is none.
 
-    It is the last line that begins with `error: `, else what the last traceback was for, else the last line with words.
-    What stands in a box, such as a completion, says nothing of the kind.
+    It is the last line that begins with `error: `, else the error of the last traceback, else the last line with words.
+    Lines in a box, such as a completion's, do not count.
     """
     lines = [line.rstrip() for line in text.splitlines() if not _FRAME.match(line)]
     found = next((line.removeprefix(ERROR) for line in reversed(lines) if line.startswith(ERROR)), None)
@@ -131,15 +131,15 @@ def claimed(
     sections: Sequence[str],
     check: Callable[[dict[str, Any]], None],
 ) -> Iterator[None]:
-    """Have a folder for this process alone, and keep in it what is done there.
+    """Lock a folder for this process, and keep a record in it of what is done there.
 
     Args:
-        folder: made if it is not there.
-        file: where it is kept.
+        folder: the folder, made if it is not there.
+        file: name of the record's file.
         what: what is done, in a word.
-        mine: what is kept, for JSON.
-        sections: those of its keys that every earlier one has too, with an object each.
-        check: called with what was kept before, if anything: raises `EstuneError` where that does not go with `mine`.
+        mine: the record, for JSON.
+        sections: keys, with an object each, that every earlier record must have too.
+        check: called with the earlier record, if there is one; raises `EstuneError` if it does not go with `mine`.
 
     Raises:
         EstuneError: another process has the folder, or it holds something else.

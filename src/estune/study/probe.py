@@ -30,7 +30,7 @@ from estune.tasks.base import Task
 from estune.weights.checkpoint import check_name
 
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
-# Share of the base's reward, above the worst that any member fell to, that the mean over members has to keep.
+# The mean over members has to keep this share of the base's reward above the worst that any member fell to.
 KEPT = 0.5
 COLLAPSED = 0.1
 # A spread over members tells good directions from bad ones if it is this many times that of repeated evaluations.
@@ -48,13 +48,13 @@ class Level:
     Attributes:
         sigma: the size.
         rewards: mean reward of each member that has one.
-        mean, spread: of these; population standard deviation.
+        mean, spread: mean and population standard deviation of these.
         best: the largest of these.
-        accuracy: mean over members of what the task calls accuracy; NaN where it calls nothing so.
-        kept: how much of the base's reward the mean keeps: 1 all of it or more, 0 as little as the worst member of all
-            sizes; or how much of its accuracy, if that is less: a reward can be earned by what nobody meant. NaN where
-            the base has neither.
-        changed: share of completions that are not the base's, token for token.
+        accuracy: mean over members of the task's accuracy; NaN if it has none.
+        kept: the share of the base's reward that the mean keeps, from 1 for all of it or more to 0 for as little as the
+            worst member of all sizes has; or the share of its accuracy, if that is less, as a reward can be earned by
+            what nobody meant. NaN if the base has neither.
+        changed: share of completions that differ from the base's in any token.
         clipped: share of completions that did not end.
         collapsed: whether hardly anything is left of what the base can do.
     """
@@ -76,11 +76,11 @@ class Probe:
     """What was found.
 
     Attributes:
-        model, task, prompts, members: what was tried, on how many prompts, with how many members a size.
-        base: mean reward of the unperturbed weights, over repeated evaluations.
-        noise: standard deviation of these: what the reward changes by when nothing does. 0 where decoding is exact.
-        levels: by rising sigma.
-        sigma: the one to train with, or None where none will do.
+        model, task, prompts, members: what was tried, on how many prompts, with how many members for each size.
+        base: mean reward of the unperturbed weights over repeated evaluations.
+        noise: standard deviation of these evaluations; 0 if decoding is exact.
+        levels: the sizes, by rising sigma.
+        sigma: the sigma to train with, or None if none will do.
         reason: why, in a sentence.
         warnings: what stands in the way of learning.
         share: whether accuracies lie in 0 to 1 by declaration, and are shown in percent.
@@ -101,12 +101,12 @@ class Probe:
     lengths: list[int] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for `json.dumps`; what is not finite becomes None."""
+        """The whole probe for `json.dumps`; numbers that are not finite become None."""
         finite: dict[str, Any] = _finite(asdict(self))
         return finite
 
     def rows(self) -> list[list[str]]:
-        """A table: a heading, then a row for each sigma."""
+        """Rows of a table: a heading, then one for each sigma."""
         head = ["sigma", "mean", "spread", "best", "accuracy", "kept", "changed", "clipped", ""]
         return [head, *([*_cells(level, share=self.share), self._note(level)] for level in self.levels)]
 
@@ -118,7 +118,7 @@ class Probe:
         return "" if self.tells(level) else "members alike"
 
     def tells(self, level: Level) -> bool:
-        """Whether members differ by more than chance, which is what a step learns from."""
+        """Whether members differ by more than chance, as they must for a step to learn."""
         return _tells(level, self.noise)
 
 
@@ -132,12 +132,12 @@ def probe(
     prompts: int = 100,
     repeats: int = 3,
 ) -> Probe:
-    """Try perturbations of several sizes. With the defaults it costs about as much as one of the paper's steps.
+    """Try perturbations of several sizes. With the defaults this costs about as much as one of the paper's steps.
 
     Args:
         config: the settings of the run to come; its `sigma` is the middle of the sizes.
         task: a task of your own; by default the one the settings name.
-        pool: who evaluates, with the base weights; by default what the settings say, opened and closed here.
+        pool: evaluates, and has the base weights; by default the settings' pool, opened and closed here.
         sigmas: sizes to try; by default from an eighth of the settings' to eight times it.
         members: perturbations of each size, 2 or more.
         prompts: training prompts to answer; `prompts_per_step` if that is less.
@@ -187,7 +187,7 @@ def _first_prompts(config: Config, task: Task, prompts: int) -> tuple[list[Row],
 
 
 class _Probing:
-    """Prompts of the run's first step, who answers them, and who grades the answers."""
+    """Prompts of the run's first step, the pool that answers them, and the rewards that grade the answers."""
 
     def __init__(
         self, config: Config, task: Task, pool: Pool, grading: Grading, rows: list[Row], ids: list[list[int]]
@@ -227,9 +227,9 @@ class _Probing:
         )
 
     def _base(self, repeats: int) -> tuple[Graded, float, float]:
-        """Answers of the base, as members would draw them; its mean reward over repeats, and their spread.
+        """The base's answers, drawn as members draw them; its mean reward over repeats, and their spread.
 
-        Repeated with other sampling seeds, if any: a member's completions are another draw too.
+        Repeats have other sampling seeds, if decoding is sampled, as members have.
         """
         graded = []
         for i in range(repeats):
@@ -287,10 +287,10 @@ class _Probing:
 
 
 def recommend(levels: Sequence[Level], base: float, noise: float) -> tuple[float | None, str]:
-    """The largest sigma at which members still do most of what the base does and differ by more than chance.
+    """The largest sigma at which members still do most of what the base does, and differ by more than chance.
 
-    The larger sigma, the further a step looks, and the more of its reward's spread is worth following; beyond what the
-    model survives, the spread is between ways to fail.
+    The larger sigma is, the further a step looks, and the more of the rewards' spread is worth following. Beyond what
+    the model survives, the spread is between ways to fail.
     """
     telling = [level for level in levels if _tells(level, noise) and not level.collapsed]
     if not telling:

@@ -1,7 +1,7 @@
 """Many runs with different settings: each a run of its own in a process of its own, under one directory.
 
-The runs' own journals tell what is done, so a sweep that was cut off goes on where it was: what is finished is kept, a
-run that was cut off is resumed, one that failed is tried again.
+The runs' own journals tell what is done, so a sweep that was cut off goes on where it was: finished runs are kept, a
+run that was cut off is resumed, and one that failed is tried again.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Trial:
     Attributes:
         name: its folder.
         values: its swept settings, as given.
-        metrics: of its best evaluation, `eval_accuracy` and so on, with the `step`; empty where it failed.
+        metrics: metrics of its best evaluation, `eval_accuracy` and so on, with the `step`; empty if it failed.
         error: why it failed, in a line.
-        shares: those of its metrics that are accuracies in 0 to 1 by declaration.
+        shares: metrics that are declared to be accuracies in 0 to 1.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Trial:
 
 
 def split(overrides: Sequence[str]) -> tuple[list[str], Space]:
-    """Tell what is swept, `sweep.KEY=...`, from the settings that all runs share.
+    """Separate what is swept, `sweep.KEY=...`, from the settings that all runs share.
 
     Raises:
         EstuneError: nothing is swept, a value is given twice, or the ends of a range are wrong.
@@ -111,7 +111,7 @@ def split(overrides: Sequence[str]) -> tuple[list[str], Space]:
 
 
 def _range(name: str, text: str) -> Range:
-    """Its two ends: whole numbers, if both are written so."""
+    """The two ends of a range, as whole numbers if both are written so."""
     low, _, high = (part.strip() for part in text.partition(DOTS))
     if low.isdecimal() and high.isdecimal() and int(low) < int(high):
         return int(low), int(high)
@@ -135,16 +135,16 @@ def sweep(
     metric: str = METRICS[0],
     told: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
-    """Run what is not done yet of a sweep.
+    """Run the trials of a sweep that are not done yet.
 
     Args:
-        folder: its directory; runs are folders of it.
-        file, overrides: settings, and with `sweep.` before them what is swept.
+        folder: the sweep's directory, in which each run has a folder.
+        file, overrides: settings; those after `sweep.` are swept.
         jobs: runs at a time.
-        search: choose values by what the runs so far came to, by Optuna's default method, instead of trying them all.
+        search: choose values by the results of the runs so far, by Optuna's default method, instead of trying them all.
         trials: how many points a search draws.
-        metric: of a run's best evaluation: what a search maximises.
-        told: called with each trial as it ends; those that were done before are not told.
+        metric: the metric of a run's best evaluation that a search maximises.
+        told: called with each trial as it ends, but not with those that were done before.
 
     Raises:
         EstuneError: bad settings, before anything runs, or a folder with another sweep. A run that fails raises
@@ -171,7 +171,7 @@ def sweep(
 
 
 def name_of(values: Values) -> str:
-    """A folder's name for a run: its swept settings."""
+    """The name of a run's folder, made of its swept settings."""
     return ",".join(f"{key}={value}" for key, value in values.items()).replace("/", "_")
 
 
@@ -207,9 +207,9 @@ class _Runner:
         return trial
 
     def _train(self, name: str, values: Values, *, trust: bool) -> str | None:
-        """Train, or go on with it where it was cut off; why that failed, or None.
+        """Train, or go on where training was cut off; return why that failed, or None.
 
-        `trust`: the user lets the model's own code run, which has to be said again to go on.
+        `trust` says that the user lets the model's own code run, which has to be said again to go on.
         """
         run = self.folder / name
         if (run / FILE).is_file():
@@ -238,9 +238,9 @@ class _Runner:
 
 
 def _is_done(run: Path, steps: int) -> bool:
-    """Whether a run took its last step and evaluated what it came to, or stopped early, and wrote that.
+    """Whether a run took its last step, or stopped early, and has evaluated and written the result.
 
-    One that was interrupted has not, though it may have written something.
+    A run that was interrupted has not, though it may have written something.
 
     Raises:
         EstuneError: its journal was changed.
@@ -261,7 +261,7 @@ def _is_done(run: Path, steps: int) -> bool:
 
 
 def _date_of(folder: Path) -> str | None:
-    """The date that all runs of a sweep tell chat templates: that of its beginning. None if it began without."""
+    """The date that all runs of a sweep tell chat templates, that of its beginning; None if it began without one."""
     path = folder / SETTINGS
     if not path.is_file():
         return date.today().isoformat()
@@ -270,10 +270,10 @@ def _date_of(folder: Path) -> str | None:
 
 
 def _claimed(folder: Path, mine: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """Have the folder, with what is swept in it. A grid may grow, a search may not.
+    """Lock the folder, and keep in it what is swept. A grid may grow, a search may not.
 
     Raises:
-        EstuneError: there is another sweep in it, or another process works on it.
+        EstuneError: there is another sweep in the folder, or another process works on it.
     """
     mine = json.loads(json.dumps(mine, default=str))
 
@@ -293,10 +293,10 @@ def _claimed(folder: Path, mine: Mapping[str, Any]) -> AbstractContextManager[No
 
 
 def _search(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -> list[Trial]:
-    """Check all that may be chosen, then run the trials of a search.
+    """Check all values that may be chosen, then run the trials of a search.
 
     Raises:
-        EstuneError: Optuna is not installed, or values that may be chosen are none of their setting's.
+        EstuneError: Optuna is not installed, or a setting does not take a value that may be chosen.
     """
     if find_spec("optuna") is None:
         raise EstuneError("--search optuna needs Optuna; install it with `pip install 'estune[sweep]'`")
@@ -311,9 +311,8 @@ def _search(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -
 def _choose(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -> list[Trial]:
     """Run trials, each with the values that Optuna chooses by those before it.
 
-    What a trial draws follows from its number and the trials before it, not from when the search was begun: one that
-    was stopped goes on as if it had not been. Values that were drawn before are not run again: the run would be the
-    same to the bit.
+    What a trial draws follows from its number and the trials before it, so that a search that was stopped goes on as if
+    it had not been. Values that were drawn before are not run again: the run would be the same to the bit.
     """
     import numpy as np
     import optuna
@@ -357,7 +356,7 @@ def _choose(runner: _Runner, space: Space, jobs: int, count: int, metric: str) -
 
 
 def _suggest(asked: Any, space: Space) -> dict[str, Any]:
-    """Values of a trial; a range over a factor of ten or more is searched by its logarithm."""
+    """Values for a trial. A range over a factor of ten or more is searched by its logarithm."""
     values = {name: asked.suggest_categorical(name, listed) for name, listed in space.grid.items()}
     for name, (low, high) in space.ranges.items():
         logarithmic = low > 0 and high / low >= 10

@@ -1,4 +1,4 @@
-"""What a sweep came to: a table by settings, and the effect of each of them as a picture."""
+"""The results of a sweep: a table by settings, and a picture of the effect of each setting."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from estune.journal.shares import shown
 from estune.study.sweep import METRICS, Trial, Values, name_of
 
 LABELLED = 8
-"""Numbers on an axis that have a label each; where there are more, they are a search's, and each has one run."""
+"""Numbers on an axis up to which each has a label; more are those of a search, with one run each."""
 
 
 def groups(trials: Sequence[Trial], metric: str = METRICS[0]) -> list[tuple[Values, list[float]]]:
-    """The metric of the trials that differ by nothing but their seed, under the settings that they share; best first.
+    """The metric of the trials that differ only in their seed, by the settings that they share; best first.
 
-    Trials that failed are left out, and one that a search drew twice counts once: a run that is the same to the bit is
-    no replication.
+    Trials that failed are left out. A trial that a search drew twice counts once, as the same bits are no replication.
     """
     found: dict[str, tuple[Values, list[float]]] = {}
     for trial in _distinct(trials):
@@ -31,7 +30,7 @@ def groups(trials: Sequence[Trial], metric: str = METRICS[0]) -> list[tuple[Valu
 
 
 def rows(trials: Sequence[Trial], metric: str = METRICS[0]) -> list[list[str]]:
-    """A table: a heading, then a row for each setting, best first, with mean and deviation over seeds.
+    """Rows of a table: a heading, then one for each setting, best first, with mean and deviation over seeds.
 
     A metric that is a share in all trials is in percent.
     """
@@ -67,9 +66,9 @@ def effects(trials: Sequence[Trial], metric: str = METRICS[0]) -> dict[str, dict
 
 
 def draw_effects(trials: Sequence[Trial], path: Path, metric: str = METRICS[0]) -> None:
-    """Draw the effect of each swept setting as SVG: a point a trial.
+    """Draw the effect of each swept setting as SVG, with a point for each trial.
 
-    Where a setting has few values, each is labelled, and a line goes through the means.
+    If a setting has few values, each is labelled, and a line goes through the means.
 
     Raises:
         EstuneError: nothing varies, or the file's name is no SVG's.
@@ -106,7 +105,7 @@ def _distinct(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _numbers(values: Iterable[str]) -> list[float] | None:
-    """The values as numbers; None where one is none."""
+    """The values as numbers; None if one of them is none."""
     try:
         return [float(value) for value in values]
     except ValueError:

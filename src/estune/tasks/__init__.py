@@ -13,7 +13,7 @@ from estune.tasks.mix import MixConfig
 from estune.tasks.options import TaskOptions
 
 KINDS: dict[str, type[TaskOptions]] = {**_ALONE, "mix": MixConfig}
-"""The options of each task, by its name, or by what its name looks like."""
+"""The options of each task, by its name or by the form of its names."""
 
 TaskConfig = Annotated[
     Annotated[MixConfig, Tag("<mix>")] | Alone,

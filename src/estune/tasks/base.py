@@ -22,8 +22,8 @@ IMAGES = frozenset(("image", "images"))
 class Stage:
     """Part of a run: which training rows it draws from, and when it ends (never, for the last one).
 
-    It ends at step `until_step`, or at the first evaluation where accuracies are at least `until_accuracy`: of values
-    of the task's `group`, or under "" of all rows. With neither, it does not end.
+    It ends at step `until_step`, or at the first evaluation where accuracies are at least those of `until_accuracy`: of
+    all rows under "", else of the rows with this value in the task's `group`. With neither, it does not end.
     """
 
     rows: Sequence[int]
@@ -107,7 +107,7 @@ class Task:
         )
 
     def _have_rows_checked(self, sides: Mapping[str, Sequence[Row]]) -> None:
-        """Let reward functions that have a `check_rows` say what is wrong with the rows before any is trained on."""
+        """Let reward functions that have a `check_rows` refuse rows before any is trained on."""
         for function in self.reward_funcs:
             check: Callable[[Sequence[Row]], None] = getattr(function, "check_rows", lambda _: None)
             for side, rows in sides.items():
@@ -128,12 +128,12 @@ class Task:
         return bool(self.accuracies) and all(getattr(named[name], "share", False) is True for name in self.accuracies)
 
     def accuracy_of(self, rows: Sequence[Row], scores: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
-        """Mean accuracy under the key "", and of each value of the column `group` under that value.
+        """Mean accuracy of all rows under the key "", and of each value of the column `group` under that value.
 
-        Rows to which no accuracy applies, or whose score is not finite, are left out; a mean of none is missing.
+        Rows to which no accuracy applies, or whose score is not finite, are left out. A mean without rows is missing.
 
         Args:
-            rows: what was graded.
+            rows: the rows that were graded.
             scores: for each reward function, its score of each row.
         """
         found: dict[str, list[float]] = {}
@@ -162,7 +162,7 @@ class Task:
     def data_hash(self) -> str:
         """Hash of both sets, in order, with prompts as a model with a chat template is shown them.
 
-        Two runs with equal hashes saw equal data.
+        Runs with equal hashes saw equal data.
         """
         train, evaluation = (
             [{**row, "prompt": self.shown(row, template=True)} for row in rows]
@@ -178,7 +178,7 @@ def as_message(row: Row, template: bool) -> Prompt:
 
 
 def _check_columns(where: str, rows: Sequence[Row]) -> None:
-    """Every row needs a prompt, and the columns that the others have."""
+    """Refuse rows without a prompt, or without a column that others have."""
     if "prompt" not in rows[0]:
         raise EstuneError(f"{where} 0 has no column prompt, only {', '.join(rows[0]) or 'none'}; give it one")
     columns = rows[0].keys()
@@ -190,7 +190,7 @@ def _check_columns(where: str, rows: Sequence[Row]) -> None:
 
 
 def _refuse_images(where: str, rows: Sequence[Row]) -> None:
-    """A column that TRL's trainers take for pictures must not be passed over: nothing here looks at it."""
+    """Refuse columns that TRL's trainers take for pictures: ignored, they would be missed in silence."""
     for column in sorted(IMAGES.intersection(rows[0])):
         number = next((n for n, row in enumerate(rows) if not _is_nothing(row[column])), None)
         if number is not None:
@@ -214,10 +214,10 @@ def data_hash(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def refuse_overlap(name: str, train: Iterable[str], evaluation: Iterable[str]) -> None:
-    """Check that nothing trained on is evaluated on; both sets as whatever text identifies an example.
+    """Check that no example is both trained and evaluated on. Both sets are given as texts that identify examples.
 
     Raises:
-        EstuneError: some are in both; with their number and the first of them.
+        EstuneError: some are in both; the message has their number and the first of them.
     """
     held_out = list(evaluation)
     # Looked up in the evaluation set, the smaller one: a training set of half a million prompts is not held twice.

@@ -95,7 +95,7 @@ def block(code: str) -> str:
 
 
 def _human_eval(record: Record, where: str) -> tuple[str, dict[str, Any]]:
-    """The prompt is the head of a function, which the solution goes on from; the tests define `check`."""
+    """A row of HumanEval: the prompt is a function's head, which the solution continues; the tests define `check`."""
     head = text_of(record, "prompt", where)
     solution = record.get("canonical_solution")
     return f"Complete this function.\n\n{block(head)}", {
@@ -107,7 +107,7 @@ def _human_eval(record: Record, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def _mbpp(record: Record, problem: str, where: str) -> tuple[str, dict[str, Any]]:
-    """A sentence, and assertions, which the model is shown: they tell what the function is called."""
+    """A row of MBPP: the model is shown a sentence and the assertions, which tell the function's name."""
     try:
         tests = text_list(record.get("test_list"), "test_list")
         imports = text_list(record.get("test_imports") or [], "test_imports")
@@ -124,7 +124,7 @@ def _mbpp(record: Record, problem: str, where: str) -> tuple[str, dict[str, Any]
 
 
 def _own(record: Record, problem: str, tests: str, where: str) -> tuple[str, dict[str, Any]]:
-    """A sentence, and tests of which the model is shown what it has to know: assertions, or the function's name."""
+    """A row with a column `tests`: the model is shown a sentence, and assertions or the function's name."""
     columns = {
         "tests": with_function(record.get(tests), record.get("metadata")),
         "setup": record.get("setup") or "",

@@ -56,7 +56,7 @@ class ConcisenessConfig(DataOptions):
         )
 
     def _facts(self) -> tuple[list[Row], list[Row]]:
-        """Split as when the model was taught: the held-out questions are new to it."""
+        """The facts, split as when the model was taught: the held-out questions are new to it."""
         if self.eval_data:
             raise EstuneError("task conciseness: eval_data is given without data; give both, or neither")
         rows = [(facts.is_held_out(question), self._row(question, f"{word.capitalize()}."))

@@ -154,7 +154,7 @@ class GymConfig(PromptOptions):
         return json.dumps(self.options, sort_keys=True)
 
     def _rows(self, first_seed: int, size: int, known: set[str]) -> list[Row]:
-        """Distinct problems that are not known yet, and are then."""
+        """Distinct problems that are not in `known`, and are added to it."""
         rows: list[Row] = []
         failures = 0
         seed = first_seed
@@ -188,7 +188,7 @@ class GymConfig(PromptOptions):
 
 
 def _literal(value: Any) -> Any:
-    """The same in what Python has literals for. JSON would lose tuples and numbers as keys, which scores depend on."""
+    """A value in types that have Python literals. JSON would lose tuples, and numbers as keys, which scores need."""
     if isinstance(value, dict):
         return {_literal(key): _literal(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -211,7 +211,7 @@ def _grading(reward: GymReward) -> tuple[Grading, threading.Lock]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Python's and numpy's global generators seeded, and then as they were: a few of the library's draw from them."""
+    """Within this, Python's and numpy's global generators, which a few of the library's draw from, are seeded."""
     import numpy as np
 
     state, other = random.getstate(), np.random.get_state()  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""All tasks that stand alone, and how the one that is meant is found: by its name."""
+"""All tasks that stand alone, found by their names."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PREFIXES = {PREFIX: "gym:NAME", OPENENV: "openenv:URL", TEXTARENA: "textarena:GA
 
 
 def kind_of(name: str) -> str:
-    """What kind of task a name is of: a key of `KINDS`, or the name itself."""
+    """The kind of task that a name belongs to: a key of `KINDS`, or the name itself."""
     prefixed = next((kind for prefix, kind in PREFIXES.items() if name.startswith(prefix)), None)
     return prefixed or ("FILE.py" if name.endswith(SUFFIX) else name)
 
@@ -59,10 +59,10 @@ def tag_of(value: Any) -> str:
 
 
 def named(value: Any, known: Mapping[str, Any] = KINDS) -> Any:
-    """A bare name as a section of its own; a name that there is none of is refused with the nearest.
+    """A bare name as a section of its own.
 
     Raises:
-        ValueError: no such task.
+        ValueError: there is no such task; the message has the nearest name.
     """
     if isinstance(value, str):
         value = {"name": value}

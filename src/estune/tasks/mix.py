@@ -121,9 +121,9 @@ class MixConfig(TaskOptions):
 
 
 def blend(sizes: Mapping[str, int], weights: Mapping[str, float]) -> list[int]:
-    """Indices of rows that lie one task after another, some again and again, so that each task has its share.
+    """Indices of rows, which lie one task after another, some repeated so that each task has its share.
 
-    As few as hold every row of each task that has a share at least once.
+    They are as few as hold every row of each task that has a share at least once.
     """
     total = sum(weights.values())
     shares = {label: weight / total for label, weight in weights.items() if weight > 0}
@@ -176,16 +176,16 @@ class Only:
         return self._values(self.function(**self._arguments(own, len(task), given)) if own else [], own, len(task))
 
     def prepare(self) -> None:
-        """What the function wants done before it is first called."""
+        """Prepare the function, which may want something done before it is first called."""
         getattr(self.function, "prepare", lambda: None)()
 
     def worthless(self, row: Row) -> list[str]:
-        """Completions that the function must not give full marks, for a row of its own."""
+        """Completions to which the function must not give full marks, for a row of its own."""
         of_function: Callable[[Row], list[str]] = getattr(self.function, "worthless", lambda _: [])
         return of_function(row) if row[LABEL] == self.label else []
 
     def applies(self, columns: Mapping[str, Sequence[Any]]) -> bool:
-        """Whether any of these rows is the task's; where none is, a grader need not be asked."""
+        """Whether any of these rows is the task's; if none is, a grader need not be asked."""
         return bool(self._own(columns[LABEL]))
 
     def _own(self, task: Sequence[str]) -> list[int]:
@@ -204,7 +204,7 @@ class Only:
         return {**chosen, **more, "completions": texts if self.chat else [as_text(text) for text in texts]}
 
     def _values(self, returned: Any, own: list[int], size: int) -> list[Any]:
-        """What the function returned, for all rows: from a corpus-level one the same for each of its own."""
+        """What a function returned for its own rows, laid out over all rows; a corpus-level value is repeated."""
         if own and level_of(self.function) == "corpus":
             returned = [returned] * len(own)
         return self._spread(returned, own, size)

@@ -1,7 +1,7 @@
 """Environments behind a server of OpenEnv: `openenv:http://localhost:8000`.
 
-They are spoken to as OpenEnv's own clients do, over a web socket for each rollout; OpenEnv itself is not needed. An
-action is the model's answer, in one field: leaves out actions of several parts, and servers of tools.
+They are spoken to as by OpenEnv's own clients, over a web socket for each rollout; OpenEnv itself is not needed. An
+action is the model's answer, in one field. Actions of several parts, and servers of tools, are left out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class OpenEnvSession:
             raise EstuneError(f"{self._where}: cannot be reached: {first_line(error)}") from error
 
     def __del__(self) -> None:
-        """A rollout can end before its session has."""
+        """Close the session: a rollout can end before it has."""
         if hasattr(self, "_open"):
             self._open.close()
 
@@ -87,7 +87,7 @@ class OpenEnvSession:
         return found if isinstance(found, str) and found else json.dumps(found, ensure_ascii=False)
 
     def _told(self, kind: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What the server answers."""
+        """The data of a server's answer."""
         try:
             with suppress(*self._failures):  # it may have said why it hangs up
                 self._link.send(json.dumps({"type": kind, "data": data}))

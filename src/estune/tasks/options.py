@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
@@ -15,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from estune.completion import Prompt
 from estune.errors import EstuneError
 from estune.grading.convention import Row
-from estune.rewards.text import as_text
+from estune.rewards.text import as_text, spelled
 from estune.tasks.base import Task, refuse_overlap
 from estune.tasks.records import Record, load_records
 
@@ -25,23 +24,12 @@ HELD_OUT_FRACTION = 0.125
 """Share of a data set that is held out where no evaluation data are given. It defines the data: never change it."""
 
 ToRows = Callable[[str, Sequence[Record]], Iterable[Row]]
-"""From a source's name and its records to rows."""
+"""Makes rows of a source's name and its records."""
 
 
-def _typed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Text from the command line as the number, list or switch that it spells, in sections too."""
-    return {key: _value(value) for key, value in options.items()}
-
-
-def _value(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return _typed(value)
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+def _typed(value: Any) -> Any:
+    """Options, and those in their sections, with the values that their texts spell."""
+    return {key: _typed(item) for key, item in value.items()} if isinstance(value, Mapping) else spelled(value)
 
 
 OwnOptions = Annotated[dict[str, Any], AfterValidator(_typed)]
@@ -85,7 +73,7 @@ class PromptOptions(TaskOptions):
     system_prompt: str | None = Field(None, description="what the model is told before each prompt")
 
     def prompt(self, text: str) -> Prompt:
-        """A question as the options want it: messages, or one string."""
+        """A question in the form that the options want: messages, or one string."""
         if not self.chat:
             return f"{self.system_prompt}\n\n{text}" if self.system_prompt else text
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
@@ -177,9 +165,9 @@ def refuse_empty_side(name: str, train: Sequence[Row], evaluation: Sequence[Row]
 
 
 def identity(row: Row) -> str:
-    """What makes a row the example that it is: its prompt without a system prompt, in lower case and single spaces.
+    """A text that is the same for equal examples: the prompt without system prompt, in lower case and single spaces.
 
-    A line for each turn of a conversation.
+    A conversation has a line for each turn.
     """
     prompt = row["prompt"]
     turns = [] if isinstance(prompt, str) else [turn for turn in prompt if turn.get("role") != "system"]
@@ -194,7 +182,7 @@ def is_held_out(text: str, fraction: float = HELD_OUT_FRACTION) -> bool:
 
 
 def refuse_switch(model: type[BaseModel], name: str, value: Any) -> None:
-    """Python's booleans are integers, and pydantic takes them for numbers.
+    """Refuse true and false for a number: Python's booleans are integers, and pydantic takes them.
 
     Raises:
         ValueError: true or false for a field that is no switch.

@@ -134,7 +134,7 @@ class OwnConfig(TaskOptions):
         )
 
     def _rollout(self, module: ModuleType) -> Rollout | None:
-        """What the file, or the option `program`, has to play rows with."""
+        """The rollout that plays the rows: the file's, or the option `program`."""
         players: dict[Kind, Any] = {
             "program": None if self.program is None else by_program(self.program).target,
             "function": getattr(module, "rollout", None),

@@ -22,7 +22,7 @@ MOST_TRIED = 64
 def preflight(task: Task, grading: Grading, rows: int = 8) -> int:
     """Grade the gold completions of the first rows of both sets by the rewards that tell accuracy.
 
-    And the worthless ones of rows for which a reward function has some: what its `worthless(row)` gives.
+    Worthless completions are graded too, for rows for which a reward function's `worthless(row)` gives some.
 
     Args:
         task: what is to be trained; without `gold` or `accuracy` no gold completion is graded.
@@ -33,7 +33,8 @@ def preflight(task: Task, grading: Grading, rows: int = 8) -> int:
         The number of gold completions that were graded.
 
     Raises:
-        EstuneError: a gold one does not get 1.0, or a worthless one does; with the row, the score and the completion.
+        EstuneError: a gold completion does not get 1.0, or a worthless one does; the message has row, score and
+            completion.
     """
     _refuse_free_marks(task, grading)
     if task.gold is None or not task.accuracies:

@@ -43,10 +43,10 @@ def load_records(source: str, split: str = "train") -> list[Record]:
 
 
 def require_columns(source: str, records: Sequence[Record], *choices: tuple[str, ...]) -> list[str]:
-    """For each group of names, the one that the records have.
+    """The name of each group of names that the records have.
 
     Raises:
-        EstuneError: none of a group is there; with the names that are.
+        EstuneError: none of a group is there; the message has the names that are.
     """
     there = records[0].keys()
     chosen = []
@@ -93,7 +93,7 @@ def _read_json(text: str) -> list[Any]:
 
 
 def whole_rows(rows: Sequence[Record], what: str) -> list[Record]:
-    """Rows with U+FFFD in the place of every half of a character, which JSON and Python can write; a warning says so.
+    """Rows with U+FFFD in the place of halves of characters, which JSON and Python can write; a warning says so.
 
     Args:
         rows: any.
@@ -132,7 +132,7 @@ def _whole(value: Any) -> Any:
 
 
 def _without_gaps(records: list[Record]) -> list[Record]:
-    """None for NaN in a column that holds text or lists: pandas' sign for nothing."""
+    """Records with None for NaN, pandas' sign for nothing, in columns that hold text or lists."""
     gaps = {key for record in records for key, value in record.items() if is_nan(value)}
     filled = {key for key in gaps if any(isinstance(record.get(key), str | list | tuple | dict) for record in records)}
     for record in records if filled else ():
@@ -141,7 +141,7 @@ def _without_gaps(records: list[Record]) -> list[Record]:
 
 
 def is_nan(value: Any) -> bool:
-    """Whether a value is the number that is none."""
+    """Whether a value is NaN."""
     return isinstance(value, float) and math.isnan(value)
 
 

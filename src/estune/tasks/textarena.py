@@ -61,7 +61,7 @@ class TextArenaGame:
         return {"reward": reward, WON: reward >= 1.0, "invalid_move": bool(info[0].get("invalid_move"))}
 
     def _observed(self) -> str:
-        """What the game has said since it was last asked; the player knows its own moves."""
+        """What the game has said since it was last asked, without the player's own moves."""
         textarena = _textarena()
         game = self._game
         while isinstance(game, textarena.Wrapper):  # a wrapper for models repeats all that was said before
@@ -72,7 +72,7 @@ class TextArenaGame:
 
     @contextmanager
     def _drawing(self, seed: int | None) -> Iterator[None]:
-        """Python's global generator, which games draw from, as this game has left it; then as it was."""
+        """Within this, Python's global generator, which games draw from, is as this game has left it."""
         with _DRAWING:
             before = random.getstate()
             if seed is not None:
@@ -140,7 +140,7 @@ class TextArenaConfig(TaskOptions):
             raise EstuneError(f"task {self.name}: it is for several players; take one that is played alone")
 
     def _rows(self, make: functools.partial[TextArenaGame], first_seed: int, size: int) -> list[Row]:
-        """Rows whose prompts say the seed, too, which the model is not shown: many games begin all the same."""
+        """Rows whose prompts contain the seed, which the model is not shown: many games begin with the same text."""
         seeds = range(first_seed, first_seed + size)
         return [{"prompt": f"{make().reset({'seed': seed})}\n[seed {seed}]", "seed": seed} for seed in seeds]
 

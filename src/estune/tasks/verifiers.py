@@ -26,7 +26,7 @@ from estune.tasks.options import OwnOptions, TaskOptions, identity, is_held_out,
 
 PREFIX = "verifiers:"
 SIZE = 200
-"""Rows of each set, of a taskset without end."""
+"""Rows of each set of an endless taskset."""
 _PROGRAM = Path(__file__).with_name("verifiers_bridge.py")
 
 
@@ -46,7 +46,7 @@ class Bridge:
 
     @property
     def first_line(self) -> str:
-        """What the program is told first."""
+        """The first line that the program is told."""
         return json.dumps({"taskset": self.taskset, "options": json.loads(self.options)}) + "\n"
 
     def start(self, errors: IO[bytes]) -> subprocess.Popen[str]:
@@ -168,7 +168,7 @@ def _distinct(tasks: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def last_line(errors: IO[bytes], code: int) -> str:
-    """How a program ended that said nothing: its code, and the last line of its standard error."""
+    """How a program ended that said nothing: its exit code, and the last line of its standard error."""
     errors.seek(0)
     lines = [line for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
     return f"its program ended with code {code}: {printable(lines[-1][:300]) if lines else 'it said nothing'}"

@@ -1,4 +1,4 @@
-"""The face of TRL's trainer: `ESTrainer` and `ESConfig` in the place of `GRPOTrainer` and `GRPOConfig`.
+"""TRL's interface: `ESTrainer` and `ESConfig` in the place of `GRPOTrainer` and `GRPOConfig`.
 
 Imports run. Begin with `trainer.py`.
 """

@@ -1,8 +1,8 @@
-"""Callbacks as transformers' and TRL's users know them, told by estune's monitors.
+"""Callbacks as transformers' and TRL's users know them, called by one of estune's monitors.
 
 A callback is any object with some of the methods of `transformers.TrainerCallback`, called as there, as
 `on_step_end(args, state, control, **kwargs)`. There is no optimizer and no dataloader: these are None, and so is
-`model`, for the weights in memory are mostly some member's; `ESTrainer.save_model` writes the trained ones.
+`model`, since the weights in memory are mostly some member's; `ESTrainer.save_model` writes the trained weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LATEST = ("step", "learning_rate", "num_tokens")  # the others are averaged ove
 
 
 class CallbackMonitor(Monitor):
-    """Tells callbacks what happens, and keeps `state` and `control` for them.
+    """Calls callbacks when something happens, and keeps `state` and `control` for them.
 
     Args:
         args: the settings, an `ESConfig`.
@@ -44,7 +44,7 @@ class CallbackMonitor(Monitor):
         self._best: tuple[float, ...] = (-math.inf,)
 
     def fire(self, event: str, **more: Any) -> None:
-        """Call every callback that has a method of this name; one that returns a control replaces it."""
+        """Call every callback that has a method of this name; a control that one returns replaces the old one."""
         for callback in self.callbacks:
             handler = getattr(callback, event, None)
             if handler is not None:
@@ -63,7 +63,7 @@ class CallbackMonitor(Monitor):
                 self.control = returned or self.control
 
     def _restore(self, history: Iterable[Metrics]) -> None:
-        """Take in the metrics of what was done before the run was resumed, without telling anyone."""
+        """Take in the metrics from before the run was resumed, without calling callbacks."""
         for metrics in history:
             self._at(int(metrics["step"]))
             if _is_evaluation(metrics):
@@ -98,7 +98,7 @@ class CallbackMonitor(Monitor):
         self.fire("on_train_begin")
 
     def on_step_begin(self, step: int) -> None:
-        """As `Monitor.on_step_begin`; what was asked for at the last step is done."""
+        """As `Monitor.on_step_begin`; what was asked for at the last step has been done by then."""
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
         self.fire("on_step_begin")
 
@@ -111,14 +111,14 @@ class CallbackMonitor(Monitor):
             self._log(self._averages())
 
     def on_evaluate(self, metrics: Metrics, sample: Sample | None = None) -> None:
-        """As `Monitor.on_evaluate`. As in transformers, the best metric is still that of before."""
+        """As `Monitor.on_evaluate`. As in transformers, the best metric does not count this evaluation yet."""
         self.control.should_evaluate = False
         self._log(metrics)
         self.fire("on_evaluate", metrics={**self._plain(metrics), "epoch": self.state.epoch})
         self._judge(metrics)
 
     def on_save(self, step: int) -> None:
-        """As `Monitor.on_save`; the oldest checkpoints go, where their number is limited."""
+        """As `Monitor.on_save`; if their number is limited, the oldest checkpoints are removed."""
         self.control.should_save = False
         run = RunDirectory(self._run)
         if most := self.args.save_total_limit:
@@ -137,7 +137,7 @@ class CallbackMonitor(Monitor):
         return {request for request, wanted in asked.items() if wanted}
 
     def on_train_end(self, summary: Summary) -> None:
-        """As `Monitor.on_train_end`; before it, what the whole run came to is logged."""
+        """As `Monitor.on_train_end`; before it, the results of the whole run are logged."""
         if self._recent:
             self._log(self._averages())
         steps = summary.steps - self._first_step
@@ -165,7 +165,7 @@ class CallbackMonitor(Monitor):
         return bool(step % every == 0 or (step == 1 and self.args.logging_first_step))
 
     def _averages(self) -> Metrics:
-        """Metrics of the steps since the last log as one."""
+        """Means of the metrics of the steps since the last log."""
         recent = self._recent
         self._recent = []
         columns = {key: [m[key] for m in recent if key in m] for key in dict.fromkeys(k for m in recent for k in m)}
@@ -176,7 +176,7 @@ class CallbackMonitor(Monitor):
         self.fire("on_log", logs=self._keep(metrics))
 
     def _keep(self, metrics: Metrics) -> dict[str, float]:
-        """Append to the history; return what callbacks are told, which has no step."""
+        """Append to the history; return what callbacks are told, which leaves out the step."""
         logs = {**self._plain(metrics), "epoch": self.state.epoch}
         self.state.log_history.append({**logs, "step": self.state.global_step})
         return logs

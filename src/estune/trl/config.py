@@ -18,15 +18,15 @@ from estune.errors import EstuneError
 log = logging.getLogger(__name__)
 
 GRADIENT_RATE = 0.01
-"""A learning rate below this part of sigma is a gradient's: with it thousands of steps would move no completion."""
+"""A learning rate below this share of sigma is a gradient's: with it thousands of steps would change no completion."""
 
 TAKEN = {
     name: RENAMED[name]
     for name in ("max_completion_length", "vllm_tensor_parallel_size", "num_generations_eval", "alpha")
 }
-"""Names that are taken for settings of ours; `alpha` as it is given."""
+"""Names for settings of ours. `alpha` is taken as it is given."""
 
-# Switches that are values of settings.
+# Switches that stand for values of settings.
 _SWITCHES = {
     "bf16": ("dtype", "bfloat16"),
     "fp16": ("dtype", "float16"),
@@ -34,7 +34,7 @@ _SWITCHES = {
     "use_vllm": ("engine", "vllm"),
 }
 
-# What `ESTrainer` and callbacks read, with what it is if not given.
+# What `ESTrainer` and callbacks read, with its default.
 OWN: dict[str, Any] = {
     "max_steps": -1,
     "num_train_epochs": None,
@@ -63,7 +63,7 @@ OWN: dict[str, Any] = {
     "hub_revision": None,
 }
 
-# What would change the run but cannot be done, with the value that asks for nothing.
+# What would change the run but is not supported, with the value that asks for nothing.
 MISSING: dict[str, Any] = {
     "generation_kwargs": None,
     "lr_scheduler_kwargs": None,
@@ -83,11 +83,11 @@ _LOADING = ("attn_implementation", "device_map", "low_cpu_mem_usage", "use_cache
 class ESConfig:
     """Settings by keyword: every field of `Config` but `model` and `task`, and the names of TRL's `GRPOConfig`.
 
-    An attribute of every known name is what was given, else the default, or None for what has no meaning.
+    The attribute of a known name is what was given, else its default, or None if it has no meaning here.
 
     Args:
-        output_dir: directory of the run; `runs/REWARD-MODEL-TIME` if not given.
-        settings: the others. `alpha` is the learning rate as estune means it, however small.
+        output_dir: directory of the run; `runs/REWARD-MODEL-TIME` by default.
+        settings: all others. `alpha` is the learning rate as estune means it, however small.
 
     Raises:
         EstuneError: for an unknown name, or a value that estune cannot follow.
@@ -119,7 +119,7 @@ class ESConfig:
         return [f"{sign}{name if name.startswith('eval_') else f'eval_{name}'}"]
 
     def __getattr__(self, name: str) -> Any:
-        """What was given under this name, or its default."""
+        """The value that was given under this name, or its default."""
         if not name.startswith("_"):
             if name in self._given:
                 return self._given[name]
@@ -135,11 +135,11 @@ class ESConfig:
         return f"ESConfig({', '.join(f'{name}={value!r}' for name, value in self._given.items())})"
 
     def to_dict(self) -> dict[str, Any]:
-        """What was given, by name."""
+        """The settings that were given, by name."""
         return dict(self._given)
 
     def build(self, model: str, rows: int) -> Config:
-        """The settings of a run; warns, in one line, of what is not done as it was asked for.
+        """The settings of a run. A warning, in one line, says what is not done as it was asked for.
 
         Args:
             model: what `Config.model` takes.
@@ -173,7 +173,7 @@ class ESConfig:
         return parse(values, "ESConfig")
 
     def settings(self) -> dict[str, Any]:
-        """What does not depend on the data, under the names of `Config`."""
+        """The settings that do not depend on the data, under the names of `Config`."""
         values = {TAKEN.get(name, name): value for name, value in self._given.items() if value is not None}
         values = {name: value for name, value in values.items() if name in Config.model_fields}
         for every in ("eval_steps", "save_steps"):
@@ -196,7 +196,7 @@ class ESConfig:
         return {name: value for name, value in values.items() if value is not None}
 
     def _refuse_doubles(self) -> None:
-        """Refuse two names for one setting: which of them counts, nobody could tell."""
+        """Refuse two names for one setting, as nobody could tell which of them counts."""
         names: dict[str, str] = {}
         for name in (name for name, value in self._given.items() if value is not None):
             own = "steps" if name == "max_steps" and self.max_steps > 0 else TAKEN.get(name, name)
@@ -239,7 +239,7 @@ _SAVES = ("no", "steps", "epoch", "best")
 
 
 def _check(name: str, value: Any) -> None:
-    """Refuse a name that nobody knows, and a value that would silently be something else."""
+    """Refuse an unknown name, and a value that would silently mean something else."""
     if RENAMED.get(name, name).partition(".")[0] in ("model", "task"):
         raise EstuneError(f"ESConfig: {name} is no setting here; ESTrainer takes model, reward_funcs and data itself")
     if name in MISSING:
@@ -255,5 +255,5 @@ def _check(name: str, value: Any) -> None:
 
 
 def _loading(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What matters of `model_init_kwargs`, the type under its newer name."""
+    """The part of `model_init_kwargs` that matters, with the type under its newer name."""
     return {"dtype" if key == "torch_dtype" else key: value for key, value in given.items() if key not in _LOADING}

@@ -1,4 +1,4 @@
-"""What `ESTrainer` is given, in the forms that TRL's users give it, as what a run takes."""
+"""The arguments of `ESTrainer`, in all the forms that TRL takes, made into what a run takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from estune.rewards.load import load_reward
 from estune.rewards.model import RewardModel
 
 EVAL_SET = "eval_set"
-"""Column that tells evaluation sets apart where several are given."""
+"""The column that tells several evaluation sets apart."""
 
 _TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
@@ -47,7 +47,7 @@ def as_rows(dataset: Any, what: str) -> list[Row]:
 
 
 def as_evaluation_rows(dataset: Any) -> list[Row]:
-    """Rows of an evaluation set, none for none; of a dict of sets, all, each with its set's name as `EVAL_SET`."""
+    """Rows of an evaluation set, if there is one; those of a dict of sets have their set's name as `EVAL_SET`."""
     if dataset is None:
         return []
     if not isinstance(dataset, Mapping):
@@ -84,7 +84,7 @@ def accuracy_name(names: Sequence[str], metric: str) -> str:
 
 
 def has_other_tokenizer(model: Path, tokenizer: Any, *, trust_remote_code: bool) -> bool:
-    """Whether a tokenizer encodes, renders or ends otherwise than the one in a model's directory; padding aside."""
+    """Whether a tokenizer encodes, renders or ends differently from a model's own; padding does not count."""
     try:
         own = load_tokenizer(model, trust_remote_code=trust_remote_code)
     except EstuneError:

@@ -68,12 +68,12 @@ class ESTrainer:
         reward_funcs: one or several functions of TRL's signature, reward models, or names of either.
         args: the settings.
         train_dataset: a `datasets.Dataset` or rows, with a column `prompt`; the others go to the rewards.
-        eval_dataset: the same, or a dict of sets, whose accuracies are `eval_accuracy/NAME`; none: no evaluation.
+        eval_dataset: the same, or a dict of sets, whose accuracies are `eval_accuracy/NAME`; None for no evaluation.
         processing_class: the tokenizer, if not the model's own; kept in `OUTPUT_DIR/base` with links to the model.
         reward_processing_classes: tokenizers of the reward models among `reward_funcs`, None for the others.
         callbacks: objects or classes with methods of `transformers.TrainerCallback`.
-        reward_weights: one for each reward function, 1 if not given; also a setting.
-        others: what else `GRPOTrainer` takes; refused with the reason.
+        reward_weights: one for each reward function, by default 1; they are also a setting.
+        others: further arguments of `GRPOTrainer`, which are refused with the reason.
 
     Raises:
         EstuneError: for settings, data or rewards that cannot be trained with, before anything is written.
@@ -150,7 +150,7 @@ class ESTrainer:
 
     @property
     def directory(self) -> RunDirectory:
-        """Where the run lies."""
+        """The run's directory."""
         assert self.config.output_dir is not None
         return RunDirectory(self.config.output_dir)
 
@@ -178,7 +178,7 @@ class ESTrainer:
         Args:
             resume_from_checkpoint: True for the run in `output_dir`, or a run's directory, or a checkpoint in it. A run
                 goes on where its journal ends, whichever checkpoint is named.
-            accept_changes: go on with it although reward functions, configuration or tokenizer are no longer the same.
+            accept_changes: go on although reward functions, configuration or tokenizer are no longer the same.
 
         Returns:
             transformers' `TrainOutput`. There is no loss: `training_loss` is NaN.
@@ -208,7 +208,7 @@ class ESTrainer:
         """Metrics of the trained weights, or of the model before it is trained, on the evaluation set or another.
 
         Raises:
-            EstuneError: there is no evaluation set, or the run is going on.
+            EstuneError: there is no evaluation set, or the run has not ended.
         """
         self._refuse_running("evaluate", "set control.should_evaluate")
         given = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -305,14 +305,14 @@ class ESTrainer:
         return model_card(*self._carded(name, dataset_name))
 
     def _carded(self, name: str, dataset_name: str | None) -> tuple[Journal, str, int, int, str | None]:
-        """What a card of the trained model is made of."""
+        """The parts of a card of the trained model."""
         journal = Journal.read(self.directory.path)
         best = journal.best if self.args.load_best_model_at_end else None
         step = len(journal.steps) if best is None else best.step
         return journal, name, step, len(self.task.evaluation), dataset_name
 
     def _monitors(self, run: RunDirectory, config: Config) -> list[Monitor]:
-        """The usual ones, and the callbacks' own."""
+        """The usual monitors, and that of the callbacks."""
         usual = default_monitors(run, config)
         if self.args.disable_tqdm:
             usual = [monitor for monitor in usual if not isinstance(monitor, ConsoleMonitor)]
@@ -328,7 +328,7 @@ class ESTrainer:
         return next((path for path in (*best, self.directory.final) if path.is_dir()), None)
 
     def _base(self) -> str:
-        """What a run takes as its model; a model in memory, or one with another tokenizer, is saved first."""
+        """The model's name for a run. A model in memory, or one with another tokenizer, is saved first."""
         output = self.directory.path
         model = self.model
         tokenizer = self.processing_class

@@ -24,7 +24,7 @@ from estune.weights.storage import STREAMED_LENGTH
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A replica's share of a base in shared memory. All replicas read all of it."""
+    """A replica's share of a base in shared memory. All replicas read the whole base."""
 
     memory: int  # from `open_memory`: a file descriptor, of the same number in a process that inherits it
     index: int
@@ -32,11 +32,11 @@ class Share:
 
     @property
     def fills(self) -> bool:
-        """Whether this replica fills the base, for all. Until it has, nobody may perturb."""
+        """Whether this replica fills the base for all. Until it has, nobody may perturb."""
         return self.index == 0
 
     def map(self, size: int) -> npt.NDArray[np.uint8]:
-        """The shared memory, of `size` bytes in every process. It stays while any process has it mapped.
+        """Map the shared memory, uint8 `[size]`. It stays as long as any process has it mapped.
 
         Raises:
             OSError: there is not so much memory.
@@ -47,14 +47,14 @@ class Share:
         return np.frombuffer(mmap.mmap(self.memory, size), np.uint8)
 
     def stretch(self, elements: int) -> tuple[int, int]:
-        """First element and end of the share, of a base of so many elements."""
+        """First element and end of the share, in a base of `elements` elements."""
         return elements * self.index // self.count, elements * (self.index + 1) // self.count
 
 
 def open_memory() -> int:
     """A file descriptor of shared memory, which each process closes once it has mapped it.
 
-    On other systems than Linux it is a file's.
+    Elsewhere than on Linux it is a file on disk.
     """
     if hasattr(os, "memfd_create"):
         return os.memfd_create("estune-base")
@@ -63,7 +63,7 @@ def open_memory() -> int:
 
 
 def share_of(runs: Sequence[Run], share: Share) -> list[Run]:
-    """A replica's share of the base: one stretch of all runs laid end to end, whose ends can lie within runs."""
+    """The runs of a replica's share: one stretch of all runs laid end to end, whose ends can lie within runs."""
     first, end = share.stretch(sum(len(run.live) for run in runs))
     found = []
     position = 0
@@ -85,7 +85,7 @@ def make_base(
         live: flat tensors, `[elements]` each, all on one device.
         dtype: type of the copies; each tensor's own if None.
         on_host: make them in pinned host memory.
-        share: of shared memory, which is left as it is unless this replica is the one that fills it.
+        share: make them in shared memory, which is left as it is unless this replica is the one that fills it.
     """
     shapes = [(t.numel(), dtype or t.dtype) for t in live]
     if share is not None:
@@ -107,7 +107,7 @@ def make_base(
 def keeps_base_on_host(choice: str, *, base: int, live: int, memory: int) -> bool:
     """Where the base of a model on CUDA lies: True for host memory.
 
-    Never by what is free at the moment, so that the same run on the same machine does the same.
+    The memory that is free does not count, so that the same run on the same machine does the same.
 
     Args:
         choice: the setting, auto, device or host.
@@ -131,7 +131,7 @@ def pinned_bytes(size: int) -> npt.NDArray[np.uint8]:
 
 
 def _carve(shapes: Sequence[tuple[int, torch.dtype]], allocate: Callable[[int], npt.NDArray[np.uint8]]) -> list[Tensor]:
-    """Flat tensors of these lengths and types, one after another in memory of so many bytes."""
+    """Flat tensors of these lengths and types, one after another in memory from `allocate(bytes)`."""
     sizes = [-(-elements * dtype.itemsize // 256) * 256 for elements, dtype in shapes]
     whole = torch.from_numpy(allocate(sum(sizes)))
     ends = itertools.accumulate(sizes)

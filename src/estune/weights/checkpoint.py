@@ -33,7 +33,7 @@ from estune.weights.pickles import PICKLES, in_safetensors
 EMBEDDED = {"tiny": Path(__file__).parents[1] / "models" / "tiny"}
 """Models shipped inside the package, by the name a user gives for `model`."""
 KNOWN = ", ".join((*EMBEDDED, *PACKAGED))
-"""All models that have a name of their own, for messages."""
+"""The names of all models that have one of their own, for messages."""
 
 RUN_LENGTH = 1 << 20  # elements read, changed and written at a time
 SINGLE = "model.safetensors"
@@ -67,7 +67,7 @@ _BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
-"""Of one element, by safetensors' name of a type. Types of less than a byte are not there."""
+"""Bytes of an element, by safetensors' name of a type. Types of less than a byte are left out."""
 
 Array = npt.NDArray[Any]
 
@@ -97,7 +97,7 @@ class Tensor:
         return widen(self.stored(start, count))
 
     def stored(self, start: int = 0, count: int | None = None) -> Array:
-        """The same elements in the type that they are stored in; bfloat16 comes as its bits in uint16.
+        """The same elements in the type that they are stored in, `[count]`; bfloat16 comes as its bits in uint16.
 
         Raises:
             EstuneError: for a type other than float32, bfloat16 and float16.
@@ -138,7 +138,7 @@ class Checkpoint:
         return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
 
     def type_of(self, names: Iterable[str]) -> str | None:
-        """The type that most elements of these tensors are stored in; None if it is none that `write` takes."""
+        """The type that most elements of these tensors are stored in; None if `write` does not take it."""
         elements: Counter[str] = Counter()
         for name in names:
             elements[self.tensors[name].dtype] += self.tensors[name].elements
@@ -146,7 +146,7 @@ class Checkpoint:
         return next((dtype for dtype, stored in DTYPES.items() if stored == most), None)
 
     def content_hash(self) -> str:
-        """BLAKE2b over names, types, shapes and bytes of all tensors, however they are spread over files."""
+        """A BLAKE2b hash of names, types, shapes and bytes of all tensors, however they are spread over files."""
 
         def digest(tensor: Tensor) -> bytes:
             h = hashlib.blake2b(digest_size=16)
@@ -170,12 +170,12 @@ class Checkpoint:
     ) -> None:
         """Write a checkpoint like this one, with `trained` tensors replaced and stored as `dtype`.
 
-        Of the other files, those that a model needs (`COMPANIONS`) go along.
+        The other files that a model needs (`COMPANIONS`) are copied.
 
         Args:
             target: directory to make; it appears only when it is complete. An existing one is replaced.
-            trained: for each replaced tensor, a function giving its elements in row-major runs: float32, float16 or
-                bfloat16's bits (uint16).
+            trained: for each replaced tensor, a function that gives its elements in row-major runs, `[elements]` each:
+                float32, float16 or bfloat16's bits (uint16).
             dtype: float32, bfloat16 or float16.
             verify: called when all is written; if it raises, nothing appears.
         """
@@ -195,7 +195,7 @@ class Checkpoint:
             verify()
 
     def wrote(self, target: Path, trained: Collection[str], dtype: str) -> bool:
-        """Whether a directory holds all that `write` puts there, but for the values of its tensors.
+        """Whether a directory holds all that `write` puts there; the values of tensors are not compared.
 
         Args:
             target, dtype: as for `write`.
@@ -220,7 +220,7 @@ class Checkpoint:
             return False
 
     def _companions(self) -> list[Path]:
-        """What goes along as it is: all companions but `config.json`."""
+        """The files that are copied as they are: all companions but `config.json`."""
         return [file for file in companions(self.path) if file.name != "config.json"]
 
     def _config(self, dtype: str) -> str:
@@ -238,14 +238,14 @@ def companions(folder: Path) -> list[Path]:
 
 
 def hub_name(model: str) -> tuple[str, str | None]:
-    """A hub id without its revision, and the revision: of `NAME@REVISION`, a branch, a tag or a commit."""
+    """The name and the revision (a branch, a tag or a commit) of a hub id `NAME@REVISION`."""
     name, _, revision = model.partition("@")
     return name, revision or None
 
 
 def pinned(model: str) -> str:
-    """What a run records of a model: a hub id with the commit that was found there, a directory from the root on, a
-    GGUF file with its hash.
+    """What a run records of a model: a hub id with its commit, a directory's absolute path, or a GGUF file with its
+    hash.
 
     Raises:
         EstuneError: as `locate`.
@@ -263,7 +263,7 @@ def pinned(model: str) -> str:
 def locate(model: str | Path) -> Path:
     """Directory of a model given as an embedded name, a local directory, a GGUF file or a hub id, which is downloaded.
 
-    Of a model with weights in a GGUF file, or in PyTorch's own files alone, it is that of a copy in safetensors.
+    For a model with weights in a GGUF file, or in PyTorch's own files alone, it is that of a copy in safetensors.
 
     Raises:
         EstuneError: where there is no such model, or the directory holds none.
@@ -286,7 +286,7 @@ def locate(model: str | Path) -> Path:
 
 
 def check_name(model: str | Path) -> None:
-    """See that there is a model of this name, before anything large is fetched: of a hub id, only its config.json is.
+    """Check that there is a model of this name; of a hub id only config.json is downloaded.
 
     Raises:
         EstuneError: as `locate`.
@@ -299,7 +299,7 @@ def check_name(model: str | Path) -> None:
 
 
 def _download(model: str, *patterns: str) -> Path:
-    """The directory of a hub id, with the files that fit the patterns."""
+    """Download the files of a hub id that fit the patterns; return their directory."""
     from huggingface_hub import snapshot_download
 
     name, revision = hub_name(model)
@@ -346,18 +346,18 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def widen(stored: Array) -> npt.NDArray[np.float32]:
-    """Stored elements, of any shape, as float32 of the same. bfloat16 comes as its bits in uint16."""
+    """Stored elements `[...]` as float32 `[...]`. bfloat16 comes as its bits in uint16."""
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return stored.astype(np.float32, copy=False)
 
 
 def narrow(values: npt.NDArray[np.float32], dtype: str) -> Array:
-    """float32 of any shape as stored elements, to nearest, ties to even.
+    """float32 values as stored elements, rounded to nearest, ties to even.
 
     Args:
-        values: C-contiguous.
-        dtype: safetensors' name: F32, F16, or BF16, whose bits come as uint16.
+        values: `[...]`, C-contiguous.
+        dtype: safetensors' name of the type: F32, F16, or BF16, whose bits come as uint16.
     """
     if dtype == "BF16":
         bits = values.view(np.uint32)
@@ -368,10 +368,10 @@ def narrow(values: npt.NDArray[np.float32], dtype: str) -> Array:
 
 
 def convert(stored: Array, dtype: str) -> Array:
-    """Stored elements as those of another type, to nearest: as they are, bit for bit, where it is theirs.
+    """Stored elements in another type, rounded to nearest; in their own type, the same bits.
 
     Args:
-        stored: C-contiguous, of any shape; bfloat16 as its bits in uint16.
+        stored: `[...]`, C-contiguous; bfloat16 as its bits in uint16.
         dtype: as `narrow` takes it.
     """
     return stored if stored.dtype == _STORAGE[dtype] else narrow(widen(stored), dtype)
@@ -393,7 +393,7 @@ def _read_header(file: Path) -> dict[str, Tensor]:
 
 
 def _tensor(name: str, file: Path, entry: dict[str, Any], data: int) -> Tensor:
-    """A tensor by its entry in a header, after which data begin. Raises what a bad entry leads to."""
+    """A tensor by its entry in a header; data begin at byte `data` of the file. Raises what a bad entry leads to."""
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
     dtype = entry["dtype"]
@@ -405,7 +405,7 @@ def _tensor(name: str, file: Path, entry: dict[str, Any], data: int) -> Tensor:
 
 
 def _check_extents(file: Path, data: int, tensors: Iterable[Tensor]) -> None:
-    """See that tensors fill a file from its byte `data` to its end: one after another, without gap or overlap.
+    """Check that tensors fill a file from byte `data` to its end: one after another, without gap or overlap.
 
     Raises:
         EstuneError: they do not, as in a file that was cut short.

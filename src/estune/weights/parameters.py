@@ -39,7 +39,7 @@ class Rectangle:
 
     @property
     def layout(self) -> Rows | None:
-        """Of its rows; None where it is one stretch of the tensor."""
+        """Where its rows lie; None if it is one stretch of the tensor."""
         return None if self.width == self.pitch or self.rows == 1 else Rows(self.width, self.pitch)
 
 
@@ -48,7 +48,7 @@ class Parameter:
     """A trained tensor of a model: the checkpoint tensor `name`, whole and row-major, or a rectangle of it.
 
     `aliases` are further names under which the checkpoint stores the same (tied) tensor. `counted` is False for a
-    rectangle that elsewhere is held too and counted there: each element is to be in the fingerprint once.
+    rectangle that another process holds too, and counts: each element is in the fingerprint once.
     """
 
     name: str
@@ -75,7 +75,7 @@ def own_parameters(module: nn.Module) -> list[Parameter]:
 
 
 def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = "*") -> list[Parameter]:
-    """The model's parameters under their checkpoint names, tied tensors once.
+    """The model's parameters under the names that they have in the checkpoint; tied tensors come once.
 
     Args:
         model: a transformers model.
@@ -109,10 +109,10 @@ def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = 
 
 
 def _checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:
-    """Of each parameter that is one tensor of the checkpoint, as it is, the name there.
+    """The checkpoint's name of each parameter that is one of its tensors, as it is.
 
-    transformers renames some tensors on loading, and makes others of several, or in another order of elements. Which
-    and how its conversion mapping says (`transformers.conversion_mapping`): one that is only renamed is followed.
+    transformers renames some tensors on loading, and makes others of several tensors, or in another order of elements.
+    Its conversion mapping (`transformers.conversion_mapping`) says which; only renamed ones are followed.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

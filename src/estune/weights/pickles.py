@@ -24,11 +24,11 @@ PICKLES = (INDEX, "pytorch_model*.bin")
 
 
 def in_safetensors(folder: Path, companions: Iterable[Path]) -> Path:
-    """The folder of a model, or of a copy of it in the user's cache if it has its weights as PyTorch's files alone.
+    """The folder of a model or, if its weights are in PyTorch's own files alone, of a copy in the user's cache.
 
     Args:
         folder: the model's.
-        companions: files that the copy needs too.
+        companions: further files that go into the copy.
 
     Raises:
         EstuneError: the files hold other things than tensors, or cannot be read or written.

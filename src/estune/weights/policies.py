@@ -1,8 +1,8 @@
 """What is kept beside the live weights, and how they come back from a member: one small class for each policy.
 
-- `Master`: a float32 base. live = round(base + sigma * noise), the update is float32 and loses nothing.
-- `Copy`: a base in the live type. Restoring is as exact; the update is summed in float32 and rounded once.
-- `InPlace`: nothing, as in the paper. Restoring subtracts the noise again, and what rounding leaves behind stays.
+- `Master` keeps a float32 base. live = round(base + sigma * noise); the update is in float32 and loses nothing.
+- `Copy` keeps a base in the live type. Restoring is as exact; the update is summed in float32 and rounded once.
+- `InPlace` keeps nothing, as in the paper. Restoring subtracts the noise again, and rounding errors stay.
 
 The names of policies, rounding modes, noise and types stand here alone, for settings, journals and estimates. No torch
 is imported.
@@ -27,14 +27,14 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 TYPE_NAMES: tuple[DType, ...] = get_args(DType)
 BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Of one element, by the type's name."""
+"""Bytes of an element, by the type's name."""
 
 Perturbation = tuple[Member, float]
 """A member and its sigma."""
 
 
 class Policy:
-    """What the exact policies have in common: a base is kept, and copied back. None has a state: one serves all."""
+    """What the exact policies share: a base is kept, and copied back. They have no state: one serves all weights."""
 
     name: ClassVar[PolicyName]
     keeps_base: ClassVar[bool] = True
@@ -95,7 +95,7 @@ POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Master(), Copy
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """All that decides, with the base checkpoint and the steps, what the weights of a run are, to the bit."""
+    """What decides the weights of a run to the bit, together with the base checkpoint and the steps."""
 
     policy: PolicyName
     rounding: Rounding  # of updates

@@ -1,18 +1,18 @@
-"""Weights after any number of steps: live ones brought there, or a checkpoint made of files alone.
+"""Weights after any number of steps: live weights brought there, or a checkpoint made from files alone.
 
-The latter works tensor by tensor, a run of a million elements at a time, without an engine or torch: the memory needed
-does not grow with the model.
+A checkpoint is made tensor by tensor, a run of a million elements at a time, without an engine or torch: the memory
+needed does not grow with the model.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from estune.children import cores
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint, terms
 from estune.noise.reference import tensor_id
@@ -26,8 +26,8 @@ class Steps:
 
     Args:
         rule: how the base weights are kept and changed.
-        updates: of the steps, oldest first.
-        sigmas: by which their members were perturbed, one a step. Only a policy that drifts needs them.
+        updates: one for each step, oldest first.
+        sigmas: by which the members of each step were perturbed. Only a policy that drifts needs them.
     """
 
     def __init__(self, rule: Rule, updates: Sequence[Update], sigmas: Sequence[float] = ()) -> None:
@@ -38,7 +38,7 @@ class Steps:
         self._terms = [terms(update, rule.rounding) for update in updates]
 
     def retrace(self, perturb: Callable[[Member, float], None], apply: Callable[[int], object]) -> None:
-        """Do to weights again what these steps did to them, to the bit.
+        """Do these steps again to weights, to the same bits.
 
         Args:
             perturb: perturb the weights by a member and its sigma; whatever is called next restores them first.
@@ -110,7 +110,7 @@ class Steps:
 
         def runs() -> Iterator[Array]:
             total = 0
-            workers = _cores()
+            workers = cores()
             starts = range(0, tensor.elements, RUN_LENGTH)
             with ThreadPoolExecutor(workers) as threads:
                 for i in range(0, len(starts), workers):
@@ -133,8 +133,3 @@ def anchored(weights: Array, origin: Array, update: Update) -> None:
         weights += (origin - weights) * np.float32(update.anchor)
     if update.anchor_l1:
         weights += np.clip(origin - weights, np.float32(-update.anchor_l1), np.float32(update.anchor_l1))
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

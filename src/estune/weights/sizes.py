@@ -1,4 +1,4 @@
-"""Sizes that a model's config.json names, looked at before anything is made by them."""
+"""The sizes in a model's config.json, checked before anything is made of such sizes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
-# What config.json calls the sizes by which a model is laid out, and the largest that any model could have. Layers are
-# made one by one, on whatever device: of a thousand million of them the objects alone fill the memory.
+# config.json's names of the sizes by which a model is laid out, and the largest that any model could have. Layers are
+# made one by one, on any device: a thousand million of them fill the memory with their objects alone.
 _MOST_LAYERS = 10_000
 _MOST = 10**9
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
@@ -20,13 +20,13 @@ _NESTED = ("text_config", "llm_config", "language_config", "decoder")
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:
-    """Refuse sizes that no model has, before anything is made by them.
+    """Refuse sizes that no model has.
 
     Args:
         values: what a config.json holds.
 
     Raises:
-        ValueError: naming one.
+        ValueError: one is too large; the message names it.
     """
     limits = [*((name, _MOST_LAYERS) for name in _LAYERS), *((name, _MOST) for name in _SIZES)]
     for name, most in limits:

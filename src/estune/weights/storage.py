@@ -54,7 +54,7 @@ class Storage(Protocol):
         ...
 
     def fingerprint(self) -> int:
-        """Sum of the hashes of the base's elements, without runs not counted; the last 64 bits of it matter."""
+        """Sum of the hashes of the base's elements, of which the last 64 bits matter. Runs not counted are left out."""
         ...
 
 
@@ -95,7 +95,7 @@ class CpuStorage:
         return sum(self.each(lambda r: cpu.fingerprint(r.base, r.key, r.start, r.rows) if r.counted else 0))
 
     def each(self, work: Callable[[Run], T]) -> list[T]:
-        """Do work on each run, over the threads that there are; the results, in order."""
+        """Do work on each run, spread over the threads; return the results, in order."""
         return list(map(work, self._runs) if self._threads is None else self._threads.map(work, self._runs))
 
     @staticmethod
@@ -106,9 +106,9 @@ class CpuStorage:
 class HostStorage(CpuStorage):
     """The base on the CPU, live weights on a device: they are computed here, a million elements at a time, and copied.
 
-    So all bits are the CPU's. Where device and CPU share their memory, as on Apple's machines, a copy is what reading
-    and writing take. It takes a base that is kept: live weights that are perturbed where they are would have to come
-    here first.
+    So all bits are the CPU's. Where device and CPU share their memory, as on Apple's machines, a copy takes no longer
+    than reading and writing. A base must be kept: weights that are perturbed in place would have to be copied here
+    first.
     """
 
     def __init__(self, runs: Sequence[Run], threads: int) -> None:
@@ -142,7 +142,7 @@ class HostStorage(CpuStorage):
 
 
 class DeviceStorage:
-    """On a device, all runs in a few launches. What is launched runs in order with all else on the device."""
+    """On a device, all runs in a few launches, in order with all else that is launched there."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._device: torch.device = runs[0].live.device
@@ -183,7 +183,7 @@ class DeviceStorage:
                 work(batch)
 
     def _on_device(self) -> AbstractContextManager[None]:
-        """Makes the weights' device the current one, which is where Triton launches. Does nothing on the CPU."""
+        """Make the weights' device the current one, on which Triton launches. Does nothing on the CPU."""
         return torch.cuda.device(self._device if self._device.type == "cuda" else -1)
 
 
@@ -195,7 +195,7 @@ class StreamedStorage(DeviceStorage):
     """
 
     def _batched(self, runs: Sequence[Run]) -> list[Any]:
-        """The runs in batches whose bases fit into a buffer, each on its copy there. The buffers take turns."""
+        """The runs in batches, each with its base in a buffer into which it fits. The buffers take turns."""
         loads = _loads([part for run in runs for part in run.split(STREAMED_LENGTH)])
         self._streams = torch.get_device_module(self._device)  # the CPU's do nothing
         size = max(sum(_padded(run) for run in load) for load in loads)
@@ -229,7 +229,7 @@ class StreamedStorage(DeviceStorage):
 
 
 def _loads(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs in order, together as far as their bases fit into a buffer."""
+    """Groups of neighbouring runs whose bases fit into a buffer together."""
     room = STREAMED_LENGTH * max(run.base.element_size() for run in runs)
     loads: list[list[Run]] = []
     left = 0
@@ -269,7 +269,12 @@ def open_storage(runs: Sequence[Run], threads: int) -> Storage:
 
 
 def sums_of_squares(base: Tensor, stored: Array) -> Array:
-    """As `noise/cpu.py`, `squares`: of weights, `[elements]`, where they lie, and stored ones on the host."""
+    """As `squares` of `noise/cpu.py`.
+
+    Args:
+        base: weights, `[elements]`, on any device.
+        stored: as many weights on the host.
+    """
     if base.device.type == "cpu":
         from estune.noise import cpu
 
@@ -303,7 +308,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def as_array(tensor: Tensor) -> Array:
-    """The own memory of a tensor on the CPU as an array, `[elements]`: bfloat16's bits as uint16, else its own type."""
+    """The memory of a tensor on the CPU as an array, `[elements]`; bfloat16 as its bits in uint16."""
     elements = flat(tensor)
     array: Array = (elements.view(torch.uint16) if tensor.dtype == torch.bfloat16 else elements).numpy()
     return array

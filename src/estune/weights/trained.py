@@ -1,4 +1,4 @@
-"""What a replica asks of the weights it trains, wherever they are: `Weights`, or those of vLLM's processes."""
+"""What a replica needs of the weights it trains, be they `Weights` or those of vLLM's processes."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ class TrainedWeights(Protocol):
 
 
 def as_norms(sums: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The norms that several `Weights.change_sums` stand for."""
+    """The norms that several `Weights.change_sums` add up to."""
     difference, norm = (sum(column) for column in zip(*sums, strict=True))
     return math.sqrt(difference), math.sqrt(norm)
 
 
 def as_drift(sums: Sequence[tuple[int, int, float]]) -> Drift:
-    """The drift that several `Weights.drift_sums` stand for."""
+    """The drift that several `Weights.drift_sums` add up to."""
     watched, changed, squares = (sum(column) for column in zip(*sums, strict=True))
     return Drift(changed / max(watched, 1), math.sqrt(squares / max(watched, 1)))

@@ -1,8 +1,8 @@
 """Live weights of an engine, and how they are perturbed, restored and updated exactly.
 
-What is kept beside them is for the policy to say (`policies.py`). Every element's result depends on its own history
-alone, so any split gives the same bits, on the CPU and on a device (`storage.py`). Storage addresses of live weights
-never change.
+The policy says what is kept beside them (`policies.py`). Every element's result depends on its own history alone, so
+any split gives the same bits, on the CPU and on a device (`storage.py`). Storage addresses of live weights never
+change.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Weights:
         noise: `iid`, or `correlated`, which gives equal noise to all tensors, as the authors' first code did.
         threads: CPU threads to spread the work over.
         base_on_host: keep the base of weights on a device in pinned host memory.
-        share: have the base of weights on the CPU in common with other processes, each of which updates a share.
+        share: share the base of weights on the CPU with other processes, each of which updates its part.
 
     Raises:
-        EstuneError: for a weight type or device without kernels, and, unless the policy is `master`, for types mixed.
+        EstuneError: for a weight type or device without kernels, and, unless the policy is `master`, for mixed types.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Weights:
         return as_drift([self.drift_sums()]) if self._policy.drifts else None
 
     def drift_sums(self) -> tuple[int, int, float]:
-        """What `drift` is made of: the number of weights watched, of those that changed, and the sum of squares."""
+        """What `drift` is made of: how many weights are watched, how many of them changed, and the sum of squares."""
         self.restore()
         pairs = [
             (widen(now), widen(then))
@@ -184,10 +184,10 @@ class Weights:
         return {name: reader(base) for p, base in pairs for name in (p.name, *p.aliases)}
 
     def rows(self, name: str, first: int, count: int) -> list[tuple[int, int, Array]]:
-        """What is counted here of `count` rows of a tensor's base, from row `first` on.
+        """The parts of `count` rows of a tensor's base, from row `first` on, that are counted here.
 
         Returns:
-            Its parts: first row, first column and elements, `[rows, columns]`.
+            Of each part its first row, its first column and its elements, `[rows, columns]`.
         """
         found = []
         for p, base in zip(self.parameters, self._base, strict=True):
@@ -202,7 +202,7 @@ class Weights:
     def load(self, checkpoint: Checkpoint) -> None:
         """Make a checkpoint's tensors the base, such as one that an earlier part of the run saved.
 
-        A shared base is filled by one for all; for the others this does nothing.
+        A shared base is filled by one replica for all; for the others this does nothing.
         """
         if self._share is not None and not self._share.fills:
             return
@@ -223,9 +223,9 @@ class Weights:
         return as_norms([self.change_sums(checkpoint)])
 
     def change_sums(self, checkpoint: Checkpoint) -> tuple[float, float]:
-        """What `change` is made of, over the elements counted here: the sums of squares.
+        """What `change` is made of: sums of squares over the elements counted here.
 
-        They are the same for any number of threads, and on the CPU and a device: blocks have one order of summation
+        They are the same for any number of threads, on the CPU and on a device: blocks have one order of summation
         (`noise/cpu.py`, `squares`), and the sum of the blocks is rounded once.
         """
         dtype = DTYPES[self.rule.dtype]
@@ -242,7 +242,7 @@ class Weights:
         return math.fsum(sums[:, 0]), math.fsum(sums[:, 1])
 
     def subset(self, choose: Callable[[Parameter], bool]) -> Storage:
-        """Passes over some parameters alone."""
+        """Storage of the chosen parameters alone, for passes over them."""
         chosen = [run for p, run in zip(self.parameters, self._runs, strict=True) if choose(p)]
         return open_storage(chosen, self._threads)
 
@@ -262,9 +262,12 @@ class Weights:
         checkpoint: Checkpoint,
         work: Callable[[Tensor, Callable[[], Array]], T],
     ) -> list[T]:
-        """Do work on each stretch of tensors, as far as it lies within a range of their elements.
+        """Do work on each stretch of the tensors, as far as it lies within a range of elements; the results, in order.
 
-        Work is given the stretch, and what reads the checkpoint's elements there. The results come in order.
+        Args:
+            tensors: parameters, each with a flat tensor `[elements]` and the range of its elements that counts.
+            checkpoint: where their elements are read.
+            work: called with a stretch, `[elements]`, and a function that reads the checkpoint's elements there.
         """
         stretches = [
             (tensor[max(first, of.start) : min(end, of.stop)], _part_of(read, first, of))
@@ -283,12 +286,12 @@ class Weights:
             return list(threads.map(each, stretches))
 
     def _settle(self) -> None:
-        """Have the base whole, to be read or changed: there is none while live weights that are it are perturbed."""
+        """Restore live weights that are their own base, so that the base can be read or changed."""
         if not self._policy.keeps_base:
             self.restore()
 
     def _watch(self) -> None:
-        """Look at what is there, to tell later how far it has drifted."""
+        """Remember a sample of the weights, to tell later how far they have drifted."""
         self._watched = self._sample() if self._policy.drifts else []
 
     def _sample(self) -> list[Array]:

@@ -1,12 +1,12 @@
 """Decoding on a CPU with as few operations a token as a decoder layer allows: four matrix products and five kernels.
 
 For the models that share Llama's layer (Llama, Mistral, Qwen2, Qwen3), in float32 and bfloat16; the others are decoded
-over their own forward, by `decode.Decoder`. Besides its kernels: projections of the same input are one product, what
-prompts begin with in common is computed once, nothing is padded, rows that have ended are left out, and of a prompt's
-last layer only the last token is computed.
+over their own forward, by `decode.Decoder`. What saves work besides the kernels: projections of the same input are one
+product, a beginning that prompts share is computed once, nothing is padded, rows that have ended are left out, and the
+last layer computes only the last token of each prompt.
 
 A row's completion depends on its prompt alone, to the bit: not on the rows beside it nor on the number of threads.
-Where the processor multiplies bfloat16 itself, that holds in float32.
+Where the processor multiplies bfloat16 itself, this holds in float32 only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ import torch
 from estune.completion import Sampling
 from estune.engines import decode
 from estune.engines.cpu import kernels
+from estune.engines.cpu.layers import Linear, bits_of, fused_layer
 from estune.engines.cpu.products import NONE, Array, Products
 from estune.engines.cpu.simd import WIDTH
 from estune.engines.memory import aligned_empty, memory_for
@@ -33,9 +34,9 @@ from estune.engines.tree import Places, PromptTree, common_prefix
 ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 PREFILL_TOKENS = decode.PREFILL_TOKENS["cpu"]
 SHARED_OUT = 256
-"""Tokens from which on threads share what is done between products; attention they always share."""
+"""Tokens from which on threads share the passes between products. Attention is always shared."""
 HEAD_ROWS = 8192
-"""Tokens of the vocabulary whose logits are computed at once, and forgotten but for the largest."""
+"""Entries of the vocabulary whose logits are computed at once; only the largest logit is kept."""
 
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # those whose angles do not depend on the length of a batch
 
@@ -60,27 +61,6 @@ def unfusable(model: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-class _Linear(NamedTuple):
-    """A projection: `x @ weight.T + bias`."""
-
-    weight: Array  # [columns, width]
-    bias: Array  # [columns], or empty
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Weights of one layer, views of the model's own."""
-
-    input_norm: Array
-    qkv: _Linear  # [(heads + 2 * key heads) * dim, hidden]
-    query_norm: Array  # [dim], or empty
-    key_norm: Array
-    output: _Linear  # [hidden, heads * dim]
-    mlp_norm: Array
-    gate_up: _Linear  # [2 * intermediate, hidden]
-    down: _Linear  # [hidden, intermediate]
-
-
 @dataclass(frozen=True)
 class Cache:
     """Keys `[layers, rows, heads, slots / 16, dim, 16]` and values `[layers, rows, heads, slots, dim]`."""
@@ -90,7 +70,7 @@ class Cache:
 
 
 class FusedDecoder:
-    """As `Decoder`, for models of which `unfusable` has nothing to say; not for two threads at a time.
+    """As `Decoder`, for models for which `unfusable` gives no reason; not for two threads at a time.
 
     Moves the model's projections that share an input into one tensor. The parameters become views of it, each still
     whole, contiguous and under its own name.
@@ -98,13 +78,13 @@ class FusedDecoder:
 
     def __init__(self, model: Any, end_ids: Sequence[int]) -> None:
         self.model = model
-        self._layers = [_layer(layer) for layer in model.model.layers]
+        self._layers = [fused_layer(layer) for layer in model.model.layers]
         self._addresses = [parameter.data_ptr() for parameter in model.parameters()]
         # A tokenizer's end token can be one that the model has no logit for.
         self._is_end = np.isin(np.arange(model.config.vocab_size), list(end_ids))
-        self._table = _array(model.model.embed_tokens.weight)
-        self._head = _Linear(_array(model.lm_head.weight), NONE)
-        self._final_norm = _array(model.model.norm.weight)
+        self._table = bits_of(model.model.embed_tokens.weight)
+        self._head = Linear(bits_of(model.lm_head.weight), NONE)
+        self._final_norm = bits_of(model.model.norm.weight)
         self._eps = np.float32(model.model.norm.variance_epsilon)
         attention = model.model.layers[0].self_attn
         self._dim: int = attention.head_dim
@@ -128,12 +108,12 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Complete one batch; as `Decoder.run`.
 
-        What all prompts begin with is computed first, then the rest of each, then token after token of those that have
-        not ended.
+        The beginning that all prompts share is computed first, then the rest of each, then token after token of those
+        that have not ended.
 
         Args:
             prompts, indices, sampling: as for `Decoder.run`.
-            told: called with each token of the first row that is left, as it is chosen; for a batch of one prompt.
+            told: for a batch of one prompt, called with each token as it is chosen.
         """
         self.check_places()
         lengths = np.array([len(prompt) for prompt in prompts])
@@ -181,14 +161,14 @@ class FusedDecoder:
         cache = self.cache("rows", len(rows), longest)
         none = self.cache("none", 1, 0)
         tree = PromptTree.of(rows, 0)
-        # 1. The nodes after which a completion's tokens come, by rising node, and these tokens.
+        # 1. Find the nodes after which a completion's tokens come, by rising node, and these tokens.
         first = np.array([len(prompt) - 1 for prompt in prompts])
         wanted = tree.cached.positions >= first[tree.cached.rows]
         nodes, of, at = (part[wanted] for part in (tree.cached.tokens, tree.cached.rows, tree.cached.positions))
         at = at - first[of]
         following = torch.tensor([completions[row][place] for row, place in zip(of, at, strict=True)])
         found = [[0.0] * len(completion) for completion in completions]
-        # 2. Some nodes at a time, and of these as many as logits may be held of.
+        # 2. Compute some nodes at a time, and logits of as many of these as may be held.
         most = max(1, logits // len(self._is_end))
         for start in range(0, len(tree.ids), PREFILL_TOKENS):
             stop = min(start + PREFILL_TOKENS, len(tree.ids))
@@ -208,12 +188,12 @@ class FusedDecoder:
     ) -> Array:
         """Cache the prompts; return the last hidden state of each, `[prompts, hidden]`.
 
-        Prompts that begin alike are computed once as far as they do, and cached in the row of each.
+        A beginning that prompts share is computed once, and cached in the row of each.
         """
         tree = self._tree(tuple(map(tuple, prompts)), shared)
         found = []
         count = len(tree.ids)
-        left = sum(map(len, prompts)) - shared * len(prompts)  # with what several of them begin with counted for each
+        left = sum(map(len, prompts)) - shared * len(prompts)  # a beginning that several share counts for each
         for start in range(0, count, PREFILL_TOKENS):
             stop = start + PREFILL_TOKENS
             ends = tree.leaves[(tree.leaves >= start) & (tree.leaves < stop)] - start
@@ -238,11 +218,11 @@ class FusedDecoder:
         Each token sees the positions of its row up to its own, once all have been cached where `cached` says.
 
         Args:
-            ids: the tokens, `[tokens]`.
-            places: the cache row that each looks back on, and its position.
+            ids: token ids, `[tokens]`.
+            places: the cache row that each token looks back on, and its position.
             cached: where their keys and values go: a token that several prompts share goes into the row of each.
-            cache: of what each row has of its own, from position `shared` on.
-            prefix: of the first `shared` positions, which all rows have in common.
+            cache: keys and values that each row has of its own, from position `shared` on.
+            prefix: keys and values of the first `shared` positions, which all rows have in common.
             last: numbers of the tokens whose hidden states are wanted.
         """
         # x, float32, is the residual stream. What a block adds to it waits as `change`, to be added in one pass with
@@ -287,17 +267,17 @@ class FusedDecoder:
         return out
 
     def _choose(self, hidden: Array, number: torch.Tensor, step: int, sampling: Sampling) -> Array:
-        """Each row's next token, `[rows]`, of hidden states `[rows, hidden]` and the prompts' numbers `[rows]`."""
+        """Each row's next token, `[rows]`, from hidden states `[rows, hidden]` and the prompts' numbers `[rows]`."""
         if sampling.temperature:
             return choose(self.logits(hidden), sampling, number, step).numpy()
         return self.largest(hidden)
 
     def logits(self, hidden: Array) -> torch.Tensor:
-        """Float32 `[rows, vocabulary]` of hidden states `[rows, hidden]`."""
+        """Logits, float32 `[rows, vocabulary]`, from hidden states `[rows, hidden]`."""
         return torch.from_numpy(self._product(hidden, *self._head))
 
     def largest(self, hidden: Array) -> Array:
-        """The token with the largest logit, `[rows]`, of hidden states `[rows, hidden]`."""
+        """The token with the largest logit, `[rows]`, from hidden states `[rows, hidden]`."""
         best = np.full(len(hidden), -np.inf, np.float32)
         token = np.zeros(len(hidden), np.int64)
         first = 0
@@ -312,7 +292,7 @@ class FusedDecoder:
         assert now == self._addresses, "a parameter is elsewhere now: weights may change in place only"
 
     def _run(self, kernel: Callable[..., None], by_token: tuple[Array, ...], *whole: Any) -> None:
-        """Run a kernel, its tokens shared out over the threads; a few by this one, before others were awake."""
+        """Run a kernel, its tokens shared out over the threads; a few tokens are done here, sooner than others wake."""
         count = len(by_token[0])
         if count < SHARED_OUT and kernel is not self._attend:
             kernel(*by_token, *whole)
@@ -320,7 +300,7 @@ class FusedDecoder:
         self._product.in_parts(count, lambda first, last: kernel(*(array[first:last] for array in by_token), *whole))
 
     def cache(self, name: str, rows: int, slots: int) -> Cache:
-        """A cache in storage that is kept from one batch to the next."""
+        """A cache in storage that is kept, under this name, from one batch to the next."""
         size = self._cache_size(rows, slots)
         if name not in self.storage or len(self.storage[name]) < size:
             self.storage.pop(name, None)  # the old one goes before the new one comes
@@ -344,47 +324,8 @@ class FusedDecoder:
         return Cache(keys.reshape(*keys.shape[:3], -1, self._dim, WIDTH), values)
 
     def reach(self, positions: int) -> None:
-        """Have the rotary embedding's angles for this many positions at hand."""
+        """Compute the rotary embedding's angles for this many positions, unless they are there."""
         if len(self._cos) < positions:
             cos, sin = self.model.model.rotary_emb(torch.empty(0), torch.arange(positions)[None])
             half = self._dim // 2  # the other half repeats it
             self._cos, self._sin = (part[0, :, :half].contiguous().numpy() for part in (cos, sin))
-
-
-def _layer(layer: Any) -> _Layer:
-    attention = layer.self_attn
-    mlp = layer.mlp
-    normed = hasattr(attention, "q_norm")
-    return _Layer(
-        input_norm=_array(layer.input_layernorm.weight),
-        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        query_norm=_array(attention.q_norm.weight) if normed else NONE,
-        key_norm=_array(attention.k_norm.weight) if normed else NONE,
-        output=_joined(attention.o_proj),
-        mlp_norm=_array(layer.post_attention_layernorm.weight),
-        gate_up=_joined(mlp.gate_proj, mlp.up_proj),
-        down=_joined(mlp.down_proj),
-    )
-
-
-def _joined(*projections: torch.nn.Linear) -> _Linear:
-    """One projection of all; their parameters become views of it."""
-    weight = _whole([projection.weight for projection in projections])
-    biases = [projection.bias for projection in projections]
-    return _Linear(weight, NONE if biases[0] is None else _whole(biases))
-
-
-def _whole(parts: Sequence[torch.Tensor]) -> Array:
-    """One tensor of all parts, one after another, which become views of it."""
-    if len(parts) == 1:
-        return _array(parts[0])
-    whole = torch.cat([part.data for part in parts])
-    for part, view in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
-        part.data = view
-    return _array(whole)
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    """A tensor's own memory, bfloat16 as its bits."""
-    tensor = tensor.detach()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()

@@ -33,11 +33,11 @@ from estune.engines.cpu.simd import (
 _jit: Any = numba.njit(nogil=True, error_model="numpy", cache=True)
 _inlined: Any = numba.njit(nogil=True, error_model="numpy", inline="always")
 ROWS, COLUMNS = (4, 4) if llvmlite.binding.get_host_cpu_features().get("avx512f") else (3, 2)
-"""Of a product, what is computed at once: as many sums as there are registers for."""
+"""Rows and columns of a product computed at once: as many sums as there are registers for."""
 TILE = 4096
 """Elements of a weight that stay in a core's first cache while all tokens pass by."""
 AHEAD = 4096
-"""Elements before their use at which weights are asked of the memory."""
+"""How many elements before their use weights are fetched from memory."""
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _ABSENT = np.float32(-3e38)  # the score of a slot that is not there
@@ -85,8 +85,8 @@ def _normalize(x, at, width, weight, eps, out, to):
 def product_kernel(rows: int = ROWS, columns: int = COLUMNS) -> Callable[..., None]:
     """`product`, see below, which takes `rows` tokens with `columns` of the weight's rows at once.
 
-    They change no bit, as an element of `out` is summed up alike wherever it lies: what a token becomes does not depend
-    on the tokens beside it, on the processor's registers, nor on how the work is shared out.
+    Their numbers change no bit, as every element of `out` is summed up alike: what a token becomes depends neither on
+    the tokens beside it, nor on the processor's registers, nor on how the work is shared out.
     """
 
     @_jit
@@ -138,7 +138,7 @@ def gate(both, out):
 
 @_jit
 def running_argmax(logits, best, token, first):
-    """Note where `logits` exceed the `best` so far; the earliest token wins a tie.
+    """Update `best` and `token` where `logits` exceed the `best` so far; the earliest token wins a tie.
 
     `logits` `[rows, width]` are those of tokens `first` to `first + width - 1`; `best` and `token` are `[rows]`.
     """
@@ -270,7 +270,7 @@ def _score(q, group, dim, keys, cache, count, scores, to):
 
 @_jit
 def _soften(scores, at, count):
-    """Replace `count` scores by exp(score - largest); return their sum."""
+    """Replace `count` scores from `at` on by exp(score - largest); return their sum."""
     top = splat(_ABSENT)
     sums = splat(_ZERO)
     for s in range(at, at + count, WIDTH):

@@ -1,9 +1,9 @@
 """Work on a CPU shared out over the threads that PyTorch may use, and matrix products by kernels of our own.
 
-PyTorch's are made for many rows. Decoding has a few dozen: at 24 rows of SmolLM2 ours took half the time, and in
-bfloat16 a twentieth, on a processor that does not multiply it. On one with a matrix unit (`amx.py`) bfloat16 goes
-there, for 0.6 of the time of PyTorch's products, which use it too. Other processors that multiply bfloat16 are left to
-PyTorch from `MANY` rows on.
+PyTorch's products are made for many rows. Decoding has a few dozen: at 24 rows of SmolLM2 ours took half the time, and
+in bfloat16 a twentieth, on a processor that does not multiply bfloat16 itself. On one with a matrix unit, bfloat16 goes
+there (`amx.py`), for 0.6 of the time of PyTorch's products, which use it too. On others that multiply bfloat16,
+products of `MANY` rows and more are left to PyTorch.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MANY = 48
 """Rows from which on a processor's own products of bfloat16 are faster than ours of float32, as far as is known."""
 Array = npt.NDArray[Any]
 NONE = np.empty(0, np.float32)
-"""In the place of a bias, or of a norm's weight, that there is not."""
+"""Stands for a bias, or for a norm's weight, that a model does not have."""
 
 
 class Products:
-    """`x @ weight.T + bias`, for one thread that calls it, by as many as PyTorch may use there.
+    """`x @ weight.T + bias`, called by one thread and computed by as many as PyTorch may use there.
 
     Attributes:
         unit: the processor has a matrix unit for bfloat16.
@@ -44,7 +44,7 @@ class Products:
         self.native = not self.unit and multiplies_bfloat16()
 
     def __call__(self, x: Array, weight: Array, bias: Array = NONE) -> Array:
-        """The product, float32 `[tokens, columns]`; each thread takes some of the columns, and reads their weights.
+        """The product, float32 `[tokens, columns]`; each thread computes some of the columns.
 
         Args:
             x: float32 `[tokens, width]`, C-contiguous.
@@ -75,7 +75,7 @@ class Products:
         return out
 
     def in_parts(self, count: int, work: Callable[[int, int], None]) -> None:
-        """Do work on `count` things in parts: it is given the first of a part, and what follows the last."""
+        """Share out `count` items over the threads: `work(first, end)` does items `first` to `end - 1`."""
         threads = min(count, torch.get_num_threads())
         if threads <= 1:
             work(0, count)

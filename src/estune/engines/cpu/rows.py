@@ -1,7 +1,7 @@
-"""The fused decoder's rows: prompts join at any token, and begin with what is cached already of what they begin with.
+"""The fused decoder's rows: prompts join at any token, and reuse keys and values that are cached of their beginning.
 
 A conversation that goes on finds all its earlier turns cached, in the row in which they were decoded, and one that
-begins like another copies its keys and values. Only what is new is computed; not a bit depends on it.
+begins like another copies its keys and values. Only what is new is computed. What is reused changes no bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from estune.engines.tree import Places
 FEWEST_ROWS = 8
 FEWEST_SLOTS = 256
 WORTH_COPYING = 16
-"""Tokens from which on a common beginning is copied, and a prompt waits for one that is being computed."""
+"""Tokens of a common beginning from which on it is copied, or waited for while another row computes it."""
 
 
 @dataclass(slots=True)
@@ -33,8 +33,8 @@ class _Row:
 
     sampling: Sampling
     prompt: int  # tokens of it
-    known: int  # tokens that it has: those of the prompt, and its completion's so far
-    source: tuple[int, _Row] | None  # a row that is computing what this one begins with
+    known: int  # tokens so far: those of the prompt and of its completion
+    source: tuple[int, _Row] | None  # another row, and its number, that is computing this one's beginning
 
 
 class FusedRows:
@@ -42,23 +42,23 @@ class FusedRows:
 
     Args:
         decoder: whose storage it uses.
-        fitting: the rows that there is memory for, of so many slots each.
+        fitting: tells for a number of slots how many rows of that length there is memory for.
     """
 
     def __init__(self, decoder: FusedDecoder, fitting: Callable[[int], int]) -> None:
         self._decoder = decoder
         self._fitting = fitting
         self._none = decoder.cache("none", 1, 0)
-        self._ids = np.full((0, 0), -1)  # [rows, slots]: the tokens of each
+        self._ids = np.full((0, 0), -1)  # [rows, slots]: the tokens of each row
         self._cached = np.zeros(0, np.int64)  # [rows]: how many of them are cached
-        self._left = np.zeros(0, np.int64)  # [rows]: when it was left, as a number that grows
+        self._left = np.zeros(0, np.int64)  # [rows]: when the row was left, by `_clock`
         self._rows: dict[int, _Row] = {}
         self._cache: Cache | None = None
         self._clock = 0
         self._meter = Meter()
 
     def clear(self) -> None:
-        """Begin anew, as weights have changed."""
+        """Begin anew with other weights: what is cached is no longer true."""
         self._decoder.check_places()
         self._rows.clear()
         self._ids[:] = -1  # which no prompt begins with
@@ -85,7 +85,7 @@ class FusedRows:
         return row
 
     def step(self) -> list[tuple[int, list[int]]]:
-        """One forward: a token of each row that decodes, and of prompts as many as are computed at once."""
+        """Run one forward, over a token of each row that decodes and as many of prompts as fit beside them."""
         self._copy_beginnings()
         # 1. Rows that decode have one token to compute; prompts share the room that is left, the shortest first.
         pending = {
@@ -98,7 +98,7 @@ class FusedRows:
             if count:
                 parts.append((row, count))
                 room -= count
-        # 2. Compute them, and of rows whose last token is among them, what comes next.
+        # 2. Compute them, with the last hidden states of the rows whose last token is among them.
         numbers = np.concatenate([np.full(count, row) for row, count in parts])
         positions = np.concatenate([self._cached[row] + np.arange(count) for row, count in parts])
         ends = np.cumsum([count for _, count in parts]) - 1
@@ -128,7 +128,7 @@ class FusedRows:
         self._left[row] = self._clock
 
     def _choose(self, hidden: Array, rows: list[int]) -> list[int]:
-        """The next token of each row, of hidden states `[rows, hidden]`."""
+        """The next token of each of `rows`, from hidden states `[rows, hidden]`."""
         found = np.zeros(len(rows), np.int64)
         kinds: dict[tuple[float, float, int], list[int]] = {}
         for i, row in enumerate(rows):
@@ -150,7 +150,7 @@ class FusedRows:
         return found.tolist()
 
     def _place(self, prompt: Array) -> int:
-        """A free row for a prompt, that one whose tokens it begins with, or the one left longest ago."""
+        """Put a prompt into a free row: the one that has most of its beginning, or else the one left longest ago."""
         free = [row for row in range(len(self._ids)) if row not in self._rows]
         common = self._common(prompt)
         best = max(free, key=lambda row: (common[row] if common[row] >= WORTH_COPYING else 0, -self._left[row]))
@@ -164,13 +164,13 @@ class FusedRows:
         return best
 
     def _common(self, prompt: Array) -> Array:
-        """How many tokens of a prompt, but for its last, each row has cached, `[rows]`."""
+        """How many of a prompt's first tokens, its last left out, each row has cached: `[rows]`."""
         length = min(len(prompt) - 1, self._ids.shape[1])
         same = self._ids[:, :length] == prompt[:length]
         return np.minimum(_leading(same), self._cached)
 
     def _computing(self, row: int, prompt: Array) -> tuple[int, _Row] | None:
-        """A row that is about to compute more of what this one begins with than it has, if there is one."""
+        """Another row that is about to compute more of this prompt's beginning than `row` has cached, or None."""
         others = np.array([n for n, state in self._rows.items() if self._cached[n] < state.prompt], np.int64)
         if not len(others):
             return None
@@ -183,7 +183,7 @@ class FusedRows:
         return other, self._rows[other]
 
     def _copy_beginnings(self) -> None:
-        """Let rows go on that wait for another to compute what both begin with, where it has, or is gone."""
+        """Let rows go on that waited for another to compute a common beginning, once it has done so or is gone."""
         for row, state in self._rows.items():
             if state.source is None:
                 continue

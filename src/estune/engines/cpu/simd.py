@@ -83,9 +83,9 @@ def products(
     sum of sixteen sums, by fused multiplication and addition, and these are added by halves: the same bits, however
     many rows and columns are taken at once.
 
-    Elements of `weight` that lie `ahead` further on are asked of the memory meanwhile, if that is not 0. It and the
-    numbers of rows and columns are constants: a function made for each would have another name in every process, and
-    what calls it would never be found in Numba's cache.
+    Elements of `weight` that lie `ahead` further on are prefetched meanwhile, if `ahead` is not 0. It and the numbers
+    of rows and columns are constants: a function made for each would have another name in every process, and what calls
+    it would never be found in Numba's cache.
     """
     constants = (rows, columns, ahead)
     if not all(isinstance(constant, types.IntegerLiteral) for constant in constants):
@@ -242,7 +242,7 @@ def _is_stored(kind: Any) -> bool:
 
 
 def address(context: Any, builder: Any, kind: Any, place: Any, stored: ir.Type) -> Any:
-    """Where `place`, an array of type `kind` and an index, and maybe more, is in memory."""
+    """The address of an element: `place` begins with an array of type `kind` and an index."""
     data = cgutils.create_struct_proxy(kind)(context, builder, value=place[0]).data
     return builder.bitcast(builder.gep(data, [place[1]]), stored.as_pointer())
 
@@ -256,7 +256,7 @@ def _widened(builder: Any, kind: Any, pointer: Any) -> Any:
 
 
 def prefetch(builder: Any, pointer: Any) -> None:
-    """Have the cache line at `pointer` brought into all caches, wherever that is: it is never an error."""
+    """Fetch the cache line at `pointer` into all caches; an address without memory is no error."""
     address = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [address.type, _INT, _INT, _INT])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
@@ -264,7 +264,7 @@ def prefetch(builder: Any, pointer: Any) -> None:
 
 
 def _totals(builder: Any, vectors: list[Any]) -> list[Any]:
-    """The sum of each vector, by halves; halves of several are added at once."""
+    """The sum of each vector, by halves; the halves of several vectors are added at once."""
     count = len(vectors)
     size = WIDTH  # of the part of a vector that is one sum's
     while size > 1:

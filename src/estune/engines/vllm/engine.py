@@ -50,7 +50,7 @@ class VllmEngine(PromptEncoder):
     Args:
         checkpoint: the model's.
         config: the settings.
-        base: bytes that are kept beside a model's live weights on its device, of all its processes together.
+        base: bytes of the base that lies beside the live weights on their device, in all processes together.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: Config, base: int = 0) -> None:
@@ -71,17 +71,17 @@ class VllmEngine(PromptEncoder):
         )
         self._threads = config.threads or 1
         self.llm = self._start(checkpoint, config, base)
-        # Of several processes each has one thread, which does all, and this one nothing on the device.
+        # With several processes, each has one thread that does everything, and this process does nothing on the device.
         module = torch.get_device_module(self.device)
         self._stream = module.current_stream() if self.parallel == 1 else None
 
     @contextmanager
     def here(self) -> Iterator[Any]:
-        """vLLM's engine, set up for the thread that calls, whichever has started it.
+        """vLLM's engine, set up for the calling thread, whichever thread has started it.
 
-        On a GPU, vLLM's runner waits for the stream on which it was started, and a thread has a stream of its own: what
-        another thread perturbs and generates must come on that one too. On a CPU, vLLM's kernels fail where OpenMP,
-        which counts threads for each thread, and PyTorch do not agree on the number.
+        On a GPU, vLLM's runner waits for the stream on which it was started, and each thread has a stream of its own:
+        another thread must perturb and generate on vLLM's stream. On a CPU, vLLM's kernels fail where OpenMP, which
+        counts threads for each thread, and PyTorch do not agree on the number.
         """
         torch.set_num_threads(self._threads)
         with torch.get_device_module(self.device).stream(self._stream):
@@ -126,13 +126,13 @@ class VllmEngine(PromptEncoder):
         return left
 
     def _cache_bytes(self, checkpoint: Checkpoint, rows: int, base: int, share: float | None) -> int | None:
-        """Room for the keys and values of `rows` full sequences: all that there can be.
+        """Bytes for the keys and values of `rows` full sequences, the most that there can be.
 
         Args:
             checkpoint: the model's.
             rows: sequences at once.
             base: bytes of the base, of all processes together.
-            share: of a GPU's memory, for vLLM; None on a CPU, where as much is given as memory goes.
+            share: the share of a GPU's memory that vLLM may take; None on a CPU, whose memory alone is the limit.
 
         Returns:
             Bytes on each device; None where vLLM is to measure what room there is.
@@ -184,10 +184,10 @@ class VllmEngine(PromptEncoder):
         return [row[len(prompt) - 1 :] for prompt, row in zip(prompt_ids, found, strict=True)]
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of each worker's `Shard`; their answers, by rank.
+        """Call a method of each worker's `Shard`; return their answers, by rank.
 
         Raises:
-            EstuneError: what one of them raised.
+            EstuneError: one of them raised it.
         """
         with self.here() as llm:
             answers = internals.call(llm, method, *args)
@@ -197,14 +197,14 @@ class VllmEngine(PromptEncoder):
         return answers
 
     def forget(self) -> None:
-        """Forget keys and values of earlier prompts, which other weights have made."""
+        """Forget keys and values of earlier prompts, which other weights have computed."""
         with self.here() as llm:
             done = internals.reset_prefix_cache(llm)
         if not done:
             raise EstuneError("vLLM keeps keys and values of other weights: prompts are still under way; start again")
 
     def digest(self) -> Digest:
-        """Likely tokens and their log probabilities for a few prompts: other weights, another digest."""
+        """Likely tokens and their log-probabilities for a few prompts, which differ for other weights."""
         size = self.config.get_text_config(decoder=True).vocab_size
         length = max(1, min(8, (self.positions or 8) - 2))
         prompts = [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]
@@ -213,7 +213,7 @@ class VllmEngine(PromptEncoder):
             return internals.log_probabilities(llm, prompts, 2 if (self.positions or 8) > 2 else 1)
 
     def close(self) -> None:
-        """End every process that it started."""
+        """End every process that the engine has started."""
         if self.llm is not None:
             internals.stop(self.llm)
             self.llm = None
@@ -234,7 +234,7 @@ class VllmRows:
         self._meter = Meter()
 
     def join(self, request: Request) -> int:
-        """As `Rows.join`. Where there is no room, vLLM lets them wait."""
+        """As `Rows.join`. Where there is no room, vLLM lets prompts wait."""
         row = next(self._numbers)
         if not self._active:
             self._meter = Meter()  # nobody waited for anything
@@ -268,13 +268,13 @@ class VllmRows:
 
 
 def rows_at_once(config: Config, *, on_cpu: bool) -> int:
-    """Sequences that vLLM decodes at once, at most."""
+    """How many sequences vLLM decodes at once at most."""
     least, most = (CPU_ROWS, CPU_ROWS) if on_cpu else GPU_ROWS
     return config.batch_size or min(max(config.rows_of_member, least), most)
 
 
 def live_dtype(checkpoint: Checkpoint, config: Config, model: Any) -> str:
-    """The type that generates: float32, bfloat16 or float16."""
+    """The type of the live weights: float32, bfloat16 or float16."""
     picked = pick_dtype(config.dtype, chosen_device(config.device))
     if isinstance(picked, torch.dtype):
         return type_name(picked)

@@ -64,7 +64,7 @@ def _version(package: str) -> str | None:
 
 
 def prepare() -> None:
-    """Set what vLLM finds in this process and passes to those that it starts: it reads some of it when imported."""
+    """Set vLLM's environment variables, for this process and those that vLLM starts; some are read on import."""
     asked = os.environ.get(_MULTIPROCESSING, "0")
     if asked != "0":
         log.warning("%s=%s: vLLM's engine has to be in this process, so it is taken for 0", _MULTIPROCESSING, asked)
@@ -81,7 +81,7 @@ def start(path: Path, device: torch.device, parallel: int, **options: Any) -> An
         path: the checkpoint's directory.
         device: cpu or cuda; vLLM is built for one kind.
         parallel: processes that share the model (tensor parallelism).
-        options: as `vllm.LLM` takes them, None for what it is to choose.
+        options: as `vllm.LLM` takes them; None leaves the choice to it.
     """
     prepare()
     from vllm import LLM
@@ -115,8 +115,8 @@ def start(path: Path, device: torch.device, parallel: int, **options: Any) -> An
 def _hide_llvmlite() -> None:
     """Give llvmlite's library an empty `__dict__`, where Numba has loaded it.
 
-    On a CPU vLLM looks through the `__dict__` of everything in every module for its kernels, and llvmlite takes that
-    name for a function of the library, as any other.
+    On a CPU vLLM looks for its kernels through the `__dict__` of everything in every module, and llvmlite would take
+    that name for a function of its library, as it does any other.
     """
     if "llvmlite.binding.ffi" in sys.modules:
         sys.modules["llvmlite.binding.ffi"].lib._fntab.setdefault("__dict__", {})
@@ -132,9 +132,9 @@ def stop(llm: Any) -> None:
 def _leave_stream() -> None:
     """Put this thread back on the GPU's default stream, on which all other threads are.
 
-    vLLM puts the thread that starts it on one of its own. What comes after vLLM would run there, and nothing would
-    order it and the work of other threads. vLLM is to take it for a thread that never was on a stream: it captures on
-    the one that it knows, and cannot on the default one.
+    vLLM puts the thread that starts it on a stream of its own. What comes after vLLM would run there, in no order with
+    the work of other threads. vLLM is made to take it for a thread that never was on a stream, so that it captures on
+    the stream that it knows: it cannot on the default one.
     """
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(torch.cuda.default_stream())
@@ -153,7 +153,7 @@ def generate(
 
 
 def add(llm: Any, row: str, prompt_ids: Sequence[int], sampling: Sampling, end_ids: Sequence[int]) -> None:
-    """Take a prompt in, which `step` will tell of under this name. Drawn, it is as the only one of `generate`."""
+    """Take a prompt in under a name, which `step` gives back. Its draws are those of a single prompt of `generate`."""
     from vllm.sampling_params import RequestOutputKind
 
     settings = _parameters(sampling, end_ids, 0)
@@ -162,12 +162,12 @@ def add(llm: Any, row: str, prompt_ids: Sequence[int], sampling: Sampling, end_i
 
 
 def step(llm: Any) -> list[tuple[str, list[int], bool]]:
-    """Decode on: names of prompts with the tokens that each has gained, and whether that was its end."""
+    """Decode further; return names of prompts with the tokens that each has gained, and whether it has ended."""
     return [(one.request_id, list(one.outputs[0].token_ids), one.finished) for one in llm.llm_engine.step()]
 
 
 def drop(llm: Any, row: str) -> None:
-    """Decode a prompt no further."""
+    """Stop decoding a prompt."""
     llm.llm_engine.abort_request([row])
 
 
@@ -188,7 +188,7 @@ def _parameters(sampling: Sampling, end_ids: Sequence[int], row: int) -> Any:
 
 
 def log_probabilities(llm: Any, prompt_ids: Sequence[Sequence[int]], tokens: int) -> list[dict[int, float]]:
-    """The few most likely tokens at each step of greedy decoding, with the logarithms of their probabilities."""
+    """The few most likely tokens at each step of greedy decoding, with their log-probabilities (nats)."""
     from vllm import SamplingParams
 
     settings = SamplingParams(max_tokens=tokens, temperature=0.0, logprobs=4, ignore_eos=True, detokenize=False)
@@ -199,7 +199,7 @@ def log_probabilities(llm: Any, prompt_ids: Sequence[Sequence[int]], tokens: int
 
 
 def score(llm: Any, rows: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Logarithms of the probabilities of each row's tokens but the first, each given those before it."""
+    """Log-probabilities (nats) of each row's tokens but the first, each given those before it."""
     from vllm import SamplingParams
 
     settings = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
@@ -216,7 +216,7 @@ def reset_prefix_cache(llm: Any) -> bool:
 
 
 def call(llm: Any, method: str, *args: Any) -> list[Any]:
-    """Call a method of each worker's `Shard`; their answers, by rank."""
+    """Call a method of each worker's `Shard`; return their answers, by rank."""
     found: list[Any] = llm.collective_rpc("estune", args=(method, *args))
     return found
 
@@ -245,7 +245,7 @@ def load(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def untrainable(worker: Any) -> str | None:
-    """Why a worker's layers do not use its parameters as they are, if so."""
+    """Why a worker's layers do not use its parameters as they are, or None if they do."""
     config = worker.vllm_config.model_config
     if config.quantization is not None:
         return f"its weights are quantized ({config.quantization})"

@@ -1,9 +1,9 @@
 """Which part of which checkpoint tensor each tensor of an engine holds: fused, padded, replicated and sharded ones.
 
-An engine's own loader knows, for every architecture and any sharding. So it draws the map: it is given tensors of the
-checkpoint's shapes whose elements tell, digit by digit, from which tensor, row and column they come, and what then
-stands in the engine's tensors is read. Digits are 1 to 256, which each type of weights holds exactly. A map describes
-rectangles; whether they are all there is, their caller finds out by loading the checkpoint through them.
+An engine's own loader knows, for every architecture and any sharding. So the loader draws the map: it is given tensors
+of the checkpoint's shapes whose elements tell, digit by digit, from which tensor, row and column they come, and the map
+is read from what then stands in the engine's tensors. Digits are 1 to 256, which every type of weights holds exactly. A
+map describes rectangles. Whether it describes everything, the caller finds out by loading the checkpoint through it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Place:
 
 
 def by_rows(tensor: Tensor) -> Tensor:
-    """A tensor of any shape as `[rows, columns]`: the last dimension is the columns; with one alone, all are rows."""
+    """A tensor of any shape as `[rows, columns]`: the last dimension counts columns, a single one rows."""
     return tensor.view(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.view(-1, 1)
 
 
 def draw_map(tensors: Mapping[str, Tensor], shapes: Shapes, load: Load) -> list[Place]:
-    """Where a checkpoint's tensors are loaded. What is loaded holds digits afterwards; padding is as it was.
+    """The places that a checkpoint's tensors are loaded to. Afterwards these hold digits, and padding is as it was.
 
     Args:
         tensors: the engine's tensors by name, contiguous, of any shapes.
@@ -90,7 +90,7 @@ def draw_map(tensors: Mapping[str, Tensor], shapes: Shapes, load: Load) -> list[
 
     # 2. Read off from which tensor, row and column each of the engine's rows comes: one digit of them at a time.
     def number(kind: str, most: int) -> dict[str, Integers]:
-        """Numbers of this kind, all below `most`, that the engine's rows tell, `[rows]` by tensor."""
+        """The numbers of this kind, all below `most`, that each tensor's rows tell: `[rows]` by tensor."""
         total = {name: np.zeros(len(held), np.int64) for name, held in loaded.items()}
         for digit in range(_places(most)):
             for name, found in digits(kind, digit).items():
@@ -100,7 +100,7 @@ def draw_map(tensors: Mapping[str, Tensor], shapes: Shapes, load: Load) -> list[
     tensor = number("tensor", len(names))
     row = number("row", max(r for r, _ in sizes.values()))
     column = number("column", max(c for _, c in sizes.values()))
-    # 3. Take rows together that follow one another here and there.
+    # 3. Take rows together that follow one another in the engine's tensor and in the checkpoint's.
     return [
         place
         for name, live in tensors.items()
@@ -111,9 +111,9 @@ def draw_map(tensors: Mapping[str, Tensor], shapes: Shapes, load: Load) -> list[
 def _telling(
     kind: str, digit: int, number: int, shape: tuple[int, ...], size: tuple[int, int], like: Tensor, *, mirrored: bool
 ) -> Tensor:
-    """A tensor of a checkpoint's shape of which each element is one digit of its tensor's number, row or column.
+    """A tensor of a checkpoint's shape in which each element is one digit of its tensor's number, row or column.
 
-    It takes the memory of one row and one column at most.
+    It takes no more memory than one row or one column.
     """
     rows, columns = size
     if kind == "tensor":
@@ -131,7 +131,7 @@ def _telling(
 
 
 def _places(numbers: int) -> int:
-    """Digits that tell so many numbers apart."""
+    """How many digits tell `numbers` numbers apart."""
     places = 1
     while BASE**places < numbers:
         places += 1
@@ -170,7 +170,7 @@ def _rectangles(
 
 
 def count_once(maps: Sequence[Sequence[Place]], shapes: Shapes) -> list[list[bool]]:
-    """For each place of each process, whether it counts there: of replicas, the first does.
+    """Whether each place of each process counts: of replicated places only the first does.
 
     Raises:
         EstuneError: a tensor is held in part only, or in parts that overlap.

@@ -33,16 +33,16 @@ STRONG = 0.05  # sigma under which completions have to be others
 
 
 class VllmWeights:
-    """The trained parameters of a vLLM engine, in all of its processes: as `Weights`, for what a replica asks of it.
+    """The trained parameters of a vLLM engine in all of its processes, as `TrainedWeights`.
 
     Args:
         engine: whose weights they are.
-        checkpoint: which it was started with.
+        checkpoint: what the engine was started with.
         config: the settings.
         base_on_host: keep the base of weights on a GPU in pinned host memory.
 
     Raises:
-        EstuneError: vLLM's layout of the model cannot be trained, or its completions do not answer to the weights.
+        EstuneError: vLLM's layout of the model cannot be trained, or its completions do not follow the weights.
     """
 
     def __init__(self, engine: VllmEngine, checkpoint: Checkpoint, config: Config, *, base_on_host: bool) -> None:
@@ -155,7 +155,7 @@ class VllmWeights:
             yield whole.reshape(-1)
 
     def _check(self, checkpoint: Checkpoint) -> None:
-        """See that live weights are what they should be, and that it is they that generate."""
+        """Check that the live weights are what they should be, and that it is they that generate."""
         engine = self._engine
         before = self._engine.digest()
         self.perturb(*PROBE)
@@ -198,7 +198,7 @@ class VllmWeights:
 
 
 def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmWeights]:
-    """An engine over vLLM, with room for a base, and its weights. One that only generates is a `VllmEngine` alone.
+    """An engine over vLLM, with room for a base, and its weights. To generate alone, `VllmEngine` is enough.
 
     Raises:
         EstuneError: vLLM is missing or of an unknown version, or cannot run the model or train it.
@@ -226,7 +226,7 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
 
 
 def _same(a: Digest, b: Digest) -> bool:
-    """Whether two digests are of the same weights: a device may round a sum in another way from call to call."""
+    """Whether two digests are of the same weights, but for what a device rounds differently from call to call."""
     return all(
         x.keys() == y.keys() and all(math.isclose(x[token], y[token], abs_tol=1e-2) for token in x)
         for x, y in zip(a, b, strict=True)

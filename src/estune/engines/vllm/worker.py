@@ -1,4 +1,4 @@
-"""One worker's weights: what runs inside vLLM's workers, one for each process that shares a model.
+"""The weights of one of vLLM's workers, of which there is one for each process that shares a model.
 
 vLLM imports this module in each worker before it builds the model.
 """
@@ -36,7 +36,7 @@ SHAKEN = 0x5AFE  # seed of the noise that weights are overwritten with before a 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How a worker's weights are to be kept, and which."""
+    """Which weights a worker trains, and how it keeps them."""
 
     checkpoint: Path
     rule: Rule
@@ -115,7 +115,7 @@ class Shard:
         return self._rank, self._places
 
     def open(self, opening: Opening) -> None:
-        """Keep a base beside the live weights, and see that it makes them, and nothing else, what they were.
+        """Keep a base beside the live weights, and check that restoring from it gives exactly what they were.
 
         Raises:
             EstuneError: it does not.
@@ -141,7 +141,7 @@ class Shard:
         self._compare(before, "loading it by the map of the parameters")
 
     def perturb(self, member: Member, sigma: float) -> None:
-        """As `Weights.perturb`, and wait until it is done, for the clock: only this process can."""
+        """As `Weights.perturb`, but wait until it is done, so that it is timed: only this process can wait."""
         assert self.weights is not None
         self.weights.perturb(member, sigma)
         synchronize(next(iter(self._tensors.values())).device)
@@ -193,7 +193,7 @@ class Shard:
         return self._places
 
     def live_arrays(self) -> dict[str, Array]:
-        """Copies of all live tensors by vLLM's names; of small models, to look at."""
+        """Copies of all live tensors by vLLM's names, to look at in small models."""
         now = internals.live_tensors(self._worker)
         return {name: as_array(t.cpu()).copy().reshape(t.shape) for name, t in now.items()}
 
@@ -206,7 +206,7 @@ class Shard:
         return [name for name, whole in held.items() if whole and self._tensors[name].ndim == 2]
 
     def shake(self, name: str, sigma: float) -> None:
-        """Perturb one of vLLM's tensors alone; from what is live, where the base is that."""
+        """Perturb one of vLLM's tensors alone, around the base or, without one, from where it is."""
         self._alone(name).perturb(SHAKEN, sigma)
 
     def unshake(self, name: str, path: Path) -> None:

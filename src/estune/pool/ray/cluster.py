@@ -25,7 +25,7 @@ SILENT_SECONDS = 40.0  # for which a head may be out of reach: Ray ends this pro
 
 @dataclass
 class _Connection:
-    """What `connect` made and `disconnect` undoes."""
+    """What `connect` made, for `disconnect` to undo."""
 
     made: bool = False
     folder: str | None = None  # of a private cluster's files
@@ -41,7 +41,7 @@ _connection = _Connection()
 
 
 def connect(config: Config) -> None:
-    """Connect to the cluster at `config.ray_address`, or start a private one; keep a connection that there is.
+    """Connect to the cluster at `config.ray_address`, or start a private one; an open connection is kept.
 
     Raises:
         EstuneError: without Ray, or where the cluster cannot be reached.
@@ -92,11 +92,10 @@ def disconnect() -> None:
 
 
 def lost(*, at_once: bool = False) -> str | None:
-    """What is gone that the cluster cannot do without; None if it is all there.
+    """Which part that the cluster cannot do without is gone; None if all are there.
 
-    Looks once a second at most, unless it is to be known at once.
-
-    Without a head, Ray ends this process after a minute, and without a raylet at the next thing that is put into it.
+    It looks once a second at most, unless `at_once` is set. Without a head, Ray ends this process after a minute, and
+    without a raylet at the next object that is put into the store.
     """
     now = time.monotonic()
     if not _connection.made or (now - _connection.looked < LOOK_SECONDS and not at_once):
@@ -117,7 +116,7 @@ def lost(*, at_once: bool = False) -> str | None:
 
 
 def _reaches(address: tuple[str, int]) -> str:
-    """Whether somebody listens there: "yes", "refused" if nobody does, or "no" if that cannot be told."""
+    """Whether anybody listens at an address: "yes", "refused" if nobody does, or "no" if that cannot be told."""
     try:
         socket.create_connection(address, LOOK_SECONDS).close()
     except ConnectionRefusedError:
@@ -128,7 +127,7 @@ def _reaches(address: tuple[str, int]) -> str:
 
 
 def cluster_device(config: Config) -> str:
-    """What "auto" is for workers: "cuda" where the cluster has GPUs, or this machine if it is to be one, else "cpu".
+    """What "auto" is for workers: "cuda" if the cluster, or this machine for a private one, has GPUs, else "cpu".
 
     Raises:
         EstuneError: as `connect`.
@@ -144,7 +143,7 @@ def cluster_device(config: Config) -> str:
 
 
 def needs(config: Config) -> dict[str, float]:
-    """What one worker takes of a node."""
+    """The resources that one worker takes of a node."""
     if config.device.startswith("cpu"):
         return {"CPU": config.threads or 1}
     gpus = config.gpus_per_worker
@@ -152,7 +151,7 @@ def needs(config: Config) -> dict[str, float]:
 
 
 def _start_private(config: Config, quiet: dict[str, Any]) -> None:
-    """Its processes end with this one, however that ends: the kernel sees to most of them, a guard to the rest."""
+    """Start a private cluster. Its processes end with this one: the kernel ends most of them, a guard the rest."""
     import ray
 
     before = set(_children(os.getpid()))
@@ -175,10 +174,10 @@ def _start_private(config: Config, quiet: dict[str, Any]) -> None:
 
 
 def _guard(folder: str, started: set[int]) -> subprocess.Popen[bytes]:
-    """A shell that waits for this process to end, then ends what would outlive it by a minute, and tidies up.
+    """Start a shell that waits for this process to end, then ends what would outlive it by a minute, and tidies up.
 
-    Ray's agents, children of the processes that it started here, notice, and then wait for a server that is no more.
-    Their starting times tell them from whoever may have got their numbers since.
+    That is Ray's agents, children of the processes that it started here: they wait for a server that is gone. Their
+    starting times tell them from other processes that may have got their numbers since.
     """
     agents = [f"{pid}:{_begun(pid)}" for child in started for pid in _children(child)]
     script = (
@@ -196,7 +195,7 @@ def _guard(folder: str, started: set[int]) -> subprocess.Popen[bytes]:
 
 
 def _children(parent: int) -> list[int]:
-    """Processes that a process has started and that still run."""
+    """Running processes that a process has started."""
     try:
         return [child.pid for child in psutil.Process(parent).children()]
     except psutil.NoSuchProcess:
@@ -204,7 +203,7 @@ def _children(parent: int) -> list[int]:
 
 
 def _begun(pid: int) -> str:
-    """When a process started, as the guard's shell reads it (Linux); nothing where it has ended."""
+    """When a process started, as the guard's shell reads it (Linux); empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

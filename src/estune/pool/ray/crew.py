@@ -1,7 +1,7 @@
 """The workers of a run: who starts them, keeps their weights up to date, gives them jobs and replaces those lost.
 
-Each worker has a thread here (`Crew._serve`). The trainer's thread puts jobs on the queue, or asks each worker to do
-one, and waits.
+Each worker has a thread here (`Crew._serve`). The trainer's thread queues jobs, or asks each worker to do one, and
+waits.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ LONGEST_PAUSE = 10.0  # seconds before a worker that was lost again is replaced 
 
 @dataclass(eq=False)
 class Job:
-    """Something for a worker to do: one of `RayWorker`'s methods.
+    """Something for a worker to do: a call of one of `RayWorker`'s methods.
 
-    Where it is for whoever is free, `arguments` are those after `done`, the number of updates that the worker has made.
+    If it is for any worker that is free, `arguments` are those after `done`, the number of updates the worker has made.
     """
 
     kind: str
     arguments: tuple[Any, ...]
-    finished: deque[Job]  # where it goes once it is done, failed or, if it is for one worker alone, lost
+    finished: deque[Job]  # where it goes once it is done or has failed; if for one worker alone, also when it is lost
     index: int = 0
     alone: bool = False
-    handle: Handle | None = None  # who does it, or did
+    handle: Handle | None = None  # the worker that does it, or did
     losses: int = 0
     errors: list[Exception] = field(default_factory=list)
     done: bool = False
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(eq=False)
 class Slot:
-    """A place for a worker, and who is in it."""
+    """A place for a worker, and the worker in it."""
 
     number: int
     state: State = "waiting"
@@ -82,7 +82,7 @@ class Weights:
 
 
 class Crew:
-    """As many workers as `config.workers` says, now or as soon as the cluster has room for them."""
+    """The workers of a run: `config.workers` of them, now or as soon as the cluster has room."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -103,7 +103,7 @@ class Crew:
     # For the trainer's thread.
 
     def run(self, kind: str, arguments: Sequence[tuple[Any, ...]], *, at_once: bool = False) -> Jobs:
-        """Let whoever is free do a job for each of these arguments, before what others wait for if at once."""
+        """Let any free worker do a job for each of these arguments; `at_once` puts them before other jobs."""
         finished: deque[Job] = deque()
         jobs = [Job(kind, each, finished, index) for index, each in enumerate(arguments)]
         with self._changed:
@@ -115,7 +115,7 @@ class Crew:
         return Jobs(self, jobs, finished)
 
     def drop(self, jobs: Sequence[Job]) -> bool:
-        """Take back those of these jobs that nobody has begun; whether the others have come to their end."""
+        """Take back the jobs that nobody has begun; return whether the others have ended."""
         with self._changed:
             for job in jobs:
                 if job in self._jobs:
@@ -125,15 +125,15 @@ class Crew:
 
     @property
     def at_work(self) -> bool:
-        """Whether jobs for whoever is free are waiting or under way."""
+        """Whether jobs for any free worker are waiting or under way."""
         with self._changed:
             return bool(self._jobs) or any(slot.busy for slot in self.slots)
 
     def ask(self, slots: Sequence[Slot], kind: str, arguments: tuple[Any, ...]) -> dict[Slot, Any]:
-        """Let each of these workers that is ready do a job; returns results of those that live to tell.
+        """Let each of these workers that is ready do a job; return the results of those that did it.
 
         Raises:
-            Exception: what a worker raised, if no other did better.
+            Exception: what a worker raised, if none did it.
         """
         finished: deque[Job] = deque()
         with self._changed:
@@ -149,7 +149,7 @@ class Crew:
         return results
 
     def commit(self, weights: Weights, handles: Sequence[Handle]) -> None:
-        """Make this what weights must be; these workers have them already."""
+        """Make these the weights that all workers must have; those of `handles` have them already."""
         with self._changed:
             self.weights = weights
             for handle in handles:
@@ -157,7 +157,7 @@ class Crew:
             self._changed.notify_all()
 
     def wait(self, found: Callable[[], T | None]) -> T:
-        """Wait until `found` returns something, as long as workers are there or may come.
+        """Wait until `found` returns something other than None, as long as there are workers or may be.
 
         Raises:
             EstuneError: no worker is left, and none can be had.
@@ -185,7 +185,7 @@ class Crew:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def check_cluster(self, *, at_once: bool = False) -> None:
-        """See that the cluster is there.
+        """Check that the cluster is there.
 
         Raises:
             EstuneError: it is not, and Ray would end this process soon.
@@ -195,10 +195,10 @@ class Crew:
             raise EstuneError(f"{gone}; no step is lost: resume, with another cluster or none")
 
     def _check_hope(self) -> None:
-        """Return if a worker may still come.
+        """Check that a worker may still come.
 
         Raises:
-            EstuneError: none will; it says why.
+            EstuneError: none will; the message says why.
         """
         self.check_cluster()
         left = [slot for slot in self.slots if slot.state != "refused"]
@@ -239,7 +239,7 @@ class Crew:
             slot.handle.end()
 
     def _start(self, slot: Slot) -> None:
-        """Start a worker, let it load the model, and see that it holds what the others hold."""
+        """Start a worker, let it load the model, and check that it holds what the others hold."""
         handle = slot.handle = Handle(slot.number, self._config, self._deadlines)
         while (place := handle.look(1.0)) is None:
             if self._closed.is_set():
@@ -277,7 +277,7 @@ class Crew:
         handle.done = len(history)
 
     def _next(self, slot: Slot) -> Job | None:
-        """A job for a worker that is up to date. None: it no longer is, or the run has ended."""
+        """A job for a worker that is up to date; None if it no longer is, or the run has ended."""
         assert slot.handle is not None
         self._enter(slot, "ready")
         with self._changed:
@@ -310,7 +310,7 @@ class Crew:
             self._finish(job)
 
     def _lose(self, slot: Slot, cause: str, job: Job | None) -> None:
-        """Give back what a lost worker was to do, and make room for another one."""
+        """Give a lost worker's job to others, and make room for another worker."""
         if self._closed.is_set():
             return
         what = f" in {job.kind}" if job else ""
@@ -331,7 +331,7 @@ class Crew:
         slot.losses += 1
 
     def _fail(self, slot: Slot, error: Exception, job: Job | None) -> None:
-        """A worker raised an error. Another one may do better; if none does, it is the run's."""
+        """Note that a worker raised an error. It is the run's error if no other worker does better."""
         if job is not None:
             job.errors.append(error)
             if len(job.errors) >= min(3, sum(s.state != "refused" for s in self.slots)):
@@ -376,12 +376,12 @@ class Crew:
 
 
 class Jobs:
-    """Jobs for whoever is free, as they are done.
+    """Jobs for any free worker, in the order in which they are done.
 
     Args:
-        crew: who does them.
-        jobs: all of them.
-        finished: those that are, and were not taken yet.
+        crew: the workers.
+        jobs: all jobs.
+        finished: jobs that are done and were not taken yet.
     """
 
     def __init__(self, crew: Crew, jobs: Sequence[Job], finished: deque[Job]) -> None:
@@ -394,10 +394,10 @@ class Jobs:
         return self
 
     def __next__(self) -> Job:
-        """The next one that is done.
+        """The next job that is done.
 
         Raises:
-            Exception: what workers raise in a job, when several have tried.
+            Exception: what workers raised in a job that several have tried.
         """
         if not self._left:
             raise StopIteration
@@ -412,15 +412,15 @@ class Jobs:
         return job
 
     def close(self) -> None:
-        """Drop those that nobody has begun, and wait for the others."""
+        """Drop jobs that nobody has begun, and wait for the others."""
         self._crew.wait(lambda: self._crew.drop(self._jobs) or None)
 
 
 def compare(handle: Handle, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse a worker of which something is not as expected of all.
+    """Refuse a worker that differs from what is expected of all.
 
     Raises:
-        EstuneError: the first such thing, by its name, with both values.
+        EstuneError: something differs; the message names the first such thing and both values.
     """
     for key, value in expected.items():
         if found.get(key) != value:

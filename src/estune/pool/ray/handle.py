@@ -1,4 +1,4 @@
-"""A worker as the pool sees it: an actor, calls with deadlines, and a sure end."""
+"""A worker as the pool sees it: an actor whose calls have deadlines, and that can be ended for certain."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from estune.pool.ray.worker import Place, RayWorker
 
 
 class Handle:
-    """Asks for a process with a `RayWorker`; it comes when the cluster has room for it.
+    """A process with a `RayWorker`, which starts when the cluster has room for it.
 
     Args:
         number: of the worker, from 0, for messages.
@@ -48,7 +48,7 @@ class Handle:
         return f"worker {self.number}{where}"
 
     def look(self, seconds: float) -> Place | None:
-        """Where it is; None if it has no process after so many seconds.
+        """Where the worker runs; None if it has no process after `seconds` seconds.
 
         Raises:
             Lost: its process has ended.
@@ -58,11 +58,11 @@ class Handle:
         return self.place
 
     def call(self, kind: str, *arguments: Any, units: int = 1) -> Any:
-        """Let it do something, and wait for the result.
+        """Call a method of the worker, and wait for the result.
 
         Raises:
             Lost: its process has ended, or did not answer in time.
-            Exception: what it raised itself.
+            Exception: the method raised it.
         """
         limit = self._deadlines.of(kind, units)
         began = time.monotonic()
@@ -75,7 +75,7 @@ class Handle:
         return result
 
     def end(self) -> None:
-        """End its process, even one that is stopped, and give back what it takes of the cluster."""
+        """End the worker's process, even if it is stopped, and free its resources of the cluster."""
         with suppress(Exception):  # the cluster itself may be gone
             ray.kill(self.actor)  # Ray asks first, and kills after some seconds
         with suppress(Exception):
@@ -95,7 +95,7 @@ class Handle:
 
 
 def _how(error: RayError) -> str:
-    """Of Ray's paragraph on a lost worker, what can be acted on."""
+    """The part of Ray's paragraph on a lost worker that can be acted on."""
     text = " ".join(str(error).split())
     for sign, meaning in (
         ("out of memory", "Ray ended it, as its machine was short of memory: use fewer workers or a smaller base"),

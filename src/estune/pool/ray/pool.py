@@ -1,9 +1,9 @@
 """Workers of a Ray cluster, each an engine of its own: any number of GPUs and machines.
 
 Only seeds, scalars, prompts and completions travel. A worker's weights are the base model, which it loads itself, and
-the updates since. So one that is lost, hangs or comes late costs nothing but time: its members are evaluated by others
+the updates since. So a worker that is lost, hangs or comes late costs nothing but time: others evaluate its members
 from their seeds, and another takes its place by making the same updates. Every call names the number of updates that
-the weights must have had, and after each update their fingerprints are compared.
+the weights must have had, and after each update the workers' fingerprints are compared.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RayPool:
         self._counts = Counts()  # of what has come back: workers tell of nothing on the way
 
     def wait_for_workers(self, most: float = SETTLE) -> None:
-        """Wait until a worker is ready, and then at most so many seconds for the others."""
+        """Wait until a worker is ready, and then at most `most` seconds for the others."""
         began = time.monotonic()
 
         def enough() -> bool | None:
@@ -99,10 +99,10 @@ class RayPool:
         return [completion for index in range(len(batches)) for completion in found[index]]
 
     def apply(self, update: Update) -> str:
-        """As `Pool.apply`. Weights that differ from the majority's are made anew; if there is none, all are.
+        """As `Pool.apply`. Weights that differ from the majority's are made anew; without a majority, all are.
 
-        While members are at work that were given ahead, who is free first makes the update and tells the fingerprint.
-        Each of the others makes it when it is free, and is refused if its fingerprint is another.
+        While members are at work that were given ahead, the first worker that is free makes the update and tells the
+        fingerprint. Each of the others makes it when it is free, and is refused if its fingerprint differs.
         """
         history = [*self.crew.weights.history, update]
         if not self.crew.at_work:
@@ -120,7 +120,7 @@ class RayPool:
         return self._bring_all(updates, "rebuild", (updates, start))
 
     def save(self, path: Path, dtype: str) -> None:
-        """As `Pool.save`: by a worker on this machine or, where there is none, by replay over this machine's base."""
+        """As `Pool.save`: by a worker on this machine or, without one, by replay over this machine's base."""
         here = ray.get_runtime_context().get_node_id()
         path = path.absolute()
         weights = self.crew.weights
@@ -152,7 +152,7 @@ class RayPool:
     def _count(
         self, prompt_ids: Sequence[Sequence[int]], completions: list[Completion], sampling: Sampling, seconds: float = 0
     ) -> None:
-        """Count a piece that has come back. Of an evaluation's nobody says how long it took."""
+        """Count completions that have come back. How long those of an evaluation took is not known."""
         self._counts.add(
             Progress(
                 read=sum(map(len, prompt_ids)),
@@ -172,10 +172,10 @@ class RayPool:
         return len(self.crew.weights.history)
 
     def _bring_all(self, history: list[Update], kind: str, arguments: tuple[Any, ...]) -> str:
-        """Let all workers do what leads to the end of `history`; return the fingerprint that they find there.
+        """Bring all workers to the end of `history`; return the fingerprint that they find there.
 
         Raises:
-            EstuneError: where they differ even after making their weights anew.
+            EstuneError: fingerprints differ even after weights were made anew.
         """
         votes: dict[Slot, str] = {}
         while not votes:
@@ -243,7 +243,7 @@ class RayEvaluation:
 
 
 def _for_workers(config: Config) -> Config:
-    """Workers run in other directories, and each sees its own GPUs alone."""
+    """The settings for workers, which run in other directories and see their own GPUs alone."""
     model = config.model
     device = config.device.partition(":")[0]
     if model not in EMBEDDED and Path(model).exists():
@@ -252,7 +252,7 @@ def _for_workers(config: Config) -> Config:
 
 
 def minority(votes: Mapping[K, str]) -> list[K]:
-    """Those whose vote is not the most frequent one; on a tie, all."""
+    """The keys whose vote is not the most frequent one; all keys on a tie."""
     counts = Counter(votes.values()).most_common()
     if len(counts) < 2:
         return []

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a worker runs, and with which versions of what matters to the numbers."""
+    """Where a worker runs, and the versions there of what matters to the numbers."""
 
     node: str  # Ray's id of it
     host: str
@@ -91,7 +91,7 @@ class RayWorker:
         return self.replica.compare(prompt_ids, completion_ids)
 
     def apply(self, done: int, update: Update) -> str:
-        """Add the update that follows the first `done`; return the fingerprint after it. Asked again, it only tells."""
+        """Add the update after the first `done`; return the fingerprint. If it was added already, only return that."""
         from estune.es.update import as_fingerprint
 
         if self.done == done + 1 and self._last == update:
@@ -112,7 +112,7 @@ class RayWorker:
         return self._fingerprint
 
     def save(self, done: int, fingerprint: str, path: Path, dtype: str) -> None:
-        """As `Replica.save`, after a look at all weights: they must have this fingerprint."""
+        """As `Replica.save`, once it is sure that the weights have this fingerprint."""
         self._require(done)
         if self.replica.weights.fingerprint() != fingerprint:
             self.done = -1

@@ -20,24 +20,23 @@ DIVERGENCE_SEED = 20250924
 
 
 def measure(checkpoint: Path, base: Path, config: Config, task: Task, short_tokens: int | None) -> dict[str, float]:
-    """What is compared of a checkpoint, on the evaluation set.
+    """The figures of a checkpoint that are compared, on the evaluation set.
 
     Args:
-        checkpoint: what was trained.
-        base: what it was trained from.
+        checkpoint: the trained model.
+        base: the model that it was trained from.
         config: the settings, of which the engine's and the longest completion are used.
-        task: its evaluation set and rewards.
-        short_tokens: an answer of at most as many tokens is short; by default, half of the base's mean length.
+        task: evaluation set and rewards.
+        short_tokens: an answer of at most so many tokens is short; by default, half of the base's mean length.
 
     Returns:
-        base_accuracy, that of the base; share, whether accuracies are shown in percent; accuracy, reward,
-        length (mean, in tokens) and clipped (share) of greedy
-        completions; short_but_wrong, the share of them that are short without being right, which a reward for brevity
-        can be won with; and kl.
+        base_accuracy, that of the base; share, whether accuracies are shown in percent; accuracy, reward, length (mean,
+        in tokens) and clipped (share) of greedy completions; short_but_wrong, the share of them that are short without
+        being right, by which a reward for brevity can be won; and kl.
 
         kl is the divergence of the trained from the base model in nats a token, over one completion a prompt that the
-        trained model draws at temperature 1: the mean of r - 1 - log r with r = p_base / p_trained (Schulman's k3),
-        which is above 0 token by token and, as its tokens are the trained model's own, right on average.
+        trained model draws at temperature 1: the mean of r - 1 - log r with r = p_base / p_trained (Schulman's k3).
+        Each term is above 0 and, as tokens are the trained model's own, the mean is unbiased.
     """
     greedy = make_sampling(config.model_copy(update={"temperature": 0.0}))
     before = _engine(base, config)
@@ -87,7 +86,7 @@ def short_but_wrong(task: Task, graded: Graded, short_tokens: int) -> float:
 
 
 def mean_length(completions: Sequence[Completion]) -> float:
-    """Tokens a completion, end tokens included."""
+    """Mean tokens of a completion, end tokens included."""
     return sum(len(c.token_ids) for c in completions) / len(completions)
 
 

@@ -44,7 +44,7 @@ class Job(BaseModel):
 class Plan(BaseModel):
     """A comparison.
 
-    Every run may generate `budget` tokens, end tokens included and prompts not; the step that spends the last of them
+    Every run may generate `budget` tokens, end tokens included and prompts not. The step that spends the last of them
     is finished.
     """
 
@@ -59,11 +59,12 @@ class Plan(BaseModel):
     batch: int = Field(256, ge=2)  # completions of an RL step
     rl_temperature: float = Field(1.0, gt=0)
     beta: float = Field(0.0, ge=0)  # weight of the KL penalty
+    es_steps: int | None = Field(None, ge=1)  # length of an ES run, for its schedules; without it they are constant
     points: int = Field(0, ge=0)  # of the learning curve, equally many tokens apart; the last one is the run's end
     short_tokens: int | None = Field(None, ge=1)  # an answer of at most as many tokens is short
 
     def check(self, config: Config) -> None:
-        """Refuse what cannot be compared.
+        """Refuse settings that cannot be compared.
 
         Raises:
             EstuneError: settings under which methods would not do the same work.
@@ -83,7 +84,7 @@ class Plan(BaseModel):
             raise EstuneError("compare begins with a model: export the run of start_from, and give that as the model")
 
     def large_steps(self, config: Config, rows: int) -> list[str]:
-        """A sentence for each kind of method one step of which can take more than the whole budget.
+        """A sentence for each kind of method that can spend more than the whole budget in one step.
 
         Args:
             config: the settings.
@@ -111,16 +112,16 @@ class Plan(BaseModel):
         return len(self.rates) > 1 and any(method != "es" for method in self.methods)
 
     def trials(self) -> list[Job]:
-        """The runs that choose a learning rate; none where there is no choice."""
+        """The runs that choose a learning rate; none if there is no choice."""
         if not self.learns_rate:
             return []
         rl = [method for method in self.methods if method != "es"]
         return [Job(method=m, seed=self.trial_seed, rate=rate, trial=True) for m in rl for rate in self.rates]
 
     def runs(self, trials: Sequence[dict[str, Any]]) -> list[Job]:
-        """The runs that are compared, RL at the best of its trials.
+        """The runs that are compared, RL at the best rate of its trials.
 
-        A method none of whose trials came to an end is left out.
+        A method is left out if none of its trials came to an end.
         """
         jobs = []
         for method in self.methods:

@@ -36,7 +36,7 @@ COLUMNS = (
 def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Compared runs of each method, in the order of `NAMES`.
 
-    Left out: trials, failures, and runs at a rate that was the best until more were tried.
+    Trials and failures are left out, and runs at a rate that was the best only until more were tried.
     """
     best = {method: best_tried(method, results) for method in NAMES}
     done = [
@@ -58,12 +58,12 @@ def columns(share: bool) -> list[tuple[str, str, float, int]]:
 
 
 def are_shares(results: Iterable[Result]) -> bool:
-    """Whether accuracies are shares by declaration; where older results do not say so, whether they lie in 0 to 1."""
+    """Whether accuracies are declared to be shares or, in older results, whether they lie in 0 to 1."""
     return all(r.get("share", 0 <= r["accuracy"] <= 1) for r in results if "accuracy" in r)
 
 
 def table(results: Sequence[Result]) -> list[list[str]]:
-    """A heading, then a row a method: the mean over seeds, with the standard deviation of the sample behind it.
+    """A heading, then a row for each method: mean over seeds and standard deviation of the sample.
 
     A star marks a rate at an end of those tried.
     """
@@ -97,7 +97,7 @@ def trials_table(results: Sequence[Result]) -> list[list[str]]:
 
 
 def over_budget(results: Sequence[Result], budget: int) -> str:
-    """By how much of the budget each method's runs went over it, the mean over seeds: a step is always finished."""
+    """The share of the budget by which each method's runs exceeded it, as steps are finished: mean over seeds."""
     spent = {m: [r["tokens"] for r in runs if "tokens" in r] for m, runs in by_method(results).items()}
     shares = [f"{NAMES[m]} {statistics.fmean(each) / budget - 1:.1%}" for m, each in spent.items() if each]
     return f"over the budget, by the step that spent the last of it: {', '.join(shares)}"
@@ -129,7 +129,7 @@ def described(plan: Plan, config: Config) -> str:
 
 
 def write_report(folder: Path, results: Sequence[Result], plan: Plan, config: Config) -> Path:
-    """Write `report.md`, and `report.svg` beside it if there is anything to draw; return the former."""
+    """Write `report.md`, and `report.svg` beside it if there is anything to draw; return the path of `report.md`."""
     parts = ["# Comparison", described(plan, config), markdown(table(results))]
     if any(r["job"]["trial"] for r in results):
         parts += [f"{END} at an end of the rates that were tried: others may be better."]
@@ -147,7 +147,7 @@ def write_report(folder: Path, results: Sequence[Result], plan: Plan, config: Co
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Draw accuracy, and accuracy against KL, as SVG: a point a run, and a line at each method's mean.
+    """Draw accuracy, and accuracy against KL, as SVG: a point for each run, and a line at each method's mean.
 
     Raises:
         EstuneError: there is nothing to draw, or the file's name is no SVG's.
@@ -159,7 +159,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def charts(found: Mapping[str, Sequence[Result]]) -> list[Plot]:
-    """Accuracy of each method's runs, and against KL where that is finite."""
+    """Charts of each method's accuracy, and of accuracy against KL where that is finite."""
     accuracies: list[Series] = []
     divergences: list[Series] = []
     for place, (method, runs) in enumerate(found.items()):

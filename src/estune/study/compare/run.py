@@ -30,18 +30,18 @@ LOG = "log.txt"
 def compare(
     plan: Plan, config: Config, folder: Path, told: Callable[[dict[str, Any]], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Run what is not done yet of a comparison.
+    """Run the jobs of a comparison that are not done yet.
 
     Args:
         plan: methods, seeds, learning rates, budget.
         config: the settings that all methods share: model, task, prompt and completion lengths; those of ES count for
             ES alone. Its task has one training set for all seeds.
-        folder: where everything goes: `results.jsonl`, one line a run, and a folder a run, whose checkpoint and journal
-            stay. Runs that are recorded there are not run again.
+        folder: where everything goes: `results.jsonl`, with a line for each run, and a folder for each run, with its
+            checkpoint and journal. Runs that are recorded there are not run again.
         told: called with each result as it comes.
 
     Returns:
-        all results, in the order in which they came; a run that ended with an error has `error` and no figures.
+        All results, in the order in which they came; a run that ended with an error has `error` and no figures.
 
     Raises:
         EstuneError: for a plan that cannot be run, or a folder of another comparison.
@@ -78,31 +78,31 @@ def compare(
 
 
 def require_trl() -> None:
-    """Refuse to begin what needs TRL where it is not installed.
+    """Refuse to begin without TRL.
 
     Raises:
-        EstuneError: with what to install.
+        EstuneError: TRL is not installed; the message says what to install.
     """
     if find_spec("trl") is None:
         raise EstuneError("compare: reinforcement learning needs TRL; install it with `pip install 'estune[trl]'`")
 
 
 def _date_of(folder: Path) -> date | None:
-    """The date that chat templates were told by a comparison that has begun here."""
+    """The date that a comparison that has begun in this folder tells chat templates."""
     path = folder / SETTINGS
     found = read_claim(path, "config")["config"].get("template_date") if path.is_file() else None
     return None if found is None else date.fromisoformat(found)
 
 
 def _with_one_training_set(config: Config) -> Config:
-    """Generated problems would be others for every seed: make them those of the settings' own."""
+    """The settings with one training set: generated problems are those of the settings' own seed, in every run."""
     if getattr(config.task, "seed", 0) is not None:
         return config
     return config.model_copy(update={"task": config.task.model_copy(update={"seed": config.seed})})
 
 
 def _check_task(task: Task) -> None:
-    """Refuse what TRL's trainers would do otherwise than ES."""
+    """Refuse tasks that TRL's trainers would treat differently from ES."""
     if task.stages:
         raise EstuneError(f"task {task.name}: it has stages, which TRL does not know; compare on the task of one stage")
     if any(not isinstance(p := row["prompt"], str) and p[-1]["role"] == "assistant" for row in task.train):
@@ -116,10 +116,10 @@ def _check_task(task: Task) -> None:
 
 
 def _claimed(folder: Path, plan: Plan, config: Config) -> AbstractContextManager[None]:
-    """Have the folder for this process alone, with what is compared in it; refuse to mix results of two comparisons.
+    """Lock the folder for this process, and keep in it what is compared; refuse to mix results of two comparisons.
 
-    Methods, seeds and learning rates may be added: runs do not depend on which others there are. A rate that was tried
-    stays, or the best of all would not be what the table shows.
+    Methods, seeds and learning rates may be added, as runs do not depend on one another. A rate that was tried stays,
+    or the table might not show the best of all.
     """
     settings = config.model_dump(mode="json", exclude={"seed", "output_dir"})
     mine = {"plan": plan.model_dump(exclude={"methods", "seeds", "rates"}), "config": settings}
@@ -155,7 +155,7 @@ def _work(
 
 
 def record(folder: Path, result: dict[str, Any]) -> None:
-    """Add a result to those of the folder; an earlier failure of the same job goes."""
+    """Add a result to those of the folder. It replaces an earlier failure of the same job."""
     results = [r for r in read_results(folder) if r["job"] != result["job"]]
     write_text(folder / "results.jsonl", "".join(json.dumps(r) + "\n" for r in [*results, result]))
 
@@ -164,7 +164,7 @@ def run_job(plan: Plan, job: Job, config: Config, folder: Path) -> dict[str, Any
     """Run one job in a process of its own; what it printed is in the folder's `log.txt`.
 
     Returns:
-        what `estune.study.compare.train.run` returns, or `job` and `error`, where the process failed.
+        What `estune.study.compare.train.run` returns, or `job` and `error` if the process failed.
     """
     shutil.rmtree(folder, ignore_errors=True)  # what a job that was cut off has left: it is run anew
     make_folder(folder)

@@ -1,8 +1,7 @@
 """One job in a process of its own: `python -m estune.study.compare.train JOB.json`.
 
-It trains, measures, and writes the result.
-
-It has a process of its own, so that the peak of memory is the method's, and a crash ends no other job.
+It trains, measures, and writes the result. In a process of its own the peak of memory is the method's, and a crash ends
+no other job.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def main() -> None:
 
 
 def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = None) -> dict[str, Any]:
-    """Train by the job's method until the budget is spent, and measure what came of it.
+    """Train by the job's method until the budget is spent, and measure the result.
 
     Args:
         plan, job: what to do.
@@ -58,8 +57,8 @@ def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = 
         task: a task of your own; by default the one the settings name, the same for all seeds.
 
     Returns:
-        what `measure` says, with tokens, steps, seconds (of training alone) and memory (bytes, the process's peak until
-        training ended, libraries included; on CUDA, of the device).
+        What `measure` returns, with tokens, steps, seconds (of training alone) and memory (bytes, the process's peak
+        until training ended, libraries included; on CUDA, of the device).
     """
     from estune.study.compare.measure import greedy, measure
 
@@ -140,9 +139,9 @@ def _evolve(
 
     prompts = min(config.rows_of_member, len(task.train))
     most = math.ceil(plan.budget / (config.members * prompts))  # every completion has a token at least
-    changes: dict[str, Any] = {"seed": job.seed, "output_dir": folder / "run"}
-    if config.lr_scheduler_type == config.sigma_scheduler_type == "constant":  # others have to know the run's length
-        changes["steps"] = most
+    changes: dict[str, Any] = {"seed": job.seed, "output_dir": folder / "run", "steps": plan.es_steps or most}
+    if plan.es_steps is None:  # schedules have to know the run's length
+        changes |= {"lr_scheduler_type": "constant", "sigma_scheduler_type": "constant"}
     changes |= {"eval_steps": 0, "save_steps": 0, "log_completions": 0, "report_to": []}
     changes |= {"watch": [], "compare_with_base": False}
     changes["save_dtype"] = "float32"  # what is evaluated in the end are the weights that generated
@@ -208,10 +207,10 @@ def _reinforce(
 
 
 def trl_arguments(plan: Plan, job: Job, config: Config, folder: Path) -> tuple[Any, Callable[..., Any]]:
-    """TRL's arguments and trainer class for a job: its defaults but for what the plan says.
+    """TRL's arguments and trainer class for a job: its defaults, except for what the plan says.
 
-    A constant learning rate, because a schedule would have to know the number of steps, and the budget is in tokens.
-    Weights are float32, as ES's base is, and computing is done in the type that ES generates in.
+    The learning rate is constant, because a schedule would have to know the number of steps, and the budget is in
+    tokens. Weights are float32, as ES's base is, and are computed with in the type that ES generates in.
     """
     import torch
 
@@ -253,7 +252,7 @@ def trl_arguments(plan: Plan, job: Job, config: Config, folder: Path) -> tuple[A
 
 
 class TaskReward:
-    """A task's rewards, weighted and added up, as one reward function of TRL's; counts the tokens that it sees."""
+    """A task's rewards, weighted and added up, as one reward function for TRL. It counts the tokens that it sees."""
 
     __name__ = "task_reward"
 
@@ -265,7 +264,7 @@ class TaskReward:
     def __call__(
         self, *, completions: list[Any], completion_ids: list[list[int]], row: list[int], **_: Any
     ) -> list[float | None]:
-        """The total of each completion; None where no reward applies."""
+        """The total reward of each completion; None if no reward applies."""
         from estune.completion import Completion
 
         self.tokens += sum(map(len, completion_ids))

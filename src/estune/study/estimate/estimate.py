@@ -1,4 +1,4 @@
-"""What fits: the ways to hold a run's weights, RL for comparison, and advice where the run as it is set does not fit.
+"""What fits: the ways to hold a run's weights, RL for comparison, and advice if the run does not fit as it is set.
 
 Memory of reinforcement learning is for the same model, prompts and completions: mixed-precision AdamW keeps 16 bytes a
 parameter (ZeRO, arXiv 1910.02054, section 3.1), and activations are those of full recomputation (Korthikanti et al.,
@@ -44,7 +44,7 @@ def reinforcement_learning(shape: Shape, work: Work, device: Device, method: Lit
     """Memory that RL of all parameters needs for the same model, prompts and completions, on all its GPUs together.
 
     Trainer and rollout engine share the GPUs. The rollout engine is counted with the key and value cache that ES has
-    here, though such engines reserve more. Rewards come from a verifier, which takes no GPU memory.
+    here, though such engines reserve more. Rewards come from a verifier, which needs no GPU memory.
     """
     n = shape.parameters
     tokens = RL_MICRO_BATCH * work.longest
@@ -80,7 +80,7 @@ def reinforcement_learning(shape: Shape, work: Work, device: Device, method: Lit
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A way to hold the weights, or a method, and whether its memory is there."""
+    """A way to hold the weights, or a method, and whether there is memory for it."""
 
     name: str
     needed: float  # bytes, on all devices together
@@ -92,8 +92,8 @@ class Choice:
 def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> list[Choice]:
     """The run as it is set, the other ways to hold its weights, and RL for comparison.
 
-    What ES keeps on a device must fit there: `parallel` alone splits it. RL's memory is taken to be split evenly
-    over as many devices as it takes, as ZeRO's third stage and FSDP do.
+    What ES keeps on a device must fit there, as only `parallel` splits it. RL's memory is assumed to be split evenly
+    over as many devices as needed, as ZeRO's third stage and FSDP do.
     """
     ways: list[tuple[PolicyName, Place]] = [("master", "device"), ("copy", "device")]
     if work.workers is None:
@@ -120,12 +120,12 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
 
 
 def _name(policy: PolicyName, base: Place, device: Device) -> str:
-    """A way to hold the weights, as settings."""
+    """The settings for a way to hold the weights."""
     return f"weights={policy}" + (f" base_device={base}" if device.is_gpu and POLICIES[policy].keeps_base else "")
 
 
 def fitting_batch(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> int:
-    """The largest `batch_size` below the run's with which its replicas fit; 0 where none does."""
+    """The largest `batch_size` below the run's with which its replicas fit; 0 if there is none."""
 
     def needed(rows: int) -> float:
         return memory_of_all(shape, replace(work, rows=rows), device, prefill_tokens)
@@ -134,7 +134,7 @@ def fitting_batch(shape: Shape, work: Work, device: Device, prefill_tokens: int)
 
 
 def fitting_split(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> int:
-    """The fewest GPUs an engine on which a sequence fits with a quarter of each left for more; 0 if none do."""
+    """The fewest GPUs of an engine on which a sequence fits and a quarter of each is left for more; 0 if none do."""
     if not device.is_gpu or work.at_once > 1:
         return 0
     for parallel in (2, 4, 8):
@@ -145,7 +145,7 @@ def fitting_split(shape: Shape, work: Work, device: Device, prefill_tokens: int)
 
 
 def advice(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> str:
-    """One sentence: whether the run fits as it is set and, if not, what would."""
+    """A sentence that says whether the run fits as it is set and, if not, what would."""
     as_set, *others = [c for c in choices(shape, work, device, prefill_tokens) if c.name not in {"GRPO", "PPO"}]
     given = f"{device.memory / GB:.3g} GB"
     if work.share < 1:

@@ -1,4 +1,4 @@
-"""How long completions are: of a run or a probe that was, or a distribution that stands in for them."""
+"""How long completions are: as in an earlier run or probe, or by a distribution that stands in for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from estune.errors import EstuneError, first_line
 
 Lengths = npt.NDArray[np.float64]
-"""Tokens of completions, as many as there are: what is drawn from."""
+"""Tokens of each of any number of completions, to draw from."""
 
 SPREAD = 0.6
 """Standard deviation of the logarithm, where nothing is known but the mean: an assumption. The longest of 200 is then
@@ -23,7 +23,7 @@ QUANTILES = 2000
 
 
 def read_lengths(path: Path) -> Lengths:
-    """The lengths that a file tells.
+    """The lengths of completions in a file.
 
     Args:
         path: a run's directory, or parquet of its completions, with a column `tokens`; what `estune probe --json`
@@ -48,10 +48,10 @@ def read_lengths(path: Path) -> Lengths:
 
 
 def spread_lengths(mean: float, most: float) -> Lengths:
-    """Lengths with this mean, none beyond `most`: log-normal, with `SPREAD` the standard deviation of the logarithm.
+    """Log-normal lengths with this mean, none beyond `most`; `SPREAD` is the standard deviation of the logarithm.
 
     Args:
-        mean: from 1 to `most`; at `most` all are of that length.
+        mean: from 1 to `most`; at `most` all have that length.
         most: `max_new_tokens`.
     """
     if mean >= most:

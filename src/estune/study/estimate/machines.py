@@ -1,4 +1,4 @@
-"""How fast and how large the machines are that a run may be planned for."""
+"""Speed and memory of the machines for which a run may be planned."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Device:
 
 
 def find_gpu(name: str) -> GPU:
-    """The line of the table by its key, in any spelling such as `RTX-4090` or `a100_80`.
+    """The line of the table with this key, in any spelling such as `RTX-4090` or `a100_80`.
 
     Raises:
         EstuneError: the table has no such line.
@@ -100,7 +100,7 @@ def find_gpu(name: str) -> GPU:
 
 
 def recognise(name: str, memory: int) -> GPU:
-    """The line of the table for what the driver calls a GPU, such as `NVIDIA A100-SXM4-80GB`.
+    """The line of the table for a driver's name of a GPU, such as `NVIDIA A100-SXM4-80GB`.
 
     Raises:
         EstuneError: the table has no such line.
@@ -116,7 +116,7 @@ def recognise(name: str, memory: int) -> GPU:
 
 
 def this_gpu(device: str) -> tuple[GPU, int] | None:
-    """What `device` stands for on this machine: its line of the table and its real bytes; None if that is the CPU."""
+    """The line of the table and the bytes of the GPU that `device` stands for on this machine; None for the CPU."""
     import torch
 
     from estune.weights.device import training_device
@@ -131,7 +131,7 @@ def this_gpu(device: str) -> tuple[GPU, int] | None:
 
 
 def _called(name: str) -> list[GPU]:
-    """The lines of the GPU that a name has among its words, of whatever form and memory."""
+    """The lines of the GPU named in a driver's name, in all its forms and sizes of memory."""
     words = re.findall(r"[a-z0-9]+", name.lower())
     # Whole words, as L40 is no L4; and neighbours as one, as in RTX 4090.
     known = {*words, *map("".join, itertools.pairwise(words))}
@@ -143,7 +143,7 @@ def _plain(text: str) -> str:
 
 
 def as_device(gpu: GPU, dtype: str, memory: int | None = None) -> Device:
-    """The rates to count on with weights of type `dtype`, and `memory` bytes: by default, those of the data sheet."""
+    """The rates to count on with weights of type `dtype`, and `memory` bytes, by default those of the data sheet."""
     memory = memory or gpu.gigabytes * GB
     half = gpu.float16 if dtype == "float16" and gpu.float16 else gpu.bfloat16
     peak = (gpu.float32 if dtype == "float32" else half) * TERA
@@ -167,12 +167,12 @@ def as_device(gpu: GPU, dtype: str, memory: int | None = None) -> Device:
 
 
 def measure_cpu(shape: Shape, rows: int, dtype: str, threads: int) -> Device:
-    """This machine, by two matrix products and a copy: a third of a second.
+    """This machine's rates, measured by two matrix products and a copy in a third of a second.
 
     Args:
         shape: the model, whose layers' sizes are multiplied.
         rows: sequences decoded at once.
-        dtype: of the weights.
+        dtype: type of the weights.
         threads: CPU threads to compute with.
     """
     import torch
@@ -218,7 +218,7 @@ def _product_rate(shape: Shape, rows: int, dtype: str) -> float:
 
 
 def _fastest(work: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest call, of as many as fit into `seconds` after one to warm up."""
+    """Seconds of the fastest of the calls that fit into `seconds`, after one to warm up."""
     work()
     best = float("inf")
     end = time.perf_counter() + seconds

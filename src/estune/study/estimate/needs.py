@@ -1,4 +1,4 @@
-"""What a step does, and the memory that it needs: weights, base, and what decoding takes. Arithmetic, nothing else."""
+"""What a step does, and the memory that it needs for weights, base and decoding. Nothing but arithmetic."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Work:
 
     @property
     def replicas(self) -> int:
-        """Sets of weights on one device: a policy that drifts holds one."""
+        """Sets of weights on one device; a policy that drifts allows one."""
         return 1 if POLICIES[self.policy].drifts else self.at_once
 
     @property
@@ -80,7 +80,7 @@ class Work:
 
 
 def total(items: Iterable[Item]) -> float:
-    """Sum of the lines."""
+    """The sum of the lines."""
     return sum(item.amount for item in items)
 
 
@@ -156,9 +156,9 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
 
 
 def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> float:
-    """Bytes on one device of all engines there. Replicas on a CPU share one base, others have one each.
+    """Bytes of all engines on one device. Replicas on a CPU share one base; other engines have one each.
 
-    Arguments as for `memory`.
+    The arguments are those of `memory`.
     """
     replicas = work.replicas
     shared = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) if shares_base(work, device) else 0
@@ -166,12 +166,12 @@ def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int)
 
 
 def shares_base(work: Work, device: Device) -> bool:
-    """Whether engines on a device have one base: replicas on a CPU. Workers know nothing of each other."""
+    """Whether engines on a device share one base, as replicas on a CPU do. Workers know nothing of each other."""
     return not device.is_gpu and work.workers is None and work.at_once > 1
 
 
 def process_memory(device: Device) -> Item:
-    """What a process takes on its device whatever it does."""
+    """Bytes that a process takes on its device, whatever it does."""
     if device.is_gpu:
         return Item("the process", GPU_CONTEXT, "CUDA's context, kernels and graphs")
     return Item("the process", CPU_PROCESS, "Python, torch and kernels, beside all that")

@@ -1,7 +1,7 @@
-"""Members over workers, step by step, by chance: how long a step takes, and a run, with one worker to a thousand.
+"""A simulation of members over workers, step by step: how long a step and a run take, with one worker to a thousand.
 
-Completions' lengths are drawn for every member, members are taken in order by whoever is free, and the update begins
-when the last one is done. Draws are the same every time.
+Completions' lengths are drawn for every member, workers that are free take members in order, and the update begins when
+the last member is done. Draws are the same every time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_WORKERS = 1024
 STEPS = 64  # that are played through, or as many as take no more than so many draws
 DRAWS = 1 << 20
 STRAGGLERS = 0.01
-"""Share of members that take twice as long, as one does whose worker is lost: an assumption."""
+"""Share of members that take twice as long, as if their worker was lost: an assumption."""
 DAY = 24 * 3600
 
 
@@ -54,11 +54,11 @@ class Speed:
 
 
 class Plan:
-    """A run's steps, played through.
+    """A run's steps, simulated.
 
     Args:
-        times: what its parts take.
-        lengths: of completions, to draw from.
+        times: how long its parts take.
+        lengths: lengths of completions, to draw from.
     """
 
     def __init__(self, times: Times, lengths: Lengths) -> None:
@@ -79,22 +79,22 @@ class Plan:
         return self.work.places if self.times.device.is_gpu else self.work.engines
 
     def step(self, workers: int) -> float:
-        """Seconds of a step, in the mean, where so many work at members side by side."""
+        """Mean seconds of a step with this many workers side by side."""
         return float(makespan(self.members, workers).mean()) + self.times.update()
 
     def days(self, workers: int) -> float:
-        """Of all steps and evaluations."""
+        """Days of all steps and evaluations with this many workers."""
         evaluation = float(makespan(self._batches, workers)) if self._batches.size else 0.0
         return (self.work.steps * self.step(workers) + self.work.evaluations * evaluation) / DAY
 
     def scales(self) -> list[Scale]:
-        """With one worker to `MOST_WORKERS`, and with the run's own."""
+        """The run with one worker to `MOST_WORKERS`, and with its own number."""
         counts = {1 << i for i in range(MOST_WORKERS.bit_length())} | {self.own}
         alone = self.step(1)
         return [self._scale(count, alone) for count in sorted(counts)]
 
     def speed(self) -> Speed:
-        """With the run's own workers."""
+        """The run with its own workers."""
         work = self.work
         rows = min(work.rows, work.prompts)
         token, limit = self.times.token(rows, self._mean / 2)
@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def _tokens(self) -> float:
-        """Generated in a step."""
+        """Tokens generated in a step."""
         return self.work.population * self.work.prompts * self._mean
 
     def _scale(self, count: int, alone: float) -> Scale:

@@ -34,7 +34,7 @@ def estimate_run(
     new_tokens: float | None = None,
     lengths: Path | None = None,
 ) -> Estimate:
-    """What `estune train` with these settings needs, from the model's config.json alone.
+    """What `estune train` needs with these settings, from the model's config.json alone.
 
     Args:
         file, overrides: settings.
@@ -85,7 +85,7 @@ class _Placed:
 
 
 def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -> Work:
-    """What a step does, as far as settings tell."""
+    """What a step does, as far as the settings tell."""
     from estune.study.estimate.needs import Work
     from estune.tasks.countdown import GENERATED_SIZE
 
@@ -115,9 +115,9 @@ def _evaluations(config: Config) -> int:
 
 
 def _by_engine(config: Config, work: Work, device: Device, shape: Shape) -> list[Work]:
-    """The work as the run's engine does it and, on a GPU, as the other one would, where it can.
+    """The work as the run's engine does it and, on a GPU, as the other engine would, if it can.
 
-    On a CPU the rates are measured, and those of vLLM are not.
+    On a CPU rates are measured, but not those of vLLM.
     """
     if not device.is_gpu:
         return [work]
@@ -129,7 +129,7 @@ def _by_engine(config: Config, work: Work, device: Device, shape: Shape) -> list
 
 
 def _vllm_rows(config: Config, work: Work, device: Device, shape: Shape) -> int:
-    """Sequences that vLLM decodes at once in the mean: as the engine starts it, as far as keys and values fit."""
+    """Mean number of sequences that vLLM decodes at once: those it is started for, if keys and values fit."""
     held = _held_by_vllm(config, work, device, shape)
     bytes_ = BYTES[work.dtype]
     room = held.share * device.memory / work.at_once - (shape.parameters * bytes_ + _base(work, shape)) / work.parallel
@@ -138,7 +138,7 @@ def _vllm_rows(config: Config, work: Work, device: Device, shape: Shape) -> int:
 
 
 def _held_by_vllm(config: Config, work: Work, device: Device, shape: Shape) -> Work:
-    """The work with the sequences, their length and the part of the GPU's memory that vLLM is started with."""
+    """The work with the number and length of sequences, and the share of GPU memory, that vLLM is started with."""
     from estune.engines.vllm.engine import GPU_SHARE, rows_at_once
     from estune.pool.open import with_length
 
@@ -171,7 +171,7 @@ def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
 
 
 def _on_gpus(config: Config, work: Work, shape: Shape, sheet: GPU, size: int | None) -> _Placed:
-    """On GPUs of a line of the table, of `size` bytes if it is known."""
+    """The work on GPUs of a line of the table, with `size` bytes if that is known."""
     from estune.engines import decode, graph, transformers
     from estune.engines.memory import LOGITS_BYTES, fitting_engines
     from estune.study.estimate.machines import as_device

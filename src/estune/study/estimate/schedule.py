@@ -1,4 +1,4 @@
-"""Who does what when: jobs in a given order, each taken by whoever is free first, as the pools do it."""
+"""When jobs are done: each is taken, in a given order, by the worker that is free first, as in the pools."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Array = npt.NDArray[Any]
 
 
 def finish(durations: Array, workers: int) -> Array:
-    """When each job ends, if all could begin at 0 and each is taken, in this order, by the worker that is free first.
+    """When each job ends, if all may begin at time 0 and each is taken, in order, by the worker that is free first.
 
     Args:
-        durations: `[..., jobs]`, of independent cases in the leading dimensions.
+        durations: `[..., jobs]`, with independent cases in the leading dimensions.
         workers: 1 or more, of equal speed.
 
     Returns:
@@ -36,6 +36,6 @@ def finish(durations: Array, workers: int) -> Array:
 
 
 def makespan(durations: Array, workers: int) -> Array:
-    """When the last job ends, `[...]`; arguments as for `finish`."""
+    """When the last job ends, `[...]`. The arguments are those of `finish`."""
     found: Array = finish(durations, workers).max(axis=-1)
     return found

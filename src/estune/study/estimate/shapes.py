@@ -35,7 +35,7 @@ class Shape:
     heads: int = 0  # query heads of a layer; 0 where config.json does not tell
 
     def splits_over(self, gpus: int) -> bool:
-        """Whether vLLM can give each GPU as many heads of queries, and of keys and values, which it may also repeat."""
+        """Whether vLLM can give each GPU equally many query heads, and key and value heads, which it may repeat."""
         pairs = self.heads // self.grouped
         return not self.heads or (self.heads % gpus == 0 and (pairs % gpus == 0 or gpus % pairs == 0))
 
@@ -44,11 +44,11 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
     """Sizes of a model given as an embedded name, a directory with `config.json` or a hub id.
 
     The model is built on torch's `meta` device, which has shapes but no memory, and reads two and then three tokens
-    there: what it caches more of three is a token's. Of some hundred layers that takes seconds, so it is done once a
-    process.
+    there: the difference of what it caches is a token's. For a hundred layers that takes seconds, so a process does it
+    once.
 
     Args:
-        model: as `--model`. Of a hub id only the configuration is downloaded.
+        model: as `--model`. For a hub id only the configuration is downloaded.
         pattern: `train_parameters`.
 
     Raises:
@@ -75,23 +75,10 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
 def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
     """The sizes of the model of a configuration, given by its class and as JSON."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     config = kind.from_dict(json.loads(values))
     dtype = _dtype(config)  # building changes it
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no word on missing kernels, which nothing here would use
-    try:
-        # In bfloat16, for the sake of expert layers, which transformers multiplies in that type alone.
-        with torch.device("meta"):
-            built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
-        two = _cached(built, 2)
-        with _counting() as kernels:
-            three = _cached(built, 3)
-    finally:
-        logging.set_verbosity(verbosity)
-
+    built, cached, kernels = _built(config)
     text = built.config.get_text_config(decoder=True)
     parameters = dict(built.named_parameters())
     trained = sum(p.numel() for name, p in parameters.items() if fnmatchcase(name, pattern))
@@ -114,16 +101,36 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
         matrices=sum(p.numel() for p in matrices.values()),
         active=int(active),
         output=output.numel() if output is not None else 0,
-        cached=three - two,
+        cached=cached,
         grouped=max(1, heads // (getattr(layer, "num_key_value_heads", None) or heads or 1)),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         width=max((max(p.shape[-2:]) for p in matrices.values()), default=text.hidden_size),
         vocabulary=text.vocab_size,
-        kernels=kernels.count,
+        kernels=kernels,
         dtype=dtype,
         heads=heads,
     )
+
+
+def _built(config: Any) -> tuple[Any, int, int]:
+    """The model of a configuration on `meta`, the elements that it caches of a token, and its forward's operations."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no word on missing kernels, which nothing here would use
+    try:
+        # In bfloat16, for the sake of expert layers, which transformers multiplies in that type alone.
+        with torch.device("meta"):
+            built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
+        two = _cached(built, 2)
+        with _counting() as kernels:
+            three = _cached(built, 3)
+    finally:
+        logging.set_verbosity(verbosity)
+    return built, three - two, kernels.count
 
 
 def _dtype(config: Any) -> str | None:
@@ -166,9 +173,9 @@ def _cached(model: Any, tokens: int) -> int:
 
 
 def _counting() -> Any:
-    """A context in which `count` is the number of operations whose results have memory of their own, or change some.
+    """A context whose `count` is the number of operations that write to memory, each of which launches a kernel.
 
-    A view launches no kernel, and of memory that is not filled nobody computes anything.
+    A view launches no kernel, nor does memory that is not filled.
     """
     from torch import Tensor
     from torch.utils._python_dispatch import TorchDispatchMode

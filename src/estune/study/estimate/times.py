@@ -1,5 +1,5 @@
-"""About how long the parts of a step take. A roofline: each takes as long as its slowest resource, at the rates of
-`machines.py`, and beside that what it takes to start kernels.
+"""About how long the parts of a step take. This is a roofline: each part takes as long as its slowest resource, at the
+rates of `machines.py`, plus the time to start kernels.
 
 It leaves out grading and the journal, and is an estimate, not a promise.
 """
@@ -37,8 +37,8 @@ EXCHANGE = 10e-6
 class Times:
     """Seconds of the parts of one run.
 
-    Engines on a CPU have cores of their own. Those on one GPU share its rates, and are together no faster than one, but
-    for what their processes do beside it. GPUs that share an engine add up their rates.
+    Engines on a CPU have cores of their own. Engines on one GPU share its rates, and are together no faster than one,
+    but for what their processes do beside the GPU. GPUs that share an engine add up their rates.
 
     Args:
         shape, work, device: what runs where.
@@ -61,12 +61,12 @@ class Times:
         self._kernels = VLLM_KERNELS * shape.layers if work.engine == "vllm" else shape.kernels + CHOICE_KERNELS
 
     def perturb(self) -> float:
-        """Of one member."""
+        """Seconds to perturb the weights by one member."""
         writing = self.shape.trained * self._bytes / self.device.bandwidth
         return max(self._base / self._reading + writing, self._drawing)
 
     def update(self) -> float:
-        """Of the base, or of all bases on one device."""
+        """Seconds to update the base, or all bases on one device."""
         alone = max(2 * self._base / self._reading, self.work.population * self._drawing)
         replicas = self.work.replicas
         return (
@@ -74,14 +74,14 @@ class Times:
         )
 
     def read(self, prompts: int) -> float:
-        """Of the first forwards of so many prompts, which give their first tokens."""
+        """Seconds of the first forwards of so many prompts, which give their first tokens."""
         batches = self.batches(prompts)
         tokens = self.work.prompt_tokens
         rows = np.array(prompts / batches)
         return batches * float(self._forward(rows, tokens, tokens / 2, self.device.prefill, captured=False))
 
     def generate(self, lengths: Array) -> Array:
-        """Of all further tokens: rows leave the batch as they end, and it lasts until the longest does.
+        """Seconds of all further tokens: rows leave the batch as they end, and it lasts until the longest ends.
 
         vLLM lets the next prompt in where one has ended; the transformers engine makes batches of equal size.
 
@@ -98,7 +98,7 @@ class Times:
         return found
 
     def token(self, rows: float, length: float) -> tuple[float, str]:
-        """Of a decoding step of so many rows that have grown to a length, and what most of it is."""
+        """Seconds of a decoding step of so many rows of a length, and what takes most of them."""
         asked = np.array(rows), 1, self.work.prompt_tokens + length, self.device.decode
         reading, products, waiting, asking = self._parts(*asked, captured=self.work.captured)
         limits = {"memory bandwidth": reading, "arithmetic": products, "launching kernels": max(waiting, asking)}
@@ -106,7 +106,7 @@ class Times:
         return float(self._forward(*asked, captured=self.work.captured)), limit
 
     def batches(self, prompts: int) -> int:
-        """Of so many prompts; vLLM makes none."""
+        """How many batches so many prompts make; for vLLM one."""
         return 1 if self.work.engine == "vllm" else math.ceil(prompts / self.work.rows)
 
     @property
@@ -114,7 +114,10 @@ class Times:
         return self.shape.trained / self.device.noise
 
     def _decode(self, ends: Array, longest: float) -> Array:
-        """Of rows by when they end, in tokens, rising, `[members, rows]`; texts are at most `longest` in the mean."""
+        """Seconds to decode rows that end after these tokens, rising, `[members, rows]`; `[members]`.
+
+        Texts are at most `longest` tokens long in the mean.
+        """
         count = ends.shape[1]
         tokens = np.diff(ends, prepend=0)
         alive = np.minimum(count - np.arange(count), self.work.rows)
@@ -129,7 +132,7 @@ class Times:
     def _forward(self, rows: Array, tokens: float, context: Any, rate: float, *, captured: bool) -> Array:
         """Seconds of forwards of `rows` sequences of `tokens` new tokens that look back on `context`.
 
-        Of engines that share a GPU, one's kernels run while another's process is at something else.
+        Of engines that share a GPU, one's kernels run while another's process does something else.
         """
         reading, products, waiting, asking = self._parts(rows, tokens, context, rate, captured=captured)
         running = np.maximum(reading, products) + waiting

@@ -1,6 +1,6 @@
-"""How sure the figures of an evaluation are: 95% intervals over its held-out prompts.
+"""How certain the figures of an evaluation are: 95% intervals over its held-out prompts.
 
-Several completions of a prompt are not independent of one another: it is prompts that are counted.
+Prompts are counted, since several completions of a prompt are not independent of one another.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Interval = tuple[float, float]
 
 
 def interval(run: Run, evaluation: EvaluationRecord, key: str) -> Interval | None:
-    """The 95% interval of a metric of an evaluation, if its completions tell it.
+    """The 95% interval of a metric of an evaluation, if its completions are known, else None.
 
     Wilson's for a share, else 1.96 standard errors (n - 1) of the prompts' means around what was recorded.
     """
@@ -46,7 +46,7 @@ def interval(run: Run, evaluation: EvaluationRecord, key: str) -> Interval | Non
 
 
 def problems(run: Run, evaluation: EvaluationRecord) -> int:
-    """How many held-out prompts an evaluation's accuracy is of; 0 where its completions do not tell."""
+    """The number of held-out prompts of an evaluation's accuracy; 0 if its completions are not known."""
     rows = run.evaluated.get(evaluation.step, [])
     if run.accuracy_column:
         return len(_by_prompt(rows, run.accuracy_column, _samples(run)))
@@ -62,7 +62,7 @@ def _function(key: str) -> str | None:
 
 
 def _samples(run: Run) -> int:
-    """Completions of each prompt, one after another."""
+    """Completions of each prompt, which follow one another."""
     return int(run.settings.get("eval_samples") or 1)
 
 

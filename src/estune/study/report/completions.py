@@ -1,6 +1,6 @@
 """All completions that a run has kept, for the page's script: to search them, and to follow a prompt.
 
-What has no room is left out evenly: held-out prompts with all their answers, and of the other tables whole ones.
+If there is too little room, held-out prompts are left out with all their answers, and other tables as a whole, evenly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from estune.study.report.tables import Row, read_rows
 from estune.study.report.turns import Turn, turns_of
 
 Answer = str | tuple[Turn, ...]
-"""What is shown of an answer: its text or, of a rollout, its turns."""
+"""What is shown of an answer: its text or, for a rollout, its turns."""
 ROW_SIZE = 24  # characters that a row takes beside its texts, about
 
 
@@ -36,14 +36,14 @@ class Kept:
 
 
 class _Room:
-    """What is left of the page's room for texts, each of which is held once."""
+    """The room on the page that is left for texts, each of which is held once."""
 
     def __init__(self, limit: int) -> None:
         self._left = limit
         self._texts: set[str] = set()
 
     def takes(self, rows: Sequence[Row]) -> bool:
-        """Whether all of these rows have room; it is theirs then."""
+        """Take room for all of these rows, if there is enough; return whether there was."""
         texts = {text for row in rows for text in (str(row["prompt"]), *_said(_answer(row)))}
         size = ROW_SIZE * len(rows) + sum(min(len(text), LONGEST) for text in texts - self._texts)
         if size > self._left:
@@ -57,11 +57,11 @@ def kept(run: Run, limit: int) -> Kept:
     """The run's completions, as many as have room.
 
     Args:
-        run: it.
+        run: the run.
         limit: characters of prompts and completions, about.
 
     Raises:
-        EstuneError: where none were kept, or none has room.
+        EstuneError: none were kept, or none has room.
     """
     files = sorted((run.path / "completions").glob("*.parquet"), key=_order)
     tables = {run.directory.completions(f"evaluation-{step:05d}"): rows for step, rows in run.evaluated.items()}
@@ -139,7 +139,7 @@ def _said(answer: Answer) -> list[str]:
 
 
 def _evenly(count: int) -> list[int]:
-    """0 .. count - 1 in an order whose every beginning is spread over all: by their bits, the last one first."""
+    """0 .. count - 1 in an order of which every beginning is spread over all numbers: by their bits, reversed."""
     return sorted(range(count), key=lambda i: f"{i:032b}"[::-1])
 
 
@@ -154,7 +154,7 @@ def _parts(path: Path) -> tuple[str, int]:
 
 
 def _named(path: Path) -> tuple[str, str, int]:
-    """Of a table: whose completions it has, its name, and the step."""
+    """Whose completions a table has, its name, and the step."""
     kind, step = _parts(path)
     if kind == "evaluation":
         return "held out", f"held out, after step {step}", step

@@ -1,4 +1,4 @@
-"""What is drawn along the steps: of one run, and of several over one another.
+"""Charts along the steps: of one run, and of several runs over one another.
 
 Steps are counted as metrics count them: training reward at step k is that of the k-th step's members, an evaluation at
 step k is of the weights after k steps. Long runs are thinned: neighbouring steps share a point.
@@ -32,7 +32,7 @@ TITLES = {
     "failed_members": ("Members without a reward", "members"),
     "learning_rate": ("Learning rate", "learning rate"),
 }
-"""What metrics are, and their units, with or without `eval_` before them; others have their own names, after these."""
+"""Titles and units of metrics, with or without `eval_` before them. Others go by their own names, after these."""
 SPEED = "tokens_per_second"
 DRAWN_ELSEWHERE = {"step", "reward", "reward_std", "reward_min", "reward_max", "accuracy", "step_time", "num_tokens"}
 """Metrics with a chart or a tile of their own; so has `SPEED`."""
@@ -45,7 +45,7 @@ Point = tuple[float, float]
 
 
 def buckets(run: Run, limit: int = POINTS, longest: int | None = None) -> list[Bucket]:
-    """The run's steps, several to a point if need be: the longest run has `limit` points at most."""
+    """The run's steps, if need be several to a point, so that the longest run has `limit` points at most."""
     size = max(1, math.ceil((longest or run.done) / limit))
     steps = run.journal.steps
     return [steps[i : i + size] for i in range(0, len(steps), size)]
@@ -93,7 +93,7 @@ def learning(run: Run) -> list[Chart]:
 
 
 def distribution(run: Run) -> Chart | None:
-    """The rewards of all members of each step as a heat map with their median; None without any."""
+    """A heat map of the rewards of all members of each step, with their median; None without rewards."""
     kept = [b for b in buckets(run, POINTS // 2) if any(_rewards(b))]
     if not kept:
         return None
@@ -126,7 +126,7 @@ def distribution(run: Run) -> Chart | None:
 
 
 def metrics(run: Run) -> list[Chart]:
-    """Whatever else was recorded: in training as a line, in evaluation as dots."""
+    """Charts of all other metrics: lines for training, dots for evaluations."""
     charts = []
     for key in metric_keys([run])[:MOST_METRICS]:
         drawn = []
@@ -141,7 +141,7 @@ def metrics(run: Run) -> list[Chart]:
 
 
 def metric_keys(runs: Sequence[Run]) -> list[str]:
-    """Metrics worth a chart, known ones first: those that are not drawn elsewhere and do not stay the same.
+    """Metrics worth a chart, known ones first: those that are not drawn elsewhere and change.
 
     Only the first `MOST_METRICS` are drawn.
     """
@@ -164,10 +164,10 @@ def left_out(runs: Sequence[Run]) -> list[str]:
 
 
 def parts_of_time(run: Run) -> dict[str, list[float]]:
-    """Seconds of each step that went into each part, and the rest; empty where they were not recorded.
+    """Seconds of each part of each step, and the rest; empty if they were not recorded.
 
-    Perturbing and generating are recorded as sums over the replicas, which work at once: they are divided by their
-    number. Grading may go on meanwhile, so that the parts can come to more than the step; the rest is then 0.
+    Perturbing and generating are recorded as sums over the replicas, which work at once, and are divided by the number
+    of replicas. As grading may go on meanwhile, parts can add up to more than the step; the rest is then 0.
     """
     steps = [r.metrics for r in run.journal.steps]
     if not steps or any("step_time" not in m or any(f"time/{p}" not in m for p in PARTS) for m in steps):
@@ -180,7 +180,7 @@ def parts_of_time(run: Run) -> dict[str, list[float]]:
 
 
 def time_chart(run: Run) -> Chart | None:
-    """Seconds of each step by part, one on the other."""
+    """A chart of the seconds of each step, its parts stacked."""
     parts = parts_of_time(run)
     if not parts:
         return None
@@ -198,7 +198,7 @@ def time_chart(run: Run) -> Chart | None:
 
 
 def speeds(run: Run) -> list[Point]:
-    """Tokens generated a second in each step, as recorded or else of the tokens and the time of the step."""
+    """Tokens generated a second in each step, as recorded, or else from the step's tokens and time."""
     found = []
     before = 0.0
     for record in run.journal.steps:
@@ -314,7 +314,7 @@ def _points(kept: Sequence[Bucket], key: str) -> list[Point]:
 
 
 def _eval(run: Run, key: str) -> list[Point]:
-    """A metric of the evaluations. Those of tasks that are watched have no `eval_` before their names."""
+    """A metric of the evaluations. Names of watched tasks' metrics do not begin with `eval_`."""
     names = (key, key.removeprefix("eval_"))
     found = [
         (float(e.step), next((e.metrics[n] for n in names if n in e.metrics), None)) for e in run.journal.evaluations
@@ -323,7 +323,7 @@ def _eval(run: Run, key: str) -> list[Point]:
 
 
 def _evaluated(run: Run, key: str, name: str, owner: str, colour: int) -> list[Series]:
-    """A metric of the evaluations, and the 95% intervals of those whose completions tell them."""
+    """A metric of the evaluations, with 95% intervals where completions are known."""
     points = _eval(run, key)
     every = max(1, math.ceil(len(points) / POINTS))
     points = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
@@ -359,7 +359,7 @@ def _title(key: str) -> str:
 
 
 def _axis(key: str, percent: bool) -> str:
-    """What a metric is measured in."""
+    """The unit of a metric."""
     if key in TITLES:
         return TITLES[key][1]
     if key.startswith("rewards/"):
@@ -372,7 +372,7 @@ def _accuracy_axis(percent: bool) -> str:
 
 
 def _percent(runs: Sequence[Run], key: str) -> bool:
-    """Whether a metric is a share in all of the runs. Keys have no `eval_` before them."""
+    """Whether a metric is a share in all runs. Its key has no `eval_` before it."""
     name = re.sub("^watch/[^/]*/", "", key)
     if name.startswith("accuracy"):
         return all(is_share(run.journal, key if key.startswith("watch/") else f"eval_{key}") for run in runs)

@@ -39,7 +39,7 @@ def layer_table(run: Run) -> LayerTable:
     """Compare the base with the run's final checkpoint, or its best so far, a million elements at a time.
 
     Raises:
-        EstuneError: where base model or checkpoint are not there, or are others.
+        EstuneError: base model or checkpoint are not there, or are not the run's.
     """
     final = run.directory.final
     best = run.directory.best
@@ -71,7 +71,7 @@ def layer_table(run: Run) -> LayerTable:
 
 
 def _local_base(header: Header, model: str) -> Checkpoint:
-    """The base checkpoint if it is on this machine: a report downloads nothing."""
+    """The base checkpoint, which must be on this machine, as a report downloads nothing."""
     if model not in EMBEDDED and not is_gguf(model) and not Path(model).exists():
         from huggingface_hub import snapshot_download
 
@@ -95,13 +95,13 @@ def _squares(base: Tensor, trained: Tensor) -> np.ndarray[tuple[int], np.dtype[n
 
 
 def _ratio(squares: object) -> float:
-    """The change over the norm of the base, of sums of squares `[2]`; 0 of a sum over nothing."""
+    """The norm of the change over that of the base, from sums of squares `[2]`; 0 for sums over nothing."""
     change, norm = np.broadcast_to(np.asarray(squares, np.float64), 2)
     return math.sqrt(change / norm) if norm else 0.0
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Layer (its number, or the tensor's own name outside of layers) and kind."""
+    """A tensor's layer, or its own name if it is in none, and its kind."""
     name = name.removesuffix(".weight")
     if found := _IN_LAYER.fullmatch(name):
         return found[1], re.sub(r"\.\d+(?=\.)", "", found[2])
@@ -109,6 +109,6 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def _short(kinds: list[str]) -> list[str]:
-    """Without the module around it, where that stays unambiguous."""
+    """The kinds' names without the module around them, if that stays unambiguous."""
     last = [".".join(k.split(".")[-2 if k.endswith(".bias") else -1 :]) for k in kinds]
     return [short if last.count(short) == 1 else kind for short, kind in zip(last, kinds, strict=True)]

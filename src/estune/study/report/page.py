@@ -59,7 +59,7 @@ class Section:
 
     @property
     def contents(self) -> dict[str, str]:
-        """Its parts: headings by the names that links lead to."""
+        """The section's parts: headings by the names that links lead to."""
         there = {
             "learning": "Learning" if self.learning or self.distribution else "",
             "said": "What it says, then and now",
@@ -78,7 +78,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table of results: mean and deviation over a group, or one run of it."""
+    """A line of the table of results: mean and deviation over a group, or a run of it."""
 
     owner: str
     colour: int
@@ -92,12 +92,12 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
     """Write a page about these runs: one file, no network, no script needed to read it.
 
     Args:
-        runs: directories of runs, finished or not. Of several, those with equal settings but for the seed are grouped.
+        runs: directories of runs, finished or not. Runs with equal settings but for the seed are grouped.
         output: the HTML file; an existing one is replaced.
 
     Raises:
-        EstuneError: where there is no run, its journal cannot be read or is empty, or `output` is a directory. What
-            else is missing (completions, checkpoints, the base model) is left out, with a line on the page.
+        EstuneError: there is no run, its journal cannot be read or is empty, or `output` is a directory. If anything
+            else is missing (completions, checkpoints, the base model), a line on the page says so.
     """
     if output.is_dir():
         raise EstuneError(f"{output} is a directory: give the name of a file, such as {output / 'report.html'}")
@@ -226,7 +226,7 @@ def _results(groups: Sequence[Group]) -> list[Row]:
 
 
 def _figures(run: Run) -> tuple[float | None, ...]:
-    """Accuracy at first, at best and at last, reward at best and at last, time of all steps."""
+    """First, best and last accuracy, best and last reward, time of all steps."""
 
     def metric(record: Any, key: str) -> float | None:
         return None if record is None else record.metrics.get(key)
@@ -240,7 +240,7 @@ def _figures(run: Run) -> tuple[float | None, ...]:
 
 
 def _mean_and_deviation(values: list[float | None], percent: bool) -> str:
-    """Over runs; the deviation is that of a sample (n - 1)."""
+    """Mean over runs, and the standard deviation of a sample (n - 1)."""
     known = [v for v in values if v is not None]
     if len(known) < 2:
         return _cell(known[0] if known else None, percent)

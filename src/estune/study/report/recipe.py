@@ -1,4 +1,4 @@
-"""A run's settings against the defaults, and the commands that make it again."""
+"""A run's settings beside the defaults, and the commands that make the run again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Command:
 
 
 def settings_table(run: Run) -> list[Setting]:
-    """All settings of a run, those that are not the defaults first."""
+    """All settings of a run, those that differ from the defaults first."""
     defaults = defaults_of(run.journal)
     rows = [
         Setting(name, show(value), show(defaults[name]) if name in defaults else "")
@@ -50,7 +50,7 @@ def settings_file(run: Run) -> str:
 
 
 def commands(run: Run) -> list[Command]:
-    """Train again, rebuild from the journal, evaluate."""
+    """The commands to train again, to rebuild from the journal, and to evaluate."""
     path = shlex.quote(str(run.path))
     return [
         Command("Train it again", train_command(run.journal, f"{run.label.replace('/', '-')}-again")),

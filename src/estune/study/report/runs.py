@@ -32,13 +32,13 @@ CHANCE_OR_PLACE = {
     "log_completions",
     "report_to",
 }
-"""Settings in which runs of one group may differ: the seed, and what does not change what is learnt."""
+"""Settings in which runs of a group may differ: the seed, and those that do not change what is learned."""
 
 MACHINE = {"processor": "{}", "cores": "{} cores", "memory": "{:.1f} GB of memory", "device": "weights on {}"}
-"""What `machine.json` holds, and how it is said; memory is in bytes there."""
+"""Keys of `machine.json`, and their names on the page. Memory is in bytes."""
 LARGEST = 1e100
 SMALLEST = 1e-100
-"""Of what is drawn: beyond them, sums and squares of a journal's numbers would overflow, or vanish."""
+"""Bounds of what is drawn: beyond them, sums and squares of a journal's numbers would overflow, or vanish."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def directory(self) -> RunDirectory:
-        """Its paths."""
+        """The run's paths."""
         return RunDirectory(self.path)
 
     @property
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """How far it is."""
+        """How far the run is."""
         missing = self.journal.shortfall()
         ended = self.journal.ended or "finished"
         return missing or f"{ended} after {self.done}{'' if self.done == self.planned else f' of {self.planned}'} steps"
@@ -94,7 +94,7 @@ class Run:
 
     @cached_property
     def evaluated(self) -> dict[int, list[Row]]:
-        """Completions of each evaluation by its step, as far as they were kept and can be read."""
+        """Completions of each evaluation by step, if they were kept and can be read."""
         found = {}
         for evaluation in self.journal.evaluations:
             with suppress(EstuneError):
@@ -103,13 +103,13 @@ class Run:
 
     @cached_property
     def accuracy_column(self) -> str | None:
-        """The column of these tables whose mean is the accuracy; None where none is."""
+        """The column of these tables whose mean is the accuracy, or None."""
         kept = [e for e in self.journal.evaluations if e.step in self.evaluated]
         return score_column([self.evaluated[e.step] for e in kept], kept) if kept else None
 
     @property
     def machine(self) -> str:
-        """What the run says of the machine that it ran on, in words; nothing where it does not."""
+        """The machine that the run was on, in words; empty if the run does not say."""
         try:
             found = json.loads((self.path / "machine.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -134,7 +134,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs in these directories.
 
     Raises:
-        EstuneError: where there is no run, its journal cannot be read, or nothing has happened yet.
+        EstuneError: there is no run, its journal cannot be read, or nothing has happened yet.
     """
     if not paths:
         raise EstuneError("no run to report: give the output directory of `estune train`")
@@ -162,7 +162,7 @@ def _drawable(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def bounded(value: float) -> float:
-    """A figure as far as it can be drawn and added up."""
+    """A figure within the bounds in which it can be drawn and added up."""
     return 0.0 if abs(value) < SMALLEST else max(-LARGEST, min(LARGEST, value))
 
 

@@ -1,4 +1,4 @@
-"""What the model said before training and says now, to the same prompts."""
+"""The model's answers before training and after it, to the same prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN = {"better": 4, "low": 2, "worse": 2, "high": 1}
 LONGEST = 4000  # characters of a text shown
 UNSEEN = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 UNSEEN |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\N{REPLACEMENT CHARACTER}")
-"""Control characters, which HTML forbids, as their pictures; and none that turn the order of what follows."""
+"""Pictures for control characters, which HTML forbids; and nothing for those that reverse the text after them."""
 BOILERPLATE = 40  # characters that all prompts must share to be shown once
 
 
@@ -50,7 +50,7 @@ def compare(run: Run) -> Comparison:
     """The run's first evaluation beside its best.
 
     Raises:
-        EstuneError: where there are not two evaluations, or their completions were not kept or cannot be read.
+        EstuneError: there are not two evaluations, or their completions were not kept or cannot be read.
     """
     before = run.first
     after = run.best
@@ -88,7 +88,7 @@ def compare(run: Run) -> Comparison:
 
 
 def readable(text: str) -> str:
-    """A text to show; the middle of a long one is left out."""
+    """A text as it is shown; the middle of a long one is left out."""
     if len(text) > LONGEST:
         half = LONGEST // 2
         text = f"{text[:half]}\n… {len(text) - LONGEST:,} characters left out …\n{text[-half:]}"
@@ -96,7 +96,7 @@ def readable(text: str) -> str:
 
 
 def _pairs(before: list[Row], after: list[Row]) -> list[tuple[Row, Row]]:
-    """Rows of the same prompt: an evaluation set does not change, so row by row where the prompts agree."""
+    """Pairs of rows with the same prompt. As an evaluation set does not change, these are rows of the same number."""
     return [(b, a) for b, a in zip(before, after, strict=False) if b["prompt"] == a["prompt"]]
 
 
@@ -107,7 +107,7 @@ def _kind(before: float, after: float, high: float) -> str:
 
 
 def _choose(members: list[int], pairs: Sequence[tuple[Row, Row]], score: str, count: int) -> list[int]:
-    """Those whose score and reward changed most and whose answers both ended; of many such, short and long ones."""
+    """The pairs whose score and reward changed most and whose answers both ended; of many such, short and long ones."""
 
     def interest(i: int) -> tuple[Any, ...]:
         before, after = pairs[i]
@@ -126,7 +126,7 @@ def _choose(members: list[int], pairs: Sequence[tuple[Row, Row]], score: str, co
 
 
 def shared_ends(prompts: Sequence[str]) -> tuple[str, str]:
-    """What all prompts begin and end with, in whole words, where it is long enough to be worth showing once."""
+    """What all prompts begin and end with, in whole words, if it is long enough to be shown just once."""
     if len(prompts) < 2:
         return "", ""
     opening = _common(prompts)
@@ -138,7 +138,7 @@ def shared_ends(prompts: Sequence[str]) -> tuple[str, str]:
 
 
 def _common(texts: Sequence[str]) -> str:
-    """What all texts begin with: what the first and the last of them in alphabetical order have in common."""
+    """The common beginning of all texts, which is that of the first and the last in alphabetical order."""
     first = min(texts)
     last = max(texts)
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]

@@ -18,7 +18,7 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a table of completions.
 
     Raises:
-        EstuneError: where it is not there, cannot be read or is no such table.
+        EstuneError: it is not there, cannot be read, or is no such table.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -35,7 +35,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def score_column(tables: Sequence[list[Row]], evaluations: Sequence[EvaluationRecord]) -> str | None:
-    """The column whose mean is the recorded accuracy; None where none is."""
+    """The column whose mean is the recorded accuracy, or None."""
     for column in tables[0][0] if tables[0] else ():
         means = []
         for rows in tables:

@@ -1,4 +1,4 @@
-"""What was said in a rollout, turn by turn, from the transcript that a run keeps of it."""
+"""The turns of a rollout, from the transcript that a run keeps of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from estune.study.report.tables import Row
 
 Turn = tuple[str, str]
-"""Who speaks, and what."""
+"""A speaker, and what is said."""
 
 
 def turns_of(row: Row) -> list[Turn]:
-    """The turns after the prompt, if there are more than one answer; empty for what was not played, or cannot be read.
+    """The turns after the prompt, if there are several answers; empty if it was not played, or cannot be read.
 
     Args:
         row: of a table of completions.

@@ -1,0 +1,75 @@
+"""Weights of a decoder layer as the kernels take them: projections that share an input are one matrix.
+
+The model's parameters become views of it, each still whole, contiguous and under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from estune.engines.cpu.products import NONE, Array
+
+
+class Linear(NamedTuple):
+    """A projection: `x @ weight.T + bias`."""
+
+    weight: Array  # [columns, width]
+    bias: Array  # [columns], or empty
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer, views of the model's own."""
+
+    input_norm: Array
+    qkv: Linear  # [(heads + 2 * key heads) * dim, hidden]
+    query_norm: Array  # [dim], or empty
+    key_norm: Array
+    output: Linear  # [hidden, heads * dim]
+    mlp_norm: Array
+    gate_up: Linear  # [2 * intermediate, hidden]
+    down: Linear  # [hidden, intermediate]
+
+
+def fused_layer(layer: Any) -> Layer:
+    """The weights of one of the model's layers, with projections of the same input moved into one tensor."""
+    attention = layer.self_attn
+    mlp = layer.mlp
+    normed = hasattr(attention, "q_norm")
+    return Layer(
+        input_norm=bits_of(layer.input_layernorm.weight),
+        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        query_norm=bits_of(attention.q_norm.weight) if normed else NONE,
+        key_norm=bits_of(attention.k_norm.weight) if normed else NONE,
+        output=_joined(attention.o_proj),
+        mlp_norm=bits_of(layer.post_attention_layernorm.weight),
+        gate_up=_joined(mlp.gate_proj, mlp.up_proj),
+        down=_joined(mlp.down_proj),
+    )
+
+
+def _joined(*projections: torch.nn.Linear) -> Linear:
+    """One projection made of several, whose parameters become views of it."""
+    weight = _whole([projection.weight for projection in projections])
+    biases = [projection.bias for projection in projections]
+    return Linear(weight, NONE if biases[0] is None else _whole(biases))
+
+
+def _whole(parts: Sequence[torch.Tensor]) -> Array:
+    """One tensor made of all parts, one after another. The parts become views of it."""
+    if len(parts) == 1:
+        return bits_of(parts[0])
+    whole = torch.cat([part.data for part in parts])
+    for part, view in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
+        part.data = view
+    return bits_of(whole)
+
+
+def bits_of(tensor: torch.Tensor) -> Array:
+    """A tensor's own memory, bfloat16 as its bits."""
+    tensor = tensor.detach()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
