@@ -17,6 +17,7 @@ from typing import Any
 from bench import plots
 from bench.common import RESULTS
 from bench.study import compare, sensitivity
+from bench.study import parts as parts_of_the_strategy
 
 from estune.charts.table import markdown, spread
 from estune.study.compare.report import NAMES, by_method, draw, table, trials_table
@@ -66,6 +67,7 @@ def page(results: Path, path: Path) -> None:
         "The paper's reward for conciseness, "
         f"{max(r['steps'] for r in sizes['conciseness'])} steps at the alpha of the other runs:",
         markdown(sensitivity.conciseness_table(sizes["conciseness"])),
+        parts_of_the_strategy.section(results),
         _origin(found),
     ]
     kept = path.read_text().partition(CONCLUSION)[2] if path.is_file() else "\n"

@@ -13,14 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS, machine
 from bench.study.compare import COUNTDOWN, model_and_task
 
+from estune.charts.table import markdown, spread
 from estune.config import load
 from estune.study.compare.plan import Plan, best_tried, read_results
+from estune.study.compare.report import NAMES
 from estune.study.compare.run import compare
 
 FOLDER = Path("runs/study/parts")
@@ -67,12 +73,89 @@ def run(model: str, name: str, changes: dict[str, Any], plan: Plan, results: Pat
         per_step = settings["population"] * settings["prompts_per_step"] * TOKENS
         plan = plan.model_copy(update={"es_steps": round(plan.budget / per_step)})
     given = [f"{key}={value}" for key, value in settings.items() if value is not None]
-    folder = FOLDER / model / name.replace(" ", "-").replace(",", "")
+    folder = FOLDER / model / _folder(name)
     compare(plan, load(None, [*model_and_task(model), *given]), folder, lambda r: print(name, _shown(r), flush=True))
     with (results / f"parts-{model}.jsonl").open("w") as file:
         for each in sorted((FOLDER / model).iterdir()):
             common = {"experiment": model, "settings": each.name, "machine": machine()}
             file.writelines(f"{json.dumps({**common, **result})}\n" for result in read_results(each))
+
+
+def tokens_to(curve: Sequence[Mapping[str, float]], share: float, top: float, what: str = "tokens") -> float | None:
+    """What a run takes to a share of the gain that is to be had, from the base to `top`; None if it does not get there.
+
+    Between two points of the curve it is taken to rise evenly.
+    """
+    goal = curve[0]["accuracy"] + share * (top - curve[0]["accuracy"])
+    for before, after in pairwise(curve):
+        if after["accuracy"] >= goal:
+            part = (goal - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
+            return before[what] + part * (after[what] - before[what])
+    return None
+
+
+def area(curve: Sequence[Mapping[str, float]]) -> float:
+    """Mean accuracy over the tokens of a run: the area under its curve."""
+    parts = [(b["tokens"] - a["tokens"]) * (a["accuracy"] + b["accuracy"]) / 2 for a, b in pairwise(curve)]
+    return math.fsum(parts) / curve[-1]["tokens"]
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row a setting or method, those that get to 90% of the gain with the fewest tokens first; means over seeds."""
+    names = {_folder(name): name for name in SETTINGS} | NAMES
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        if "curve" in result:
+            runs.setdefault(names[result["settings"]], []).append(result)
+    top = max(statistics.fmean(max(p["accuracy"] for p in r["curve"]) for r in of) for of in runs.values())
+
+    def mean(of: Sequence[Mapping[str, Any]], share: float, what: str) -> float | None:
+        found = [tokens_to(r["curve"], share, top, what) for r in of]
+        known = [f for f in found if f is not None]
+        return statistics.fmean(known) if len(known) == len(found) else None
+
+    def cell(value: float | None, by: float = 1.0, digits: int = 0) -> str:
+        return "never" if value is None else f"{value / by:.{digits}f}"
+
+    rows = sorted(runs.items(), key=lambda row: mean(row[1], 0.9, "tokens") or math.inf)
+    head = ["", "runs", "1,000 tokens to 50%", "to 90%", "seconds to 90%", "area %", "best %", "at the end %"]
+    return [
+        head,
+        *(
+            [
+                name,
+                str(len(of)),
+                cell(mean(of, 0.5, "tokens"), 1000),
+                cell(mean(of, 0.9, "tokens"), 1000),
+                cell(mean(of, 0.9, "seconds"), digits=1),
+                spread([100 * area(r["curve"]) for r in of], 1),
+                spread([100 * max(p["accuracy"] for p in r["curve"]) for r in of], 1),
+                spread([100 * r["curve"][-1]["accuracy"] for r in of], 1),
+            ]
+            for name, of in rows
+        ),
+    ]
+
+
+def section(results: Path) -> str:
+    """The page's part about them."""
+    found = [
+        "## The strategy's parts",
+        "Tokens and seconds to 50% and 90% of the gain that is to be had, from the base to the best mean of any row, "
+        "and the area under\nthe curve of held-out accuracy over tokens. `paper` is 20 members, 20 prompts, sigma 0.024, "
+        "alpha 0.012; every other row of\nES changes what its name says (`bench.study.parts` has the values). Runs shared "
+        "two cores with other work, so that seconds\nare rough.",
+    ]
+    for model in COUNTDOWN:
+        path = results / f"parts-{model}.jsonl"
+        if path.is_file():
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found += [f"### {model}, curves", markdown(table(lines))]
+    return "\n\n".join(found)
+
+
+def _folder(name: str) -> str:
+    return name.replace(" ", "-").replace(",", "")
 
 
 def _shown(result: dict[str, Any]) -> str:
