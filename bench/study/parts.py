@@ -141,10 +141,10 @@ def section(results: Path) -> str:
     """The page's part about them."""
     found = [
         "## The strategy's parts",
-        "Tokens and seconds to 50% and 90% of the gain that is to be had, from the base to the best mean of any row, "
-        "and the area under\nthe curve of held-out accuracy over tokens. `paper` is 20 members, 20 prompts, sigma 0.024, "
-        "alpha 0.012; every other row of\nES changes what its name says (`bench.study.parts` has the values). Runs shared "
-        "two cores with other work, so that seconds\nare rough.",
+        "Tokens and seconds to 50% and 90% of the gain that is to be had, from the base to the best mean of any row,\n"
+        "and the area under the curve of held-out accuracy over tokens. `paper` is 20 members, 20 prompts, sigma\n"
+        "0.024, alpha 0.012; every other row of ES changes what its name says (`bench.study.parts` has the values).\n"
+        "Runs shared two cores with other work, so that seconds are rough.",
     ]
     for model in COUNTDOWN:
         path = results / f"parts-{model}.jsonl"
