@@ -16,8 +16,17 @@ if TYPE_CHECKING:
     from estune.config import Config
     from estune.errors import EstuneError
     from estune.es.strategy import EvolutionStrategy, Member, Strategy, Update
+    from estune.journal.diff import diff
+    from estune.journal.log import log
+    from estune.journal.merge import merge
+    from estune.journal.replay import replay
+    from estune.journal.share import pack
+    from estune.journal.signature import sign
+    from estune.journal.verify import verify
     from estune.noise import normal
+    from estune.run.branch import branch
     from estune.run.evaluate import evaluate_model
+    from estune.run.hub import pull, push
     from estune.run.trainer import Trainer
     from estune.tasks.base import Task
     from estune.trl.config import ESConfig
@@ -36,8 +45,18 @@ _HOME = {
     "Trainer": "run.trainer",
     "Update": "es.strategy",
     "Weights": "weights.weights",
+    "branch": "run.branch",
+    "diff": "journal.diff",
     "evaluate_model": "run.evaluate",
+    "log": "journal.log",
+    "merge": "journal.merge",
     "normal": "noise",
+    "pack": "journal.share",
+    "pull": "run.hub",
+    "push": "run.hub",
+    "replay": "journal.replay",
+    "sign": "journal.signature",
+    "verify": "journal.verify",
 }
 
 __all__ = [
@@ -52,8 +71,18 @@ __all__ = [
     "Trainer",
     "Update",
     "Weights",
+    "branch",
+    "diff",
     "evaluate_model",
+    "log",
+    "merge",
     "normal",
+    "pack",
+    "pull",
+    "push",
+    "replay",
+    "sign",
+    "verify",
 ]
 __version__ = "0.1.0"
 
