@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from estune.run.branch import branch
     from estune.run.evaluate import evaluate_model
     from estune.run.hub import pull, push
+    from estune.run.load import load
     from estune.run.trainer import Trainer
     from estune.tasks.base import Task
     from estune.trl.config import ESConfig
@@ -48,6 +49,7 @@ _HOME = {
     "branch": "run.branch",
     "diff": "journal.diff",
     "evaluate_model": "run.evaluate",
+    "load": "run.load",
     "log": "journal.log",
     "merge": "journal.merge",
     "normal": "noise",
@@ -74,6 +76,7 @@ __all__ = [
     "branch",
     "diff",
     "evaluate_model",
+    "load",
     "log",
     "merge",
     "normal",

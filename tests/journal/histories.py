@@ -24,6 +24,7 @@ def write_history(
     kept = {key: rule.pop(key) for key in ("policy", "rounding") if key in rule}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), trust_remote_code=False)
     weights = Weights(trained_parameters(model, checkpoint.tensors), **kept)
+    weights.load(checkpoint)
     header = Header(
         model=str(base),
         base_hash=checkpoint.content_hash(),
