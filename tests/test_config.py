@@ -187,7 +187,7 @@ def test_mistakes_are_one_clear_line(overrides: list[str], message: str) -> None
         ("prompts_per_epoch=8", "here it is prompts_per_step"),
         ("validate_every=10", "here it is eval_steps"),
         ("popsize=8", "here it is population"),
-        ("sigma_decay=0.9", "sigma is the same in every step"),
+        ("sigma_decay=0.9", "set sigma_scheduler_type and min_sigma_rate"),
         # what stands elsewhere here
         ("max_eval_samples=8", r"here it is task\.eval_size"),
         ("num_eval_samples=8", r"set task\.eval_size for held-out rows, or eval_samples"),

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from bench.common import options, write_result
 
-from estune.es.strategy import EvolutionStrategy, Member, Update
+from estune.es.evolution import EvolutionStrategy
+from estune.es.strategy import Member, Update
 from estune.weights.parameters import Parameter
 from estune.weights.policies import PolicyName, Rounding
 from estune.weights.weights import Weights

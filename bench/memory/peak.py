@@ -76,7 +76,7 @@ def infer(part: str, model: str) -> None:
         for _ in range(MEMBERS):
             engine.generate(prompts, sampling)
         return
-    from estune.es.strategy import EvolutionStrategy
+    from estune.es.evolution import EvolutionStrategy
     from estune.weights.parameters import trained_parameters
     from estune.weights.weights import Weights
 
@@ -104,7 +104,7 @@ def load_kernels() -> None:
 def write_journal(model: str, run: str, members: int, steps: int) -> None:
     """A journal of some steps over the model, as a run would have written it."""
     from estune.engines.loading import load_model
-    from estune.es.strategy import EvolutionStrategy
+    from estune.es.evolution import EvolutionStrategy
     from estune.journal.journal import Header, Journal, StepRecord
     from estune.weights.device import pick_device
     from estune.weights.parameters import trained_parameters

@@ -32,7 +32,7 @@ import numpy as np
 from bench.common import in_turns, options, settings, write_result
 from bench.memory.peak import peak_memory
 
-from estune.es.strategy import EvolutionStrategy
+from estune.es.evolution import EvolutionStrategy
 from estune.journal import compact
 from estune.journal.journal import Header, Journal, StepRecord
 from estune.journal.replay import replay

@@ -103,9 +103,14 @@ class Stopwatch:
         sampling, sigma = make_sampling(trainer.config), trainer.strategy.sigma
 
         def rate(replica: Evaluator, share: Sequence[Member]) -> float:
-            found = [replica.evaluate(member, sigma, prompts, sampling) for member in share]
-            tokens = sum(len(c.token_ids) for e in found for c in e.completions)
-            return tokens / sum(e.generate_time for e in found)
+            tokens, seconds = 0, 0.0
+            for member in share:
+                replica.perturb(member, sigma)
+                start = time.perf_counter()
+                completions = replica.complete(prompts, sampling)
+                seconds += time.perf_counter() - start
+                tokens += sum(len(c.token_ids) for c in completions)
+            return tokens / seconds
 
         shares = [members[i :: self.replicas] for i in range(self.replicas)]
         with ThreadPoolExecutor(self.replicas) as threads:

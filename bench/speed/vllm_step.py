@@ -21,7 +21,7 @@ from estune.config import Config
 from estune.engines.vllm.engine import VllmEngine
 from estune.engines.vllm.internals import check_version
 from estune.engines.vllm.weights import VllmWeights, open_vllm
-from estune.es.strategy import EvolutionStrategy
+from estune.es.evolution import EvolutionStrategy
 from estune.weights.checkpoint import Checkpoint, locate
 
 SIGMA, BAR = 0.012, 0.05

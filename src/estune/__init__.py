@@ -15,7 +15,8 @@ from estune import former
 if TYPE_CHECKING:
     from estune.config import Config
     from estune.errors import EstuneError
-    from estune.es.strategy import EvolutionStrategy, Member, Strategy, Update
+    from estune.es.evolution import EvolutionStrategy
+    from estune.es.strategy import Member, Strategy, Update
     from estune.journal.diff import diff
     from estune.journal.log import log
     from estune.journal.merge import merge
@@ -39,7 +40,7 @@ _HOME = {
     "ESConfig": "trl.config",
     "ESTrainer": "trl.trainer",
     "EstuneError": "errors",
-    "EvolutionStrategy": "es.strategy",
+    "EvolutionStrategy": "es.evolution",
     "Member": "es.strategy",
     "Strategy": "es.strategy",
     "Task": "tasks.base",

@@ -114,7 +114,7 @@ def test_several_threads_take_the_same_tokens() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_not_a_bit_of_a_row_depends_on_the_rows_beside_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = decoder_of(copy.deepcopy(model_of("qwen2")).to(dtype))
-    decoder._product.native = False
+    decoder._product.native = False  # PyTorch's products, where there is no matrix unit
     choose = decoder._choose
     hidden: list[Any] = []
     monkeypatch.setattr(decoder, "_choose", lambda h, *rest: hidden.append(h) or choose(h, *rest))
@@ -365,6 +365,7 @@ def test_a_processor_that_multiplies_bfloat16_does_so_for_many_rows() -> None:
     weight = as_array(torch.randn(30, 64).bfloat16())
     bias = as_array(torch.randn(30).bfloat16())
     x = torch.randn(MANY, 64).numpy()
+    products.unit = False
     for stored in ((weight, bias), (weight,)):
         products.native = False
         exact = products(x, *stored)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from estune.es.strategy import EvolutionStrategy, member_seed
+from estune.es.evolution import EvolutionStrategy
+from estune.es.schedule import Schedule
+from estune.es.strategy import member_seed
 
 rewards_of_30 = st.lists(st.floats(-10, 10), min_size=30, max_size=30).filter(lambda r: np.ptp(r) > 1e-3)
 
@@ -99,7 +101,7 @@ def test_mirrored_members_come_in_pairs() -> None:
 
 def test_schedules() -> None:
     def rates(schedule: str) -> list[float]:
-        strategy = EvolutionStrategy(population=2, learning_rate=1.0, steps=4, schedule=schedule)  # type: ignore[arg-type]
+        strategy = EvolutionStrategy(population=2, learning_rate=1.0, steps=4, lr_schedule=Schedule(schedule))  # type: ignore[arg-type]
         found = []
         for _ in range(4):
             found.append(strategy.learning_rate)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from estune.es.strategy import EvolutionStrategy
+from estune.es.evolution import EvolutionStrategy
 from estune.journal.journal import EvaluationRecord, Header, Journal, StepRecord
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import trained_parameters
@@ -46,14 +46,15 @@ def write_history(
     strategy = EvolutionStrategy(**{"seed": seed, "population": 4, "sigma": 0.01, **rule})
     journal.append_evaluation(EvaluationRecord(0, {"step": 0, "eval_accuracy": 0.25, "eval_reward": 0.5}))
     for step in range(steps):
-        rewards: list[float | None] = [0.1 * (i + step) for i in range(strategy.population)]
+        rewards: list[float | None] = [0.1 * (i + step) for i, _ in enumerate(strategy.ask())]
         sigma, rate = strategy.sigma, strategy.learning_rate
         for member in strategy.ask():
             weights.perturb(member, sigma)
         update = strategy.tell(rewards)
         weights.apply(update)
         metrics = {"step": step + 1, "reward": 0.1 * step + 1 / 3, "time/update": 0.1234567890123 * (step + 1)}
-        journal.append_step(StepRecord(update, sigma, rate, rewards, [step, 7], weights.fingerprint(), metrics))
+        record = StepRecord(update, sigma, rate, rewards, [step, 7], weights.fingerprint(), metrics)
+        journal.append_step(replace(record, earlier=strategy.factors))
     if final:
         checkpoint.write(folder / "final", weights.runs(), header.save_dtype)
     journal.append_end("finished")

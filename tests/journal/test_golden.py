@@ -25,6 +25,8 @@ GOLDEN = {
     "format-2": (2, OF_FORMAT_2),
     # The in-place policy, whose perturbations are part of the run, and correlated noise.
     "format-2-inplace": (2, ["3db4cd7264746657", "07301d5750c2006d", "890c7eaf4733b4d3"]),
+    # What earlier steps add, the base as a member of sign 0, decay toward the base model.
+    "format-2-parts": (2, ["0404838e2f29782a", "0404838e2f29782a", "1361418d302cc444", "6952120d9bc557ce"]),
     "compact-1.estune": (2, OF_FORMAT_2),
     "compact-1-of-format-1.estune": (1, OF_FORMAT_1),
 }

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from estune.errors import EstuneError
-from estune.es.strategy import EvolutionStrategy, Member, Update
+from estune.es.evolution import EvolutionStrategy
+from estune.es.strategy import Member, Update
 from estune.journal.journal import FILE, TEMPORARY, EvaluationRecord, Header, Journal, StepRecord, rank
 from estune.journal.replay import replay
 from estune.journal.shares import is_share

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from estune.errors import EstuneError
+from estune.es.earlier import Momentum
 from estune.journal.journal import Journal
 from estune.journal.merge import merge
 from estune.journal.share import pack
@@ -27,8 +28,8 @@ def changes(run: Path, base: Path) -> dict[str, np.ndarray[Any, Any]]:
 def test_the_sum_of_two_runs_is_the_sum_of_their_changes(
     model: Path, tmp_path: Path, weights: list[float] | None
 ) -> None:
-    write_history(tmp_path / "a", model, seed=1)
-    write_history(tmp_path / "b", model, seed=2, steps=2)
+    write_history(tmp_path / "a", model, seed=1, momentum=Momentum(0.5, 2))
+    write_history(tmp_path / "b", model, seed=2, steps=2, evaluate_base=True)
     pack(tmp_path / "b", tmp_path / "b.estune")
     heard: list[float] = []
     assert (
@@ -52,7 +53,7 @@ def test_the_sum_of_two_runs_is_the_sum_of_their_changes(
     [
         ({"policy": "copy"}, "weights are kept by master, of .*/b copy"),
         ({"rounding": "stochastic"}, "rounding is nearest, of .*/b stochastic"),
-        ({"weight_decay": 0.1}, "/b has weight decay, from step 1 on"),
+        ({"weight_decay": 0.1}, "/b has weight decay or an anchor, from step 1 on"),
     ],
     ids=str,
 )

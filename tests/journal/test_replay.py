@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from estune.errors import EstuneError
-from estune.es.strategy import EvolutionStrategy
+from estune.es.evolution import EvolutionStrategy
 from estune.es.update import terms
 from estune.journal.journal import Header, Journal, StepRecord
 from estune.journal.replay import replay

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from estune.errors import EstuneError
-from estune.es.strategy import EvolutionStrategy, Member, Update
+from estune.es.evolution import EvolutionStrategy
+from estune.es.strategy import Member, Update
 from estune.noise import reference
 from estune.weights.base import make_base
 from estune.weights.checkpoint import Checkpoint

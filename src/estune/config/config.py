@@ -60,6 +60,16 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         """What chat templates are told."""
         return Rendering(self.template_date, self.chat_template_kwargs)
 
+    @property
+    def prompts_of_step(self) -> int:
+        """Training prompts of a step, those of all groups of members."""
+        return self.prompts_per_step * self.prompt_groups
+
+    @property
+    def rows_of_member(self) -> int:
+        """Completions of one member in a step, as long as there are training rows enough."""
+        return self.prompts_per_step * self.samples_per_prompt
+
     @model_validator(mode="before")
     @classmethod
     def _with_settings_of_the_embedded_model(cls, values: Any) -> Any:
@@ -98,6 +108,14 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
                 f"vllm_max_model_length {self.vllm_max_model_length} is to hold a prompt and max_new_tokens "
                 f"{self.max_new_tokens}: raise it, lower max_new_tokens, or leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_search(self) -> Config:
+        if self.samples_per_prompt > 1 and not self.temperature:
+            raise ValueError(f"samples_per_prompt {self.samples_per_prompt} would be alike: set temperature, 1 say")
+        if (self.anchor_decay or self.anchor_l1) and self.weights != "master":
+            raise ValueError(f"weights={self.weights} would round anchor_decay and anchor_l1 away: set weights=master")
         return self
 
     @model_validator(mode="after")

@@ -45,7 +45,7 @@ _RENAMED = {
     "population": "population_size pop_size n_population popsize npop n_pop num_perturbations n_perturbations",
     "learning_rate": "lr alpha step_size actor_learning_rate",
     "lr_scheduler_type": "lr_scheduler lr_schedule warmup_style scheduler_type",
-    "mirrored": "antithetic use_antithetic",
+    "mirrored": "antithetic use_antithetic mirrored_sampling",
     "max_new_tokens": (
         "max_completion_length max_response_length response_length max_completion_tokens max_tokens "
         "max_gen_len max_gen_length max_output_tokens generation_length max_generation_length generate_max_len"
@@ -74,6 +74,8 @@ _RENAMED = {
     "eval_temperature": "actor_rollout_ref.rollout.val_kwargs.temperature",
     "save_steps": "save_freq save_interval checkpoint_interval ckpt.interval save_every save_period checkpoint_every",
     "early_stopping_patience": "patience",
+    "shaping": "reward_shaping fitness_shaping",
+    "sigma_scheduler_type": "sigma_schedule sigma_scheduler",
     "report_to": "logger logging use_wandb use_tensorboard",
 }
 RENAMED = {theirs: ours for ours, names in _RENAMED.items() for theirs in names.split()}
@@ -92,7 +94,8 @@ _ANSWERS = {
     "set task.eval_size for held-out rows, or eval_samples for completions of each": (
         "num_eval_samples eval_num_samples n_eval_samples"
     ),
-    "sigma is the same in every step: leave it out": "sigma_decay noise_decay sigma_schedule sigma_min sigma_limit",
+    "set sigma_scheduler_type and min_sigma_rate": "sigma_decay noise_decay sigma_min sigma_limit",
+    "set min_lr_rate: the share of the learning rate that a falling one ends at": "lr_scheduler_kwargs min_lr",
     "set temperature; 0 decodes greedily": "do_sample",
     "set steps: GRPO's updates by one batch have no counterpart": "num_iterations",
     "set steps: each draws prompts_per_step prompts of the training set": (
@@ -137,15 +140,15 @@ _ANSWERS = {
     "best/ and final/ are Hugging Face checkpoints: upload one with `hf upload NAME RUN/best`": (
         "push_to_hub push_to_hub_model_id hub_model_id hub_token hub_private_repo hub_revision"
     ),
-    "rewards are standardised over the population: leave it out": (
-        "reward_shaping reward_normalization scale_rewards normalize_rewards fitness_shaping standardize "
-        "standardize_rewards centered_rank rank_transform"
+    "set shaping: zscore, centered_ranks, winsorized, elite or raw; or per_prompt: none, center or standardize": (
+        "reward_normalization scale_rewards normalize_rewards standardize standardize_rewards centered_rank "
+        "rank_transform advantage_estimator"
     ),
     "there is no KL penalty: leave it out (compare_with_base tells how far a model has gone)": (
         "beta init_kl_coef kl_coef kl_loss_coef kl_penalty use_kl_in_reward use_kl_loss"
     ),
     "estune cannot do it: leave it out": (
-        "generation_kwargs lr_scheduler_kwargs mask_truncated_completions max_tool_calling_iterations min_p "
+        "generation_kwargs mask_truncated_completions max_tool_calling_iterations min_p "
         "multi_objective_aggregation repetition_penalty vllm_mode vllm_structured_outputs_regex"
     ),
 }
@@ -178,7 +181,7 @@ MEANINGLESS = frozenset(
     vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos vllm_enable_sleep_mode vllm_group_port
     vllm_importance_sampling_cap vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
     vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_model_impl vllm_server_base_url
-    vllm_server_host vllm_server_port vllm_server_timeout warmup_ratio warmup_steps
+    vllm_server_host vllm_server_port vllm_server_timeout warmup_ratio
     """.split()  # noqa: SIM905
 )
 """Names of `GRPOConfig` for gradients, their optimizers and their parallelism, GRPO's loss, and details of

@@ -21,8 +21,8 @@ class Terms:
 
 
 def terms(update: Update, rounding: str) -> Terms | None:
-    """An update's terms, of some KB; None if it changes nothing."""
-    pairs = [(m.seed, c) for m, c in zip(update.members, update.coefficients, strict=True) if c != 0.0]
+    """An update's terms, of some KB; None if it adds nothing. Its anchor is applied before, by itself."""
+    pairs = [*update.pairs, *update.earlier]
     if not pairs and update.decay == 0.0:
         return None
     seeds = np.array([seed for seed, _ in pairs], np.uint64)

@@ -2,8 +2,8 @@
 
 A line of text, `estune journal, compact form 1`, then two xz streams: the lines as text without what follows from the
 rest or is shorter in binary, and these columns. Of a step, seeds that the run's formula gives are left out, others take
-8 bytes; a coefficient takes 4 and a sign a bit. Whatever a line holds beside comes through as it is, so that a field
-that is added to journals needs no new form. `docs/journal.md` describes it.
+8 bytes; a coefficient takes 4, and a sign one, of which xz leaves next to nothing. Whatever a line holds beside comes
+through as it is, so that a field that is added to journals needs no new form. `docs/journal.md` describes it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FILE = f"journal{SUFFIX}"
 VERSION = 1
 FIRST_WORDS = b"estune journal, compact form "
 LARGEST = 1 << 28  # bytes that a file may unfold to
+BASE = 1 << 22  # index among a step's members of the base itself, whose sign is 0
 _TURNS = 2**64
 
 
@@ -160,7 +161,7 @@ class _Lines:
         derived = self._derived(payload["step"], signs) == (seeds, int(payload["rounding_seed"], 16))
         payload["seeds"] = count
         payload["signs"] = int(derived)
-        column = np.packbits(np.array(signs) > 0).tobytes()
+        column = np.array(signs, np.int8).tobytes()
         column += struct.pack(f"<{count}f", *payload["coefficients"])
         payload["coefficients"] = 0
         if derived:
@@ -174,10 +175,8 @@ class _Lines:
 
     def _put_together(self, rest: dict[str, Any], column: _Column) -> None:
         count = rest["seeds"]
-        bits = column.take(-(-count // 8))
+        signs = np.frombuffer(column.take(count), np.int8).tolist()
         rest["coefficients"] = [*struct.unpack(f"<{count}f", column.take(4 * count))]
-        plus = np.unpackbits(np.frombuffer(bits, np.uint8), count=count).tolist()
-        signs = [1 if bit else -1 for bit in plus]
         if rest["signs"]:
             seeds, rounding = self._derived(rest["step"], signs)
             rest["rounding_seed"] = f"{rounding:016x}"
@@ -194,8 +193,9 @@ class _Lines:
         if self.origin is None:
             return [], -1
         mirrored = -1 in signs
-        seeds = [member_seed(self.origin, step, i // 2 if mirrored else i) for i in range(len(signs))]
-        return seeds, member_seed(self.origin, step, len(signs))
+        numbers = [BASE if sign == 0 else i // 2 if mirrored else i for i, sign in enumerate(signs)]
+        population = len(signs) - signs.count(0)
+        return [member_seed(self.origin, step, i) for i in numbers], member_seed(self.origin, step, population)
 
 
 def _origin(text: bytes) -> int | None:

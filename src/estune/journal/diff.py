@@ -97,7 +97,9 @@ def _first(one: list[StepRecord], other: list[StepRecord]) -> tuple[int | None, 
             "learning rate": (a.learning_rate, b.learning_rate),
             "rewards": (a.rewards, b.rewards),
             "coefficients": (a.update.coefficients, b.update.coefficients),
+            "earlier steps' share": (a.earlier, b.earlier),
             "decay": (a.update.decay, b.update.decay),
+            "anchor": ((a.update.anchor, a.update.anchor_l1), (b.update.anchor, b.update.anchor_l1)),
             "weights": (a.fingerprint, b.fingerprint),
         }
         differing = tuple(name for name, (x, y) in fields.items() if x != y)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError
+from estune.es.earlier import scaled
 from estune.es.strategy import Member, Update
 from estune.files import locked, replacing, sync
 from estune.journal import compact
@@ -118,6 +119,9 @@ class StepRecord:
     fingerprint: str  # of the base weights after the step
     metrics: dict[str, float] = field(default_factory=dict)  # for people and plots
     staleness: list[int] = field(default_factory=list)  # by member: updates that its base lacked; empty: none did
+    earlier: list[float] = field(default_factory=list)  # factors of the steps before in the update, the latest first
+    fitness: list[float | None] = field(default_factory=list)  # what members were judged by; empty: their rewards
+    state: dict[str, float] = field(default_factory=dict)  # of the strategy after the step, where seeds do not tell it
 
     @property
     def step(self) -> int:
@@ -285,7 +289,7 @@ class Journal:
         self.ended = None
         match kind:
             case "step":
-                self.steps.append(_decode_step(payload))
+                self.steps.append(_decode_step(payload, self.steps))
             case "evaluation":
                 self.evaluations.append(EvaluationRecord(**payload))
             case "settings":
@@ -336,6 +340,10 @@ class Journal:
                 "fingerprint": record.fingerprint,
                 "metrics": record.metrics,
                 **({"staleness": record.staleness} if any(record.staleness) else {}),
+                **({"earlier": record.earlier} if record.earlier else {}),
+                **{name: value for name in ("anchor", "anchor_l1") if (value := getattr(update, name))},
+                **({"fitness": record.fitness} if record.fitness else {}),
+                **({"state": record.state} if record.state else {}),
             },
         )
         self.steps.append(record)
@@ -389,6 +397,11 @@ class Journal:
     def best(self) -> EvaluationRecord | None:
         """The best evaluation so far, by the header's `best_by`; of equals the earliest."""
         return max(self.evaluations, key=lambda e: rank(e.metrics, self.header.best_by), default=None)
+
+    @property
+    def state(self) -> dict[str, float]:
+        """Of the strategy after the last step, as far as seeds do not tell it."""
+        return self.steps[-1].state if self.steps else {}
 
     @property
     def history(self) -> list[StepRecord]:
@@ -505,14 +518,19 @@ def _writer(payload: dict[str, Any]) -> str:
     return str(packages.get("estune", "unknown")) if isinstance(packages, dict) else "unknown"
 
 
-def _decode_step(payload: dict[str, Any]) -> StepRecord:
+def _decode_step(payload: dict[str, Any], before: Sequence[StepRecord]) -> StepRecord:
     members = tuple(Member(int(s, 16), sign) for s, sign in zip(payload["seeds"], payload["signs"], strict=True))
+    earlier = payload.get("earlier", [])
+    latest_first = [record.update.pairs for record in reversed(before[len(before) - len(earlier) :])]
     update = Update(
         payload["step"],
         members,
         tuple(payload["coefficients"]),
         payload["decay"],
         int(payload["rounding_seed"], 16),
+        scaled(latest_first, earlier),
+        payload.get("anchor", 0.0),
+        payload.get("anchor_l1", 0.0),
     )
     return StepRecord(
         update,
@@ -523,6 +541,9 @@ def _decode_step(payload: dict[str, Any]) -> StepRecord:
         payload["fingerprint"],
         payload["metrics"],
         payload.get("staleness", []),
+        earlier,
+        payload.get("fitness", []),
+        payload.get("state", {}),
     )
 
 

@@ -67,7 +67,7 @@ class StepLine(Line):
 
     step: Count
     seeds: list[Seed]
-    signs: list[Literal[1, -1]]
+    signs: list[Literal[1, 0, -1]]
     rewards: list[float | None]
     coefficients: list[float]
     decay: Annotated[float, Field(le=0)]
@@ -78,13 +78,20 @@ class StepLine(Line):
     fingerprint: Hash
     metrics: dict[str, float]
     staleness: list[Literal[0, 1]] = []
+    earlier: list[Annotated[float, Field(ge=0)]] = []
+    anchor: Annotated[float, Field(ge=0)] = 0.0
+    anchor_l1: Annotated[float, Field(ge=0)] = 0.0
+    fitness: list[float | None] = []
+    state: dict[str, float] = {}
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
-        staleness = self.staleness or self.seeds
-        lengths = {len(each) for each in (self.seeds, self.signs, self.rewards, self.coefficients, staleness)}
+        if_any = [each or self.seeds for each in (self.staleness, self.fitness)]
+        lengths = {len(each) for each in (self.seeds, self.signs, self.rewards, self.coefficients, *if_any)}
         if len(lengths) > 1:
-            raise ValueError("seeds, signs, rewards, coefficients and staleness are not equally many")
+            raise ValueError("seeds, signs, rewards, coefficients, staleness and fitness are not equally many")
+        if len(self.earlier) > self.step:
+            raise ValueError(f"earlier names {len(self.earlier)} steps before step {self.step}")
         return self
 
 

@@ -20,7 +20,7 @@ def log(run: str | Path) -> list[dict[str, Any]]:
         Of each a row: its `kind`, `step` or `evaluation`; its `step`, counted from 1, or the number of steps before the
         evaluation; and all its metrics. A step's row has `members`, `sigma`, `learning_rate` and the `fingerprint` of
         the weights after it; of the members' rewards `reward` (their mean), `reward_std` and `reward_max`, which are
-        None where no member has one; and `failed_members`, those that have none.
+        None where no member has one; and `failed_members`, those that have none. The base is not one of them.
 
     Raises:
         EstuneError: there is no journal, or it is damaged.
@@ -36,10 +36,11 @@ def log(run: str | Path) -> list[dict[str, Any]]:
 
 
 def _of_step(record: StepRecord) -> dict[str, Any]:
-    rewards = [r for r in record.rewards if r is not None and math.isfinite(r)]
+    of_members = [r for m, r in zip(record.update.members, record.rewards, strict=True) if m.sign]
+    rewards = [r for r in of_members if r is not None and math.isfinite(r)]
     return {
-        "members": len(record.rewards),
-        "failed_members": len(record.rewards) - len(rewards),
+        "members": len(of_members),
+        "failed_members": len(of_members) - len(rewards),
         "reward": statistics.fmean(rewards) if rewards else None,
         "reward_std": statistics.pstdev(rewards) if rewards else None,
         "reward_max": max(rewards, default=None),

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from estune.errors import EstuneError
+from estune.es.earlier import scaled
 from estune.files import make_folder
 from estune.journal.identity import model_files
 from estune.journal.journal import FORMAT, Header, Journal, StepRecord, base_checkpoint
 from estune.journal.replay import rebuild
 from estune.versions import packages
-from estune.weights.rebuild import Steps, Told, unheard
+from estune.weights.rebuild import Steps, Told, is_anchored, unheard
 
 
 def merge(
@@ -60,7 +61,9 @@ def merge(
     first = journals[0].header
     base = base_checkpoint(first, model or journals[0].base_model())
     together = [(r, factor) for journal, factor in zip(journals, factors, strict=True) for r in journal.history]
-    records = [_scaled(record, number, factor) for number, (record, factor) in enumerate(together)]
+    records: list[StepRecord] = []
+    for record, factor in together:
+        records.append(_scaled(record, records, factor))
     steps = Steps(first.rule, [r.update for r in records], [r.sigma for r in records])
     found = steps.fingerprints(base, first.tensors, lambda share: told(share / 2))
     header = Header(
@@ -126,21 +129,22 @@ def _refuse_other(one: Journal, other: Journal) -> None:
             f"merge: {other.run} was run with weights={b.policy}, where a step depends on the weights that it finds; "
             "give runs with weights=master or copy"
         )
-    decayed = next((r.step + 1 for r in other.history if r.update.decay), None)
+    decayed = next((r.step + 1 for r in other.history if r.update.decay or is_anchored(r.update)), None)
     if decayed is not None:
         raise EstuneError(
-            f"merge: {other.run} has weight decay, from step {decayed} on, which shrinks the weights that it finds: "
-            "such runs have no sum; give runs without"
+            f"merge: {other.run} has weight decay or an anchor, from step {decayed} on, by which a step depends on the "
+            "weights that it finds: such runs have no sum; give runs without"
         )
 
 
-def _scaled(record: StepRecord, number: int, factor: float) -> StepRecord:
-    """A step as one of the merged run, its coefficients times a factor."""
-    update = record.update
-    scaled = tuple(float(np.float32(factor * coefficient)) for coefficient in update.coefficients)
+def _scaled(record: StepRecord, before: Sequence[StepRecord], factor: float) -> StepRecord:
+    """A step as the next one of the merged run, its coefficients times a factor."""
+    coefficients = tuple(float(np.float32(factor * coefficient)) for coefficient in record.update.coefficients)
+    latest_first = [r.update.pairs for r in reversed(before[len(before) - len(record.earlier) :])]
+    earlier = scaled(latest_first, record.earlier)
     return replace(
         record,
-        update=replace(update, step=number, coefficients=scaled),
+        update=replace(record.update, step=len(before), coefficients=coefficients, earlier=earlier),
         learning_rate=factor * record.learning_rate,
         metrics={},
         staleness=[],

@@ -135,7 +135,7 @@ def _share_processor(config: Config, live_dtype: str | None) -> dict[str, Any]:
         shapes = [(t.shape[0], t.shape[1]) for t in tensors if len(t.shape) == 2]
         fused = (getattr(model, "architectures", None) or [""])[0] in ARCHITECTURES
         own = fused and "float16" not in dtypes and not any(width % WIDTH for _, width in shapes)
-        rows = min(config.prompts_per_step, config.batch_size or MAX_ROWS["cpu"])
+        rows = min(config.rows_of_member, config.batch_size or MAX_ROWS["cpu"])
         await_ahead()
         chosen = fastest(shapes, rows, choices, own=own)
         log.info("%s is fastest here: dtype, replicas and threads of this run", chosen)
@@ -172,7 +172,7 @@ def share_gpu(config: Config, device: str) -> int:
         memory,
         live=live,
         base=0 if keeps_base_on_host(config.base_device, base=base, live=live, memory=memory) else base,
-        rows=min(config.prompts_per_step, config.batch_size or MAX_ROWS_ELSEWHERE),
+        rows=min(config.rows_of_member, config.batch_size or MAX_ROWS_ELSEWHERE),
         row=cached_elements(model) * slots * BYTES[dtype]
         + LOGITS_BYTES * model.get_text_config(decoder=True).vocab_size,
         share=MEMORY_SHARE,

@@ -25,7 +25,7 @@ from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.device import synchronize, training_device
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.policies import POLICIES
-from estune.weights.rebuild import Steps
+from estune.weights.rebuild import Steps, is_anchored
 from estune.weights.storage import flat, type_name
 from estune.weights.trained import Drift, TrainedWeights
 from estune.weights.weights import Weights
@@ -84,8 +84,13 @@ class Replica(Generator):
 
     def apply(self, update: Update) -> int:
         """Add an update to the base, or to its share of it; return the sum of the hashes of that after it."""
-        self.weights.apply(update)
+        self._add(update)
         return self.weights.share_sum()
+
+    def _add(self, update: Update) -> None:
+        if is_anchored(update):
+            self.weights.anchor(self.checkpoint, update)
+        self.weights.apply(update)
 
     def load(self, checkpoint: Path) -> None:
         """Make a checkpoint's tensors the base, if this replica is the one that fills it."""
@@ -102,7 +107,7 @@ class Replica(Generator):
         done, path = checkpoint if checkpoint is not None and checkpoint[1].is_dir() else (0, self.checkpoint.path)
         self.load(path)
         rest = updates[done:]
-        Steps(self.weights.rule, rest).retrace(self.weights.perturb, lambda number: self.weights.apply(rest[number]))
+        Steps(self.weights.rule, rest).retrace(self.weights.perturb, lambda number: self._add(rest[number]))
         return self.weights.fingerprint()
 
     def save(self, path: Path, dtype: str) -> None:

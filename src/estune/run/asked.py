@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from estune.config import Config
 from estune.engines.prompts import PromptEncoder
-from estune.es.strategy import EvolutionStrategy, member_seed
+from estune.es.strategy import Strategy, member_seed
 from estune.journal.journal import Journal
-from estune.pool.base import Evaluation, Pool
+from estune.pool.base import Evaluated, Evaluation, Pool
 from estune.pool.waiting import told_while
 from estune.run.held_out import token_ids
 from estune.run.make import make_sampling
@@ -24,21 +24,44 @@ class Asked:
 
     Attributes:
         sigma: of the perturbations.
-        indices: of the rows, in the training set.
-        rows: the rows.
-        prompt_ids: their prompts as token ids.
-        members: how many there are.
+        indices: of the rows, in the training set, group after group.
+        groups: what each group of members answers: rows, and their prompts as token ids.
+        members: how many there are, group after group.
         updates: that a base has had which is not stale.
-        evaluation: gives what they answer.
+        evaluations: give what each group answers.
     """
 
     sigma: float
     indices: list[int]
-    rows: Sequence[dict[str, Any]]
-    prompt_ids: Sequence[Sequence[int]]
+    groups: Sequence[tuple[Sequence[dict[str, Any]], Sequence[Sequence[int]]]]
     members: int
     updates: int
-    evaluation: Evaluation
+    evaluations: Sequence[Evaluation]
+
+    @property
+    def size(self) -> int:
+        """Members of a group."""
+        return self.members // len(self.groups)
+
+    def rows(self, member: int) -> Sequence[dict[str, Any]]:
+        """The rows that a member answers, as often as it does."""
+        return self.groups[member // self.size][0]
+
+    @property
+    def prompt_ids(self) -> list[Sequence[int]]:
+        """All that members are asked, by one member of each group."""
+        return [ids for _, prompt_ids in self.groups for ids in prompt_ids]
+
+    def results(self) -> Iterator[tuple[int, Evaluated]]:
+        """The index and the result of each member, as they finish, while others go on."""
+        for group, evaluation in enumerate(self.evaluations):
+            for index, done in evaluation:
+                yield group * self.size + index, done
+
+    def close(self) -> None:
+        """Drop those that are not begun, and wait for those that are."""
+        for evaluation in reversed(self.evaluations):  # the last first: nobody begins with them meanwhile
+            evaluation.close()
 
 
 class Asking:
@@ -58,7 +81,7 @@ class Asking:
         task: Task,
         encoder: PromptEncoder,
         order: StagedOrder,
-        strategy: EvolutionStrategy,
+        strategy: Strategy,
         pool: Pool,
         journal: Journal,
     ) -> None:
@@ -85,7 +108,7 @@ class Asking:
         """Forget what the next step's members have answered so far: the base is to be had by itself."""
         if self._ahead is not None:
             with told_while("waiting for members of the next step, which are dropped, to end"):
-                self._ahead.evaluation.close()
+                self._ahead.close()
             self._ahead = None
 
     def _ask(self, step: int) -> Asked:
@@ -93,9 +116,19 @@ class Asking:
         sigma = strategy.sigma
         members = strategy.ask(step)
         indices = self._order.rows(step, {e.step: e.metrics for e in self._journal.evaluations})
-        rows = [self._task.train[i] for i in indices]
-        prompt_ids = token_ids(self._encoder, self._task, rows)
+        groups = self._config.prompt_groups
+        each = len(indices) // groups
+        indices = indices[: each * groups]  # a small training set may not divide
+        size = len(members) // groups
         sampling = make_sampling(self._config, member_seed(strategy.seed, step, 1 << 23))
-        evaluation = self._pool.evaluate(members, sigma, prompt_ids, sampling)
+        asked = []
+        evaluations = []
+        for group in range(groups):
+            rows = [self._task.train[i] for i in indices[group * each : (group + 1) * each]]
+            rows = [row for row in rows for _ in range(self._config.samples_per_prompt)]
+            prompt_ids = token_ids(self._encoder, self._task, rows)
+            asked.append((rows, prompt_ids))
+            of_group = members[group * size : (group + 1) * size]
+            evaluations.append(self._pool.evaluate(of_group, sigma, prompt_ids, sampling))
         updates = len(self._journal.inherited) + step
-        return Asked(sigma, indices, rows, prompt_ids, len(members), updates, evaluation)
+        return Asked(sigma, indices, asked, len(members), updates, evaluations)

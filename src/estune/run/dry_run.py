@@ -46,17 +46,17 @@ def describe(config: Config) -> str:
     task = config.task.build(config.seed)
     _check_weights(config, checkpoint)
     example = _try_prompts(config, task)
-    order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)
+    order = StagedOrder(len(task.train), task.stages, config.prompts_of_step, config.seed)
     notes = "".join(f"note: {remark}\n" for remark in before(config, task, order))
-    prompts = min(config.prompts_per_step, len(task.train))
-    completions = config.steps * config.population * prompts
+    prompts = order.per_step // config.prompt_groups * config.samples_per_prompt
+    completions = config.steps * config.members * prompts
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     return (
         f"{text}\n"
         f"model {config.model}: {elements:,} parameters in {checkpoint.path}\n"
         f"engine {engine}\n"
         f"task {task.name}: {len(task.train):,} training and {len(task.evaluation):,} held-out rows\n"
-        f"{config.steps} steps x {config.population} members x {prompts} prompts = {completions:,} completions of at "
+        f"{config.steps} steps x {config.members} members x {prompts} prompts = {completions:,} completions of at "
         f"most {config.max_new_tokens} tokens\n"
         f"{example}\n{notes}"
         f"output goes to {output}; nothing has been written"

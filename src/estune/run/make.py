@@ -4,30 +4,43 @@ from __future__ import annotations
 
 from estune.completion import Sampling
 from estune.config import Config
-from estune.es.strategy import EvolutionStrategy
+from estune.es.earlier import Momentum
+from estune.es.evolution import EvolutionStrategy
+from estune.es.schedule import Schedule
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading
+from estune.journal.journal import Journal
 from estune.tasks.base import Task
 
 
-def make_strategy(config: Config, origin: str | None = None, step: int = 0) -> EvolutionStrategy:
-    """The settings' strategy, after so many steps.
+def make_strategy(config: Config, journal: Journal | None = None) -> EvolutionStrategy:
+    """The settings' strategy, where a run's journal ends.
 
     Args:
         config: the settings.
-        origin: for a run that goes on from another, the fingerprint it starts with: its perturbations are to be others.
+        journal: of a run that goes on from another, perturbations are to be others than that one's.
     """
+    origin = int(journal.header.fingerprint, 16) >> 1 if journal is not None and journal.header.ancestors else 0
     strategy = EvolutionStrategy(
-        seed=config.seed if origin is None else config.seed ^ int(origin, 16) >> 1,
+        seed=config.seed ^ origin,
         population=config.population,
         sigma=config.sigma,
         learning_rate=config.learning_rate,
         steps=config.steps,
-        schedule=config.lr_scheduler_type,
+        lr_schedule=Schedule(config.lr_scheduler_type, config.min_lr_rate, config.warmup_steps),
+        sigma_schedule=Schedule(config.sigma_scheduler_type, config.min_sigma_rate),
+        shaping=config.shaping,
+        shaping_share=config.shaping_share,
         weight_decay=config.weight_decay,
+        anchor_decay=config.anchor_decay,
+        anchor_l1=config.anchor_l1,
         mirrored=config.mirrored,
+        momentum=Momentum(config.momentum, config.momentum_window),
+        adapt_sigma=config.adapt_sigma,
+        evaluate_base=config.evaluate_base,
     )
-    strategy.step = step
+    if journal is not None:
+        strategy.recall([record.update for record in journal.steps], journal.state)
     return strategy
 
 

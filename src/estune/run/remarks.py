@@ -30,10 +30,11 @@ def log_before(config: Config, task: Task, order: StagedOrder) -> None:
 def before(config: Config, task: Task, order: StagedOrder) -> Iterator[str]:
     """What is to be said of settings and data before a run begins."""
     fewest = min(each.size for each in order.orders)
-    if fewest < config.prompts_per_step:
+    if fewest < config.prompts_of_step:
+        times = " * prompt_groups" if config.prompt_groups > 1 else ""
         where = "a stage" if len(order.orders) > 1 else "the training set"
         yield (
-            f"prompts_per_step is {config.prompts_per_step}, and {where} has {fewest} rows: every step uses all of them"
+            f"prompts_per_step{times} is {config.prompts_of_step}, and {where} has {fewest} rows: every step uses all of them"
         )
     answered = sum(_goes_on(row["prompt"]) for row in task.train)
     if answered:

@@ -21,6 +21,7 @@ from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.grading.isolation import refuse_grader
+from estune.grading.level import refuse_level
 from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, going_on, rank
 from estune.journal.replay import holds, rebuild
 from estune.journal.shares import is_share
@@ -34,6 +35,7 @@ from estune.run.directory import RunDirectory, default_path, how_to_go_on, refus
 from estune.run.graded import Graded, step_metrics, write_completions
 from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, refuse_unreachable, token_ids
 from estune.run.interrupt import interruptible
+from estune.run.judged import Judge
 from estune.run.machine import machine
 from estune.run.make import make_grading, make_sampling, make_strategy
 from estune.run.monitors import Monitors, check_trackers, default_monitors
@@ -97,7 +99,7 @@ class Trainer:
             self.config = config = with_resources(config, live)
             self.task = task
             self._began_at = 0 if past is None else len(past.journal.steps)
-            self.order = StagedOrder(len(task.train), task.stages, config.prompts_per_step, config.seed)
+            self.order = StagedOrder(len(task.train), task.stages, config.prompts_of_step, config.seed)
             self.state = TrainerState(self._began_at, config.steps, rendering=config.rendering)
             self._said: set[str] = set()
             remarks.log_before(config, task, self.order)
@@ -115,8 +117,8 @@ class Trainer:
                 self._rebuild()
             self.run.note_machine(machine(self.trained.device))
             self.journal.go_on = going_on(go_on, self.run.path)
-            origin = self.journal.header.fingerprint if self.journal.header.ancestors else None
-            self.strategy = make_strategy(config, origin, self._began_at)
+            self.strategy = make_strategy(config, self.journal)
+            self.judge = Judge(config, self.journal.state)
             self.asking = Asking(config, task, self.encoder, self.order, self.strategy, self.pool, self.journal)
             # A crash may have cost the last lines.
             rewrite_metrics(self.run.metrics, [e.metrics for e in self.journal.chronicle()])
@@ -200,6 +202,8 @@ class Trainer:
         config = self.config
         task = self.task
         refuse_unreachable(task, config)
+        if config.prompt_groups > 1:
+            refuse_level(task.reward_funcs, "prompt_groups", "groups of members have other prompts", "population")
         self.encoder = open_encoder(config)
         used = {i: task.train[i] for i in self.order.used(0, config.steps)}
         ids = encode_rows(self.encoder, task, used, "training row", make_sampling(config))
@@ -207,7 +211,7 @@ class Trainer:
         first = token_ids(self.encoder, task, (task.train[i] for i in self.order.rows(0)))
         opened.callback(self.grading.close)
         self.held_out = HeldOut(task, config, self.encoder, self.grading)
-        self._prompt_tokens = sum(map(len, first))
+        self._prompt_tokens = sum(map(len, first)) * config.samples_per_prompt // config.prompt_groups
         self._prompts_hash = hash_of_prompts(first, self.held_out.prompt_ids)
         if past is not None:
             self._accepted_prompts = refuse_changed_prompts(
@@ -401,11 +405,12 @@ class Trainer:
         step = self.strategy.step
         rate = self.strategy.learning_rate
         asked = self.asking.ask()
-        self._begin_work("members", asked.prompt_ids, asked.members, asked.members)
+        self._begin_work("members", asked.prompt_ids, asked.members, asked.size)
         if config.max_staleness and not self._pauses(step + 1):
             self.asking.ask_ahead()
         in_order, staleness, times = self._graded(asked)
         rewards = [g.grades.mean for g in in_order]
+        fitness = self.judge.fitness(in_order)
         if all(r is None for r in rewards):
             raise EstuneError(
                 f"step {step + 1}: no member has a reward, see the warnings; mend the reward, then resume with {ACCEPT}"
@@ -413,10 +418,14 @@ class Trainer:
 
         drift = self.pool.drift()
         start = time.perf_counter()
-        update = self.strategy.tell(rewards)
+        update = self.strategy.tell(fitness)
         fingerprint = self.pool.apply(update)
         times["update"] = time.perf_counter() - start
-        metrics = {"step": step + 1, **step_metrics(in_order), "learning_rate": rate}
+        count = config.population
+        metrics = {"step": step + 1, **step_metrics(in_order[:count]), "learning_rate": rate, "sigma": asked.sigma}
+        if len(rewards) > count and (of_base := rewards[-1]) is not None:
+            metrics["reward_base"] = of_base
+        state = self.strategy.state() | self.judge.state()
         if drift is not None:
             metrics |= {"weights/drift_changed": drift.changed, "weights/drift_rms": drift.rms}
         metrics["num_tokens"] = self._tokens() + sum(g.tokens for g in in_order)
@@ -429,10 +438,22 @@ class Trainer:
         if kept:  # before the journal says that the step is done: a step cut off in between is taken again
             records = [r for member, g in enumerate(kept) for r in g.records(step=step + 1, member=member)]
             write_completions(self.run.completions(f"step-{step + 1:05d}"), records)
-        record = StepRecord(update, asked.sigma, rate, rewards, asked.indices, fingerprint, metrics, staleness)
+        record = StepRecord(
+            update,
+            asked.sigma,
+            rate,
+            rewards,
+            asked.indices,
+            fingerprint,
+            metrics,
+            staleness,
+            self.strategy.factors,
+            [] if fitness == rewards else fitness,
+            state,
+        )
         self.journal.append_step(record)
         self.state.global_step = step + 1
-        self.state.epoch = (step + 1) * len(asked.rows) / len(self.task.train)
+        self.state.epoch = (step + 1) * len(asked.indices) / len(self.task.train)
         self._tell(lambda m: m.on_step_end(metrics, in_order[0].sample()))
         self._say("members", remarks.members_alike(self.journal.steps))
 
@@ -441,17 +462,18 @@ class Trainer:
         pending: dict[int, tuple[list[Completion], Pending]] = {}
         staleness = [0] * asked.members
         times = {"perturb": 0.0, "generate": 0.0, "grade": 0.0}
-        for index, done in asked.evaluation:
+        for index, done in asked.results():
             start = time.perf_counter()
             staleness[index] = asked.updates - done.updates
-            pending[index] = done.completions, self.grading.submit(asked.rows, done.completions)
+            pending[index] = done.completions, self.grading.submit(asked.rows(index), done.completions)
             times["grade"] += time.perf_counter() - start
             times["perturb"] += done.perturb_time
             times["generate"] += done.generate_time
             self._tell(lambda m: m.on_member_end(len(pending), asked.members))
         start = time.perf_counter()
         completions, waiting = zip(*(pending[i] for i in range(asked.members)), strict=True)
-        in_order = [Graded(asked.rows, *each) for each in zip(completions, self.grading.results(waiting), strict=True)]
+        graded = zip(completions, self.grading.results(waiting), strict=True)
+        in_order = [Graded(asked.rows(member), *each) for member, each in enumerate(graded)]
         times["grade"] += time.perf_counter() - start
         return in_order, staleness, times
 
@@ -536,8 +558,8 @@ class Trainer:
             task=self.task.name,
             steps=self.config.steps,
             first_step=self.strategy.step,
-            population=self.config.population,
-            prompts_per_step=self.order.per_step,
+            population=self.config.members,
+            prompts_per_step=self.order.per_step // self.config.prompt_groups * self.config.samples_per_prompt,
             prompt_tokens=self._prompt_tokens,
             engines=self.pool.engines,
             train_size=len(self.task.train),

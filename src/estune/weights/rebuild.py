@@ -13,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint, terms
 from estune.noise.reference import tensor_id
@@ -77,6 +79,7 @@ class Steps:
         from estune.noise import cpu
 
         weights = convert(tensor.stored(start, count), DTYPES[self._rule.dtype])
+        origin = weights.copy() if any(map(is_anchored, self._updates)) else weights
         key = self._rule.noise_key(tensor.name)
 
         def perturb(member: Member, sigma: float) -> None:
@@ -84,6 +87,8 @@ class Steps:
                 cpu.perturb(weights, weights, member.seed, key, start, change)
 
         def apply(number: int) -> None:
+            if is_anchored(self._updates[number]):
+                anchored(weights, origin, self._updates[number])
             t = self._terms[number]
             if t is not None:
                 cpu.update(weights, t.seeds, t.coefficients, key, start, t.decay, t.rounding_seed)
@@ -193,6 +198,19 @@ class Steps:
             sums[tensor.name] = total
 
         return runs
+
+
+def is_anchored(update: Update) -> bool:
+    """Whether an update brings weights back toward the base model."""
+    return bool(update.anchor or update.anchor_l1)
+
+
+def anchored(weights: Array, origin: Array, update: Update) -> None:
+    """Bring weights as far toward the origin as an update says; float32 both, `[elements]`."""
+    if update.anchor:
+        weights += (origin - weights) * np.float32(update.anchor)
+    if update.anchor_l1:
+        weights += np.clip(origin - weights, np.float32(-update.anchor_l1), np.float32(update.anchor_l1))
 
 
 def in_order(work: Callable[[T], R], pieces: Sequence[T]) -> Iterator[R]:

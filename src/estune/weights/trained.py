@@ -56,6 +56,10 @@ class TrainedWeights(Protocol):
         """Add an update to the base, or to its share. The live weights follow at the next `perturb` or `restore`."""
         ...
 
+    def anchor(self, checkpoint: Checkpoint, update: Update) -> None:
+        """Bring the base, or its share of it, as far toward a checkpoint's tensors as an update says."""
+        ...
+
     def fingerprint(self) -> str:
         """Hash of the base, 16 hexadecimal digits: equal bits, equal fingerprint, however they are split."""
         ...

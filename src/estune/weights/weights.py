@@ -81,7 +81,7 @@ class Weights:
         self._threads = threads
         self.storage = open_storage(self._runs, threads)
         self._updated = self.storage if share is None else CpuStorage(share_of(self._runs, share), threads)
-        self._fills = share is None or share.fills
+        self._share = share
         self._perturbed: Perturbation | None = None  # what the live weights are perturbed by
         self._watch()
 
@@ -121,6 +121,28 @@ class Weights:
         self._settle()
         self._updated.update(update, self.rule.rounding)
         self._watch()
+
+    def anchor(self, checkpoint: Checkpoint, update: Update) -> None:
+        """Bring the base, or its share of it, as far toward a checkpoint's tensors as an update says.
+
+        One rounded operation after the other, as `rebuild.anchored` does it in NumPy: the same bits everywhere.
+        """
+        total = sum(len(base) for base in self._base)
+        first, end = (0, total) if self._share is None else self._share.stretch(total)
+        mine = []
+        offset = 0
+        for p, base in zip(self.parameters, self._base, strict=True):
+            mine.append((p, base, range(max(first - offset, 0), min(end - offset, len(base)))))
+            offset += len(base)
+
+        def pull(base: Tensor, read: Callable[[], Array]) -> None:
+            origin = torch.from_numpy(widen(read())).to(base.device)
+            if update.anchor:
+                base.add_((origin - base).mul_(update.anchor))
+            if update.anchor_l1:
+                base.add_((origin - base).clamp_(-update.anchor_l1, update.anchor_l1))
+
+        self._each_stretch(mine, checkpoint, pull)
 
     def fingerprint(self) -> str:
         """Hash of the base weights, 16 hexadecimal digits: equal bits, equal fingerprint, however they are split."""
@@ -177,7 +199,7 @@ class Weights:
 
         A shared base is filled by one for all; for the others this does nothing.
         """
-        if not self._fills:
+        if self._share is not None and not self._share.fills:
             return
         self._fill(self._base, checkpoint)
         if not self._policy.keeps_base:
@@ -208,7 +230,9 @@ class Weights:
             stored = read()
             return sums_of_squares(base, stored if widens else convert(stored, dtype))
 
-        counted = [(p, base) for p, base in zip(self.parameters, self._base, strict=True) if p.counted]
+        counted = [
+            (p, base, range(len(base))) for p, base in zip(self.parameters, self._base, strict=True) if p.counted
+        ]
         sums = np.concatenate([np.zeros((0, 2)), *self._each_stretch(counted, checkpoint, squares)])
         return math.fsum(sums[:, 0]), math.fsum(sums[:, 1])
 
@@ -224,19 +248,24 @@ class Weights:
             stored = convert(read(), DTYPES[type_name(target.dtype)])
             target.copy_(torch.from_numpy(stored).view(target.dtype))
 
-        self._each_stretch(list(zip(self.parameters, targets, strict=True)), checkpoint, copy)
+        whole = [(p, target, range(len(target))) for p, target in zip(self.parameters, targets, strict=True)]
+        self._each_stretch(whole, checkpoint, copy)
 
     def _each_stretch(
         self,
-        tensors: Sequence[tuple[Parameter, Tensor]],
+        tensors: Sequence[tuple[Parameter, Tensor, range]],
         checkpoint: Checkpoint,
         work: Callable[[Tensor, Callable[[], Array]], T],
     ) -> list[T]:
-        """Do work on each stretch of tensors and what reads the checkpoint's elements there; the results, in order."""
+        """Do work on each stretch of tensors, as far as it lies within a range of their elements.
+
+        Work is given the stretch, and what reads the checkpoint's elements there. The results come in order.
+        """
         stretches = [
-            (tensor[first:end], read)
-            for p, tensor in tensors
+            (tensor[max(first, of.start) : min(end, of.stop)], _part_of(read, first, of))
+            for p, tensor, of in tensors
             for first, end, read in _stretches(checkpoint.tensors[p.name], p.part)
+            if max(first, of.start) < min(end, of.stop)
         ]
         if not stretches:
             return []
@@ -276,6 +305,11 @@ def _stretches(stored: StoredTensor, part: Rectangle) -> Iterator[tuple[int, int
     for row in range(0, part.rows, block):
         count = min(block, part.rows - row)
         yield row * part.width, (row + count) * part.width, partial(_columns, stored, part, part.row + row, count)
+
+
+def _part_of(read: Callable[[], Array], first: int, of: range) -> Callable[[], Array]:
+    """What reads those elements of a stretch, which begins at `first`, that lie within a range."""
+    return lambda: read()[max(of.start - first, 0) : of.stop - first]
 
 
 def _columns(stored: StoredTensor, part: Rectangle, row: int, count: int) -> Array:

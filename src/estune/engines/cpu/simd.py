@@ -42,7 +42,7 @@ def load(typing: Any, array: Any, index: Any) -> Any:
     """Elements `index` to `index + 15`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _widened(builder, array, _address(context, builder, array, args, _HALVES))
+        return _widened(builder, array, address(context, builder, array, args, _HALVES))
 
     return (VECTOR(array, types.intp), generate) if _is_stored(array) else None
 
@@ -52,7 +52,7 @@ def element(typing: Any, array: Any, index: Any) -> Any:
     """Element `index` alone."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = builder.load(_address(context, builder, array, args, context.get_data_type(array.dtype)))
+        value = builder.load(address(context, builder, array, args, context.get_data_type(array.dtype)))
         if array.dtype == types.float32:
             return value
         bits = builder.zext(value, _INT)
@@ -99,7 +99,7 @@ def products(
 
         def row(kind: Any, place: Any, index: Any, count: int) -> Any:
             index = builder.add(index, builder.mul(width, number(count)))
-            return _address(context, builder, kind, (place, index), context.get_data_type(kind.dtype))
+            return address(context, builder, kind, (place, index), context.get_data_type(kind.dtype))
 
         def vector(kind: Any, start: Any, k: Any) -> Any:
             return _widened(builder, kind, builder.gep(start, [k]))
@@ -115,7 +115,7 @@ def products(
         with cgutils.for_range_slice(builder, number(0), width, number(WIDTH), inc=True) as (k, _):
             factors = [vector(weight, start, k) for start in rights]
             for start in rights if distance else ():
-                _prefetch(builder, builder.gep(start, [builder.add(k, number(distance))]))
+                prefetch(builder, builder.gep(start, [builder.add(k, number(distance))]))
             for start, of_row in zip(lefts, sums, strict=True):
                 a = vector(x, start, k)
                 for b, variable in zip(factors, of_row, strict=True):
@@ -123,7 +123,7 @@ def products(
         totals = _totals(builder, [builder.load(s) for of_row in sums for s in of_row])
         for i, value in enumerate(totals):
             index = builder.add(builder.add(to, builder.mul(stride, number(i // across))), number(i % across))
-            target = _address(context, builder, out, (args[5], index), ir.FloatType())
+            target = address(context, builder, out, (args[5], index), ir.FloatType())
             builder.store(value, target)
         return context.get_dummy_value()
 
@@ -140,12 +140,12 @@ def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = args[2]
         if array.dtype == types.float32:
-            builder.store(value, _address(context, builder, array, args, _FLOATS), align=4)
+            builder.store(value, address(context, builder, array, args, _FLOATS), align=4)
         else:
             bits = builder.bitcast(value, _INTS)
             parity = builder.and_(builder.lshr(bits, _all(16, _INTS)), _all(1, _INTS))
             bits = builder.lshr(builder.add(builder.add(bits, _all(0x7FFF, _INTS)), parity), _all(16, _INTS))
-            target = _address(context, builder, array, args, _HALVES)
+            target = address(context, builder, array, args, _HALVES)
             builder.store(builder.trunc(bits, _HALVES), target, align=2)
         return context.get_dummy_value()
 
@@ -241,7 +241,7 @@ def _is_stored(kind: Any) -> bool:
     return isinstance(kind, types.Array) and kind.layout == "C" and kind.dtype in (types.float32, types.uint16)
 
 
-def _address(context: Any, builder: Any, kind: Any, place: Any, stored: ir.Type) -> Any:
+def address(context: Any, builder: Any, kind: Any, place: Any, stored: ir.Type) -> Any:
     """Where `place`, an array of type `kind` and an index, and maybe more, is in memory."""
     data = cgutils.create_struct_proxy(kind)(context, builder, value=place[0]).data
     return builder.bitcast(builder.gep(data, [place[1]]), stored.as_pointer())
@@ -255,7 +255,7 @@ def _widened(builder: Any, kind: Any, pointer: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(bits, _INTS), _all(16, _INTS)), _FLOATS)
 
 
-def _prefetch(builder: Any, pointer: Any) -> None:
+def prefetch(builder: Any, pointer: Any) -> None:
     """Have the cache line at `pointer` brought into all caches, wherever that is: it is never an error."""
     address = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [address.type, _INT, _INT, _INT])

@@ -270,7 +270,7 @@ class VllmRows:
 def rows_at_once(config: Config, *, on_cpu: bool) -> int:
     """Sequences that vLLM decodes at once, at most."""
     least, most = (CPU_ROWS, CPU_ROWS) if on_cpu else GPU_ROWS
-    return config.batch_size or min(max(config.prompts_per_step, least), most)
+    return config.batch_size or min(max(config.rows_of_member, least), most)
 
 
 def live_dtype(checkpoint: Checkpoint, config: Config, model: Any) -> str:

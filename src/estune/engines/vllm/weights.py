@@ -101,6 +101,11 @@ class VllmWeights:
         self._engine.call("apply", update)
         self._engine.forget()
 
+    def anchor(self, checkpoint: Checkpoint, update: Update) -> None:
+        """Bring the base as far toward a checkpoint's tensors as an update says."""
+        self._engine.call("anchor", checkpoint.path, update)
+        self._engine.forget()
+
     def fingerprint(self) -> str:
         """Hash of the base weights, 16 hexadecimal digits: that of `Weights` over the whole tensors."""
         return as_fingerprint(self.share_sum())

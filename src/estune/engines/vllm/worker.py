@@ -18,7 +18,7 @@ from torch import Tensor
 from estune.engines.vllm import internals
 from estune.engines.vllm.parameter_map import Place, by_rows, draw_map
 from estune.errors import EstuneError
-from estune.es.strategy import Member
+from estune.es.strategy import Member, Update
 from estune.noise.reference import tensor_id
 from estune.noise.rows import Run
 from estune.weights.checkpoint import Checkpoint
@@ -160,6 +160,11 @@ class Shard:
         """As `Weights.change_sums`."""
         assert self.weights is not None
         return self.weights.change_sums(Checkpoint(path))
+
+    def anchor(self, path: Path, update: Update) -> None:
+        """As `Weights.anchor`."""
+        assert self.weights is not None
+        self.weights.anchor(Checkpoint(path), update)
 
     def digests(self) -> dict[str, int]:
         """A hash of the bits of each live tensor, padding included, by vLLM's name."""

@@ -90,8 +90,8 @@ class _Budget(Monitor):
 def _evolve(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> tuple[Path, float, int]:
     from estune.run.trainer import Trainer
 
-    prompts = min(config.prompts_per_step, len(task.train))
-    most = math.ceil(plan.budget / (config.population * prompts))  # every completion has a token at least
+    prompts = min(config.rows_of_member, len(task.train))
+    most = math.ceil(plan.budget / (config.members * prompts))  # every completion has a token at least
     changes = {"seed": job.seed, "output_dir": folder / "run", "steps": most, "lr_scheduler_type": "constant"}
     changes |= {"eval_steps": 0, "save_steps": 0, "log_completions": 0, "report_to": []}
     changes |= {"watch": [], "compare_with_base": False}

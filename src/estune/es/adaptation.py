@@ -1,0 +1,60 @@
+"""Sigma that adapts itself, and a penalty that does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+GOAL = 1 / 5
+
+
+@dataclass(slots=True)
+class OneFifth:
+    """The one-fifth success rule: sigma grows where more than a fifth of the members are better than the base.
+
+    sigma <- sigma * exp(rate * (p - 1/5)), where p is the share of members that score above the base on the same
+    prompts, and half of those that score as much (Rechenberg 1973; in this form Kern et al. 2004). Beyond `LARGEST`
+    times its first value, or below that part of it, sigma does not go.
+    """
+
+    rate: float = 0.5
+    factor: float = 1.0  # of the first sigma
+
+    LARGEST = 16.0
+
+    def tell(self, rewards: Sequence[float], base: float) -> None:
+        """Take in a step's members and its base."""
+        better = sum(r > base for r in rewards) + sum(r == base for r in rewards) / 2
+        changed = self.factor * math.exp(self.rate * (better / len(rewards) - GOAL))
+        self.factor = min(max(changed, 1 / self.LARGEST), self.LARGEST)
+
+
+@dataclass(slots=True)
+class Constraint:
+    """A second objective as a bound, with a multiplier that is learned: dual ascent on the Lagrangian.
+
+    The fitness is reward - multiplier * violation with violation = (value - bound) / |bound|, negative where there is
+    room left, and after each step multiplier <- max(0, multiplier + rate * mean violation) (arXiv 1910.01708).
+    """
+
+    bound: float
+    at_most: bool = True  # otherwise the value is to be at least the bound
+    rate: float = 0.5
+    multiplier: float = 0.0
+
+    def fitness(self, rewards: Sequence[float | None], values: Sequence[float | None]) -> list[float | None]:
+        """Rewards less the penalty; None where one of both is missing. Learns the multiplier for the next step.
+
+        Args:
+            rewards, values: of each member; the base, which takes part as the last one, among them.
+        """
+        scale = abs(self.bound) or 1.0
+        sign = 1.0 if self.at_most else -1.0
+        over = [None if v is None else sign * (v - self.bound) / scale for v in values]
+        pairs = zip(rewards, over, strict=True)
+        found = [None if r is None or o is None else r - self.multiplier * o for r, o in pairs]
+        known = [o for o in over if o is not None]
+        if known:
+            self.multiplier = max(0.0, self.multiplier + self.rate * math.fsum(known) / len(known))
+        return found

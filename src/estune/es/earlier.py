@@ -1,0 +1,78 @@
+"""What earlier steps add to an update: momentum and reuse of samples, in seeds and coefficients alone."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from estune.es.strategy import Pair, float32
+
+NEGLIGIBLE = 0.05  # a factor below it is left out
+
+
+@dataclass(frozen=True, slots=True)
+class Momentum:
+    """A share of earlier steps in each update.
+
+    The update is (1 - beta) * sum_k beta^k u_(t-k) over the window, where u_t is what step t's own members give: the
+    moving average of Adam's first moment (arXiv 1412.6980, without its correction of the start), cut off. A window of 1
+    is the reuse of the last step's samples: beta is then their weight against the new ones.
+
+    What is reused was measured around another base: each step back counts exp(-d^2 / 2) as much, where d is the
+    distance that the base has moved since, in sigmas and per element: from coefficients alone d^2 = sum c^2 / sigma^2.
+    """
+
+    beta: float = 0.0  # 0: no step but the last counts
+    window: int | None = None  # steps back at most; as far as beta^k is 0.05 or more, if None
+
+    @property
+    def steps(self) -> int:
+        """How many steps back count."""
+        if not self.beta:
+            return 0
+        most = math.floor(math.log(NEGLIGIBLE) / math.log(self.beta))
+        return most if self.window is None else self.window
+
+    @property
+    def own(self) -> float:
+        """The factor of a step's own members."""
+        return 1 - self.beta
+
+
+class Past:
+    """The last steps as far as the next ones need them: the members' terms, and how far the base has moved since.
+
+    Args:
+        momentum: how much of them counts.
+    """
+
+    def __init__(self, momentum: Momentum) -> None:
+        self._momentum = momentum
+        self._steps: deque[tuple[Pair, ...]] = deque(maxlen=max(1, momentum.steps))
+        self._moves: deque[float] = deque(maxlen=max(1, momentum.steps))  # squared, per element, in weights' units
+
+    def factors(self, sigma: float) -> list[float]:
+        """The factors of the last steps' terms, the latest first."""
+        found = []
+        moved = 0.0
+        for back, move in enumerate(list(self._moves)[: self._momentum.steps], 1):
+            moved += move / sigma**2
+            found.append(self._momentum.beta**back * math.exp(-moved / 2))
+        return found
+
+    def terms(self, factors: Sequence[float]) -> tuple[Pair, ...]:
+        """The terms that these factors stand for, the latest step's first."""
+        return scaled(self._steps, factors)
+
+    def add(self, own: Sequence[Pair], whole: Sequence[Pair]) -> None:
+        """Take in a step: what its own members gave, and all that was added to the base."""
+        self._steps.appendleft(tuple(own))
+        self._moves.appendleft(math.fsum(c * c for _, c in whole))
+
+
+def scaled(steps: Iterable[Sequence[Pair]], factors: Sequence[float]) -> tuple[Pair, ...]:
+    """The terms of steps, each step's times its factor."""
+    pairs = zip(factors, steps, strict=False)
+    return tuple((seed, float32(factor * c)) for factor, step in pairs for seed, c in step)

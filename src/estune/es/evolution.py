@@ -1,0 +1,175 @@
+"""Evolution Strategies in parts that settings combine. The defaults are the paper's.
+
+"Evolution Strategies at Scale" (arXiv 2509.24372): N members theta + sigma * eps_n, one reward each, and the update
+theta <- theta + alpha / N * sum_n z_n * eps_n with z-scored rewards z_n, 1/sigma absorbed in alpha. Every part works on
+rewards, seeds and coefficients alone, so that journal, workers and replay need to know none of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from estune.es.adaptation import OneFifth
+from estune.es.earlier import Momentum, Past
+from estune.es.schedule import Schedule
+from estune.es.shaping import Shaping, shape
+from estune.es.strategy import Member, Update, alike, float32, member_seed
+
+log = logging.getLogger(__name__)
+
+_BASE = 1 << 22  # index of the base among a step's members
+
+
+class EvolutionStrategy:
+    """The paper's strategy, and what can be changed of it.
+
+    Args:
+        seed: the run's seed; member seeds are a function of (seed, step, index).
+        population: members a step (N), 2 or more; even if `mirrored`.
+        sigma: standard deviation of the perturbation, above 0.
+        learning_rate: alpha; sigma / 2 if None, and then it follows sigma.
+        steps: length of the run, which the schedules refer to.
+        lr_schedule, sigma_schedule: factors over the run.
+        shaping: from rewards to weights, see `shape`.
+        shaping_share: of the members, for shapings that treat the best or the outermost otherwise.
+        weight_decay: share of the weights taken off a step, times the learning rate; none where rewards are equal.
+        anchor_decay: share of the distance from the base model that is taken back a step, times the learning rate; none
+            where rewards are equal.
+        anchor_l1: how far each weight is brought back toward the base model's a step, times the learning rate.
+        mirrored: evaluate each direction with both signs (antithetic sampling).
+        momentum: what earlier steps add.
+        adapt_sigma: the one-fifth rule, for which the base is evaluated too.
+        evaluate_base: evaluate the base as one more member, of sign 0, which comes last.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        population: int = 30,
+        sigma: float = 0.001,
+        learning_rate: float | None = None,
+        steps: int = 1,
+        lr_schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+        sigma_schedule: Schedule = Schedule(),  # noqa: B008
+        shaping: Shaping = "zscore",
+        shaping_share: float = 0.25,
+        weight_decay: float = 0.0,
+        anchor_decay: float = 0.0,
+        anchor_l1: float = 0.0,
+        mirrored: bool = False,
+        momentum: Momentum = Momentum(),  # noqa: B008
+        adapt_sigma: bool = False,
+        evaluate_base: bool = False,
+    ) -> None:
+        if not sigma > 0 or not math.isfinite(sigma):
+            raise ValueError(f"sigma is {sigma}: it must be above 0")
+        if population < 2 or (mirrored and population % 2):
+            raise ValueError(f"population is {population}: it must be 2 or more, and even when mirrored")
+        self.seed = seed
+        self.population = population
+        self.peak_sigma = sigma
+        self.peak_learning_rate = learning_rate
+        self.steps = steps
+        self.lr_schedule = lr_schedule
+        self.sigma_schedule = sigma_schedule
+        self.shaping: Shaping = shaping
+        self.shaping_share = shaping_share
+        self.weight_decay = weight_decay
+        self.anchor_decay = anchor_decay
+        self.anchor_l1 = anchor_l1
+        self.mirrored = mirrored
+        self.evaluate_base = evaluate_base or adapt_sigma
+        self.step = 0
+        self.factors: list[float] = []
+        """Of the earlier steps' terms in the last update, the latest step's first."""
+        self._momentum = momentum
+        self._past = Past(momentum)
+        self._one_fifth = OneFifth() if adapt_sigma else None
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the current step's perturbations."""
+        adapted = self._one_fifth.factor if self._one_fifth else 1.0
+        return self.peak_sigma * adapted * self.sigma_schedule.factor(self.step, self.steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """Alpha of the current step."""
+        peak = self.sigma / 2 if self.peak_learning_rate is None else self.peak_learning_rate
+        return peak * self.lr_schedule.factor(self.step, self.steps)
+
+    def ask(self, step: int | None = None) -> list[Member]:
+        """The members of a step, the current one if None: `population` of them in a fixed order, and then the base."""
+        step = self.step if step is None else step
+        if self.mirrored:
+            seeds = [member_seed(self.seed, step, i) for i in range(self.population // 2)]
+            members = [Member(s, sign) for s in seeds for sign in (1, -1)]
+        else:
+            members = [Member(member_seed(self.seed, step, i)) for i in range(self.population)]
+        return [*members, Member(member_seed(self.seed, step, _BASE), 0)] if self.evaluate_base else members
+
+    def tell(self, rewards: Sequence[float | None]) -> Update:
+        """Shape the rewards and turn them into coefficients.
+
+        Members whose reward is None or not finite get no weight, and N counts the rest. Where all rewards are equal
+        there is nothing to learn, and the update changes nothing.
+        """
+        members = self.ask()
+        if len(rewards) != len(members):
+            raise ValueError(f"{len(rewards)} rewards for {len(members)} members")
+        of_members = rewards[: self.population]
+        at = [i for i, r in enumerate(of_members) if r is not None and math.isfinite(r)]
+        valid = [r for r in of_members if r is not None and math.isfinite(r)]
+        if len(valid) < self.population:
+            failed = self.population - len(valid)
+            log.warning("step %d: %d of %d members failed", self.step + 1, failed, self.population)
+        if len(valid) < 2:
+            log.warning("step %d: fewer than two members have a reward, so the weights stay as they are", self.step + 1)
+        self.factors = [] if alike(valid) else self._past.factors(self.sigma)
+        update = self._unchanged(members) if alike(valid) else self._update(members, at, valid)
+        self._past.add(update.pairs, (*update.pairs, *update.earlier))
+        base = rewards[-1]
+        if self._one_fifth and valid and base is not None and math.isfinite(base):
+            self._one_fifth.tell(valid, base)
+        self.step += 1
+        return update
+
+    def _unchanged(self, members: Sequence[Member]) -> Update:
+        return Update(self.step, tuple(members), (0.0,) * len(members), rounding_seed=self._rounding_seed)
+
+    def _update(self, members: Sequence[Member], at: Sequence[int], rewards: Sequence[float]) -> Update:
+        """The update by those members, given by their indices, that have a reward."""
+        alpha = self.learning_rate
+        coefficients = [0.0] * len(members)
+        for i, weight in zip(at, shape(rewards, self.shaping, self.shaping_share), strict=True):
+            coefficients[i] = float32(alpha / len(rewards) * weight * members[i].sign * self._momentum.own)
+        return Update(
+            self.step,
+            tuple(members),
+            tuple(coefficients),
+            float32(-alpha * self.weight_decay),
+            self._rounding_seed,
+            self._past.terms(self.factors),
+            float32(alpha * self.anchor_decay),
+            float32(alpha * self.anchor_l1),
+        )
+
+    @property
+    def _rounding_seed(self) -> int:
+        return member_seed(self.seed, self.step, self.population)
+
+    def state(self) -> dict[str, Any]:
+        """What `recall` takes beside the updates so far, as JSON holds it; empty where these say all."""
+        return {"sigma_factor": self._one_fifth.factor} if self._one_fifth else {}
+
+    def recall(self, updates: Sequence[Update], state: dict[str, Any]) -> None:
+        """Go on after these updates, the last of which left this state."""
+        for update in updates:
+            self._past.add(update.pairs, (*update.pairs, *update.earlier))
+        self.step = updates[-1].step + 1 if updates else 0
+        if self._one_fifth:
+            self._one_fifth.factor = float(state.get("sigma_factor", 1.0))

@@ -1,0 +1,169 @@
+"""The parts of a strategy, each against its equation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from estune.es.adaptation import Constraint, OneFifth
+from estune.es.earlier import Momentum
+from estune.es.evolution import EvolutionStrategy
+from estune.es.objective import Objective, best_of
+from estune.es.schedule import Schedule
+from estune.es.shaping import quantile, shape
+
+REWARDS = [0.5, 2.0, -1.0, 0.5, 7.0, 0.0, 1.0, 3.0]
+rewards_of_8 = st.lists(st.integers(-50, 50).map(float), min_size=8, max_size=8).filter(lambda r: len(set(r)) > 1)
+
+
+def standardized(values: list[float]) -> np.ndarray:
+    found = np.asarray(values)
+    return (found - found.mean()) / found.std()
+
+
+@given(rewards_of_8)
+def test_ranks_are_those_of_scipy_and_shared_by_equals(rewards: list[float]) -> None:
+    expected = standardized(scipy.stats.rankdata(rewards))
+    np.testing.assert_allclose(shape(rewards, "centered_ranks"), expected, atol=1e-6)
+
+
+def test_shapings() -> None:
+    assert shape(REWARDS, "raw") == pytest.approx(np.array(REWARDS) - np.mean(REWARDS))
+    # A quarter of eight: the best two, 7 and 3.
+    assert shape(REWARDS, "elite", 0.25) == pytest.approx(standardized([0, 0, 0, 0, 1, 0, 0, 1]))
+    low, high = np.quantile(REWARDS, [0.125, 0.875])
+    assert shape(REWARDS, "winsorized", 0.25) == pytest.approx(standardized(np.clip(REWARDS, low, high)))
+
+
+@given(rewards_of_8, st.sampled_from(["zscore", "centered_ranks", "winsorized", "elite"]))
+def test_weights_have_mean_zero_and_variance_one(rewards: list[float], how: str) -> None:
+    weights = shape(rewards, how)  # type: ignore[arg-type]
+    assert np.mean(weights) == pytest.approx(0, abs=1e-9)
+    assert np.var(weights) == pytest.approx(1, abs=1e-6) or set(weights) == {0.0}  # winsorized to one value
+
+
+@given(rewards_of_8)
+def test_leaving_one_out_is_z_scoring(rewards: list[float]) -> None:
+    r = np.array(rewards)
+    others = (r.sum() - r) / (len(r) - 1)
+    np.testing.assert_allclose(shape(rewards), standardized(list(r - others)), atol=1e-6)
+
+
+@given(st.lists(st.floats(-9, 9), min_size=1, max_size=6), st.integers(1, 7))
+def test_the_best_of_k_is_the_mean_over_all_subsets(scores: list[float], k: int) -> None:
+    subsets = list(itertools.combinations(scores, min(k, len(scores))))
+    assert best_of(scores, k) == pytest.approx(np.mean([max(s) for s in subsets]), abs=1e-9)
+
+
+@given(st.lists(st.floats(-9, 9), min_size=1, max_size=9), st.floats(0, 1))
+def test_quantiles_are_those_of_numpy(values: list[float], q: float) -> None:
+    assert quantile(values, q) == pytest.approx(np.quantile(values, q), abs=1e-9)
+
+
+def test_pass_at_k() -> None:
+    found = Objective(samples=4, best_of=2).fitness([[1, 0, 0, 0, 1, 1, 0, 0]])
+    assert found == [pytest.approx((3 / 6 + 5 / 6) / 2)]  # 1 - C(3, 2) / C(4, 2) and 1 - C(2, 2) / C(4, 2)
+
+
+def test_scores_are_compared_by_prompt_within_groups() -> None:
+    scores = [[1.0, 0.0], [3.0, None], [5.0, 2.0], [5.0, 8.0]]
+    assert Objective().fitness(scores, groups=2) == [0.5, 3.0, 3.5, 6.5]
+    assert Objective(per_prompt="center").fitness(scores, groups=2) == [-0.5, 1.0, -1.5, 1.5]
+    # 1 and 3 are one standard deviation from their mean, 5 and 5 none, 2 and 8 one.
+    assert Objective(per_prompt="standardize").fitness(scores, groups=2) == [-0.5, 1.0, -0.5, 0.5]
+    assert Objective(quantile=0.0).fitness(scores) == [0.0, 3.0, 2.0, 5.0]
+
+
+def test_a_member_with_a_score_that_is_not_finite_has_failed_and_the_others_are_judged_without_it() -> None:
+    scores = [[1.0, math.nan], [3.0, 1.0], [None, None], [1.0, 1.0]]
+    assert Objective().fitness(scores) == [None, 2.0, None, 1.0]
+    assert Objective(per_prompt="center").fitness(scores) == [None, 0.5, None, -0.5]
+
+
+def test_schedules() -> None:
+    cosine = Schedule("cosine", end=0.2, warmup=4)
+    assert [cosine.factor(s, 14) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert cosine.factor(9, 14) == pytest.approx(0.6)
+    assert cosine.factor(14, 14) == cosine.factor(99, 14) == pytest.approx(0.2)
+    assert [Schedule("linear").factor(s, 4) for s in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+    assert Schedule("constant", end=0.5).factor(3, 4) == 1
+
+
+def test_alpha_follows_sigma_unless_it_is_given() -> None:
+    falling = Schedule("linear", end=0.5)
+    for given_rate, expected in ((None, 0.5 * 0.75 / 2), (0.1, 0.1)):
+        strategy = EvolutionStrategy(population=2, sigma=0.5, learning_rate=given_rate, steps=2, sigma_schedule=falling)
+        strategy.tell([0.0, 1.0])
+        assert (strategy.sigma, strategy.learning_rate) == (0.5 * 0.75, expected)
+
+
+def test_the_one_fifth_rule() -> None:
+    rule = OneFifth(rate=0.5)
+    rule.tell([1.0, 0.0, 0.0, 0.0, 0.0], 0.5)
+    assert rule.factor == 1.0  # a fifth is better
+    rule.tell([0.0, 0.0], 0.5)
+    assert rule.factor == pytest.approx(math.exp(-0.1))
+    rule.tell([0.5, 0.5], 0.5)  # as good counts half
+    assert rule.factor == pytest.approx(math.exp(-0.1 + 0.15))
+    for _ in range(99):
+        rule.tell([1.0], 0.0)
+    assert rule.factor == 16.0
+
+    strategy = EvolutionStrategy(population=2, sigma=0.1, adapt_sigma=True)
+    assert [m.sign for m in strategy.ask()] == [1, 1, 0]
+    strategy.tell([1.0, 2.0, 0.0])
+    assert strategy.sigma == pytest.approx(0.1 * math.exp(0.4))
+    again = EvolutionStrategy(population=2, sigma=0.1, adapt_sigma=True)
+    again.recall([], strategy.state())
+    assert again.sigma == strategy.sigma
+
+
+def test_a_constraint_is_paid_for_only_while_it_is_broken() -> None:
+    constraint = Constraint(bound=20.0, rate=0.5)
+    assert constraint.fitness([1.0, 1.0], [30.0, 20.0]) == [1.0, 1.0]
+    assert constraint.multiplier == 0.5 * 0.25
+    assert constraint.fitness([1.0, None, 1.0], [30.0, 10.0, None]) == [1 - 0.125 * 0.5, None, None]
+    assert constraint.multiplier == 0.125
+    for _ in range(20):
+        constraint.fitness([1.0], [10.0])
+    assert constraint.multiplier == 0.0
+    at_least = Constraint(bound=0.5, at_most=False, multiplier=1.0)
+    assert at_least.fitness([0.0], [0.25]) == [-0.5]
+
+
+def test_momentum_is_the_moving_average_of_steps() -> None:
+    strategy = EvolutionStrategy(population=2, sigma=1e6, learning_rate=0.5, momentum=Momentum(0.5))
+    updates = [strategy.tell([0.0, 1.0]) for _ in range(7)]
+    own = [0.5 / 2 * 0.5 * sign for sign in (-1, 1)]
+    assert updates[0].earlier == ()
+    assert updates[0].coefficients == pytest.approx(own)
+    # 0.5^4 is the last above 5%.
+    expected = [
+        (m.seed, pytest.approx(0.5**back * c))
+        for back in range(1, 5)
+        for m, c in zip(updates[6 - back].members, own, strict=True)
+    ]
+    assert list(updates[6].earlier) == expected
+    assert strategy.factors == pytest.approx([0.5, 0.25, 0.125, 0.0625])
+
+    # What was measured around a base that lies far away counts less: here it moved by a whole sigma and element.
+    strategy = EvolutionStrategy(population=2, sigma=1.0, learning_rate=2**0.5, momentum=Momentum(0.5, 1))
+    first = strategy.tell([0.0, 1.0])
+    assert sum(c * c for c in first.coefficients) == pytest.approx(0.25)
+    strategy.tell([0.0, 1.0])
+    assert strategy.factors == pytest.approx([0.5 * math.exp(-0.125)])
+
+
+def test_where_nothing_is_learned_nothing_moves() -> None:
+    strategy = EvolutionStrategy(population=2, momentum=Momentum(0.5), weight_decay=0.5, anchor_decay=0.5)
+    strategy.tell([0.0, 1.0])
+    update = strategy.tell([1.0, 1.0])
+    assert (set(update.coefficients), update.earlier, update.decay, update.anchor) == ({0.0}, (), 0.0, 0.0)
+    assert strategy.factors == []
+    assert len(strategy.tell([0.0, 1.0]).earlier) == 2  # of the step before the last

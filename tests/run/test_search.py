@@ -1,0 +1,161 @@
+"""Runs by every combination of a strategy's parts: replayed, cut off and resumed, and spread over workers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from estune.errors import EstuneError
+from estune.journal.journal import Journal
+from estune.journal.replay import replay
+from estune.noise import reference
+from estune.run.trainer import Trainer
+from tests.runs import make_config, make_task, variety
+
+COURSES = ["constant", "linear", "cosine"]
+BASE = st.fixed_dictionaries(
+    {},
+    optional={
+        "lr_scheduler_type": st.sampled_from(COURSES),
+        "min_lr_rate": st.just(0.2),
+        "warmup_steps": st.integers(0, 3),
+        "sigma_scheduler_type": st.sampled_from(COURSES),
+        "shaping": st.sampled_from(["zscore", "centered_ranks", "winsorized", "elite", "raw"]),
+        "per_prompt": st.sampled_from(["none", "center", "standardize"]),
+        "reward_quantile": st.sampled_from([0.0, 0.3]),
+        "constraint": st.sampled_from(["completions/mean_length<=4", "rewards/variety/mean>=0.9"]),
+        "momentum": st.sampled_from([0.3, 0.8]),
+        "momentum_window": st.integers(1, 3),
+        "weight_decay": st.just(0.1),
+        "anchor_decay": st.just(0.3),
+        "anchor_l1": st.just(0.01),
+        "mirrored": st.booleans(),
+        "noise": st.sampled_from(["iid", "correlated"]),
+    },
+)
+WITH_BASE = st.fixed_dictionaries({}, optional={"adapt_sigma": st.booleans(), "evaluate_base": st.booleans()})
+WITH_GROUPS = st.just({"prompt_groups": 2, "prompts_per_step": 3})
+SAMPLED = st.sampled_from([{}, {"samples_per_prompt": 2, "best_of": 2, "temperature": 1.0}])
+COMBINATIONS = st.tuples(BASE, st.one_of(WITH_BASE, WITH_GROUPS), SAMPLED).map(lambda each: each[0] | each[1] | each[2])
+
+
+def train(output: Path, model: Path, **changes: Any) -> list[str]:
+    """The fingerprints of a run's steps."""
+    Trainer(make_config(output, model, learning_rate=0.02, **changes), task=make_task(), monitors=[]).train()
+    return [record.fingerprint for record in Journal.read(output).steps]
+
+
+def cut(run: Path, copy: Path, steps: int) -> None:
+    """A copy of a run as it was when it was killed after so many steps."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("final"))
+    lines = (copy / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    of_steps = [i for i, line in enumerate(lines) if b'"kind":"step"' in line]
+    (copy / "journal.jsonl").write_bytes(b"".join(lines[: of_steps[steps - 1] + 1]))
+
+
+@given(COMBINATIONS, st.integers(1, 3))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_combination_replays_and_resumes_to_the_same_bits(
+    model: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], steps: int
+) -> None:
+    folder = tmp_path_factory.mktemp("runs")
+    fingerprints = train(folder / "whole", model, **changes)
+    assert replay(folder / "whole", folder / "replayed") == fingerprints[-1]
+    cut(folder / "whole", folder / "cut", steps)
+    Trainer.resume(folder / "cut", task=make_task(), monitors=[]).train()
+    whole, resumed = Journal.read(folder / "whole").steps, Journal.read(folder / "cut").steps
+    assert [(r.fingerprint, r.sigma, r.rewards, r.state) for r in resumed] == [
+        (r.fingerprint, r.sigma, r.rewards, r.state) for r in whole
+    ]
+
+
+ALL = {
+    "momentum": 0.6,
+    "anchor_decay": 0.4,
+    "anchor_l1": 0.005,
+    "prompt_groups": 2,
+    "per_prompt": "standardize",
+    "constraint": "completions/mean_length<=4",
+    "sigma_scheduler_type": "cosine",
+}
+
+
+@pytest.mark.parametrize("where", [{"replicas": 2}, {"workers": 2, "replicas": None}], ids=["replicas", "workers"])
+def test_the_parts_give_the_same_bits_on_any_number_of_workers(
+    model: Path, tmp_path: Path, where: dict[str, Any]
+) -> None:
+    assert train(tmp_path / "one", model, **ALL) == train(tmp_path / "more", model, **ALL, **where)
+
+
+def test_a_run_with_momentum_anchor_and_groups_is_what_the_equations_say(model: Path, tmp_path: Path) -> None:
+    """The weights again in NumPy, from seeds and rewards alone."""
+    changes = {"momentum": 0.5, "momentum_window": 1, "anchor_decay": 0.5, "prompt_groups": 2, "prompts_per_step": 3}
+    train(tmp_path / "run", model, save_dtype="float32", **changes)
+    origin = {name: t.astype(np.float64).ravel() for name, t in load_file(model / "model.safetensors").items()}
+    theta = {name: t.copy() for name, t in origin.items()}
+    last: list[tuple[int, float]] = []
+    moved = 0.0
+    for record in Journal.read(tmp_path / "run").steps:
+        assert len(record.prompts) == 6
+        rewards = np.array(record.rewards, float)
+        z = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+        own = [(m.seed, 0.5 * 0.02 / 4 * w) for m, w in zip(record.update.members, z, strict=True)]
+        old = [(seed, 0.5 * np.exp(-moved / 0.02**2 / 2) * c) for seed, c in last]
+        for name, t in theta.items():
+            t += 0.5 * 0.02 * (origin[name] - t)
+            key = reference.tensor_id(name)
+            t += sum(c * reference.normal_by_id(seed, key, 0, t.size).astype(float) for seed, c in own + old)
+        last, moved = own, sum(c * c for _, c in own + old)
+    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    for name, t in theta.items():
+        np.testing.assert_allclose(final[name].ravel(), t, rtol=0, atol=2e-6)
+
+
+def test_members_of_a_group_share_prompts_and_the_base_shares_all(model: Path, tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def spying(completions: list[str], prompts: list[str], **_: Any) -> list[float]:
+        seen.append(prompts)
+        return variety(completions)
+
+    config = make_config(tmp_path / "run", model, steps=1, prompt_groups=2, prompts_per_step=2, eval_on_start=False)
+    Trainer(config, task=make_task(spying), monitors=[]).train()
+    of_members = [prompts for prompts in seen if len(prompts) == 2]
+    assert of_members[0] == of_members[1] != of_members[2] == of_members[3]
+    assert not set(of_members[0]) & set(of_members[2])
+
+    train(tmp_path / "with base", model, steps=1, evaluate_base=True)
+    record = Journal.read(tmp_path / "with base").steps[0]
+    assert [m.sign for m in record.update.members] == [1, 1, 1, 1, 0]
+    assert record.update.coefficients[-1] == 0.0
+    assert record.metrics["reward_base"] == record.rewards[-1]
+    assert record.metrics["reward"] == pytest.approx(np.mean([r for r in record.rewards[:-1] if r is not None]))
+
+
+def test_a_constraint_on_an_unknown_metric_names_those_there_are(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(EstuneError, match="no metric length; there are completions/clipped_ratio, "):
+        train(tmp_path / "run", model, constraint="length<=4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_groups": 3}, "population 4 makes no 3 prompt_groups of equal size"),
+        ({"prompt_groups": 2, "population": 6, "mirrored": True}, "in pairs"),
+        ({"prompt_groups": 2, "adapt_sigma": True}, "prompt_groups must be 1"),
+        ({"best_of": 2}, "best_of 2 of samples_per_prompt 1"),
+        ({"samples_per_prompt": 2}, "set temperature"),
+        ({"anchor_decay": 0.1, "weights": "copy"}, "set weights=master"),
+        ({"constraint": "length=4"}, "constraint"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, tmp_path, **changes)
