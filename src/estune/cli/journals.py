@@ -84,17 +84,18 @@ def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="a run's directory, or its journal in the compact form")],
     b: Annotated[Path, typer.Argument(metavar="B", help="another one")],
     no_weights: Annotated[bool, typer.Option("--no-weights", help="do not replay them to compare weights")] = False,
+    model: BaseModel = None,
     as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
 ) -> None:
     """Say in what two runs differ: settings, data, the first step that is another, their weights by layer."""
     from estune.journal.diff import diff as compare
 
     if as_json:
-        found = compare(a, b, weights=not no_weights)
+        found = compare(a, b, (model, model), weights=not no_weights)
         print(json.dumps({**vars(found), "layers": [vars(layer) for layer in found.layers]}))
         return
     with opening(f"diff {a} {b}"), progress("replaying both") as told:
-        found = compare(a, b, weights=not no_weights, told=told)
+        found = compare(a, b, (model, model), weights=not no_weights, told=told)
     for title, pairs in (("settings", found.settings), ("what they began with", found.begun_with)):
         if pairs:
             rows = [[name, _cell(one), _cell(other)] for name, (one, other) in pairs.items()]
