@@ -2,7 +2,7 @@
 
 python examples/real.py [SETTING=VALUE ...]
 
-The model is SmolLM2-135M-Instruct, the settings are those of examples/capitals.yaml.
+The model is SmolLM2-135M-Instruct, which learns to use a calculator; the settings are those of examples/calculator.yaml.
 """
 
 import sys
@@ -18,7 +18,7 @@ from estune.errors import printable
 
 SHOWN = 12
 
-config = load(Path(__file__).parent / "capitals.yaml", sys.argv[1:])
+config = load(Path(__file__).parent / "calculator.yaml", sys.argv[1:])
 summary = Trainer(config).train()
 
 # Each evaluation's completions are a table, with the held-out prompts in the same order.
@@ -26,11 +26,12 @@ steps = (summary.before["step"], summary.after["step"])
 tables = [pq.read_table(summary.run / "completions" / f"evaluation-{step:05d}.parquet").to_pylist() for step in steps]
 shown = Table(*("prompt", *(f"after step {step}" for step in steps)), title="held-out prompts", title_justify="left")
 for before, after in list(zip(*tables, strict=True))[:SHOWN]:
-    shown.add_row(*map(printable, (before["prompt"], before["completion"], after["completion"])))
+    question = before["prompt"].rpartition("user: ")[2]  # the others show how it is done
+    shown.add_row(*map(printable, (question, before["completion"], after["completion"])))
 console = Console()
 console.print(shown)
 for what, key in (
-    ("the capital is in the answer", "eval_accuracy"),
+    ("the answer is right", "eval_accuracy"),
     ("tokens", "eval_completions/mean_length"),
 ):
     console.print(f"{what}: {summary.before[key]:.3g} -> {summary.after[key]:.3g}")

@@ -71,6 +71,25 @@ def test_the_real_models_example_shows_answers_before_and_after(tmp_path: Path) 
     assert "the capital is in the answer: " in told
 
 
+def test_a_policy_learns_to_balance_a_pole() -> None:
+    told = subprocess.run(
+        [sys.executable, "examples/policy.py"], check=True, cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    before, after = map(int, re.findall(r"(\d+) -> (\d+)", told)[0])
+    assert before < 30
+    assert after > 100
+
+
+def test_islands_learn_and_go_on_from_the_better_one(tmp_path: Path) -> None:
+    told = subprocess.run(
+        [sys.executable, "examples/islands.py", str(tmp_path)], check=True, cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    base, one, other, heir = map(float, re.findall(r"\d\.\d+", told))
+    assert base < min(one, other)
+    assert heir > base + 0.15
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
 def test_no_country_is_trained_on_and_held_out() -> None:
     capitals = runpy.run_path(str(EXAMPLES / "capitals.py"))
     train, evaluation = ({row["prompt"] for row in capitals[side]} for side in ("train", "evaluation"))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from estune.run.evaluate import evaluate_model
     from estune.run.hub import pull, push
     from estune.run.load import load
+    from estune.run.parameter_search import Engines, ParameterSearch
     from estune.run.trainer import Trainer
     from estune.tasks.base import Task
     from estune.trl.config import ESConfig
@@ -38,10 +39,12 @@ if TYPE_CHECKING:
 _HOME = {
     "Config": "config",
     "ESConfig": "trl.config",
+    "Engines": "run.parameter_search",
     "ESTrainer": "trl.trainer",
     "EstuneError": "errors",
     "EvolutionStrategy": "es.evolution",
     "Member": "es.strategy",
+    "ParameterSearch": "run.parameter_search",
     "Strategy": "es.strategy",
     "Task": "tasks.base",
     "Trainer": "run.trainer",
@@ -66,9 +69,11 @@ __all__ = [
     "Config",
     "ESConfig",
     "ESTrainer",
+    "Engines",
     "EstuneError",
     "EvolutionStrategy",
     "Member",
+    "ParameterSearch",
     "Strategy",
     "Task",
     "Trainer",

@@ -167,3 +167,20 @@ def test_where_nothing_is_learned_nothing_moves() -> None:
     assert (set(update.coefficients), update.earlier, update.decay, update.anchor) == ({0.0}, (), 0.0, 0.0)
     assert strategy.factors == []
     assert len(strategy.tell([0.0, 1.0]).earlier) == 2  # of the step before the last
+
+
+def test_a_strategy_goes_on_from_json_as_if_it_had_never_stopped() -> None:
+    def strategy() -> EvolutionStrategy:
+        return EvolutionStrategy(population=4, seed=3, sigma=0.1, momentum=Momentum(0.7), adapt_sigma=True, steps=9)
+
+    def rewards(step: int) -> list[float]:
+        return [math.sin(step * 5 + i) for i in range(5)]
+
+    whole, first = strategy(), strategy()
+    expected = [whole.tell(rewards(step)) for step in range(8)]
+    for step in range(3):
+        first.tell(rewards(step))
+    second = strategy()
+    second.from_json(first.to_json())
+    assert [second.tell(rewards(step)) for step in range(3, 8)] == expected[3:]
+    assert second.sigma == whole.sigma

@@ -236,13 +236,23 @@ def test_trl_gets_the_rewards_that_es_gets() -> None:
 
 @needs_trl
 def test_a_comparison_runs_both_kinds_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    plan, config = small(methods=["es", "grpo"], seeds=[0], rates=[1e-3])
+    plan, config = small(methods=["es", "grpo"], seeds=[0], rates=[1e-3], points=2)
     folder, told = tmp_path / "out", []
     first = compare(plan, config, folder, told.append)
     assert [r["job"]["method"] for r in first] == ["es", "grpo"]
     assert told == first == read_results(folder)
     grpo = first[1]
     assert 300 <= grpo["tokens"] < 300 + 8 * config.max_new_tokens
+    for result in first:  # from the base to what the run came to, and the clock stands while points are kept
+        curve = result["curve"]
+        assert (curve[0]["tokens"], curve[0]["accuracy"]) == (0, result["base_accuracy"])
+        assert [curve[-1][key] for key in ("tokens", "accuracy", "reward")] == [
+            result[key] for key in ("tokens", "accuracy", "reward")
+        ]
+        seconds = [point["seconds"] for point in curve]
+        assert sorted(seconds) == seconds
+        assert seconds[-1] <= result["seconds"]
+    assert not list(folder.glob("*/point*"))
     trained = AutoModelForCausalLM.from_pretrained(folder / "grpo-0.001-seed0" / "final")
     base = AutoModelForCausalLM.from_pretrained(locate("tiny"))
     assert not torch.equal(trained.model.embed_tokens.weight, base.model.embed_tokens.weight)

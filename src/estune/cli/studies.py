@@ -140,6 +140,9 @@ def compare(
     ] = None,
     rl_temperature: Annotated[float | None, typer.Option(help="at which RL draws; 1 by default")] = None,
     beta: Annotated[float | None, typer.Option(help="weight of RL's KL penalty; 0 by default")] = None,
+    points: Annotated[
+        int | None, typer.Option(help="of each learning curve, evaluated when the run is over; none by default")
+    ] = None,
     short_tokens: Annotated[
         int | None, typer.Option(help="an answer of so many tokens is short; half of the base's mean length by default")
     ] = None,
@@ -163,6 +166,7 @@ def compare(
         generations=generations,
         rl_temperature=rl_temperature,
         beta=beta,
+        points=points,
         short_tokens=short_tokens,
     )
     settings = load(config, overrides_of(context.args))

@@ -71,6 +71,18 @@ class Past:
         self._steps.appendleft(tuple(own))
         self._moves.appendleft(math.fsum(c * c for _, c in whole))
 
+    def state(self) -> list[tuple[float, list[Pair]]]:
+        """Of each step that counts, the latest first, how far it moved the base and its terms; as JSON holds it."""
+        return [(move, list(terms)) for move, terms in zip(self._moves, self._steps, strict=True)]
+
+    def recall(self, state: Sequence[tuple[float, Sequence[Pair]]]) -> None:
+        """Be what gave this state."""
+        self._moves.clear()
+        self._steps.clear()
+        for move, terms in state:
+            self._moves.append(move)
+            self._steps.append(tuple((seed, c) for seed, c in terms))
+
 
 def scaled(steps: Iterable[Sequence[Pair]], factors: Sequence[float]) -> tuple[Pair, ...]:
     """The terms of steps, each step's times its factor."""

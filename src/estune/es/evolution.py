@@ -7,6 +7,7 @@ rewards, seeds and coefficients alone, so that journal, workers and replay need 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -173,3 +174,14 @@ class EvolutionStrategy:
         self.step = updates[-1].step + 1 if updates else 0
         if self._one_fifth:
             self._one_fifth.factor = float(state.get("sigma_factor", 1.0))
+
+    def to_json(self) -> str:
+        """All that `from_json` needs to go on where this is; settings are not part of it."""
+        return json.dumps({"step": self.step, "state": self.state(), "past": self._past.state()})
+
+    def from_json(self, text: str) -> None:
+        """Go on where a strategy of the same settings was."""
+        found = json.loads(text)
+        self.recall([], found["state"])
+        self.step = found["step"]
+        self._past.recall(found["past"])

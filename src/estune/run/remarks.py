@@ -33,9 +33,8 @@ def before(config: Config, task: Task, order: StagedOrder) -> Iterator[str]:
     if fewest < config.prompts_of_step:
         times = " * prompt_groups" if config.prompt_groups > 1 else ""
         where = "a stage" if len(order.orders) > 1 else "the training set"
-        yield (
-            f"prompts_per_step{times} is {config.prompts_of_step}, and {where} has {fewest} rows: every step uses all of them"
-        )
+        asked = f"prompts_per_step{times} is {config.prompts_of_step}"
+        yield f"{asked}, and {where} has {fewest} rows: every step uses all of them"
     answered = sum(_goes_on(row["prompt"]) for row in task.train)
     if answered:
         yield (

@@ -70,6 +70,14 @@ class Parameter:
         return Rectangle(0, 0, self.tensor.numel() // max(columns, 1), columns, columns)
 
 
+def own_parameters(module: nn.Module) -> list[Parameter]:
+    """All parameters of any module under its own names, tied tensors once."""
+    tied: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        tied.setdefault(tensor.data_ptr(), (tensor, []))[1].append(name)
+    return [Parameter(names[0], tensor, tuple(names[1:])) for tensor, names in tied.values()]
+
+
 def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = "*") -> list[Parameter]:
     """The model's parameters under their checkpoint names, tied tensors once.
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -25,13 +25,13 @@ from estune.weights.base import Share, make_base, share_of
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, widen
 from estune.weights.checkpoint import Tensor as StoredTensor
 from estune.weights.device import on_this_stream
-from estune.weights.parameters import Parameter, Rectangle
+from estune.weights.parameters import Parameter, Rectangle, own_parameters
 from estune.weights.policies import POLICIES, NoiseMode, Perturbation, PolicyName, Rounding, Rule
 from estune.weights.storage import CpuStorage, Storage, as_array, flat, open_storage, sums_of_squares, type_name
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -84,6 +84,11 @@ class Weights:
         self._share = share
         self._perturbed: Perturbation | None = None  # what the live weights are perturbed by
         self._watch()
+
+    @classmethod
+    def of(cls, module: nn.Module, **options: Any) -> Self:
+        """All parameters of any PyTorch module; `options` are those of the class."""
+        return cls(own_parameters(module), **options)
 
     def _run(self, parameter: Parameter, live: Tensor, base: Tensor) -> Run:
         part = parameter.part

@@ -66,6 +66,16 @@ def measure(checkpoint: Path, base: Path, config: Config, task: Task, short_toke
     }
 
 
+def greedy(checkpoint: Path, config: Config, task: Task) -> dict[str, float]:
+    """Accuracy and reward of greedy completions on the evaluation set: one point of a learning curve."""
+    sampling = make_sampling(config.model_copy(update={"temperature": 0.0}))
+    ids = token_ids(open_encoder(config), task, task.evaluation)
+    answers = _engine(checkpoint, config).generate(ids, sampling)
+    with make_grading(config, task) as grading:
+        metrics = evaluation_metrics(task, grade_completions(task, task.evaluation, answers, grading))
+    return {"accuracy": metrics["eval_accuracy"], "reward": metrics["eval_reward"]}
+
+
 def short_but_wrong(task: Task, graded: Graded, short_tokens: int) -> float:
     """Share of all completions that have at most `short_tokens` tokens and are not fully right."""
     found = 0

@@ -59,6 +59,7 @@ class Plan(BaseModel):
     batch: int = Field(256, ge=2)  # completions of an RL step
     rl_temperature: float = Field(1.0, gt=0)
     beta: float = Field(0.0, ge=0)  # weight of the KL penalty
+    points: int = Field(0, ge=0)  # of the learning curve, equally many tokens apart; the last one is the run's end
     short_tokens: int | None = Field(None, ge=1)  # an answer of at most as many tokens is short
 
     def check(self, config: Config) -> None:

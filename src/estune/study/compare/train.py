@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import write_text
+from estune.journal.replay import replay
 from estune.run.monitors.base import Metrics, Monitor, Request, Sample
 from estune.study.compare.plan import Job, Plan
 from estune.tasks.base import Task
@@ -57,46 +61,92 @@ def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = 
         what `measure` says, with tokens, steps, seconds (of training alone) and memory (bytes, the process's peak until
         training ended, libraries included; on CUDA, of the device).
     """
-    from estune.study.compare.measure import measure
+    from estune.study.compare.measure import greedy, measure
 
     task = task or config.task.build(config.seed)
-    start = time.perf_counter()
+    progress = Progress(plan)
     train = _evolve if job.method == "es" else _reinforce
-    checkpoint, tokens, steps = train(plan, job, config, folder, task)
-    seconds = time.perf_counter() - start
+    checkpoint, tokens, steps = train(plan, job, config, folder, task, progress)
+    seconds = progress.seconds()
     memory = _peak_memory(config.device)
     metrics = measure(checkpoint, locate(config.model), config, task, plan.short_tokens)
     figures = {"tokens": tokens, "steps": steps, "seconds": seconds, "memory": memory}
-    return {"job": job.model_dump(), **figures, **metrics}
+    if not plan.points:
+        return {"job": job.model_dump(), **figures, **metrics}
+    # The way there, once the clock has stopped.
+    curve = [{"tokens": 0.0, "seconds": 0.0, **greedy(locate(config.model), config, task)}]
+    for at, took, open_point in progress.passed:
+        with open_point() as point:
+            curve.append({"tokens": at, "seconds": took, **greedy(point, config, task)})
+    return {"job": job.model_dump(), **figures, **metrics, "curve": curve}
+
+
+class Progress:
+    """The points of a learning curve that a run passes, and the time that it has taken, without what they cost.
+
+    Args:
+        plan: says how many there are.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._every = plan.budget / plan.points if plan.points else math.inf
+        self._start = time.perf_counter()
+        self._stood = 0.0
+        self.passed: list[tuple[float, float, Callable[[], AbstractContextManager[Path]]]] = []
+        """Of each point the tokens and the seconds until then, and what makes a checkpoint of it."""
+
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return time.perf_counter() - self._start - self._stood
+
+    def at(self, tokens: float, keep: Callable[[], Callable[[], AbstractContextManager[Path]]]) -> None:
+        """Tell what has been generated so far; a point that is passed is kept, while the clock stands."""
+        if tokens >= self._every * (len(self.passed) + 1):
+            began = time.perf_counter()
+            self.passed.append((tokens, self.seconds(), keep()))
+            self._stood += time.perf_counter() - began
 
 
 class _Budget(Monitor):
-    """Asks an ES run to end after the step that spends the budget."""
+    """Asks an ES run to end after the step that spends the budget. Points of its curve are replayed, once it has."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, run: Path, progress: Progress) -> None:
         self.budget = tokens
+        self.run = run
+        self.progress = progress
         self.tokens = 0.0
         self.steps = 0
 
     def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
         self.tokens = metrics["num_tokens"]
-        self.steps = int(metrics["step"])
+        self.steps = step = int(metrics["step"])
+        self.progress.at(self.tokens, lambda: lambda: self._replayed(step))
+
+    @contextmanager
+    def _replayed(self, step: int) -> Iterator[Path]:
+        with TemporaryDirectory(dir=self.run.parent) as folder:
+            replay(self.run, Path(folder) / "point", step, dtype="float32")
+            yield Path(folder) / "point"
 
     def requests(self) -> Collection[Request]:
         asked: list[Request] = ["stop"] if self.tokens >= self.budget else []
         return asked
 
 
-def _evolve(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> tuple[Path, float, int]:
+def _evolve(
+    plan: Plan, job: Job, config: Config, folder: Path, task: Task, progress: Progress
+) -> tuple[Path, float, int]:
     from estune.run.trainer import Trainer
 
     prompts = min(config.rows_of_member, len(task.train))
     most = math.ceil(plan.budget / (config.members * prompts))  # every completion has a token at least
-    changes = {"seed": job.seed, "output_dir": folder / "run", "steps": most, "lr_scheduler_type": "constant"}
+    changes: dict[str, Any] = {"seed": job.seed, "output_dir": folder / "run"}
+    if config.lr_scheduler_type == config.sigma_scheduler_type == "constant":  # others have to know the run's length
+        changes["steps"] = most
     changes |= {"eval_steps": 0, "save_steps": 0, "log_completions": 0, "report_to": []}
     changes |= {"watch": [], "compare_with_base": False}
     changes["save_dtype"] = "float32"  # what is evaluated in the end are the weights that generated
-    budget = _Budget(plan.budget)
+    budget = _Budget(plan.budget, folder / "run", progress)
     # Nothing is evaluated on the way: nor does TRL, and seconds are of training.
     blind = replace(task, evaluation=[], accuracy=None)
     trainer = Trainer(config.model_copy(update=changes), task=blind, monitors=[budget])
@@ -104,7 +154,9 @@ def _evolve(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> t
     return trainer.run.final, budget.tokens, budget.steps
 
 
-def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -> tuple[Path, float, int]:
+def _reinforce(
+    plan: Plan, job: Job, config: Config, folder: Path, task: Task, progress: Progress
+) -> tuple[Path, float, int]:
     import torch
     from datasets import Dataset
     from transformers.trainer_callback import TrainerCallback
@@ -129,6 +181,18 @@ def _reinforce(plan: Plan, job: Job, config: Config, folder: Path, task: Task) -
         class Spent(TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 control.should_training_stop = reward.tokens >= plan.budget
+                progress.at(reward.tokens, keep)
+
+        def keep() -> Callable[[], AbstractContextManager[Path]]:
+            point = folder / f"point-{len(progress.passed)}"
+            trainer.save_model(str(point))
+
+            @contextmanager
+            def kept() -> Iterator[Path]:
+                yield point
+                shutil.rmtree(point)
+
+            return kept
 
         trainer = trainer_class(
             model=str(path),
