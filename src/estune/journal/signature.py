@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 from estune.errors import EstuneError
 from estune.files import replacing
+from estune.journal import compact
 from estune.journal.journal import FILE, Journal
 
 SIGNATURE = "journal.sig"
@@ -82,7 +83,7 @@ def refuse_unsigned(journal: Journal, key: str | Path) -> None:
 
 def signature_of(journal: Journal) -> Path:
     """Where a journal's signature lies: in a run's directory, or beside a file in the compact form, under its name."""
-    name = SIGNATURE if journal.path.name in (FILE, "journal.estune") else f"{journal.path.stem}.sig"
+    name = SIGNATURE if journal.path.name in (FILE, compact.FILE) else f"{journal.path.stem}.sig"
     return journal.path.parent / name
 
 
