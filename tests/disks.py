@@ -47,6 +47,10 @@ class Disk:
         """Unmount it."""
         _run("umount", str(self.path))
 
+    def make_read_only(self) -> None:
+        """Let nothing be written any more."""
+        _run("mount", "-o", "remount,ro", str(self.path))
+
     def _mount(self) -> None:
         _run("mount", "-o", "loop,commit=300", str(self._image), str(self.path))
 

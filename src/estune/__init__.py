@@ -17,8 +17,18 @@ if TYPE_CHECKING:
     from estune.errors import EstuneError
     from estune.es.evolution import EvolutionStrategy
     from estune.es.strategy import Member, Strategy, Update
+    from estune.journal.diff import diff
+    from estune.journal.log import log
+    from estune.journal.merge import merge
+    from estune.journal.replay import replay
+    from estune.journal.share import pack
+    from estune.journal.signature import sign
+    from estune.journal.verify import verify
     from estune.noise import normal
+    from estune.run.branch import branch
     from estune.run.evaluate import evaluate_model
+    from estune.run.hub import pull, push
+    from estune.run.load import load
     from estune.run.parameter_search import Engines, ParameterSearch
     from estune.run.trainer import Trainer
     from estune.tasks.base import Task
@@ -40,8 +50,19 @@ _HOME = {
     "Trainer": "run.trainer",
     "Update": "es.strategy",
     "Weights": "weights.weights",
+    "branch": "run.branch",
+    "diff": "journal.diff",
     "evaluate_model": "run.evaluate",
+    "load": "run.load",
+    "log": "journal.log",
+    "merge": "journal.merge",
     "normal": "noise",
+    "pack": "journal.share",
+    "pull": "run.hub",
+    "push": "run.hub",
+    "replay": "journal.replay",
+    "sign": "journal.signature",
+    "verify": "journal.verify",
 }
 
 __all__ = [
@@ -58,8 +79,19 @@ __all__ = [
     "Trainer",
     "Update",
     "Weights",
+    "branch",
+    "diff",
     "evaluate_model",
+    "load",
+    "log",
+    "merge",
     "normal",
+    "pack",
+    "pull",
+    "push",
+    "replay",
+    "sign",
+    "verify",
 ]
 __version__ = "0.1.0"
 

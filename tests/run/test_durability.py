@@ -6,6 +6,7 @@ The event is told by its kind, its file, and the how manieth of its kind it is. 
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,16 @@ from pathlib import Path
 import pytest
 
 from estune.config import Config
+from estune.errors import EstuneError
+from estune.journal.replay import replay
+from estune.journal.share import pack
+from estune.journal.verify import verify
+from estune.run.branch import branch
+from estune.run.trainer import Trainer
 from tests.disks import Disk
 from tests.kills import broken_promises, differences, killed_at, power_cut_at
 from tests.models import save_model
-from tests.runs import make_config
+from tests.runs import make_config, make_task
 
 
 def config(output: Path, model: Path) -> Config:
@@ -103,3 +110,32 @@ def test_what_is_damaged_or_gone_is_made_again(model: Path, whole: tuple[Path, l
     assert broken_promises(tmp_path / "run")
     killed_at(None, run)
     assert not differences(tmp_path / "run", left_alone)
+
+
+def test_a_run_on_a_disk_that_is_read_only_is_read_and_not_gone_on_with(
+    model: Path, whole: tuple[Path, list[str]], disk: Disk, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(whole[0], disk.path / "run"))
+    disk.make_read_only()
+    with pytest.raises(EstuneError, match=r"journal\.jsonl: Read-only file system while writing.*make it writable"):
+        Trainer.resume(run, steps=9, task=make_task(), monitors=[])
+    proof = verify(run)
+    assert {"best", "final"} <= proof.checkpoints.keys()
+    assert pack(run, tmp_path / "run.estune") > 0
+    with pytest.raises(EstuneError, match=r"run\.estune: Read-only file system while writing"):
+        pack(run, disk.path / "run.estune")
+    with pytest.raises(EstuneError, match=r"out: Read-only file system while writing"):
+        replay(run, disk.path / "out")
+    changed = {"steps": 1, "output_dir": tmp_path / "branch"}
+    branch(run, 1, task=make_task(), monitors=[], **changed).train()
+    assert verify(tmp_path / "branch").steps == 2
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    model: Path, whole: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jumps = itertools.cycle([4e9, 0.0, 1e9])
+    monkeypatch.setattr("time.time", lambda: next(jumps))
+    Trainer(config(tmp_path / "run", model), task=make_task(), monitors=None).train()
+    monkeypatch.undo()
+    assert not differences(tmp_path / "run", whole[0])

@@ -1,6 +1,7 @@
 """The command line: each command where its group is, and what ends it. Heavy imports wait until a command runs.
 
 - `runs.py`: train, eval, replay
+- `journals.py`: log, verify, diff, branch, merge, pack, sign, push, pull
 - `chat.py`: chat
 - `serve.py`: serve
 - `studies.py`: probe, sweep, compare, report
@@ -23,7 +24,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from estune import __version__
-from estune.cli import chat, estimate, lists, runs, serve, studies
+from estune.cli import chat, estimate, journals, lists, runs, serve, studies
 from estune.cli.signals import spared_imports, terminable
 from estune.errors import EstuneError, printable, printable_lines
 from estune.files import clear_temporary, explained
@@ -51,6 +52,15 @@ app.command("eval", context_settings=SETTINGS)(runs.evaluate)
 app.command("chat", context_settings=SETTINGS)(chat.chat)
 app.command("serve", context_settings=SETTINGS)(terminable()(serve.serve))
 app.command("replay")(runs.replay)
+app.command("log")(journals.log)
+app.command("verify")(journals.verify)
+app.command("diff")(journals.diff)
+app.command("branch", context_settings=SETTINGS)(journals.branch)
+app.command("merge")(journals.merge)
+app.command("pack")(journals.pack)
+app.command("sign")(journals.sign)
+app.command("push")(journals.push)
+app.command("pull")(journals.pull)
 app.command("report")(studies.report)
 app.command("probe", context_settings=SETTINGS)(studies.probe)
 # These two ask their children to end, and wait for them, before they end by SIGTERM; as `serve` removes its checkpoint.

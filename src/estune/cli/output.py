@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich import get_console
@@ -40,6 +40,25 @@ def opening(what: str) -> Iterator[None]:
 
     with console.status(_Waiting()):
         yield
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[float], None]]:
+    """What hears which share of something is done, 0 to 1, and shows it under `opening`, or says it now and then.
+
+    Args:
+        what: is done.
+    """
+    from estune.pool.waiting import told_while
+
+    share = 0.0
+
+    def told(now: float) -> None:
+        nonlocal share
+        share = now
+
+    with told_while(what, so_far=lambda: f": {share:.0%}", share=lambda: share):
+        yield told
 
 
 class _Waiting:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from estune.cli.options import AcceptChanges, ConfigFile, TrustTask, overrides_of
-from estune.cli.output import opening, say
+from estune.cli.output import opening, progress, say
 from estune.errors import EstuneError, printable
 
 
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def replay(
-    run: Annotated[Path, typer.Argument(help="a run's directory")],
+    run: Annotated[Path, typer.Argument(help="a run's directory, or its journal in the compact form")],
     output: Annotated[Path, typer.Option("--output", "-o", help="directory to write the checkpoint to")],
     step: Annotated[int | None, typer.Option(help="after how many steps; all by default")] = None,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
@@ -126,6 +126,7 @@ def replay(
     from estune.journal.journal import Journal
     from estune.journal.replay import replay as rebuild
 
-    fingerprint = rebuild(run, output, step, model, dtype, accept_changes=accept_changes)
+    with opening(f"replay {run}"), progress("replaying") as told:
+        fingerprint = rebuild(run, output, step, model, dtype, accept_changes=accept_changes, told=told)
     missing = Journal.read(run).shortfall() if step is None else None
     say(f"{output}: fingerprint {fingerprint} " + (f"is that of its last step ({missing})" if missing else "verified"))

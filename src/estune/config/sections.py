@@ -110,6 +110,9 @@ class Run(Section):
     start_from: Path | None = Field(
         None, description="a run to go on from, over the same model: its journal is replayed, then comes this run's"
     )
+    start_step: int | None = Field(
+        None, ge=0, description="from where in `start_from` to go on: after so many of its steps; all by default"
+    )
     dtype: Literal["auto", DType] = Field(
         "auto",
         description="type of the weights that generate; auto is the checkpoint's, but on a CPU float32, or bfloat16 "

@@ -23,6 +23,7 @@ from estune.errors import EstuneError
 from estune.es.earlier import scaled
 from estune.es.strategy import Member, Update
 from estune.files import locked, replacing, sync
+from estune.journal import compact
 from estune.journal.lines import fault
 from estune.noise.reference import NOISE_VERSION
 from estune.weights.checkpoint import Checkpoint, locate
@@ -50,6 +51,12 @@ def going_on(how: str, run: Path) -> str:
         run: its directory.
     """
     return how.format(run=shlex.quote(str(run)), text=repr(str(run)))
+
+
+def is_run(place: str | Path) -> bool:
+    """Whether a directory holds a run's journal, or a file is one in the compact form."""
+    path = Path(place)
+    return (path / FILE).is_file() or (path / compact.FILE).is_file() or compact.is_compact(path)
 
 
 def rank(metrics: Mapping[str, float], best_by: Sequence[str] = BEST_BY) -> tuple[float, ...]:
@@ -144,7 +151,10 @@ class Journal:
 
     def __init__(self, path: Path, header: Header, check: str) -> None:
         self.path = path
+        self.run = path.parent  # as it was given: a directory, or the file of a journal in the compact form
         self.header = header
+        self.lines: list[bytes] = []  # all of them, as they are on disk
+        self.before: list[bytes] = []  # the journals of its ancestors, whole, oldest first
         self.inherited: list[StepRecord] = []
         self.steps: list[StepRecord] = []
         self.evaluations: list[EvaluationRecord] = []
@@ -168,13 +178,12 @@ class Journal:
         """
         if parent is not None:
             header = replace(header, ancestors=[*parent.header.ancestors, parent.check])
-            folder = parent.path.parent
-            count = len(header.ancestors)
-            for i in range(1, count + 1):
+            for i, text in enumerate(parent.texts(), 1):
                 with replacing(_ancestor(run, i)) as copy:
-                    copy.write_bytes(_whole_lines(parent.path if i == count else _ancestor(folder, i)))
+                    copy.write_bytes(text)
         journal = cls(run / FILE, header, "")
         journal.inherited = [] if parent is None else parent.history
+        journal.before = [] if parent is None else parent.texts()
         temporary = run / TEMPORARY
         journal._file = locked(temporary, "ab")  # the lock stays when the file gets its name
         try:
@@ -191,29 +200,46 @@ class Journal:
         return journal
 
     @classmethod
-    def read(cls, run: Path) -> Journal:
+    def read(cls, run: Path, step: int | None = None) -> Journal:
         """Read a run's journal.
 
+        Args:
+            run: its directory, or a file that holds its journal in the compact form.
+            step: as it was after so many steps; by default as it is.
+
         Raises:
-            EstuneError: where there is none, its version is another, or a line was changed (naming the step).
+            EstuneError: where there is none, its version is another, a line was changed (naming the step), or it has
+                fewer steps.
         """
         path = run / FILE
+        packed: list[bytes] | None = None
         if not path.is_file():
-            raise EstuneError(f"{run}: no {FILE} here, so this is no run; give the output directory of `estune train`")
-        journal = cls._parse(path)
+            path = run if run.is_file() else run / compact.FILE
+            if not path.is_file():
+                raise EstuneError(
+                    f"{run}: no {FILE} here, so this is no run; give the output directory of `estune train`"
+                )
+            packed = compact.unpack(path.read_bytes(), path)
+        journal = cls._parse(path, _whole_lines(path) if packed is None else packed[-1], step)
+        journal.run = run
         for number, check in enumerate(journal.header.ancestors, 1):
             ancestor = _ancestor(run, number)
-            if not ancestor.is_file():
+            if packed is not None and number < len(packed):
+                text = packed[number - 1]
+            elif packed is None and ancestor.is_file():
+                text = _whole_lines(ancestor)
+            else:
                 raise EstuneError(f"{ancestor} is missing, a journal that {path} goes on from; restore it from a copy")
-            found = cls._parse(ancestor)
+            found = cls._parse(ancestor, text)
             if found.check != check:
                 raise EstuneError(f"{ancestor} is not the journal that {path} goes on from; restore it from a copy")
             journal.inherited += found.steps
+            journal.before.append(text)
         return journal
 
     @classmethod
-    def _parse(cls, path: Path) -> Journal:
-        lines = _whole_lines(path).split(b"\n")[:-1]
+    def _parse(cls, path: Path, text: bytes, step: int | None = None) -> Journal:
+        lines = text.split(b"\n")[:-1]
         if not lines:
             raise EstuneError(
                 f"{path}: the run ended before its header was written, so nothing is lost: remove {path.parent} and "
@@ -229,13 +255,34 @@ class Journal:
                 )
         _take_kind(path, "its header", payload, None)
         journal = cls(path, Header(**payload), check)
+        journal.lines.append(lines[0] + b"\n")
         for number, line in enumerate(lines[1:], 2):
             done = len(journal.steps)
             where = f"line {number}, " + (f"after step {done}" if done else "before step 1")
             check, payload = _verified(line, check, path, where)
-            journal._take(_take_kind(path, where, payload, len(journal.steps)), payload)
-        journal.check = check
+            kind = _take_kind(path, where, payload, len(journal.steps))
+            if kind == "step" and done == step:
+                break
+            journal._take(kind, payload)
+            journal.check = check
+            journal.lines.append(line + b"\n")
+        if step is not None and not 0 <= step <= len(journal.steps):
+            missing = journal.shortfall()
+            run = path.parent if path.name == FILE else path
+            raise EstuneError(
+                f"{run} has {len(journal.steps)} steps, not {step}: give --step from 0 to {len(journal.steps)}"
+                + (f" ({missing})" if missing else "")
+            )
         return journal
+
+    def texts(self) -> list[bytes]:
+        """The journals of its ancestors, oldest first, and its own, as they are on disk."""
+        return [*self.before, b"".join(self.lines)]
+
+    def sha256(self) -> str:
+        """Hash of all that `texts` gives, 64 hexadecimal digits: of the SHA-256 of each, one after another."""
+        each = b"".join(hashlib.sha256(text).digest() for text in self.texts())
+        return hashlib.sha256(each).hexdigest()
 
     def _take(self, kind: str, payload: dict[str, Any]) -> None:
         """Take in a line that was read."""
@@ -258,6 +305,11 @@ class Journal:
     def resume(cls, run: Path) -> Journal:
         """Read a run's journal and go on writing it; a cut last line is removed from the file."""
         path = run / FILE
+        if not path.is_file() and (run.is_file() or (run / compact.FILE).is_file()):
+            raise EstuneError(
+                f"{run} is a journal in the compact form, which does not grow: go on from it in a new run, by "
+                f"`estune branch {shlex.quote(str(run))}`"
+            )
         lock = locked(path, "r+b") if path.is_file() else None
         try:
             journal = cls.read(run)
@@ -367,7 +419,7 @@ class Journal:
         The checksums tell that no line was changed. That the last ones were taken away, only this tells.
         """
         done = len(self.steps)
-        final = (self.path.parent / "final").is_dir()
+        final = self.path.name != FILE or (self.run / "final").is_dir()  # the compact form has none beside it
         of = f"{done} of {self.settings.get('steps', done)} steps"
         over = self.ended is not None or (self.header.format == 1 and done >= self.settings.get("steps", done))
         if self.ended == "interrupted":
@@ -382,7 +434,7 @@ class Journal:
     def warn_of_shortfall(self) -> None:
         """Log a warning where something is missing."""
         if missing := self.shortfall():
-            log.warning("%s: %s", self.path.parent, missing)
+            log.warning("%s: %s", self.run, missing)
 
     def fingerprint(self) -> str:
         """Fingerprint of the weights after the last step."""
@@ -401,6 +453,7 @@ class Journal:
             EstuneError: the system's error, and how to go on.
         """
         check, line = _sealed({"kind": kind, **payload}, self.check)
+        whole_line = line
         end = self._file.seek(0, os.SEEK_END)
         try:
             while line:
@@ -413,6 +466,7 @@ class Journal:
             then = f"go on with `{self.go_on}`" if self.check else "start it again"
             raise EstuneError(f"{self.path}: {error.strerror} while writing{whole}: make room, then {then}") from error
         self.check = check
+        self.lines.append(whole_line)
         self.ended = None
 
 

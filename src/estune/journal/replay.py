@@ -13,7 +13,7 @@ from estune.journal.identity import changed_settings, model_files, refuse_change
 from estune.journal.journal import Journal, base_checkpoint
 from estune.weights.checkpoint import DTYPES, Checkpoint, narrow, widen
 from estune.weights.policies import TYPE_NAMES
-from estune.weights.rebuild import Steps
+from estune.weights.rebuild import Steps, Told, unheard
 
 PROBED_TENSORS = 16  # about so many, of
 PROBED_ELEMENTS = 256  # elements, tell one step's checkpoint from another's
@@ -27,16 +27,18 @@ def replay(
     dtype: str | None = None,
     *,
     accept_changes: bool = False,
+    told: Told = unheard,
 ) -> str:
     """Write the weights after `step` steps as a Hugging Face checkpoint.
 
     Args:
-        run: a run's directory.
+        run: a run's directory, or its journal in the compact form.
         output: directory to make; refused if there is one already.
         step: how many of the run's steps to take, all by default; 0 gives the weights that it started from.
         model: the base model, where it now lies elsewhere than the journal says.
         dtype: type to store, by default that of the run's `best` and `final`.
         accept_changes: take the base model's configuration and tokenizer as they are now.
+        told: hears what share is done, 0 to 1.
 
     Returns:
         The fingerprint, which equals the one recorded.
@@ -45,15 +47,9 @@ def replay(
         EstuneError: for a step that is not there, an unknown type, another base model, or weights that do not match
             the record.
     """
-    journal = Journal.read(run)
+    journal = Journal.read(run, step)
     header = journal.header
-    step = len(journal.steps) if step is None else step
-    if not 0 <= step <= len(journal.steps):
-        missing = journal.shortfall()
-        raise EstuneError(
-            f"{run} has {len(journal.steps)} steps, not {step}: give --step from 0 to {len(journal.steps)}"
-            + (f" ({missing})" if missing else "")
-        )
+    step = len(journal.steps)
     dtype = dtype or header.save_dtype
     if dtype not in TYPE_NAMES:
         raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(TYPE_NAMES)}")
@@ -61,13 +57,13 @@ def replay(
         raise EstuneError(f"{output} exists already: give another directory or remove it")
     base = base_checkpoint(header, model or journal.base_model())
     refuse_changed_model(journal, base.path, accept=accept_changes)
-    return rebuild(journal, base, output, step, dtype)
+    return rebuild(journal, base, output, step, dtype, told)
 
 
-def rebuild(journal: Journal, base: Checkpoint, output: Path, step: int, dtype: str) -> str:
+def rebuild(journal: Journal, base: Checkpoint, output: Path, step: int, dtype: str, told: Told = unheard) -> str:
     """As `replay`, of a journal that is open, over a base checkpoint that is known to be its own."""
     header = journal.header
-    run = journal.path.parent
+    run = journal.run
     expected = journal.steps[step - 1].fingerprint if step else header.fingerprint
 
     def verify(found: str) -> None:
@@ -76,7 +72,7 @@ def rebuild(journal: Journal, base: Checkpoint, output: Path, step: int, dtype: 
                 f"{run}: replay to step {step} gives fingerprint {found}, the journal says {expected}; nothing written"
             )
 
-    _steps(journal, step).write(base, header.tensors, output, dtype, verify)
+    steps_of(journal, step).write(base, header.tensors, output, dtype, verify, told)
     return expected
 
 
@@ -94,7 +90,7 @@ def holds(folder: Path, base: Checkpoint, journal: Journal, dtype: str, step: in
         return True
     found = Checkpoint(folder).tensors
     names = sorted(name for name in found if name in trained)
-    steps = _steps(journal, step)
+    steps = steps_of(journal, step)
     for name in names[:: max(1, len(names) // PROBED_TENSORS)]:
         tensor = base.tensors[trained[name]]
         count = min(PROBED_ELEMENTS, tensor.elements)
@@ -113,7 +109,7 @@ def refuse_changed_model(journal: Journal, folder: Path, *, accept: bool) -> dic
     Raises:
         EstuneError: naming the file.
     """
-    run = journal.path.parent
+    run = journal.run
     return refuse_changes(
         f"model {folder}",
         journal.files,
@@ -123,7 +119,7 @@ def refuse_changed_model(journal: Journal, folder: Path, *, accept: bool) -> dic
     )
 
 
-def _steps(journal: Journal, count: int) -> Steps:
-    """All that lies before the journal's own steps, and so many of these."""
+def steps_of(journal: Journal, count: int | None = None) -> Steps:
+    """All that lies before the journal's own steps, and so many of these; all by default."""
     records = [*journal.inherited, *journal.steps[:count]]
     return Steps(journal.header.rule, [record.update for record in records], [record.sigma for record in records])

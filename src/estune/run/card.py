@@ -27,6 +27,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}")
 """
+_REBUILD = """\
+Here is no checkpoint, but the journal that it is rebuilt from, over the base model:
+
+```sh
+estune pull {name} -o RUN
+estune replay RUN --step {step} -o MODEL
+```
+
+or in memory, as `estune.load("RUN", step={step})`."""
 _ROWS = (
     ("accuracy", "eval_accuracy"),
     ("reward", "eval_reward"),
@@ -48,14 +57,31 @@ def write_cards(run: RunDirectory, problems: int) -> None:
             write_card(folder, journal, f"{run.path.resolve().name}/{folder.name}", step, problems)
 
 
-def write_card(folder: Path, journal: Journal, name: str, step: int, problems: int, dataset: str | None = None) -> None:
+def write_card(
+    folder: Path,
+    journal: Journal,
+    name: str,
+    step: int,
+    problems: int,
+    dataset: str | None = None,
+    *,
+    journal_only: bool = False,
+) -> None:
     """Write a card and its picture into a checkpoint's directory; arguments as of `model_card`."""
     if charts := _curves(journal, problems):
         draw(charts, folder / PICTURE)
-    write_text(folder / CARD, model_card(journal, name, step, problems, dataset))
+    write_text(folder / CARD, model_card(journal, name, step, problems, dataset, journal_only=journal_only))
 
 
-def model_card(journal: Journal, name: str, step: int, problems: int, dataset: str | None = None) -> str:
+def model_card(
+    journal: Journal,
+    name: str,
+    step: int,
+    problems: int,
+    dataset: str | None = None,
+    *,
+    journal_only: bool = False,
+) -> str:
     """A card in Markdown, with the hub's metadata at its head.
 
     Args:
@@ -64,6 +90,7 @@ def model_card(journal: Journal, name: str, step: int, problems: int, dataset: s
         step: after which the checkpoint was saved.
         problems: in the held-out set.
         dataset: the hub's name of what it was trained on.
+        journal_only: no checkpoint is there, only the journal that it is rebuilt from.
     """
     before = journal.evaluations[0] if journal.evaluations else None
     after = next((e for e in reversed(journal.evaluations) if e.step <= step), None)
@@ -80,7 +107,7 @@ def model_card(journal: Journal, name: str, step: int, problems: int, dataset: s
         parts += ["## Evaluation", *_evaluation(journal, before, after, problems)]
     parts += [
         "## Use",
-        f"```python\n{_USE.format(name=name)}```",
+        _REBUILD.format(name=name, step=step) if journal_only else f"```python\n{_USE.format(name=name)}```",
         "## Make it again",
         *_again(journal, step),
     ]

@@ -11,7 +11,7 @@ from estune.completion import Completion, Message, Prompt
 from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
-from estune.journal.journal import FILE, Journal, base_checkpoint
+from estune.journal.journal import Journal, base_checkpoint, is_run
 from estune.pool.generator import open_transformers, set_up_process
 from estune.pool.open import available_cores
 from estune.run.directory import find_checkpoint
@@ -104,13 +104,13 @@ def open_chats(
     Raises:
         EstuneError: for a model that cannot be had, or a base where there is no run.
     """
-    is_run = (Path(model) / FILE).is_file()
-    if compare and not is_run:
+    trained = is_run(model)
+    if compare and not trained:
         raise EstuneError(
             f"--compare shows a run's base model beside it, and {model} is no run's directory: leave it out"
         )
     config = settings_to_talk(model, given)
-    models = {"tuned" if is_run else model: str(find_checkpoint(model))}
+    models = {"tuned" if trained else model: str(find_checkpoint(model))}
     if compare:
         journal = Journal.read(Path(model))
         models["base"] = str(base_checkpoint(journal.header, journal.base_model()).path)
@@ -128,7 +128,7 @@ def settings_to_talk(model: str, given: Mapping[str, Any]) -> Config:
         EstuneError: for a journal or settings that cannot be used.
     """
     config = settings_for(model, given)
-    if (Path(model) / FILE).is_file():
+    if is_run(model):
         refuse_foreign(model, config, given, has_task=True, trust=True)  # no code runs but, if he says so, a model's
     threads = config.threads if "threads" in given else available_cores()  # a run's are those of one replica of several
     return config.model_copy(update={"engine": "transformers", "threads": threads})

@@ -16,7 +16,7 @@ import yaml
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import make_folder, write_text
-from estune.journal.journal import FILE, RESUME, TEMPORARY, going_on
+from estune.journal.journal import FILE, RESUME, TEMPORARY, going_on, is_run
 from estune.weights.checkpoint import hub_name, locate
 
 RESUME_OWN = "Trainer.resume({text}, task=...)"
@@ -145,10 +145,10 @@ def default_path(config: Config, task: str) -> Path:
 def find_checkpoint(model_or_run: str) -> Path:
     """The checkpoint to evaluate: a run's best, else its final one, else the model itself."""
     run = RunDirectory(Path(model_or_run))
-    if not (run.path / FILE).is_file():
+    if not is_run(run.path):
         return locate(model_or_run)
-    for path in (run.best, run.final):
-        if path.is_dir():
+    for path in (run.best, run.final, run.path):  # itself, where it was pulled from the hub
+        if (path / "config.json").is_file():
             return path
     how = going_on("estune replay {run} -o DIR", run.path)
     raise EstuneError(f"{run.path} has no checkpoint yet; make one with `{how}`")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from estune.config import Config, merge, parse, read
 from estune.errors import EstuneError
-from estune.journal.journal import FILE, Journal
+from estune.journal.journal import Journal, is_run
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import find_checkpoint
 from estune.run.remarks import of_evaluation
@@ -35,6 +35,7 @@ def evaluate_model(
     output: Path | None = None,
     *,
     task: Task | None = None,
+    checkpoint: Path | None = None,
     accept_changes: bool = False,
     trust_task: bool = False,
 ) -> dict[str, float]:
@@ -47,6 +48,7 @@ def evaluate_model(
         file, overrides: settings, on top of the run's.
         output: where to write the completions, as parquet; its column `task` tells whose they are.
         task: a task of your own; by default the one the settings name.
+        checkpoint: other weights than the run's best, to be evaluated as these are.
         accept_changes: evaluate with the run's code, configuration and tokenizer as they are now, changed or not.
         trust_task: run the code that the run's journal names, which you have not run before.
 
@@ -64,18 +66,18 @@ def evaluate_model(
     folder = Path.cwd()
     config = settings_for(model, given)
     run = Path(model)
-    if (run / FILE).is_file():
+    if is_run(run):
         journal = Journal.read(run)
         folder = folder if "watch" in given else task_folder(journal, config, given)
         if task is None:
             task = _task_for(journal, config, given, accept_changes=accept_changes, trust_task=trust_task)
         else:
             refuse_foreign(model, config, given, has_task=True, trust=trust_task, accept=accept_changes)
-        refuse_changed_model(journal, find_checkpoint(model), accept=accept_changes)
+        refuse_changed_model(journal, checkpoint or find_checkpoint(model), accept=accept_changes)
     else:
         check_name(model)
     task = task or config.task.build(config.seed)
-    config = config.model_copy(update={"model": str(find_checkpoint(model)), "workers": None})
+    config = config.model_copy(update={"model": str(checkpoint or find_checkpoint(model)), "workers": None})
     config = with_resources_to_generate(config)
     refuse_unreachable(task, config)
     for remark in of_evaluation(config):
@@ -145,7 +147,7 @@ def settings_for(model: str, given: Mapping[str, Any]) -> Config:
     Raises:
         EstuneError: for a journal or settings that cannot be used.
     """
-    if not (Path(model) / FILE).is_file():
+    if not is_run(model):
         return parse({**given, "model": model})
     journal = Journal.read(Path(model))
     journal.warn_of_shortfall()
@@ -165,7 +167,7 @@ def _device_of(settings: Mapping[str, Any]) -> str:
 
 
 def _task_for(journal: Journal, config: Config, given: Mapping[str, Any], **insists: Any) -> Task:
-    run = str(journal.path.parent)
+    run = str(journal.run)
     remedy = f"evaluate it from Python, with estune.evaluate_model({run!r}, task=...)"
     other_data = not given.keys().isdisjoint(("task", "seed"))
     task, _ = task_of(journal, config, given, remedy, other_data=other_data, **insists)

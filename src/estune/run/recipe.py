@@ -10,6 +10,7 @@ import yaml
 
 from estune.config import Config, load, parse
 from estune.errors import EstuneError
+from estune.journal.diff import flatten
 from estune.journal.journal import Journal
 
 NOT_REPEATED = {"output_dir"}
@@ -67,14 +68,6 @@ def _gives(settings: Mapping[str, Any], options: Mapping[str, str]) -> bool:
     except EstuneError:
         return False
     return all(found.get(name) == value for name, value in settings.items() if name not in NOT_REPEATED)
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections spread out, under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def show(value: Any) -> str:

@@ -95,9 +95,12 @@ def parent_of(config: Config) -> Journal | None:
         EstuneError: where that run kept its weights in another way: its steps would not give the same weights here.
     """
     if config.start_from is None:
+        if config.start_step is not None:
+            raise EstuneError(f"start_step is {config.start_step}, and no start_from says of which run: give it, too")
         return None
-    parent = Journal.read(config.start_from)
-    parent.warn_of_shortfall()
+    parent = Journal.read(config.start_from, config.start_step)
+    if config.start_step is None:
+        parent.warn_of_shortfall()
     for key in ("weights", "rounding", "noise", "train_parameters"):
         theirs = parent.settings.get(key)
         if theirs != getattr(config, key):
@@ -157,7 +160,7 @@ def refuse_changed_prompts(journal: Journal, now: str, *, accept: bool) -> str |
         before = journal.header.packages
         other = ", ".join(f"{name} {before[name]}" for name, v in packages().items() if before.get(name, v) != v)
         raise EstuneError(
-            f"{journal.path.parent}: its prompts come to other tokens here than when the run began, though data, "
+            f"{journal.run}: its prompts come to other tokens here than when the run began, though data, "
             f"tokenizer and chat template are the same; take the libraries that it began with"
             f"{f' ({other})' if other else ''}, or go on with what is there now by {ACCEPT}"
         )
@@ -189,7 +192,7 @@ def task_of(
     Raises:
         EstuneError: where task, its code or its data are not the run's, or the journal names code of others.
     """
-    run = journal.path.parent
+    run = journal.run
     header = journal.header
     name = task.name if task else config.task.name
     if header.task != name:

@@ -12,7 +12,7 @@ from estune.agents.endpoint import Endpoint
 from estune.engines.continuous import Batcher
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
-from estune.journal.journal import FILE
+from estune.journal.journal import is_run
 from estune.journal.replay import replay
 from estune.pool.generator import open_transformers, set_up_process
 from estune.run.chat import settings_to_talk
@@ -47,8 +47,7 @@ def serving(
     Raises:
         EstuneError: for a model, a step or a port that cannot be had.
     """
-    is_run = (Path(model) / FILE).is_file()
-    if step is not None and not is_run:
+    if step is not None and not is_run(model):
         raise EstuneError(f"--step {step} is one of a run's, and {model} is no run's directory: leave it out")
     config = settings_to_talk(model, given)
     set_up_process(config)

@@ -306,13 +306,13 @@ class Trainer:
         ):
             if here != there:
                 raise EstuneError(
-                    f"start_from {parent.path.parent}: its {what} {there}, here {here}; go on where it was run, with "
+                    f"start_from {parent.run}: its {what} {there}, here {here}; go on where it was run, with "
                     "its settings"
                 )
         found = self.pool.rebuild(parent.history)
         if found != parent.fingerprint():
             raise EstuneError(
-                f"start_from {parent.path.parent}: its {len(parent.history)} steps give fingerprint {found} here, its "
+                f"start_from {parent.run}: its {len(parent.history)} steps give fingerprint {found} here, its "
                 f"journal says {parent.fingerprint()}; go on where it was run"
             )
         return found

@@ -25,6 +25,7 @@ from estune.pool.open import open_to_generate, with_resources_to_generate
 from estune.run.card import model_card, write_card
 from estune.run.directory import BASE, RunDirectory, default_path, refuse_used
 from estune.run.held_out import HeldOut
+from estune.run.hub import upload
 from estune.run.monitors import default_monitors
 from estune.run.monitors.base import Monitor
 from estune.run.monitors.console import ConsoleMonitor
@@ -33,7 +34,6 @@ from estune.run.trainer import Trainer
 from estune.tasks.base import Task
 from estune.trl.callbacks import CallbackMonitor
 from estune.trl.config import ESConfig
-from estune.trl.hub import upload
 from estune.trl.inputs import (
     EVAL_SET,
     accuracy_name,

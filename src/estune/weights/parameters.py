@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,6 +13,9 @@ from estune.noise.rows import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+_IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,14 @@ def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = 
     if not chosen:
         raise EstuneError(f"no parameter's name fits the pattern {pattern!r}; names look like {next(iter(names))}")
     return chosen
+
+
+def layer_of(name: str) -> tuple[str, str]:
+    """Of a checkpoint's tensor its layer (a number, or the tensor's own name outside of layers) and its kind there."""
+    name = name.removesuffix(".weight")
+    if found := _IN_LAYER.fullmatch(name):
+        return found[1], re.sub(r"\.\d+(?=\.)", "", found[2])
+    return name.removeprefix("model."), ""
 
 
 def _checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:

@@ -6,9 +6,11 @@ needed does not grow with the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +21,17 @@ from estune.noise.reference import tensor_id
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, Tensor, convert
 from estune.weights.policies import Rule
 from estune.weights.trained import Array
+
+T = TypeVar("T")
+R = TypeVar("R")
+Told = Callable[[float], object]
+"""Hears what share of the work is done, 0 to 1."""
+Look = Callable[[Tensor, int, int, Array], object]
+ALIGNED = 4096  # elements: of what kernels compute at a time
+
+
+def unheard(share: float) -> None:
+    """For who does not ask how far the work has come."""
 
 
 class Steps:
@@ -52,8 +65,17 @@ class Steps:
                     perturb(member, self._sigmas[number])
             apply(number)
 
-    def rebuilt(self, tensor: Tensor, start: int, count: int) -> Array:
-        """Elements `start .. start + count - 1` of a tensor of the base after these steps, in its type, `[count]`."""
+    def rebuilt(
+        self, tensor: Tensor, start: int, count: int, seen: Callable[[int, Array], object] | None = None
+    ) -> Array:
+        """Elements `start .. start + count - 1` of a tensor of the base after these steps, in its type, `[count]`.
+
+        Args:
+            tensor: of the base checkpoint.
+            start, count: which of its elements.
+            seen: called with the number of steps taken and the elements as they are then, before the first step and
+                after each.
+        """
         from estune.noise import cpu
 
         weights = convert(tensor.stored(start, count), DTYPES[self._rule.dtype])
@@ -70,9 +92,52 @@ class Steps:
             t = self._terms[number]
             if t is not None:
                 cpu.update(weights, t.seeds, t.coefficients, key, start, t.decay, t.rounding_seed)
+            if seen is not None:
+                seen(number + 1, weights)
 
+        if seen is not None:
+            seen(0, weights)
         self.retrace(perturb, apply)
         return weights
+
+    def fingerprints(
+        self, base: Checkpoint, names: Iterable[str], told: Told = unheard, look: Look | None = None
+    ) -> list[str]:
+        """Fingerprints of the weights before the first of these steps and after each, `[steps + 1]`.
+
+        Args:
+            base: where they begin.
+            names: the trained tensors.
+            told: hears how far it has come.
+            look: called, from any thread, with a tensor, the position of some of its elements, the number of steps
+                taken and the elements as they are then.
+        """
+        from estune.noise import cpu
+
+        tensors = [base.tensors[name] for name in names]
+        pieces = [(t, start, count) for t in tensors for start, count in pieces_of(t.elements, 1)]
+
+        def sums(piece: tuple[Tensor, int, int]) -> list[int]:
+            tensor, start, count = piece
+            key = tensor_id(tensor.name)
+            found: list[int] = []
+
+            def seen(number: int, weights: Array) -> None:
+                found.append(cpu.fingerprint(weights, key, start))
+                if look is not None:
+                    look(tensor, start, number, weights)
+
+            self.rebuilt(tensor, start, count, seen)
+            return found
+
+        totals = [0] * (len(self._updates) + 1)
+        whole = sum(t.elements for t in tensors)
+        done = 0
+        for (_, _, count), found in zip(pieces, in_order(sums, pieces), strict=True):
+            totals = [a + b for a, b in zip(totals, found, strict=True)]
+            done += count
+            told(done / whole)
+        return [as_fingerprint(total) for total in totals]
 
     def write(
         self,
@@ -81,6 +146,7 @@ class Steps:
         target: Path,
         dtype: str,
         verify: Callable[[str], None],
+        told: Told = unheard,
     ) -> None:
         """Write what these steps make of a base checkpoint.
 
@@ -89,34 +155,46 @@ class Steps:
             trained: the trained tensors by name, each with the names tied to it.
             target, dtype: as `Checkpoint.write` takes them.
             verify: called with the fingerprint when all is written; if it raises, nothing appears.
+            told: hears how far it has come.
         """
         sums: dict[str, int] = {}
+        whole = sum(base.tensors[primary].elements * (1 + len(aliases)) for primary, aliases in trained.items())
+        done = 0
+
+        def count(elements: int) -> None:
+            nonlocal done
+            done += elements
+            told(done / whole)
+
         tensors = {
-            name: self._reader(base.tensors[primary], sums)
+            name: self._reader(base.tensors[primary], sums, count)
             for primary, aliases in trained.items()
             for name in (primary, *aliases)
         }
         base.write(target, tensors, dtype, lambda: verify(as_fingerprint(sum(sums.values()))))
 
-    def _reader(self, tensor: Tensor, sums: dict[str, int]) -> Callable[[], Iterator[Array]]:
-        """What `Checkpoint.write` reads a tensor by; leaves the sum of the tensor's hashes in `sums`."""
+    def _reader(
+        self, tensor: Tensor, sums: dict[str, int], count: Callable[[int], None]
+    ) -> Callable[[], Iterator[Array]]:
+        """What `Checkpoint.write` reads a tensor by.
+
+        It leaves the sum of the tensor's hashes in `sums`, and calls `count` with the elements of each piece.
+        """
         from estune.noise import cpu
 
         key = tensor_id(tensor.name)
 
-        def run(start: int) -> tuple[Array, int]:
-            weights = self.rebuilt(tensor, start, min(RUN_LENGTH, tensor.elements - start))
+        def rebuild(piece: tuple[int, int]) -> tuple[Array, int]:
+            start, length = piece
+            weights = self.rebuilt(tensor, start, length)
             return weights, cpu.fingerprint(weights, key, start)
 
         def runs() -> Iterator[Array]:
             total = 0
-            workers = cores()
-            starts = range(0, tensor.elements, RUN_LENGTH)
-            with ThreadPoolExecutor(workers) as threads:
-                for i in range(0, len(starts), workers):
-                    for weights, part in threads.map(run, starts[i : i + workers]):
-                        total += part
-                        yield weights
+            for weights, part in in_order(rebuild, pieces_of(tensor.elements, cores())):
+                total += part
+                count(len(weights))
+                yield weights
             sums[tensor.name] = total
 
         return runs
@@ -133,3 +211,24 @@ def anchored(weights: Array, origin: Array, update: Update) -> None:
         weights += (origin - weights) * np.float32(update.anchor)
     if update.anchor_l1:
         weights += np.clip(origin - weights, np.float32(-update.anchor_l1), np.float32(update.anchor_l1))
+
+
+def in_order(work: Callable[[T], R], pieces: Sequence[T]) -> Iterator[R]:
+    """Work on pieces on all cores, few at a time: the results, in order."""
+    workers = cores()
+    with ThreadPoolExecutor(workers) as threads:
+        waiting: deque[Future[R]] = deque()
+        for piece in pieces:
+            waiting.append(threads.submit(work, piece))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def pieces_of(elements: int, workers: int) -> list[tuple[int, int]]:
+    """A tensor in pieces of at most `RUN_LENGTH` elements, start and count: about as many for each of the workers."""
+    rounds = -(-elements // (workers * RUN_LENGTH))
+    length = -(-elements // max(1, workers * rounds))
+    length = -(-length // ALIGNED) * ALIGNED
+    return [(start, min(length, elements - start)) for start in range(0, elements, length)] if elements else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from estune.journal.journal import Header, base_checkpoint
 from estune.study.report.runs import Run
 from estune.weights.checkpoint import EMBEDDED, RUN_LENGTH, Checkpoint, Tensor, hub_name
 from estune.weights.gguf import is_gguf
-
-_IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)")
+from estune.weights.parameters import layer_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def layer_table(run: Run) -> LayerTable:
             raise EstuneError(f"{target} has no tensor {name}")
         if base.tensors[name].shape != trained.tensors[name].shape:
             raise EstuneError(f"{target}: tensor {name} has another shape than in the base model")
-        where = _place(name)
+        where = layer_of(name)
         squares[where] = squares.get(where, np.zeros(2)) + _squares(base.tensors[name], trained.tensors[name])
     layers = sorted({layer for layer, _ in squares}, key=lambda v: (not v.isdigit(), int(v) if v.isdigit() else 0, v))
     kinds = list(dict.fromkeys(kind for layer, kind in squares if layer.isdigit()))
@@ -98,14 +96,6 @@ def _ratio(squares: object) -> float:
     """The norm of the change over that of the base, from sums of squares `[2]`; 0 for sums over nothing."""
     change, norm = np.broadcast_to(np.asarray(squares, np.float64), 2)
     return math.sqrt(change / norm) if norm else 0.0
-
-
-def _place(name: str) -> tuple[str, str]:
-    """A tensor's layer, or its own name if it is in none, and its kind."""
-    name = name.removesuffix(".weight")
-    if found := _IN_LAYER.fullmatch(name):
-        return found[1], re.sub(r"\.\d+(?=\.)", "", found[2])
-    return name.removeprefix("model."), ""
 
 
 def _short(kinds: list[str]) -> list[str]:

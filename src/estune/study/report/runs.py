@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError
+from estune.journal.diff import flatten
 from estune.journal.journal import EvaluationRecord, Journal
 from estune.run.directory import RunDirectory
-from estune.run.recipe import flatten, show
+from estune.run.recipe import show
 from estune.study.report.tables import Row, read_rows, score_column
 
 CHANCE_OR_PLACE = {

@@ -1,0 +1,50 @@
+"""A run as rows: what happened, in the order in which it did."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from estune.journal.journal import Journal, StepRecord
+
+
+def log(run: str | Path) -> list[dict[str, Any]]:
+    """A run's steps and evaluations, in the order in which they happened.
+
+    Args:
+        run: its directory, or its journal in the compact form.
+
+    Returns:
+        Of each a row: its `kind`, `step` or `evaluation`; its `step`, counted from 1, or the number of steps before the
+        evaluation; and all its metrics. A step's row has `members`, `sigma`, `learning_rate` and the `fingerprint` of
+        the weights after it; of the members' rewards `reward` (their mean), `reward_std` and `reward_max`, which are
+        None where no member has one; and `failed_members`, those that have none. The base is not one of them.
+
+    Raises:
+        EstuneError: there is no journal, or it is damaged.
+    """
+    rows = []
+    for event in Journal.read(Path(run)).chronicle():
+        metrics = {key: value for key, value in event.metrics.items() if key != "step"}
+        if isinstance(event, StepRecord):
+            rows.append({"kind": "step", "step": event.step + 1, **metrics, **_of_step(event)})
+        else:
+            rows.append({"kind": "evaluation", "step": event.step, **metrics})
+    return rows
+
+
+def _of_step(record: StepRecord) -> dict[str, Any]:
+    of_members = [r for m, r in zip(record.update.members, record.rewards, strict=True) if m.sign]
+    rewards = [r for r in of_members if r is not None and math.isfinite(r)]
+    return {
+        "members": len(of_members),
+        "failed_members": len(of_members) - len(rewards),
+        "reward": statistics.fmean(rewards) if rewards else None,
+        "reward_std": statistics.pstdev(rewards) if rewards else None,
+        "reward_max": max(rewards, default=None),
+        "sigma": record.sigma,
+        "learning_rate": record.learning_rate,
+        "fingerprint": record.fingerprint,
+    }
