@@ -5,8 +5,9 @@
 Of each golden journal among the tests' data, in either form, every byte has `--bits` of its bits flipped, one at a
 time, and the file is cut at every byte. What is then read is refused, or is compared with what was written: header,
 steps, evaluations, settings, and how the run ended. Where the last line's newline is gone, the line is dropped, as
-after a crash, and the journal says that lines are missing. Records how many were refused, changed nothing, or
-were such a beginning, and how many were accepted with other content: the bar is none.
+after a crash, and the journal says that lines are missing; cut where a run had ended and then was resumed, it is that
+run. Records how many were refused, changed nothing, or were such a beginning, and how many were accepted with other
+content: the bar is none.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def what_becomes(run: Path, file: Path, changed: bytes, whole: Any) -> str:
     is_beginning = (journal.header, journal.inherited) == (header, inherited) and steps[
         : len(journal.steps)
     ] == journal.steps
-    return "a beginning that says so" if is_beginning and journal.ended is None else "wrong"
+    if not is_beginning:
+        return "wrong"
+    return "a beginning that says so" if journal.ended is None else "the run as it had ended before it went on"
 
 
 def attack(run: Path, file: Path, bits: int) -> dict[str, dict[str, int]]:
