@@ -153,7 +153,7 @@ def test_a_constraint_on_an_unknown_metric_names_those_there_are(model: Path, tm
         ({"best_of": 2}, "best_of 2 of samples_per_prompt 1"),
         ({"samples_per_prompt": 2}, "set temperature"),
         ({"anchor_decay": 0.1, "weights": "copy"}, "set weights=master"),
-        ({"constraint": "length=4"}, "constraint"),
+        ({"constraint": "length=4"}, "write METRIC<=NUMBER"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ Defaults are those of the paper (arXiv 2509.24372).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -68,6 +69,14 @@ def _count_or_auto(value: Any) -> Any:
     if value == "auto" or (str(value).isdecimal() and int(value) >= 1):
         return value
     raise ValueError("write a number from 1 on, or auto")
+
+
+def _bound(value: Any) -> Any:
+    """A constraint, without spaces."""
+    text = str(value).replace(" ", "")
+    if value is not None and not re.fullmatch(r"[^<>=]+(<=|>=)-?\d+(\.\d+)?", text):
+        raise ValueError("write METRIC<=NUMBER or METRIC>=NUMBER, such as completions/mean_length<=20")
+    return None if value is None else text
 
 
 _NOT_FOR_TEMPLATES = frozenset(
@@ -184,9 +193,8 @@ class Search(Section):
         le=1,
         description="a member's fitness is this quantile of its prompts' scores; their mean if not given",
     )
-    constraint: str | None = Field(
+    constraint: Annotated[str | None, BeforeValidator(_bound)] = Field(
         None,
-        pattern=r"^[^<>=\s]+(<=|>=)-?\d+(\.\d+)?$",
         description="a second objective: METRIC<=BOUND or METRIC>=BOUND, of any metric of a step, as "
         "completions/mean_length<=20, kept by a penalty that is learned",
     )

@@ -43,7 +43,9 @@ class Judge:
         values = [g.metrics().get(self._metric) for g in members]
         if all(value is None for value in values):
             known = ", ".join(sorted(members[0].metrics()))
-            raise EstuneError(f"constraint: this step has no metric {self._metric}; there are {known}")
+            raise EstuneError(
+                f"constraint: this step has no metric {self._metric}; there are {known}; give another output_dir"
+            )
         return self._constraint.fitness(fitness, values)
 
     def state(self) -> dict[str, float]:
