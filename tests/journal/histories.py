@@ -54,7 +54,7 @@ def write_history(
         weights.apply(update)
         metrics = {"step": step + 1, "reward": 0.1 * step + 1 / 3, "time/update": 0.1234567890123 * (step + 1)}
         record = StepRecord(update, sigma, rate, rewards, [step, 7], weights.fingerprint(), metrics)
-        journal.append_step(replace(record, earlier=strategy.factors))
+        journal.append_step(record)
     if final:
         checkpoint.write(folder / "final", weights.runs(), header.save_dtype)
     journal.append_end("finished")

@@ -34,6 +34,15 @@ def step(number: int, *rewards: float | None) -> StepRecord:
     return StepRecord(update, 0.1, 0.1, list(rewards), [0], "ab")
 
 
+def test_members_are_alike_whatever_the_base_has() -> None:
+    steps = []
+    for number in range(3):
+        record = step(number, 0.5, 0.5, 0.9)
+        members = (*record.update.members[:2], Member(9, 0))
+        steps.append(replace(record, update=replace(record.update, members=members)))
+    assert "all members have had one reward (0.5 " in (members_alike(steps) or "")
+
+
 def evaluation(number: int, accuracy: float) -> EvaluationRecord:
     return EvaluationRecord(number, {"eval_accuracy": accuracy, "eval_completions/clipped_ratio": 0.25})
 

@@ -136,6 +136,7 @@ def test_members_of_a_group_share_prompts_and_the_base_shares_all(model: Path, t
     assert [m.sign for m in record.update.members] == [1, 1, 1, 1, 0]
     assert record.update.coefficients[-1] == 0.0
     assert record.metrics["reward_base"] == record.rewards[-1]
+    assert record.of_members == record.rewards[:-1]
     assert record.metrics["reward"] == pytest.approx(np.mean([r for r in record.rewards[:-1] if r is not None]))
 
 

@@ -137,7 +137,7 @@ _ANSWERS = {
         "resume resume_from resume_from_checkpoint resume_from_path resume_mode start_iteration"
     ),
     "an output_dir that holds a run is never overwritten: leave it out": "overwrite_output_dir clean_output_dir",
-    "best/ and final/ are Hugging Face checkpoints: upload one with `hf upload NAME RUN/best`": (
+    "upload a run with `estune push RUN NAME`": (
         "push_to_hub push_to_hub_model_id hub_model_id hub_token hub_private_repo hub_revision"
     ),
     "set shaping: zscore, centered_ranks, winsorized, elite or raw; or per_prompt: none, center or standardize": (

@@ -85,8 +85,6 @@ class EvolutionStrategy:
         self.mirrored = mirrored
         self.evaluate_base = evaluate_base or adapt_sigma
         self.step = 0
-        self.factors: list[float] = []
-        """Of the earlier steps' terms in the last update, the latest step's first."""
         self._momentum = momentum
         self._past = Past(momentum)
         self._one_fifth = OneFifth() if adapt_sigma else None
@@ -130,7 +128,6 @@ class EvolutionStrategy:
             log.warning("step %d: %d of %d members failed", self.step + 1, failed, self.population)
         if len(valid) < 2:
             log.warning("step %d: fewer than two members have a reward, so the weights stay as they are", self.step + 1)
-        self.factors = [] if alike(valid) else self._past.factors(self.sigma)
         update = self._unchanged(members) if alike(valid) else self._update(members, at, valid)
         self._past.add(update.pairs, (*update.pairs, *update.earlier))
         base = rewards[-1]
@@ -148,13 +145,15 @@ class EvolutionStrategy:
         coefficients = [0.0] * len(members)
         for i, weight in zip(at, shape(rewards, self.shaping, self.shaping_share), strict=True):
             coefficients[i] = float32(alpha / len(rewards) * weight * members[i].sign * self._momentum.own)
+        factors = self._past.factors(self.sigma)
         return Update(
             self.step,
             tuple(members),
             tuple(coefficients),
             float32(-alpha * self.weight_decay),
             self._rounding_seed,
-            self._past.terms(self.factors),
+            self._past.terms(factors),
+            tuple(factors),
             float32(alpha * self.anchor_decay),
             float32(alpha * self.anchor_l1),
         )

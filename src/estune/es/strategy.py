@@ -33,8 +33,9 @@ class Update:
     which is the base model. Then base += decay * base + sum_n coefficients[n] * noise(members[n].seed), in this order,
     and what earlier steps add behind it.
 
-    `coefficients` are float32 values, signs included; one per member, 0.0 for a member that was left out.
-    `rounding_seed` keys stochastic rounding, where the weights' policy asks for it.
+    `earlier` is what steps before it add, the latest first, and `factors` are what those steps' own terms were
+    multiplied by. `coefficients` are float32 values, signs included; one per member, 0.0 for a member that was left
+    out. `rounding_seed` keys stochastic rounding, where the weights' policy asks for it.
     """
 
     step: int
@@ -43,6 +44,7 @@ class Update:
     decay: float = 0.0
     rounding_seed: int = 0
     earlier: tuple[Pair, ...] = ()
+    factors: tuple[float, ...] = ()
     anchor: float = 0.0
     anchor_l1: float = 0.0
 

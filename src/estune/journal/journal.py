@@ -119,7 +119,6 @@ class StepRecord:
     fingerprint: str  # of the base weights after the step
     metrics: dict[str, float] = field(default_factory=dict)  # for people and plots
     staleness: list[int] = field(default_factory=list)  # by member: updates that its base lacked; empty: none did
-    earlier: list[float] = field(default_factory=list)  # factors of the steps before in the update, the latest first
     fitness: list[float | None] = field(default_factory=list)  # what members were judged by; empty: their rewards
     state: dict[str, float] = field(default_factory=dict)  # of the strategy after the step, where seeds do not tell it
 
@@ -127,6 +126,11 @@ class StepRecord:
     def step(self) -> int:
         """Index of the step, from 0."""
         return self.update.step
+
+    @property
+    def of_members(self) -> list[float | None]:
+        """The rewards without the base's, which may take part as a member of sign 0."""
+        return [r for member, r in zip(self.update.members, self.rewards, strict=True) if member.sign]
 
 
 @dataclass(frozen=True)
@@ -340,7 +344,7 @@ class Journal:
                 "fingerprint": record.fingerprint,
                 "metrics": record.metrics,
                 **({"staleness": record.staleness} if any(record.staleness) else {}),
-                **({"earlier": record.earlier} if record.earlier else {}),
+                **({"earlier": update.factors} if update.factors else {}),
                 **{name: value for name in ("anchor", "anchor_l1") if (value := getattr(update, name))},
                 **({"fitness": record.fitness} if record.fitness else {}),
                 **({"state": record.state} if record.state else {}),
@@ -520,15 +524,15 @@ def _writer(payload: dict[str, Any]) -> str:
 
 def _decode_step(payload: dict[str, Any], before: Sequence[StepRecord]) -> StepRecord:
     members = tuple(Member(int(s, 16), sign) for s, sign in zip(payload["seeds"], payload["signs"], strict=True))
-    earlier = payload.get("earlier", [])
-    latest_first = [record.update.pairs for record in reversed(before[len(before) - len(earlier) :])]
+    factors = payload.get("earlier", [])
     update = Update(
         payload["step"],
         members,
         tuple(payload["coefficients"]),
         payload["decay"],
         int(payload["rounding_seed"], 16),
-        scaled(latest_first, earlier),
+        scaled((record.update.pairs for record in reversed(before)), factors),
+        tuple(factors),
         payload.get("anchor", 0.0),
         payload.get("anchor_l1", 0.0),
     )
@@ -541,7 +545,6 @@ def _decode_step(payload: dict[str, Any], before: Sequence[StepRecord]) -> StepR
         payload["fingerprint"],
         payload["metrics"],
         payload.get("staleness", []),
-        earlier,
         payload.get("fitness", []),
         payload.get("state", {}),
     )

@@ -36,7 +36,7 @@ def log(run: str | Path) -> list[dict[str, Any]]:
 
 
 def _of_step(record: StepRecord) -> dict[str, Any]:
-    of_members = [r for m, r in zip(record.update.members, record.rewards, strict=True) if m.sign]
+    of_members = record.of_members
     rewards = [r for r in of_members if r is not None and math.isfinite(r)]
     return {
         "members": len(of_members),

@@ -140,8 +140,7 @@ def _refuse_other(one: Journal, other: Journal) -> None:
 def _scaled(record: StepRecord, before: Sequence[StepRecord], factor: float) -> StepRecord:
     """A step as the next one of the merged run, its coefficients times a factor."""
     coefficients = tuple(float(np.float32(factor * coefficient)) for coefficient in record.update.coefficients)
-    latest_first = [r.update.pairs for r in reversed(before[len(before) - len(record.earlier) :])]
-    earlier = scaled(latest_first, record.earlier)
+    earlier = scaled((r.update.pairs for r in reversed(before)), record.update.factors)
     return replace(
         record,
         update=replace(record.update, step=len(before), coefficients=coefficients, earlier=earlier),

@@ -163,7 +163,7 @@ def _training(journal: Journal, step: int) -> list[str]:
     settings = journal.settings
     graded = f"Rewards: {', '.join(rewards)}. " if rewards else ""
     return [
-        f"{count} steps of {len(first.rewards)} members on {len(first.prompts)} prompts, sigma {first.sigma:g}, "
+        f"{count} steps of {len(first.of_members)} members on {len(first.prompts)} prompts, sigma {first.sigma:g}, "
         f"learning rate {first.learning_rate:g}, seed {settings.get('seed')}, at most "
         f"{settings.get('max_new_tokens')} tokens a completion, temperature {settings.get('temperature')}. "
         f"{graded}This is the checkpoint after step {step}."

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
 from estune.completion import Sampling
 from estune.config import Config
 from estune.es.earlier import Momentum
@@ -9,8 +14,10 @@ from estune.es.evolution import EvolutionStrategy
 from estune.es.schedule import Schedule
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading
-from estune.journal.journal import Journal
+from estune.journal.journal import Header, Journal
+from estune.pool.base import Description
 from estune.tasks.base import Task
+from estune.versions import packages
 
 
 def make_strategy(config: Config, journal: Journal | None = None) -> EvolutionStrategy:
@@ -42,6 +49,41 @@ def make_strategy(config: Config, journal: Journal | None = None) -> EvolutionSt
     if journal is not None:
         strategy.recall([record.update for record in journal.steps], journal.state)
     return strategy
+
+
+def make_header(
+    config: Config, trained: Description, run: Path, fingerprint: str, task: str, data_hash: str = "", **more: Any
+) -> Header:
+    """The header of a new run's journal.
+
+    Args:
+        config: the settings.
+        trained: what the pool trains.
+        run: the run's directory.
+        fingerprint: of the weights that it begins with.
+        task, data_hash: the task's name, and the hash of its data.
+        more: further fields of the header.
+    """
+    return Header(
+        model=config.model,
+        base_hash=trained.base_hash,
+        policy=config.weights,
+        rounding=config.rounding,
+        noise=config.noise,
+        dtype=trained.dtype,
+        live_dtype=trained.live_dtype,
+        tensors=trained.tensors,
+        fingerprint=fingerprint,
+        task=task,
+        data_hash=data_hash,
+        config=config.model_dump(mode="json"),
+        packages=packages(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=trained.files,
+        place=os.path.abspath(run),
+        folder=os.getcwd(),
+        **more,
+    )
 
 
 def make_grading(config: Config, task: Task, state: TrainerState | None = None) -> Grading:

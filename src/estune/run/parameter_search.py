@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,11 +12,10 @@ from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Strategy, Update, member_seed
 from estune.files import make_folder
-from estune.journal.journal import FILE, Header, Journal, StepRecord
+from estune.journal.journal import FILE, Journal, StepRecord
 from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
-from estune.run.make import make_sampling, make_strategy
-from estune.versions import packages
+from estune.run.make import make_header, make_sampling, make_strategy
 from estune.weights.checkpoint import locate
 
 LONGEST = 1024  # tokens of a prompt that a pool is opened for, if nothing else is said
@@ -104,7 +101,8 @@ class ParameterSearch:
         else:
             make_folder(self.run)
             fingerprint = engines.trained.fingerprint if parent is None else parent.fingerprint()
-            self.journal = Journal.create(self.run, self._header(fingerprint), parent)
+            header = make_header(self._config, engines.trained, self.run, fingerprint, "parameter search")
+            self.journal = Journal.create(self.run, header, parent)
         self.strategy: Strategy = strategy or make_strategy(self._config, self.journal)
         if strategy is not None:
             strategy.recall([record.update for record in self.journal.steps], self.journal.state)
@@ -139,9 +137,8 @@ class ParameterSearch:
         rate = self.strategy.learning_rate
         update = self.strategy.tell(rewards)
         fingerprint = pool.apply(update)
-        factors = list(getattr(self.strategy, "factors", ()))
         record = StepRecord(
-            update, self._sigma, rate, list(rewards), [], fingerprint, metrics, [], factors, [], self.strategy.state()
+            update, self._sigma, rate, list(rewards), [], fingerprint, metrics, state=self.strategy.state()
         )
         self.journal.append_step(record)
         return update
@@ -154,7 +151,7 @@ class ParameterSearch:
         """
         found = []
         for record in self.journal.steps:
-            known = [r for r in record.rewards if r is not None]
+            known = [r for r in record.of_members if r is not None]
             if known:
                 found.append((sum(known) / len(known), -record.step))
         return (1 - max(found)[1], max(found)[0]) if found else None
@@ -177,29 +174,6 @@ class ParameterSearch:
             self.close()
         else:
             self.journal.close()
-
-    def _header(self, fingerprint: str) -> Header:
-        trained = self._engines.trained
-        config = self._config
-        return Header(
-            model=config.model,
-            base_hash=trained.base_hash,
-            policy=config.weights,
-            rounding=config.rounding,
-            noise=config.noise,
-            dtype=trained.dtype,
-            live_dtype=trained.live_dtype,
-            tensors=trained.tensors,
-            fingerprint=fingerprint,
-            task="parameter search",
-            data_hash="",
-            config=config.model_dump(mode="json"),
-            packages=packages(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            files=trained.files,
-            place=os.path.abspath(self.run),
-            folder=os.getcwd(),
-        )
 
     def _check(self) -> None:
         trained, header = self._engines.trained, self.journal.header

@@ -76,7 +76,7 @@ def of_evaluation(config: Config) -> Iterator[str]:
 def members_alike(steps: Sequence[StepRecord]) -> str | None:
     """What is to be said where no member of the last steps did better than another; `steps` are all so far."""
     last = steps[-ALIKE_STEPS:]
-    found = [[reward for reward in step.rewards if reward is not None] for step in last]
+    found = [[reward for reward in step.of_members if reward is not None] for step in last]
     if len(last) < ALIKE_STEPS or not all(rewards and alike(rewards) for rewards in found):
         return None
     return (

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, chdir
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +20,7 @@ from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.grading.isolation import refuse_grader
 from estune.grading.level import refuse_level
-from estune.journal.journal import BEST_BY, EvaluationRecord, Header, Journal, StepRecord, going_on, rank
+from estune.journal.journal import BEST_BY, EvaluationRecord, Journal, StepRecord, going_on, rank
 from estune.journal.replay import holds, rebuild
 from estune.journal.shares import is_share
 from estune.pool.base import EVALUATION_BATCH
@@ -37,7 +35,7 @@ from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, refuse_un
 from estune.run.interrupt import interruptible
 from estune.run.judged import Judge
 from estune.run.machine import machine
-from estune.run.make import make_grading, make_sampling, make_strategy
+from estune.run.make import make_grading, make_header, make_sampling, make_strategy
 from estune.run.monitors import Monitors, check_trackers, default_monitors
 from estune.run.monitors.base import Monitor, Plan, Summary, Work
 from estune.run.monitors.files import rewrite_metrics
@@ -46,7 +44,6 @@ from estune.run.resume import Past, parent_of, refuse_changed_prompts, reopen
 from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
-from estune.versions import packages
 from estune.weights.checkpoint import Checkpoint, check_name, locate
 
 log = logging.getLogger(__name__)
@@ -241,32 +238,6 @@ class Trainer:
             saved = own if past is None else past.journal.header.save_dtype
         return self.config.model_copy(update={"engine": self.trained.engine, "save_dtype": saved})
 
-    def _header(self, path: Path, fingerprint: str, code: dict[str, str], best_by: Sequence[str]) -> Header:
-        trained = self.trained
-        return Header(
-            model=self.config.model,
-            base_hash=trained.base_hash,
-            policy=self.config.weights,
-            rounding=self.config.rounding,
-            noise=self.config.noise,
-            dtype=trained.dtype,
-            live_dtype=trained.live_dtype,
-            tensors=trained.tensors,
-            fingerprint=fingerprint,
-            task=self.task.name,
-            data_hash=self.task.data_hash(),
-            config=self.config.model_dump(mode="json"),
-            packages=packages(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            files=trained.files,
-            code=code,
-            best_by=list(best_by),
-            place=os.path.abspath(path),
-            folder=os.getcwd(),
-            shares=self._shares(),
-            prompts_hash=self._prompts_hash,
-        )
-
     def _shares(self) -> list[str]:
         tasks = {"eval_accuracy": self.task} | {f"watch/{n}/accuracy": each.task for n, each in self.watched.items()}
         return [key for key, task in tasks.items() if task.accuracy_is_share]
@@ -292,7 +263,18 @@ class Trainer:
     ) -> tuple[RunDirectory, Journal]:
         """Make the run's directory and its journal. `parent` is the journal of the run that it starts from."""
         fingerprint = self._inherit(parent) if parent is not None else self.trained.fingerprint
-        header = self._header(path, fingerprint, code, best_by)
+        header = make_header(
+            self.config,
+            self.trained,
+            path,
+            fingerprint,
+            self.task.name,
+            data_hash=self.task.data_hash(),
+            code=code,
+            best_by=list(best_by),
+            shares=self._shares(),
+            prompts_hash=self._prompts_hash,
+        )
         run = RunDirectory.create(path)
         return run, Journal.create(run.path, header, parent)  # of two that begin here at once, one gets no further
 
@@ -447,7 +429,6 @@ class Trainer:
             fingerprint,
             metrics,
             staleness,
-            self.strategy.factors,
             [] if fitness == rewards else fitness,
             state,
         )

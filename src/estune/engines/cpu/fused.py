@@ -6,7 +6,7 @@ product, a beginning that prompts share is computed once, nothing is padded, row
 last layer computes only the last token of each prompt.
 
 A row's completion depends on its prompt alone, to the bit: not on the rows beside it nor on the number of threads.
-Where the processor multiplies bfloat16 itself, this holds in float32 only.
+Where the processor multiplies bfloat16 itself and has no matrix unit, this holds in float32 only.
 """
 
 from __future__ import annotations

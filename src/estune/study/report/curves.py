@@ -304,7 +304,7 @@ def _group_curve(group: Group, curves: list[list[Point]]) -> list[Series]:
 
 def _rewards(bucket: Bucket) -> list[list[float]]:
     """For each step its members' rewards, without failed ones."""
-    return [[r for r in record.rewards if r is not None] for record in bucket]
+    return [[r for r in record.of_members if r is not None] for record in bucket]
 
 
 def _points(kept: Sequence[Bucket], key: str) -> list[Point]:

@@ -191,8 +191,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
             tiles.append((name, change, "tokens, held out" if "length" in key else "first and best evaluation"))
     steps = [r.metrics for r in run.journal.steps]
     if steps:
-        population = len(run.journal.steps[-1].rewards)
-        prompts = len(run.journal.steps[-1].prompts)
+        population = len(run.journal.steps[-1].of_members)
+        prompts = len(run.journal.steps[-1].prompts) // run.journal.settings.get("prompt_groups", 1)
         tiles.append(("Steps", f"{run.done}", f"of {population} members x {prompts} prompts"))
         if all("step_time" in m for m in steps):
             tokens = f"{figure(steps[-1]['num_tokens'])} tokens" if "num_tokens" in steps[-1] else "all steps"
