@@ -13,7 +13,8 @@ from typing import Any
 from estune.config import Config
 from estune.es.strategy import Member
 from estune.es.update import Update
-from estune.journal.journal import EvaluationRecord, Header, Journal, StepRecord
+from estune.journal.journal import Journal
+from estune.journal.records import EvaluationRecord, Header, StepRecord
 from estune.run.graded import write_completions
 from estune.study.report import write_report
 from estune.weights.checkpoint import Checkpoint

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from estune.config import Config
-from estune.journal.journal import Journal, StepRecord
+from estune.journal.journal import Journal
+from estune.journal.records import StepRecord
 from estune.run.trainer import Trainer
 from estune.tasks.base import Task
 

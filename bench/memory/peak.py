@@ -105,7 +105,8 @@ def write_journal(model: str, run: str, members: int, steps: int) -> None:
     """A journal of some steps over the model, as a run would have written it."""
     from estune.engines.loading import load_model
     from estune.es.evolution import EvolutionStrategy
-    from estune.journal.journal import Header, Journal, StepRecord
+    from estune.journal.journal import Journal
+    from estune.journal.records import Header, StepRecord
     from estune.weights.device import pick_device
     from estune.weights.parameters import trained_parameters
     from estune.weights.weights import Weights

@@ -34,7 +34,8 @@ from bench.memory.peak import peak_memory
 
 from estune.es.evolution import EvolutionStrategy
 from estune.journal import compact
-from estune.journal.journal import Header, Journal, StepRecord
+from estune.journal.journal import Journal
+from estune.journal.records import Header, StepRecord
 from estune.journal.replay import replay
 from estune.journal.verify import verify
 from estune.noise import cpu

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from estune.es.evolution import EvolutionStrategy
-from estune.journal.journal import EvaluationRecord, Header, Journal, StepRecord
+from estune.journal.journal import Journal
+from estune.journal.records import EvaluationRecord, Header, StepRecord
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import trained_parameters
 from estune.weights.weights import Weights

@@ -14,7 +14,8 @@ from estune.errors import EstuneError
 from estune.es.evolution import EvolutionStrategy
 from estune.es.strategy import Update
 from estune.journal import compact
-from estune.journal.journal import EvaluationRecord, Journal, StepRecord, _sealed
+from estune.journal.journal import Journal, _sealed
+from estune.journal.records import EvaluationRecord, StepRecord
 from estune.journal.replay import replay
 from estune.journal.share import pack
 from tests.journal.histories import write_history

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from estune.errors import EstuneError
 from estune.es.evolution import EvolutionStrategy
 from estune.es.strategy import Member, Update
-from estune.journal.journal import FILE, TEMPORARY, EvaluationRecord, Header, Journal, StepRecord, rank
+from estune.journal.journal import FILE, TEMPORARY, Journal
+from estune.journal.records import EvaluationRecord, Header, StepRecord, rank
 from estune.journal.replay import replay
 from estune.journal.shares import is_share
 from estune.run.directory import refuse_used

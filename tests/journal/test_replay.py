@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from estune.errors import EstuneError
 from estune.es.evolution import EvolutionStrategy
 from estune.es.update import terms
-from estune.journal.journal import Header, Journal, StepRecord
+from estune.journal.journal import Journal
+from estune.journal.records import Header, StepRecord
 from estune.journal.replay import replay
 from estune.run.trainer import Trainer
 from estune.weights import rebuild

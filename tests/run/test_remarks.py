@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from estune.es.strategy import Member, Update
-from estune.journal.journal import EvaluationRecord, StepRecord
+from estune.journal.records import EvaluationRecord, StepRecord
 from estune.run.order import StagedOrder
 from estune.run.remarks import before, members_alike, never_right
 from estune.run.trainer import Trainer

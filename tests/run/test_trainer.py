@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.journal.journal import Journal, StepRecord
+from estune.journal.journal import Journal
+from estune.journal.records import StepRecord
 from estune.journal.replay import replay
 from estune.noise import reference
 from estune.run.monitors.base import Monitor, Summary

@@ -20,7 +20,8 @@ from estune.charts.chart import to_json
 from estune.cli.options import overrides_of
 from estune.config import load
 from estune.errors import EstuneError
-from estune.journal.journal import EvaluationRecord, Header, Journal
+from estune.journal.journal import Journal
+from estune.journal.records import EvaluationRecord, Header
 from estune.run.graded import write_completions
 from estune.run.trainer import Trainer
 from estune.study.report import write_report

@@ -9,7 +9,8 @@ from typing import Any
 
 from estune.errors import EstuneError
 from estune.journal.distance import Distance, distances
-from estune.journal.journal import Journal, StepRecord
+from estune.journal.journal import Journal
+from estune.journal.records import StepRecord
 from estune.weights.rebuild import Told, unheard
 
 _WHERE = {"output_dir"}  # settings in which runs differ without being others

@@ -7,7 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from estune.journal.journal import Journal, StepRecord
+from estune.journal.journal import Journal
+from estune.journal.records import StepRecord
 
 
 def log(run: str | Path) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from estune.errors import EstuneError
 from estune.es.earlier import scaled
 from estune.files import make_folder
 from estune.journal.identity import model_files
-from estune.journal.journal import FORMAT, Header, Journal, StepRecord, base_checkpoint
+from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.records import FORMAT, Header, StepRecord
 from estune.journal.replay import rebuild
 from estune.versions import packages
 from estune.weights.rebuild import Steps, Told, is_anchored, unheard

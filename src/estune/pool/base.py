@@ -11,7 +11,7 @@ from estune.completion import Completion, Sampling
 from estune.config.sections import EngineName
 from estune.engines.progress import Progress
 from estune.es.strategy import Member, Update
-from estune.journal.journal import StepRecord
+from estune.journal.records import StepRecord
 from estune.weights.policies import Rule
 from estune.weights.trained import Drift
 

@@ -20,7 +20,7 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
-from estune.journal.journal import StepRecord
+from estune.journal.records import StepRecord
 from estune.pool.base import Description, Evaluated, Evaluator
 from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.gate import Gate

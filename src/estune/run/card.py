@@ -10,7 +10,8 @@ from estune.charts.chart import Plot, Series
 from estune.charts.picture import draw
 from estune.charts.table import markdown
 from estune.files import write_text
-from estune.journal.journal import EvaluationRecord, Journal
+from estune.journal.journal import Journal
+from estune.journal.records import EvaluationRecord
 from estune.journal.shares import is_share, wilson, with_interval
 from estune.run.directory import RunDirectory
 from estune.run.recipe import own_task, train_command

@@ -14,7 +14,8 @@ from estune.es.evolution import EvolutionStrategy
 from estune.es.schedule import Schedule
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading
-from estune.journal.journal import Header, Journal
+from estune.journal.journal import Journal
+from estune.journal.records import Header
 from estune.pool.base import Description
 from estune.tasks.base import Task
 from estune.versions import packages

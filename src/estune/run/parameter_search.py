@@ -12,7 +12,8 @@ from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Strategy, Update, member_seed
 from estune.files import make_folder
-from estune.journal.journal import FILE, Journal, StepRecord
+from estune.journal.journal import FILE, Journal
+from estune.journal.records import StepRecord
 from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
 from estune.run.make import make_header, make_sampling, make_strategy

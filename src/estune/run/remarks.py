@@ -10,7 +10,7 @@ from estune.completion import Prompt
 from estune.config import Config
 from estune.es.strategy import alike
 from estune.grading.convention import copied
-from estune.journal.journal import EvaluationRecord, StepRecord
+from estune.journal.records import EvaluationRecord, StepRecord
 from estune.run.held_out import evaluation_sampling
 from estune.run.order import StagedOrder
 from estune.tasks.base import Task

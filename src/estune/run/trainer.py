@@ -20,7 +20,8 @@ from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
 from estune.grading.isolation import refuse_grader
 from estune.grading.level import refuse_level
-from estune.journal.journal import BEST_BY, EvaluationRecord, Journal, StepRecord, going_on, rank
+from estune.journal.journal import Journal, going_on
+from estune.journal.records import BEST_BY, EvaluationRecord, StepRecord, rank
 from estune.journal.replay import holds, rebuild
 from estune.journal.shares import is_share
 from estune.pool.base import EVALUATION_BATCH

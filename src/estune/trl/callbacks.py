@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState
 
 from estune.files import remove
-from estune.journal.journal import rank
+from estune.journal.records import rank
 from estune.run.directory import RunDirectory
 from estune.run.monitors.base import Metrics, Monitor, Plan, Request, Sample, Summary
 

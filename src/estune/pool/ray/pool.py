@@ -23,7 +23,7 @@ from estune.config import Config
 from estune.engines.progress import Counts, Progress
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
-from estune.journal.journal import StepRecord
+from estune.journal.records import StepRecord
 from estune.pool.base import Description, Evaluated, evaluation_batches
 from estune.pool.ray.cluster import connect, disconnect
 from estune.pool.ray.crew import Crew, Jobs, Slot, Weights

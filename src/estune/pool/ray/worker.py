@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from estune.journal.journal import FORMAT
+from estune.journal.records import FORMAT
 from estune.noise.reference import NOISE_VERSION
 from estune.versions import packages
 

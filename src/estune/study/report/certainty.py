@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from estune.journal.journal import EvaluationRecord
+from estune.journal.records import EvaluationRecord
 from estune.journal.shares import NORMAL_95, is_share, wilson
 from estune.study.report.runs import Run, bounded
 from estune.study.report.tables import Row

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from estune.charts.chart import COLOURS, Cell, Chart, Series
 from estune.es.strategy import mean_and_std
-from estune.journal.journal import StepRecord
+from estune.journal.records import StepRecord
 from estune.journal.shares import is_share
 from estune.run.card import MEASURED_SHARE
 from estune.study.report.certainty import interval

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from estune.errors import EstuneError
-from estune.journal.journal import Header, base_checkpoint
+from estune.journal.journal import base_checkpoint
+from estune.journal.records import Header
 from estune.study.report.runs import Run
 from estune.weights.checkpoint import EMBEDDED, RUN_LENGTH, Checkpoint, Tensor, hub_name
 from estune.weights.gguf import is_gguf

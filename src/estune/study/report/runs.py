@@ -12,7 +12,8 @@ from typing import Any
 
 from estune.errors import EstuneError
 from estune.journal.diff import flatten
-from estune.journal.journal import EvaluationRecord, Journal
+from estune.journal.journal import Journal
+from estune.journal.records import EvaluationRecord
 from estune.run.directory import RunDirectory
 from estune.run.recipe import show
 from estune.study.report.tables import Row, read_rows, score_column

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.journal.journal import EvaluationRecord
+from estune.journal.records import EvaluationRecord
 from estune.study.report.runs import Run
 from estune.study.report.tables import Row, read_rows, score_column
 from estune.study.report.turns import turns_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError
-from estune.journal.journal import EvaluationRecord
+from estune.journal.records import EvaluationRecord
 
 Row = dict[str, Any]
 
