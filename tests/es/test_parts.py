@@ -183,3 +183,15 @@ def test_a_strategy_goes_on_from_json_as_if_it_had_never_stopped() -> None:
     second.from_json(first.to_json())
     assert [second.tell(rewards(step)) for step in range(3, 8)] == expected[3:]
     assert second.sigma == whole.sigma
+
+
+def test_a_strategy_goes_on_from_its_updates_as_if_it_had_never_stopped() -> None:
+    def strategy() -> EvolutionStrategy:
+        return EvolutionStrategy(population=2, sigma=0.5, learning_rate=1.0, momentum=Momentum(0.7, 3))
+
+    whole = strategy()
+    updates = [whole.tell([float(step), 2.0]) for step in (0, 1, 0, 1, 0)]
+    again = strategy()
+    again.recall(updates[:4], whole.state())
+    assert again.tell([0.0, 2.0]) == updates[4]
+    assert updates[4].factors[1] < 0.7**2 * 0.9  # how far the base has moved since counts, earlier steps' terms too
