@@ -46,6 +46,7 @@ from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
 from estune.weights.checkpoint import Checkpoint, check_name, locate
+from estune.weights.trained import Drift
 
 log = logging.getLogger(__name__)
 
@@ -404,14 +405,8 @@ class Trainer:
         update = self.strategy.tell(fitness)
         fingerprint = self.pool.apply(update)
         times["update"] = time.perf_counter() - start
-        count = config.population
-        metrics = {"step": step + 1, **step_metrics(in_order[:count]), "learning_rate": rate, "sigma": asked.sigma}
-        if len(rewards) > count and (of_base := rewards[-1]) is not None:
-            metrics["reward_base"] = of_base
-        state = self.strategy.state() | self.judge.state()
-        if drift is not None:
-            metrics |= {"weights/drift_changed": drift.changed, "weights/drift_rms": drift.rms}
-        metrics["num_tokens"] = self._tokens() + sum(g.tokens for g in in_order)
+        metrics = self._metrics(step + 1, asked, in_order, drift)
+        metrics["learning_rate"] = rate
         metrics["step_time"] = time.perf_counter() - began
         metrics["tokens_per_second"] = sum(g.tokens for g in in_order) / metrics["step_time"]
         if config.max_staleness:
@@ -431,13 +426,24 @@ class Trainer:
             metrics,
             staleness,
             [] if fitness == rewards else fitness,
-            state,
+            self.strategy.state() | self.judge.state(),
         )
         self.journal.append_step(record)
         self.state.global_step = step + 1
         self.state.epoch = (step + 1) * len(asked.indices) / len(self.task.train)
         self._tell(lambda m: m.on_step_end(metrics, in_order[0].sample()))
         self._say("members", remarks.members_alike(self.journal.steps))
+
+    def _metrics(self, step: int, asked: Asked, in_order: Sequence[Graded], drift: Drift | None) -> dict[str, float]:
+        """What members came to in a step, the base apart."""
+        members = in_order[: self.config.population]
+        metrics = {"step": step, **step_metrics(members), "sigma": asked.sigma}
+        for base in in_order[len(members) :]:
+            if (reward := base.grades.mean) is not None:
+                metrics["reward_base"] = reward
+        if drift is not None:
+            metrics |= {"weights/drift_changed": drift.changed, "weights/drift_rms": drift.rms}
+        return metrics | {"num_tokens": self._tokens() + sum(g.tokens for g in in_order)}
 
     def _graded(self, asked: Asked) -> tuple[list[Graded], list[int], dict[str, float]]:
         """What a step's members come to, how stale each was, and the seconds of each stage, all members together."""
