@@ -89,7 +89,8 @@ def test_a_report_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_probe(capsys: pytest.CaptureFixture[str]) -> None:
     options = [*QUICK, "--members", 2, "--prompts", 4, "--sigmas", "0.02, 0.001"]
     assert estune("probe", *options) == 0
-    lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith(": probe tiny on countdown")
     assert lines[0].startswith("countdown with tiny: 2 members a sigma on 4 prompts; the base model's reward is 0.")
     assert lines[2].split()[:4] == ["sigma", "mean", "spread", "best"]
     assert [line.split()[0] for line in lines[3:5]] == ["0.001", "0.02"]

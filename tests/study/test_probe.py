@@ -13,6 +13,7 @@ import pytest
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
+from estune.engines.progress import Progress
 from estune.errors import EstuneError
 from estune.es.strategy import Member, mean_and_std
 from estune.grading.grading import Grading
@@ -127,6 +128,9 @@ class Watched:
         self.prompts.add(len(ids))
         # Members may come back in any order.
         yield from reversed(list(self.pool.evaluate(members, sigma, ids, sampling)))
+
+    def progress(self) -> Progress:
+        return self.pool.progress()
 
     def generate(self, ids: Any, sampling: Sampling) -> list[Completion]:
         self.prompts.add(len(ids))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from estune.cli.options import ConfigFile, listed, overrides_of
-from estune.cli.output import say, say_table
+from estune.cli.output import opening, say, say_table
 from estune.errors import EstuneError
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def probe(
         sizes = None if sigmas is None else [float(size) for size in listed(sigmas) or ()]
     except ValueError as error:
         raise EstuneError(f"--sigmas {sigmas!r}: give numbers with commas between; {error}") from error
-    found = try_sizes(settings, members=members, prompts=prompts, sigmas=sizes)
+    with nullcontext() if as_json else opening(f"probe {settings.model} on {settings.task.name}"):
+        found = try_sizes(settings, members=members, prompts=prompts, sigmas=sizes)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return
@@ -93,16 +95,17 @@ def sweep(
         share = metric in trial.shares
         say(f"{trial.name}: " + (f"failed: {trial.error}" if value is None else f"{metric} {shown(value, share)}"))
 
-    found = run_all(
-        output_dir,
-        config,
-        overrides_of(context.args),
-        jobs=jobs,
-        search=cast(Literal["optuna"] | None, search),
-        trials=trials,
-        metric=metric,
-        told=told,
-    )
+    with opening(f"sweep in {output_dir}"):
+        found = run_all(
+            output_dir,
+            config,
+            overrides_of(context.args),
+            jobs=jobs,
+            search=cast(Literal["optuna"] | None, search),
+            trials=trials,
+            metric=metric,
+            told=told,
+        )
     lines = rows(found, metric)
     say("")
     say_table(lines, names=len(lines[0]) - 5)
@@ -180,7 +183,12 @@ def compare(
         what = f"failed: {result['error']}" if failed else f"accuracy {shown(result['accuracy'], are_shares([result]))}"
         say(f"{Job(**result['job']).name}: {what}")
 
-    results = run_all(plan, settings, output_dir, told)
+    count = len(plan.trials()) + len(plan.methods) * len(plan.seeds)
+    with opening(
+        f"compare {', '.join(plan.methods)} on {settings.task.name} with {settings.model}: {count} runs of "
+        f"{plan.budget:,} tokens each, in {output_dir}"
+    ):
+        results = run_all(plan, settings, output_dir, told)
     path = write_report(output_dir, results, plan, settings)
     lines = table(results)
     say("")

@@ -7,7 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from estune.pool.base import Generating
 
 log = logging.getLogger(__name__)
 
@@ -66,3 +69,28 @@ def told_while(
         _waits.remove(wait)
         over.set()
         thread.join()
+
+
+@contextmanager
+def told_while_generating(what: str, generator: Generating, prompt_tokens: int, places: int) -> Iterator[None]:
+    """`told_while` something is generated, with the share that is done and the rate.
+
+    Args:
+        what: what is done.
+        generator: generates.
+        prompt_tokens: of all prompts together, each as often as it is read.
+        places: tokens of all completions if each is as long as it may be.
+    """
+    before = generator.progress()
+    began = time.monotonic()
+
+    def share() -> float:
+        done = generator.progress().since(before)
+        return min(1.0, (done.read + done.settled) / (prompt_tokens + places))
+
+    def so_far() -> str:
+        speed = generator.progress().since(before).tokens / max(1e-9, time.monotonic() - began)
+        return f": {share():.0%} at {speed:,.0f} tokens/s"
+
+    with told_while(what, so_far=so_far, share=share):
+        yield

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, chdir
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from estune.config import Config, merge, parse, read
 from estune.errors import EstuneError
@@ -20,10 +19,6 @@ from estune.run.resume import settings_of, task_folder, task_of
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
 from estune.weights.checkpoint import check_name
-
-if TYPE_CHECKING:
-    from estune.pool.base import Generating
-    from estune.run.held_out import HeldOut
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +53,7 @@ def evaluate_model(
     """
     from estune.engines.loading import open_encoder
     from estune.pool.open import open_to_generate, with_resources_to_generate
-    from estune.pool.waiting import told_while
+    from estune.pool.waiting import told_while_generating
     from estune.run.graded import write_completions
     from estune.run.held_out import HeldOut, refuse_unreachable
 
@@ -98,7 +93,10 @@ def evaluate_model(
         opened.callback(pool.close)
         for which in held_out:
             name = which.task.name
-            with told_while(f"completing {len(which.asked):,} prompts of {name}", so_far=_so_far(which, config, pool)):
+            asked = which.asked
+            what = f"completing {len(asked):,} prompts of {name}"
+            places = len(asked) * config.max_new_tokens
+            with told_while_generating(what, pool, sum(map(len, asked)), places):
                 found, graded = which.evaluate(pool)
             watched = {f"watch/{name}/{key.removeprefix('eval_')}": value for key, value in found.items()}
             metrics |= found if which is held_out[0] else watched
@@ -106,20 +104,6 @@ def evaluate_model(
     if output is not None:
         write_completions(output, records)
     return metrics
-
-
-def _so_far(held_out: HeldOut, config: Config, generator: Generating) -> Callable[[], str]:
-    """What says how far a held-out set has been completed, and how fast."""
-    before = generator.progress()
-    began = time.monotonic()
-    whole = sum(map(len, held_out.asked)) + len(held_out.asked) * config.max_new_tokens
-
-    def say() -> str:
-        done = generator.progress().since(before)
-        speed = done.tokens / (time.monotonic() - began)
-        return f": {min(1.0, (done.read + done.settled) / whole):.0%} at {speed:,.0f} tokens/s"
-
-    return say
 
 
 def _from_here(given: dict[str, Any]) -> dict[str, Any]:

@@ -14,15 +14,16 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from estune.children import end_with_parent
 from estune.errors import EstuneError
 from estune.files import locked, make_folder, read_claim, write_text
+from estune.pool.waiting import told_while
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,11 +80,18 @@ class Jobs:
         said = log.read_bytes()[start:].decode(errors="replace")
         return (complaint(said) if code > 0 else None) or _how(code)
 
-    def each(self, work: Callable[[T], R], items: Iterable[T], at_once: int) -> list[R]:
+    def each(self, work: Callable[[T], R], items: Sequence[T], at_once: int) -> list[R]:
         """Do work, which may `run` modules, for each item, `at_once` at a time; return the results in order."""
-        with ThreadPoolExecutor(at_once) as threads:
+        ended = list[None]()
+
+        def counted(item: T) -> R:
+            result = work(item)
+            ended.append(None)
+            return result
+
+        with told_while_running(ended, len(items)), ThreadPoolExecutor(at_once) as threads:
             try:
-                return list(threads.map(work, items))
+                return list(threads.map(counted, items))
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 self.end()
@@ -100,6 +108,11 @@ class Jobs:
                 process.wait(GRACE)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def told_while_running(ended: Sized, count: int) -> AbstractContextManager[None]:
+    """Tell, as long as this lasts, how many of so many runs have ended."""
+    return told_while("training", so_far=lambda: f": {len(ended)} of {count} runs", share=lambda: len(ended) / count)
 
 
 def complaint(text: str) -> str | None:

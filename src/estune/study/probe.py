@@ -22,6 +22,7 @@ from estune.grading.grading import Grading
 from estune.grading.level import refuse_level
 from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
+from estune.pool.waiting import told_while_generating
 from estune.run.graded import Graded, grade_completions
 from estune.run.held_out import token_ids
 from estune.run.make import make_grading, make_sampling
@@ -201,9 +202,13 @@ class _Probing:
         self.sampling = make_sampling(config, member_seed(config.seed, STEP, 1 << 23))
 
     def run(self, sigmas: Sequence[float], count: int, repeats: int) -> Probe:
-        first, base, noise = self._base(repeats)
-        members = [Member(member_seed(self.config.seed, STEP, i)) for i in range(count)]
-        tried = {sigma: self._members(members, sigma) for sigma in sigmas}
+        times = repeats + count * len(sigmas)
+        what = f"trying {len(sigmas)} sizes of perturbation"
+        places = times * len(self.ids) * self.config.max_new_tokens
+        with told_while_generating(what, self.pool, times * sum(map(len, self.ids)), places):
+            first, base, noise = self._base(repeats)
+            members = [Member(member_seed(self.config.seed, STEP, i)) for i in range(count)]
+            tried = {sigma: self._members(members, sigma) for sigma in sigmas}
         found = [[r for g in graded if (r := g.grades.mean) is not None] for graded in tried.values()]
         worst = min([base, *(reward for rewards in found for reward in rewards)])
         levels = [

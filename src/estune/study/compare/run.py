@@ -17,7 +17,7 @@ from estune.errors import EstuneError
 from estune.files import make_folder, read_claim, write_text
 from estune.grading.level import refuse_level
 from estune.study.compare.plan import Job, Plan, at_an_end, read_results
-from estune.study.jobs import Jobs, claimed
+from estune.study.jobs import Jobs, claimed, told_while_running
 from estune.tasks.base import Task
 from estune.weights.checkpoint import locate
 
@@ -145,10 +145,13 @@ def _work(
 ) -> list[dict[str, Any]]:
     results = read_results(folder)
     done = [result["job"] for result in results if "error" not in result]
-    for job in jobs:
-        if job.model_dump() not in done:
+    left = [job for job in jobs if job.model_dump() not in done]
+    ended = list[Job]()
+    with told_while_running(ended, len(left)):
+        for job in left:
             result = run_job(plan, job, config, folder / job.name)
             record(folder, result)
+            ended.append(job)
             if told is not None:
                 told(result)
     return read_results(folder)

@@ -1,0 +1,120 @@
+"""A real pretrained model, SmolLM2-135M-Instruct: ES against reinforcement learning on two tasks.
+
+    python -m bench.study.real [--experiments capitals,conciseness] [--methods es,grpo,dr_grpo,rloo] [--seeds 3]
+
+ES has the settings of `examples/capitals.yaml` and `recipes/conciseness-smollm2.yaml`; each method of reinforcement
+learning the best of three learning rates, tried on a seed of its own. Every run may generate the same number of tokens.
+What is measured of a trained model beside a comparison's figures: accuracy and pass@k of 16 samples a prompt, and the
+accuracy on tasks that it was not trained for. It takes hours; what is there is not run again. Results are
+`real-EXPERIMENT.jsonl`, a line a run, `base` for the model itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bench.common import RESULTS, machine
+
+from estune.config import Config, load
+from estune.engines.loading import open_encoder
+from estune.engines.transformers import TransformersEngine
+from estune.run.held_out import HeldOut
+from estune.study.compare.plan import Job, Plan, read_results
+from estune.study.compare.run import compare
+from estune.weights.checkpoint import locate
+
+FOLDER = Path("runs/study/real")
+METHODS = ("es", "grpo", "dr_grpo", "rloo")
+RATES = (3e-6, 1e-5, 3e-5)
+ES = ("model=smollm2", "population=16", "prompts_per_step=24", "sigma=0.004", "dtype=bfloat16", "threads=1")
+TASKS = {
+    "capitals": ("task.name=examples/capitals.py", "max_new_tokens=16"),
+    "conciseness": ("task.name=conciseness", "max_new_tokens=64"),
+    "additions": ("task.name=bench/study/additions.py", "max_new_tokens=24"),
+}
+EXPERIMENTS = {"capitals": 40_000, "conciseness": 80_000}  # and the tokens that a run may generate
+WATCHED = {"capitals": ("conciseness", "additions"), "conciseness": ("capitals", "additions")}
+SAMPLES, POINTS = 16, 4
+
+
+def settings(experiment: str) -> Config:
+    """Of an experiment's ES."""
+    return load(None, [*ES, *TASKS[experiment]])
+
+
+def accuracies(checkpoint: Path, experiment: str) -> dict[str, float]:
+    """Of sampled completions, pass@k with it, and of greedy ones on the tasks that are watched."""
+    config = settings(experiment).model_copy(update={"eval_samples": SAMPLES, "eval_temperature": 1.0})
+    engine = TransformersEngine(checkpoint, dtype=config.dtype)
+    found: dict[str, float] = {}
+    for name in (experiment, *WATCHED[experiment]):
+        other = config if name == experiment else settings(name).model_copy(update={"eval_temperature": 0.0})
+        held_out = HeldOut(other.task.build(0), other, open_encoder(other))
+        metrics, _ = held_out.evaluate(engine)
+        held_out.close()
+        if name == experiment:
+            found |= {key: value for key, value in metrics.items() if "@" in key}
+        else:
+            found[f"watch/{name}"] = metrics["eval_accuracy"]
+    return found
+
+
+def run(experiment: str, method: str, seeds: int, results: Path) -> None:
+    """A method's runs that are not there yet, and the file of the experiment's results so far."""
+    folder = FOLDER / experiment
+    plan = Plan(
+        methods=[method], budget=EXPERIMENTS[experiment], seeds=list(range(seeds)), rates=list(RATES), batch=96,
+        points=POINTS,
+    )  # fmt: skip
+
+    def told(result: dict[str, Any]) -> None:
+        job = result["job"]
+        print(json.dumps(result), flush=True)
+        there = folder / Job(**job).name
+        final = there / ("run/final" if method == "es" else "final")
+        if not job["trial"] and final.is_dir():
+            (there / "more.json").write_text(json.dumps(accuracies(final, experiment)))
+        for weights in (final, there / "trl"):
+            shutil.rmtree(weights, ignore_errors=True)  # half a gigabyte a run
+        collect(experiment, results)
+
+    compare(plan, settings(experiment), folder, told)
+    collect(experiment, results)
+
+
+def collect(experiment: str, results: Path) -> None:
+    """Put all runs so far into the results."""
+    folder = FOLDER / experiment
+    base = folder / "base.json"
+    if not base.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        base.write_text(json.dumps(accuracies(locate(settings(experiment).model), experiment)))
+    lines = [{"job": {"method": "base"}, **json.loads(base.read_text())}]
+    for result in read_results(folder):
+        more = folder / Job(**result["job"]).name / "more.json"
+        lines.append(result | (json.loads(more.read_text()) if more.is_file() else {}))
+    with (results / f"real-{experiment}.jsonl").open("w") as file:
+        common = {"experiment": experiment, "budget": EXPERIMENTS[experiment], "machine": machine()}
+        file.writelines(f"{json.dumps(common | line)}\n" for line in lines)
+
+
+def main() -> None:
+    """All of it, the first seed of every method first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiments", default=",".join(EXPERIMENTS))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    arguments = parser.parse_args()
+    for seeds in range(1, arguments.seeds + 1):
+        for experiment in arguments.experiments.split(","):
+            for method in arguments.methods.split(","):
+                run(experiment, method, seeds, arguments.results)
+
+
+if __name__ == "__main__":
+    main()
