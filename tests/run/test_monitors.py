@@ -304,6 +304,29 @@ def test_the_outlook_is_measured_as_soon_as_it_can_be(model: Path, tmp_path: Pat
     assert watch.run_left == 3 * 3.0 + 2 * 30.0
 
 
+def test_rollouts_that_ask_for_more_than_was_planned_are_followed_by_what_the_last_ones_asked_for(
+    model: Path, tmp_path: Path
+) -> None:
+    """The second work takes twice what was planned, as the first did, and half of that is done."""
+    trainer = Trainer(make_config(tmp_path / "run", model), task=make_task(), monitors=None)
+    trainer.close()
+    watch = Stopwatch(trainer.plan(), lambda: 0.0)
+    done = Progress(read=160, reading=10**9, settled=240, tokens=240, writing=24 * 10**9)
+    watch.begin(Work("evaluation", 1, 80, 20, 120, 1, lambda: done))
+    look = watch.look()
+    assert look is not None
+    assert (look.share, look.left) == (1.0, None)  # nobody knows yet
+    watch.evaluated()
+    done = done._replace(read=80, settled=120)
+    watch.begin(Work("evaluation", 1, 80, 20, 120, 1, lambda: done))
+    look = watch.look()
+    assert look is not None
+    assert look.share == 0.5
+    assert look.left is not None
+    plan = trainer.plan()
+    assert watch.step_tokens == 2 * plan.population * plan.prompts_per_step * plan.config["max_new_tokens"]
+
+
 @pytest.mark.parametrize("every", [0, 1, 2, 5, 9])
 def test_evaluations_that_are_left(every: int) -> None:
     due = [step for step in range(1, 8) if step == 7 or (every and step % every == 0)]

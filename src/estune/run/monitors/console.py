@@ -171,9 +171,7 @@ class ConsoleMonitor(Monitor):
         if watch is None or not run_left or watch.step_seconds is None or self._foretold in (False, watch.most):
             return
         self._foretold = watch.most
-        plan = watch.plan
-        tokens = plan.population * plan.prompts_per_step * plan.config["max_new_tokens"]
-        self._print(outlook(tokens, watch.step_seconds, run_left, most=watch.most, how="at the pace so far"))
+        self._print(outlook(watch.step_tokens, watch.step_seconds, run_left, most=watch.most, how="at the pace so far"))
         if warning := too_long(run_left):
             log.warning("%s", warning)
 

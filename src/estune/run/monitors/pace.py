@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from estune.engines.progress import Progress
 from estune.run.monitors.base import Metrics, Plan, Work
@@ -84,10 +84,12 @@ class Stopwatch:
         self._warm: Progress | None = None  # what was done by the first look that found a token
         self._steps: list[float] = []
         self._evaluation: float | None = None  # seconds of the last one
+        self._turns: dict[str, float] = {}  # of each kind of work: how many times what was planned the last one took
 
     def begin(self, work: Work) -> None:
-        """Some work begins."""
-        self.work = work
+        """Some work begins. Rollouts of several turns ask for more than is planned, and again for about as much."""
+        turns = self._turns_of(work.name)
+        self.work = replace(work, prompt_tokens=round(turns * work.prompt_tokens), places=round(turns * work.places))
         self._warm = None
         self._work_began = self._clock()
 
@@ -110,19 +112,26 @@ class Stopwatch:
         done = work.done()
         self._take(done, KNOWN_AFTER)
         seconds = self._clock() - self._work_began
-        share = min(1.0, (done.read + done.settled) / (work.prompt_tokens + work.places))
-        left = None if self._pace is None else self._pace.seconds(work, done)
+        share = (done.read + done.settled) / (work.prompt_tokens + work.places)
+        left = None if self._pace is None or share > 1 else self._pace.seconds(work, done)
         run_left = None
         if left is not None and self.step_seconds is not None:
             steps = self.plan.steps - self.done - (work.name == "members")
             run_left = left + steps * self.step_seconds + self._evaluations()
         speed = done.tokens / seconds if seconds else 0.0
-        return Look(work, share, seconds, speed, left, run_left)
+        return Look(work, min(1.0, share), seconds, speed, left, run_left)
 
     @property
     def most(self) -> bool:
         """Whether times are those of completions that all are as long as they may be."""
         return not self._steps and self._pace is not None and self._pace.most
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that a step generates at most, as far as is known."""
+        plan = self.plan
+        places = plan.population * plan.prompts_per_step * plan.config["max_new_tokens"]
+        return round(self._turns_of("members") * places)
 
     @property
     def run_left(self) -> float | None:
@@ -136,26 +145,34 @@ class Stopwatch:
         if self._steps:
             return statistics.fmean(self._steps)
         plan = self.plan
-        return self._generating(plan.population, plan.population * plan.prompts_per_step)
+        return self._generating("members", plan.population, plan.population * plan.prompts_per_step)
 
     def _evaluations(self) -> float:
         """Seconds of the evaluations that are due after this step."""
         plan = self.plan
         count = evaluations_left(plan.steps, plan.config["eval_steps"], self.done) if plan.eval_size else 0
-        each = self._evaluation or self._generating(1, plan.eval_size * plan.config["eval_samples"])
+        each = self._evaluation or self._generating("evaluation", 1, plan.eval_size * plan.config["eval_samples"])
         return count * (each or 0.0)
 
-    def _generating(self, pieces: int, completions: int) -> float | None:
+    def _generating(self, name: str, pieces: int, completions: int) -> float | None:
         plan = self.plan
-        tokens = round(completions * plan.prompt_tokens / plan.prompts_per_step)
-        places = completions * plan.config["max_new_tokens"]
-        work = Work("", pieces, tokens, completions, places, plan.engines, Progress)
+        turns = self._turns_of(name)
+        tokens = round(turns * completions * plan.prompt_tokens / plan.prompts_per_step)
+        places = round(turns * completions * plan.config["max_new_tokens"])
+        work = Work(name, pieces, tokens, completions, places, plan.engines, Progress)
         return None if self._pace is None else self._pace.seconds(work, Progress())
+
+    def _turns_of(self, name: str) -> float:
+        """How many times what is planned such work asks for: as the last one did or, of the first, as any did."""
+        return self._turns.get(name, max(self._turns.values(), default=1.0))
 
     def _end(self) -> None:
         """The work under way is done."""
-        if self.work is not None:
-            self._take(self.work.done(), 0)
+        if (work := self.work) is not None:
+            done = work.done()
+            self._take(done, 0)
+            more = (done.read + done.settled) / (work.prompt_tokens + work.places)
+            self._turns[work.name] = max(1.0, more * self._turns_of(work.name))
         self.work = None
 
     def _take(self, done: Progress, after: float) -> None:
