@@ -114,7 +114,9 @@ def test_any_strategy_will_do(engines: Engines, tmp_path: Path) -> None:
     with ParameterSearch(engines, tmp_path / "run", strategy=Halving()) as search:
         for _ in range(3):
             step(search)
-    records = Journal.read(tmp_path / "run").steps
+    journal = Journal.read(tmp_path / "run")
+    records = journal.steps
+    assert journal.shortfall() is None
     assert [sum(record.update.coefficients) for record in records] == [0.25, 0.125, 0.0625]
     assert replay(tmp_path / "run", tmp_path / "replayed") == search.journal.fingerprint()
 

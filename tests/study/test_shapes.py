@@ -43,6 +43,11 @@ def test_sizes_are_the_published_ones(tmp_path: Path, config: dict[str, Any], pa
     assert shape.dtype == config.get("torch_dtype", config.get("dtype"))
 
 
+def test_which_kernels_multiply(tmp_path: Path) -> None:
+    assert read_shape(write_config(tmp_path, QWEN_HALF_B)).own
+    assert not read_shape(write_config(tmp_path, GEMMA2_2B)).own  # PyTorch's
+
+
 def test_products_leave_embeddings_out(tmp_path: Path) -> None:
     tied = read_shape(write_config(tmp_path, QWEN_HALF_B))
     layer = 896 * (896 + 2 * 128 + 896) + 3 * 896 * 4864

@@ -21,7 +21,7 @@ from estune.errors import EstuneError
 from estune.files import locked, replacing, sync
 from estune.journal import compact
 from estune.journal.lines import fault
-from estune.journal.records import EvaluationRecord, Header, StepRecord, decoded, encoded, rank
+from estune.journal.records import SEARCH, EvaluationRecord, Header, StepRecord, decoded, encoded, rank
 from estune.noise.reference import NOISE_VERSION
 from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.gguf import is_gguf
@@ -318,7 +318,7 @@ class Journal:
         if self.ended == "interrupted":
             return f"interrupted after {of}"
         if over:
-            return None if final else f"ended after {of}, but final/ is missing"
+            return None if final or self.header.task == SEARCH else f"ended after {of}, but final/ is missing"
         if not final:
             return f"the journal ends after {of}: the run goes on, or it or its journal was cut off"
         why = "whether the run ended there, its format does not say" if self.header.format == 1 else "lines are missing"

@@ -15,6 +15,8 @@ from estune.weights.policies import TYPE_NAMES, NoiseMode, PolicyName, Rounding,
 FORMAT = 2
 BEST_BY = ("eval_accuracy", "eval_reward")
 """What evaluations are judged by, the first first; of a metric with `-` before its name, less is better."""
+SEARCH = "parameter search"
+"""The task of a journal whose steps an outer program takes: it writes no checkpoint when it ends."""
 
 
 def rank(metrics: Mapping[str, float], best_by: Sequence[str] = BEST_BY) -> tuple[float, ...]:

@@ -123,17 +123,14 @@ def _speed(way: Way, shapes: Sequence[tuple[int, int]], rows: int, *, own: bool,
     some = list(_some(shapes, min(MOST_OF_ONE, MOST_TRIED // way.replicas)))
     dtype: torch.dtype = getattr(torch, way.dtype)
     engines = [[torch.full(shape, 0.01, dtype=dtype) for shape in some] for _ in range(way.replicas)]
-    inputs = {width: torch.full((rows, width), 0.01, dtype=torch.float32 if own else dtype) for _, width in some}
+    widths = {width for _, width in some}
+    inputs = {width: torch.full((rows, width), 0.01, dtype=torch.float32 if own else dtype) for width in widths}
 
     def multiply(weights: Sequence[torch.Tensor]) -> None:
         torch.set_num_threads(way.threads)  # of the thread that this is
-        products = Products()
+        product = product_of(own=own)
         for weight in weights:
-            x = inputs[weight.shape[1]]
-            if own:
-                products(x.numpy(), weight.view(torch.uint16).numpy() if dtype == torch.bfloat16 else weight.numpy())
-            else:
-                linear(x, weight)
+            product(inputs[weight.shape[1]], weight)
 
     def once() -> float:
         began = time.perf_counter()
@@ -147,6 +144,19 @@ def _speed(way: Way, shapes: Sequence[tuple[int, int]], rows: int, *, own: bool,
         seconds = min(once() for _ in range(ROUNDS))
     torch.set_num_threads(before)
     return way.replicas * 2 * rows * sum(map(math.prod, some)) / seconds
+
+
+def product_of(*, own: bool) -> Callable[[torch.Tensor, torch.Tensor], object]:
+    """What multiplies activations with a matrix: our kernel, which takes them in float32, or PyTorch's."""
+    if not own:
+        return linear
+    products = Products()
+
+    def multiply(x: torch.Tensor, weight: torch.Tensor) -> object:
+        bits = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
+        return products(x.numpy(), bits.numpy())
+
+    return multiply
 
 
 def _some(shapes: Sequence[tuple[int, int]], budget: int) -> Iterator[tuple[int, int]]:

@@ -14,8 +14,7 @@ import torch
 
 from estune import children
 from estune.config import Config
-from estune.engines.cpu.fused import ARCHITECTURES
-from estune.engines.cpu.simd import WIDTH
+from estune.engines.cpu.fused import has_own_products
 from estune.engines.loading import load_config
 from estune.engines.memory import LOGITS_BYTES, cached_elements, fitting_engines, total_memory
 from estune.engines.transformers import MAX_ROWS, MAX_ROWS_ELSEWHERE, MEMORY_SHARE
@@ -136,8 +135,7 @@ def _share_processor(config: Config, live_dtype: str | None) -> dict[str, Any]:
     )
     if len(choices) > 1:
         shapes = [(t.shape[0], t.shape[1]) for t in tensors if len(t.shape) == 2]
-        fused = (getattr(model, "architectures", None) or [""])[0] in ARCHITECTURES
-        own = fused and "float16" not in dtypes and not any(width % WIDTH for _, width in shapes)
+        own = has_own_products(model, [width for _, width in shapes], dtypes[0])
         rows = min(config.rows_of_member, config.batch_size or MAX_ROWS["cpu"])
         await_ahead()
         chosen = fastest(shapes, rows, choices, own=own)

@@ -13,7 +13,7 @@ from estune.errors import EstuneError
 from estune.es.strategy import Member, Strategy, Update, member_seed
 from estune.files import make_folder
 from estune.journal.journal import FILE, Journal
-from estune.journal.records import StepRecord
+from estune.journal.records import SEARCH, StepRecord
 from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
 from estune.run.make import make_header, make_sampling, make_strategy
@@ -102,7 +102,7 @@ class ParameterSearch:
         else:
             make_folder(self.run)
             fingerprint = engines.trained.fingerprint if parent is None else parent.fingerprint()
-            header = make_header(self._config, engines.trained, self.run, fingerprint, "parameter search")
+            header = make_header(self._config, engines.trained, self.run, fingerprint, SEARCH)
             self.journal = Journal.create(self.run, header, parent)
         self.strategy: Strategy = strategy or make_strategy(self._config, self.journal)
         if strategy is not None:

@@ -285,14 +285,18 @@ def locate(model: str | Path) -> Path:
     return path
 
 
+def is_here(model: str | Path) -> bool:
+    """Whether its weights are on this machine, as far as its name tells: it is no hub id."""
+    return str(model) in EMBEDDED or Path(model).exists() or is_gguf(model)
+
+
 def check_name(model: str | Path) -> None:
     """Check that there is a model of this name; of a hub id only config.json is downloaded.
 
     Raises:
         EstuneError: as `locate`.
     """
-    path = EMBEDDED.get(str(model), Path(model))
-    if path.exists() or is_gguf(model) or not _HUB_ID.fullmatch(str(model)):
+    if is_here(model) or not _HUB_ID.fullmatch(str(model)):
         locate(model)
     else:
         _download(str(model), "config.json")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,12 @@ HEAD_ROWS = 8192
 """Entries of the vocabulary whose logits are computed at once; only the largest logit is kept."""
 
 _FIXED_ROPES = {"default", "linear", "llama3", "yarn"}  # those whose angles do not depend on the length of a batch
+
+
+def has_own_products(config: Any, widths: Iterable[int], dtype: str) -> bool:
+    """Whether the products of such a model are those of our kernels, as far as its configuration tells."""
+    fused = (getattr(config, "architectures", None) or [""])[0] in ARCHITECTURES
+    return fused and dtype != "float16" and not any(width % WIDTH for width in widths)
 
 
 def unfusable(model: Any) -> str | None:

@@ -130,7 +130,7 @@ class Stopwatch:
     def step_tokens(self) -> int:
         """Tokens that a step generates at most, as far as is known."""
         plan = self.plan
-        places = plan.population * plan.prompts_per_step * plan.config["max_new_tokens"]
+        places: int = plan.population * plan.prompts_per_step * plan.config["max_new_tokens"]
         return round(self._turns_of("members") * places)
 
     @property

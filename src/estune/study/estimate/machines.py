@@ -209,12 +209,16 @@ def _product_rate(shape: Shape, rows: int, dtype: str) -> float:
     """FLOP/s of a product of `rows` activations with a matrix of the model's shape."""
     import torch
 
+    from estune.pool.fastest import product_of
+
     kind = getattr(torch, dtype)
+    own = shape.own and dtype != "float16"
     inner = min(2048, shape.hidden)
     outer = min(2048, shape.width)
-    left = torch.ones(rows, inner, dtype=kind)
+    left = torch.ones(rows, inner, dtype=torch.float32 if own else kind)
     right = torch.ones(outer, inner, dtype=kind)
-    return 2 * rows * inner * outer / _fastest(lambda: torch.nn.functional.linear(left, right), 0.1)
+    product = product_of(own=own)
+    return 2 * rows * inner * outer / _fastest(lambda: product(left, right), 0.1)
 
 
 def _fastest(work: Callable[[], object], seconds: float) -> float:

@@ -161,11 +161,18 @@ def _base(work: Work, shape: Shape) -> int:
 
 def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
     from estune.engines import decode, transformers
-    from estune.pool.open import share_cores
+    from estune.pool.open import share_cores, with_resources
     from estune.study.estimate.machines import measure_cpu
+    from estune.weights.checkpoint import is_here
 
     replicas, threads = share_cores(config, shape.parameters * BYTES[shape.dtype or "float32"])
-    work = replace(work, at_once=config.workers or replicas, slots=work.longest)
+    dtype = work.dtype
+    if is_here(config.model):  # as the run will find it
+        found = with_resources(config.model_copy(update={"device": "cpu"}))
+        replicas = found.replicas or replicas
+        threads = found.threads or threads
+        dtype = dtype if found.dtype == "auto" else found.dtype
+    work = replace(work, dtype=dtype, at_once=config.workers or replicas, slots=work.longest)
     device = measure_cpu(shape, config.batch_size or work.prompts, work.dtype, threads)
     return _Placed(work, device, transformers.MAX_ROWS["cpu"], decode.PREFILL_TOKENS["cpu"])
 

@@ -33,6 +33,7 @@ class Shape:
     kernels: int  # operations of a forward, each of which a GPU is asked for where nothing fuses them
     dtype: str | None  # of the checkpoint, as far as config.json tells
     heads: int = 0  # query heads of a layer; 0 where config.json does not tell
+    own: bool = False  # a CPU multiplies its matrices by our kernels, not PyTorch's
 
     def splits_over(self, gpus: int) -> bool:
         """Whether vLLM can give each GPU equally many query heads, and key and value heads, which it may repeat."""
@@ -76,6 +77,8 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
     """The sizes of the model of a configuration, given by its class and as JSON."""
     import torch
 
+    from estune.engines.cpu.fused import has_own_products
+
     config = kind.from_dict(json.loads(values))
     dtype = _dtype(config)  # building changes it
     built, cached, kernels = _built(config)
@@ -109,6 +112,7 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
         vocabulary=text.vocab_size,
         kernels=kernels,
         dtype=dtype,
+        own=has_own_products(config, {min(p.shape[-2:]) for p in matrices.values()}, "float32"),
         heads=heads,
     )
 
