@@ -44,8 +44,9 @@ def test_sizes_are_the_published_ones(tmp_path: Path, config: dict[str, Any], pa
 
 
 def test_which_kernels_multiply(tmp_path: Path) -> None:
-    assert read_shape(write_config(tmp_path, QWEN_HALF_B)).own
-    assert not read_shape(write_config(tmp_path, GEMMA2_2B)).own  # PyTorch's
+    own = QWEN_HALF_B | {"architectures": ["Qwen2ForCausalLM"]}
+    assert read_shape(write_config(tmp_path, own)).own
+    assert not read_shape(write_config(tmp_path, GEMMA2_2B | {"architectures": ["Gemma2ForCausalLM"]})).own
 
 
 def test_products_leave_embeddings_out(tmp_path: Path) -> None:
