@@ -37,7 +37,7 @@ BASE = st.fixed_dictionaries(
         "anchor_decay": st.just(0.3),
         "anchor_l1": st.just(0.01),
         "mirrored": st.booleans(),
-        "noise": st.sampled_from(["iid", "correlated"]),
+        "noise": st.sampled_from(["iid", "correlated", "rank1"]),
     },
 )
 WITH_BASE = st.fixed_dictionaries({}, optional={"adapt_sigma": st.booleans(), "evaluate_base": st.booleans()})
@@ -84,6 +84,7 @@ ALL = {
     "per_prompt": "standardize",
     "constraint": "completions/mean_length<=4",
     "sigma_scheduler_type": "cosine",
+    "noise": "rank1",
 }
 
 

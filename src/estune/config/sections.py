@@ -219,7 +219,9 @@ class Search(Section):
         False, description="the base completes each step's prompts too, as one more member: reward_base"
     )
     noise: NoiseMode = Field(
-        "iid", description="correlated: equal noise for all tensors, as in the authors' first code"
+        "iid",
+        description="rank1: of a matrix an outer product of two vectors, so that a CPU decodes many members together; "
+        "correlated: equal noise for all tensors, as in the authors' first code",
     )
 
     @property

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from estune.completion import Completion, Sampling
 from estune.engines.continuous import Rounds, Rows
 from estune.engines.cpu.fused import FusedDecoder, unfusable
+from estune.engines.cpu.members import Drawn, Members, Together
 from estune.engines.cpu.rows import FusedRows
 from estune.engines.decode import Decoder, unsupported
 from estune.engines.generate import GenerateDecoder
@@ -114,6 +116,44 @@ class TransformersEngine(PromptEncoder):
             EstuneError: a prompt is empty or, with `max_new_tokens`, longer than the model's positions reach, or
                 `sampling` is out of range.
         """
+        return self._complete(
+            prompt_ids, sampling, lambda decoder, batch: decoder.run([prompt_ids[i] for i in batch], batch, sampling)
+        )
+
+    def together(self, tensors: Mapping[int, Drawn]) -> Together | None:
+        """What draws members that `generate_each` takes; None where this model's cannot be decoded together.
+
+        Args:
+            tensors: what members perturb, by the address of its memory.
+        """
+        if not isinstance(self.decoder, FusedDecoder) or self._short is not None:
+            return None
+        return self.decoder.together(tensors)
+
+    def generate_each(
+        self, members: Members, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """As `generate`, by the weights of each member, `[members][prompts]`, decoded together."""
+        prompts = len(prompt_ids)
+        count = members.count
+
+        def run(decoder: AnyDecoder, batch: list[int]) -> torch.Tensor:
+            assert isinstance(decoder, FusedDecoder)
+            owners, numbers = np.divmod(batch, prompts)
+            return decoder.run(
+                [prompt_ids[i] for i in numbers], numbers.tolist(), sampling, members=members.with_owners(owners)
+            )
+
+        found = self._complete([*prompt_ids] * count, sampling, run)
+        return [found[i : i + prompts] for i in range(0, count * prompts, prompts)] if prompts else [[]] * count
+
+    def _complete(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        run: Callable[[AnyDecoder, list[int]], torch.Tensor],
+    ) -> list[Completion]:
+        """One completion per prompt, by what a decoder makes of a batch of their numbers."""
         if not prompt_ids:
             return []
         self.check(prompt_ids, sampling)
@@ -121,7 +161,7 @@ class TransformersEngine(PromptEncoder):
         token_ids: list[list[int]] = [[] for _ in prompt_ids]
         for decoder, batch in self.batches(prompt_ids, sampling.max_new_tokens):
             with memory_for("the activations of a batch", "lower batch_size or max_new_tokens"):
-                rows = decoder.run([prompt_ids[i] for i in batch], batch, sampling).tolist()
+                rows = run(decoder, batch).tolist()
             for i, row in zip(batch, rows, strict=True):
                 stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
                 token_ids[i] = row[:stop]

@@ -59,17 +59,25 @@ class PromptTree:
     leaves: Array
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], shared: int) -> PromptTree:
-        """The tree of what follows the first `shared` tokens, which all prompts have in common and all exceed."""
+    def of(cls, prompts: Sequence[Sequence[int]], shared: int, owners: Sequence[int] = ()) -> PromptTree:
+        """The tree of what follows the first `shared` tokens, which all prompts have in common and all exceed.
+
+        Args:
+            prompts: token ids.
+            shared: how many of their first tokens are left out.
+            owners: of the prompts, by default one of all: what prompts of two owners have in common they do not share.
+        """
+        owner = np.array(owners if owners else [0] * len(prompts))
         # 1. Sort the prompts, so that those that begin alike are neighbours; lay them out in lines, filled up with -1.
-        order = np.array(sorted(range(len(prompts)), key=lambda i: list(prompts[i])))
+        order = np.array(sorted(range(len(prompts)), key=lambda i: (owner[i], list(prompts[i]))))
         own = np.array([len(prompts[i]) - shared for i in order])
         ids = np.full((len(order), own.max()), -1)
         for line, i in enumerate(order):
             ids[line, : own[line]] = prompts[i][shared:]
         # 2. A token is a new node from where its prompt first differs from the one before.
         new = np.ones(ids.shape, np.bool_)
-        new[1:] = np.logical_or.accumulate(ids[1:] != ids[:-1], axis=1)
+        another = owner[order[1:]] != owner[order[:-1]]
+        new[1:] = np.logical_or.accumulate((ids[1:] != ids[:-1]) | another[:, None], axis=1)
         new &= ids >= 0
         # 3. Number the nodes line by line. A token that is no new node is the nearest one above it.
         node = np.maximum.accumulate(np.where(new, new.cumsum().reshape(ids.shape) - 1, -1), axis=0)

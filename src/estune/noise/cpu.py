@@ -261,6 +261,24 @@ def _perturb(live, base, seed, tensor, start, sigma):
 
 
 @_jit
+def _add(target, change, tensor, first, decay, rounding_seed, stochastic, words):
+    """Add `decay * target + change` to `target`, at most a chunk from position `first` on; `words` is scratch."""
+    if stochastic:
+        block = first // 4
+        n = (first + target.size + 3) // 4 - block
+        random_words(rounding_seed, tensor, np.uint64(block), words[0][:n], words[1][:n], words[2][:n], words[3][:n])
+        for i in range(target.size):
+            old = _widen(target[i])
+            position = first + i
+            word = words[position % 4, position // 4 - block]
+            target[i] = _narrow_randomly(old + (decay * old + change[i]), target[i], word)
+    else:
+        for i in range(target.size):
+            old = _widen(target[i])
+            target[i] = _narrow(old + (decay * old + change[i]), target[i])
+
+
+@_jit
 def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stochastic):
     # By chunks of counters: the members' noise is summed up in float32, then added to the base, and rounded once.
     words = np.empty((4, CHUNK), np.uint32)
@@ -278,21 +296,8 @@ def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stoc
             _normals(seeds[member], tensor, np.uint64(block), words, planes, flat[: 4 * n])
             for i in range(4 * n):
                 total[i] += c * flat[i]
-        target = base[first - start : last - start]
         change = total[first - 4 * block : last - 4 * block]
-        if stochastic:
-            random_words(
-                rounding_seed, tensor, np.uint64(block), words[0][:n], words[1][:n], words[2][:n], words[3][:n]
-            )
-            for i in range(target.size):
-                old = _widen(target[i])
-                position = first + i
-                word = words[position % 4, position // 4 - block]
-                target[i] = _narrow_randomly(old + (decay * old + change[i]), target[i], word)
-        else:
-            for i in range(target.size):
-                old = _widen(target[i])
-                target[i] = _narrow(old + (decay * old + change[i]), target[i])
+        _add(base[first - start : last - start], change, tensor, first, decay, rounding_seed, stochastic, words)
 
 
 @_jit

@@ -34,6 +34,7 @@ class Run:
     start: int = 0  # first element's position in the parameter
     rows: Rows | None = None  # where it is columns of the parameter; otherwise one stretch of it
     counted: bool = True  # False for what another run counts in the fingerprint
+    columns: int = 0  # of the parameter, where its noise is of rank one (`rank1.py`)
 
     def part(self, start: int, end: int) -> Run:
         """Its elements from `start` up to `end`."""

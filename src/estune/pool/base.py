@@ -156,12 +156,12 @@ class Evaluator(Generating, Protocol):
     The latter raises `Lost` where its process is gone or does not answer, and can be opened again.
     """
 
-    def perturb(self, member: Member, sigma: float) -> None:
-        """Make the live weights a member's. Until it ends, nobody may change the base."""
+    def take(self, members: Sequence[Member], sigma: float, *, played: bool = False) -> None:
+        """Make ready to generate, or to play rollouts, with these members' weights. Nobody may change the base then."""
         ...
 
-    def complete(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """Generate with the live weights. The base may change meanwhile."""
+    def complete_each(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """Generate with the weights of each member that was taken, `[members][prompts]`. The base may change."""
         ...
 
     def apply(self, update: Update) -> int:

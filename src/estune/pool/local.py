@@ -7,8 +7,10 @@ replicas changes nothing but the time.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from functools import partial
@@ -27,7 +29,7 @@ from estune.pool.gate import Gate
 from estune.pool.generators import Generators, open_together
 from estune.pool.launch import memory_ahead
 from estune.pool.process import WorkerProcess
-from estune.pool.replica import Replica
+from estune.pool.replica import Replica, is_played
 from estune.weights.base import Share, open_memory
 from estune.weights.device import training_device
 from estune.weights.policies import POLICIES
@@ -81,16 +83,21 @@ class LocalPool(Generators[Evaluator]):
     ) -> LocalEvaluation:
         """As `Pool.evaluate`."""
 
-        def evaluate(member: Member, replica: Evaluator) -> Evaluated:
+        played = is_played(prompt_ids)
+
+        def evaluate(some: Sequence[Member], replica: Evaluator) -> list[Evaluated]:
             began = time.perf_counter()
             with self._gate.reading():
                 updates = len(self._updates)
-                replica.perturb(member, sigma)
-            perturbed = time.perf_counter()
-            completions = replica.complete(prompt_ids, sampling)
-            return Evaluated(completions, perturbed - began, time.perf_counter() - perturbed, updates)
+                replica.take(some, sigma, played=played)
+            taken = time.perf_counter()
+            completions = replica.complete_each(prompt_ids, sampling)
+            times = (taken - began) / len(some), (time.perf_counter() - taken) / len(some)
+            return [Evaluated(each, *times, updates) for each in completions]
 
-        return LocalEvaluation({self._submit(partial(evaluate, member)): i for i, member in enumerate(members)})
+        count = min(self.own.at_once(prompt_ids, sampling), math.ceil(len(members) / self.engines))
+        groups = {first: members[first : first + count] for first in range(0, len(members), count)}
+        return LocalEvaluation({self._submit(partial(evaluate, some)): first for first, some in groups.items()})
 
     def apply(self, update: Update) -> str:
         """Add an update to the base, or to every replica's; return the fingerprint after it.
@@ -222,19 +229,22 @@ class LocalEvaluation:
     """As `Evaluation`.
 
     Args:
-        futures: what becomes of each member, with its index.
+        futures: what becomes of some members, one after another, with the index of the first.
     """
 
-    def __init__(self, futures: Mapping[Future[Evaluated], int]) -> None:
+    def __init__(self, futures: Mapping[Future[list[Evaluated]], int]) -> None:
         self._futures = futures
         self._completed = as_completed(futures)
+        self._ready: deque[tuple[int, Evaluated]] = deque()
 
     def __iter__(self) -> LocalEvaluation:
         return self
 
     def __next__(self) -> tuple[int, Evaluated]:
-        future = next(self._completed)
-        return self._futures[future], future.result()
+        if not self._ready:
+            future = next(self._completed)
+            self._ready.extend(enumerate(future.result(), self._futures[future]))
+        return self._ready.popleft()
 
     def close(self) -> None:
         """As `Evaluation.close`."""

@@ -44,7 +44,7 @@ def _open(config: Config, share: Share | None) -> Replica:
 
 
 _Manager.register("Generator", open_generator, exposed=("generate",))
-_Manager.register("Replica", _open, exposed=("perturb", "complete", "generate", "apply", "load", "rebuild"))
+_Manager.register("Replica", _open, exposed=("take", "complete_each", "generate", "apply", "load", "rebuild"))
 
 
 class GeneratorProcess:
@@ -176,14 +176,18 @@ class WorkerProcess(GeneratorProcess):
     def __init__(self, config: Config, share: Share | None = None, *, deadlines: Deadlines | None = None) -> None:
         super().__init__(config, deadlines=deadlines, inherited=() if share is None else (share.memory,))
         self._share = share
+        self._taken = 1
 
-    def perturb(self, member: Member, sigma: float) -> None:
-        """As `Replica.perturb`."""
-        self._call("perturb", lambda: self._proxy.perturb(member, sigma))
+    def take(self, members: Sequence[Member], sigma: float, *, played: bool = False) -> None:
+        """As `Replica.take`."""
+        self._taken = len(members)
+        self._call("take", lambda: self._proxy.take(members, sigma, played=played), self._taken)
 
-    def complete(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """As `Replica.complete`."""
-        found: list[Completion] = self._call("complete", lambda: self._proxy.complete(prompt_ids, sampling))
+    def complete_each(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """As `Replica.complete_each`."""
+        found: list[list[Completion]] = self._call(
+            "complete", lambda: self._proxy.complete_each(prompt_ids, sampling), self._taken
+        )
         return found
 
     def apply(self, update: Update) -> int:

@@ -12,10 +12,12 @@ import torch
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
+from estune.engines.cpu.members import Drawn, Members, Together
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.score import divergence
 from estune.engines.transformers import TransformersEngine
 from estune.es.strategy import Member, Update
+from estune.grading.rollout import Opening
 from estune.journal.identity import model_files
 from estune.pool.base import Description, Evaluated
 from estune.pool.generator import Generator, open_transformers, set_up_process, sharers
@@ -50,6 +52,9 @@ class Replica(Generator):
         self._device = training_device(config.device)
         self._vllm = config.engine == "vllm"
         self.weights: TrainedWeights
+        self._together: Together | None = None  # draws members that are evaluated together
+        self._members: Members | None = None  # those that were taken so
+        self._restored = False  # the live weights are the base
         if self._vllm:
             from estune.engines.vllm.weights import open_vllm
 
@@ -58,7 +63,9 @@ class Replica(Generator):
             super().__init__(vllm, config)
         else:
             engine = open_transformers(self.checkpoint, config, self._device)
-            self.weights = open_weights(engine, self.checkpoint, config, share)
+            self.weights = weights = open_weights(engine, self.checkpoint, config, share)
+            if config.noise == "rank1":
+                self._together = engine.together(drawn(weights))
             super().__init__(engine, config)
 
     def evaluate(
@@ -66,20 +73,58 @@ class Replica(Generator):
     ) -> Evaluated:
         """Generate with a member's weights."""
         start = time.perf_counter()
-        self.perturb(member, sigma)
-        perturbed = time.perf_counter()
-        completions = self.complete(prompt_ids, sampling)
-        return Evaluated(completions, perturbed - start, time.perf_counter() - perturbed)
+        self.take([member], sigma, played=is_played(prompt_ids))
+        taken = time.perf_counter()
+        (completions,) = self.complete_each(prompt_ids, sampling)
+        return Evaluated(completions, taken - start, time.perf_counter() - taken)
+
+    def at_once(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> int:
+        """How many members can be taken at once, to complete these prompts."""
+        if self._together is None or is_played(prompt_ids):
+            return 1
+        assert isinstance(self.engine, TransformersEngine)
+        rows = self.engine.fitting_rows(max(map(len, prompt_ids)) + sampling.max_new_tokens)
+        return max(1, (self.engine.batch_size or rows) // len(prompt_ids))
+
+    def take(self, members: Sequence[Member], sigma: float, *, played: bool = False) -> None:
+        """Make ready to generate with these members' weights.
+
+        Args:
+            members: as many as `at_once` says, at most. Where it is one, its weights become the live ones.
+            sigma: of the perturbations.
+            played: prompts will open rollouts.
+        """
+        if self._together is None or played:
+            self._members = None
+            (member,) = members
+            self.perturb(member, sigma)
+            return
+        if not self._restored:
+            self._restore()
+        self._members = self._together.of(members, sigma)
+
+    def complete_each(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """Generate with the weights of each member that was taken, `[members][prompts]`."""
+        if self._members is None:
+            return [self.complete(prompt_ids, sampling)]
+        assert isinstance(self.engine, TransformersEngine)
+        return self.engine.generate_each(self._members, prompt_ids, sampling)
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights a member's."""
+        self._restored = False
         self.weights.perturb(member, sigma)
         if not self._vllm:  # whose processes wait for their own devices; this one may have nothing on any
             synchronize(self._device)  # for the clock: a device is still at work
 
+    def _restore(self) -> None:
+        """Make the live weights the base."""
+        self.weights.restore()
+        self._restored = True
+
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """Generate with the base weights."""
-        self.weights.restore()
+        self._restore()
         return super().generate(prompt_ids, sampling)
 
     def apply(self, update: Update) -> int:
@@ -88,12 +133,14 @@ class Replica(Generator):
         return self.weights.share_sum()
 
     def _add(self, update: Update) -> None:
+        self._restored = False
         if is_anchored(update):
             self.weights.anchor(self.checkpoint, update)
         self.weights.apply(update)
 
     def load(self, checkpoint: Path) -> None:
         """Make a checkpoint's tensors the base, if this replica is the one that fills it."""
+        self._restored = False
         self.weights.load(Checkpoint(checkpoint))
 
     def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None = None) -> str:
@@ -151,6 +198,18 @@ class Replica(Generator):
     def drift(self) -> Drift | None:
         """What restoring left behind since the last update; None where it leaves nothing."""
         return self.weights.drift()
+
+
+def is_played(prompt_ids: Sequence[Sequence[int]]) -> bool:
+    """Whether these prompts open rollouts."""
+    return any(isinstance(prompt, Opening) for prompt in prompt_ids)
+
+
+def drawn(weights: Weights) -> dict[int, Drawn]:
+    """What members perturb, by the address of its memory."""
+    return {
+        p.tensor.data_ptr(): Drawn(weights.rule.noise_key(p.name), tuple(p.tensor.shape)) for p in weights.parameters
+    }
 
 
 def open_weights(

@@ -88,6 +88,11 @@ class Tensor:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def columns(self) -> int:
+        """Its last dimension, where it has more than one: all others count rows."""
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
     def read(self, start: int = 0, count: int | None = None) -> npt.NDArray[np.float32]:
         """Elements `start .. start + count - 1`, row-major, widened to float32 (exact), `[count]`.
 

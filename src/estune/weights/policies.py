@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 PolicyName = Literal["master", "copy", "inplace"]
 Rounding = Literal["nearest", "stochastic"]
-NoiseMode = Literal["iid", "correlated"]
-"""`correlated` gives equal noise to all tensors, as the authors' first code did."""
+NoiseMode = Literal["iid", "correlated", "rank1"]
+"""`correlated` gives equal noise to all tensors, as the authors' first code did; `rank1` makes a matrix' noise an outer
+product of two vectors (EGGROLL)."""
 DType = Literal["float32", "bfloat16", "float16"]
 
 TYPE_NAMES: tuple[DType, ...] = get_args(DType)
@@ -110,3 +111,7 @@ class Rule:
     def noise_key(self, tensor: str) -> int:
         """64-bit key of the noise of a checkpoint's tensor."""
         return 0 if self.noise == "correlated" else tensor_id(tensor)
+
+    def noise_columns(self, columns: int) -> int:
+        """The columns of a tensor whose noise is of rank one; 0 where each of its elements has its own."""
+        return columns if self.noise == "rank1" and columns > 1 else 0

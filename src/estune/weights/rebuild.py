@@ -18,6 +18,7 @@ from estune.children import cores
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint, terms
 from estune.noise.reference import tensor_id
+from estune.noise.rows import Run
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, Tensor, convert
 from estune.weights.policies import Rule
 from estune.weights.trained import Array
@@ -76,22 +77,24 @@ class Steps:
             seen: called with the number of steps taken and the elements as they are then, before the first step and
                 after each.
         """
-        from estune.noise import cpu
+        from estune.weights import passes
 
         weights = convert(tensor.stored(start, count), DTYPES[self._rule.dtype])
         origin = weights.copy() if any(map(is_anchored, self._updates)) else weights
-        key = self._rule.noise_key(tensor.name)
+        columns = self._rule.noise_columns(tensor.columns)
+        noise = self._rule.noise_key(tensor.name)
+        run = Run(weights, weights, tensor_id(tensor.name), noise, start, columns=columns)
 
         def perturb(member: Member, sigma: float) -> None:
             for change in (member.sign * sigma, -member.sign * sigma):
-                cpu.perturb(weights, weights, member.seed, key, start, change)
+                passes.perturb(run, member.seed, change)
 
         def apply(number: int) -> None:
             if is_anchored(self._updates[number]):
                 anchored(weights, origin, self._updates[number])
             t = self._terms[number]
             if t is not None:
-                cpu.update(weights, t.seeds, t.coefficients, key, start, t.decay, t.rounding_seed)
+                passes.update(run, t)
             if seen is not None:
                 seen(number + 1, weights)
 

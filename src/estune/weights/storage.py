@@ -68,9 +68,9 @@ class CpuStorage:
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb`."""
-        from estune.noise import cpu
+        from estune.weights.passes import perturb
 
-        self.each(lambda r: cpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
+        self.each(lambda run: perturb(run, seed, sigma))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
@@ -78,15 +78,11 @@ class CpuStorage:
 
     def update(self, update: Update, rounding: str) -> None:
         """As `Storage.update`."""
-        from estune.noise import cpu
+        from estune.weights import passes
 
         t = terms(update, rounding)
         if t is not None:
-            self.each(
-                lambda r: cpu.update(
-                    r.base, t.seeds, t.coefficients, r.noise, r.start, t.decay, t.rounding_seed, r.rows
-                )
-            )
+            self.each(lambda run: passes.update(run, t))
 
     def fingerprint(self) -> int:
         """As `Storage.fingerprint`."""
@@ -117,9 +113,9 @@ class HostStorage(CpuStorage):
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb`."""
-        from estune.noise import cpu
+        from estune.weights.passes import perturb
 
-        self._write(lambda r: cpu.perturb(r.live, r.base, seed, r.noise, r.start, sigma, r.rows))
+        self._write(lambda run: perturb(run, seed, sigma))
 
     def restore(self) -> None:
         """As `Storage.restore`."""

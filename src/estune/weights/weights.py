@@ -45,7 +45,8 @@ class Weights:
         parameters: from `trained_parameters`, or rectangles of checkpoint tensors.
         policy: what is kept beside the live weights (`policies.py`): `master`, `copy` or `inplace`.
         rounding: of updates, `nearest` or `stochastic`, which matters to bfloat16 bases only.
-        noise: `iid`, or `correlated`, which gives equal noise to all tensors, as the authors' first code did.
+        noise: `iid`; `correlated`, which gives equal noise to all tensors, as the authors' first code did; or `rank1`,
+            which makes a matrix' noise an outer product (`noise/rank1.py`), with kernels for the CPU alone.
         threads: CPU threads to spread the work over.
         base_on_host: keep the base of weights on a device in pinned host memory.
         share: share the base of weights on the CPU with other processes, each of which updates its part.
@@ -80,6 +81,8 @@ class Weights:
         self._runs = [self._run(p, a, b) for p, a, b in zip(self.parameters, live, self._base, strict=True)]
         self._threads = threads
         self.storage = open_storage(self._runs, threads)
+        if noise == "rank1" and not isinstance(self.storage, CpuStorage):
+            raise EstuneError(f"noise=rank1 has kernels for the CPU alone, not for {live[0].device}; set noise=iid")
         self._updated = self.storage if share is None else CpuStorage(share_of(self._runs, share), threads)
         self._share = share
         self._perturbed: Perturbation | None = None  # what the live weights are perturbed by
@@ -93,7 +96,8 @@ class Weights:
     def _run(self, parameter: Parameter, live: Tensor, base: Tensor) -> Run:
         part = parameter.part
         noise = self.rule.noise_key(parameter.name)
-        return Run(live, base, tensor_id(parameter.name), noise, part.start, part.layout, parameter.counted)
+        columns = self.rule.noise_columns(part.pitch)
+        return Run(live, base, tensor_id(parameter.name), noise, part.start, part.layout, parameter.counted, columns)
 
     @property
     def base(self) -> dict[str, Array]:

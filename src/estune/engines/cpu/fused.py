@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from estune.completion import Sampling
 from estune.engines import decode
 from estune.engines.cpu import kernels
 from estune.engines.cpu.layers import Linear, bits_of, fused_layer
+from estune.engines.cpu.members import Drawn, Members, Together, address
 from estune.engines.cpu.products import NONE, Array, Products
 from estune.engines.cpu.simd import WIDTH
 from estune.engines.memory import aligned_empty, memory_for
@@ -103,6 +104,7 @@ class FusedDecoder:
         # Kept, as all members of a step are given the same prompts, in one batch or a few.
         self._tree = functools.lru_cache(maxsize=16)(PromptTree.of)
         self.storage: dict[str, Array] = {}
+        self._members: Members | None = None  # whose rows are decoded
 
     @torch.inference_mode()
     def run(
@@ -111,6 +113,7 @@ class FusedDecoder:
         indices: Sequence[int],
         sampling: Sampling,
         told: Callable[[int], None] = lambda token: None,
+        members: Members | None = None,
     ) -> torch.Tensor:
         """Complete one batch; as `Decoder.run`.
 
@@ -120,11 +123,27 @@ class FusedDecoder:
         Args:
             prompts, indices, sampling: as for `Decoder.run`.
             told: for a batch of one prompt, called with each token as it is chosen.
+            members: whose weights complete the prompts; by default those that the model has.
         """
         self.check_places()
+        self._members = members
+        try:
+            return self._complete(prompts, indices, sampling, told)
+        finally:
+            self._members = None
+
+    def _complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        sampling: Sampling,
+        told: Callable[[int], None],
+    ) -> torch.Tensor:
+        members = self._members
+        owners = members.owners.tolist() if members is not None else [0] * len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts])
         new = sampling.max_new_tokens
-        shared = common_prefix(prompts) // WIDTH * WIDTH if len(prompts) > 1 else 0
+        shared = common_prefix(prompts) // WIDTH * WIDTH if len(prompts) > 1 and members is None else 0
         meter = Meter()
         self.reach(int(lengths.max()) + new)
         prefix = self.cache("prefix", 1, shared)
@@ -135,11 +154,11 @@ class FusedDecoder:
             ids = np.array(prompts[0])[positions]
             self.forward(ids, places, places, prefix, self.cache("none", 1, 0), 0, last=positions[:0])
         meter.read(shared * len(prompts))
-        hidden = self._prefill(prompts, shared, cache, prefix, meter)
+        hidden = self._prefill(prompts, owners, shared, cache, prefix, meter)
         rows = np.arange(len(prompts))
         numbers = torch.tensor(list(indices), dtype=torch.int64)
         out = np.zeros((len(prompts), new), np.int64)
-        out[:, 0] = token = self._choose(hidden, numbers, 0, sampling)
+        out[:, 0] = token = self._choose(hidden, rows, numbers, 0, sampling)
         told(int(token[0]))
         meter.wrote(len(token))
         for step in range(1, new):
@@ -151,10 +170,23 @@ class FusedDecoder:
                 break
             places = Places.of(rows, lengths[rows] + (step - 1))
             hidden = self.forward(token, places, places, cache, prefix, shared)
-            out[rows, step] = token = self._choose(hidden, numbers[torch.from_numpy(rows)], step, sampling)
+            out[rows, step] = token = self._choose(hidden, rows, numbers[torch.from_numpy(rows)], step, sampling)
             told(int(token[0]))
             meter.wrote(len(token))
         return torch.from_numpy(out)
+
+    def together(self, tensors: Mapping[int, Drawn]) -> Together | None:
+        """What draws members whose noise is of rank one; None where they cannot be decoded together.
+
+        Args:
+            tensors: what members perturb, by the address of its memory.
+        """
+        of_heads = [norm for layer in self._layers for norm in (layer.query_norm, layer.key_norm) if norm.size]
+        if any(address(norm) in tensors for norm in of_heads):
+            return None  # attention takes them as they are
+        linears = [each for layer in self._layers for each in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        norms = [norm for layer in self._layers for norm in (layer.input_norm, layer.mlp_norm)]
+        return Together([*linears, self._head], [*norms, self._final_norm], self._table, tensors)
 
     @torch.inference_mode()
     def score(
@@ -190,13 +222,19 @@ class FusedDecoder:
         return found
 
     def _prefill(
-        self, prompts: Sequence[Sequence[int]], shared: int, cache: Cache, prefix: Cache, meter: Meter
+        self,
+        prompts: Sequence[Sequence[int]],
+        owners: Sequence[int],
+        shared: int,
+        cache: Cache,
+        prefix: Cache,
+        meter: Meter,
     ) -> Array:
         """Cache the prompts; return the last hidden state of each, `[prompts, hidden]`.
 
-        A beginning that prompts share is computed once, and cached in the row of each.
+        A beginning that prompts of one owner share is computed once, and cached in the row of each.
         """
-        tree = self._tree(tuple(map(tuple, prompts)), shared)
+        tree = self._tree(tuple(map(tuple, prompts)), shared, tuple(owners))
         found = []
         count = len(tree.ids)
         left = sum(map(len, prompts)) - shared * len(prompts)  # a beginning that several share counts for each
@@ -235,10 +273,12 @@ class FusedDecoder:
         # the normalization that follows.
         x = np.empty((len(ids), self._table.shape[1]), np.float32)
         self._run(kernels.embed, (ids, x), self._table)
+        if self._members is not None:
+            self._members.add_embeddings(ids, x, places.rows)
         change: Array | None = None
         for number, layer in enumerate(self._layers):
             # Queries, keys and values of all heads, by one product.
-            qkv = self._product(self._normalized(x, change, layer.input_norm), *layer.qkv)
+            qkv = self._project(self._normalized(x, change, layer.input_norm, places), layer.qkv, places)
             caches = cache.keys[number], cache.values[number]
             rotation = self._cos, self._sin
             self._run(
@@ -256,39 +296,61 @@ class FusedDecoder:
                 self._attend, (qkv, places.rows, places.positions, mixed),
                 *rotation, layer.query_norm, self._eps, *caches, prefix.keys[number], prefix.values[number], shared,
             )  # fmt: skip
-            h = self._normalized(x, self._product(mixed, *layer.output), layer.mlp_norm)
-            both = self._product(h, *layer.gate_up)
+            h = self._normalized(x, self._project(mixed, layer.output, places), layer.mlp_norm, places)
+            both = self._project(h, layer.gate_up, places)
             gated = np.empty((len(x), self._intermediate), np.float32)
             self._run(kernels.gate, (both, gated))
-            change = self._product(gated, *layer.down)
-        return self._normalized(x, change, self._final_norm)
+            change = self._project(gated, layer.down, places)
+        return self._normalized(x, change, self._final_norm, places)
 
-    def _normalized(self, x: Array, change: Array | None, weight: Array) -> Array:
-        """Add `change` to the residual stream, and return it normalized: `[tokens, hidden]` all."""
-        out = np.empty_like(x)
-        if change is None:
-            self._run(kernels.normalize, (x, out), weight, self._eps)
-        else:
-            self._run(kernels.add_normalize, (x, change, out), weight, self._eps)
+    def _project(self, x: Array, linear: Linear, places: Places) -> Array:
+        """A projection of tokens, `[tokens, columns]`, each by the weights of the member that it belongs to."""
+        out = self._product(x, *linear)
+        if self._members is not None:
+            self._members.add_product(x, out, linear, places.rows)
         return out
 
-    def _choose(self, hidden: Array, number: torch.Tensor, step: int, sampling: Sampling) -> Array:
+    def _normalized(self, x: Array, change: Array | None, weight: Array, places: Places) -> Array:
+        """Add `change` to the residual stream, and return it normalized: `[tokens, hidden]` all."""
+        out = np.empty_like(x)
+        of_members = None if self._members is None else self._members.norm(weight)
+        used = weight if of_members is None else np.ones(len(weight), np.float32)
+        if change is None:
+            self._run(kernels.normalize, (x, out), used, self._eps)
+        else:
+            self._run(kernels.add_normalize, (x, change, out), used, self._eps)
+        if self._members is not None and of_members is not None:
+            out *= of_members[self._members.owners[places.rows]]
+        return out
+
+    def _choose(self, hidden: Array, rows: Array, number: torch.Tensor, step: int, sampling: Sampling) -> Array:
         """Each row's next token, `[rows]`, from hidden states `[rows, hidden]` and the prompts' numbers `[rows]`."""
         if sampling.temperature:
-            return choose(self.logits(hidden), sampling, number, step).numpy()
-        return self.largest(hidden)
+            return choose(self.logits(hidden, rows), sampling, number, step).numpy()
+        return self.largest(hidden, rows)
 
-    def logits(self, hidden: Array) -> torch.Tensor:
+    def logits(self, hidden: Array, rows: Array | None = None) -> torch.Tensor:
         """Logits, float32 `[rows, vocabulary]`, from hidden states `[rows, hidden]`."""
-        return torch.from_numpy(self._product(hidden, *self._head))
+        found = self._product(hidden, *self._head)
+        if self._members is not None and rows is not None:
+            self._members.add_product(hidden, found, self._head, rows)
+        return torch.from_numpy(found)
 
-    def largest(self, hidden: Array) -> Array:
-        """The token with the largest logit, `[rows]`, from hidden states `[rows, hidden]`."""
+    def largest(self, hidden: Array, rows: Array | None = None) -> Array:
+        """The token with the largest logit, `[rows]`, from hidden states `[rows, hidden]`.
+
+        Args:
+            hidden: the hidden states.
+            rows: the cache row of each, where they are members'.
+        """
         best = np.full(len(hidden), -np.inf, np.float32)
         token = np.zeros(len(hidden), np.int64)
         first = 0
         for part in np.array_split(self._head.weight, math.ceil(len(self._head.weight) / HEAD_ROWS)):
-            self._run(kernels.running_argmax, (self._product(hidden, part), best, token), first)
+            logits = self._product(hidden, part)
+            if self._members is not None and rows is not None:
+                self._members.add_product(hidden, logits, self._head, rows, first)
+            self._run(kernels.running_argmax, (logits, best, token), first)
             first += len(part)
         return token
 

@@ -53,6 +53,39 @@ def embed(ids, x, table):
 
 
 @_jit
+def add_outer_rows(ids, x, owners, a, b):
+    """`x += a[owner, id] * b[owner]`: what each token's owner adds to its row of a table, `x` `[tokens, width]`.
+
+    `ids` and `owners` are `[tokens]`, `a` `[owners, vocabulary]`, `b` `[owners, width]`.
+    """
+    width = x.shape[1]
+    for t in range(ids.size):
+        factor = splat(a[owners[t], ids[t]])
+        for i in range(0, width, WIDTH):
+            at = t * width + i
+            store(x, at, load(x, at) + factor * load(b, owners[t] * width + i))
+
+
+@_jit
+def add_outer(x, out, owners, a, b, source, target, count):
+    """`out += (x . b[owner]) * a[owner]`: what each token's owner adds to a product, in `count` columns of it.
+
+    `x` is `[tokens, width]`, `a` `[owners, columns]`, of which column `source` is that of `out`'s column `target`, `b`
+    `[owners, width]`.
+    """
+    width = x.shape[1]
+    for t in range(x.shape[0]):
+        sums = splat(_ZERO)
+        for i in range(0, width, WIDTH):
+            sums = fma(load(x, t * width + i), load(b, owners[t] * width + i), sums)
+        factor = total(sums)
+        row = out[t, target : target + count]
+        noise = a[owners[t], source : source + count]
+        for i in range(count):
+            row[i] += factor * noise[i]
+
+
+@_jit
 def normalize(x, out, weight, eps):
     """`out = x / rms(x) * weight`, row by row (RMSNorm, arXiv 1910.07467)."""
     for t in range(x.shape[0]):

@@ -1,0 +1,154 @@
+"""Members whose noise is of rank one, decoded together over the weights that they have in common.
+
+A member's matrix is W + a b^T, so that x W^T + (x . b) a is its product: the large one is computed for all members'
+rows at once, and the weights are read once for all of them (EGGROLL, arXiv 2511.16652). Vectors, such as the weights of
+a norm, are added up for each member.
+
+What a row comes to depends on its member and its prompt alone, not on the members beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from estune.engines.cpu import kernels
+from estune.engines.cpu.layers import Linear
+from estune.engines.cpu.products import Array
+from estune.es.strategy import Member
+from estune.noise import cpu, rank1
+from estune.weights.checkpoint import widen
+
+
+class Drawn(NamedTuple):
+    """A tensor of the model that members perturb."""
+
+    noise: int  # key of its noise
+    shape: tuple[int, ...]
+
+
+class Outer(NamedTuple):
+    """What members add to a product's columns from `first` on: `a` is `[members, columns]`, `b` `[members, width]`."""
+
+    first: int
+    a: Array
+    b: Array
+
+
+@dataclass(frozen=True)
+class Members:
+    """What some members add to the weights that they have in common.
+
+    Attributes:
+        count: how many they are.
+        owners: `[rows]`, the member whose weights decode each row of the cache.
+        products: of each matrix that products are made with, by the address of its memory.
+        biases: of each bias, by its address, `[members, columns]`.
+        norms: the members' own, by the address of the common one, `[members, elements]`.
+        embeddings: of the table of embeddings, if it is perturbed.
+    """
+
+    count: int
+    owners: Array
+    products: Mapping[int, Sequence[Outer]]
+    biases: Mapping[int, Array]
+    norms: Mapping[int, Array]
+    embeddings: Outer | None = None
+
+    def with_owners(self, owners: Array) -> Members:
+        """The same members for other rows."""
+        return replace(self, owners=owners)
+
+    def add_embeddings(self, ids: Array, x: Array, rows: Array) -> None:
+        """Add to the embeddings `x` `[tokens, hidden]` of tokens `ids`, in cache rows `rows`, what members add."""
+        if self.embeddings is not None:
+            kernels.add_outer_rows(ids, x, self.owners[rows], self.embeddings.a, self.embeddings.b)
+
+    def add_product(self, x: Array, out: Array, linear: Linear, rows: Array, first: int = 0) -> None:
+        """Add to a product what members add.
+
+        Args:
+            x: `[tokens, width]`.
+            out: its product, `[tokens, columns]`: all columns, or some from `first` on.
+            linear: by which it was made.
+            rows: the cache row of each token.
+            first: the first of the columns.
+        """
+        owners = self.owners[rows]
+        for part in self.products.get(address(linear.weight), ()):
+            begin = max(part.first, first)
+            end = min(part.first + part.a.shape[1], first + out.shape[1])
+            if begin < end:
+                kernels.add_outer(x, out, owners, part.a, part.b, begin - part.first, begin - first, end - begin)
+        if linear.bias.size and (own := self.biases.get(address(linear.bias))) is not None:
+            out += own[owners]
+
+    def norm(self, common: Array) -> Array | None:
+        """The members' own weights of a norm, `[members, elements]`; None where they are not perturbed."""
+        return self.norms.get(address(common))
+
+
+def address(array: Array) -> int:
+    """Where an array's memory begins."""
+    found: int = array.__array_interface__["data"][0]
+    return found
+
+
+class Together:
+    """Draws members of rank-one noise for a decoder.
+
+    Args:
+        linears: all matrices that it multiplies by.
+        norms: the weights of its norms.
+        table: its table of embeddings.
+        tensors: what members perturb, by the address of its memory.
+    """
+
+    def __init__(
+        self, linears: Iterable[Linear], norms: Iterable[Array], table: Array, tensors: Mapping[int, Drawn]
+    ) -> None:
+        self._matrices = {address(each.weight): _parts(each.weight, tensors) for each in linears}
+        self._biases = {
+            address(each.bias): (len(each.bias), _parts(each.bias, tensors)) for each in linears if each.bias.size
+        }
+        self._norms = {address(norm): (norm, tensors[address(norm)]) for norm in norms if address(norm) in tensors}
+        self._table = tensors.get(address(table))
+
+    def of(self, members: Sequence[Member], sigma: float) -> Members:
+        """What these members add, perturbed by `sigma`; of no row yet."""
+        scales = [np.float32(member.sign * sigma) for member in members]
+
+        def outer(first: int, tensor: Drawn) -> Outer:
+            rows, columns = tensor.shape
+            drawn = [rank1.factors(m.seed, tensor.noise, columns, 0, rows) for m in members]
+            a = np.stack([scale * each.a for scale, each in zip(scales, drawn, strict=True)])
+            return Outer(first, a, np.stack([each.b for each in drawn]))
+
+        def vector(tensor: Drawn) -> Array:
+            pairs = zip(scales, members, strict=True)
+            return np.stack([scale * cpu.normal(m.seed, tensor.noise, 0, tensor.shape[0]) for scale, m in pairs])
+
+        biases = {}
+        for at, (size, parts) in self._biases.items():
+            biases[at] = np.zeros((len(members), size), np.float32)
+            for first, tensor in parts:
+                biases[at][:, first : first + tensor.shape[0]] = vector(tensor)
+        products = {at: [outer(*part) for part in parts] for at, parts in self._matrices.items()}
+        return Members(
+            count=len(members),
+            owners=np.zeros(0, np.int64),
+            products=products,
+            biases=biases,
+            norms={at: widen(norm) + vector(tensor) for at, (norm, tensor) in self._norms.items()},
+            embeddings=None if self._table is None else outer(0, self._table),
+        )
+
+
+def _parts(whole: Array, tensors: Mapping[int, Drawn]) -> list[tuple[int, Drawn]]:
+    """The tensors that a matrix or a vector is made of, and the row at which each begins."""
+    begin = address(whole)
+    places = range(begin, begin + whole.nbytes)
+    return [((at - begin) // whole.strides[0], tensor) for at, tensor in tensors.items() if at in places]
