@@ -13,7 +13,7 @@ import pytest
 from estune.es.strategy import Member, Update
 from estune.journal.records import EvaluationRecord, StepRecord
 from estune.run.order import StagedOrder
-from estune.run.remarks import before, members_alike, never_right
+from estune.run.remarks import before, collapsing, far_from_base, members_alike, never_right
 from estune.run.trainer import Trainer
 from estune.tasks.base import Stage, Task
 from tests.runs import PROMPTS, make_config, make_task
@@ -45,6 +45,33 @@ def test_members_are_alike_whatever_the_base_has() -> None:
 
 def evaluation(number: int, accuracy: float) -> EvaluationRecord:
     return EvaluationRecord(number, {"eval_accuracy": accuracy, "eval_completions/clipped_ratio": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("length", "distinct", "expected"),
+    [
+        (40.0, 0.9, None),
+        (10.0, 0.225, None),
+        (40.1, 0.9, "completions take 40.1 tokens, 10.0 in the first step"),
+        (2.4, 0.9, "completions take 2.4 tokens, 10.0 in the first step"),
+        (10.0, 0.2, "completions are hardly different any more (20%, 90% in the first step)"),
+        (1.0, 0.1, "completions take 1.0 tokens, 10.0 in the first step and are hardly different any more"),
+    ],
+)
+def test_completions_that_become_others_altogether(length: float, distinct: float, expected: str | None) -> None:
+    def looking(number: int, mean_length: float, share: float) -> StepRecord:
+        metrics = {"completions/mean_length": mean_length, "completions/distinct": share}
+        return replace(step(number, 0.5, 0.6), metrics=metrics)
+
+    found = collapsing([looking(0, 10.0, 0.9), step(1, 0.5, 0.6), looking(2, length, distinct)])
+    assert found is None if expected is None else expected in (found or "")
+    assert collapsing([step(0, 0.5, 0.6), looking(1, 9.0, 0.1)]) is None
+
+
+def test_a_model_far_from_its_base() -> None:
+    assert far_from_base(EvaluationRecord(4, {"eval_accuracy": 1.0})) is None
+    assert far_from_base(EvaluationRecord(4, {"eval_accuracy": 1.0, "eval_kl": 1.0})) is None
+    assert "1.5 nats a token" in (far_from_base(EvaluationRecord(4, {"eval_accuracy": 1.0, "eval_kl": 1.5})) or "")
 
 
 def test_fewer_prompts_than_a_step_asks_for() -> None:

@@ -40,7 +40,9 @@ BASE = st.fixed_dictionaries(
         "noise": st.sampled_from(["iid", "correlated", "rank1"]),
     },
 )
-WITH_BASE = st.fixed_dictionaries({}, optional={"adapt_sigma": st.booleans(), "evaluate_base": st.booleans()})
+WITH_BASE = st.fixed_dictionaries(
+    {}, optional={"adapt_sigma": st.booleans(), "evaluate_base": st.booleans(), "guard": st.sampled_from([0.0, 0.5])}
+)
 WITH_GROUPS = st.just({"prompt_groups": 2, "prompts_per_step": 3})
 SAMPLED = st.sampled_from([{}, {"samples_per_prompt": 2, "best_of": 2, "temperature": 1.0}])
 COMBINATIONS = st.tuples(BASE, st.one_of(WITH_BASE, WITH_GROUPS), SAMPLED).map(lambda each: each[0] | each[1] | each[2])
@@ -48,7 +50,7 @@ COMBINATIONS = st.tuples(BASE, st.one_of(WITH_BASE, WITH_GROUPS), SAMPLED).map(l
 
 def train(output: Path, model: Path, **changes: Any) -> list[str]:
     """The fingerprints of a run's steps."""
-    Trainer(make_config(output, model, learning_rate=0.02, **changes), task=make_task(), monitors=[]).train()
+    Trainer(make_config(output, model, **{"learning_rate": 0.02, **changes}), task=make_task(), monitors=[]).train()
     return [record.fingerprint for record in Journal.read(output).steps]
 
 
@@ -161,3 +163,30 @@ def test_a_constraint_on_an_unknown_metric_names_those_there_are(model: Path, tm
 def test_what_does_not_fit_together_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "where", [{}, {"replicas": 2}, {"workers": 2, "replicas": None}], ids=["one", "replicas", "workers"]
+)
+def test_a_step_that_harms_is_taken_back_to_the_bit(model: Path, tmp_path: Path, where: dict[str, Any]) -> None:
+    """Steps so large that every completion becomes alike, which earns nothing."""
+    changes = {"guard": 0.0, "learning_rate": 3.0, "momentum": 0.5, "save_steps": 2, **where}
+    train(tmp_path / "run", model, **changes)
+    steps = Journal.read(tmp_path / "run").steps
+    taken_back = [record for record in steps if record.metrics["taken_back"]]
+    assert taken_back
+    before = [Journal.read(tmp_path / "run").header.fingerprint, *(record.fingerprint for record in steps)]
+    for record in taken_back:
+        assert record.metrics["reward_after"] < record.metrics["reward_base"]
+        assert record.fingerprint == before[record.step]
+        assert not any(record.update.coefficients)
+    rates = [record.learning_rate for record in steps]
+    assert rates[taken_back[0].step + 1] == rates[taken_back[0].step] / 2
+    assert replay(tmp_path / "run", tmp_path / "replayed") == before[-1]
+    if where:
+        train(tmp_path / "one", model, **changes | {"replicas": 1, "workers": None})
+        assert [r.fingerprint for r in Journal.read(tmp_path / "one").steps] == before[1:]
+    else:
+        cut(tmp_path / "run", tmp_path / "cut", 3)
+        Trainer.resume(tmp_path / "cut", task=make_task(), monitors=[]).train()
+        assert [r.fingerprint for r in Journal.read(tmp_path / "cut").steps] == before[1:]

@@ -88,6 +88,10 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
             self.engine = "vllm"  # whose settings these are
         if POLICIES[self.weights].drifts and self.max_staleness:
             raise ValueError(f"weights={self.weights} changes what members are made from: max_staleness must be 0")
+        if self.guard is not None and (POLICIES[self.weights].drifts or self.max_staleness):
+            raise ValueError(
+                "guard takes steps back exactly: max_staleness must be 0, and weights another than inplace"
+            )
         if (self.workers or self.engine == "vllm") and (self.replicas or 1) > 1:
             raise ValueError("replicas are processes of this machine's transformers engine: give workers instead")
         if self.device.startswith("mps") and (self.workers or self.engine == "vllm"):

@@ -218,6 +218,13 @@ class Search(Section):
     evaluate_base: bool = Field(
         False, description="the base completes each step's prompts too, as one more member: reward_base"
     )
+    guard: float | None = Field(
+        None,
+        ge=0,
+        description="take a step back, and halve the learning rate from there on, where the base then earns less than "
+        "before on the step's prompts, by more than so many standard deviations of the members' rewards. The base "
+        "completes them before and after, as two more members",
+    )
     noise: NoiseMode = Field(
         "iid",
         description="rank1: of a matrix an outer product of two vectors, so that a CPU decodes many members together; "
@@ -227,7 +234,12 @@ class Search(Section):
     @property
     def members(self) -> int:
         """Members of a step, with the base where it takes part."""
-        return self.population + (self.evaluate_base or self.adapt_sigma)
+        return self.population + self.base_takes_part
+
+    @property
+    def base_takes_part(self) -> bool:
+        """Whether the base completes the prompts of each step, too."""
+        return self.evaluate_base or self.adapt_sigma or self.guard is not None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Search:
@@ -244,7 +256,7 @@ class Search(Section):
                 f"population {self.population} makes no {self.prompt_groups} prompt_groups of equal size, of two "
                 f"members or more{pairs}"
             )
-        if self.prompt_groups > 1 and (self.evaluate_base or self.adapt_sigma):
+        if self.prompt_groups > 1 and self.base_takes_part:
             raise ValueError("the base is compared with members on the same prompts: prompt_groups must be 1")
         return self
 

@@ -66,8 +66,11 @@ class Past:
         """The terms that these factors stand for, the latest step's first."""
         return scaled(self._steps, factors)
 
-    def add(self, own: Sequence[Pair], whole: Sequence[Pair]) -> None:
-        """Take in a step: what its own members gave, and all that was added to the base."""
+    def add(self, own: Sequence[Pair], whole: Sequence[Pair], *, instead: bool = False) -> None:
+        """Take in a step: what its own members gave, and all that was added to the base; `instead` of the last one."""
+        if instead:
+            self._steps.popleft()
+            self._moves.popleft()
         self._steps.appendleft(tuple(own))
         self._moves.appendleft(math.fsum(c * c for _, c in whole))
 

@@ -88,6 +88,7 @@ class EvolutionStrategy:
         self._momentum = momentum
         self._past = Past(momentum)
         self._one_fifth = OneFifth() if adapt_sigma else None
+        self._caution = 1.0  # factor of the learning rate, halved by each step that was taken back
 
     @property
     def sigma(self) -> float:
@@ -99,7 +100,7 @@ class EvolutionStrategy:
     def learning_rate(self) -> float:
         """Alpha of the current step."""
         peak = self.sigma / 2 if self.peak_learning_rate is None else self.peak_learning_rate
-        return peak * self.lr_schedule.factor(self.step, self.steps)
+        return peak * self._caution * self.lr_schedule.factor(self.step, self.steps)
 
     def ask(self, step: int | None = None) -> list[Member]:
         """The members of a step, the current one if None: `population` of them in a fixed order, and then the base."""
@@ -136,6 +137,12 @@ class EvolutionStrategy:
         self.step += 1
         return update
 
+    def take_back(self, update: Update) -> Update:
+        """Make the last step, which gave this update, one that changes nothing, and halve the learning rate."""
+        self._caution /= 2
+        self._past.add((), (), instead=True)
+        return Update(update.step, update.members, (0.0,) * len(update.members), rounding_seed=update.rounding_seed)
+
     def _unchanged(self, members: Sequence[Member]) -> Update:
         return Update(self.step, tuple(members), (0.0,) * len(members), rounding_seed=self._rounding_seed)
 
@@ -164,7 +171,8 @@ class EvolutionStrategy:
 
     def state(self) -> dict[str, Any]:
         """What `recall` takes beside the updates so far, as JSON holds it; empty where these say all."""
-        return {"sigma_factor": self._one_fifth.factor} if self._one_fifth else {}
+        found = {"sigma_factor": self._one_fifth.factor} if self._one_fifth else {}
+        return found if self._caution == 1.0 else found | {"caution": self._caution}
 
     def recall(self, updates: Sequence[Update], state: dict[str, Any]) -> None:
         """Go on after these updates, the last of which left this state."""
@@ -173,6 +181,7 @@ class EvolutionStrategy:
         self.step = updates[-1].step + 1 if updates else 0
         if self._one_fifth:
             self._one_fifth.factor = float(state.get("sigma_factor", 1.0))
+        self._caution = float(state.get("caution", 1.0))
 
     def to_json(self) -> str:
         """All that `from_json` needs to go on where this is; settings are not part of it."""

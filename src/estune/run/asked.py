@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from estune.completion import Sampling
 from estune.config import Config
 from estune.engines.prompts import PromptEncoder
 from estune.es.strategy import Strategy, member_seed
@@ -29,6 +30,7 @@ class Asked:
         members: how many there are, group after group.
         updates: that a base has had which is not stale.
         evaluations: give what each group answers.
+        sampling: how completions are drawn.
     """
 
     sigma: float
@@ -37,6 +39,7 @@ class Asked:
     members: int
     updates: int
     evaluations: Sequence[Evaluation]
+    sampling: Sampling
 
     @property
     def size(self) -> int:
@@ -131,4 +134,4 @@ class Asking:
             of_group = members[group * size : (group + 1) * size]
             evaluations.append(self._pool.evaluate(of_group, sigma, prompt_ids, sampling))
         updates = len(self._journal.inherited) + step
-        return Asked(sigma, indices, asked, len(members), updates, evaluations)
+        return Asked(sigma, indices, asked, len(members), updates, evaluations, sampling)

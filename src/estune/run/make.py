@@ -45,7 +45,7 @@ def make_strategy(config: Config, journal: Journal | None = None) -> EvolutionSt
         mirrored=config.mirrored,
         momentum=Momentum(config.momentum, config.momentum_window),
         adapt_sigma=config.adapt_sigma,
-        evaluate_base=config.evaluate_base,
+        evaluate_base=config.base_takes_part,
     )
     if journal is not None:
         strategy.recall([record.update for record in journal.steps], journal.state)

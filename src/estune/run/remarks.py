@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 ALIKE_STEPS = 3
 EVALUATIONS = 3
+FAR = 4.0  # times as long, or as short, as completions were in the first step
+DULL = 0.25  # of the first step's share of different completions
+FAR_KL = 1.0  # nats a token
 
 
 def log_before(config: Config, task: Task, order: StagedOrder) -> None:
@@ -83,6 +86,43 @@ def members_alike(steps: Sequence[StepRecord]) -> str | None:
         f"step {last[-1].step + 1}: all members have had one reward ({max(found[-1]):.4g} in this step) for "
         f"{ALIKE_STEPS} steps, and nothing is learned from that: `estune probe` looks for a sigma at which they "
         "differ; a reward that gives part of the marks for part of the work helps, too"
+    )
+
+
+def collapsing(steps: Sequence[StepRecord]) -> str | None:
+    """What is to be said where completions have become others altogether; `steps` are all so far.
+
+    A reward can be earned by what nobody meant, and this is what that looks like.
+    """
+    now = steps[-1].metrics
+    then = steps[0].metrics
+    if not then.keys() >= {"completions/mean_length", "completions/distinct"}:
+        return None  # of a journal that was put together from others
+    found = []
+    length = now["completions/mean_length"]
+    first = then["completions/mean_length"]
+    if not first / FAR <= length <= first * FAR:
+        found.append(f"take {length:.1f} tokens, {first:.1f} in the first step")
+    distinct = now["completions/distinct"]
+    varied = then["completions/distinct"]
+    if distinct < DULL * varied:
+        found.append(f"are hardly different any more ({distinct:.0%}, {varied:.0%} in the first step)")
+    if not found:
+        return None
+    return (
+        f"step {steps[-1].step + 1}: completions {' and '.join(found)}: read some, in completions/. If that is not "
+        "what the reward is for, mend it, or set constraint, anchor_decay or guard"
+    )
+
+
+def far_from_base(evaluation: EvaluationRecord) -> str | None:
+    """What is to be said where the model hardly says any more what the base model would."""
+    kl = evaluation.metrics.get("eval_kl", 0.0)
+    if kl <= FAR_KL:
+        return None
+    return (
+        f"step {evaluation.step}: the model has come {kl:.2g} nats a token from the base model, which may have cost it "
+        "what it is not trained for: watch shows that; a smaller learning rate or anchor_decay keeps it closer"
     )
 
 

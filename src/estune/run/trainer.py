@@ -15,6 +15,7 @@ from estune.completion import Completion
 from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.errors import ACCEPT, EstuneError
+from estune.es.strategy import Update, mean_and_std
 from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
@@ -317,13 +318,19 @@ class Trainer:
                 f"{run.path}: the run generates with {expected} weights, which here, on {self.config.device}, "
                 f"are loaded as {live}; resume it on the kind of device that it began on"
             )
+        self._replay()
+
+    def _replay(self, *, anew: bool = False) -> None:
+        """Bring the weights to the journal's last step by replay, where they are the base model, or `anew`."""
+        run = self.run
+        journal = self.journal
         done = len(journal.steps)
         dtype = journal.header.dtype
         sound = (s for s in run.checkpoints() if s <= done and holds(run.checkpoint(s), self.base, journal, dtype))
         start = next(sound, 0)
         checkpoint = (len(journal.inherited) + start, run.checkpoint(start)) if start else None
         with told_while(f"replaying {done - start} steps"):
-            found = self.pool.rebuild(journal.history, checkpoint)
+            found = self.pool.rebuild(journal.history, checkpoint or ((0, self.base.path) if anew else None))
         if found != journal.fingerprint():
             where = f"checkpoint-{start} and " if start else ""
             raise EstuneError(
@@ -402,10 +409,9 @@ class Trainer:
 
         drift = self.pool.drift()
         start = time.perf_counter()
-        update = self.strategy.tell(fitness)
-        fingerprint = self.pool.apply(update)
+        update, fingerprint, guarded = self._applied(asked, in_order, fitness)
         times["update"] = time.perf_counter() - start
-        metrics = self._metrics(step + 1, asked, in_order, drift)
+        metrics = self._metrics(step + 1, asked, in_order, drift) | guarded
         metrics["learning_rate"] = rate
         metrics["step_time"] = time.perf_counter() - began
         metrics["tokens_per_second"] = sum(g.tokens for g in in_order) / metrics["step_time"]
@@ -433,6 +439,30 @@ class Trainer:
         self.state.epoch = (step + 1) * len(asked.indices) / len(self.task.train)
         self._tell(lambda m: m.on_step_end(metrics, in_order[0].sample()))
         self._say("members", remarks.members_alike(self.journal.steps))
+        self._say("completions", remarks.collapsing(self.journal.steps))
+
+    def _applied(
+        self, asked: Asked, in_order: Sequence[Graded], fitness: Sequence[float | None]
+    ) -> tuple[Update, str, dict[str, float]]:
+        """Take a step, and take it back if it harms the base: its update, the fingerprint after it, and metrics."""
+        update = self.strategy.tell(fitness)
+        fingerprint = self.pool.apply(update)
+        guard = self.config.guard
+        before = in_order[-1].grades.mean
+        if guard is None or before is None or not any(update.coefficients):
+            return update, fingerprint, {}
+        # The base that is new, on the prompts and with the draws of the members.
+        (rows, prompt_ids), *_ = asked.groups
+        (_, done), *_ = self.pool.evaluate(update.members[-1:], asked.sigma, prompt_ids, asked.sampling)
+        after = Graded(rows, done.completions, self.grading.grade(rows, done.completions)).grades.mean
+        known = [r for g in in_order[: self.config.population] if (r := g.grades.mean) is not None]
+        metrics = {} if after is None else {"reward_after": after}
+        if after is not None and after >= before - guard * mean_and_std(known)[1]:
+            return update, fingerprint, metrics | {"taken_back": 0.0}
+        log.warning("step %d: the base earned %.4g before it, and %s after: taken back", update.step + 1, before, after)
+        self._replay(anew=True)
+        update = self.strategy.take_back(update)
+        return update, self.pool.apply(update), metrics | {"taken_back": 1.0}
 
     def _metrics(self, step: int, asked: Asked, in_order: Sequence[Graded], drift: Drift | None) -> dict[str, float]:
         """What members came to in a step, the base apart."""
@@ -496,6 +526,7 @@ class Trainer:
         self._tell(lambda m: m.on_evaluate(metrics, graded.sample()))
         over = step >= self.config.steps
         self._say("accuracy", remarks.never_right(self.task, self.journal.evaluations, over=over))
+        self._say("distance", remarks.far_from_base(self.journal.evaluations[-1]))
 
     def _begin_evaluation(self, name: str, held_out: HeldOut) -> None:
         prompts = held_out.asked
