@@ -128,7 +128,7 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
         (["vllm_max_model_length=100", "max_new_tokens=100"], "100 is to hold a prompt and max_new_tokens 100"),
         (["device=mps", "workers=2"], "leave out workers and engine=vllm"),
         (["device=mps", "engine=vllm"], "leave out workers and engine=vllm"),
-        (["device=mps", "weights=inplace"], "set weights=copy or master"),
+        (["device=mps", "weights=exact_inplace"], "set weights=copy or master"),
         (["ray_address=auto"], "say how many"),
         (["task=chess"], "task.*countdown"),
         (["chat_template_kwargs={a: 1}"], r"""write a mapping, such as {"enable_thinking": false}, found '{a: 1}'"""),

@@ -156,6 +156,7 @@ def test_kernels_compile_for_cuda_and_round_every_operation() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     expected = [7 * ["_perturb"], 3 * ["_restore"], 6 * ["_update"], 4 * ["_fingerprint"], 2 * ["_squares"]]
+    expected += [5 * ["_perturb"], 5 * ["_subtract"], 4 * ["_patch"]]  # in place
     found = [line.split() for line in done.stdout.splitlines()]
     assert [name for name, _ in found] == 2 * list(itertools.chain(*expected))
     # Instructions for a normal, by types: memory, rounding and a root's far branches included.

@@ -39,7 +39,12 @@ def test_what_fits(tmp_path: Path) -> None:
         return {choice.name for choice in found if choice.fits}
 
     # In GB: 15.2 live, 30.5 master, 15.2 copy; 20 bytes a parameter for GRPO are 152.
-    inplace = {"weights=inplace", "weights=master base_device=host", "weights=copy base_device=host"}
+    inplace = {
+        "weights=exact_inplace",
+        "weights=inplace",
+        "weights=master base_device=host",
+        "weights=copy base_device=host",
+    }
     assert fitting("t4") == set()
     assert fitting("rtx4090") == inplace
     assert fitting("a100-40") == inplace | {"weights=copy base_device=device"}
@@ -138,7 +143,7 @@ def test_the_command_needs_config_json_alone(tmp_path: Path, capsys: pytest.Capt
     assert estune("estimate", "--model", folder, "--gpu", "rtx4090", *device) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("weights=master base_device=device does not fit: it needs")
-    assert "what does: weights=inplace, or weights=master base_device=host" in last
+    assert "what does: weights=exact_inplace, or weights=inplace, or weights=master base_device=host" in last
 
     assert estune("estimate", "--model", folder, "--gpu", "t4") == 0
     assert "does not fit: it needs 16.4 of 16 GB; what does: engine=vllm gpus_per_worker=2" in capsys.readouterr().out

@@ -340,7 +340,9 @@ class Weights(Section):
     """What is kept beside the live weights, and what of them is trained."""
 
     weights: PolicyName = Field(
-        "master", description="what is kept beside the live weights: float32, a copy, or nothing (restores inexactly)"
+        "master",
+        description="what is kept beside the live weights: float32, a copy, nothing (restores inexactly), or what "
+        "subtracting the noise again would not give back (exact_inplace)",
     )
     base_device: Literal["auto", "device", "host"] = Field(
         "auto",
