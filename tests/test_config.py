@@ -144,6 +144,12 @@ def test_mistakes_are_one_clear_line(overrides: list[str], message: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_exact_in_place_rounds_stochastically_unless_told() -> None:
+    assert load(None, ["weights=exact_inplace"]).rounding == "stochastic"
+    assert load(None, ["weights=exact_inplace", "rounding=nearest"]).rounding == "nearest"
+    assert load(None, ["weights=copy"]).rounding == "nearest"
+
+
 @pytest.mark.parametrize(
     ("override", "answer"),
     [

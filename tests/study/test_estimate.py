@@ -85,7 +85,10 @@ def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture
     # 70.6 of weights, 1 of the process and prompts' activations leave of 72 GB, nine tenths, no room for a sequence.
     assert 72e9 < total(on_device.memory) < 75e9
     assert not on_device.choices[0].fits
-    assert "of the 72 GB that vLLM is given of 80 GB on each of 8 GPUs; what does: weights=master" in on_device.advice
+    assert (
+        "of the 72 GB that vLLM is given of 80 GB on each of 8 GPUs; what does: weights=exact_inplace"
+        in on_device.advice
+    )
     alone = estimate_run(None, [f"model={model}", "weights=copy"], gpu="h100")
     assert alone.advice.endswith("what does: engine=vllm gpus_per_worker=4")
     assert estune("estimate", *(f"--{text}" for text in settings), "--gpu", "h100") == 0

@@ -349,13 +349,21 @@ class Weights(Section):
         description="on CUDA, where that is kept: on the device, or in pinned host memory and streamed; auto is the "
         "device if it takes at most half of the memory that live weights leave there",
     )
-    rounding: Rounding = Field("nearest", description="of updates to bfloat16 weights")
+    rounding: Rounding = Field(
+        "nearest", description="of updates to bfloat16 weights; stochastic with weights=exact_inplace, if not given"
+    )
     train_parameters: str = Field("*", description="shell pattern of the parameters to train")
 
     @model_validator(mode="after")
     def _check_base(self) -> Weights:
         if not POLICIES[self.weights].keeps_base and self.base_device == "host":
             raise ValueError(f"weights={self.weights} keeps nothing that base_device=host could hold: leave out one")
+        return self
+
+    @model_validator(mode="after")
+    def _choose_rounding(self) -> Weights:
+        if self.weights == "exact_inplace" and "rounding" not in self.model_fields_set:
+            self.rounding = "stochastic"  # to nearest, updates much smaller than the paper's would be lost
         return self
 
 
