@@ -4,8 +4,9 @@
 
 - Memory: bytes of patches for each byte of weights, the most of five members, by type and sigma; of a model and of
   random weights with a spread of 0.02. The bar is a fifth. All tensors of a model are taken.
-- Time: `copy` and `exact_inplace` in turns, each perturbing and restoring, and going from member to member, in
-  bfloat16, medians. Restoring draws the noise again, so the bound on a processor that draws slower than it copies is 2.
+- Time: `copy` and `exact_inplace` in turns, each perturbing and restoring in bfloat16, medians, and of each turn what
+  the one takes over what the other takes. From member to member a copy restores nothing. Restoring in place draws the
+  noise again, so that where drawing takes all the time it is twice a copy's.
 - Exactness: a small model perturbed by many members, one after the other, against its bits before.
 - Updates: how much of 100 updates arrives in bfloat16 weights of a spread of 0.02, by the rounding. `gain` is the
   share of the sum of the updates, as float32 weights take it, that the weights have moved along; `off` is the size of
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,23 +59,23 @@ def times(model: str, threads: int, repeats: int) -> dict[str, Any]:
     for policy in ("copy", "exact_inplace"):
         weights = Weights(load(model, torch.bfloat16), policy=policy, threads=threads)  # type: ignore[arg-type]
         seeds = itertools.count()
-
-        def member(weights: Weights = weights, seeds: Any = seeds) -> None:
-            weights.perturb(Member(next(seeds)), 0.001)
-
-        def cycle(weights: Weights = weights, member: Any = member) -> None:
-            member()
-            weights.restore()
-
-        work |= {f"{policy}: perturb and restore": cycle, f"{policy}: member to member": member}
+        work[f"{policy}: perturb"] = lambda weights=weights, seeds=seeds: weights.perturb(Member(next(seeds)), 0.001)
+        work[f"{policy}: restore"] = weights.restore
     found = in_turns(work, repeats)
-    pairs = {
-        what: [b / a for a, b in zip(found[f"copy: {what}"], found[f"exact_inplace: {what}"], strict=True)]
-        for what in ("perturb and restore", "member to member")
-    }
+    turns = [dict(zip(found, seconds, strict=True)) for seconds in zip(*found.values(), strict=True)]
+
+    def ratio(base: Sequence[str]) -> float:
+        """Of perturbing and restoring in place, to passes of the copy."""
+        return statistics.median(
+            (turn["exact_inplace: perturb"] + turn["exact_inplace: restore"])
+            / sum(turn[f"copy: {name}"] for name in base)
+            for turn in turns
+        )
+
     return {
         **{f"{name}, ms": 1e3 * statistics.median(seconds) for name, seconds in found.items()},
-        **{f"{what}, times the copy's": statistics.median(ratios) for what, ratios in pairs.items()},
+        "perturb and restore, times the copy's": ratio(("perturb", "restore")),
+        "member to member, times the copy's": ratio(("perturb",)),
     }
 
 

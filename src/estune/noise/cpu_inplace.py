@@ -26,7 +26,7 @@ PATCHED = 2048  # weights that a place of 11 bits tells apart
 FURTHEST = 15  # of the bits, that a patch's own word tells
 PLACE_SHIFT = 5
 GROUP = 8  # weights that are looked at together
-ROOM = 1 / 16  # more than the patches seen so far let expect
+ROOM = 1 / 32  # more than the patches seen so far let expect
 
 _BIAS = np.int32(FURTHEST + 1)
 _FAR = np.uint8(1 << PLACE_SHIFT)  # a code of which the low bits are 0

@@ -32,9 +32,9 @@ BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element, by the type's name."""
 
 PATCHED = 1 / 8
-"""Bytes of patches for each byte of weights, at most, up to a sigma of a fifth of the weights' spread.
+"""Bytes of patches for each byte of weights, at most, up to a sigma of a seventh of the weights' spread.
 
-At the paper's sigma of a twentieth it is less than half of that (`bench/exactness/in_place.py`).
+At the paper's sigma, a twentieth of a usual spread, it is about half of that (`bench/exactness/in_place.py`).
 """
 
 Perturbation = tuple[Member, float]
