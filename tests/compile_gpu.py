@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from estune.noise import gpu
+from estune.noise import gpu, gpu_inplace
 
 CAPABILITIES = (80, 90)
 _FLOAT, _BRAIN, _HALF = tl.float32, tl.bfloat16, tl.float16
@@ -62,6 +62,16 @@ KERNELS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         for now in ("fp32", "bf16")
     ),
 ]
+_WORDS = {"words": "*u16", "used": "*i64", "starts": "*i64", "counts": "*i32"}
+_IN_PLACE: list[dict[str, Any]] = [
+    {"TYPE": _BRAIN, "BITS": tl.uint16},
+    {"TYPE": _FLOAT, "BITS": tl.uint32},
+]
+KERNELS_IN_PLACE = [
+    *_each_kind("_perturb", _WORDS, *_IN_PLACE),
+    *_each_kind("_subtract", _WORDS, {"TYPE": _BRAIN}),
+    *_each_kind("_patch", _WORDS, {"BITS": tl.uint16}),
+]
 FORBIDDEN = re.compile(r"\bfma\.|\bmad\.\w+\.f32|\.ftz\b|\.approx\b")
 _DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 _NORMALS = 4 * gpu.BLOCK // (32 * gpu.WARPS)  # of each thread, each time
@@ -73,15 +83,19 @@ def main() -> None:
     Beside it the machine's instructions for a normal, of the kernels that make normals of whole counters on Hopper.
     """
     for capability in CAPABILITIES:
-        for name, types, flags in KERNELS:
-            kernel = getattr(gpu, name)
+        kernels = [(gpu, *k) for k in KERNELS]
+        if capability == CAPABILITIES[-1]:
+            kernels += [(gpu_inplace, *k) for k in KERNELS_IN_PLACE]
+        for module, name, types, flags in kernels:
+            kernel = getattr(module, name)
             signature = {p.name: p.annotation_type or types.get(p.name, "constexpr") for p in kernel.params}
             source = ASTSource(kernel, signature, flags)
             options = {"num_warps": gpu.WARPS if "PITCHED" in flags else 4, "enable_fp_fusion": False}
             code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
             found = FORBIDDEN.findall(code["ptx"])
             assert not found, f"{name} {types} {flags} for sm_{capability}: {found}"
-            counted = capability == 90 and name in {"_perturb", "_update"} and flags["ALIGNED"] and not flags["PITCHED"]
+            whole = flags.get("ALIGNED") and not flags["PITCHED"]
+            counted = capability == 90 and module is gpu and name in {"_perturb", "_update"} and whole
             print(name, round(innermost(code["cubin"]) / _NORMALS, 1) if counted else "-")
 
 

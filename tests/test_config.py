@@ -128,7 +128,7 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
         (["vllm_max_model_length=100", "max_new_tokens=100"], "100 is to hold a prompt and max_new_tokens 100"),
         (["device=mps", "workers=2"], "leave out workers and engine=vllm"),
         (["device=mps", "engine=vllm"], "leave out workers and engine=vllm"),
-        (["device=mps", "weights=inplace"], "set weights=copy or master"),
+        (["device=mps", "weights=exact_inplace"], "set weights=copy or master"),
         (["ray_address=auto"], "say how many"),
         (["task=chess"], "task.*countdown"),
         (["chat_template_kwargs={a: 1}"], r"""write a mapping, such as {"enable_thinking": false}, found '{a: 1}'"""),
@@ -142,6 +142,12 @@ def test_mistakes_are_one_clear_line(overrides: list[str], message: str) -> None
     with pytest.raises(EstuneError, match=message) as caught:
         load(None, overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_exact_in_place_rounds_stochastically_unless_told() -> None:
+    assert load(None, ["weights=exact_inplace"]).rounding == "stochastic"
+    assert load(None, ["weights=exact_inplace", "rounding=nearest"]).rounding == "nearest"
+    assert load(None, ["weights=copy"]).rounding == "nearest"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def run(folder: Path, model: Path, **changes: object) -> Journal:
     return Journal.read(folder)
 
 
-@pytest.mark.parametrize("weights", ["master", "copy", "inplace"])
+@pytest.mark.parametrize("weights", ["master", "exact_inplace", "inplace"])
 def test_a_chain_replays_and_resumes_without_its_ancestors_folders(model: Path, tmp_path: Path, weights: str) -> None:
     changes = {"weights": weights, "dtype": "bfloat16"}
     first = run(tmp_path / "a", model, steps=2, **changes)

@@ -115,7 +115,7 @@ def test_a_tensor_of_another_type_is_named(run: Path, tmp_path: Path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("policy", ["copy", "inplace"])
+@pytest.mark.parametrize("policy", ["copy", "exact_inplace", "inplace"])
 def test_a_float16_run_replays(policy: str, model: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path / "run", model, dtype="float16", save_dtype="float16", weights=policy, device="cpu")
     Trainer(config, task=make_task(), monitors=[]).train()

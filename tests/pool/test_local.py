@@ -88,7 +88,7 @@ def test_a_process_ahead_that_nobody_needs_is_ended(
     assert memory_ahead() is None
 
 
-@pytest.mark.parametrize("changes", [{"replicas": 1}, {"replicas": 2, "weights": "inplace"}])
+@pytest.mark.parametrize("changes", [{"replicas": 1}, {"replicas": 2, "weights": "exact_inplace"}])
 def test_a_base_that_nobody_shares_is_plain_memory(
     model: Path, tmp_path: Path, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

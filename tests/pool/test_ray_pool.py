@@ -29,10 +29,11 @@ from estune.pool.ray.crew import compare
 from estune.pool.ray.pool import RayPool, minority
 from estune.pool.ray.worker import RayWorker, StaleWeights
 from estune.pool.replica import Replica
+from estune.run.trainer import Trainer
 from estune.study.probe import probe
 from tests.rays import until, with_workers
 from tests.run.test_staleness import assert_rewards_are_those_of_the_bases_named
-from tests.runs import assert_same_run, make_config, make_task
+from tests.runs import assert_same_run, make_config, make_task, slow_variety, substance
 
 SAMPLING = Sampling(8)
 PROMPTS = [[10, 20, 30], [40, 50], [60, 70, 80, 90]]
@@ -100,6 +101,16 @@ def test_the_number_of_workers_changes_nothing(
     assert len(trainer.pool.crew.ready()) == workers
     trainer.train()
     assert_same_run(run, undisturbed)
+
+
+def test_workers_that_keep_no_base_take_the_steps_of_one_that_does(cluster: Any, model: Path, tmp_path: Path) -> None:
+    options: Any = {"dtype": "bfloat16", "rounding": "stochastic", "steps": 2}
+    with_workers(tmp_path / "run", model, 2, weights="exact_inplace", **options).train()
+    Trainer(
+        make_config(tmp_path / "alone", model, weights="copy", **options), task=make_task(slow_variety), monitors=[]
+    ).train()
+    found, expected = (Journal.read(tmp_path / name).steps for name in ("run", "alone"))
+    assert [substance(record) for record in found] == [substance(record) for record in expected]
 
 
 def test_a_worker_with_corrupted_weights_makes_them_anew(

@@ -92,6 +92,7 @@ def test_as_many_share_a_gpu_as_its_memory_holds(tmp_path: Path, model: Path, mo
         (30, {"weights": "copy"}, False),
         (29, {"weights": "copy"}, True),
         (29, {"weights": "inplace"}, False),
+        (19, {"weights": "exact_inplace"}, False),
     ],
 )
 @pytest.mark.usefixtures("cuda")

@@ -159,7 +159,7 @@ def test_members_are_taken_in_the_order_in_which_they_were_given(model: Path, tm
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"max_staleness": 1, "weights": "inplace"}, "max_staleness must be 0"),
+        ({"max_staleness": 1, "weights": "exact_inplace"}, "max_staleness must be 0"),
         ({"max_staleness": 2}, "max_staleness"),
         ({"async": 1}, "here it is max_staleness"),
     ],

@@ -91,16 +91,31 @@ def test_the_number_of_replicas_changes_nothing(model: Path, tmp_path: Path, set
         )
 
 
+def test_exact_in_place_takes_the_steps_of_a_copy(model: Path, tmp_path: Path) -> None:
+    options: Any = {"dtype": "bfloat16", "rounding": "stochastic", "save_steps": 2}
+    run(make_config(tmp_path / "copy", model, weights="copy", **options))
+    for replicas in (1, 2):
+        folder = tmp_path / str(replicas)
+        run(make_config(folder, model, weights="exact_inplace", replicas=replicas, steps=2, **options))
+        Trainer.resume(folder, steps=4, task=make_task(), monitors=[]).train()
+        a, b = Journal.read(tmp_path / "copy"), Journal.read(folder)
+        assert [substance(record) for record in a.steps] == [substance(record) for record in b.steps]
+        for name in ("final", "best", "checkpoint-2"):
+            one, other = (run / name / "model.safetensors" for run in (tmp_path / "copy", folder))
+            assert one.read_bytes() == other.read_bytes()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {},
         {"weights": "copy", "dtype": "bfloat16", "rounding": "stochastic"},
         {"weights": "inplace", "dtype": "bfloat16"},
+        {"weights": "exact_inplace", "dtype": "bfloat16", "rounding": "stochastic", "weight_decay": 0.1},
         {"weights": "master", "dtype": "bfloat16", "noise": "correlated", "weight_decay": 0.1, "mirrored": True},
         {"train_parameters": "*.mlp.*"},
     ],
-    ids=["master", "copy", "inplace", "correlated", "frozen"],
+    ids=["master", "copy", "inplace", "exact_inplace", "correlated", "frozen"],
 )
 def test_replay_gives_the_trained_weights(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     run(make_config(tmp_path / "run", model, save_steps=2, **settings))

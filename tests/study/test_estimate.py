@@ -39,7 +39,12 @@ def test_what_fits(tmp_path: Path) -> None:
         return {choice.name for choice in found if choice.fits}
 
     # In GB: 15.2 live, 30.5 master, 15.2 copy; 20 bytes a parameter for GRPO are 152.
-    inplace = {"weights=inplace", "weights=master base_device=host", "weights=copy base_device=host"}
+    inplace = {
+        "weights=exact_inplace",
+        "weights=inplace",
+        "weights=master base_device=host",
+        "weights=copy base_device=host",
+    }
     assert fitting("t4") == set()
     assert fitting("rtx4090") == inplace
     assert fitting("a100-40") == inplace | {"weights=copy base_device=device"}
@@ -80,7 +85,10 @@ def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture
     # 70.6 of weights, 1 of the process and prompts' activations leave of 72 GB, nine tenths, no room for a sequence.
     assert 72e9 < total(on_device.memory) < 75e9
     assert not on_device.choices[0].fits
-    assert "of the 72 GB that vLLM is given of 80 GB on each of 8 GPUs; what does: weights=master" in on_device.advice
+    assert (
+        "of the 72 GB that vLLM is given of 80 GB on each of 8 GPUs; what does: weights=exact_inplace"
+        in on_device.advice
+    )
     alone = estimate_run(None, [f"model={model}", "weights=copy"], gpu="h100")
     assert alone.advice.endswith("what does: engine=vllm gpus_per_worker=4")
     assert estune("estimate", *(f"--{text}" for text in settings), "--gpu", "h100") == 0
@@ -138,7 +146,7 @@ def test_the_command_needs_config_json_alone(tmp_path: Path, capsys: pytest.Capt
     assert estune("estimate", "--model", folder, "--gpu", "rtx4090", *device) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("weights=master base_device=device does not fit: it needs")
-    assert "what does: weights=inplace, or weights=master base_device=host" in last
+    assert "what does: weights=exact_inplace, or weights=inplace, or weights=master base_device=host" in last
 
     assert estune("estimate", "--model", folder, "--gpu", "t4") == 0
     assert "does not fit: it needs 16.4 of 16 GB; what does: engine=vllm gpus_per_worker=2" in capsys.readouterr().out

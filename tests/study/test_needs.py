@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM
 from estune.config import Config
 from estune.engines.memory import total_memory
 from estune.engines.transformers import MAX_ROWS, MEMORY_SHARE
+from estune.es.strategy import Member
 from estune.pool.replica import Replica
 from estune.study.estimate.estimate import choices
 from estune.study.estimate.needs import fitting_rows, memory, memory_of_all, total
 from estune.study.estimate.shapes import read_shape
 from estune.weights.checkpoint import EMBEDDED
+from estune.weights.weights import Weights
 from tests.sizes import FAST, ROUND, amounts, make_work
 
 
@@ -31,6 +33,14 @@ def test_bytes_are_those_of_the_real_objects(policy: Any, dtype: str) -> None:
     estimated = amounts(memory(read_shape("tiny"), work, FAST, 1024))
     assert estimated["live weights"] == sum(parameter.nbytes for parameter in parameters)
     assert estimated[f"base (weights={policy})"] == sum(array.nbytes for array in base)
+
+
+def test_patches_take_what_is_counted_for_them_at_most() -> None:
+    weights = Replica(Config(device="cpu", weights="exact_inplace", replicas=1, threads=1)).weights
+    assert isinstance(weights, Weights)
+    weights.perturb(Member(5), 0.001)
+    estimated = amounts(memory(read_shape("tiny"), make_work(policy="exact_inplace", dtype="float32"), FAST, 1024))
+    assert weights.storage.patch_bytes < estimated["base (weights=exact_inplace)"] == 4 * weights.elements // 8
 
 
 def test_cache_is_that_of_a_real_forward() -> None:
@@ -103,6 +113,7 @@ def test_an_engine_split_over_gpus_by_hand() -> None:
     as_set, host = found["weights=master base_device=device"], found["weights=master base_device=host"]
     assert (as_set.needed, as_set.devices, as_set.fits) == (8 * each, 8, True)
     assert (host.needed, host.host) == (8 * (each - 1e9), 2 * 4e9)
+    assert found["weights=exact_inplace"].needed == 8 * (each - 1e9 + 2e9 / 8 / 4)
     assert "weights=inplace" not in found  # which workers cannot
     # GRPO: 20 GB of weights and optimizer, and less than 1 GB of all else, are on one of the 8.
     assert (found["GRPO"].devices, found["GRPO"].fits) == (1, True)

@@ -26,7 +26,8 @@ from estune.weights.weights import Weights
 from tests.models import build_model, save_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EXACT = ["master", "copy"]
+KEEP_BASE = ["master", "copy"]
+EXACT = [*KEEP_BASE, "exact_inplace"]
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[Parameter]:
@@ -84,7 +85,7 @@ def test_any_history_leaves_the_base_alone(history: Any, policy: Any, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("policy", ["master", "copy", "inplace"])
+@pytest.mark.parametrize("policy", [*EXACT, "inplace"])
 def test_perturbed_weights_are_base_plus_noise_rounded_once(policy: Any, sign: int, dtype: torch.dtype) -> None:
     ps = parameters(dtype)
     expected = [
@@ -95,7 +96,7 @@ def test_perturbed_weights_are_base_plus_noise_rounded_once(policy: Any, sign: i
     assert all(torch.equal(p.tensor, e) for p, e in zip(ps, expected, strict=True))
 
 
-@pytest.mark.parametrize("policy", ["master", "copy", "inplace"])
+@pytest.mark.parametrize("policy", [*EXACT, "inplace"])
 def test_update_is_the_weighted_sum(policy: Any) -> None:
     ps = parameters()
     before = [p.tensor.double().clone() for p in ps]
@@ -147,8 +148,47 @@ def test_threads_and_runs_do_not_change_the_bits(monkeypatch: pytest.MonkeyPatch
     assert same(one, final(3))
 
 
+@given(
+    operations,
+    st.sampled_from(DTYPES),
+    st.sampled_from(["nearest", "stochastic"]),
+    st.sampled_from([1, 3]),
+    st.sampled_from([1e-5, 0.01, 3.0]),
+)
+@settings(max_examples=30, deadline=None)
+def test_exact_in_place_gives_the_bits_of_a_copy(
+    history: Any, dtype: torch.dtype, rounding: Any, threads: int, sigma: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("estune.weights.storage.RUN_LENGTH", 1000)
+        options: Any = {"rounding": rounding, "threads": threads}
+        both = [Weights(parameters(dtype), policy=policy, **options) for policy in ("copy", "exact_inplace")]
+    for step, operation in enumerate(history):
+        for weights in both:
+            if operation is None:
+                weights.apply(Update(step, (Member(step), Member(9)), (1e-4, -2e-3), decay=-0.01, rounding_seed=step))
+            else:
+                weights.perturb(Member(*operation), sigma)
+            if operation is None:
+                weights.restore()
+        assert same(*(bits(weights.parameters) for weights in both))
+    copy, exact = both
+    assert copy.fingerprint() == exact.fingerprint()
+    assert exact.drift() is None
+
+
+def test_what_exact_in_place_keeps_is_a_small_part_of_the_weights() -> None:
+    tensor = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0)).mul(0.02)
+    for dtype, most in ((torch.bfloat16, 0.055), (torch.float16, 0.055), (torch.float32, 0.045)):
+        weights = Weights([Parameter("a", tensor.to(dtype))], policy="exact_inplace")
+        bound = weights.rule.how.base_bytes(weights.elements, weights.rule.dtype)
+        for seed in range(3):
+            weights.perturb(Member(seed), 0.001)
+        assert 0 < weights.storage.patch_bytes < most * tensor.to(dtype).nbytes < bound
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("policy", EXACT)
+@pytest.mark.parametrize("policy", KEEP_BASE)
 def test_live_weights_on_a_device_without_kernels_get_the_bits_of_the_cpu(
     policy: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

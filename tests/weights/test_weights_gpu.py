@@ -39,7 +39,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 KINDS: dict[str, Any] = {"device": DeviceStorage, "streamed": StreamedStorage}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-POLICIES = ["master", "copy", "inplace"]
+POLICIES = ["master", "copy", "inplace", "exact_inplace"]
+NO_BASE = ["inplace", "exact_inplace"]
 SHAPES = {"a.weight": (5, 15), "a.bias": (3,), "b": (1,)}
 
 
@@ -60,7 +61,7 @@ def on_device(parameters: Sequence[Parameter], kind: str, **options: Any) -> Wei
     copies = [replace(p, tensor=p.tensor.to(DEVICE, copy=True)) for p in parameters]
     weights = Weights(copies, base_on_host=ON_GPU and kind == "streamed", **options)
     assert type(weights.storage) is (
-        KINDS[kind] if options.get("policy") != "inplace" or not ON_GPU else KINDS["device"]
+        KINDS[kind] if options.get("policy") not in NO_BASE or not ON_GPU else KINDS["device"]
     )
     return weights
 
@@ -321,7 +322,7 @@ def test_where_the_base_goes_is_a_matter_of_sizes() -> None:
 
 def test_types_mixed_are_refused_where_the_base_has_the_live_type() -> None:
     mixed = [*parameters(torch.bfloat16), Parameter("norm", torch.zeros(3))]
-    for policy in ("copy", "inplace"):
+    for policy in ("copy", *NO_BASE):
         with pytest.raises(EstuneError, match=f"weights={policy} .* bfloat16 and float32; set weights=master"):
             Weights(mixed, policy=policy)  # type: ignore[arg-type]
     Weights(mixed)

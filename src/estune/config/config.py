@@ -86,8 +86,10 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         about_vllm = self.vllm_gpu_memory_utilization or self.vllm_max_model_length
         if self.engine == "auto" and (about_vllm or self.gpus_per_worker > 1):
             self.engine = "vllm"  # whose settings these are
-        if POLICIES[self.weights].drifts and self.max_staleness:
-            raise ValueError(f"weights={self.weights} changes what members are made from: max_staleness must be 0")
+        if not POLICIES[self.weights].keeps_base and self.max_staleness:
+            raise ValueError(
+                f"weights={self.weights} has no base to change while members generate: max_staleness must be 0"
+            )
         if self.guard is not None and (POLICIES[self.weights].drifts or self.max_staleness):
             raise ValueError(
                 "guard takes steps back exactly: max_staleness must be 0, and weights another than inplace"

@@ -354,20 +354,30 @@ class Weights(Section):
     """What is kept beside the live weights, and what of them is trained."""
 
     weights: PolicyName = Field(
-        "master", description="what is kept beside the live weights: float32, a copy, or nothing (restores inexactly)"
+        "master",
+        description="what is kept beside the live weights: float32, a copy, nothing (restores inexactly), or what "
+        "subtracting the noise again would not give back (exact_inplace)",
     )
     base_device: Literal["auto", "device", "host"] = Field(
         "auto",
         description="on CUDA, where that is kept: on the device, or in pinned host memory and streamed; auto is the "
         "device if it takes at most half of the memory that live weights leave there",
     )
-    rounding: Rounding = Field("nearest", description="of updates to bfloat16 weights")
+    rounding: Rounding = Field(
+        "nearest", description="of updates to bfloat16 weights; stochastic with weights=exact_inplace, if not given"
+    )
     train_parameters: str = Field("*", description="shell pattern of the parameters to train")
 
     @model_validator(mode="after")
     def _check_base(self) -> Weights:
         if not POLICIES[self.weights].keeps_base and self.base_device == "host":
             raise ValueError(f"weights={self.weights} keeps nothing that base_device=host could hold: leave out one")
+        return self
+
+    @model_validator(mode="after")
+    def _choose_rounding(self) -> Weights:
+        if self.weights == "exact_inplace" and "rounding" not in self.model_fields_set:
+            self.rounding = "stochastic"  # to nearest, updates much smaller than the paper's would be lost
         return self
 
 

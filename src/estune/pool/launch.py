@@ -61,7 +61,7 @@ def launch(inherited: Sequence[int] = ()) -> Launched:
 
 def launch_ahead(config: Config) -> None:
     """Launch a process now if there will likely be a second replica on the CPU. `end_ahead` ends one left over."""
-    alone = config.workers or config.engine == "vllm" or POLICIES[config.weights].drifts
+    alone = config.workers or config.engine == "vllm" or not POLICIES[config.weights].keeps_base
     elsewhere = config.device not in ("auto", "cpu") or (config.device == "auto" and Path("/dev/nvidiactl").exists())
     cores = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
     if _ahead or alone or elsewhere or config.replicas == 1 or cores == "1" or not hasattr(os, "memfd_create"):

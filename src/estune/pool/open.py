@@ -167,12 +167,14 @@ def share_gpu(config: Config, device: str) -> int:
     dtype = config.dtype if config.dtype != "auto" else "float32" if stored > 2 * elements else "bfloat16"
     memory = total_memory(chosen)
     live = elements * BYTES[dtype]
-    base = POLICIES[config.weights].base_bytes(elements, dtype)
+    policy = POLICIES[config.weights]
+    base = policy.base_bytes(elements, dtype)
+    on_host = policy.keeps_base and keeps_base_on_host(config.base_device, base=base, live=live, memory=memory)
     slots = config.max_new_tokens + PROMPT_ROOM
     return fitting_engines(
         memory,
         live=live,
-        base=0 if keeps_base_on_host(config.base_device, base=base, live=live, memory=memory) else base,
+        base=0 if on_host else base,
         rows=min(config.rows_of_member, config.batch_size or MAX_ROWS_ELSEWHERE),
         row=cached_elements(model) * slots * BYTES[dtype]
         + LOGITS_BYTES * model.get_text_config(decoder=True).vocab_size,

@@ -268,4 +268,4 @@ def _kind(device: torch.device) -> str:
 def less_base(device: torch.device, *, on_host: bool) -> str:
     """Advice if a base does not fit: another place for it, if there is one, or a smaller base."""
     another = "" if on_host or device.type != "cuda" else "base_device=host, "
-    return f"set {another}weights=copy or weights=inplace, or fewer replicas"
+    return f"set {another}weights=copy or weights=exact_inplace, or fewer replicas"

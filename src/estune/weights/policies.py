@@ -3,6 +3,8 @@
 - `Master` keeps a float32 base. live = round(base + sigma * noise); the update is in float32 and loses nothing.
 - `Copy` keeps a base in the live type. Restoring is as exact; the update is summed in float32 and rounded once.
 - `InPlace` keeps nothing, as in the paper. Restoring subtracts the noise again, and rounding errors stay.
+- `ExactInPlace` keeps what that would not give back, some percent of the weights. Restoring is exact, updates are
+  `Copy`'s.
 
 The names of policies, rounding modes, noise and types stand here alone, for settings, journals and estimates. No torch
 is imported.
@@ -19,7 +21,7 @@ from estune.noise.reference import tensor_id
 if TYPE_CHECKING:
     from estune.weights.storage import Storage
 
-PolicyName = Literal["master", "copy", "inplace"]
+PolicyName = Literal["master", "copy", "inplace", "exact_inplace"]
 Rounding = Literal["nearest", "stochastic"]
 NoiseMode = Literal["iid", "correlated", "rank1"]
 """`correlated` gives equal noise to all tensors, as the authors' first code did; `rank1` makes a matrix' noise an outer
@@ -30,12 +32,18 @@ TYPE_NAMES: tuple[DType, ...] = get_args(DType)
 BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element, by the type's name."""
 
+PATCHED = 1 / 8
+"""Bytes of patches for each byte of weights, at most, up to a sigma of a seventh of the weights' spread.
+
+At the paper's sigma, a twentieth of a usual spread, it is about half of that (`bench/exactness/in_place.py`).
+"""
+
 Perturbation = tuple[Member, float]
 """A member and its sigma."""
 
 
 class Policy:
-    """What the exact policies share: a base is kept, and copied back. They have no state: one serves all weights."""
+    """What `Master` and `Copy` share: a base is kept, and copied back. They have no state: one serves all weights."""
 
     name: ClassVar[PolicyName]
     keeps_base: ClassVar[bool] = True
@@ -52,6 +60,11 @@ class Policy:
     def base_bytes(self, elements: int, live: str) -> int:
         """Bytes kept beside so many live weights of a type."""
         return elements * BYTES[self.dtype(live)] if self.keeps_base else 0
+
+    def perturb(self, storage: Storage, perturbation: Perturbation) -> None:
+        """Perturb the live weights, which no member perturbs if they are the base."""
+        member, sigma = perturbation
+        storage.perturb(member.seed, member.sign * sigma)
 
     def restore(self, storage: Storage, perturbed: Perturbation | None) -> None:
         """Make the live weights the base again.
@@ -90,7 +103,29 @@ class InPlace(Policy):
             storage.perturb(member.seed, -member.sign * sigma)
 
 
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Master(), Copy(), InPlace())}
+class ExactInPlace(Policy):
+    """Keeps no base: the live weights are it, and the patches of the member that perturbs them bring it back."""
+
+    name = "exact_inplace"
+    keeps_base = False
+
+    def base_bytes(self, elements: int, live: str) -> int:
+        """Bytes of patches, as many as there may be: see `PATCHED`."""
+        return int(elements * BYTES[live] * PATCHED)
+
+    def perturb(self, storage: Storage, perturbation: Perturbation) -> None:
+        """Perturb the live weights, and note what restoring needs."""
+        member, sigma = perturbation
+        storage.perturb_reversibly(member.seed, member.sign * sigma)
+
+    def restore(self, storage: Storage, perturbed: Perturbation | None) -> None:
+        """Take back the member that the live weights are perturbed by, if there is one, to the bit."""
+        if perturbed is not None:
+            member, sigma = perturbed
+            storage.reverse(member.seed, member.sign * sigma)
+
+
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Master(), Copy(), InPlace(), ExactInPlace())}
 """By the name in settings and journals."""
 
 

@@ -49,6 +49,19 @@ class Storage(Protocol):
         """Set live = base."""
         ...
 
+    def perturb_reversibly(self, seed: int, sigma: float) -> None:
+        """Add sigma * noise(seed) to live weights that are their own base, and note what `reverse` needs."""
+        ...
+
+    def reverse(self, seed: int, sigma: float) -> None:
+        """Take back the last `perturb_reversibly`, which had these arguments, to the bit."""
+        ...
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes of what has been noted, or would have room."""
+        ...
+
     def update(self, update: Update, rounding: str) -> None:
         """Add an update to the base."""
         ...
@@ -65,6 +78,7 @@ class CpuStorage:
         arrays = (replace(r, live=self._live(r.live), base=as_array(r.base)) for r in runs)
         self._runs = [part for run in arrays for part in run.split(RUN_LENGTH)]
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._patches: list[Any] = []  # of each run, once they are perturbed reversibly
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb`."""
@@ -75,6 +89,29 @@ class CpuStorage:
     def restore(self) -> None:
         """As `Storage.restore`."""
         self.each(_copy_base)
+
+    def perturb_reversibly(self, seed: int, sigma: float) -> None:
+        """As `Storage.perturb_reversibly`."""
+        from estune.noise import cpu_inplace
+
+        if any(run.columns for run in self._runs):
+            raise EstuneError(
+                "weights=exact_inplace can take noise=rank1 where members are decoded together, on a CPU and without "
+                "rollouts of several turns: set weights=copy or noise=iid"
+            )
+        self._patches = self._patches or [cpu_inplace.Patches() for _ in self._runs]
+        self._each_patched(cpu_inplace.perturb, seed, sigma)
+
+    def reverse(self, seed: int, sigma: float) -> None:
+        """As `Storage.reverse`."""
+        from estune.noise import cpu_inplace
+
+        self._each_patched(cpu_inplace.restore, seed, sigma)
+
+    @property
+    def patch_bytes(self) -> int:
+        """As `Storage.patch_bytes`."""
+        return sum(patches.nbytes for patches in self._patches)
 
     def update(self, update: Update, rounding: str) -> None:
         """As `Storage.update`."""
@@ -93,6 +130,14 @@ class CpuStorage:
     def each(self, work: Callable[[Run], T]) -> list[T]:
         """Do work on each run, spread over the threads; return the results, in order."""
         return list(map(work, self._runs) if self._threads is None else self._threads.map(work, self._runs))
+
+    def _each_patched(self, kernel: Callable[..., None], seed: int, sigma: float) -> None:
+        def work(pair: tuple[Run, Any]) -> None:
+            run, patches = pair
+            kernel(run.live, patches, seed, run.noise, run.start, sigma, run.rows)
+
+        pairs = zip(self._runs, self._patches, strict=True)
+        list(map(work, pairs) if self._threads is None else self._threads.map(work, pairs))
 
     @staticmethod
     def _live(tensor: Tensor) -> Any:
@@ -143,6 +188,7 @@ class DeviceStorage:
     def __init__(self, runs: Sequence[Run]) -> None:
         self._device: torch.device = runs[0].live.device
         self._batches = self._batched(runs)
+        self._reversible: list[Any] = []  # for each batch, once they are perturbed reversibly
 
     def _batched(self, runs: Sequence[Run]) -> list[Any]:
         """The runs in batches for the kernels."""
@@ -156,6 +202,26 @@ class DeviceStorage:
     def restore(self) -> None:
         """As `Storage.restore`."""
         self.each(lambda batch: batch.restore())
+
+    def perturb_reversibly(self, seed: int, sigma: float) -> None:
+        """As `Storage.perturb_reversibly`."""
+        from estune.noise.gpu_inplace import Reversible
+
+        with self._on_device():
+            self._reversible = self._reversible or [Reversible(batch) for batch in self._batches]
+            for batch in self._reversible:
+                batch.perturb(seed, sigma)
+
+    def reverse(self, seed: int, sigma: float) -> None:
+        """As `Storage.reverse`."""
+        with self._on_device():
+            for batch in self._reversible:
+                batch.restore(seed, sigma)
+
+    @property
+    def patch_bytes(self) -> int:
+        """As `Storage.patch_bytes`."""
+        return sum(batch.nbytes for batch in self._reversible)
 
     def update(self, update: Update, rounding: str) -> None:
         """As `Storage.update`."""

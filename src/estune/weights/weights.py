@@ -43,7 +43,7 @@ class Weights:
 
     Args:
         parameters: from `trained_parameters`, or rectangles of checkpoint tensors.
-        policy: what is kept beside the live weights (`policies.py`): `master`, `copy` or `inplace`.
+        policy: what is kept beside the live weights (`policies.py`): `master`, `copy`, `inplace` or `exact_inplace`.
         rounding: of updates, `nearest` or `stochastic`, which matters to bfloat16 bases only.
         noise: `iid`; `correlated`, which gives equal noise to all tensors, as the authors' first code did; or `rank1`,
             which makes a matrix' noise an outer product (`noise/rank1.py`), with kernels for the CPU alone.
@@ -117,7 +117,7 @@ class Weights:
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights base + sign * sigma * noise(seed). Needs no restore between members."""
         self._settle()
-        self.storage.perturb(member.seed, member.sign * sigma)
+        self._policy.perturb(self.storage, (member, sigma))
         self._perturbed = member, sigma
 
     def restore(self) -> None:

@@ -121,7 +121,7 @@ class VllmEngine(PromptEncoder):
         if left <= 0:
             raise EstuneError(
                 f"the base that is kept beside the live weights takes {base / self.parallel / 2**30:.1f} GiB of the "
-                "GPU, which leaves nothing for vLLM; set base_device=host, weights=copy or weights=inplace"
+                "GPU, which leaves nothing for vLLM; set base_device=host, weights=copy or weights=exact_inplace"
             )
         return left
 

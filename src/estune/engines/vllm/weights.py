@@ -210,11 +210,16 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
     size = getattr(torch, dtype).itemsize
     base = POLICIES[config.weights].base_bytes(elements, dtype)
     live = sum(t.elements for t in checkpoint.tensors.values()) * size
-    on_host = device.type == "cuda" and keeps_base_on_host(
-        config.base_device,
-        base=base // config.gpus_per_worker,
-        live=live // config.gpus_per_worker,
-        memory=total_memory(device) // config.sharing,
+    keeps_base = POLICIES[config.weights].keeps_base
+    on_host = (
+        keeps_base
+        and device.type == "cuda"
+        and keeps_base_on_host(
+            config.base_device,
+            base=base // config.gpus_per_worker,
+            live=live // config.gpus_per_worker,
+            memory=total_memory(device) // config.sharing,
+        )
     )
     engine = VllmEngine(checkpoint, config, 0 if on_host else base)
     try:

@@ -95,7 +95,7 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
     What ES keeps on a device must fit there, as only `parallel` splits it. RL's memory is assumed to be split evenly
     over as many devices as needed, as ZeRO's third stage and FSDP do.
     """
-    ways: list[tuple[PolicyName, Place]] = [("master", "device"), ("copy", "device")]
+    ways: list[tuple[PolicyName, Place]] = [("master", "device"), ("copy", "device"), ("exact_inplace", "device")]
     if work.workers is None:
         ways += [("inplace", "device")]
     if device.is_gpu:

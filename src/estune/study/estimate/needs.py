@@ -11,7 +11,7 @@ from estune.engines.memory import GPU_CONTEXT, LOGITS_BYTES
 from estune.engines.memory import fitting_rows as rows_that_fit
 from estune.study.estimate.machines import GB, Device
 from estune.study.estimate.shapes import Shape
-from estune.weights.policies import BYTES, POLICIES, PolicyName
+from estune.weights.policies import BYTES, PATCHED, POLICIES, PolicyName
 
 PREFILL_HIDDEN = 4  # activations alive at once in a layer, of the residual's size
 PREFILL_WIDTH = 3  # and of the widest size
@@ -118,7 +118,9 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     base = policy.base_bytes(shape.trained, work.dtype)
     tokens = min(prefill_tokens, rows * work.prompt_tokens)
     dtype = policy.dtype(work.dtype)
-    held = f"{shape.trained:,} x {BYTES[dtype]} B ({dtype})" if policy.keeps_base else "nothing is kept"
+    held = f"{shape.trained:,} x {BYTES[dtype]} B ({dtype})"
+    if not policy.keeps_base:
+        held = f"no base; patches for up to {PATCHED:.1%} of {held}" if base else "nothing is kept"
     if base and work.base == "host":
         held = f"{held} in pinned host memory"
         base = 0
@@ -167,7 +169,8 @@ def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int)
 
 def shares_base(work: Work, device: Device) -> bool:
     """Whether engines on a device share one base, as replicas on a CPU do. Workers know nothing of each other."""
-    return not device.is_gpu and work.workers is None and work.at_once > 1
+    keeps_base = POLICIES[work.policy].keeps_base
+    return keeps_base and not device.is_gpu and work.workers is None and work.at_once > 1
 
 
 def process_memory(device: Device) -> Item:

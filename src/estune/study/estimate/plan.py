@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from estune.study.estimate.lengths import Lengths
-from estune.study.estimate.needs import Item
+from estune.study.estimate.needs import Item, shares_base
 from estune.study.estimate.schedule import makespan
 from estune.study.estimate.times import Times
+from estune.weights.policies import POLICIES
 
 MOST_WORKERS = 1024
 STEPS = 64  # that are played through, or as many as take no more than so many draws
@@ -124,14 +125,17 @@ class Plan:
         alive = work.prompts / batches
         token, limit = times.token(min(alive, work.rows), self._mean / 2)
         busy = each * float(times.perturb() + times.read(work.prompts) + self.generated.mean())
-        shared = ", shared out over all replicas" if work.replicas > 1 and not times.device.is_gpu else ""
+        shared = ", shared out over all replicas" if shares_base(work, times.device) else ""
         shared = f", on each of {work.replicas} replicas" if work.replicas > 1 and times.device.is_gpu else shared
         trained = f"{times.shape.trained:,}"
+        way = "read the base, draw {} numbers, write live weights"
+        if not POLICIES[work.policy].keeps_base:
+            way = "take back the member before and perturb the base: draw 2 x {} numbers, read and write twice"
         return [
             Item(
                 "perturb",
                 each * times.perturb(),
-                f"{members}: read the base, draw {trained} numbers, write live weights",
+                f"{members}: {way.format(trained)}",
             ),
             Item(
                 "read the prompts",

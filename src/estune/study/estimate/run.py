@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -189,22 +188,25 @@ def _on_gpus(config: Config, work: Work, shape: Shape, sheet: GPU, size: int | N
     device = as_device(sheet, dtype, size)
     base = POLICIES[work.policy].base_bytes(shape.trained, dtype)
     live = shape.parameters * BYTES[dtype]
-    keeps_on_host = functools.partial(
-        keeps_base_on_host, config.base_device, base=base // parallel, live=live // parallel
-    )
+    policy = POLICIES[work.policy]
+
+    def keeps_on_host(memory: int) -> bool:
+        sizes = {"base": base // parallel, "live": live // parallel, "memory": memory}
+        return policy.keeps_base and keeps_base_on_host(config.base_device, **sizes)
+
     slots = graph.round_up(work.longest, graph.LEAST_SLOTS)
-    alone = parallel > 1 or not POLICIES[work.policy].keeps_base or (config.engine == "vllm" and not config.workers)
+    alone = parallel > 1 or policy.drifts or (config.engine == "vllm" and not config.workers)
     if config.workers_per_gpu == "auto" and not alone:
         count = fitting_engines(
             device.memory,
             live=live,
-            base=0 if keeps_on_host(memory=device.memory) else base,
+            base=0 if keeps_on_host(device.memory) else base,
             rows=min(work.prompts, config.batch_size or transformers.MAX_ROWS_ELSEWHERE),
             row=shape.cached * work.longest * BYTES[dtype] + LOGITS_BYTES * shape.vocabulary,
             share=transformers.MEMORY_SHARE,
         )
         work = replace(work, at_once=min(config.workers or count, count))
-    on_host = base > 0 and keeps_on_host(memory=device.memory // work.at_once)
+    on_host = base > 0 and keeps_on_host(device.memory // work.at_once)
     work = replace(work, dtype=dtype, slots=slots, parallel=parallel, base="host" if on_host else "device")
     return _Placed(work, device, transformers.MAX_ROWS_ELSEWHERE, decode.PREFILL_TOKENS_ELSEWHERE)
 

@@ -55,7 +55,9 @@ class Times:
             noise=device.noise * work.parallel,
         )
         self._bytes = BYTES[work.dtype]
-        self._base = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) or shape.trained * self._bytes
+        policy = POLICIES[work.policy]
+        self._base = policy.base_bytes(shape.trained, work.dtype) if policy.keeps_base else shape.trained * self._bytes
+        self._passes = 1 if policy.keeps_base else 2  # where nothing is kept, the member before is taken back first
         # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
         self._reading = PCIE * work.parallel if work.base == "host" else self.device.bandwidth
         self._kernels = VLLM_KERNELS * shape.layers if work.engine == "vllm" else shape.kernels + CHOICE_KERNELS
@@ -63,7 +65,7 @@ class Times:
     def perturb(self) -> float:
         """Seconds to perturb the weights by one member."""
         writing = self.shape.trained * self._bytes / self.device.bandwidth
-        return max(self._base / self._reading + writing, self._drawing)
+        return self._passes * max(self._base / self._reading + writing, self._drawing)
 
     def update(self) -> float:
         """Seconds to update the base, or all bases on one device."""

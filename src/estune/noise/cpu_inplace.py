@@ -1,0 +1,222 @@
+"""Perturbing weights in place and taking it back to the bit, compiled for the CPU.
+
+Subtracting the noise that was added gives back most weights. For the others there are patches of two bytes, which say
+where they are and how far off the subtraction will be; they are made while the noise is added, as both results are
+known then.
+
+The patches of a run are one stream of 16-bit words. For every `PATCHED` weights or less there is a word that counts
+their patches, and then these: the weight's place among them, shifted by 5, and what is to be added to the bits that
+subtracting gives, -15 to 15, plus 16. If that is not enough, as for a weight far smaller than its noise, the low five
+bits are 0, and two words with the weight's own bits follow, the low half first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import types
+from numba.extending import overload
+
+from estune.noise.cpu import CHUNK, Weights, _jit, _narrow, _normals, _stored, _stretch, _widen
+from estune.noise.rows import Rows
+
+PATCHED = 2048  # weights that a place of 11 bits tells apart
+FURTHEST = 15  # of the bits, that a patch's own word tells
+PLACE_SHIFT = 5
+GROUP = 8  # weights that are looked at together
+ROOM = 1 / 32  # more than the patches seen so far let expect
+
+_BIAS = np.int32(FURTHEST + 1)
+_FAR = np.uint8(1 << PLACE_SHIFT)  # a code of which the low bits are 0
+_ANY_FAR = np.uint64(0x2020202020202020)
+_CODE = np.uint16((1 << PLACE_SHIFT) - 1)
+
+
+def _bits(weight):
+    """A weight's bits as an int32."""
+
+
+def _from_bits(bits, like):
+    """The weight, in the stored type of `like`, of these bits."""
+
+
+@overload(_bits, inline="always")
+def _bits_for(weight):
+    if weight == types.float32:
+        return lambda weight: np.float32(weight).view(np.int32)
+    return lambda weight: np.int32(np.uint16(weight))
+
+
+@overload(_from_bits, inline="always")
+def _from_bits_for(bits, like):
+    if like == types.float32:
+        return lambda bits, like: np.int32(bits).view(np.float32)
+    if like == types.int16:
+        return lambda bits, like: np.int16(bits)
+    return lambda bits, like: np.uint16(bits)
+
+
+@_jit
+def _add(weights, noise, sigma, perturbed, codes):
+    """Write the perturbed weights and, of those that subtracting would not give back, a code; return the words needed.
+
+    A code is the low five bits of a patch's word, or `_FAR`; 0 is none.
+    """
+    for i in range(noise.size):
+        change = sigma * noise[i]
+        new = _narrow(_widen(weights[i]) + change, weights[i])
+        back = _narrow(_widen(new) - change, weights[i])
+        off = np.int32(_bits(weights[i]) - _bits(back))
+        near = np.uint32(off + FURTHEST) <= np.uint32(2 * FURTHEST)
+        code = np.uint8(off + _BIAS) if near else _FAR
+        perturbed[i] = new
+        codes[i] = code if off != 0 else np.uint8(0)
+    needed = (noise.size + PATCHED - 1) // PATCHED
+    for i in range(noise.size):
+        needed += np.int32(codes[i] != 0) + np.int32(2) * np.int32(codes[i] == _FAR)
+    return needed
+
+
+@_jit
+def _write(codes, weights, words, used):
+    """Write the patches of at most `PATCHED` weights, and a word of no meaning behind; return the words used then."""
+    groups = codes.view(np.uint64)
+    count = used
+    used += 1
+    more = 0
+    for group in range((weights.size + GROUP - 1) // GROUP):
+        if groups[group] == 0:  # most are
+            continue
+        far = (groups[group] & _ANY_FAR) != 0
+        for i in range(group * GROUP, group * GROUP + GROUP):
+            words[used] = np.uint16((i << PLACE_SHIFT) | (codes[i] & _CODE))
+            used += np.int64(codes[i] != 0)  # instead of a branch that no processor could foresee
+            if far and codes[i] == _FAR:
+                bits = np.uint32(_bits(weights[i]))
+                words[used] = np.uint16(bits)
+                words[used + 1] = np.uint16(bits >> np.uint32(16))
+                used += 2
+                more += 2
+    words[count] = np.uint16(used - count - 1 - more)
+    return used
+
+
+@_jit
+def _patch(weights, words, used):
+    """Patch at most `PATCHED` weights by the words from `used` on; return where the next ones begin."""
+    count = words[used]
+    used += 1
+    for _ in range(count):
+        i = np.int64(words[used] >> np.uint16(PLACE_SHIFT))
+        code = np.int32(words[used] & _CODE)
+        used += 1
+        if code:
+            weights[i] = _from_bits(_bits(weights[i]) + code - _BIAS, weights[i])
+        else:
+            bits = np.uint32(words[used]) | (np.uint32(words[used + 1]) << np.uint32(16))
+            weights[i] = _from_bits(np.int32(bits), weights[i])
+            used += 2
+    return used
+
+
+@_jit
+def _perturb(live, seed, tensor, start, sigma, width, pitch, skip, done, used, words):
+    """Perturb from element `done` on, with `used` words written, until all is done or the next words have no room.
+
+    Returns:
+        How far it came, the words used, and how many more the next weights need, 0 if all is done.
+    """
+    scratch = np.empty((4, CHUNK), np.uint32)
+    planes = np.empty((5, CHUNK), np.float32)
+    flat = np.empty(4 * CHUNK, np.float32)
+    perturbed = np.empty(4 * CHUNK, live.dtype)
+    codes = np.empty(4 * CHUNK, np.uint8)
+    while done < live.size:
+        offset, length = _stretch(done, live.size, width, pitch, skip)
+        first = start + offset
+        block = first // 4
+        n = min((first + length + 3) // 4 - block, CHUNK)
+        _normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
+        noise = flat[first - 4 * block : min(first + length - 4 * block, 4 * n)]
+        weights = live[done : done + noise.size]
+        needed = _add(weights, noise, sigma, perturbed, codes) + 1
+        if used + needed > words.size:
+            return done, used, needed
+        codes[noise.size : noise.size + GROUP] = 0
+        for i in range(0, noise.size, PATCHED):
+            used = _write(codes[i : i + PATCHED], weights[i : i + PATCHED], words, used)
+        weights[:] = perturbed[: noise.size]
+        done += noise.size
+    return done, used, 0
+
+
+@_jit
+def _restore(live, seed, tensor, start, sigma, width, pitch, skip, words):
+    scratch = np.empty((4, CHUNK), np.uint32)
+    planes = np.empty((5, CHUNK), np.float32)
+    flat = np.empty(4 * CHUNK, np.float32)
+    restored = np.empty(4 * CHUNK, live.dtype)  # a loop that might read what it writes would not vectorise
+    done = 0
+    used = 0
+    while done < live.size:
+        offset, length = _stretch(done, live.size, width, pitch, skip)
+        first = start + offset
+        block = first // 4
+        n = min((first + length + 3) // 4 - block, CHUNK)
+        _normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
+        noise = flat[first - 4 * block : min(first + length - 4 * block, 4 * n)]
+        weights = live[done : done + noise.size]
+        for i in range(noise.size):
+            restored[i] = _narrow(_widen(weights[i]) - sigma * noise[i], weights[i])
+        for i in range(0, noise.size, PATCHED):
+            used = _patch(restored[i : i + PATCHED], words, used)
+        weights[:] = restored[: noise.size]
+        done += noise.size
+
+
+class Patches:
+    """The patches of one run, empty until it is perturbed."""
+
+    def __init__(self) -> None:
+        self.words: npt.NDArray[np.uint16] = np.empty(0, np.uint16)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they have taken: the most that they needed so far, and some more."""
+        return self.words.nbytes
+
+
+def perturb(
+    live: Weights, patches: Patches, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None = None
+) -> None:
+    """Add `sigma * noise(seed)` to one run, as `cpu.perturb` in place does, and note what `restore` needs.
+
+    Args:
+        live: the run, `[elements]`.
+        patches: of this run; those that it has are forgotten.
+        seed, tensor, start, sigma, rows: as `cpu.perturb` takes them.
+    """
+    weights = _stored(live)
+    key = _key(live, seed, tensor, start, sigma, rows)
+    done, used, needed = _perturb(weights, *key, 0, 0, patches.words)
+    while needed:
+        # Room for all, if the rest is like the beginning; where that was too little, it is asked for again.
+        expected = (used + needed) * live.size // min(done + 4 * CHUNK, live.size)
+        grown = np.empty(int(expected * (1 + ROOM)) + needed, np.uint16)
+        grown[:used] = patches.words[:used]
+        patches.words = grown
+        done, used, needed = _perturb(weights, *key, done, used, grown)
+
+
+def restore(
+    live: Weights, patches: Patches, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None = None
+) -> None:
+    """Take back the `perturb` of these arguments: every weight of the run has the bits that it had before."""
+    _restore(_stored(live), *_key(live, seed, tensor, start, sigma, rows), patches.words)
+
+
+def _key(live: Weights, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None) -> tuple[Any, ...]:
+    """The arguments as kernels take them: a run that is one stretch of its tensor is one row."""
+    return (np.uint64(seed), np.uint64(tensor), start, np.float32(sigma), *(rows or Rows(live.size, live.size)))
