@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from estune.config import Config
 from estune.engines.memory import memory_for
 from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import locate
+from estune.weights.merged import no_bars
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.sizes import check_sizes
 
@@ -95,10 +95,8 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
         EstuneError: it cannot be read, it is not a causal language model, or weights are missing.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
-    bars = is_progress_bar_enabled()
-    disable_progress_bar()  # a second or two, of which a bar says nothing
     try:
-        with memory_for(_WEIGHTS, _LESS):
+        with memory_for(_WEIGHTS, _LESS), no_bars():
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -110,9 +108,6 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
         raise
     except Exception as error:  # as for the configuration
         raise _unreadable(path, error) from error
-    finally:
-        if bars:
-            enable_progress_bar()
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise EstuneError(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import DTYPES, EMBEDDED, KNOWN, hub_name, locate
 from estune.weights.gguf import is_gguf
+from estune.weights.parameters import fits
 from estune.weights.sizes import EXPERTS, check_sizes
 
 
@@ -81,7 +81,7 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
     built, cached, kernels = _built(config)
     text = built.config.get_text_config(decoder=True)
     parameters = dict(built.named_parameters())
-    trained = sum(p.numel() for name, p in parameters.items() if fnmatchcase(name, pattern))
+    trained = sum(p.numel() for name, p in parameters.items() if fits(name, pattern))
     if not trained:
         raise EstuneError(
             f"train_parameters: no parameter's name fits {pattern!r}; names look like {next(iter(parameters))}"
