@@ -348,7 +348,9 @@ class Weights(Section):
         "device if it takes at most half of the memory that live weights leave there",
     )
     rounding: Rounding = Field("nearest", description="of updates to bfloat16 weights")
-    train_parameters: str = Field("*", description="shell pattern of the parameters to train")
+    train_parameters: str = Field(
+        "*", description="shell patterns of the parameters to train, with commas between them; !PATTERN leaves some out"
+    )
 
     @model_validator(mode="after")
     def _check_base(self) -> Weights:

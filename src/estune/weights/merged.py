@@ -4,14 +4,15 @@ transformers' own loader draws the map (`transformers.conversion_mapping` holds 
 checkpoint's shapes in which each element tells its own position, in float64, which counts to 2^53; where these then
 stand in the model's tensors is where the checkpoint's elements lie. One group of tensors that belong together is loaded
 at a time, and what was found of a layer holds for all layers of the same shapes, so that it costs about as much memory
-as the largest merged tensor takes in float64, twice.
+as the largest merged tensor takes in float64, three times.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -125,12 +126,8 @@ class _Drawing:
         """What the model's tensors are made of that these tensors of the checkpoint are loaded to."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
-        starts = []
-        position = 0
-        for name in names:
-            starts.append(position)
-            position += math.prod(self._shapes[name]) + 1  # tensors do not follow one another
-        told = {name: self._positions(start, name) for name, start in zip(names, starts, strict=True)}
+        sizes = {name: math.prod(self._shapes[name]) for name in names}
+        told = {name: self._positions(start, name) for name, start in zip(names, _starts(sizes.values()), strict=True)}
         with no_bars():
             info, _ = convert_and_load_state_dict_in_model(self._ghost, told, self._settings)
         problems = [*info.conversion_errors.values(), *info.error_msgs, *(str(m[0]) for m in info.mismatched_keys)]
@@ -138,7 +135,7 @@ class _Drawing:
         if problems or not loaded:
             why = " ".join(str(problems[0]).split()) if problems else "nothing is loaded"
             raise EstuneError(f"transformers does not load {names[0]} as a plain tensor ({why}): it cannot be trained")
-        found = {name: self._read(name, tensor, names, starts) for name, tensor in loaded.items()}
+        found = {name: read_positions(name, tensor.detach(), sizes) for name, tensor in loaded.items()}
         for name, tensor in loaded.items():
             module, _, leaf = name.rpartition(".")
             setattr(self._ghost.get_submodule(module), leaf, type(tensor)(tensor.to("meta")))
@@ -150,26 +147,42 @@ class _Drawing:
         shape = self._shapes[name]
         return torch.arange(start, start + math.prod(shape), dtype=torch.float64).view(shape)
 
-    def _read(self, live: str, tensor: Tensor, names: Sequence[str], starts: Sequence[int]) -> Laid:
-        order = _order(tensor.detach())
-        flat = tensor.detach().permute(order).reshape(-1).numpy()
-        cuts = np.concatenate(list(_breaks(flat)))
-        begins = flat[cuts].astype(np.int64)
-        lengths = np.diff(np.append(cuts, flat.size))
-        number = np.searchsorted(starts, begins, "right") - 1
-        local = begins - np.asarray(starts)[number]
-        sizes = np.asarray([math.prod(self._shapes[name]) for name in names])
-        whole = np.all(flat[cuts + lengths - 1] == begins + lengths - 1) and np.all(begins == flat[cuts])
-        if not whole or np.any(number < 0) or np.any(local + lengths > sizes[number]):
-            raise EstuneError(f"transformers calculates with {names[0]} while loading {live}: it cannot be trained")
-        pieces = tuple(
-            Piece(names[of], int(start), part) for of, start, part in _rectangles(cuts, number, local, lengths)
+
+def read_positions(live: str, positions: Tensor, sizes: Mapping[str, int]) -> Laid:
+    """Of what a model's tensor is made whose elements tell where they come from.
+
+    Args:
+        live: the tensor's name.
+        positions: float64, of the tensor's shape. Element i of the checkpoint's tensor n is i + the sizes of all
+            tensors before it, each and one more, so that no two tensors follow one another.
+        sizes: elements of each of the checkpoint's tensors, in order.
+
+    Raises:
+        EstuneError: these are no positions, or in no order.
+    """
+    names = list(sizes)
+    starts = np.asarray(_starts(sizes.values()))
+    order = _order(positions)
+    flat = positions.permute(order).reshape(-1).numpy()
+    cuts = np.concatenate(list(_breaks(flat)))
+    begins = flat[cuts].astype(np.int64)
+    lengths = np.diff(np.append(cuts, flat.size))
+    number = np.searchsorted(starts, begins, "right") - 1
+    local = begins - starts[number]
+    whole = np.array_equal(begins, flat[cuts]) and np.array_equal(flat[cuts + lengths - 1], begins + lengths - 1)
+    if not whole or np.any(number < 0) or np.any(local + lengths > np.asarray(list(sizes.values()))[number]):
+        raise EstuneError(f"transformers calculates with {names[0]} while loading {live}: it cannot be trained")
+    pieces = tuple(Piece(names[of], at, part) for of, at, part in _rectangles(cuts, number, local, lengths))
+    if len(pieces) > MOST_PIECES:
+        raise EstuneError(
+            f"transformers spreads {names[0]} over {len(pieces):,} places of {live}: it cannot be trained"
         )
-        if len(pieces) > MOST_PIECES:
-            raise EstuneError(
-                f"transformers spreads {names[0]} over {len(pieces):,} places of {live}: it cannot be trained"
-            )
-        return Laid(order, pieces)
+    return Laid(order, pieces)
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    """The position of each tensor's first element."""
+    return list(itertools.accumulate((size + 1 for size in sizes), initial=0))[:-1]
 
 
 def _order(positions: Tensor) -> tuple[int, ...]:
