@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,14 @@ def update_and_compare(folder: Path, model: Path) -> Checkpoint:
     return ours
 
 
-def train_and_compare(folder: Path, model: Path, **changes: Any) -> Checkpoint:
+def train_and_compare(folder: Path, model: Path, rows: Sequence[dict[str, Any]] = (), **changes: Any) -> Checkpoint:
     """Train two steps, and check what they leave behind: exact weights under the checkpoint's own names and shapes.
+
+    Args:
+        folder: where the run is written.
+        model: the model's directory.
+        rows: to train on, of which the first two are held out.
+        changes: to the run's settings.
 
     Returns:
         The checkpoint of the last step.
@@ -147,7 +154,10 @@ def train_and_compare(folder: Path, model: Path, **changes: Any) -> Checkpoint:
         """A reward that differs, also where random models write the same."""
         return [float(next(counted)) for _ in completions]
 
-    Trainer(config, task=make_task(later), monitors=[]).train()
+    task = make_task(later)
+    if rows:
+        task = replace(task, train=rows[2:], evaluation=rows[:2])
+    Trainer(config, task=task, monitors=[]).train()
     base, final = Checkpoint(model), Checkpoint(folder / "run" / "final")
     assert {n: t.shape for n, t in final.tensors.items()} == {n: t.shape for n, t in base.tensors.items()}
     trained = Journal.read(folder / "run").header.tensors
@@ -158,7 +168,7 @@ def train_and_compare(folder: Path, model: Path, **changes: Any) -> Checkpoint:
     assert Checkpoint(folder / "replayed").content_hash() == final.content_hash()
     # What is trained is what the checkpoint loads as.
     ours = estune.load(folder / "run").state_dict()
-    theirs = AutoModelForCausalLM.from_pretrained(final.path, dtype="auto", trust_remote_code=False).state_dict()
+    theirs = load_model(final.path, "auto", torch.device("cpu")).state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     return final

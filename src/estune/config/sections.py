@@ -349,7 +349,9 @@ class Weights(Section):
     )
     rounding: Rounding = Field("nearest", description="of updates to bfloat16 weights")
     train_parameters: str = Field(
-        "*", description="shell patterns of the parameters to train, with commas between them; !PATTERN leaves some out"
+        "auto",
+        description="shell patterns of the parameters to train, with commas between them; !PATTERN leaves some out; "
+        "auto is all, but of a vision-language model its language model",
     )
 
     @model_validator(mode="after")

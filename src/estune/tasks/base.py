@@ -72,9 +72,9 @@ class Task:
     def __post_init__(self) -> None:
         for side in ("train", "evaluation"):
             # A slice of a data set of the library datasets is no list of rows.
-            rows = whole_rows(list(getattr(self, side)), f"task {self.name}: {side} set")
+            whole = whole_rows(list(getattr(self, side)), f"task {self.name}: {side} set")
             kind = "training" if side == "train" else side
-            object.__setattr__(self, side, with_pictures(rows, f"task {self.name}: {kind} row"))
+            object.__setattr__(self, side, with_pictures(whole, f"task {self.name}: {kind} row"))
         names = [reward_name(function) for function in self.reward_funcs]
         if len(self.reward_weights) != len(names):
             raise EstuneError(

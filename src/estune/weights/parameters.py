@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+AUTO = "auto"
+"""The pattern of all parameters of a language model, and of a vision-language model's language model."""
+
 _IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)")
 
 
@@ -105,7 +108,10 @@ def trained_parameters(model: nn.Module, tensors: Mapping[str, Any], pattern: st
             stored.append(found)
     merged = merged_tensors(model, groups, shapes) if groups else {}
     parameters: list[Parameter] = []
+    spoken = _language_part(model) if pattern == AUTO else None
+    wanted: set[str] = set()
     for name, tensor, stored in by_storage.values():
+        before = len(parameters)
         if stored:
             parameters.append(Parameter(stored[0], tensor, tuple(stored[1:])))
         elif name in merged and merged[name].elements == tensor.numel():
@@ -118,8 +124,10 @@ def trained_parameters(model: nn.Module, tensors: Mapping[str, Any], pattern: st
                 f"the model's parameter {name} is not made of the checkpoint's tensors as they are: it cannot be "
                 "trained"
             )
+        if spoken is None or id(tensor) in spoken:
+            wanted.update(p.name for p in parameters[before:])
     _check_whole(parameters, shapes)
-    chosen = [p for p in parameters if fits(p.name, pattern)]
+    chosen = [p for p in parameters if p.name in wanted and fits(p.name, pattern)]
     if not chosen:
         raise EstuneError(f"no parameter's name fits the pattern {pattern!r}; names look like {next(iter(shapes))}")
     return chosen
@@ -131,13 +139,25 @@ def fits(name: str, pattern: str) -> bool:
     Args:
         name: the tensor's.
         pattern: one or more shell-style patterns with commas between them. The tensors that fit any of them are
-            trained, but for those that fit one that begins with `!`. If all do, it is all tensors but those.
+            trained, but for those that fit one that begins with `!`. If all do, it is all tensors but those. What
+            `auto` leaves out of a vision-language model, names alone do not tell: it fits all.
     """
+    if pattern == AUTO:
+        return True
     patterns = [part.strip() for part in pattern.split(",")]
     wanted = [part for part in patterns if not part.startswith("!")] or ["*"]
     return any(fnmatchcase(name, part) for part in wanted) and not any(
         fnmatchcase(name, part[1:].strip()) for part in patterns if part.startswith("!")
     )
+
+
+def _language_part(model: Any) -> set[int] | None:
+    """Which parameters of a vision-language model are its language model's, by `id`; None for other models."""
+    if not hasattr(model.config, "vision_config"):
+        return None
+    head = model.get_output_embeddings()
+    modules = [model.get_decoder(), *([head] if head is not None else [])]
+    return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
 def _check_whole(parameters: Sequence[Parameter], shapes: Mapping[str, tuple[int, ...]]) -> None:
