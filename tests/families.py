@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import estune
@@ -74,29 +74,74 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
+# Sizes of what sees, in a vision-language model.
+EYE: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "embed_dim", "out_hidden_size", "vision_output_dim", "projector_hidden_size"), 64),
+    **dict.fromkeys(("depth", "num_hidden_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_heads", "num_attention_heads"), 4),
+    **dict.fromkeys(("intermediate_size", "mlp_dim"), 96),
+    "projection_dim": 32,
+    "image_size": 56,
+    "patch_size": 14,
+    "num_position_embeddings": 16,
+}
+LANGUAGE = ("text_config", "decoder", "llm_config", "language_config")
+
+
 def tiny_config(family: str, **changes: Any) -> Any:
     """The configuration of a small model of a family, as random as they come, without special tokens."""
-    kind = CONFIG_MAPPING[family]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        usual = kind()
-        values = usual.to_dict()
-        small = {name: size for name, size in SMALL.items() if name in values or hasattr(usual, name)}
-        if "head_dim" in values:
-            small["head_dim"] = 16
-        if "kv_lora_rank" in values:  # of which all heads are made
-            small["num_key_value_heads"] = 4
-        for name in ("layer_types", "mlp_layer_types"):
-            if isinstance(values.get(name), list):
-                small[name] = [*values[name][:2], *values[name][-2:]]
-        return kind(**{**small, "initializer_range": 0.2, **OWN.get(family, {}), **changes})
+        usual = CONFIG_MAPPING[family]()
+        return type(usual)(**{**_small(usual, SMALL), "initializer_range": 0.2, **OWN.get(family, {}), **changes})
+
+
+def tiny_vision_config(family: str) -> Any:
+    """The configuration of a small vision-language model of a family."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        usual = CONFIG_MAPPING[family]()
+        parts = {name: getattr(usual, name, None) for name in usual.sub_configs}
+        small = {
+            name: type(part)(**{**_small(part, SMALL if name in LANGUAGE else EYE), **OWN.get(part.model_type, {})})
+            for name, part in parts.items()
+            if isinstance(part, PretrainedConfig)
+        }
+        marks = [name for name in usual.to_dict() if name.endswith(("token_id", "token_index"))]
+        ids = {name: i for i, name in enumerate(marks, 5) if not name.startswith(("bos", "eos", "pad"))}
+        return type(usual)(**{name: part.to_dict() for name, part in small.items()}, **ids)
+
+
+def _small(usual: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that a configuration has, made small."""
+    values = usual.to_dict()
+    small = {name: size for name, size in sizes.items() if name in values or hasattr(usual, name)}
+    if "head_dim" in values:
+        small["head_dim"] = 16
+    if "kv_lora_rank" in values:  # of which all heads are made
+        small["num_key_value_heads"] = 4
+    for name in ("layer_types", "mlp_layer_types"):
+        if isinstance(values.get(name), list):
+            small[name] = [*values[name][:2], *values[name][-2:]]
+    for name in ("deepstack_visual_indexes", "fullatt_block_indexes"):
+        if isinstance(values.get(name), list):
+            small[name] = [1]
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        small["rope_parameters"] = {**rope, "mrope_section": [4, 2, 2]}
+    return {**small, "initializer_range": 0.2} if "initializer_range" in values else small
 
 
 def save_family(folder: Path, family: str) -> Path:
     """Write a small random model of a family with a tokenizer; return the directory."""
+    return save_random(folder, AutoModelForCausalLM, tiny_config(family))
+
+
+def save_random(folder: Path, kind: Any, config: Any) -> Path:
+    """Write a random model of a configuration with a tokenizer; return the directory."""
     torch.manual_seed(0)
     with torch.no_grad():
-        model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+        model = kind.from_config(config).eval()
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder

@@ -5,7 +5,9 @@
 Of each family a random model of a few hundred thousand parameters is made from transformers' own defaults, and trained
 for two steps. That counts where the run replays from files to the same bytes, the checkpoint has the base's very names
 and shapes, every tensor has moved, and transformers loads it as the weights that were trained (`tests/families.py`).
-Where a family is not tried, that is because its defaults cannot be made small, or it does not run, here. Results go to
+Of vision-language models the weights are updated twice and compared in the same ways, but nothing is generated, for
+pictures need a family's own processor (`tests/engines/test_vision.py` shows some to seven families). Where a family is
+not tried, that is because its defaults cannot be made small, or it does not run, here. Results go to
 bench/results/families.json, and from there into docs/models.md.
 """
 
@@ -22,9 +24,20 @@ from typing import Any
 
 import torch
 from bench.common import RESULTS
-from tests.families import deadline, save_family, tiny_config, train_and_compare
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from tests.families import (
+    deadline,
+    save_family,
+    save_random,
+    tiny_config,
+    tiny_vision_config,
+    train_and_compare,
+    update_and_compare,
+)
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import Checkpoint
@@ -37,31 +50,59 @@ SECONDS = 120
 TRAINED = "trained"
 
 
-def tried(family: str, make: Callable[[str], Any], save: Callable[[Path, str], Path]) -> dict[str, Any]:
-    """What comes of training a family."""
-    try:
-        config = make(family)
-        with torch.device("meta"):
-            elements = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-        if elements > LARGEST:
-            return {"not tried": f"its defaults made small have {elements / 1e6:,.0f} million parameters"}
-        with tempfile.TemporaryDirectory() as folder:
-            model = save(Path(folder) / "model", family)
+def tried(family: str) -> dict[str, Any]:
+    """What comes of training a family of language models."""
+    found = elements_of(AutoModelForCausalLM, tiny_config, family)
+    if isinstance(found, str):
+        return {"not tried": found}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model = save_family(Path(folder) / "model", family)
             runs = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
             ids = torch.randint(10, 200, (1, 6), generator=torch.Generator().manual_seed(0))
             runs.generate(ids, max_new_tokens=3, do_sample=False)
-    except Exception as error:  # whatever a family's defaults lead to
-        return {"not tried": first_line(error)}
-    text = config.get_text_config(decoder=True)
-    experts = max((getattr(text, name, None) or 0 for name in (*EXPERTS, "moe_num_experts")), default=0)
+        except Exception as error:  # whatever a family's defaults lead to
+            return {"not tried": first_line(error)}
+        text = runs.config.get_text_config(decoder=True)
+        experts = max((getattr(text, name, None) or 0 for name in (*EXPERTS, "moe_num_experts")), default=0)
+        kind = {"experts": experts, "tensors": len(Checkpoint(model).tensors)}
+        return came_of(lambda: train_and_compare(Path(folder), model), found) | kind
+
+
+def seen(family: str) -> dict[str, Any]:
+    """What comes of updating the weights of a family of vision-language models: it is shown nothing."""
+    found = elements_of(AutoModelForImageTextToText, tiny_vision_config, family)
+    if isinstance(found, str):
+        return {"not tried": found}
     with tempfile.TemporaryDirectory() as folder:
-        model = save(Path(folder) / "model", family)
         try:
-            with deadline(SECONDS):
-                train_and_compare(Path(folder), model)
-        except (EstuneError, AssertionError, TimeoutError, RuntimeError) as error:
-            return {"refused": first_line(error), "experts": experts}
-        return {TRAINED: elements, "experts": experts, "tensors": len(Checkpoint(model).tensors)}
+            config = tiny_vision_config(family)
+            model = save_random(Path(folder) / "model", AutoModelForImageTextToText, config)
+        except Exception as error:  # as above
+            return {"not tried": first_line(error)}
+        if config.is_encoder_decoder:
+            return {"not tried": "an encoder and a decoder"}
+        return came_of(lambda: update_and_compare(Path(folder), model), found)
+
+
+def elements_of(kind: Any, make: Callable[[str], Any], family: str) -> int | str:
+    """The parameters of a family's model, or why it is not tried."""
+    try:
+        with torch.device("meta"):
+            elements = sum(p.numel() for p in kind.from_config(make(family)).parameters())
+    except Exception as error:  # as above
+        return first_line(error)
+    return elements if elements <= LARGEST else f"its defaults made small have {elements / 1e6:,.0f} million parameters"
+
+
+def came_of(work: Callable[[], object], elements: int) -> dict[str, Any]:
+    """What came of it."""
+    try:
+        with deadline(SECONDS):
+            work()
+    except (EstuneError, AssertionError, TimeoutError, RuntimeError) as error:
+        return {"refused": first_line(error)}
+    return {TRAINED: elements}
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -79,7 +120,12 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     refused = sorted((name, of["refused"]) for name, of in found.items() if "refused" in of)
     lines += [f"| refused | `{name}`: {why} |" for name, why in refused]
-    left = sorted(name for name, of in found.items() if "not tried" in of)
+    eyes = results["vision"]
+    exact = sorted(name for name, of in eyes.items() if TRAINED in of)
+    lines.append(f"| vision-language models whose weights are found and updated ({len(exact)}) | {_names(exact)} |")
+    refused = sorted((name, of["refused"]) for name, of in eyes.items() if "refused" in of)
+    lines += [f"| refused | `{name}`: {why} |" for name, why in refused]
+    left = sorted({name for each in (found, eyes) for name, of in each.items() if "not tried" in of} - {*exact})
     lines.append(
         f"| not tried: their defaults cannot be made small here, or do not run ({len(left)}) | {_names(left)} |"
     )
@@ -100,12 +146,16 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     file = arguments.results / "families.json"
-    results = json.loads(file.read_text()) if file.exists() else {"families": {}}
+    results = {"families": {}, "vision": {}, **(json.loads(file.read_text()) if file.exists() else {})}
     results["transformers"] = version("transformers")
-    for family in arguments.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        results["families"][family] = found = tried(family, tiny_config, save_family)
-        print(family, found, flush=True)
-        file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    for section, work, names in (
+        ("families", tried, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("vision", seen, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    ):
+        for family in sorted(set(names).intersection(arguments.families or names)):
+            results[section][family] = found = work(family)
+            print(section, family, found, flush=True)
+            file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     before, _, rest = PAGE.read_text().partition(START)
     PAGE.write_text(before + START + table(results) + END + rest.partition(END)[2])
 

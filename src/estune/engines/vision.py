@@ -36,7 +36,7 @@ class Vision:
         Raises:
             EstuneError: the processor cannot be had, or refuses the prompt.
         """
-        ids: list[int] = self._processed(text, pictures, where)["input_ids"][0].tolist()
+        ids: list[int] = self._kept_or_made(text, tuple(pictures), where)["input_ids"][0].tolist()
         return ids
 
     def kind(self, prompt: Sequence[int]) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -63,14 +63,18 @@ class Vision:
         return found
 
     def _of(self, prompt: Pictured) -> Inputs:
-        key = prompt.text, prompt.pictures
+        made = self._kept_or_made(prompt.text, prompt.pictures, "a prompt")
+        return {name: value for name, value in made.items() if name not in ("input_ids", "attention_mask")}
+
+    def _kept_or_made(self, text: str, pictures: tuple[Picture, ...], where: str) -> Inputs:
+        key = text, pictures
         if key not in self._kept:
-            made = self._processed(*key, "a prompt")
-            made = {name: v for name, v in made.items() if name not in ("input_ids", "attention_mask")}
-            self._size += sum(value.nbytes for value in made.values())
-            if self._size > KEPT_BYTES:
+            made = self._processed(text, pictures, where)
+            size = sum(value.nbytes for value in made.values())
+            if self._size + size > KEPT_BYTES:
                 self._kept.clear()
-                self._size = sum(value.nbytes for value in made.values())
+                self._size = 0
+            self._size += size
             self._kept[key] = made
         return self._kept[key]
 

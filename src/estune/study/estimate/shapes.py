@@ -116,15 +116,18 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
 def _built(config: Any) -> tuple[Any, int, int]:
     """The model of a configuration on `meta`, the elements that it caches of a token, and its forward's operations."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
+    from estune.engines.loading import has_vision
+
+    kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no word on missing kernels, which nothing here would use
     try:
         # In bfloat16, for the sake of expert layers, which transformers multiplies in that type alone.
         with torch.device("meta"):
-            built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
+            built: Any = kind.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
         two = _cached(built, 2)
         with _counting() as kernels:
             three = _cached(built, 3)
