@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -101,7 +102,7 @@ def came_of(work: Callable[[], object], elements: int) -> dict[str, Any]:
         with deadline(SECONDS):
             work()
     except (EstuneError, AssertionError, TimeoutError, RuntimeError) as error:
-        return {"refused": first_line(error)}
+        return {"refused": re.sub(r"model /\S+: ", "", first_line(error))}
     return {TRAINED: elements}
 
 

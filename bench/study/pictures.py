@@ -116,10 +116,10 @@ def train(model: Path, output: Path, seed: int, settings: list[str]) -> dict[str
             f"output_dir={output}",
             f"seed={seed}",
             "population=30",
-            "prompts_per_step=200",
-            "max_new_tokens=2",
-            "sigma=0.01",
-            "learning_rate=0.01",
+            "prompts_per_step=100",
+            "max_new_tokens=1",
+            "sigma=0.005",
+            "learning_rate=0.0025",
             "steps=40",
             "eval_steps=10",
             "report_to=",
@@ -130,8 +130,8 @@ def train(model: Path, output: Path, seed: int, settings: list[str]) -> dict[str
     Trainer(config, monitors=[]).train()
     journal = Journal.read(output)
     accuracy = {str(e.step): round(e.metrics["eval_accuracy"], 4) for e in journal.evaluations}
-    found = {"seed": seed, "seconds": round(time.perf_counter() - start, 1), "accuracy": accuracy}
-    print(found, flush=True)
+    found = {"seconds": round(time.perf_counter() - start, 1), "accuracy after step": accuracy}
+    print(seed, found, flush=True)
     return found
 
 
@@ -154,7 +154,8 @@ def main() -> None:
             model.save_pretrained(path)
             processor.save_pretrained(path)
             figures["parameters"] = model.num_parameters()
-        figures["runs"] = [train(path, Path(folder) / str(n), n, arguments.settings) for n in range(arguments.seeds)]
+        for seed in range(arguments.seeds):
+            figures[f"seed {seed}"] = train(path, Path(folder) / str(seed), seed, arguments.settings)
     write_result("pictures", figures, arguments.results)
 
 
