@@ -59,6 +59,9 @@ def test_completions_are_transformers_own(family: str, tmp_path: Path) -> None:
         # Probabilities of the next token, told without a cache by the model itself.
         logits = model(**given).logits[0, -1].float().log_softmax(-1)
         assert scores[i][0] == pytest.approx(float(logits[found[i].token_ids[0]].detach()), abs=1e-3)
+    mark = ids[0][len(ids[0]) // 2]  # one of those that stand for the picture; the model may write it, too
+    written = engine.score(ids[:1], [[*found[0].token_ids[:2], mark, 77]])[0]
+    assert written[:2] == pytest.approx(scores[0][:2], abs=1e-3)
     other = engine.score(engine.encode([ask("How many?", picture(14, 9))]), [found[0].token_ids])
     assert other[0] != scores[0]  # the picture counts
 

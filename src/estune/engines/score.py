@@ -100,8 +100,20 @@ def _forward(model: Any, rows: Sequence[Sequence[int]], first: int, seen: Inputs
     """
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=model.device)
+    read = ids
+    if seen and (marks := _marks(model.config)):
+        # A mark that the model wrote itself stands for no picture, and would have none: another token takes its place.
+        wrote = torch.isin(ids, torch.tensor(marks, device=ids.device))
+        wrote[:, :first] = False
+        read = torch.where(wrote, ids[:, first - 1 : first], ids)
     lean = {"logits_to_keep": width - first + 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-    logits = model(ids, use_cache=False, **lean, **seen).logits[:, first - 1 - width : -1].float()
+    logits = model(read, use_cache=False, **lean, **seen).logits[:, first - 1 - width : -1].float()
     chosen = logits.gather(-1, ids[:, first:, None]).squeeze(-1)
     found: torch.Tensor = chosen - logits.logsumexp(-1)
     return found
+
+
+def _marks(config: Any) -> list[int]:
+    """The tokens that stand for pictures and videos in a model's prompts."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    return [mark for name in names if isinstance(mark := getattr(config, name, None), int)]

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -129,7 +130,9 @@ class _Drawing:
         sizes = {name: math.prod(self._shapes[name]) for name in names}
         told = {name: self._positions(start, name) for name, start in zip(names, _starts(sizes.values()), strict=True)}
         with no_bars():
-            info, _ = convert_and_load_state_dict_in_model(self._ghost, told, self._settings)
+            # transformers before 5.19 asks for a plan of tensor parallelism.
+            plan = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
+            info, _ = convert_and_load_state_dict_in_model(self._ghost, told, self._settings, **plan)
         problems = [*info.conversion_errors.values(), *info.error_msgs, *(str(m[0]) for m in info.mismatched_keys)]
         loaded = {name: tensor for name, tensor in self._ghost.named_parameters() if tensor.device.type != "meta"}
         if problems or not loaded:
