@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 from bench.common import RESULTS, fit_line
+from bench.exactness.families import table
 from bench.page import build, newest
 from bench.study import page as study_page
 
@@ -67,3 +68,9 @@ def test_the_study_s_page_is_what_its_results_give(tmp_path: Path) -> None:
     pictures = re.findall(r"\]\((images/.+?)\)", (tmp_path / "study.md").read_text())
     assert len(pictures) == 2
     assert all((tmp_path / picture).is_file() for picture in pictures)
+
+
+def test_the_table_of_families_is_of_these_results() -> None:
+    results = json.loads((RESULTS / "families.json").read_text())
+    assert table(results) in Path("docs/models.md").read_text()
+    assert len([name for name, of in results["families"].items() if "trained" in of and of["experts"]]) > 50

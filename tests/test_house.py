@@ -35,7 +35,7 @@ STOREYS = (
 """From the ground up: a room imports what lies on lower storeys, and nothing of its own or higher ones."""
 FLOOR = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
 MOST_ROOT_MODULES = 8
-LOADS = re.compile(r"Auto\w+\.from_(pretrained|config)$")
+LOADS = re.compile(r"(Auto\w+|kind)\.from_(pretrained|config)$")
 """Functions of transformers that can load a model's own code."""
 
 Node = TypeVar("Node", bound=ast.expr)

@@ -63,7 +63,7 @@ def test_a_list_of_parts_is_their_text() -> None:
             [[{"role": "user", "content": "2+2?"}]]
         )
     with pytest.raises(
-        EstuneError, match="prompt 0: a message has a part of type 'image_url', and models are given text"
+        EstuneError, match="prompt 0: a message has a part of type 'image_url', and 'm' is given text alone"
     ):
         encoder().encode([[{"role": "user", "content": [*parts, {"type": "image_url", "image_url": "x"}]}]])
 

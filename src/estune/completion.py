@@ -5,7 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from hashlib import blake2b
 from typing import Any, Protocol
+
+
+class Picture(str):
+    """A picture in a prompt. As text it is a name made of its content, by which JSON and hashes know it.
+
+    Attributes:
+        data: the bytes of its file, such as PNG or JPEG.
+    """
+
+    __slots__ = ("data",)
+    data: bytes
+
+    def __new__(cls, data: bytes) -> Picture:
+        """The picture of a file with these bytes."""
+        self = super().__new__(cls, f"picture:{blake2b(data, digest_size=16).hexdigest()}")
+        self.data = data
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[bytes]]:
+        return Picture, (self.data,)
+
+
+class Pictured(list[int]):
+    """Token ids of a prompt with pictures, with those that stand for pictures.
+
+    Args:
+        ids: the token ids.
+        text: the prompt as the chat template renders it, with one mark for each picture.
+        pictures: in the order in which they stand there.
+    """
+
+    def __init__(self, ids: Sequence[int], text: str, pictures: Sequence[Picture]) -> None:
+        super().__init__(ids)
+        self.text = text
+        self.pictures = tuple(pictures)
+
+    def __reduce__(self) -> tuple[type, tuple[list[int], str, tuple[Picture, ...]]]:
+        return Pictured, (list(self), self.text, self.pictures)
+
 
 Message = dict[str, Any]
 Prompt = str | list[Message]

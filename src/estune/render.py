@@ -49,6 +49,7 @@ class Renderer:
         *,
         begin: bool = False,
         proceed: bool = False,
+        parts: bool = False,
     ) -> str:
         """A conversation as its tokenizer's chat template shows it.
 
@@ -58,6 +59,8 @@ class Renderer:
             rendering: the date that the template is told, and its options.
             begin: begin a message of the assistant at the end.
             proceed: leave the last message open, to be continued.
+            parts: show the template all contents as lists of parts, with pictures as `{"type": "image"}`, which is
+                what templates of vision-language models know. Otherwise they are the text of their parts.
 
         Raises:
             Refused: the template raised, did not end in time or took too much memory.
@@ -66,7 +69,8 @@ class Renderer:
         request = {
             # As `apply_chat_template` does: a key without a value is no key. A list of parts is the text of them.
             "conversation": [
-                {k: _plain(k, v) for k, v in message.items() if v is not None} for message in conversation
+                {k: (_in_parts if parts else _plain)(k, v) for k, v in message.items() if v is not None}
+                for message in conversation
             ],
             "template": tokenizer.get_chat_template(),
             "variables": {**tokenizer.special_tokens_map, **rendering.options},
@@ -148,6 +152,14 @@ atexit.register(RENDERER.close)
 def _plain(key: str, value: Any) -> Any:
     is_parts = key == "content" and isinstance(value, list | tuple) and all(isinstance(p, str | dict) for p in value)
     return content_text(value) if is_parts else value
+
+
+def _in_parts(key: str, value: Any) -> Any:
+    if key != "content" or not isinstance(value, str | list | tuple):
+        return value
+    listed = [value] if isinstance(value, str) else value
+    known = [{"type": "text", "text": part} if isinstance(part, str) else part for part in listed]
+    return [{"type": "image"} if isinstance(part, dict) and part.get("type") == "image" else part for part in known]
 
 
 def stop_clock(day: date) -> None:

@@ -140,7 +140,7 @@ def test_pictures_are_not_passed_over(column: str) -> None:
     for nothing in (None, [], [None]):
         assert len(task(nothing).train) == 2
     for picture in ("x.png", [b"PNG"], {"bytes": b"PNG"}):
-        with pytest.raises(EstuneError, match=f"task mine: training row 1 has a picture in its column {column}"):
+        with pytest.raises(EstuneError, match=f"task mine: training row 1: {column}"):
             task(picture)
 
 

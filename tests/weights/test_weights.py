@@ -257,8 +257,7 @@ def test_every_parameter_is_found_in_the_checkpoint(name: str, tmp_path: Path) -
 
 def test_tied_weights_are_one_parameter_and_move_once(tmp_path: Path) -> None:
     model = build_model("qwen2", tie_word_embeddings=True)
-    names = {"lm_head.weight", *(n for n, _ in model.named_parameters())}
-    found = trained_parameters(model, names)
+    found = trained_parameters(model, model.state_dict())
     embedding = next(p for p in found if p.name == "model.embed_tokens.weight")
     assert embedding.aliases == ("lm_head.weight",)
     assert "lm_head.weight" not in {p.name for p in found}
@@ -271,8 +270,8 @@ def test_tied_weights_are_one_parameter_and_move_once(tmp_path: Path) -> None:
 
 def test_a_prefix_that_the_checkpoint_lacks_is_found() -> None:
     model = build_model("gpt2")  # as on the hub, where GPT-2's names lack "transformer."
-    names = {n.removeprefix("transformer.") for n, _ in model.named_parameters()}
-    assert {p.name for p in trained_parameters(model, names)} == names
+    tensors = {n.removeprefix("transformer."): t for n, t in model.named_parameters()}
+    assert {p.name for p in trained_parameters(model, tensors)} == set(tensors)
 
 
 def test_names_that_transformers_changes_on_loading_are_followed(tmp_path: Path) -> None:
@@ -281,21 +280,21 @@ def test_names_that_transformers_changes_on_loading_are_followed(tmp_path: Path)
     assert {p.name for p in trained_parameters(build_model("gpt_neox"), checkpoint.tensors)} == set(checkpoint.tensors)
 
 
-def test_tensors_that_are_merged_on_loading_are_refused(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(save_model(tmp_path / "moe", "qwen3_moe"))
-    with pytest.raises(EstuneError, match=r"the first is model\.layers\.0\.mlp\.experts\.gate_up_proj: .* merge"):
-        trained_parameters(build_model("qwen3_moe"), checkpoint.tensors)
-
-
 def test_patterns_choose_parameters() -> None:
     model = build_model("llama")
-    names = [n for n, _ in model.named_parameters()]
-    chosen = trained_parameters(model, names, "*.mlp.*")
-    assert {p.name for p in chosen} == {n for n in names if ".mlp." in n}
+    tensors = dict(model.named_parameters())
+    for pattern, wanted in (
+        ("*.mlp.*", {n for n in tensors if ".mlp." in n}),
+        ("*.mlp.*, lm_head.weight", {n for n in tensors if ".mlp." in n or n == "lm_head.weight"}),
+        ("*, !*.mlp.*", {n for n in tensors if ".mlp." not in n}),
+        ("!*norm*,! *.0.*", {n for n in tensors if "norm" not in n and ".0." not in n}),
+    ):
+        assert {p.name for p in trained_parameters(model, tensors, pattern)} == wanted
     with pytest.raises(EstuneError, match=r"no parameter's name fits the pattern 'layer\*'"):
-        trained_parameters(model, names, "layer*")
-    with pytest.raises(EstuneError, match="not tensors of the checkpoint"):
-        trained_parameters(model, names[:-1])
+        trained_parameters(model, tensors, "layer*")
+    del tensors["model.norm.weight"]
+    with pytest.raises(EstuneError, match=r"parameter model\.norm\.weight is not made of the checkpoint's tensors"):
+        trained_parameters(model, tensors)
 
 
 def test_types_without_kernels_are_refused() -> None:

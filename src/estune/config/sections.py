@@ -366,7 +366,11 @@ class Weights(Section):
     rounding: Rounding = Field(
         "nearest", description="of updates to bfloat16 weights; stochastic with weights=exact_inplace, if not given"
     )
-    train_parameters: str = Field("*", description="shell pattern of the parameters to train")
+    train_parameters: str = Field(
+        "auto",
+        description="shell patterns of the parameters to train, with commas between them; !PATTERN leaves some out; "
+        "auto is all, but of a vision-language model its language model",
+    )
 
     @model_validator(mode="after")
     def _check_base(self) -> Weights:

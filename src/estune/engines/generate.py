@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from estune.completion import Sampling
 from estune.engines.progress import Meter
 from estune.engines.sampling import choose
+from estune.engines.vision import Vision
 
 SINGLE = {"rwkv"}
 """Types of models that take one prompt at a time, as transformers lets the rows of a batch leak into one another.
@@ -23,14 +24,16 @@ RWKV's last hidden states, `[rows, hidden]`, are added to those of a new token, 
 class GenerateDecoder:
     """Same calls as `Decoder`, at `generate`'s speed. Prompts of one batch must be of one length.
 
-    They are not padded, because recurrent states differ in how, and whether, they skip padding.
+    They are not padded, because recurrent states differ in how, and whether, they skip padding. What their pictures
+    give is of one shape, too.
 
     Attributes:
         single: whether a batch may hold one prompt only.
     """
 
-    def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int) -> None:
+    def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int, vision: Vision | None = None) -> None:
         self.model = model
+        self._vision = vision
         self.single = model.config.model_type in SINGLE
         self._end_ids = list(end_ids)
         self._pad_id = pad_id
@@ -61,8 +64,10 @@ class GenerateDecoder:
         )
         rows = torch.tensor(list(indices), dtype=torch.int64, device=ids.device)
         meter = Meter()
+        seen = self._vision.inputs(prompts, ids.shape[1], next(self.model.parameters())) if self._vision else {}
         found = self.model.generate(
             ids,
+            **seen,
             attention_mask=torch.ones_like(ids),
             generation_config=config,
             logits_processor=LogitsProcessorList([_Choice(sampling, rows, ids.shape[1], meter)]),

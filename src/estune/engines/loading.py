@@ -12,14 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from estune.config import Config
 from estune.engines.memory import memory_for
+from estune.engines.vision import Vision
 from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import locate
+from estune.weights.merged import no_bars
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.sizes import check_sizes
 
@@ -95,11 +107,10 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
         EstuneError: it cannot be read, it is not a causal language model, or weights are missing.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
-    bars = is_progress_bar_enabled()
-    disable_progress_bar()  # a second or two, of which a bar says nothing
+    kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
     try:
-        with memory_for(_WEIGHTS, _LESS):
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+        with memory_for(_WEIGHTS, _LESS), no_bars():
+            loaded, info = kind.from_pretrained(
                 path,
                 config=config,
                 dtype=pick_dtype(dtype, device),
@@ -110,9 +121,6 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
         raise
     except Exception as error:  # as for the configuration
         raise _unreadable(path, error) from error
-    finally:
-        if bars:
-            enable_progress_bar()
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise EstuneError(
@@ -127,6 +135,41 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
             # Loaded weights can be the file itself, mapped: they must outlive what becomes of the file.
             parameter.data = parameter.data.to(device, copy=True)
         return loaded.to(device)
+
+
+def has_vision(config: Any) -> bool:
+    """Whether a model is one that transformers loads to be shown pictures and text, and answers with text."""
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and hasattr(config, "vision_config")
+
+
+def open_vision(path: Path, config: Any, *, trust_remote_code: bool = False) -> Vision | None:
+    """What makes inputs of pictures; None for a model that takes text alone.
+
+    Args:
+        path: the model's directory.
+        config: its configuration.
+        trust_remote_code: as for `load_config`.
+    """
+    if not has_vision(config):
+        return None
+
+    def load_processor() -> Any:
+        try:
+            return AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except ImportError as error:
+            raise EstuneError(
+                f"model {path}: its processor of pictures needs another package ({first_line(error)}); pip install "
+                "'estune[vision]'"
+            ) from error
+        except Exception as error:  # as for the configuration
+            if _wants_code(error):
+                raise _needs_code(path, "its processor") from error
+            raise EstuneError(
+                f"model {path}: its processor of pictures cannot be loaded ({first_line(error)}); save one there with "
+                "processor.save_pretrained"
+            ) from error
+
+    return Vision(load_processor)
 
 
 def _check_plain(path: Path, values: Mapping[str, Any]) -> None:
@@ -144,9 +187,10 @@ def _check_plain(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _check_causal(path: Path, config: Any) -> None:
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     architectures = config.architectures or []
-    if config.is_encoder_decoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_vision(config)
+    if config.is_encoder_decoder or not is_causal:
         found = f"model type {config.model_type!r}"
     elif architectures and not known.intersection(architectures):
         found = architectures[0]
@@ -264,4 +308,5 @@ def open_encoder(config: Config) -> PromptEncoder:
     settings = load_config(path, trust_remote_code=trust)
     warn_of_rules(config.model, generation_config(path, settings))
     tokenizer = load_tokenizer(path, trust_remote_code=trust)
-    return PromptEncoder(config.model, tokenizer, settings, most, config.rendering)
+    vision = None if config.engine == "vllm" else open_vision(path, settings, trust_remote_code=trust)
+    return PromptEncoder(config.model, tokenizer, settings, most, config.rendering, vision)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from estune.completion import Message, Prompt, Rendering, Sampling
+from estune.completion import Message, Picture, Pictured, Prompt, Rendering, Sampling
+from estune.engines.vision import Vision, pictured
 from estune.errors import EstuneError, first_line
 from estune.render import RENDERER, Refused
 
@@ -20,6 +21,7 @@ class PromptEncoder:
         config: its config, which says how many positions it has.
         most: the most positions that the engine is set up for, if fewer.
         rendering: what the tokenizer's chat template is told.
+        vision: what a vision-language model makes of pictures; None for models that take text alone.
     """
 
     def __init__(
@@ -29,7 +31,9 @@ class PromptEncoder:
         config: Any,
         most: int | None = None,
         rendering: Rendering = Rendering(),  # noqa: B008
+        vision: Vision | None = None,
     ) -> None:
+        self.vision = vision
         self.name = name
         self.tokenizer = tokenizer
         self.config = config
@@ -54,16 +58,28 @@ class PromptEncoder:
         """
         found: list[list[int]] = [[] for _ in prompts]
         for kind, special in ((str, True), (list, False)):
-            chosen = [i for i, prompt in enumerate(prompts) if isinstance(prompt, kind)]
+            chosen = [i for i, prompt in enumerate(prompts) if isinstance(prompt, kind) and not pictured(prompt)]
             if not chosen:
                 continue
             texts = [self.render(prompts[i], i) for i in chosen]
             for i, ids in zip(chosen, self.tokenizer(texts, add_special_tokens=special)["input_ids"], strict=True):
                 found[i] = ids
+        for i, prompt in enumerate(prompts):
+            if pictures := pictured(prompt):
+                found[i] = self._with_pictures(prompt, pictures, i)
         for i, ids in enumerate(found):
             if not ids:
                 raise EstuneError(f"prompt {i}: {prompts[i]!r} encodes to no token; give it text")
         return found
+
+    def _with_pictures(self, prompt: Prompt, pictures: Sequence[Picture], index: int) -> Pictured:
+        if self.vision is None:
+            raise EstuneError(
+                f"prompt {index}: it has a picture, and {self.name!r} is given text alone; take a vision-language "
+                "model and engine=transformers, or leave the pictures out"
+            )
+        text = self.render(prompt, index)
+        return Pictured(self.vision.token_ids(text, pictures, f"prompt {index}"), text, pictures)
 
     def render(self, prompt: Prompt, index: int = 0, options: Mapping[str, Any] | None = None) -> str:
         """The text that the model is shown.
@@ -85,15 +101,17 @@ class PromptEncoder:
                 f"prompt {index}: a conversation, but the tokenizer of {self.name!r} has no chat template; "
                 "give plain text, or a model with a template"
             )
-        if other := next((kind for kind in _kinds(prompt) if kind != "text"), None):
+        known = ("text", "image") if self.vision is not None else ("text",)
+        if other := next((kind for kind in _kinds(prompt) if kind not in known), None):
             raise EstuneError(
-                f"prompt {index}: a message has a part of type {other!r:.40}, and models are given text alone; leave "
-                "it out"
+                f"prompt {index}: a message has a part of type {other!r:.40}, and {self.name!r} is given "
+                f"{' and '.join(known)} alone; leave it out"
             )
         proceed = prompt[-1].get("role") == "assistant"
         rendering = replace(self.rendering, options={**self.rendering.options, **(options or {})})
         try:
-            return RENDERER.render(self.tokenizer, prompt, rendering, begin=not proceed, proceed=proceed)
+            parts = self.vision is not None
+            return RENDERER.render(self.tokenizer, prompt, rendering, begin=not proceed, proceed=proceed, parts=parts)
         except EstuneError:
             raise
         except (Refused, ValueError, TypeError, AttributeError, RecursionError) as error:

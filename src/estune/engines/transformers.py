@@ -19,7 +19,7 @@ from estune.engines.cpu.rows import FusedRows
 from estune.engines.decode import Decoder, unsupported
 from estune.engines.generate import GenerateDecoder
 from estune.engines.graph import CudaRecorder, GraphDecoder, uncapturable
-from estune.engines.loading import end_tokens, load_model, load_tokenizer, pad_token
+from estune.engines.loading import end_tokens, load_model, load_tokenizer, open_vision, pad_token
 from estune.engines.memory import cached_elements, fitting_rows, keep_freed_memory, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder
 from estune.engines.rotation import short_reach
@@ -79,7 +79,8 @@ class TransformersEngine(PromptEncoder):
         path = locate(model)
         self.model: Any = load_model(path, dtype, self.device, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        super().__init__(str(model), tokenizer, self.model.config)
+        vision = open_vision(path, self.model.config, trust_remote_code=trust_remote_code)
+        super().__init__(str(model), tokenizer, self.model.config, vision=vision)
         weights: int = sum(parameter.nbytes for parameter in self.model.parameters())
         self._batch_memory = (total_memory(self.device) // sharers - weights) // MEMORY_SHARE
         if self.device.type == "cpu":
@@ -96,7 +97,7 @@ class TransformersEngine(PromptEncoder):
         if not unfusable(model):
             return FusedDecoder(model, self.end_ids)
         if unsupported(model):
-            return GenerateDecoder(model, self.end_ids, pad)
+            return GenerateDecoder(model, self.end_ids, pad, self.vision)
         if cuda_graphs and self.device.type == "cuda" and not uncapturable(model):
             return GraphDecoder(model, self.end_ids, pad, CudaRecorder(model.device))
         return Decoder(model, self.end_ids, pad)
@@ -203,7 +204,7 @@ class TransformersEngine(PromptEncoder):
 
         decoder = self.decoder
         if not isinstance(decoder, FusedDecoder) or self._short is not None:
-            decoder = GenerateDecoder(self.model, self.end_ids, pad_token(self.tokenizer))
+            decoder = GenerateDecoder(self.model, self.end_ids, pad_token(self.tokenizer), self.vision)
         with memory_for("the answer", "lower max_new_tokens"):
             decoder.run([prompt_ids], [0], sampling, hear)
         completion = Completion(self._text(token_ids), token_ids, finished=token_ids[-1] in self.end_ids)
@@ -219,7 +220,7 @@ class TransformersEngine(PromptEncoder):
         logits = self._batch_memory // (4 * SCORE_COPIES)
         with memory_for("the logits of a batch", "lower max_new_tokens"):
             if not isinstance(self.decoder, FusedDecoder):
-                return log_probabilities(self.model, prompt_ids, completion_ids, logits)
+                return log_probabilities(self.model, prompt_ids, completion_ids, logits, self.vision)
             found = []
             most = self.fitting_rows(max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)))
             for start in range(0, len(prompt_ids), most):
@@ -230,17 +231,19 @@ class TransformersEngine(PromptEncoder):
     def batches(self, prompt_ids: Sequence[Sequence[int]], new: int) -> Iterator[tuple[AnyDecoder, list[int]]]:
         """Prompt numbers by rising length, in batches of equal size, each with its decoder.
 
-        A batch is of equal lengths where its decoder asks for it, and where texts grow beyond a model's short ones.
+        A batch is of equal lengths, and of pictures alike, where its decoder asks for it, and where texts grow beyond a
+        model's short ones.
         """
-        order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+        kinds = [(len(ids), self.vision.kind(ids) if self.vision else ()) for ids in prompt_ids]
+        order = sorted(range(len(prompt_ids)), key=lambda i: kinds[i])
         most = self.batch_size or self.fitting_rows(len(prompt_ids[order[-1]]) + new)
         mixed = 0 if isinstance(self.decoder, GenerateDecoder) else len(order)
         if self._short is not None:
             mixed = min(mixed, sum(len(ids) + new - 1 <= self._short for ids in prompt_ids))  # the last one is not read
         groups: list[tuple[AnyDecoder, list[int]]] = [(self.decoder, order[:mixed])]
         if mixed < len(order):
-            alike = GenerateDecoder(self.model, self.end_ids, pad_token(self.tokenizer))
-            groups += [(alike, list(group)) for _, group in groupby(order[mixed:], key=lambda i: len(prompt_ids[i]))]
+            alike = GenerateDecoder(self.model, self.end_ids, pad_token(self.tokenizer), self.vision)
+            groups += [(alike, list(group)) for _, group in groupby(order[mixed:], key=lambda i: kinds[i])]
         for decoder, group in groups:
             single = isinstance(decoder, GenerateDecoder) and decoder.single
             count = len(group) if single else math.ceil(len(group) / most)

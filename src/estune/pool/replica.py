@@ -26,6 +26,7 @@ from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.device import synchronize, training_device
 from estune.weights.parameters import Parameter, trained_parameters
+from estune.weights.places import check_places
 from estune.weights.policies import POLICIES
 from estune.weights.rebuild import Steps, is_anchored
 from estune.weights.storage import flat, type_name
@@ -227,6 +228,7 @@ def open_weights(
         EstuneError: for weights that cannot be trained, or a lack of memory for the base.
     """
     parameters = trained_parameters(engine.model, checkpoint.tensors, config.train_parameters)
+    check_places(parameters, checkpoint)
     on_host = wants_base_on_host(engine, config, parameters)
     remedy = less_base(engine.device, on_host=on_host)
     with memory_for("the base that is kept beside the live weights", remedy):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from estune.run.remarks import before
 from estune.run.resume import RESUME_FROM_PYTHON, resumed, task_of
 from estune.tasks.base import Task
 from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.parameters import fits
 
 if TYPE_CHECKING:
     from estune.engines.prompts import PromptEncoder
@@ -113,7 +113,7 @@ def _check_engine(config: Config) -> str:
 
 def _check_weights(config: Config, checkpoint: Checkpoint) -> None:
     """Refuse a pattern that no tensor's name fits."""
-    if not any(fnmatchcase(name, config.train_parameters) for name in checkpoint.tensors):
+    if not any(fits(name, config.train_parameters) for name in checkpoint.tensors):
         raise EstuneError(
             f"train_parameters: no tensor's name fits {config.train_parameters!r}; names look like "
             f"{next(iter(checkpoint.tensors))}"

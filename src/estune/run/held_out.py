@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from estune.completion import Completion, Sampling
+from estune.completion import Completion, Pictured, Sampling
 from estune.config import Config
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
@@ -134,12 +134,15 @@ def token_ids(encoder: PromptEncoder, task: Task, rows: Iterable[Row]) -> list[l
     ids = encoder.encode([task.shown(row, template=encoder.has_template) for row in rows])
     if task.rollout is None:
         return ids
+    if any(isinstance(of, Pictured) for of in ids):
+        raise EstuneError("prompt 0: rollouts are played in text alone; leave pictures out")
     return [Opening(opening, task.rollout, row) for opening, row in zip(ids, rows, strict=True)]
 
 
 def hash_of_prompts(*prompts: Sequence[Sequence[int]]) -> str:
     """32 hexadecimal digits of BLAKE2b over token ids: what the model is shown, whatever made it of the data."""
-    return hash_of(json.dumps(prompts).encode())
+    seen = [[of.pictures for of in some if isinstance(of, Pictured)] for some in prompts]
+    return hash_of(json.dumps([*prompts, seen] if any(seen) else prompts).encode())
 
 
 def evaluation_sampling(config: Config) -> Sampling:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from estune.noise.reference import tensor_id
 from estune.weights.checkpoint import DTYPES, convert
 from estune.weights.device import pick_device
 from estune.weights.parameters import Parameter, trained_parameters
+from estune.weights.places import check_places, stretches
 from estune.weights.policies import TYPE_NAMES
-from estune.weights.rebuild import Told, in_order, pieces_of, unheard
+from estune.weights.rebuild import Told, in_order, unheard
+from estune.weights.trained import Array
 
 
 def load(
@@ -58,22 +62,28 @@ def load(
     base = base_checkpoint(header, model or journal.base_model())
     refuse_changed_model(journal, base.path, accept=accept_changes)
     loaded: Any = load_model(base.path, dtype, pick_device("cpu"), trust_remote_code=trust_remote_code)
-    parameters = {p.name: p for p in trained_parameters(loaded, base.tensors) if p.name in header.tensors}
-    missing = next((name for name in header.tensors if name not in parameters), None)
+    parameters = [p for p in trained_parameters(loaded, base.tensors) if p.name in header.tensors]
+    missing = next((name for name in header.tensors if name not in {p.name for p in parameters}), None)
     if missing is not None:
         raise EstuneError(f"{run}: the model that {base.path} is loaded as has no tensor {missing}")
+    check_places(parameters, base)
     steps = steps_of(journal)
-    whole = sum(base.tensors[name].elements for name in parameters)
-    pieces = [(p, *piece) for p in parameters.values() for piece in pieces_of(base.tensors[p.name].elements, 1)]
+    whole = sum(p.tensor.numel() for p in parameters)
+    pieces = [
+        (p, *piece) for p in parameters for piece in stretches(partial(steps.rebuilt, base.tensors[p.name]), p.part)
+    ]
 
-    def fill(piece: tuple[Parameter, int, int]) -> tuple[int, int]:
+    def fill(piece: tuple[Parameter, int, int, Callable[[], Array]]) -> tuple[int, int]:
         from estune.noise import cpu
 
-        parameter, start, count = piece
-        weights = steps.rebuilt(base.tensors[parameter.name], start, count)
-        stored = torch.from_numpy(convert(weights, DTYPES[dtype])).view(parameter.tensor.dtype)
-        parameter.tensor.detach().view(-1)[start : start + count].copy_(stored)
-        return cpu.fingerprint(weights, tensor_id(parameter.name), start), count
+        parameter, first, end, rebuild = piece
+        weights = rebuild()
+        live = parameter.tensor.detach().view(-1)[first:end]
+        live.copy_(torch.from_numpy(convert(weights, DTYPES[dtype])).view(live.dtype))
+        part = parameter.part
+        rows = part.layout and part.layout._replace(skip=first)
+        start = part.start + (0 if rows else first)
+        return cpu.fingerprint(weights, tensor_id(parameter.name), start, rows), end - first
 
     total = 0
     done = 0

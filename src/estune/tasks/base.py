@@ -12,10 +12,8 @@ from estune.errors import EstuneError
 from estune.grading.convention import RewardFunction, Row, reward_name
 from estune.grading.level import refuse_level
 from estune.grading.rollout import Rollout
+from estune.tasks.pictures import pictures_of, shown_with, with_pictures
 from estune.tasks.records import whole_rows
-
-IMAGES = frozenset(("image", "images"))
-"""Columns of pictures, as TRL names them."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,9 @@ class Task:
     def __post_init__(self) -> None:
         for side in ("train", "evaluation"):
             # A slice of a data set of the library datasets is no list of rows.
-            object.__setattr__(self, side, whole_rows(list(getattr(self, side)), f"task {self.name}: {side} set"))
+            whole = whole_rows(list(getattr(self, side)), f"task {self.name}: {side} set")
+            kind = "training" if side == "train" else side
+            object.__setattr__(self, side, with_pictures(whole, f"task {self.name}: {kind} row"))
         names = [reward_name(function) for function in self.reward_funcs]
         if len(self.reward_weights) != len(names):
             raise EstuneError(
@@ -100,10 +100,18 @@ class Task:
             if not rows:
                 raise EstuneError(f"task {self.name}: the {side} set is empty; give it at least one row")
             _check_columns(f"task {self.name}: {side} row", rows)
-            _refuse_images(f"task {self.name}: {side} row", rows)
         self._have_rows_checked(sides)
         refuse_overlap(
-            self.name, *((_canonical(row["prompt"]) for row in rows) for rows in (self.train, self.evaluation))
+            self.name,
+            *(
+                (
+                    _canonical([row["prompt"], *pictures])
+                    if (pictures := pictures_of(row))
+                    else _canonical(row["prompt"])
+                    for row in rows
+                )
+                for rows in (self.train, self.evaluation)
+            ),
         )
 
     def _have_rows_checked(self, sides: Mapping[str, Sequence[Row]]) -> None:
@@ -153,11 +161,13 @@ class Task:
             template: whether the model has a chat template.
         """
         prompt: Prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            return prompt
-        if self.show is not None:
-            return self.show(row, template)
-        return as_message(row, template) if self.chat else prompt
+        if isinstance(prompt, str):
+            if self.show is not None:
+                prompt = self.show(row, template)
+            elif self.chat:
+                prompt = as_message(row, template)
+        pictures = pictures_of({**row, "prompt": None})
+        return shown_with(prompt, pictures) if pictures else prompt
 
     def data_hash(self) -> str:
         """Hash of both sets, in order, with prompts as a model with a chat template is shown them.
@@ -187,21 +197,6 @@ def _check_columns(where: str, rows: Sequence[Row]) -> None:
             raise EstuneError(
                 f"{where} {number} has the columns {', '.join(row)}, row 0 has {', '.join(columns)}; give all the same"
             )
-
-
-def _refuse_images(where: str, rows: Sequence[Row]) -> None:
-    """Refuse columns that TRL's trainers take for pictures: ignored, they would be missed in silence."""
-    for column in sorted(IMAGES.intersection(rows[0])):
-        number = next((n for n, row in enumerate(rows) if not _is_nothing(row[column])), None)
-        if number is not None:
-            raise EstuneError(
-                f"{where} {number} has a picture in its column {column}, and models are given text alone: leave the "
-                "column out, or rename it if it is for the rewards"
-            )
-
-
-def _is_nothing(value: Any) -> bool:
-    return value is None or (isinstance(value, list | tuple) and all(map(_is_nothing, value)))
 
 
 def data_hash(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from estune.errors import EstuneError
 from estune.grading.convention import Row
 from estune.rewards.text import as_text, spelled
 from estune.tasks.base import Task, refuse_overlap
+from estune.tasks.pictures import pictures_of, with_pictures
 from estune.tasks.records import Record, load_records
 
 log = logging.getLogger(__name__)
@@ -120,12 +121,12 @@ class DataOptions(PromptOptions):
             EstuneError: data that is missing, malformed or overlapping.
         """
         (source, split), others = self.sources()
-        rows = iter(to_rows(source, load_records(source, split)))
+        rows = iter(to_rows(source, pictured(source, load_records(source, split))))
         if not others:
             return self._split(rows)
         evaluation: list[Row] = []
         for name, part in others:
-            evaluation.extend(islice(to_rows(name, load_records(name, part)), self.eval_size))
+            evaluation.extend(islice(to_rows(name, pictured(name, load_records(name, part))), self.eval_size))
         held_out = {identity(row) for row in evaluation}
         train = list(islice((r for r in rows if not self.drop_overlap or identity(r) not in held_out), self.train_size))
         refuse_overlap(self.name, map(identity, train), map(identity, evaluation))
@@ -143,6 +144,11 @@ class DataOptions(PromptOptions):
                 break
         refuse_empty_side(self.name, train, evaluation, "task.eval_data, rows to evaluate on")
         return train, evaluation
+
+
+def pictured(source: str, records: Sequence[Record]) -> list[Record]:
+    """Records of a data set with their pictures read."""
+    return with_pictures(records, f"data {source}: row")
 
 
 def refuse_empty_side(name: str, train: Sequence[Row], evaluation: Sequence[Row], remedy: str) -> None:
@@ -167,12 +173,12 @@ def refuse_empty_side(name: str, train: Sequence[Row], evaluation: Sequence[Row]
 def identity(row: Row) -> str:
     """A text that is the same for equal examples: the prompt without system prompt, in lower case and single spaces.
 
-    A conversation has a line for each turn.
+    A conversation has a line for each turn, and so has each picture.
     """
     prompt = row["prompt"]
     turns = [] if isinstance(prompt, str) else [turn for turn in prompt if turn.get("role") != "system"]
     texts = [as_text([turn]) for turn in turns] or [as_text(prompt)]
-    return "\n".join(" ".join(text.lower().split()) for text in texts)
+    return "\n".join(" ".join(text.lower().split()) for text in [*texts, *pictures_of(row)])
 
 
 def is_held_out(text: str, fraction: float = HELD_OUT_FRACTION) -> bool:

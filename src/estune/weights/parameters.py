@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,9 @@ from estune.noise.rows import Rows
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+
+AUTO = "auto"
+"""The pattern of all parameters of a language model, and of a vision-language model's language model."""
 
 _IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)")
 
@@ -52,7 +57,8 @@ class Parameter:
     """A trained tensor of a model: the checkpoint tensor `name`, whole and row-major, or a rectangle of it.
 
     `aliases` are further names under which the checkpoint stores the same (tied) tensor. `counted` is False for a
-    rectangle that another process holds too, and counts: each element is in the fingerprint once.
+    rectangle that another process holds too, and counts: each element is in the fingerprint once. `columns` are those of
+    the checkpoint tensor, where the pitch of the rectangle is another number, as of every second row.
     """
 
     name: str
@@ -60,6 +66,7 @@ class Parameter:
     aliases: tuple[str, ...] = ()
     rectangle: Rectangle | None = None
     counted: bool = True
+    columns: int | None = None
 
     @property
     def part(self) -> Rectangle:
@@ -78,38 +85,94 @@ def own_parameters(module: nn.Module) -> list[Parameter]:
     return [Parameter(names[0], tensor, tuple(names[1:])) for tensor, names in tied.values()]
 
 
-def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = "*") -> list[Parameter]:
-    """The model's parameters under the names that they have in the checkpoint; tied tensors come once.
+def trained_parameters(model: nn.Module, tensors: Mapping[str, Any], pattern: str = "*") -> list[Parameter]:
+    """What the model's parameters hold of each checkpoint tensor: all of it, or rectangles; tied tensors come once.
+
+    The memory of a parameter whose dimensions the checkpoint has in another order is laid out anew.
 
     Args:
         model: a transformers model.
-        names: the tensors of its checkpoint.
-        pattern: shell-style pattern of the names to train.
+        tensors: those of its checkpoint by name, of which the shapes are read.
+        pattern: which of them to train, as `fits` takes it.
 
     Raises:
-        EstuneError: where a parameter is not one tensor of the checkpoint, or the pattern fits none.
+        EstuneError: where parameters are not tensors of the checkpoint, nor parts of them, or the pattern fits none.
     """
-    checkpoint_names = _checkpoint_names(model, names)
-    by_storage: dict[int, tuple[Tensor, list[str]]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        found = checkpoint_names.get(name)
-        stored = by_storage.setdefault(tensor.data_ptr(), (tensor, []))[1]
+    from estune.weights.merged import merged_tensors
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    plain, groups = _checkpoint_names(model, shapes)
+    by_storage: dict[int, tuple[str, Tensor, list[str]]] = {}
+    for name, own in model.named_parameters(remove_duplicate=False):
+        found = plain.get(name)
+        stored = by_storage.setdefault(own.data_ptr(), (name, own, []))[2]
         if found is not None and found not in stored:
             stored.append(found)
-    missing = [n for n, t in model.named_parameters() if not by_storage[t.data_ptr()][1]]
-    if missing:
-        raise EstuneError(
-            f"{len(missing)} parameters are not tensors of the checkpoint, the first is {missing[0]}: "
-            "architectures that merge tensors on loading are not supported yet"
-        )
-    chosen = [
-        Parameter(stored[0], tensor, tuple(stored[1:]))
-        for tensor, stored in by_storage.values()
-        if fnmatchcase(stored[0], pattern)
-    ]
+    merged = merged_tensors(model, groups, shapes) if groups else {}
+    parameters: list[Parameter] = []
+    spoken = _language_part(model) if pattern == AUTO else None
+    wanted: set[str] = set()
+    for name, tensor, stored in by_storage.values():
+        before = len(parameters)
+        if stored:
+            parameters.append(Parameter(stored[0], tensor, tuple(stored[1:])))
+        elif name in merged and merged[name].elements == tensor.numel():
+            flat = merged[name].lay_out(tensor)
+            for piece in merged[name].pieces:
+                held = flat[piece.start : piece.start + piece.part.elements]
+                columns = shapes[piece.name][-1] if len(shapes[piece.name]) > 1 else 1
+                parameters.append(Parameter(piece.name, held, (), piece.part, columns=columns))
+        else:
+            raise EstuneError(
+                f"the model's parameter {name} is not made of the checkpoint's tensors as they are: it cannot be "
+                "trained"
+            )
+        if spoken is None or id(tensor) in spoken:
+            wanted.update(p.name for p in parameters[before:])
+    _check_whole(parameters, shapes)
+    chosen = [p for p in parameters if p.name in wanted and fits(p.name, pattern)]
     if not chosen:
-        raise EstuneError(f"no parameter's name fits the pattern {pattern!r}; names look like {next(iter(names))}")
+        raise EstuneError(f"no parameter's name fits the pattern {pattern!r}; names look like {next(iter(shapes))}")
     return chosen
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a checkpoint's tensor is to be trained.
+
+    Args:
+        name: the tensor's.
+        pattern: one or more shell-style patterns with commas between them. The tensors that fit any of them are
+            trained, but for those that fit one that begins with `!`. If all do, it is all tensors but those. What
+            `auto` leaves out of a vision-language model, names alone do not tell: it fits all.
+    """
+    if pattern == AUTO:
+        return True
+    patterns = [part.strip() for part in pattern.split(",")]
+    wanted = [part for part in patterns if not part.startswith("!")] or ["*"]
+    return any(fnmatchcase(name, part) for part in wanted) and not any(
+        fnmatchcase(name, part[1:].strip()) for part in patterns if part.startswith("!")
+    )
+
+
+def _language_part(model: Any) -> set[int] | None:
+    """Which parameters of a vision-language model are its language model's, by `id`; None for other models."""
+    if not hasattr(model.config, "vision_config"):
+        return None
+    head = model.get_output_embeddings()
+    modules = [model.get_decoder(), *([head] if head is not None else [])]
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def _check_whole(parameters: Sequence[Parameter], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that of each checkpoint tensor that is held in pieces the whole is."""
+    held: Counter[str] = Counter()
+    for p in parameters:
+        held[p.name] += p.tensor.numel()
+    for name, elements in held.items():
+        if elements != math.prod(shapes[name]):
+            raise EstuneError(
+                f"of {math.prod(shapes[name]):,} elements of {name} the model holds {elements:,}: it cannot be trained"
+            )
 
 
 def layer_of(name: str) -> tuple[str, str]:
@@ -120,26 +183,34 @@ def layer_of(name: str) -> tuple[str, str]:
     return name.removeprefix("model."), ""
 
 
-def _checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:
-    """The checkpoint's name of each parameter that is one of its tensors, as it is.
+def _checkpoint_names(model: Any, names: Collection[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The checkpoint's name of each parameter that is one of its tensors, as it is; and what transformers converts.
 
     transformers renames some tensors on loading, and makes others of several tensors, or in another order of elements.
-    Its conversion mapping (`transformers.conversion_mapping`) says which; only renamed ones are followed.
+    Its conversion mapping (`transformers.conversion_mapping`) says which.
+
+    Returns:
+        The checkpoint's names by the model's; and the groups of names that are converted together, in the order in
+        which they are, by the first of the model's tensors that are made of them.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sources: dict[str, list[str]] = {}
-    for name in sorted(names):  # the order in which transformers renames, and some of its renamings depend on
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names, key=dot_natural_key):  # transformers' order, which some rules count on
         target, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        if converted is None and target in parameters:
-            sources.setdefault(target, []).append(name)
-    return {
+        if target not in parameters and name in parameters:  # saved under the model's own names
+            target, converted = name, None
+        if target in parameters:
+            (sources if converted is None else groups).setdefault(target, []).append(name)
+    plain = {
         target: target if target in found else found[0]
         for target, found in sources.items()
         if target in found or len(found) == 1
     }
+    return plain, groups

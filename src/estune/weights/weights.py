@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
@@ -23,9 +22,9 @@ from estune.noise.reference import tensor_id
 from estune.noise.rows import Run
 from estune.weights.base import Share, make_base, share_of
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, widen
-from estune.weights.checkpoint import Tensor as StoredTensor
 from estune.weights.device import on_this_stream
-from estune.weights.parameters import Parameter, Rectangle, own_parameters
+from estune.weights.parameters import Parameter, own_parameters
+from estune.weights.places import put_together, stretches
 from estune.weights.policies import POLICIES, NoiseMode, Perturbation, PolicyName, Rounding, Rule
 from estune.weights.storage import CpuStorage, Storage, as_array, flat, open_storage, sums_of_squares, type_name
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
@@ -96,7 +95,7 @@ class Weights:
     def _run(self, parameter: Parameter, live: Tensor, base: Tensor) -> Run:
         part = parameter.part
         noise = self.rule.noise_key(parameter.name)
-        columns = self.rule.noise_columns(part.pitch)
+        columns = self.rule.noise_columns(parameter.columns or part.pitch)
         return Run(live, base, tensor_id(parameter.name), noise, part.start, part.layout, parameter.counted, columns)
 
     @property
@@ -181,11 +180,14 @@ class Weights:
     def runs(self) -> Runs:
         """The base of whole tensors by checkpoint name, tied names included, as `Checkpoint.write` takes it."""
 
-        def reader(tensor: Tensor) -> Callable[[], Iterator[Array]]:
-            return lambda: (as_array(part.cpu()) for part in torch.split(tensor, RUN_LENGTH))
+        held: dict[str, list[tuple[Parameter, Tensor]]] = {}
+        for p, base in zip(self.parameters, self._base, strict=True):
+            held.setdefault(p.name, []).append((p, base))
 
-        pairs = zip(self.parameters, self._base, strict=True)
-        return {name: reader(base) for p, base in pairs for name in (p.name, *p.aliases)}
+        def reader(parts: list[tuple[Parameter, Tensor]]) -> Callable[[], Iterator[Array]]:
+            return lambda: (as_array(run.cpu()) for run in torch.split(put_together(parts), RUN_LENGTH))
+
+        return {name: reader(parts) for parts in held.values() for name in (parts[0][0].name, *parts[0][0].aliases)}
 
     def rows(self, name: str, first: int, count: int) -> list[tuple[int, int, Array]]:
         """The parts of `count` rows of a tensor's base, from row `first` on, that are counted here.
@@ -273,21 +275,21 @@ class Weights:
             checkpoint: where their elements are read.
             work: called with a stretch, `[elements]`, and a function that reads the checkpoint's elements there.
         """
-        stretches = [
+        found = [
             (tensor[max(first, of.start) : min(end, of.stop)], _part_of(read, first, of))
             for p, tensor, of in tensors
-            for first, end, read in _stretches(checkpoint.tensors[p.name], p.part)
+            for first, end, read in stretches(checkpoint.tensors[p.name].stored, p.part)
             if max(first, of.start) < min(end, of.stop)
         ]
-        if not stretches:
+        if not found:
             return []
 
         def on_stretch(stretch: tuple[Tensor, Callable[[], Array]]) -> T:
             return work(*stretch)
 
-        each = on_this_stream(stretches[0][0].device, on_stretch)
+        each = on_this_stream(found[0][0].device, on_stretch)
         with ThreadPoolExecutor(self._threads) as threads:
-            return list(threads.map(each, stretches))
+            return list(threads.map(each, found))
 
     def _settle(self) -> None:
         """Restore live weights that are their own base, so that the base can be read or changed."""
@@ -302,29 +304,6 @@ class Weights:
         return [as_array(t[:: max(1, len(t) // SAMPLE)].clone().cpu()) for t in self._base]
 
 
-def _stretches(stored: StoredTensor, part: Rectangle) -> Iterator[tuple[int, int, Callable[[], Array]]]:
-    """A rectangle in flat stretches of some `RUN_LENGTH` elements.
-
-    Returns:
-        Of each its first element in the rectangle, its end, and what reads it, as the checkpoint's tensor stores it.
-    """
-    if part.layout is None:
-        for first in range(0, part.elements, RUN_LENGTH):
-            count = min(RUN_LENGTH, part.elements - first)
-            yield first, first + count, partial(stored.stored, part.start + first, count)
-        return
-    block = max(1, RUN_LENGTH // part.pitch)
-    for row in range(0, part.rows, block):
-        count = min(block, part.rows - row)
-        yield row * part.width, (row + count) * part.width, partial(_columns, stored, part, part.row + row, count)
-
-
 def _part_of(read: Callable[[], Array], first: int, of: range) -> Callable[[], Array]:
     """What reads those elements of a stretch, which begins at `first`, that lie within a range."""
     return lambda: read()[max(of.start - first, 0) : of.stop - first]
-
-
-def _columns(stored: StoredTensor, part: Rectangle, row: int, count: int) -> Array:
-    """A rectangle's columns of `count` rows of a tensor, flat."""
-    whole = stored.stored(row * part.pitch, count * part.pitch).reshape(count, part.pitch)
-    return np.ascontiguousarray(whole[:, part.column : part.column + part.width]).reshape(-1)

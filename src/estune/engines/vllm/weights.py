@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from estune.noise.reference import normal_by_id
 from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, narrow, widen
 from estune.weights.device import chosen_device
+from estune.weights.parameters import fits
 from estune.weights.policies import POLICIES, Rule
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
@@ -58,7 +58,7 @@ class VllmWeights:
         self.tensors = {
             name: ties.get(name, [])
             for name in dict.fromkeys(place.name for place in places)
-            if fnmatchcase(name, config.train_parameters)
+            if fits(name, config.train_parameters)
         }
         """The trained tensors by checkpoint name, each with the names tied to it."""
         if not self.tensors:
@@ -206,7 +206,7 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
     device = chosen_device(config.device)
     model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
     dtype = live_dtype(checkpoint, config, model)
-    elements = sum(t.elements for name, t in checkpoint.tensors.items() if fnmatchcase(name, config.train_parameters))
+    elements = sum(t.elements for name, t in checkpoint.tensors.items() if fits(name, config.train_parameters))
     size = getattr(torch, dtype).itemsize
     base = POLICIES[config.weights].base_bytes(elements, dtype)
     live = sum(t.elements for t in checkpoint.tensors.values()) * size

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import DTYPES, EMBEDDED, KNOWN, hub_name, locate
 from estune.weights.gguf import is_gguf
+from estune.weights.parameters import fits
 from estune.weights.sizes import EXPERTS, check_sizes
 
 
@@ -84,7 +84,7 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
     built, cached, kernels = _built(config)
     text = built.config.get_text_config(decoder=True)
     parameters = dict(built.named_parameters())
-    trained = sum(p.numel() for name, p in parameters.items() if fnmatchcase(name, pattern))
+    trained = sum(p.numel() for name, p in parameters.items() if fits(name, pattern))
     if not trained:
         raise EstuneError(
             f"train_parameters: no parameter's name fits {pattern!r}; names look like {next(iter(parameters))}"
@@ -120,15 +120,18 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
 def _built(config: Any) -> tuple[Any, int, int]:
     """The model of a configuration on `meta`, the elements that it caches of a token, and its forward's operations."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
+    from estune.engines.loading import has_vision
+
+    kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no word on missing kernels, which nothing here would use
     try:
         # In bfloat16, for the sake of expert layers, which transformers multiplies in that type alone.
         with torch.device("meta"):
-            built: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
+            built: Any = kind.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
         two = _cached(built, 2)
         with _counting() as kernels:
             three = _cached(built, 3)

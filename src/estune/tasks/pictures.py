@@ -1,0 +1,177 @@
+"""Pictures of a task's rows: in columns, as TRL names them, or in messages, as OpenAI's clients and transformers do."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from estune.completion import Message, Picture, Prompt
+from estune.errors import EstuneError, first_line
+
+Row = dict[str, Any]
+
+COLUMNS = ("images", "image")
+"""Columns of pictures: a list of them, or one."""
+KINDS = ("image", "image_url")
+"""Types of the parts of a message that are pictures."""
+
+
+def with_pictures(rows: Sequence[Row], where: str) -> list[Row]:
+    """Rows with `Picture`s in their columns of pictures and their messages; of rows without, the rows themselves.
+
+    Args:
+        rows: any.
+        where: what a row is called in messages, before its number.
+
+    Raises:
+        EstuneError: a picture cannot be read.
+    """
+    found = []
+    for number, row in enumerate(rows):
+        name = f"{where} {number}"
+        columns: Row = {}
+        for column in COLUMNS:
+            value = row.get(column)
+            if not _is_nothing(value):
+                many = isinstance(value, list | tuple)
+                read = [as_picture(v, f"{name}: {column}") for v in (value if many else [value])]  # type: ignore[union-attr]
+                columns[column] = read if many else read[0]
+        prompt = row.get("prompt")
+        if isinstance(prompt, list) and any(True for _ in _parts(prompt)):
+            columns["prompt"] = read_messages(prompt, f"{name}: prompt")
+        found.append({**row, **columns} if columns else row)
+    return found
+
+
+def pictures_of(row: Row) -> list[Picture]:
+    """The pictures of a row that `with_pictures` gave: those of its columns, then those of its messages."""
+    values = [row.get(column) for column in COLUMNS]
+    columns = [p for value in values for p in (value if isinstance(value, list | tuple) else [value])]
+    prompt = row.get("prompt")
+    parts = [part.get("image") for part in _parts(prompt)] if isinstance(prompt, list) else []
+    return [p for p in (*columns, *parts) if isinstance(p, Picture)]
+
+
+def shown_with(prompt: Prompt, pictures: Sequence[Picture]) -> list[Message]:
+    """A conversation with pictures in it: at its marks, parts `{"type": "image"}`, or else before the first question.
+
+    Args:
+        prompt: text, which becomes a user's message, or a conversation.
+        pictures: those of the row's columns.
+
+    Raises:
+        EstuneError: there are marks, but not one for each picture.
+    """
+    conversation = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    marks = sum(part["type"] == "image" and "image" not in part for part in _parts(conversation))
+    if marks and marks != len(pictures):
+        raise EstuneError(f"{marks} marks for pictures in the messages, but {len(pictures)} pictures; give one each")
+    left = iter(pictures)
+    messages: list[Message] = []
+    begun = bool(marks)
+    for message in conversation:
+        content = message.get("content")
+        if not begun and message.get("role") == "user":
+            begun = True
+            text = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+            content = [*({"type": "image", "image": p} for p in left), *text]
+        elif isinstance(content, list):
+            content = [
+                {"type": "image", "image": next(left)} if _is_picture(part) and "image" not in part else part
+                for part in content
+            ]
+        messages.append({**message, "content": content})
+    return messages
+
+
+def read_messages(conversation: Sequence[Message], where: str) -> list[Message]:
+    """A conversation with a `Picture` in each part that holds a picture. Marks without one stay marks.
+
+    Raises:
+        EstuneError: one cannot be read.
+    """
+
+    def read(part: Any) -> Any:
+        if not _is_picture(part):
+            return part
+        value = part.get("image", part.get("image_url", part.get("url", part.get("path"))))
+        value = value.get("url") if isinstance(value, Mapping) and "url" in value else value
+        return {"type": "image"} if value is None else {"type": "image", "image": as_picture(value, where)}
+
+    return [
+        {**message, "content": [read(part) for part in message["content"]]}
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        else message
+        for message in conversation
+    ]
+
+
+def as_picture(value: Any, where: str) -> Picture:
+    """A picture given as bytes of a file, a path, a data URL, a PIL image, or datasets' `{"bytes": ..., "path": ...}`.
+
+    Args:
+        value: the picture.
+        where: where it stands, for messages.
+
+    Raises:
+        EstuneError: it is none of these, or cannot be read.
+    """
+    if isinstance(value, Picture):
+        return value
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if hasattr(value, "save") and hasattr(value, "mode"):  # a PIL image; PIL need not be there for those without
+        file = BytesIO()
+        value.save(file, format="PNG")
+        return Picture(file.getvalue())
+    data = value if isinstance(value, bytes) else _read(value, where)
+    try:
+        from PIL import Image
+
+        with Image.open(BytesIO(data)) as image:
+            image.verify()
+    except ImportError as error:
+        raise EstuneError(f"{where}: pictures need Pillow; pip install 'estune[vision]'") from error
+    except Exception as error:  # Pillow's readers raise what they come upon
+        raise EstuneError(
+            f"{where}: not a picture that Pillow can read ({first_line(error)}); save it again"
+        ) from error
+    return Picture(data)
+
+
+def _read(value: Any, where: str) -> bytes:
+    """The bytes of a picture's file, given by a path or a data URL."""
+    if not isinstance(value, str | Path):
+        raise EstuneError(f"{where} is {type(value).__name__}; give a picture's path, its bytes or a PIL image")
+    text = str(value)
+    if text.startswith("data:"):
+        try:
+            return base64.b64decode(text.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise EstuneError(f"{where}: a data URL that is not base64; give the picture's path") from error
+    if "://" in text:
+        raise EstuneError(f"{where}: {text:.80} is an address, and nothing is fetched; download it and give its path")
+    try:
+        return Path(text).expanduser().read_bytes()
+    except (OSError, ValueError) as error:
+        raise EstuneError(f"{where}: {text:.80} cannot be read ({first_line(error)}); give a picture's path") from error
+
+
+def _parts(conversation: Sequence[Message]) -> Iterator[dict[str, Any]]:
+    """The parts of messages that are pictures, or marks for them."""
+    for message in conversation:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            yield from (part for part in content if _is_picture(part))
+
+
+def _is_picture(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in KINDS
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, list | tuple) and all(map(_is_nothing, value)))
