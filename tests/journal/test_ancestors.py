@@ -47,7 +47,7 @@ def test_a_chain_replays_and_resumes_without_its_ancestors_folders(model: Path, 
 
 def test_the_weights_are_the_sum_of_both_journals(model: Path, tmp_path: Path) -> None:
     run(tmp_path / "a", model, steps=2)
-    found = run(tmp_path / "b", model, steps=2, start_from=tmp_path / "a")
+    found = run(tmp_path / "b", model, steps=2, start_from=tmp_path / "a", train_parameters="*")
     name = "model.layers.1.mlp.up_proj.weight"
     expected = Checkpoint(model).tensors[name].read()
     for record in found.history:

@@ -23,6 +23,7 @@ from estune.run.trust import refuse_foreign, remember, texts
 from estune.tasks.base import Task
 from estune.versions import packages
 from estune.weights.checkpoint import Checkpoint, check_name, hub_name
+from estune.weights.parameters import AUTO
 
 RESUME_FROM_PYTHON = (
     "resume it from Python, with Trainer.resume(run, task=...), or with the ESTrainer that began it, by "
@@ -103,7 +104,8 @@ def parent_of(config: Config) -> Journal | None:
         parent.warn_of_shortfall()
     for key in ("weights", "rounding", "noise", "train_parameters"):
         theirs = parent.settings.get(key)
-        if theirs != getattr(config, key):
+        everything = key == "train_parameters" and {theirs, config.train_parameters} == {"*", AUTO}
+        if theirs != getattr(config, key) and not everything:  # of a model of texts both are all its tensors
             raise EstuneError(
                 f"start_from {config.start_from} was run with {key}={theirs}, found {getattr(config, key)}: set "
                 f"{key}={theirs}"
