@@ -57,8 +57,8 @@ class Parameter:
     """A trained tensor of a model: the checkpoint tensor `name`, whole and row-major, or a rectangle of it.
 
     `aliases` are further names under which the checkpoint stores the same (tied) tensor. `counted` is False for a
-    rectangle that another process holds too, and counts: each element is in the fingerprint once. `columns` are those of
-    the checkpoint tensor, where the pitch of the rectangle is another number, as of every second row.
+    rectangle that another process holds too, and counts: each element is in the fingerprint once. `columns` are those
+    of the checkpoint tensor, where the pitch of the rectangle is another number, as of every second row.
     """
 
     name: str
