@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from estune.completion import Completion, Sampling
+from estune.completion import Completion, Engine, Sampling
 from estune.config import Config
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.score import divergence
@@ -22,7 +21,7 @@ from estune.pool.generator import Generator, open_transformers, set_up_process, 
 from estune.pool.turns import gpus_of, in_turn
 from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint, locate
-from estune.weights.device import synchronize, training_device
+from estune.weights.device import device_kind, synchronize, training_device
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.policies import POLICIES
 from estune.weights.rebuild import Steps, is_anchored
@@ -31,35 +30,24 @@ from estune.weights.trained import Drift, TrainedWeights
 from estune.weights.weights import Weights
 
 
-class Replica(Generator):
+class Trained(Generator):
     """A generator whose weights are perturbed, around a base of its own or a shared one.
 
-    Replicas with the same base give the same completions.
-
     Args:
-        config: the settings; `config.threads` is the number of CPU threads to compute with.
-        share: of a base that it shares with other processes. One of them must have filled it before any perturbs.
-
-    Raises:
-        EstuneError: for a model that cannot be had or trained.
+        engine: that generates.
+        weights: the engine's.
+        checkpoint: that they come from.
+        config: the settings.
+        kind: of the device that it computes on.
     """
 
-    def __init__(self, config: Config, share: Share | None = None) -> None:
-        set_up_process(config)
-        self.checkpoint = Checkpoint(locate(config.model))
-        self._device = training_device(config.device)
-        self._vllm = config.engine == "vllm"
-        self.weights: TrainedWeights
-        if self._vllm:
-            from estune.engines.vllm.weights import open_vllm
-
-            with in_turn(gpus_of(config)):
-                vllm, self.weights = open_vllm(self.checkpoint, config)
-            super().__init__(vllm, config)
-        else:
-            engine = open_transformers(self.checkpoint, config, self._device)
-            self.weights = open_weights(engine, self.checkpoint, config, share)
-            super().__init__(engine, config)
+    def __init__(
+        self, engine: Engine, weights: TrainedWeights, checkpoint: Checkpoint, config: Config, kind: str
+    ) -> None:
+        super().__init__(engine, config)
+        self.weights = weights
+        self.checkpoint = checkpoint
+        self._kind = kind
 
     def evaluate(
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
@@ -74,8 +62,6 @@ class Replica(Generator):
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights a member's."""
         self.weights.perturb(member, sigma)
-        if not self._vllm:  # whose processes wait for their own devices; this one may have nothing on any
-            synchronize(self._device)  # for the clock: a device is still at work
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """Generate with the base weights."""
@@ -117,7 +103,7 @@ class Replica(Generator):
     def describe(self) -> Description:
         """What it trains. This reads the base checkpoint, to hash it."""
         return Description(
-            engine="vllm" if self._vllm else "transformers",
+            engine="transformers" if isinstance(self.engine, TransformersEngine) else "vllm",
             base_hash=self.checkpoint.content_hash(),
             files=model_files(self.checkpoint.path),
             rule=self.weights.rule,
@@ -125,7 +111,7 @@ class Replica(Generator):
             tensors={name: list(aliases) for name, aliases in self.weights.tensors.items()},
             elements=self.weights.elements,
             fingerprint=self.weights.fingerprint(),
-            device=_kind(self._device),
+            device=self._kind,
         )
 
     def compare(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -151,6 +137,41 @@ class Replica(Generator):
     def drift(self) -> Drift | None:
         """What restoring left behind since the last update; None where it leaves nothing."""
         return self.weights.drift()
+
+
+class Replica(Trained):
+    """A `Trained` with an engine that it starts. Replicas with the same base give the same completions.
+
+    Args:
+        config: the settings; `config.threads` is the number of CPU threads to compute with.
+        share: of a base that it shares with other processes. One of them must have filled it before any perturbs.
+
+    Raises:
+        EstuneError: for a model that cannot be had or trained.
+    """
+
+    def __init__(self, config: Config, share: Share | None = None) -> None:
+        set_up_process(config)
+        checkpoint = Checkpoint(locate(config.model))
+        self._device = training_device(config.device)
+        self._vllm = config.engine == "vllm"
+        engine: Engine
+        weights: TrainedWeights
+        if self._vllm:
+            from estune.engines.vllm.weights import open_vllm
+
+            with in_turn(gpus_of(config)):
+                engine, weights = open_vllm(checkpoint, config)
+        else:
+            engine = open_transformers(checkpoint, config, self._device)
+            weights = open_weights(engine, checkpoint, config, share)
+        super().__init__(engine, weights, checkpoint, config, device_kind(self._device))
+
+    def perturb(self, member: Member, sigma: float) -> None:
+        """Make the live weights a member's."""
+        super().perturb(member, sigma)
+        if not self._vllm:  # whose processes wait for their own devices; this one may have nothing on any
+            synchronize(self._device)  # for the clock: a device is still at work
 
 
 def open_weights(
@@ -197,13 +218,6 @@ def wants_base_on_host(engine: TransformersEngine, config: Config, parameters: S
         live=sum(p.nbytes for p in engine.model.parameters()),
         memory=total_memory(engine.device) // sharers(config, engine.device),
     )
-
-
-def _kind(device: torch.device) -> str:
-    """The name of a device's kind: one of another name can round differently."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.machine() if device.type == "cpu" else f"{platform.machine()} {device.type}"
 
 
 def less_base(device: torch.device, *, on_host: bool) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from estune.config import Config
     from estune.es.strategy import Member, Update
     from estune.pool.base import Description, Evaluated
+    from estune.pool.replica import Trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Worker:
     `done`, the first argument of most calls, is the number of updates that the weights must have had. They raise
     `StaleWeights` where it is another.
     """
+
+    replica: Trained
 
     def __init__(self) -> None:
         self.done = -1  # no weights, or nobody knows which

@@ -14,7 +14,8 @@ import torch
 from estune.config import Config
 from estune.engines.loading import load_config
 from estune.engines.memory import memory_for, total_memory
-from estune.engines.vllm.engine import Digest, VllmEngine, live_dtype
+from estune.engines.vllm.calls import Digest, VllmCalls
+from estune.engines.vllm.engine import VllmEngine, live_dtype
 from estune.engines.vllm.parameter_map import count_once, tied_names
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
@@ -45,7 +46,7 @@ class VllmWeights:
         EstuneError: vLLM's layout of the model cannot be trained, or its completions do not follow the weights.
     """
 
-    def __init__(self, engine: VllmEngine, checkpoint: Checkpoint, config: Config, *, base_on_host: bool) -> None:
+    def __init__(self, engine: VllmCalls, checkpoint: Checkpoint, config: Config, *, base_on_host: bool) -> None:
         from estune.engines.vllm.worker import Opening
 
         self._engine = engine
