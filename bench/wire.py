@@ -1,8 +1,9 @@
-"""A wire between a run and a server: a proxy that counts bytes and, where it is told, is as slow and lossy as a far one.
+"""A wire between a run and a server: a proxy that counts bytes and, if told so, is as slow and lossy as a far one.
 
-What it emulates is what a connection sees of such a path. A round trip takes `delay` more, half of it each way, in order.
-A lost packet makes what follows wait until it has been sent again: `stall` seconds, by default 200 ms or the round trip,
-whichever is more. Each 1,448 bytes are a packet. It has no limit of its own, and does not slow down after a loss.
+It emulates what a connection sees of such a path. A round trip takes `delay` more, half of it each way, in order. A lost
+packet makes what follows wait until it would have been sent again: 200 ms or the round trip, whichever is more. Each
+1,448 bytes are a packet. It has no limit to its rate, and no window that a loss would close: what TCP does beyond one
+retransmission is not in it.
 """
 
 from __future__ import annotations

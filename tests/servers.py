@@ -113,7 +113,13 @@ class Served:
 
 
 def serve_vllm(
-    model: Path, folder: Path, *options: str, key: str = "", version: str | None = None, dtype: str = "float32", **more: str
+    model: Path,
+    folder: Path,
+    *options: str,
+    key: str = "",
+    version: str | None = None,
+    dtype: str = "float32",
+    **more: str,
 ) -> Served:
     """`vllm serve` with estune as its plugin, as a user starts it.
 
@@ -146,11 +152,12 @@ def serve_vllm(
     return Served([*command, *transfer, *QUICK, *options], environment, port, folder / f"server-{port}.log")
 
 
-def serve_replica(model: Path, folder: Path, key: str = "", version: str | None = None, **more: Any) -> Served:
+def serve_replica(model: Path, folder: Path, key: str = "", version: str | None = None) -> Served:
     """The same calls answered over our own engine: ready in seconds."""
     port = free_port()
-    environment = {"PYTHONPATH": f"{installed(folder / f'installed{version}', version)}:{ROOT / 'src'}:{ROOT}", **more}
-    return Served(["-m", "tests.servers", str(model), str(port), key], environment, port, folder / f"server-{port}.log")
+    said = "" if version is None else str(installed(folder / version, version))
+    command = ["-m", "tests.servers", str(model), str(port), key, said]
+    return Served(command, {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}, port, folder / f"server-{port}.log")
 
 
 def main() -> None:
@@ -160,12 +167,16 @@ def main() -> None:
     from starlette.requests import Request
     from starlette.responses import JSONResponse
 
+    from estune import versions
     from estune.config import Config
     from estune.pool.remote.service import Service, add_routes
     from estune.pool.remote.wire import Terms
     from estune.pool.replica import Replica
 
-    model, port, key = sys.argv[1:4]
+    model, port, key, said = sys.argv[1:5]
+    if said:
+        sys.path.insert(0, said)
+        versions._version.cache_clear()
 
     def make(terms: Terms) -> Replica:
         return Replica(

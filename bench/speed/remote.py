@@ -19,6 +19,7 @@ from typing import Any
 from bench.common import in_turns, machine, options, rounded, settings, write_result
 from bench.models import countdown_prompts
 from bench.wire import Proxy
+from tests.servers import serve_vllm
 
 from estune.completion import Sampling
 from estune.config import Config
@@ -28,7 +29,6 @@ from estune.pool.ray.cluster import connect, disconnect
 from estune.pool.ray.pool import RayPool
 from estune.pool.remote.pool import RemotePool
 from estune.weights.checkpoint import locate
-from tests.servers import serve_vllm
 
 SIGMA = 0.012
 BAR = 0.9  # of a Ray worker's tokens a second

@@ -81,10 +81,8 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
     def _check_engines(self) -> Config:
         if POLICIES[self.weights].drifts and (self.workers or self.workers_at):
             raise ValueError(f"weights={self.weights} holds one set of weights, in this process: leave out workers")
-        if self.workers_at and self.engine == "transformers":
-            raise ValueError("workers_at are vLLM servers: leave out engine=transformers")
-        if self.workers_at:
-            self.engine = "vllm"
+        if self.workers_at and self.engine == "auto":
+            self.engine = "vllm"  # what servers have
         if POLICIES[self.weights].drifts and (self.replicas or 1) > 1:
             raise ValueError(f"weights={self.weights} holds one set of weights: replicas must be 1")
         about_vllm = self.vllm_gpu_memory_utilization or self.vllm_max_model_length
