@@ -1,8 +1,8 @@
 """A wire between a run and a server: a proxy that counts bytes and, if told so, is as slow and lossy as a far one.
 
-It emulates what a connection sees of such a path. A round trip takes `delay` more, half of it each way, in order. A lost
-packet makes what follows wait until it would have been sent again: 200 ms or the round trip, whichever is more. Each
-1,448 bytes are a packet. It has no limit to its rate, and no window that a loss would close: what TCP does beyond one
+It emulates what a connection sees of such a path. A round trip takes `delay` more, half of it each way, in order. A
+lost packet makes what follows wait until it would have been sent again: 200 ms or the round trip, whichever is more.
+Each 1,448 bytes are a packet. It has no limit to its rate, and no window that a loss would close: what TCP does beyond one
 retransmission is not in it.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -100,10 +101,8 @@ class Served:
 
     def kill(self) -> None:
         """End it and all that it started, at once."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def again(self) -> None:
@@ -113,13 +112,7 @@ class Served:
 
 
 def serve_vllm(
-    model: Path,
-    folder: Path,
-    *options: str,
-    key: str = "",
-    version: str | None = None,
-    dtype: str = "float32",
-    **more: str,
+    model: Path, folder: Path, *options: str, key: str = "", version: str | None = None, dtype: str = "float32"
 ) -> Served:
     """`vllm serve` with estune as its plugin, as a user starts it.
 
@@ -130,7 +123,6 @@ def serve_vllm(
         key: that it asks for.
         version: of estune that it says it has.
         dtype: of its weights.
-        more: of its environment.
     """
     port = free_port()
     path = installed(folder / "installed", version)
@@ -145,7 +137,6 @@ def serve_vllm(
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
         **({"VLLM_API_KEY": key} if key else {}),
-        **more,
     }
     command = ["-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port), "--host", "127.0.0.1"]
     transfer = ["--weight-transfer-config", '{"backend": "estune"}', "--dtype", dtype]

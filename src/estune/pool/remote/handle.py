@@ -98,6 +98,7 @@ class RemoteHandle:
         self._reader = reader
         self._deadlines = deadlines
         self._held = False
+        self._ending = threading.Lock()  # the crew's thread and the trainer's may both end it
         self._key = key
         self._client = self._connected()
 
@@ -183,12 +184,12 @@ class RemoteHandle:
     def end(self) -> None:
         """As `Handle.end`: drop what is under way, and leave the server to others."""
         self._client.close()
-        if self._held:
-            self._held = False
-            self._client = self._connected()
-            with suppress(Exception):  # it may be gone
-                self._post("release", [], RELEASE_SECONDS)
-            self._client.close()
+        with self._ending:
+            if self._held:
+                self._held = False
+                # It may be gone.
+                with suppress(Lost, StaleWeights, EstuneError), self._connected() as client:
+                    self._post("release", [], RELEASE_SECONDS, client)
 
     def _connected(self) -> httpx.Client:
         return httpx.Client(
@@ -197,7 +198,7 @@ class RemoteHandle:
             timeout=httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
         )
 
-    def _post(self, kind: str, arguments: Sequence[Any], limit: float) -> Any:
+    def _post(self, kind: str, arguments: Sequence[Any], limit: float, client: httpx.Client | None = None) -> Any:
         """Make a call, and return its result.
 
         Raises:
@@ -211,7 +212,7 @@ class RemoteHandle:
             ARGUMENTS[kind].dump_json(tuple(arguments)),
         )
         try:
-            with self._client.stream("POST", f"{PATH}/{kind}", content=body) as answer:
+            with (client or self._client).stream("POST", f"{PATH}/{kind}", content=body) as answer:
                 if answer.status_code != 200:
                     answer.read()
                     if answer.status_code >= 500:

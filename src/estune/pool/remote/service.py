@@ -114,7 +114,8 @@ class Service:
                 log.exception("%s failed", kind)
                 raise Failed("failed", first_line(error)) from error
             finally:
-                self._called = time.monotonic()
+                if self._terms is not None and self._terms.lease == lease:
+                    self._called = time.monotonic()
                 self._settle()
 
     def _open(self, terms: Terms) -> Opened:
@@ -169,7 +170,7 @@ def add_routes(app: Any, service: Callable[[Any], Service]) -> None:
         app: of Starlette or FastAPI.
         service: finds the service that a request is for.
     """
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
 
     async def greet(request: Request) -> Response:
@@ -181,6 +182,8 @@ def add_routes(app: Any, service: Callable[[Any], Service]) -> None:
             said = json.loads(await request.body())
             lease = str(said["lease"])
             arguments = ARGUMENTS[kind].validate_python(said["arguments"])
+        except ClientDisconnect:
+            return Response(status_code=400)  # which nobody reads
         except (ValueError, KeyError, TypeError) as error:
             return JSONResponse({"failure": "failed", "why": first_line(error)}, 400)
         return StreamingResponse(_lines(service(request), kind, lease, arguments), media_type="application/x-ndjson")
