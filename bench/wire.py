@@ -2,7 +2,7 @@
 
 It emulates what a connection sees of such a path. A round trip takes `delay` more, half of it each way, in order. A
 lost packet makes what follows wait until it would have been sent again: 200 ms or the round trip, whichever is more.
-Each 1,448 bytes are a packet. It has no limit to its rate, and no window that a loss would close: what TCP does beyond one
+Each 1,448 bytes are a packet. Its rate has no limit, and no window closes after a loss: what TCP does beyond one
 retransmission is not in it.
 """
 

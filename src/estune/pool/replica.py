@@ -92,9 +92,12 @@ class Trained(Generator):
         """
         done, path = checkpoint if checkpoint is not None and checkpoint[1].is_dir() else (0, self.checkpoint.path)
         self.load(path)
-        rest = updates[done:]
-        Steps(self.weights.rule, rest).retrace(self.weights.perturb, lambda number: self._add(rest[number]))
+        self.advance(updates[done:])
         return self.weights.fingerprint()
+
+    def advance(self, updates: Sequence[Update]) -> None:
+        """Make these further updates."""
+        Steps(self.weights.rule, updates).retrace(self.weights.perturb, lambda number: self._add(updates[number]))
 
     def save(self, path: Path, dtype: str) -> None:
         """Write the base weights as a checkpoint of this type."""

@@ -12,12 +12,12 @@ import torch
 from estune.completion import Sampling
 from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer
 from estune.engines.vllm.calls import Digest, VllmCalls
-from estune.engines.vllm.server import Server
+from estune.engines.vllm.server import Model, Server
 from estune.weights.checkpoint import locate
 from estune.weights.storage import type_name
 
 # Calls of workers that change what generates. Each is followed by `forget`, or by the end of what was asked.
-CHANGES = {"draw", "open", "perturb", "restore", "apply", "anchor", "load", "show", "shake", "unshake"}
+CHANGES = {"draw", "open", "perturb", "restore", "show", "shake", "unshake"}
 
 
 class ServedEngine(VllmCalls):
@@ -26,14 +26,14 @@ class ServedEngine(VllmCalls):
     What others have under way is waited for before weights change, and what they ask meanwhile waits.
 
     Args:
-        server: vLLM's, from within.
+        server: vLLM's, from within, or a model of this process.
 
     Raises:
         EstuneError: for a model whose files cannot be read.
     """
 
-    def __init__(self, server: Server) -> None:
-        config = server.client.vllm_config
+    def __init__(self, server: Server | Model) -> None:
+        config = server.config
         model = config.model_config
         name = model.model if model.revision is None else f"{model.model}@{model.revision}"
         self.path = Path(locate(name))
@@ -51,7 +51,7 @@ class ServedEngine(VllmCalls):
     @property
     def device(self) -> str:
         """The type of device that weights are on: cpu or cuda."""
-        return torch.device(self._server.client.vllm_config.device_config.device_type).type
+        return torch.device(self._server.config.device_config.device_type).type
 
     def settle(self) -> None:
         """Let others' requests go on that have waited for a change of weights."""

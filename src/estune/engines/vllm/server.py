@@ -72,8 +72,59 @@ def _estune_call(worker: Any, payload: bytes) -> bytes:
     return pickle.dumps(worker.weight_transfer_engine.shard.call(method, *args))
 
 
+class Model:
+    """vLLM's engine that a user has started in this process (`vllm.LLM`), with the backend.
+
+    Args:
+        llm: the engine.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    @property
+    def config(self) -> Any:
+        """vLLM's configuration."""
+        return self._llm.llm_engine.vllm_config
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """As the function `call`."""
+        return [pickle.loads(one) for one in self._llm.collective_rpc("estune_call", args=(_packed(method, args),))]
+
+    def reset_prefix_cache(self) -> bool:
+        """As the function of that name."""
+        return internals.reset_prefix_cache(self._llm)
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """As the function `generate`."""
+        return internals.generate(self._llm, prompt_ids, sampling, end_ids)
+
+    def log_probabilities(self, prompt_ids: Sequence[Sequence[int]], tokens: int) -> list[dict[int, float]]:
+        """As the function of that name."""
+        return internals.log_probabilities(self._llm, prompt_ids, tokens)
+
+    def score(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As the function of that name."""
+        return internals.score(self._llm, rows)
+
+    def pause(self) -> None:
+        """Nobody else asks: whoever has the engine is the one who calls this."""
+
+    def resume(self) -> None:
+        """Nobody waits."""
+
+    def abort(self) -> None:
+        """Nobody goes away."""
+
+
+def _packed(method: str, args: tuple[Any, ...]) -> bytes:
+    return pickle.dumps((method, args))
+
+
 class Server:
-    """vLLM's engine client inside an API server, called from other threads than its event loop's.
+    """As `Model`: vLLM's engine client inside an API server, called from other threads than its event loop's.
 
     Args:
         client: vLLM's (`AsyncLLM`).
@@ -81,19 +132,24 @@ class Server:
     """
 
     def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self.client = client
+        self._client = client
         self._loop = loop
         self._work: Future[Any] | None = None
         self._paused = False
 
+    @property
+    def config(self) -> Any:
+        """vLLM's configuration."""
+        return self._client.vllm_config
+
     def call(self, method: str, *args: Any) -> list[Any]:
         """As the function `call`."""
-        payload = pickle.dumps((method, args))
-        return [pickle.loads(one) for one in self._do(self.client.collective_rpc("estune_call", args=(payload,)))]
+        answers = self._do(self._client.collective_rpc("estune_call", args=(_packed(method, args),)))
+        return [pickle.loads(one) for one in answers]
 
     def reset_prefix_cache(self) -> bool:
         """As the function of that name."""
-        return bool(self._do(self.client.reset_prefix_cache()))
+        return bool(self._do(self._client.reset_prefix_cache()))
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
@@ -113,14 +169,14 @@ class Server:
 
     def pause(self) -> None:
         """Let requests that others have under way come to their ends, and new ones wait until `resume`."""
-        if self.client.output_processor.has_unfinished_requests():
+        if self._client.output_processor.has_unfinished_requests():
             self._paused = True
-            self._do(self.client.pause_generation(mode="wait", clear_cache=False))
+            self._do(self._client.pause_generation(mode="wait", clear_cache=False))
 
     def resume(self) -> None:
         """Let requests that wait since `pause` go on."""
         if self._paused:
-            self._do(self.client.resume_generation())
+            self._do(self._client.resume_generation())
             self._paused = False
 
     def abort(self) -> None:
@@ -136,7 +192,7 @@ class Server:
         async def complete(row: int) -> Any:
             settings[row].output_kind = RequestOutputKind.FINAL_ONLY
             prompt = {"prompt_token_ids": list(prompt_ids[row])}
-            async for found in self.client.generate(prompt, settings[row], f"estune-{name}-{row}"):
+            async for found in self._client.generate(prompt, settings[row], f"estune-{name}-{row}"):
                 last = found
             return last
 

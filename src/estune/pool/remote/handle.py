@@ -73,7 +73,7 @@ class RemoteHandle:
         key: what it asks for, if it does.
         terms: what the run wants of it.
         base: what its description must say of the base model.
-        reader: of its answers.
+        reader: of its answers, if it is to give any.
         deadlines: shared by the workers of a run.
     """
 
@@ -84,7 +84,7 @@ class RemoteHandle:
         key: str | None,
         terms: Terms,
         base: Mapping[str, Any],
-        reader: Reader,
+        reader: Reader | None,
         deadlines: Deadlines,
     ) -> None:
         self.number = number
@@ -127,10 +127,11 @@ class RemoteHandle:
         return self.place
 
     def _wait(self, why: str, until: float) -> None:
-        if self.absent != why:
-            self.absent = why
+        left = until - time.monotonic()
+        if self.absent != why and left > 0:
             log.warning("%s: %s; waiting for it", self, why)
-        time.sleep(max(0.0, until - time.monotonic()))
+        self.absent = why
+        time.sleep(max(0.0, left))
 
     def open(self) -> tuple[Description, int | None]:
         """As `Handle.open`; a run that is gone keeps its servers for half a minute.
@@ -175,8 +176,10 @@ class RemoteHandle:
             found = self._post(kind, said, limit)
         self._deadlines.took(kind, time.monotonic() - began)
         if kind == "generate":
+            assert self._reader is not None
             return self._reader.read(found)
         if kind == "evaluate":
+            assert self._reader is not None
             completions = self._reader.read(found.token_ids)
             return Evaluated(completions, found.perturb_time, found.generate_time, found.updates)
         return found

@@ -38,7 +38,7 @@ class Plugin:
             log.warning("%s answers whoever reaches it: give --api-key where that is not you alone", PATH)
         server = Server(engine_client, asyncio.get_running_loop())
         engine = await asyncio.to_thread(ServedEngine, server)
-        state.estune = Service(engine.name, lambda terms: open_replica(engine, terms), engine.settle, engine.abort)
+        state.estune = service_over(engine)
 
 
 def refuse_unfit(config: Any, args: Namespace) -> None:
@@ -54,6 +54,11 @@ def refuse_unfit(config: Any, args: Namespace) -> None:
     ):
         if wrong:
             raise EstuneError(f"VLLM_PLUGINS names estune, which needs {remedy}: start the server with it")
+
+
+def service_over(engine: ServedEngine) -> Service:
+    """What answers calls by an engine."""
+    return Service(engine.name, lambda terms: open_replica(engine, terms), engine.settle, engine.abort)
 
 
 def open_replica(engine: ServedEngine, terms: Terms) -> Trained:

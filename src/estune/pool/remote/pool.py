@@ -82,10 +82,15 @@ class Servers:
         )
 
 
+def new_lease() -> str:
+    """A name for a run, which nobody guesses."""
+    return secrets.token_hex(16)
+
+
 def terms_of(config: Config) -> Terms:
     """What a run wants of its servers."""
     return Terms(
-        secrets.token_hex(8),
+        new_lease(),
         config.weights,
         config.rounding,
         config.noise,

@@ -15,11 +15,11 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from estune.completion import Sampling
 from estune.errors import EstuneError, first_line
-from estune.es.strategy import Member
+from estune.es.strategy import Member, Update
 from estune.pool.base import Description
 from estune.pool.remote.wire import (
     ARGUMENTS,
@@ -34,6 +34,7 @@ from estune.pool.remote.wire import (
     Greeting,
     Ids,
     Opened,
+    Swapped,
     Terms,
 )
 from estune.pool.replica import Trained
@@ -78,14 +79,16 @@ class Service:
         self._free = True  # nobody has it
         self._called = 0.0  # when the last call ended
         self._prompts: dict[str, Ids] = {}
+        self._served: list[Update] | None = None  # that the base has had, if a swap has brought it there
         self._calls: dict[str, Callable[..., Any]] = {
             "open": self._open,
             "prompts": self._keep,
             "evaluate": self._evaluate,
             "generate": self._generate,
             "compare": self._compare,
-            "apply": self._worker.apply,
-            "rebuild": lambda updates: self._worker.rebuild(updates, None),
+            "apply": self._apply,
+            "rebuild": self._rebuild,
+            "swap": self._swap,
             "release": self._release,
         }
 
@@ -130,6 +133,7 @@ class Service:
             self._worker.replica = self._make(terms)
             self._description = self._worker.replica.describe()
             self._worker.done = 0
+            self._served = []
         self._terms = terms
         self._free = False
         assert self._description is not None
@@ -150,6 +154,49 @@ class Service:
         if name not in self._prompts:
             raise Failed("unknown prompts", name)
         return self._prompts[name]
+
+    def _apply(self, done: int, update: Update) -> str:
+        self._served = None
+        return self._worker.apply(done, update)
+
+    def _rebuild(self, updates: list[Update]) -> str:
+        self._served = None
+        return self._worker.rebuild(updates, None)
+
+    def _swap(self, updates: list[Update], fingerprint: str, keep: int) -> Swapped:
+        """Serve what these updates lead to, while until the end what was served before goes on.
+
+        Args:
+            updates: all that the base model is to have had.
+            fingerprint: what they lead to.
+            keep: bases that may be kept in memory, for who comes back to them.
+        """
+        began = time.perf_counter()
+        replica = self._worker.replica
+        weights = replica.weights
+        before = self._served
+        self._served = None
+        self._worker.done = -1  # a run that comes makes its own
+        if keep and before is not None:
+            weights.keep(weights.fingerprint(), keep)
+        how: Literal["kept", "advanced", "rebuilt"] = "kept"
+        made = 0
+        if not (weights.bring(fingerprint) and weights.fingerprint() == fingerprint):
+            done = -1 if before is None or updates[: len(before)] != before else len(before)
+            if done >= 0:
+                how = "advanced"
+                made = len(updates) - done
+                replica.advance(updates[done:])
+            if done < 0 or weights.fingerprint() != fingerprint:
+                how = "rebuilt"
+                made = len(updates)
+                replica.rebuild(updates)
+        found = weights.fingerprint()
+        if found != fingerprint:
+            raise EstuneError(f"the run's updates give fingerprint {found} here, its journal says {fingerprint}")
+        self._served = updates
+        self._release()
+        return Swapped(found, how, made, time.perf_counter() - began)
 
     def _evaluate(self, done: int, member: Member, sigma: float, prompts: str, sampling: Sampling) -> Answers:
         found = self._worker.evaluate(done, member, sigma, self._named(prompts), sampling)

@@ -77,6 +77,23 @@ class Answers:
     updates: int
 
 
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """A swap that was made.
+
+    Attributes:
+        fingerprint: of the weights that are served now.
+        how: "kept", if they were still there; "advanced" from those before, by `updates` more; else "rebuilt".
+        updates: that were made for it.
+        seconds: that it took in the server.
+    """
+
+    fingerprint: str
+    how: Literal["kept", "advanced", "rebuilt"]
+    updates: int
+    seconds: float
+
+
 Ids = list[list[int]]
 ARGUMENTS: dict[str, TypeAdapter[Any]] = {
     "open": TypeAdapter(tuple[Terms]),
@@ -86,7 +103,7 @@ ARGUMENTS: dict[str, TypeAdapter[Any]] = {
     "compare": TypeAdapter(tuple[int, str, Ids]),
     "apply": TypeAdapter(tuple[int, Update]),
     "rebuild": TypeAdapter(tuple[list[Update]]),
-    "swap": TypeAdapter(tuple[Terms, str, list[Update], str]),
+    "swap": TypeAdapter(tuple[list[Update], str, int]),
     "release": TypeAdapter(tuple[()]),
 }
 """The calls there are, with what they take."""
@@ -98,7 +115,7 @@ RESULTS: dict[str, TypeAdapter[Any]] = {
     "compare": TypeAdapter(dict[str, float]),
     "apply": TypeAdapter(str),
     "rebuild": TypeAdapter(str),
-    "swap": TypeAdapter(str),
+    "swap": TypeAdapter(Swapped),
     "release": TypeAdapter(None),
 }
 GREETING = TypeAdapter(Greeting)
