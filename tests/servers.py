@@ -21,7 +21,7 @@ PATH = "/v1/estune"
 # What a vLLM of tests is told: quick to start, and exact.
 QUICK = (
     *("--enforce-eager", "--block-size", "32", "--max-num-seqs", "256", "--kv-cache-memory-bytes", "400000000"),
-    *("--disable-uvicorn-access-log", "--max-model-len", "512"),
+    "--disable-uvicorn-access-log",
 )
 
 
@@ -130,6 +130,7 @@ def serve_vllm(
     environment = {
         "PYTHONPATH": f"{path}:{ROOT / 'src'}",
         "VLLM_PLUGINS": "estune",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # as vLLM has it by itself; tests have set it for engines of their own
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

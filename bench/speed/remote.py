@@ -51,7 +51,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     common = {"model": str(model), "engine": "vllm", "dtype": args.dtype, "vllm_max_model_length": 512}
     config = Config(**common, max_new_tokens=args.new_tokens, population=max(2, args.members))
     folder = Path(tempfile.mkdtemp())
-    server = serve_vllm(model, folder, dtype=args.dtype)
+    server = serve_vllm(model, folder, "--max-model-len", "512", dtype=args.dtype)
     assert length <= 512
     pools: dict[str, CrewPool] = {}
     try:
