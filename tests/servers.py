@@ -12,7 +12,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,21 @@ class Served:
         environment: what it has beside ours.
         port: that it listens at.
         log: file of what it says.
+        host: whose address it listens at.
+        within: what it is started by, as in another network namespace.
     """
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], port: int, log: Path) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        port: int,
+        log: Path,
+        host: str = "127.0.0.1",
+        within: Sequence[str] = (),
+    ) -> None:
+        self.url = f"http://{host}:{port}"
+        self._within = within
         self.log = log
         self._command = command
         self._environment = {**os.environ, **environment}
@@ -77,7 +88,7 @@ class Served:
     def _start(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, *self._command],
+                [*self._within, sys.executable, *self._command],
                 env=self._environment,
                 stdout=log,
                 stderr=log,
@@ -112,7 +123,13 @@ class Served:
 
 
 def serve_vllm(
-    model: Path, folder: Path, *options: str, key: str = "", version: str | None = None, dtype: str = "float32"
+    model: Path,
+    folder: Path,
+    *options: str,
+    key: str = "",
+    dtype: str = "float32",
+    host: str = "127.0.0.1",
+    within: Sequence[str] = (),
 ) -> Served:
     """`vllm serve` with estune as its plugin, as a user starts it.
 
@@ -121,11 +138,11 @@ def serve_vllm(
         folder: for its log and what stands for an installation.
         options: more of vLLM's.
         key: that it asks for.
-        version: of estune that it says it has.
         dtype: of its weights.
+        host, within: as for `Served`.
     """
     port = free_port()
-    path = installed(folder / "installed", version)
+    path = installed(folder / "installed")
     _named_vllm(path)
     environment = {
         "PYTHONPATH": f"{path}:{ROOT / 'src'}",
@@ -139,9 +156,10 @@ def serve_vllm(
         "OMP_NUM_THREADS": "1",
         **({"VLLM_API_KEY": key} if key else {}),
     }
-    command = ["-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port), "--host", "127.0.0.1"]
+    command = ["-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port), "--host", host]
     transfer = ["--weight-transfer-config", '{"backend": "estune"}', "--dtype", dtype]
-    return Served([*command, *transfer, *QUICK, *options], environment, port, folder / f"server-{port}.log")
+    log = folder / f"server-{port}.log"
+    return Served([*command, *transfer, *QUICK, *options], environment, port, log, host, within)
 
 
 def serve_replica(model: Path, folder: Path, key: str = "", version: str | None = None) -> Served:

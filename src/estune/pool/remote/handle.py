@@ -128,7 +128,7 @@ class RemoteHandle:
 
     def _wait(self, why: str, until: float) -> None:
         left = until - time.monotonic()
-        if self.absent != why and left > 0:
+        if not self.absent and left > 0:
             log.warning("%s: %s; waiting for it", self, why)
         self.absent = why
         time.sleep(max(0.0, left))
