@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
@@ -15,13 +15,10 @@ from estune.pool.remote.pool import new_lease
 from estune.pool.remote.wire import Swapped, Terms
 from estune.pool.worker import software
 
-if TYPE_CHECKING:
-    from vllm import LLM
-
 KEPT = 2
 
 
-def swap(server: str | LLM, run: str | Path, step: int | None = None, *, keep: int = KEPT) -> Swapped:
+def swap(server: Any, run: str | Path, step: int | None = None, *, keep: int = KEPT) -> Swapped:
     """Make a server serve a run's weights after some step.
 
     What it served before goes on until the new weights are there; requests under way then come to their ends, and those
