@@ -3,9 +3,9 @@
     sudo python -m bench.faults.far_hosts [--steps 6] [--members 8] [--prompts 100] [--delay 0.2] [--loss 0.01]
 
 In an environment that has vLLM; Linux, as root. The hosts are network namespaces of this machine, joined by a virtual
-cable: on one the run and a server of its own, on the other a server alone. Where the kernel has no `netem`, as here, the
-ocean is a proxy of ours at the near end of the cable (`bench/wire.py`): every round trip is longer by `delay`, and lost
-packets make what follows them wait until they would have been sent again.
+cable: on one the run and a server of its own, on the other a server alone. Not every kernel has `netem`, so the ocean is
+a proxy of ours at the near end of the cable (`bench/wire.py`): every round trip is longer by `delay`, and lost packets
+make what follows them wait until they would have been sent again.
 
 Three runs: without the ocean, with it, and with the far server killed (SIGKILL) and started again in the middle. All
 three must have the same journal as one process of the transformers engine would write.
@@ -34,6 +34,7 @@ from tests.servers import Served, serve_vllm
 
 from estune.config import Config
 from estune.journal.journal import Journal
+from estune.pool.remote.handle import RemoteHandle
 from estune.run.monitors.base import Monitor
 from estune.run.trainer import Trainer
 from estune.weights.checkpoint import locate
@@ -74,8 +75,22 @@ class Watch(Monitor):
             threading.Timer(0.5, self._kill.touch).start()
 
     def on_step_end(self, metrics: Any, sample: Any) -> None:
-        times = {key: metrics[key] for key in ("step_time", "time/perturb", "time/generate", "num_tokens")}
+        times = {key: metrics[key] for key in ("step_time", "num_tokens")}
         self.steps.append({**times, "bytes": bytes_here() - self._before})
+
+
+def time_calls(url: str, calls: list[tuple[float, float]]) -> None:
+    """Note of each member at a server the seconds that it took here, and those that the server was at work for it."""
+    call = RemoteHandle.call
+
+    def timed(self: RemoteHandle, kind: str, *arguments: Any, **more: Any) -> Any:
+        began = time.perf_counter()
+        found = call(self, kind, *arguments, **more)
+        if kind == "evaluate" and self.url == url:
+            calls.append((time.perf_counter() - began, found.perturb_time + found.generate_time))
+        return found
+
+    RemoteHandle.call = timed  # type: ignore[method-assign]
 
 
 def bytes_here() -> int:
@@ -93,18 +108,22 @@ def drive(args: argparse.Namespace) -> None:
         watch = Watch(args.kill, args.steps // 2)
         trainer = Trainer(config(args, args.drive, workers_at=[near, proxy.url]), monitors=[watch])
         trainer.pool.wait_for_workers(SECONDS)  # type: ignore[attr-defined]
+        time_calls(proxy.url, calls := [])
         trainer.train()
-        print(json.dumps({"steps": watch.steps, "lost": proxy.stalls, "stalled": proxy.stalled}))
+        print(json.dumps({"steps": watch.steps, "calls": calls, "lost": proxy.stalls, "stalled": proxy.stalled}))
 
 
 def told(args: argparse.Namespace, found: dict[str, Any]) -> dict[str, float]:
     """A run's figures, its first step aside, in which prompts and updates meet servers that are new to them."""
     steps = found["steps"][1:]
     seconds = sum(step["step_time"] for step in steps)
-    work = sum(step["time/perturb"] + step["time/generate"] for step in steps)
+    whole, work = (sum(column) for column in zip(*found["calls"], strict=True))
     return {
         "seconds a step": seconds / len(steps),
-        "share of the two servers' time without work": 1 - work / (2 * seconds),
+        "members at the far server": len(found["calls"]),
+        "seconds a member there": whole / len(found["calls"]),
+        "of these on the way": (whole - work) / len(found["calls"]),
+        "share of the far server's time lost on the way": 1 - work / whole,
         "bytes a step on the cable": sum(step["bytes"] for step in steps) / len(steps),
         "packets lost": found["lost"],
         "seconds stalled": found["stalled"],
@@ -166,7 +185,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--members", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--delay", type=float, default=0.2, help="seconds of a round trip")
     parser.add_argument("--loss", type=float, default=0.01, help="share of packets")
     for hidden, kind in (("drive", Path), ("ocean", str), ("kill", Path)):

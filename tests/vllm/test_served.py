@@ -140,5 +140,18 @@ def test_an_engine_of_this_process_is_swapped_too(tiny: Path, ours: Path, tmp_pa
         assert found() == expected(tmp_path / "replayed") != before
         assert estune.swap(llm, ours, 0).how == "kept"
         assert found() == before
+
+        def send(seeds: dict[str, Any]) -> list[int]:
+            """By vLLM's own calls for weight transfer."""
+            llm.collective_rpc("start_weight_update")
+            llm.collective_rpc("update_weights", kwargs={"update_info": seeds})
+            llm.collective_rpc("finish_weight_update")
+            llm.reset_prefix_cache()
+            return found()
+
+        assert send({"seed": 5, "sigma": 0.05}) != before
+        assert send({}) == before
+        assert send({"pairs": [[5, 0.05]]}) != before
+        assert send({"pairs": [[5, -0.05]]}) == before  # but for rounding of the float32 base
     finally:
         llm.llm_engine.engine_core.shutdown()

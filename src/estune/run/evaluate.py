@@ -77,7 +77,10 @@ def evaluate_model(
     else:
         check_name(model)
     task = task or config.task.build(config.seed)
-    config = config.model_copy(update={"model": str(checkpoint or find_checkpoint(model)), "workers": None})
+    here: dict[str, Any] = {"workers": None}
+    if config.workers_at:  # they have the base model, and vLLM, which need not be here
+        here |= {"workers_at": [], "engine": "auto", "vllm_max_model_length": None}
+    config = config.model_copy(update={"model": str(checkpoint or find_checkpoint(model)), **here})
     config = with_resources_to_generate(config)
     refuse_unreachable(task, config)
     for remark in of_evaluation(config):
