@@ -3,7 +3,7 @@
     sudo python -m bench.faults.far_hosts [--steps 6] [--members 8] [--prompts 100] [--delay 0.2] [--loss 0.01]
 
 In an environment that has vLLM; Linux, as root. The hosts are network namespaces of this machine, joined by a virtual
-cable: on one the run and a server of its own, on the other a server alone. Not every kernel has `netem`, so the ocean is
+cable: on one the run and a server of its own, on the other a server alone. Not every kernel has `netem`: the ocean is
 a proxy of ours at the near end of the cable (`bench/wire.py`): every round trip is longer by `delay`, and lost packets
 make what follows them wait until they would have been sent again.
 

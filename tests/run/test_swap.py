@@ -40,6 +40,13 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    Trainer(make_config(folder, model, steps=6), task=make_task(), monitors=[]).train()
+    return folder
+
+
+@pytest.fixture(scope="module")
 def other(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another run, of other settings, anchored to the base model."""
     folder = tmp_path_factory.mktemp("other") / "run"
@@ -48,9 +55,9 @@ def other(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_any_step_of_any_run_there_and_back(server: Served, undisturbed: Path, other: Path) -> None:
-    steps = Journal.read(undisturbed).steps
-    found = [estune.swap(server.url + "/v1", undisturbed, step) for step in (3, 6, 3, 0)]
+def test_any_step_of_any_run_there_and_back(server: Served, run: Path, other: Path) -> None:
+    steps = Journal.read(run).steps
+    found = [estune.swap(server.url + "/v1", run, step) for step in (3, 6, 3, 0)]
     assert [(each.how, each.updates) for each in found] == [
         ("advanced", 3),
         ("advanced", 3),
@@ -60,10 +67,10 @@ def test_any_step_of_any_run_there_and_back(server: Served, undisturbed: Path, o
     expected = [steps[2].fingerprint, steps[5].fingerprint, steps[2].fingerprint]
     assert [each.fingerprint for each in found[:3]] == expected
     assert estune.swap(server.url, other).fingerprint == Journal.read(other).fingerprint()
-    assert estune.swap(server.url, undisturbed, 6, keep=0).fingerprint == steps[5].fingerprint
+    assert estune.swap(server.url, run, 6, keep=0).fingerprint == steps[5].fingerprint
 
 
-def test_what_is_served_is_the_checkpoint_of_that_step(model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_what_is_served_is_the_checkpoint_of_that_step(model: Path, run: Path, tmp_path: Path) -> None:
     config = Config(model=str(model), device="cpu", threads=1, dtype="float32")
     replicas: list[Replica] = []
 
@@ -73,11 +80,11 @@ def test_what_is_served_is_the_checkpoint_of_that_step(model: Path, undisturbed:
 
     service = Service("tests", make)
     terms = Terms("lease", "master", "nearest", "iid", "*")
-    journal = Journal.read(undisturbed, 4)
+    journal = Journal.read(run, 4)
     asked = [record.update for record in journal.history], journal.fingerprint(), 2
     service.run("open", "lease", (terms,))
     service.run("swap", "lease", asked)
-    replay(undisturbed, tmp_path / "replayed", 4)
+    replay(run, tmp_path / "replayed", 4)
     expected = Replica(config.model_copy(update={"model": str(tmp_path / "replayed")}))
     sampling = Sampling(12)
     assert replicas[0].complete(PROMPTS, sampling) == expected.complete(PROMPTS, sampling)
@@ -87,13 +94,13 @@ def test_what_is_served_is_the_checkpoint_of_that_step(model: Path, undisturbed:
 
 
 def test_what_cannot_be_swapped_is_said_in_a_line(
-    server: Served, model: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Served, model: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(EstuneError, match=rf"{url}: no answer .*refused.*: start it, or mend the address"):
-        estune.swap(url, undisturbed)
+        estune.swap(url, run)
     with pytest.raises(EstuneError, match="6 steps"):
-        estune.swap(server.url, undisturbed, 7)
+        estune.swap(server.url, run, 7)
     elsewhere = tmp_path / "elsewhere"
     base = save_model(tmp_path / "another", "qwen2", vocab_size=331)
     Trainer(make_config(elsewhere, base, steps=1), task=make_task(), monitors=[]).train()
@@ -101,4 +108,4 @@ def test_what_cannot_be_swapped_is_said_in_a_line(
         estune.swap(server.url, elsewhere)
     monkeypatch.delenv(KEY)
     with pytest.raises(EstuneError, match="it refuses the key"):
-        estune.swap(server.url, undisturbed)
+        estune.swap(server.url, run)

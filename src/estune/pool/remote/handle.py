@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 4 * HEARTBEAT  # without a sign of life
 GREET_SECONDS = 20.0
 RELEASE_SECONDS = 3.0
+KEPT_SECONDS = 4.0  # that a connection is kept without a call: vLLM closes one after 5
 SPARE_SECONDS = 15.0  # beyond a lease that has to end
 _PROMPTS = {"evaluate": 3, "generate": 1, "compare": 1}  # the argument of a call that is prompts
 
@@ -199,6 +200,7 @@ class RemoteHandle:
             base_url=self.url,
             headers={"authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(keepalive_expiry=KEPT_SECONDS),
         )
 
     def _post(self, kind: str, arguments: Sequence[Any], limit: float, client: httpx.Client | None = None) -> Any:
@@ -214,16 +216,16 @@ class RemoteHandle:
             self._terms.lease.encode(),
             ARGUMENTS[kind].dump_json(tuple(arguments)),
         )
+        client = client or self._client
         try:
-            with (client or self._client).stream("POST", f"{PATH}/{kind}", content=body) as answer:
-                if answer.status_code != 200:
-                    answer.read()
-                    if answer.status_code >= 500:
-                        raise Lost(f"it answered {answer.status_code}")
-                    raise EstuneError(f"{self.url}: {_refusal(answer.status_code)}")
-                line = _last_line(answer.iter_lines(), until, limit)
+            try:
+                line = self._line(client, kind, body, until)
+            except httpx.RemoteProtocolError:  # a connection that the server had given up; each call may be repeated
+                line = self._line(client, kind, body, until)
         except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:
             raise Lost(f"the connection broke off ({first_line(error)})") from error
+        if line is None:
+            raise Lost(f"no answer for {limit:.0f} s (worker_timeout)")
         said = json.loads(line)
         why = str(said.get("why"))
         match said.get("failure"):
@@ -233,11 +235,27 @@ class RemoteHandle:
                 raise EstuneError(f"{self.url}: {why}")
             case "stale":
                 raise StaleWeights
+            case "gone":
+                raise Lost(why)
             case "taken":
                 raise _Taken(why)
             case "unknown prompts":
                 raise _UnknownPrompts
         raise EstuneError(f"{self.url}: {kind} failed there ({why}); its log says more")
+
+    def _line(self, client: httpx.Client, kind: str, body: bytes, until: float) -> str | None:
+        """The line with the answer; None if it is not there in time. Empty lines are signs of life."""
+        with client.stream("POST", f"{PATH}/{kind}", content=body) as answer:
+            if answer.status_code >= 500:
+                raise Lost(f"it answered {answer.status_code}")
+            if answer.status_code != 200:
+                raise EstuneError(f"{self.url}: {_refusal(answer.status_code)}")
+            for line in answer.iter_lines():
+                if line.strip():
+                    return line
+                if time.monotonic() > until:
+                    return None
+        raise Lost("the connection broke off")
 
 
 def named(prompt_ids: Sequence[Sequence[int]]) -> Named:
@@ -251,15 +269,6 @@ class _Taken(Exception):
 
 class _UnknownPrompts(Exception):
     pass
-
-
-def _last_line(lines: Iterator[str], until: float, limit: float) -> str:
-    for line in lines:
-        if line.strip():
-            return line
-        if time.monotonic() > until:
-            raise Lost(f"no answer for {limit:.0f} s (worker_timeout)")
-    raise Lost("the connection broke off")
 
 
 def _refusal(status: int) -> str:

@@ -105,7 +105,7 @@ class Service:
         with self._one_at_a_time:
             try:
                 if kind != "open" and (self._terms is None or self._terms.lease != lease):
-                    raise Failed("stale", "another run has had the server since")
+                    raise Failed("gone", "it was started anew, or another run has had it since")
                 return self._calls[kind](*arguments)
             except StaleWeights as error:
                 raise Failed("stale", "its weights have had other updates") from error

@@ -119,7 +119,7 @@ RESULTS: dict[str, TypeAdapter[Any]] = {
     "release": TypeAdapter(None),
 }
 GREETING = TypeAdapter(Greeting)
-Failure = Literal["refused", "stale", "taken", "unknown prompts", "failed"]
+Failure = Literal["refused", "stale", "gone", "taken", "unknown prompts", "failed"]
 
 
 def name_of(prompt_ids: Sequence[Sequence[int]]) -> str:
