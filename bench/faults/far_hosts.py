@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.common import machine, options, rounded, settings, write_result
+from bench.common import options, rounded, settings, write_result
 from bench.faults.two_hosts import ADDRESSES, HERE, THERE, join, part
 from bench.wire import Proxy
 from tests.runs import substance
@@ -196,7 +196,7 @@ def main() -> None:
         drive(args)
         return
     shown = {name: value for name, value in settings(args).items() if name not in ("drive", "ocean", "kill", "urls")}
-    write_result("far_hosts", {"settings": shown, "machine": machine(), **rounded(measure(args))}, args.results)
+    write_result("far_hosts", {"settings": shown, **rounded(measure(args))}, args.results)
 
 
 if __name__ == "__main__":

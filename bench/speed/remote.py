@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.common import in_turns, machine, options, rounded, settings, write_result
+from bench.common import in_turns, options, rounded, settings, write_result
 from bench.models import countdown_prompts
 from bench.wire import Proxy
 from tests.servers import serve_vllm
@@ -112,7 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     name = "remote" if args.model == "tiny" else f"remote-{Path(args.model).name}"
-    write_result(name, {"settings": settings(args), "machine": machine(), **rounded(measure(args))}, args.results)
+    write_result(name, {"settings": settings(args), **rounded(measure(args))}, args.results)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.common import machine, options, rounded, settings, write_result
+from bench.common import options, rounded, settings, write_result
 from tests.servers import serve_vllm
 
 from estune.es.strategy import Member, Update
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    write_result("swap", {"settings": settings(args), "machine": machine(), **rounded(measure(args))}, args.results)
+    write_result("swap", {"settings": settings(args), **rounded(measure(args))}, args.results)
 
 
 if __name__ == "__main__":

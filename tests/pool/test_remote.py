@@ -29,6 +29,8 @@ from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.local import LocalPool
 from estune.pool.remote.handle import KEY, RemoteHandle
 from estune.pool.remote.pool import RemotePool, Servers
+from estune.pool.remote.service import Asked, Failed, Service
+from estune.pool.remote.wire import Terms
 from estune.pool.replica import Replica
 from estune.pool.worker import StaleWeights
 from estune.run.trainer import Trainer
@@ -301,3 +303,21 @@ def test_ctrl_c_twice_loses_the_step_in_hand_alone(
     process.communicate(timeout=60)
     Trainer.resume(run, task=make_task(slow_variety), monitors=[]).train()
     assert_same_run(run, undisturbed)
+
+
+def test_who_goes_away_ends_his_own_call_alone(model: Path) -> None:
+    aborted: list[str] = []
+    mine, anothers = Asked(), Asked()
+
+    def make(terms: Terms) -> Replica:
+        service.drop(anothers)  # who waits for his turn
+        assert not aborted
+        service.drop(mine)
+        return Replica(make_config(Path("unused"), model, threads=1, device="cpu"))
+
+    service = Service("tests", make, abort=lambda: aborted.append("aborted"))
+    service.run("open", "lease", (Terms("lease", "master", "nearest", "iid", "*"),), mine)
+    assert aborted == ["aborted"]
+    with pytest.raises(Failed, match="nobody waits for it any more"):
+        service.run("release", "lease", (), anothers)
+    service.run("release", "lease", (), Asked())

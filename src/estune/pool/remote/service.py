@@ -14,7 +14,7 @@ import platform
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from estune.completion import Sampling
@@ -51,6 +51,13 @@ class Failed(Exception):
         self.kind = kind
 
 
+@dataclass(eq=False)
+class Asked:
+    """A call that somebody waits for, until it is dropped."""
+
+    dropped: bool = False
+
+
 class Service:
     """A worker that its run's process does not own, and which outlives the run.
 
@@ -71,7 +78,8 @@ class Service:
         self._model = model
         self._make = make
         self._settle = settle
-        self.abort = abort
+        self._abort = abort
+        self._asked: Asked | None = None  # what is at work
         self._one_at_a_time = threading.Lock()
         self._worker = Worker()
         self._terms: Terms | None = None
@@ -96,14 +104,17 @@ class Service:
         """What it says of itself."""
         return Greeting(self._model, platform.node(), os.getpid(), software())
 
-    def run(self, kind: str, lease: str, arguments: Any) -> Any:
-        """Do a call.
+    def run(self, kind: str, lease: str, arguments: Any, asked: Asked | None = None) -> Any:
+        """Do a call, once those before it are done.
 
         Raises:
             Failed: it cannot be done.
         """
         with self._one_at_a_time:
             try:
+                self._asked = asked
+                if asked is not None and asked.dropped:
+                    raise Failed("gone", "nobody waits for it any more")
                 if kind != "open" and (self._terms is None or self._terms.lease != lease):
                     raise Failed("gone", "it was started anew, or another run has had it since")
                 return self._calls[kind](*arguments)
@@ -120,6 +131,12 @@ class Service:
                 if self._terms is not None and self._terms.lease == lease:
                     self._called = time.monotonic()
                 self._settle()
+
+    def drop(self, asked: Asked) -> None:
+        """End a call for which nobody waits any more, or do not begin it."""
+        asked.dropped = True
+        if self._asked is asked:
+            self._abort()
 
     def _open(self, terms: Terms) -> Opened:
         """Let a run have the server, and make the replica that it wants, unless there is one like it."""
@@ -241,7 +258,8 @@ def add_routes(app: Any, service: Callable[[Any], Service]) -> None:
 
 async def _lines(service: Service, kind: str, lease: str, arguments: Any) -> AsyncIterator[bytes]:
     """The answer to a call, with a sign of life now and then until it is there."""
-    task = asyncio.ensure_future(asyncio.to_thread(service.run, kind, lease, arguments))
+    asked = Asked()
+    task = asyncio.ensure_future(asyncio.to_thread(service.run, kind, lease, arguments, asked))
     try:
         while not (await asyncio.wait({task}, timeout=HEARTBEAT))[0]:
             yield b"\n"
@@ -251,4 +269,4 @@ async def _lines(service: Service, kind: str, lease: str, arguments: Any) -> Asy
             yield json.dumps({"failure": failed.kind, "why": str(failed)}).encode() + b"\n"
     finally:
         if not task.done():  # who asked has gone
-            service.abort()
+            service.drop(asked)
