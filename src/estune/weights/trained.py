@@ -77,7 +77,7 @@ class TrainedWeights(Protocol):
         ...
 
     def keep(self, name: str, most: int) -> None:
-        """Keep a copy of the base in host memory under a name, and at most so many of them, the latest."""
+        """Keep a copy of the base in host memory under a name that no other base has; so many at most, the latest."""
         ...
 
     def bring(self, name: str) -> bool:

@@ -213,13 +213,13 @@ class Weights:
         self._watch()
 
     def keep(self, name: str, most: int) -> None:
-        """Keep a copy of the base in host memory under a name, and at most so many of them, the latest."""
+        """Keep a copy of the base in host memory under a name that no other base has; so many at most, the latest."""
         self._settle()
-        self._kept.pop(name, None)
+        copy = self._kept.pop(name, None)
         while self._kept and len(self._kept) >= most:
             del self._kept[next(iter(self._kept))]
         if most > 0:
-            self._kept[name] = [base.to("cpu", copy=True) for base in self._base]
+            self._kept[name] = copy or [base.to("cpu", copy=True) for base in self._base]
 
     def bring(self, name: str) -> bool:
         """Make the copy of this name the base; return whether there is one."""

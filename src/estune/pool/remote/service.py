@@ -87,7 +87,7 @@ class Service:
         self._free = True  # nobody has it
         self._called = 0.0  # when the last call ended
         self._prompts: dict[str, Ids] = {}
-        self._served: list[Update] | None = None  # that the base has had, if a swap has brought it there
+        self._served: tuple[list[Update], str] | None = None  # updates and fingerprint of a base that a swap has made
         self._calls: dict[str, Callable[..., Any]] = {
             "open": self._open,
             "prompts": self._keep,
@@ -150,7 +150,7 @@ class Service:
             self._worker.replica = self._make(terms)
             self._description = self._worker.replica.describe()
             self._worker.done = 0
-            self._served = []
+            self._served = [], self._description.fingerprint
         self._terms = terms
         self._free = False
         assert self._description is not None
@@ -194,24 +194,23 @@ class Service:
         before = self._served
         self._served = None
         self._worker.done = -1  # a run that comes makes its own
-        if keep and before is not None:
-            weights.keep(weights.fingerprint(), keep)
+        if before is not None:
+            weights.keep(before[1], keep)
         how: Literal["kept", "advanced", "rebuilt"] = "kept"
+        found = weights.fingerprint() if weights.bring(fingerprint) else ""
         made = 0
-        if not (weights.bring(fingerprint) and weights.fingerprint() == fingerprint):
-            done = -1 if before is None or updates[: len(before)] != before else len(before)
-            if done >= 0:
-                how = "advanced"
-                made = len(updates) - done
-                replica.advance(updates[done:])
-            if done < 0 or weights.fingerprint() != fingerprint:
-                how = "rebuilt"
-                made = len(updates)
-                replica.rebuild(updates)
-        found = weights.fingerprint()
+        if not found and before is not None and updates[: len(before[0])] == before[0]:
+            how = "advanced"
+            made = len(updates) - len(before[0])
+            replica.advance(updates[len(before[0]) :])
+            found = weights.fingerprint()
+        if found != fingerprint:
+            how = "rebuilt"
+            made = len(updates)
+            found = replica.rebuild(updates)
         if found != fingerprint:
             raise EstuneError(f"the run's updates give fingerprint {found} here, its journal says {fingerprint}")
-        self._served = updates
+        self._served = updates, found
         self._release()
         return Swapped(found, how, made, time.perf_counter() - began)
 
