@@ -17,7 +17,7 @@ from estune.run.trainer import Trainer
 from tests.runs import make_config, make_task, slow_variety
 
 if TYPE_CHECKING:  # every test comes by here: warm processes are without Ray, and it may not be installed
-    from estune.pool.ray.handle import Handle
+    from estune.pool.ray.handle import RayHandle
 
 CPUS = 5
 
@@ -65,17 +65,17 @@ def with_workers(folder: Path, model: Path, workers: int, **changes: Any) -> Tra
     return Trainer(config, task=make_task(slow_variety), monitors=[])
 
 
-def on_call(monkeypatch: pytest.MonkeyPatch, before: Callable[[Handle, str], None]) -> None:
+def on_call(monkeypatch: pytest.MonkeyPatch, before: Callable[[RayHandle, str], None]) -> None:
     """Have something happen just before a worker is asked for something of a kind."""
-    from estune.pool.ray.handle import Handle
+    from estune.pool.ray.handle import RayHandle
 
-    call = Handle.call
+    call = RayHandle.call
 
-    def wrapped(self: Handle, kind: str, *arguments: Any, **options: Any) -> Any:
+    def wrapped(self: RayHandle, kind: str, *arguments: Any, **options: Any) -> Any:
         before(self, kind)
         return call(self, kind, *arguments, **options)
 
-    monkeypatch.setattr(Handle, "call", wrapped)
+    monkeypatch.setattr(RayHandle, "call", wrapped)
 
 
 def kill_once(monkeypatch: pytest.MonkeyPatch, kinds: set[str]) -> set[str]:
@@ -86,7 +86,7 @@ def kill_once(monkeypatch: pytest.MonkeyPatch, kinds: set[str]) -> set[str]:
     left = set(kinds)
     lock = threading.Lock()
 
-    def kill(handle: Handle, kind: str) -> None:
+    def kill(handle: RayHandle, kind: str) -> None:
         with lock:
             if kind not in left:
                 return
@@ -98,7 +98,7 @@ def kill_once(monkeypatch: pytest.MonkeyPatch, kinds: set[str]) -> set[str]:
     return left
 
 
-def pid_of(handle: Handle | None) -> int:
+def pid_of(handle: RayHandle | None) -> int:
     assert handle is not None
     assert handle.place is not None
     return handle.place.pid

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from estune.run.hub import pull, push
     from estune.run.load import load
     from estune.run.parameter_search import Engines, ParameterSearch
+    from estune.run.swap import swap
     from estune.run.trainer import Trainer
     from estune.tasks.base import Task
     from estune.trl.config import ESConfig
@@ -62,6 +63,7 @@ _HOME = {
     "push": "run.hub",
     "replay": "journal.replay",
     "sign": "journal.signature",
+    "swap": "run.swap",
     "verify": "journal.verify",
 }
 
@@ -91,6 +93,7 @@ __all__ = [
     "push",
     "replay",
     "sign",
+    "swap",
     "verify",
 ]
 __version__ = "0.1.0"

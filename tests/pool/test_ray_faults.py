@@ -17,7 +17,7 @@ import ray
 
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
-from estune.pool.ray.handle import Handle
+from estune.pool.ray.handle import RayHandle
 from estune.run.trainer import Trainer
 from tests.journal.test_faults import children, started
 from tests.rays import kill_once, on_call, pid_of, stop, until, with_workers
@@ -50,7 +50,7 @@ def test_a_worker_that_hangs_is_killed_and_replaced(
 ) -> None:
     stopped: list[int] = []
 
-    def hang(handle: Handle, kind: str) -> None:
+    def hang(handle: RayHandle, kind: str) -> None:
         if kind == "evaluate" and not stopped:
             stopped.append(pid_of(handle))
             stop(stopped[0])
@@ -91,13 +91,13 @@ def test_a_node_that_comes_late_joins_and_one_that_goes_is_not_missed(
 def test_without_any_worker_the_run_stops_and_can_be_resumed(
     cluster: Any, model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("estune.pool.ray.crew.MOST_LOSSES", 2)
+    monkeypatch.setattr("estune.pool.crew.MOST_LOSSES", 2)
     run = tmp_path / "run"
     trainer = with_workers(run, model, 1)
     crew = trainer.pool.crew
     killed: list[float] = []
 
-    def kill(handle: Handle, kind: str) -> None:
+    def kill(handle: RayHandle, kind: str) -> None:
         if len(crew.weights.history) == 3:
             killed.append(time.monotonic())
             os.kill(pid_of(handle), signal.SIGKILL)
@@ -113,7 +113,7 @@ def test_without_any_worker_the_run_stops_and_can_be_resumed(
 
 
 def test_no_room_is_said_at_once(cluster: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("estune.pool.ray.crew.PATIENCE", 1.0)
+    monkeypatch.setattr("estune.pool.crew.PATIENCE", 1.0)
     with pytest.raises(EstuneError, match="room for no worker: each takes 64 CPU of a node, .* of the cluster 5 CPU"):
         with_workers(tmp_path / "run", model, 1, threads=64)
 

@@ -165,3 +165,40 @@ def test_the_platform_is_told(platform: str) -> None:
     from vllm.platforms import current_platform
 
     assert current_platform.device_type == platform
+
+
+def test_a_server_takes_our_plugin() -> None:
+    from vllm import envs
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+    from vllm.plugins import DEFAULT_PLUGINS_GROUP, ENDPOINT_PLUGINS_GROUP
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    from estune.pool.remote.plugin import Plugin
+    from estune.pool.remote.wire import PATH
+
+    assert (DEFAULT_PLUGINS_GROUP, ENDPOINT_PLUGINS_GROUP) == ("vllm.general_plugins", "vllm.endpoint_plugins")
+    assert isinstance(Plugin(), EndpointPlugin)
+    assert parameters(EndpointPlugin.init_state) == ["self", "engine_client", "state", "args"]
+    assert PATH.startswith(GUARDED_PREFIX)
+    assert "VLLM_API_KEY" in envs.environment_variables
+    assert parameters(WeightTransferEngineFactory.register_engine) == ["name", "module_path_or_cls", "class_name"]
+    assert parameters(WeightTransferEngine.__init__) == ["self", "config", "vllm_config", "device", "model"]
+    abstract = {"init_transfer_engine", "start_weight_update", "receive_weights", "finish_weight_update", "shutdown"}
+    assert WeightTransferEngine.__abstractmethods__ == abstract
+
+
+def test_a_server_s_engine_is_called_as_we_do() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert parameters(AsyncLLM.collective_rpc)[:4] == ["self", "method", "timeout", "args"]
+    assert {"mode", "clear_cache"} <= set(parameters(AsyncLLM.pause_generation))
+    assert parameters(AsyncLLM.resume_generation) == ["self"]
+    assert parameters(AsyncLLM.reset_prefix_cache) == ["self", "reset_running_requests", "reset_connector"]
+    assert parameters(AsyncLLM.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"]
+    assert parameters(OutputProcessor.has_unfinished_requests) == ["self"]
+    assert "self.weight_transfer_engine = WeightTransferEngineFactory.create_engine(" in inspect.getsource(Worker)
+    assert "general_plugins()" in inspect.getsource(__import__("vllm.v1.worker.worker_base").v1.worker.worker_base)

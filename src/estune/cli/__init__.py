@@ -1,7 +1,7 @@
 """The command line: each command where its group is, and what ends it. Heavy imports wait until a command runs.
 
 - `runs.py`: train, eval, replay
-- `journals.py`: log, verify, diff, branch, merge, pack, sign, push, pull
+- `journals.py`: log, verify, diff, branch, merge, pack, swap, sign, push, pull
 - `chat.py`: chat
 - `serve.py`: serve
 - `studies.py`: probe, sweep, compare, report
@@ -58,6 +58,7 @@ app.command("diff")(journals.diff)
 app.command("branch", context_settings=SETTINGS)(journals.branch)
 app.command("merge")(journals.merge)
 app.command("pack")(journals.pack)
+app.command("swap")(journals.swap)
 app.command("sign")(journals.sign)
 app.command("push")(journals.push)
 app.command("pull")(journals.pull)

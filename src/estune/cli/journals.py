@@ -164,6 +164,22 @@ def pack(
     say(f"{output}: {size:,} bytes")
 
 
+def swap(
+    server: Annotated[str, typer.Argument(help="address of a vLLM server, as http://HOST:PORT")],
+    run: Run,
+    step: Annotated[int | None, typer.Option(help="after how many steps; all by default; 0 is the base")] = None,
+    keep: Annotated[int, typer.Option(min=0, help="bases that the server may keep in memory to come back to")] = 2,
+) -> None:
+    """Make a vLLM server serve a run's weights after some step, in place; its key in VLLM_API_KEY."""
+    from estune.run.swap import swap as put
+
+    with opening(f"swap {server} to {run}"), progress("replaying there"):
+        found = put(server, run, step, keep=keep)
+    how = {"kept": "it had them still", "rebuilt": f"rebuilt from the base by {found.updates} steps"}
+    how["advanced"] = f"by {found.updates} steps more"
+    say(f"{server}: serves fingerprint {found.fingerprint}, {how[found.how]}, {found.seconds:.2f} s")
+
+
 def sign(
     run: Run,
     key: Annotated[Path, typer.Option(help="file of your private SSH key, such as ~/.ssh/id_ed25519")],

@@ -34,7 +34,7 @@ from estune.weights.policies import POLICIES
 
 RESUMABLE = (
     *("steps", "model", "trust_remote_code", "workers", "workers_per_gpu", "ray_address", "worker_timeout"),
-    "max_staleness",
+    *("workers_at", "max_staleness"),
     *("graders", "reward_timeout", "reward_errors", "max_reward_errors", "report_to"),
     *("rollout_timeout", "turn_timeout", "rollouts_at_once"),
 )
@@ -79,8 +79,10 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
 
     @model_validator(mode="after")
     def _check_engines(self) -> Config:
-        if POLICIES[self.weights].drifts and self.workers:
+        if POLICIES[self.weights].drifts and (self.workers or self.workers_at):
             raise ValueError(f"weights={self.weights} holds one set of weights, in this process: leave out workers")
+        if self.workers_at and self.engine == "auto":
+            self.engine = "vllm"  # what servers have
         if POLICIES[self.weights].drifts and (self.replicas or 1) > 1:
             raise ValueError(f"weights={self.weights} holds one set of weights: replicas must be 1")
         about_vllm = self.vllm_gpu_memory_utilization or self.vllm_max_model_length

@@ -38,6 +38,21 @@ def _names(value: Any) -> Any:
     return [] if value == ["none"] else value
 
 
+def _urls(value: Any) -> list[str]:
+    """Addresses of servers: without the path under which OpenAI's clients look for them.
+
+    Raises:
+        ValueError: one is none.
+    """
+    found = [str(url).rstrip("/").removesuffix("/v1") for url in _names(value) or []]
+    wrong = next((url for url in found if not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", url)), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong!r} is no address of a server: write http://HOST:PORT")
+    if twice := next((url for url in found if found.count(url) > 1), None):
+        raise ValueError(f"{twice} stands there twice: each server is one worker")
+    return found
+
+
 def _json(value: Any) -> Any:
     """A mapping whose texts are read as JSON where that gives something else, as from a command line; or all as JSON.
 
@@ -319,6 +334,11 @@ class Workers(Section):
     ray_address: str | None = Field(
         None, description="a running Ray cluster for the workers, HOST:PORT or auto; a private one if not given"
     )
+    workers_at: Annotated[list[str], BeforeValidator(_urls)] = Field(
+        [],
+        description="vLLM servers anywhere as workers, URLs with commas between, each started with estune as its "
+        "plugin; their key in VLLM_API_KEY (docs/scale.md)",
+    )
     worker_timeout: float | None = Field(
         None,
         gt=0,
@@ -345,6 +365,11 @@ class Workers(Section):
             raise ValueError("gpus_per_worker and workers_per_gpu cannot both be more than 1")
         if self.workers_per_gpu == "auto" and self.replicas:
             raise ValueError("replicas and workers_per_gpu=auto both say how many share a device: leave out one")
+        if self.workers_at and (self.workers or self.replicas or self.sharing > 1 or self.gpus_per_worker > 1):
+            raise ValueError(
+                "workers_at are servers, each set up where it was started: leave out replicas, workers, "
+                "workers_per_gpu and gpus_per_worker"
+            )
         if not self.workers and (self.sharing > 1 or self.ray_address):
             raise ValueError("workers_per_gpu and ray_address are about workers: say how many, workers=8")
         return self

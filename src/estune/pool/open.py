@@ -56,6 +56,9 @@ def with_resources(config: Config, live_dtype: str | None = None) -> Config:
     Raises:
         EstuneError: for a device that is not there or cannot be trained on, or a model that cannot be had.
     """
+    if config.workers_at:  # how they compute was said where they were started
+        dated = config.template_date or date.today()
+        return config.model_copy(update={"model": pinned(config.model), "template_date": dated})
     if config.workers and config.device == "auto":
         from estune.pool.ray.cluster import cluster_device
 
@@ -229,7 +232,7 @@ def with_length(config: Config, longest: int | None) -> Config:
 
 
 def open_pool(config: Config, longest: int | None = None) -> Pool:
-    """Workers on a Ray cluster if the settings have any, else this machine's replicas.
+    """Servers or workers on a Ray cluster if the settings have any, else this machine's replicas.
 
     Which engine `auto` has come to, `Pool.describe` says.
 
@@ -242,6 +245,10 @@ def open_pool(config: Config, longest: int | None = None) -> Pool:
     """
 
     def open_as(config: Config) -> Pool:
+        if config.workers_at:
+            from estune.pool.remote.pool import open_remote_pool
+
+            return open_remote_pool(config)
         if config.workers:
             from estune.pool.ray.pool import open_ray_pool
 
@@ -274,6 +281,8 @@ def _open(config: Config, longest: int | None, open_as: Callable[[Config], T]) -
         torch.cuda.empty_cache()
         config = config.model_copy(update={"engine": "transformers"})
     where = f" on {config.workers} Ray workers" if config.workers else ""
+    if config.workers_at:
+        where = f" at {', '.join(config.workers_at)}"
     try:
         with told_while(f"loading {config.model} with {config.engine}{where}"):
             return open_as(with_length(config, longest))

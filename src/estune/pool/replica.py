@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from estune.completion import Completion, Sampling
+from estune.completion import Completion, Engine, Sampling
 from estune.config import Config
 from estune.engines.cpu.members import Drawn, Members, Together
 from estune.engines.memory import memory_for, total_memory
@@ -24,7 +23,7 @@ from estune.pool.generator import Generator, open_transformers, set_up_process, 
 from estune.pool.turns import gpus_of, in_turn
 from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint, locate
-from estune.weights.device import synchronize, training_device
+from estune.weights.device import device_kind, synchronize, training_device
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.places import check_places
 from estune.weights.policies import POLICIES
@@ -34,40 +33,27 @@ from estune.weights.trained import Drift, TrainedWeights
 from estune.weights.weights import Weights
 
 
-class Replica(Generator):
+class Trained(Generator):
     """A generator whose weights are perturbed, around a base of its own or a shared one.
 
-    Replicas with the same base give the same completions.
-
     Args:
-        config: the settings; `config.threads` is the number of CPU threads to compute with.
-        share: of a base that it shares with other processes. One of them must have filled it before any perturbs.
-
-    Raises:
-        EstuneError: for a model that cannot be had or trained.
+        engine: that generates.
+        weights: the engine's.
+        checkpoint: that they come from.
+        config: the settings.
+        kind: of the device that it computes on.
     """
 
-    def __init__(self, config: Config, share: Share | None = None) -> None:
-        set_up_process(config)
-        self.checkpoint = Checkpoint(locate(config.model))
-        self._device = training_device(config.device)
-        self._vllm = config.engine == "vllm"
-        self.weights: TrainedWeights
+    def __init__(
+        self, engine: Engine, weights: TrainedWeights, checkpoint: Checkpoint, config: Config, kind: str
+    ) -> None:
+        super().__init__(engine, config)
+        self.weights = weights
+        self.checkpoint = checkpoint
+        self._kind = kind
         self._together: Together | None = None  # draws members that are evaluated together
         self._members: Members | None = None  # those that were taken so
         self._restored = False  # the live weights are the base
-        if self._vllm:
-            from estune.engines.vllm.weights import open_vllm
-
-            with in_turn(gpus_of(config)):
-                vllm, self.weights = open_vllm(self.checkpoint, config)
-            super().__init__(vllm, config)
-        else:
-            engine = open_transformers(self.checkpoint, config, self._device)
-            self.weights = weights = open_weights(engine, self.checkpoint, config, share)
-            if config.noise == "rank1":
-                self._together = engine.together(drawn(weights))
-            super().__init__(engine, config)
 
     def evaluate(
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
@@ -115,8 +101,6 @@ class Replica(Generator):
         """Make the live weights a member's."""
         self._restored = False
         self.weights.perturb(member, sigma)
-        if not self._vllm:  # whose processes wait for their own devices; this one may have nothing on any
-            synchronize(self._device)  # for the clock: a device is still at work
 
     def _restore(self) -> None:
         """Make the live weights the base."""
@@ -154,9 +138,12 @@ class Replica(Generator):
         """
         done, path = checkpoint if checkpoint is not None and checkpoint[1].is_dir() else (0, self.checkpoint.path)
         self.load(path)
-        rest = updates[done:]
-        Steps(self.weights.rule, rest).retrace(self.weights.perturb, lambda number: self._add(rest[number]))
+        self.advance(updates[done:])
         return self.weights.fingerprint()
+
+    def advance(self, updates: Sequence[Update]) -> None:
+        """Make these further updates."""
+        Steps(self.weights.rule, updates).retrace(self.weights.perturb, lambda number: self._add(updates[number]))
 
     def save(self, path: Path, dtype: str) -> None:
         """Write the base weights as a checkpoint of this type."""
@@ -165,7 +152,7 @@ class Replica(Generator):
     def describe(self) -> Description:
         """What it trains. This reads the base checkpoint, to hash it."""
         return Description(
-            engine="vllm" if self._vllm else "transformers",
+            engine="transformers" if isinstance(self.engine, TransformersEngine) else "vllm",
             base_hash=self.checkpoint.content_hash(),
             files=model_files(self.checkpoint.path),
             rule=self.weights.rule,
@@ -173,7 +160,7 @@ class Replica(Generator):
             tensors={name: list(aliases) for name, aliases in self.weights.tensors.items()},
             elements=self.weights.elements,
             fingerprint=self.weights.fingerprint(),
-            device=_kind(self._device),
+            device=self._kind,
         )
 
     def compare(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -199,6 +186,43 @@ class Replica(Generator):
     def drift(self) -> Drift | None:
         """What restoring left behind since the last update; None where it leaves nothing."""
         return self.weights.drift()
+
+
+class Replica(Trained):
+    """A `Trained` with an engine that it starts. Replicas with the same base give the same completions.
+
+    Args:
+        config: the settings; `config.threads` is the number of CPU threads to compute with.
+        share: of a base that it shares with other processes. One of them must have filled it before any perturbs.
+
+    Raises:
+        EstuneError: for a model that cannot be had or trained.
+    """
+
+    def __init__(self, config: Config, share: Share | None = None) -> None:
+        set_up_process(config)
+        checkpoint = Checkpoint(locate(config.model))
+        self._device = training_device(config.device)
+        self._vllm = config.engine == "vllm"
+        engine: Engine
+        weights: TrainedWeights
+        if self._vllm:
+            from estune.engines.vllm.weights import open_vllm
+
+            with in_turn(gpus_of(config)):
+                engine, weights = open_vllm(checkpoint, config)
+        else:
+            engine = open_transformers(checkpoint, config, self._device)
+            weights = open_weights(engine, checkpoint, config, share)
+        super().__init__(engine, weights, checkpoint, config, device_kind(self._device))
+        if config.noise == "rank1" and isinstance(engine, TransformersEngine) and isinstance(weights, Weights):
+            self._together = engine.together(drawn(weights))
+
+    def perturb(self, member: Member, sigma: float) -> None:
+        """Make the live weights a member's."""
+        super().perturb(member, sigma)
+        if not self._vllm:  # whose processes wait for their own devices; this one may have nothing on any
+            synchronize(self._device)  # for the clock: a device is still at work
 
 
 def is_played(prompt_ids: Sequence[Sequence[int]]) -> bool:
@@ -258,13 +282,6 @@ def wants_base_on_host(engine: TransformersEngine, config: Config, parameters: S
         live=sum(p.nbytes for p in engine.model.parameters()),
         memory=total_memory(engine.device) // sharers(config, engine.device),
     )
-
-
-def _kind(device: torch.device) -> str:
-    """The name of a device's kind: one of another name can round differently."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.machine() if device.type == "cpu" else f"{platform.machine()} {device.type}"
 
 
 def less_base(device: torch.device, *, on_host: bool) -> str:

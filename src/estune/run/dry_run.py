@@ -103,7 +103,7 @@ def _check_engine(config: Config) -> str:
     from estune.weights.device import training_device
 
     device = training_device(config.device)
-    if config.engine == "vllm" and not config.ray_address:
+    if config.engine == "vllm" and not config.ray_address and not config.workers_at:
         check_version()
     if config.ray_address and (config.engine, config.device) == ("auto", "auto"):
         return "vllm, if the cluster has GPUs and vLLM can train the model there, else transformers"

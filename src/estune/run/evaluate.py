@@ -72,8 +72,7 @@ def evaluate_model(
     else:
         check_name(model)
     task = task or config.task.build(config.seed)
-    config = config.model_copy(update={"model": str(checkpoint or find_checkpoint(model)), "workers": None})
-    config = with_resources_to_generate(config)
+    config = with_resources_to_generate(_on_this_machine(config, checkpoint or find_checkpoint(model)))
     refuse_unreachable(task, config)
     for remark in of_evaluation(config):
         log.warning("%s", remark)
@@ -104,6 +103,14 @@ def evaluate_model(
     if output is not None:
         write_completions(output, records)
     return metrics
+
+
+def _on_this_machine(config: Config, checkpoint: Path | str) -> Config:
+    """The settings with a checkpoint for the model, and no workers."""
+    here: dict[str, Any] = {"model": str(checkpoint), "workers": None}
+    if config.workers_at:  # they have the base model, and vLLM, which need not be here
+        here |= {"workers_at": [], "engine": "auto", "vllm_max_model_length": None}
+    return config.model_copy(update=here)
 
 
 def _from_here(given: dict[str, Any]) -> dict[str, Any]:

@@ -129,8 +129,10 @@ def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:
     name, commit = hub_name(str(journal.settings.get("model")))
     if commit and changed.get("model") == name and not Path(name).exists():
         settings["model"] = f"{name}@{commit}"  # the one that the run began with
-    if "workers" in changed:
+    if "workers" in changed or "workers_at" in changed:
         settings["replicas"] = None  # as many as there is room for beside workers, or instead of them
+    if changed.get("workers_at"):
+        settings |= {"workers": None, "workers_per_gpu": 1, "ray_address": None}
     return parse(settings, str(journal.path))
 
 

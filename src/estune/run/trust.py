@@ -73,6 +73,12 @@ def refuse_foreign(
                 f"would be sent completions, the key in {judge.api_key_env} and the rubric {judge.rubric[:60]!r}; go "
                 f"on by {TRUST}"
             )
+    for url in config.workers_at:
+        if url not in named and not _known(f"server {url}"):
+            raise EstuneError(
+                f"{where}: its journal names a server, {url}, which would be sent prompts, and the key in "
+                f"VLLM_API_KEY; go on by {TRUST}, or give --workers_at, null for none"
+            )
     address = config.ray_address
     if config.workers and address and address not in named and not _known(f"ray {address}"):
         raise EstuneError(
@@ -90,6 +96,8 @@ def remember(config: Config) -> None:
                 _note(str(file), _digest(file.read_bytes()))
         for judge in _judges(config):
             _note(_place(judge), "")
+        for url in config.workers_at:
+            _note(f"server {url}", "")
         if config.workers and config.ray_address:
             _note(f"ray {config.ray_address}", "")
 

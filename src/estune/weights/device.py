@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -51,6 +52,13 @@ def training_device(name: str) -> torch.device:
     if device.type == "cuda":
         device_kernels()
     return device
+
+
+def device_kind(device: torch.device) -> str:
+    """The name of a device's kind: one of another name can round differently."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.machine() if device.type == "cpu" else f"{platform.machine()} {device.type}"
 
 
 def synchronize(device: torch.device) -> None:

@@ -76,6 +76,14 @@ class TrainedWeights(Protocol):
         """Make a checkpoint's tensors the base, such as one that an earlier part of the run saved."""
         ...
 
+    def keep(self, name: str, most: int) -> None:
+        """Keep a copy of the base in host memory under a name that no other base has; so many at most, the latest."""
+        ...
+
+    def bring(self, name: str) -> bool:
+        """Make the copy of this name the base; return whether there is one."""
+        ...
+
     def show(self, checkpoint: Checkpoint) -> None:
         """Make a checkpoint's tensors the live weights, rounded to their type, until the next `perturb` or `restore`.
 

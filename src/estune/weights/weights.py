@@ -84,6 +84,7 @@ class Weights:
             raise EstuneError(f"noise=rank1 has kernels for the CPU alone, not for {live[0].device}; set noise=iid")
         self._updated = self.storage if share is None else CpuStorage(share_of(self._runs, share), threads)
         self._share = share
+        self._kept: dict[str, list[Tensor]] = {}  # copies of the base, by name
         self._perturbed: Perturbation | None = None  # what the live weights are perturbed by
         self._watch()
 
@@ -216,6 +217,22 @@ class Weights:
         if not self._policy.keeps_base:
             self._perturbed = None
         self._watch()
+
+    def keep(self, name: str, most: int) -> None:
+        """Keep a copy of the base in host memory under a name that no other base has; so many at most, the latest."""
+        self._settle()
+        copy = self._kept.pop(name, None)
+        while self._kept and len(self._kept) >= most:
+            del self._kept[next(iter(self._kept))]
+        if most > 0:
+            self._kept[name] = copy or [base.to("cpu", copy=True) for base in self._base]
+
+    def bring(self, name: str) -> bool:
+        """Make the copy of this name the base; return whether there is one."""
+        for base, kept in zip(self._base, self._kept.get(name, []), strict=False):
+            base.copy_(kept)
+        self._watch()
+        return name in self._kept
 
     def show(self, checkpoint: Checkpoint) -> None:
         """Make a checkpoint's tensors the live weights, rounded to their type, until the next `perturb` or `restore`.

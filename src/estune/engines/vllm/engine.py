@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from estune.completion import Completion, Sampling
+from estune.completion import Sampling
 from estune.config import Config
 from estune.engines.continuous import Request, Rows
 from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer, pick_dtype
 from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for, total_memory
 from estune.engines.progress import Meter
-from estune.engines.prompts import PromptEncoder
 from estune.engines.vllm import internals
+from estune.engines.vllm.calls import Digest, VllmCalls
 from estune.errors import EstuneError
 from estune.weights.checkpoint import DTYPES, Checkpoint
 from estune.weights.device import chosen_device
@@ -39,10 +39,9 @@ REMEDIES = {  # by what vLLM says
     "kv cache": "lower vllm_max_model_length or raise vllm_gpu_memory_utilization",
 }
 REMEDY = "use engine=transformers if vLLM does not know it"
-Digest = list[dict[int, float]]
 
 
-class VllmEngine(PromptEncoder):
+class VllmEngine(VllmCalls):
     """An `Engine` over vLLM. Same prompts and weights give the same greedy completions, the model's own.
 
     To train, use `open_vllm`.
@@ -148,69 +147,29 @@ class VllmEngine(PromptEncoder):
         room = (memory - weights - base) // CPU_MEMORY_SHARE // self.parallel
         return int(max(min(rows * length * token, room), BLOCK * token))
 
-    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in the order of the prompts.
-
-        Raises:
-            EstuneError: a prompt is empty or, with `max_new_tokens`, longer than the model's positions or
-                `vllm_max_model_length` reach, or `sampling` is out of range.
-        """
-        if not prompt_ids:
-            return []
-        self.check(prompt_ids, sampling)
-        ends = set(self.end_ids)
-        meter = Meter()
+    def _tokens(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         with self.here() as llm:
-            token_ids = internals.generate(llm, prompt_ids, sampling, self.end_ids)
-        tokens = sum(map(len, token_ids))
-        meter.wrote(tokens, spared=len(prompt_ids) * sampling.max_new_tokens - tokens)
-        meter.read(sum(map(len, prompt_ids)))  # between one another, vLLM reads and writes
-        texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
+            return internals.generate(llm, prompt_ids, sampling, self.end_ids)
 
     def open_rows(self) -> Rows:
         """An empty batch."""
         return VllmRows(self)
 
-    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability (nats) of the tokens of every completion, but of one that fills up the model's positions.
-
-        To score a row vLLM needs room for a token more.
-        """
-        most = (self.positions or math.inf) - 1
-        rows = [[*prompt, *ids] for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
+    def _scores(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
         with self.here() as llm:
-            found = internals.score(llm, [row[: int(min(len(row), most))] for row in rows])
-        return [row[len(prompt) - 1 :] for prompt, row in zip(prompt_ids, found, strict=True)]
+            return internals.score(llm, rows)
 
-    def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of each worker's `Shard`; return their answers, by rank.
-
-        Raises:
-            EstuneError: one of them raised it.
-        """
+    def _likely(self, prompt_ids: Sequence[Sequence[int]], tokens: int) -> Digest:
         with self.here() as llm:
-            answers = internals.call(llm, method, *args)
-        for answer in answers:
-            if isinstance(answer, EstuneError):
-                raise answer
-        return answers
+            return internals.log_probabilities(llm, prompt_ids, tokens)
 
-    def forget(self) -> None:
-        """Forget keys and values of earlier prompts, which other weights have computed."""
+    def _call(self, method: str, *args: Any) -> list[Any]:
         with self.here() as llm:
-            done = internals.reset_prefix_cache(llm)
-        if not done:
-            raise EstuneError("vLLM keeps keys and values of other weights: prompts are still under way; start again")
+            return internals.call(llm, method, *args)
 
-    def digest(self) -> Digest:
-        """Likely tokens and their log-probabilities for a few prompts, which differ for other weights."""
-        size = self.config.get_text_config(decoder=True).vocab_size
-        length = max(1, min(8, (self.positions or 8) - 2))
-        prompts = [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]
-        self.forget()
+    def _reset(self) -> bool:
         with self.here() as llm:
-            return internals.log_probabilities(llm, prompts, 2 if (self.positions or 8) > 2 else 1)
+            return internals.reset_prefix_cache(llm)
 
     def close(self) -> None:
         """End every process that the engine has started."""

@@ -1,4 +1,6 @@
-"""Every contact with vLLM's internals. `tests/vllm/test_contact.py` names each, and fails first where one has changed.
+"""Every contact with the internals of vLLM in this process; those of a server are in `server.py`.
+
+`tests/vllm/test_contact.py` names each, and fails first where one has changed.
 
 vLLM is imported by the functions that need it: importing this module does without.
 """
@@ -146,9 +148,9 @@ def generate(
 ) -> list[list[int]]:
     """Token ids of each completion, the end token included."""
     prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
-    settings = _parameters(sampling, end_ids, 0)
+    settings = parameters(sampling, end_ids, 0)
     if sampling.temperature:
-        settings = [_parameters(sampling, end_ids, row) for row in range(len(prompts))]
+        settings = [parameters(sampling, end_ids, row) for row in range(len(prompts))]
     return [list(found.outputs[0].token_ids) for found in llm.generate(prompts, settings, use_tqdm=False)]
 
 
@@ -156,7 +158,7 @@ def add(llm: Any, row: str, prompt_ids: Sequence[int], sampling: Sampling, end_i
     """Take a prompt in under a name, which `step` gives back. Its draws are those of a single prompt of `generate`."""
     from vllm.sampling_params import RequestOutputKind
 
-    settings = _parameters(sampling, end_ids, 0)
+    settings = parameters(sampling, end_ids, 0)
     settings.output_kind = RequestOutputKind.DELTA
     llm.llm_engine.add_request(row, {"prompt_token_ids": list(prompt_ids)}, settings)
 
@@ -171,7 +173,8 @@ def drop(llm: Any, row: str) -> None:
     llm.llm_engine.abort_request([row])
 
 
-def _parameters(sampling: Sampling, end_ids: Sequence[int], row: int) -> Any:
+def parameters(sampling: Sampling, end_ids: Sequence[int], row: int) -> Any:
+    """vLLM's settings for a row of a batch."""
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -189,10 +192,19 @@ def _parameters(sampling: Sampling, end_ids: Sequence[int], row: int) -> Any:
 
 def log_probabilities(llm: Any, prompt_ids: Sequence[Sequence[int]], tokens: int) -> list[dict[int, float]]:
     """The few most likely tokens at each step of greedy decoding, with their log-probabilities (nats)."""
+    prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
+    return likely(llm.generate(prompts, looking(tokens), use_tqdm=False))
+
+
+def looking(tokens: int) -> Any:
+    """vLLM's settings to look at likely tokens."""
     from vllm import SamplingParams
 
-    settings = SamplingParams(max_tokens=tokens, temperature=0.0, logprobs=4, ignore_eos=True, detokenize=False)
-    found = llm.generate([{"prompt_token_ids": list(ids)} for ids in prompt_ids], settings, use_tqdm=False)
+    return SamplingParams(max_tokens=tokens, temperature=0.0, logprobs=4, ignore_eos=True, detokenize=False)
+
+
+def likely(found: Iterable[Any]) -> list[dict[int, float]]:
+    """What `looking` has found."""
     return [
         {token: value.logprob for token, value in step.items()} for one in found for step in one.outputs[0].logprobs
     ]
@@ -200,10 +212,19 @@ def log_probabilities(llm: Any, prompt_ids: Sequence[Sequence[int]], tokens: int
 
 def score(llm: Any, rows: Sequence[Sequence[int]]) -> list[list[float]]:
     """Log-probabilities (nats) of each row's tokens but the first, each given those before it."""
+    prompts = [{"prompt_token_ids": list(row)} for row in rows]
+    return scores(rows, llm.generate(prompts, scoring(), use_tqdm=False))
+
+
+def scoring() -> Any:
+    """vLLM's settings to score texts."""
     from vllm import SamplingParams
 
-    settings = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-    found = llm.generate([{"prompt_token_ids": list(row)} for row in rows], settings, use_tqdm=False)
+    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+
+
+def scores(rows: Sequence[Sequence[int]], found: Sequence[Any]) -> list[list[float]]:
+    """What `scoring` has found."""
     return [
         [step[token].logprob for token, step in zip(row[1:], one.prompt_logprobs[1:], strict=True)]
         for row, one in zip(rows, found, strict=True)

@@ -13,7 +13,8 @@ import torch
 from estune.config import Config
 from estune.engines.loading import load_config
 from estune.engines.memory import memory_for, total_memory
-from estune.engines.vllm.engine import Digest, VllmEngine, live_dtype
+from estune.engines.vllm.calls import Digest, VllmCalls
+from estune.engines.vllm.engine import VllmEngine, live_dtype
 from estune.engines.vllm.parameter_map import count_once, tied_names
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
@@ -45,7 +46,7 @@ class VllmWeights:
         EstuneError: vLLM's layout of the model cannot be trained, or its completions do not follow the weights.
     """
 
-    def __init__(self, engine: VllmEngine, checkpoint: Checkpoint, config: Config, *, base_on_host: bool) -> None:
+    def __init__(self, engine: VllmCalls, checkpoint: Checkpoint, config: Config, *, base_on_host: bool) -> None:
         from estune.engines.vllm.worker import Opening
 
         self._engine = engine
@@ -99,12 +100,12 @@ class VllmWeights:
     def apply(self, update: Update) -> None:
         """Add an update to the base. The live weights follow at the next `perturb` or `restore`."""
         self._engine.call("apply", update)
-        self._engine.forget()
+        self._forget_base()
 
     def anchor(self, checkpoint: Checkpoint, update: Update) -> None:
         """Bring the base as far toward a checkpoint's tensors as an update says."""
         self._engine.call("anchor", checkpoint.path, update)
-        self._engine.forget()
+        self._forget_base()
 
     def fingerprint(self) -> str:
         """Hash of the base weights, 16 hexadecimal digits: that of `Weights` over the whole tensors."""
@@ -121,7 +122,17 @@ class VllmWeights:
     def load(self, checkpoint: Checkpoint) -> None:
         """Make a checkpoint's tensors the base, such as one that an earlier part of the run saved."""
         self._engine.call("load", checkpoint.path)
-        self._engine.forget()
+        self._forget_base()
+
+    def keep(self, name: str, most: int) -> None:
+        """As `Weights.keep`."""
+        self._engine.call("keep", name, most)
+
+    def bring(self, name: str) -> bool:
+        """As `Weights.bring`."""
+        found = all(self._engine.call("bring", name))
+        self._forget_base()
+        return found
 
     def show(self, checkpoint: Checkpoint) -> None:
         """Make a checkpoint's tensors the live weights until the next `perturb` or `restore`."""
@@ -139,6 +150,11 @@ class VllmWeights:
             return lambda: self._gather(name)
 
         return {alias: reader(name) for name, aliases in self.tensors.items() for alias in (name, *aliases)}
+
+    def _forget_base(self) -> None:
+        """Forget what the base has computed, where the live weights are it and have changed with it."""
+        if not self.rule.how.keeps_base:
+            self._engine.forget()
 
     def _gather(self, name: str) -> Iterator[Array]:
         """A tensor's base, some `RUN_LENGTH` elements at a time, put together from what each process holds."""

@@ -22,7 +22,7 @@ from estune.es.strategy import Member, Update
 from estune.noise.reference import tensor_id
 from estune.noise.rows import Run
 from estune.weights.checkpoint import Checkpoint
-from estune.weights.device import synchronize
+from estune.weights.device import device_kind, synchronize
 from estune.weights.parameters import Parameter
 from estune.weights.policies import Rule
 from estune.weights.storage import Array, Storage, as_array, flat, open_storage
@@ -103,12 +103,15 @@ class Shard:
         why = internals.untrainable(self._worker)
         if why is not None:
             raise EstuneError(f"engine=vllm cannot train this model: {why}; use engine=transformers")
+        checkpoint = Checkpoint(path)
+        load = partial(internals.load, self._worker)
+        if self.weights is not None:  # they are drawn again, in a server that a run has left
+            self.weights = None
+            load(_stored(checkpoint))
         self._tensors = internals.live_tensors(self._worker)
         self._addresses = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
         before = self.digests()
-        checkpoint = Checkpoint(path)
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-        load = partial(internals.load, self._worker)
         self._places = draw_map(self._tensors, shapes, load)
         load(_stored(checkpoint))
         self._compare(before, "reloading the checkpoint")
@@ -139,6 +142,10 @@ class Shard:
         self.load(opening.checkpoint)
         self.weights.restore()
         self._compare(before, "loading it by the map of the parameters")
+
+    def kind(self) -> str:
+        """The kind of the device that the weights are on."""
+        return device_kind(next(iter(self._tensors.values())).device)
 
     def perturb(self, member: Member, sigma: float) -> None:
         """As `Weights.perturb`, but wait until it is done, so that it is timed: only this process can wait."""

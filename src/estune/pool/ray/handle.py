@@ -14,13 +14,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from estune.config import Config
 from estune.errors import first_line
+from estune.pool.base import Description
 from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.ray.cluster import needs
-from estune.pool.ray.worker import Place, RayWorker
+from estune.pool.ray.worker import RayWorker
+from estune.pool.worker import Place
 
 
-class Handle:
-    """A process with a `RayWorker`, which starts when the cluster has room for it.
+class RayHandle:
+    """As `Handle`: a process with a `RayWorker`, which starts when the cluster has room for it.
 
     Args:
         number: of the worker, from 0, for messages.
@@ -31,7 +33,8 @@ class Handle:
     def __init__(self, number: int, config: Config, deadlines: Deadlines) -> None:
         self.number = number
         self.place: Place | None = None
-        self.done: int | None = None  # updates that its weights have had; None where it must be built anew
+        self.done: int | None = None
+        self._config = config
         self._deadlines = deadlines
         resources = needs(config)
         options: dict[str, Any] = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0)}
@@ -48,22 +51,17 @@ class Handle:
         return f"worker {self.number}{where}"
 
     def look(self, seconds: float) -> Place | None:
-        """Where the worker runs; None if it has no process after `seconds` seconds.
-
-        Raises:
-            Lost: its process has ended.
-        """
+        """As `Handle.look`."""
         if self.place is None and ray.wait([self._where], timeout=seconds)[0]:
             self.place = self._result(self._where, seconds)
         return self.place
 
-    def call(self, kind: str, *arguments: Any, units: int = 1) -> Any:
-        """Call a method of the worker, and wait for the result.
+    def open(self) -> tuple[Description, int | None]:
+        """As `Handle.open`."""
+        return self.call("open", self._config), 0
 
-        Raises:
-            Lost: its process has ended, or did not answer in time.
-            Exception: the method raised it.
-        """
+    def call(self, kind: str, *arguments: Any, units: int = 1) -> Any:
+        """As `Handle.call`."""
         limit = self._deadlines.of(kind, units)
         began = time.monotonic()
         method: Callable[..., Any] = getattr(self.actor, kind).remote

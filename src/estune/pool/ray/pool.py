@@ -1,40 +1,21 @@
-"""Workers of a Ray cluster, each an engine of its own: any number of GPUs and machines.
-
-Only seeds, scalars, prompts and completions travel. A worker's weights are the base model, which it loads itself, and
-the updates since. So a worker that is lost, hangs or comes late costs nothing but time: others evaluate its members
-from their seeds, and another takes its place by making the same updates. Every call names the number of updates that
-the weights must have had, and after each update the workers' fingerprints are compared.
-"""
+"""The pool whose workers are Ray actors."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
-from estune.completion import Completion, Sampling
 from estune.config import Config
-from estune.engines.progress import Counts, Progress
 from estune.errors import EstuneError
-from estune.es.strategy import Member, Update
-from estune.journal.records import StepRecord
-from estune.pool.base import Description, Evaluated, evaluation_batches
-from estune.pool.ray.cluster import connect, disconnect
-from estune.pool.ray.crew import Crew, Jobs, Slot, Weights
-from estune.weights.checkpoint import EMBEDDED, Checkpoint, locate
-from estune.weights.rebuild import Steps
-from estune.weights.trained import Drift
-
-K = TypeVar("K")
-log = logging.getLogger(__name__)
-
-SETTLE = 10.0  # seconds that the first worker waits for the others to come
+from estune.pool.crew import Slot
+from estune.pool.crewed import CrewPool
+from estune.pool.deadlines import Deadlines
+from estune.pool.ray.cluster import connect, disconnect, lost, needs
+from estune.pool.ray.handle import RayHandle
+from estune.weights.checkpoint import EMBEDDED
 
 
 def open_ray_pool(config: Config) -> RayPool:
@@ -53,193 +34,57 @@ def open_ray_pool(config: Config) -> RayPool:
     return pool
 
 
-class RayPool:
+class RayPool(CrewPool):
     """Workers on the cluster that this process is connected to."""
 
     def __init__(self, config: Config) -> None:
-        self.crew = Crew(_for_workers(config))
-        self._config = config
-        self._counts = Counts()  # of what has come back: workers tell of nothing on the way
-
-    def wait_for_workers(self, most: float = SETTLE) -> None:
-        """Wait until a worker is ready, and then at most `most` seconds for the others."""
-        began = time.monotonic()
-
-        def enough() -> bool | None:
-            late = any(slot.state in {"waiting", "loading"} for slot in self.crew.slots)
-            return (bool(self.crew.ready()) and (not late or time.monotonic() - began > most)) or None
-
-        self.crew.wait(enough)
-
-    def describe(self) -> Description:
-        """As `Pool.describe`: what all workers agree on; those that do not are refused."""
-        _, description = self.crew.wait(lambda: self.crew.reference)
-        return replace(description, fingerprint=self.crew.weights.fingerprint)
-
-    def evaluate(
-        self, members: Sequence[Member], sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
-    ) -> RayEvaluation:
-        """As `Pool.evaluate`."""
-        self.crew.check_cluster(at_once=True)
-        prompts = ray.put(prompt_ids)  # sent to a node once a step, not once a member
-        jobs = self.crew.run("evaluate", [(member, sigma, prompts, sampling) for member in members])
-
-        def count(done: Evaluated) -> None:
-            self._count(prompt_ids, done.completions, sampling, done.generate_time)
-
-        return RayEvaluation(jobs, count)
-
-    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """As `Pool.generate`."""
-        batches = evaluation_batches(prompt_ids, sampling)
-        found: dict[int, list[Completion]] = {}
-        for job in self.crew.run("generate", batches):
-            found[job.index] = job.result
-            self._count(batches[job.index][0], job.result, sampling)
-        return [completion for index in range(len(batches)) for completion in found[index]]
-
-    def apply(self, update: Update) -> str:
-        """As `Pool.apply`. Weights that differ from the majority's are made anew; without a majority, all are.
-
-        While members are at work that were given ahead, the first worker that is free makes the update and tells the
-        fingerprint. Each of the others makes it when it is free, and is refused if its fingerprint differs.
-        """
-        history = [*self.crew.weights.history, update]
-        if not self.crew.at_work:
-            return self._bring_all(history, "apply", (self._done, update))
-        (job,) = self.crew.run("apply", [(update,)], at_once=True)
-        assert job.handle is not None
-        self.crew.commit(Weights(history, job.result), [job.handle])
-        return str(job.result)
-
-    def rebuild(self, records: Sequence[StepRecord], checkpoint: tuple[int, Path] | None = None) -> str:
-        """As `Pool.rebuild`."""
-        updates = [record.update for record in records]
-        start = checkpoint and (checkpoint[0], checkpoint[1].absolute())
-        self.crew.checkpoint = start
-        return self._bring_all(updates, "rebuild", (updates, start))
-
-    def save(self, path: Path, dtype: str) -> None:
-        """As `Pool.save`: by a worker on this machine or, without one, by replay over this machine's base."""
-        here = ray.get_runtime_context().get_node_id()
-        path = path.absolute()
-        weights = self.crew.weights
-        near = [s for s in self.crew.ready() if s.handle and s.handle.place and s.handle.place.node == here]
-        if not any(self.crew.ask([slot], "save", (self._done, weights.fingerprint, path, dtype)) for slot in near):
-            self._replay(path, dtype)
-        if dtype == self.describe().dtype:  # not rounded: workers that come later can begin with it
-            self.crew.checkpoint = self._done, path
-
-    def drift(self) -> Drift | None:
-        """None: workers restore exactly."""
-        return None
-
-    def compare(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
-        """As `Pool.compare`."""
-        (job,) = self.crew.run("compare", [(prompt_ids, completion_ids)])
-        found: dict[str, float] = job.result
-        return found
-
-    @property
-    def engines(self) -> int:
-        """As `Pool.engines`."""
-        return self._config.workers or 1
-
-    def progress(self) -> Progress:
-        """As `Pool.progress`."""
-        return self._counts.now()
-
-    def _count(
-        self, prompt_ids: Sequence[Sequence[int]], completions: list[Completion], sampling: Sampling, seconds: float = 0
-    ) -> None:
-        """Count completions that have come back. How long those of an evaluation took is not known."""
-        self._counts.add(
-            Progress(
-                read=sum(map(len, prompt_ids)),
-                settled=len(completions) * sampling.max_new_tokens,
-                tokens=sum(len(c.token_ids) for c in completions),
-                writing=int(seconds * 1e9),
-            )
-        )
+        config = _for_workers(config)
+        super().__init__(config, config.workers or 1, Cluster(config))
 
     def close(self) -> None:
         """End all workers, and a cluster that was started for them."""
-        self.crew.close()
+        super().close()
         disconnect()
 
-    @property
-    def _done(self) -> int:
-        return len(self.crew.weights.history)
+    def _sent(self, prompt_ids: Sequence[Sequence[int]]) -> Any:
+        return ray.put(prompt_ids)  # sent to a node once a step, not once a member
 
-    def _bring_all(self, history: list[Update], kind: str, arguments: tuple[Any, ...]) -> str:
-        """Bring all workers to the end of `history`; return the fingerprint that they find there.
-
-        Raises:
-            EstuneError: fingerprints differ even after weights were made anew.
-        """
-        votes: dict[Slot, str] = {}
-        while not votes:
-            self.crew.wait(lambda: self.crew.ready() or None)
-            handles = {slot: slot.handle for slot in self.crew.slots}
-            votes = self.crew.ask(self.crew.slots, kind, arguments)
-            odd = minority(votes)
-            if odd:
-                names = ", ".join(map(str, odd))
-                log.warning("after %d steps the weights of %s differ, and are made anew", len(history), names)
-                votes = {slot: vote for slot, vote in votes.items() if slot not in odd}
-                votes |= self.crew.ask(odd, "rebuild", (history, None))
-        if len(set(votes.values())) > 1:
-            raise EstuneError(
-                f"step {len(history)}: after the same updates workers' weights differ "
-                f"({', '.join(f'{slot}: {vote}' for slot, vote in votes.items())}): no sound machine does that; "
-                "nothing wrong was recorded: resume without the machine that is alone with its result"
-            )
-        weights = Weights(history, next(iter(votes.values())))
-        self.crew.commit(weights, [h for slot in votes if (h := handles[slot]) is not None and h is slot.handle])
-        return weights.fingerprint
-
-    def _replay(self, path: Path, dtype: str) -> None:
-        """Write the weights without any worker."""
-        config = self._config
-        trained = self.describe()
-        weights = self.crew.weights
-        base = Checkpoint(locate(config.model))
-        if base.content_hash() != trained.base_hash:
-            raise EstuneError(
-                f"{path}: no worker is on this machine to write it, and the base model {config.model} is another one "
-                "here than where the workers are: put theirs here, and resume"
-            )
-
-        def verify(found: str) -> None:
-            if found != weights.fingerprint:
-                raise EstuneError(f"{path}: replay on this machine gives other weights than the workers have; resume")
-
-        Steps(trained.rule, weights.history).write(base, trained.tensors, path, dtype, verify)
+    def _is_near(self, slot: Slot) -> bool:
+        here = ray.get_runtime_context().get_node_id()
+        return slot.handle is not None and slot.handle.place is not None and slot.handle.place.node == here
 
 
-class RayEvaluation:
-    """As `Evaluation`.
+class Cluster:
+    """As `Source`: the cluster that this process is connected to.
 
     Args:
-        jobs: each evaluates a member.
-        count: called with each result.
+        config: the settings that workers are given.
     """
 
-    def __init__(self, jobs: Jobs, count: Callable[[Evaluated], None]) -> None:
-        self._jobs = jobs
-        self._count = count
+    def __init__(self, config: Config) -> None:
+        self._config = config
 
-    def __iter__(self) -> RayEvaluation:
-        return self
+    def hire(self, number: int, deadlines: Deadlines) -> RayHandle:
+        """As `Source.hire`."""
+        return RayHandle(number, self._config, deadlines)
 
-    def __next__(self) -> tuple[int, Evaluated]:
-        job = next(self._jobs)
-        self._count(job.result)
-        return job.index, job.result
+    def check(self, *, at_once: bool = False) -> None:
+        """As `Source.check`: without its cluster Ray would end this process soon."""
+        gone = lost(at_once=at_once)
+        if gone is not None:
+            raise EstuneError(f"{gone}; no step is lost: resume, with another cluster or none")
 
-    def close(self) -> None:
-        """As `Evaluation.close`."""
-        self._jobs.close()
+    def missing(self, seconds: float, lost: str) -> str:
+        """As `Source.missing`."""
+        need = needs(self._config)
+        there = ray.available_resources()  # type: ignore[no-untyped-call]
+        free = {key: there.get(key, 0) for key in need}
+        last = f"; the last one was lost: {lost}" if lost else ""
+        return (
+            f"for {seconds:.0f} s there was room for no worker: each takes {_listed(need)} of a node, and of the "
+            f"cluster {_listed(free)} are free{last}; add nodes, ask for less or "
+            "wait longer (worker_timeout), and start or resume"
+        )
 
 
 def _for_workers(config: Config) -> Config:
@@ -251,10 +96,5 @@ def _for_workers(config: Config) -> Config:
     return config.model_copy(update={"model": model, "device": device})
 
 
-def minority(votes: Mapping[K, str]) -> list[K]:
-    """The keys whose vote is not the most frequent one; all keys on a tie."""
-    counts = Counter(votes.values()).most_common()
-    if len(counts) < 2:
-        return []
-    tie = counts[0][1] == counts[1][1]
-    return [key for key, vote in votes.items() if tie or vote != counts[0][0]]
+def _listed(resources: dict[str, float]) -> str:
+    return " and ".join(f"{value:g} {key}" for key, value in resources.items())

@@ -1,124 +1,18 @@
-"""A replica as a Ray actor. Light to import, as its process does before it has a model to load."""
+"""A worker as a Ray actor. Light to import, as its process does before it has a model to load."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ray
 
-from estune.journal.records import FORMAT
-from estune.noise.reference import NOISE_VERSION
-from estune.versions import packages
-
-if TYPE_CHECKING:
-    from estune.completion import Completion, Sampling
-    from estune.config import Config
-    from estune.es.strategy import Member, Update
-    from estune.pool.base import Description, Evaluated
+from estune.pool.worker import Place, Worker, software
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a worker runs, and the versions there of what matters to the numbers."""
-
-    node: str  # Ray's id of it
-    host: str
-    pid: int
-    software: dict[str, str]
-
-
-class StaleWeights(Exception):
-    """The worker's weights are not those that the call is about."""
-
-
-def software() -> dict[str, str]:
-    """Versions, by name, that must be the same for all workers of a run."""
-    return {**packages(), "noise": str(NOISE_VERSION), "journal": str(FORMAT)}
-
-
-class RayWorker:
-    """Passes calls on to a `Replica`, once it is sure that its weights are those of the caller.
-
-    `done`, the first argument of most calls, is the number of updates that the weights must have had. They raise
-    `StaleWeights` where it is another.
-    """
-
-    def __init__(self) -> None:
-        self.done = -1  # no weights, or nobody knows which
-        self._last: Update | None = None
-        self._fingerprint = ""
+class RayWorker(Worker):
+    """A `Worker` that says where Ray has put it."""
 
     def where(self) -> Place:
         """Where this process is."""
         return Place(ray.get_runtime_context().get_node_id(), platform.node(), os.getpid(), software())
-
-    def open(self, config: Config) -> Description:
-        """Load the model.
-
-        Raises:
-            EstuneError: for a model that cannot be had on this machine, or trained.
-        """
-        from estune.pool.replica import Replica
-
-        self.replica = Replica(config)
-        description = self.replica.describe()
-        self.done = 0
-        self._fingerprint = description.fingerprint
-        return description
-
-    def evaluate(
-        self, done: int, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Evaluated:
-        """As `Replica.evaluate`."""
-        self._require(done)
-        return replace(self.replica.evaluate(member, sigma, prompt_ids, sampling), updates=done)
-
-    def generate(self, done: int, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """As `Replica.generate`."""
-        self._require(done)
-        return self.replica.generate(prompt_ids, sampling)
-
-    def compare(
-        self, done: int, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
-    ) -> dict[str, float]:
-        """As `Replica.compare`."""
-        self._require(done)
-        return self.replica.compare(prompt_ids, completion_ids)
-
-    def apply(self, done: int, update: Update) -> str:
-        """Add the update after the first `done`; return the fingerprint. If it was added already, only return that."""
-        from estune.es.update import as_fingerprint
-
-        if self.done == done + 1 and self._last == update:
-            return self._fingerprint
-        self._require(done)
-        self.done = -1  # until the update is whole
-        self._fingerprint = as_fingerprint(self.replica.apply(update))
-        self.done = done + 1
-        self._last = update
-        return self._fingerprint
-
-    def rebuild(self, updates: Sequence[Update], checkpoint: tuple[int, Path] | None) -> str:
-        """As `Replica.rebuild`, whatever the weights were."""
-        self.done = -1
-        self._fingerprint = self.replica.rebuild(updates, checkpoint)
-        self.done = len(updates)
-        self._last = updates[-1] if updates else None
-        return self._fingerprint
-
-    def save(self, done: int, fingerprint: str, path: Path, dtype: str) -> None:
-        """As `Replica.save`, once it is sure that the weights have this fingerprint."""
-        self._require(done)
-        if self.replica.weights.fingerprint() != fingerprint:
-            self.done = -1
-            raise StaleWeights
-        self.replica.save(path, dtype)
-
-    def _require(self, done: int) -> None:
-        if self.done != done:
-            raise StaleWeights

@@ -1,7 +1,7 @@
 """The workers of a run: who starts them, keeps their weights up to date, gives them jobs and replaces those lost.
 
-Each worker has a thread here (`Crew._serve`). The trainer's thread queues jobs, or asks each worker to do one, and
-waits.
+Where they come from, the crew does not know: from Ray (`ray/`), or they are servers elsewhere (`served/`). Each worker
+has a thread here (`Crew._serve`). The trainer's thread queues jobs, or asks each worker to do one, and waits.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import ray
+from typing import Any, Literal, Protocol, TypeVar
 
 from estune.config import Config
 from estune.errors import EstuneError, first_line
 from estune.es.strategy import Update
 from estune.pool.base import Description
 from estune.pool.deadlines import Deadlines, Lost
-from estune.pool.ray.cluster import lost, needs
-from estune.pool.ray.handle import Handle
-from estune.pool.ray.worker import StaleWeights, software
+from estune.pool.worker import Place, StaleWeights, software
 
 T = TypeVar("T")
 State = Literal["waiting", "loading", "ready", "refused", "ended"]
@@ -36,9 +32,63 @@ MOST_ERRORS = 2  # of a worker that cannot be started, until its place stays emp
 LONGEST_PAUSE = 10.0  # seconds before a worker that was lost again is replaced again
 
 
+class Handle(Protocol):
+    """A worker as the pool sees it, in messages by its text."""
+
+    place: Place | None
+    done: int | None
+    """Updates that its weights have had; None where they must be built anew."""
+
+    def look(self, seconds: float) -> Place | None:
+        """Where the worker runs; None if it is not there after `seconds` seconds.
+
+        Raises:
+            Lost: it was there and has ended.
+            EstuneError: it never will be of use.
+        """
+        ...
+
+    def open(self) -> tuple[Description, int | None]:
+        """Let the worker load the model; return what it trains, and the updates that its weights have had by now."""
+        ...
+
+    def call(self, kind: str, *arguments: Any, units: int = 1) -> Any:
+        """Call a method of the worker, and wait for the result.
+
+        Raises:
+            Lost: it is gone, or did not answer in time.
+            Exception: the method raised it.
+        """
+        ...
+
+    def end(self) -> None:
+        """End what there is of it, even if it does not answer."""
+        ...
+
+
+class Source(Protocol):
+    """Where workers come from."""
+
+    def hire(self, number: int, deadlines: Deadlines) -> Handle:
+        """The worker of a place, which starts as soon as there is room for it."""
+        ...
+
+    def check(self, *, at_once: bool = False) -> None:
+        """Check that there can be workers at all.
+
+        Raises:
+            EstuneError: what all of them need is gone.
+        """
+        ...
+
+    def missing(self, seconds: float, lost: str) -> str:
+        """What to say of having had no worker for so long, `lost` being how the last one was lost, if one was."""
+        ...
+
+
 @dataclass(eq=False)
 class Job:
-    """Something for a worker to do: a call of one of `RayWorker`'s methods.
+    """Something for a worker to do: a call of one of `Worker`'s methods.
 
     If it is for any worker that is free, `arguments` are those after `done`, the number of updates the worker has made.
     """
@@ -82,14 +132,21 @@ class Weights:
 
 
 class Crew:
-    """The workers of a run: `config.workers` of them, now or as soon as the cluster has room."""
+    """The workers of a run, now or as soon as there is room for them.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: the run's settings.
+        count: how many.
+        source: where they come from.
+    """
+
+    def __init__(self, config: Config, count: int, source: Source) -> None:
         self._config = config
+        self._source = source
         self.weights = Weights([])
         self.checkpoint: tuple[int, Path] | None = None  # where those who come can begin
         self.reference: tuple[dict[str, str], Description] | None = None  # software and model of the first
-        self.slots = [Slot(number) for number in range(config.workers or 1)]
+        self.slots = [Slot(number) for number in range(count)]
         self._changed = threading.Condition(threading.RLock())
         self._closed = threading.Event()
         self._jobs: deque[Job] = deque()
@@ -184,23 +241,13 @@ class Crew:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def check_cluster(self, *, at_once: bool = False) -> None:
-        """Check that the cluster is there.
-
-        Raises:
-            EstuneError: it is not, and Ray would end this process soon.
-        """
-        gone = lost(at_once=at_once)
-        if gone is not None:
-            raise EstuneError(f"{gone}; no step is lost: resume, with another cluster or none")
-
     def _check_hope(self) -> None:
         """Check that a worker may still come.
 
         Raises:
             EstuneError: none will; the message says why.
         """
-        self.check_cluster()
+        self._source.check()
         left = [slot for slot in self.slots if slot.state != "refused"]
         if not left:
             raise self.slots[0].errors[0]
@@ -211,13 +258,7 @@ class Crew:
             )
         idle = time.monotonic() - max(slot.since for slot in left)
         if all(slot.state == "waiting" for slot in left) and idle > max(PATIENCE, self._config.worker_timeout or 0):
-            need = needs(self._config)
-            lost = f"; the last one was lost: {self._cause}" if self._cause else ""
-            raise EstuneError(
-                f"for {idle:.0f} s there was room for no worker: each takes {_listed(need)} of a node, and of the "
-                f"cluster {_listed(_free(need))} are free{lost}; add nodes, ask for less or "
-                "wait longer (worker_timeout), and start or resume"
-            )
+            raise EstuneError(self._source.missing(idle, self._cause))
 
     # A worker's life, in a thread of its own.
 
@@ -240,14 +281,14 @@ class Crew:
 
     def _start(self, slot: Slot) -> None:
         """Start a worker, let it load the model, and check that it holds what the others hold."""
-        handle = slot.handle = Handle(slot.number, self._config, self._deadlines)
+        handle = slot.handle = self._source.hire(slot.number, self._deadlines)
         while (place := handle.look(1.0)) is None:
             if self._closed.is_set():
                 raise Lost("the run has ended")
         self._enter(slot, "loading")
         ours = software()
         compare(handle, place.software, {key: ours[key] for key in ("estune", "noise", "journal")})
-        description: Description = handle.call("open", self._config)
+        description, done = handle.open()
         with self._changed:
             if self.reference is None:
                 self.reference = place.software, description
@@ -255,7 +296,7 @@ class Crew:
             versions, model = self.reference
         compare(handle, place.software, versions)
         compare(handle, _fields(description), _fields(model))
-        handle.done = 0
+        handle.done = done
 
     def _catch_up(self, slot: Slot) -> None:
         """Let a worker make the updates that it has not made."""
@@ -437,12 +478,3 @@ def _fields(description: Description) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) < 80 else f"{text[:77]}..."
-
-
-def _free(need: dict[str, float]) -> dict[str, float]:
-    there = ray.available_resources()  # type: ignore[no-untyped-call]
-    return {key: there.get(key, 0) for key in need}
-
-
-def _listed(resources: dict[str, float]) -> str:
-    return " and ".join(f"{value:g} {key}" for key, value in resources.items())

@@ -1,0 +1,99 @@
+"""What an engine over vLLM does, whether vLLM is in this process (`engine.py`) or in a server (`served.py`)."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from estune.completion import Completion, Sampling
+from estune.engines.progress import Meter
+from estune.engines.prompts import PromptEncoder
+from estune.errors import EstuneError
+
+Digest = list[dict[int, float]]
+
+
+class VllmCalls(PromptEncoder):
+    """Generates, scores and calls the workers' `Shard`s, by five calls that a subclass makes."""
+
+    dtype: str
+    """Type of the live weights."""
+    parallel: int
+    """Processes that share the model."""
+    end_ids: Sequence[int]
+
+    @abstractmethod
+    def _tokens(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        """Token ids of each completion, the end token included."""
+
+    @abstractmethod
+    def _scores(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities (nats) of each row's tokens but the first."""
+
+    @abstractmethod
+    def _likely(self, prompt_ids: Sequence[Sequence[int]], tokens: int) -> Digest:
+        """The few most likely tokens at each step of greedy decoding, with their log-probabilities (nats)."""
+
+    @abstractmethod
+    def _call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of each worker's `Shard`; return their answers, by rank."""
+
+    @abstractmethod
+    def _reset(self) -> bool:
+        """Forget the keys and values kept of earlier prompts; False if that could not be done."""
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """One completion per prompt, in the order of the prompts.
+
+        Raises:
+            EstuneError: a prompt is empty or, with `max_new_tokens`, longer than the model's positions or
+                `vllm_max_model_length` reach, or `sampling` is out of range.
+        """
+        if not prompt_ids:
+            return []
+        self.check(prompt_ids, sampling)
+        ends = set(self.end_ids)
+        meter = Meter()
+        token_ids = self._tokens(prompt_ids, sampling)
+        tokens = sum(map(len, token_ids))
+        meter.wrote(tokens, spared=len(prompt_ids) * sampling.max_new_tokens - tokens)
+        meter.read(sum(map(len, prompt_ids)))  # between one another, vLLM reads and writes
+        texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
+
+    def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability (nats) of the tokens of every completion, but of one that fills up the model's positions.
+
+        To score a row vLLM needs room for a token more.
+        """
+        most = (self.positions or math.inf) - 1
+        rows = [[*prompt, *ids] for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
+        found = self._scores([row[: int(min(len(row), most))] for row in rows])
+        return [row[len(prompt) - 1 :] for prompt, row in zip(prompt_ids, found, strict=True)]
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of each worker's `Shard`; return their answers, by rank.
+
+        Raises:
+            EstuneError: one of them raised it.
+        """
+        answers = self._call(method, *args)
+        for answer in answers:
+            if isinstance(answer, EstuneError):
+                raise answer
+        return answers
+
+    def forget(self) -> None:
+        """Forget keys and values of earlier prompts, which other weights have computed."""
+        if not self._reset():
+            raise EstuneError("vLLM keeps keys and values of other weights: prompts are still under way; start again")
+
+    def digest(self) -> Digest:
+        """Likely tokens and their log-probabilities for a few prompts, which differ for other weights."""
+        size = self.config.get_text_config(decoder=True).vocab_size
+        length = max(1, min(8, (self.positions or 8) - 2))
+        prompts = [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]
+        self.forget()
+        return self._likely(prompts, 2 if (self.positions or 8) > 2 else 1)

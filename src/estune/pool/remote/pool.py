@@ -1,0 +1,101 @@
+"""The pool whose workers are vLLM servers, reached over HTTP."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from estune.config import Config
+from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer
+from estune.journal.identity import model_files
+from estune.pool.crewed import CrewPool
+from estune.pool.deadlines import Deadlines
+from estune.pool.remote.handle import KEY, Named, Reader, RemoteHandle, named
+from estune.pool.remote.wire import Terms
+from estune.weights.checkpoint import Checkpoint, locate
+
+
+def open_remote_pool(config: Config) -> RemotePool:
+    """The servers at `config.workers_at`, of which at least one is ready.
+
+    Raises:
+        EstuneError: none answers, or none can train what the run wants.
+    """
+    pool = RemotePool(config)
+    try:
+        pool.wait_for_workers()
+    except BaseException:
+        pool.close()
+        raise
+    return pool
+
+
+class RemotePool(CrewPool):
+    """Servers as workers. Their weights stay theirs: checkpoints are written here, by replay over this base."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, len(config.workers_at), Servers(config))
+
+    def _sent(self, prompt_ids: Sequence[Sequence[int]]) -> Named:
+        return named(prompt_ids)
+
+
+class Servers:
+    """As `Source`: the servers that the settings name.
+
+    Args:
+        config: the settings.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._urls = config.workers_at
+        self._key = os.environ.get(KEY)
+        self._terms = terms_of(config)
+        checkpoint = Checkpoint(locate(config.model))
+        path = checkpoint.path
+        trusted = {"trust_remote_code": config.trust_remote_code}
+        model = SimpleNamespace(config=load_config(path, **trusted))
+        model.generation_config = generation_config(path, model.config)
+        tokenizer = load_tokenizer(path, **trusted)
+        self._reader = Reader(tokenizer, end_tokens(model, tokenizer))
+        self._base: dict[str, Any] = {"base_hash": checkpoint.content_hash(), "files": model_files(path)}
+        self._handles: dict[int, RemoteHandle] = {}
+
+    def hire(self, number: int, deadlines: Deadlines) -> RemoteHandle:
+        """As `Source.hire`."""
+        handle = RemoteHandle(number, self._urls[number], self._key, self._terms, self._base, self._reader, deadlines)
+        self._handles[number] = handle
+        return handle
+
+    def check(self, *, at_once: bool = False) -> None:
+        """As `Source.check`: there is nothing that all of them need."""
+
+    def missing(self, seconds: float, lost: str) -> str:
+        """As `Source.missing`."""
+        absent = "; ".join(f"{handle.url}: {handle.absent or lost}" for handle in self._handles.values())
+        return (
+            f"for {seconds:.0f} s no server has answered ({absent}): start them or mend workers_at, and start or "
+            "resume; who starts slowly is waited for as long as worker_timeout says"
+        )
+
+
+def new_lease() -> str:
+    """A name for a run, which nobody guesses."""
+    return secrets.token_hex(16)
+
+
+def terms_of(config: Config) -> Terms:
+    """What a run wants of its servers."""
+    return Terms(
+        new_lease(),
+        config.weights,
+        config.rounding,
+        config.noise,
+        config.train_parameters,
+        config.base_device,
+        config.vllm_max_model_length,
+        None if config.dtype == "auto" else config.dtype,
+    )
