@@ -196,7 +196,10 @@ def _check_causal(path: Path, config: Any) -> None:
         found = architectures[0]
     else:
         return
-    raise EstuneError(f"model {path}: {found} is not a causal language model; take one such as Qwen2ForCausalLM")
+    raise EstuneError(
+        f"model {path}: {found} is not a causal language model; take one such as Qwen2ForCausalLM, "
+        "or train any module with estune.Weights.of"
+    )
 
 
 def _unreadable(path: Path, error: Exception) -> EstuneError:
