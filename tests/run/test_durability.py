@@ -6,7 +6,9 @@ The event is told by its kind, its file, and the how manieth of its kind it is. 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +131,28 @@ def test_a_run_on_a_disk_that_is_read_only_is_read_and_not_gone_on_with(
     changed = {"steps": 1, "output_dir": tmp_path / "branch"}
     branch(run, 1, task=make_task(), monitors=[], **changed).train()
     assert verify(tmp_path / "branch").steps == 2
+
+
+@pytest.mark.parametrize("room", [6 << 10, 600 << 10])
+def test_a_disk_that_is_full_loses_nothing(
+    room: int, model: Path, whole: tuple[Path, list[str]], disk: Disk, tmp_path: Path
+) -> None:
+    """The disk has room for the run's first lines, or for its first checkpoint, and later for all."""
+    run = config(disk.path / "run", model)
+    filler = disk.path / "filler"
+    with filler.open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(64 << 10))
+        file.truncate(file.tell() - room)
+        os.fsync(file.fileno())
+    with pytest.raises(EstuneError, match="No space left on device") as told:
+        Trainer(run, task=make_task(), monitors=None).train()
+    assert "\n" not in str(told.value)
+    assert not broken_promises(disk.path / "run")
+    filler.unlink()
+    killed_at(None, run)
+    assert not differences(disk.path / "run", whole[0])
 
 
 def test_a_clock_that_jumps_changes_nothing(
