@@ -101,6 +101,20 @@ def test_a_member_does_not_depend_on_those_beside_it_to_the_bit() -> None:
         assert torch.equal(all_of_them[count : 2 * count], own)
 
 
+def test_threads_share_the_columns_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("qwen2")
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr("estune.engines.cpu.members.SHARED_OUT", 1)
+        decoder = decoder_of(model)
+        together = decoder.together(drawn(weights_of(decoder.model, lambda _: True)))
+        assert together is not None
+        members = together.of(MEMBERS, SIGMA).with_owners(np.repeat(np.arange(3), len(PROMPTS)))
+        found.append(rows(decoder, PROMPTS * 3, Sampling(NEW, temperature=1.0, seed=3), members=members))
+    assert found[0] == found[1]
+
+
 def test_norms_of_queries_and_keys_that_are_perturbed_are_decoded_member_by_member() -> None:
     decoder = decoder_of(model_of("qwen3"))
     assert decoder.together(drawn(weights_of(decoder.model, lambda _: True))) is None

@@ -307,7 +307,7 @@ class FusedDecoder:
         """A projection of tokens, `[tokens, columns]`, each by the weights of the member that it belongs to."""
         out = self._product(x, *linear)
         if self._members is not None:
-            self._members.add_product(x, out, linear, places.rows)
+            self._members.add_product(x, out, linear, places.rows, self._product)
         return out
 
     def _normalized(self, x: Array, change: Array | None, weight: Array, places: Places) -> Array:
@@ -333,7 +333,7 @@ class FusedDecoder:
         """Logits, float32 `[rows, vocabulary]`, from hidden states `[rows, hidden]`."""
         found = self._product(hidden, *self._head)
         if self._members is not None and rows is not None:
-            self._members.add_product(hidden, found, self._head, rows)
+            self._members.add_product(hidden, found, self._head, rows, self._product)
         return torch.from_numpy(found)
 
     def largest(self, hidden: Array, rows: Array | None = None) -> Array:
@@ -349,7 +349,7 @@ class FusedDecoder:
         for part in np.array_split(self._head.weight, math.ceil(len(self._head.weight) / HEAD_ROWS)):
             logits = self._product(hidden, part)
             if self._members is not None and rows is not None:
-                self._members.add_product(hidden, logits, self._head, rows, first)
+                self._members.add_product(hidden, logits, self._head, rows, self._product, first)
             self._run(kernels.running_argmax, (logits, best, token), first)
             first += len(part)
         return token

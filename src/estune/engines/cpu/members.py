@@ -9,6 +9,7 @@ What a row comes to depends on its member and its prompt alone, not on the membe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,10 +18,13 @@ import numpy as np
 
 from estune.engines.cpu import kernels
 from estune.engines.cpu.layers import Linear
-from estune.engines.cpu.products import Array
+from estune.engines.cpu.products import Array, Products
 from estune.es.strategy import Member
 from estune.noise import cpu, rank1
 from estune.weights.checkpoint import widen
+
+SHARED_OUT = 1 << 18
+"""Elements of a product from which on threads share what members add to it."""
 
 
 class Drawn(NamedTuple):
@@ -67,7 +71,7 @@ class Members:
         if self.embeddings is not None:
             kernels.add_outer_rows(ids, x, self.owners[rows], self.embeddings.a, self.embeddings.b)
 
-    def add_product(self, x: Array, out: Array, linear: Linear, rows: Array, first: int = 0) -> None:
+    def add_product(self, x: Array, out: Array, linear: Linear, rows: Array, threads: Products, first: int = 0) -> None:
         """Add to a product what members add.
 
         Args:
@@ -75,20 +79,31 @@ class Members:
             out: its product, `[tokens, columns]`: all columns, or some from `first` on.
             linear: by which it was made.
             rows: the cache row of each token.
+            threads: share out the columns, where there is enough to do.
             first: the first of the columns.
         """
         owners = self.owners[rows]
         for part in self.products.get(address(linear.weight), ()):
             begin = max(part.first, first)
             end = min(part.first + part.a.shape[1], first + out.shape[1])
-            if begin < end:
-                kernels.add_outer(x, out, owners, part.a, part.b, begin - part.first, begin - first, end - begin)
+            if begin >= end:
+                continue
+            outer = functools.partial(_add_outer, x, out, owners, part, begin - part.first, begin - first)
+            if len(x) * (end - begin) < SHARED_OUT:
+                outer(0, end - begin)
+            else:
+                threads.in_parts(end - begin, outer)
         if linear.bias.size and (own := self.biases.get(address(linear.bias))) is not None:
             out += own[owners]
 
     def norm(self, common: Array) -> Array | None:
         """The members' own weights of a norm, `[members, elements]`; None where they are not perturbed."""
         return self.norms.get(address(common))
+
+
+def _add_outer(x: Array, out: Array, owners: Array, part: Outer, source: int, target: int, low: int, high: int) -> None:
+    """`kernels.add_outer` for columns `low` to `high - 1` of those that begin at `source` and `target`."""
+    kernels.add_outer(x, out, owners, part.a, part.b, source + low, target + low, high - low)
 
 
 def address(array: Array) -> int:
