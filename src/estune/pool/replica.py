@@ -16,6 +16,7 @@ from estune.engines.cpu.members import Drawn, Members, Together
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.score import divergence
 from estune.engines.transformers import TransformersEngine
+from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.grading.rollout import Opening
 from estune.journal.identity import model_files
@@ -26,7 +27,7 @@ from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.device import synchronize, training_device
 from estune.weights.parameters import Parameter, trained_parameters
-from estune.weights.policies import POLICIES
+from estune.weights.policies import NOT_REVERSIBLE, POLICIES
 from estune.weights.rebuild import Steps, is_anchored
 from estune.weights.storage import flat, type_name
 from estune.weights.trained import Drift, TrainedWeights
@@ -64,8 +65,10 @@ class Replica(Generator):
         else:
             engine = open_transformers(self.checkpoint, config, self._device)
             self.weights = weights = open_weights(engine, self.checkpoint, config, share)
-            if config.noise == "rank1":
+            if config.noise == "rank1" and not weights.rule.how.drifts:  # drift is that of members one by one
                 self._together = engine.together(drawn(weights))
+                if self._together is None and config.weights == "exact_inplace":
+                    raise EstuneError(NOT_REVERSIBLE)
             super().__init__(engine, config)
 
     def evaluate(
