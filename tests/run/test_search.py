@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from estune.errors import EstuneError
+from estune.grading.rollout import Rollout
 from estune.journal.journal import Journal
 from estune.journal.replay import replay
 from estune.noise import reference
 from estune.run.trainer import Trainer
+from tests.models import FUSABLE, save_model
 from tests.runs import make_config, make_task, variety
 
 COURSES = ["constant", "linear", "cosine"]
@@ -88,6 +90,29 @@ ALL = {
     "sigma_scheduler_type": "cosine",
     "noise": "rank1",
 }
+
+
+@pytest.mark.parametrize("weights", ["inplace", "exact_inplace"])
+def test_rank_one_noise_of_weights_without_a_base_replays_and_resumes(
+    model: Path, tmp_path: Path, weights: str
+) -> None:
+    """In place, what each member leaves behind is part of the run, and so none may be decoded without perturbing."""
+    fingerprints = train(tmp_path / "run", model, noise="rank1", weights=weights)
+    assert replay(tmp_path / "run", tmp_path / "replayed") == fingerprints[-1]
+    cut(tmp_path / "run", tmp_path / "cut", 2)
+    Trainer.resume(tmp_path / "cut", task=make_task(), monitors=[]).train()
+    assert [record.fingerprint for record in Journal.read(tmp_path / "cut").steps] == fingerprints
+
+
+def test_rank_one_noise_that_could_not_be_taken_back_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """Norms of queries and keys make members be decoded one by one; so do rollouts."""
+    changes = {"noise": "rank1", "weights": "exact_inplace"}
+    qwen3 = save_model(tmp_path / "qwen3", "qwen3", **FUSABLE)
+    played = make_task(rollout=Rollout("function", print))
+    for base, task in ((qwen3, make_task()), (save_model(tmp_path / "llama", **FUSABLE), played)):
+        with pytest.raises(EstuneError, match="weights=exact_inplace can take noise=rank1 where members are decoded"):
+            Trainer(make_config(tmp_path / "run", base, **changes), task=task, monitors=[])
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("where", [{"replicas": 2}, {"workers": 2, "replicas": None}], ids=["replicas", "workers"])

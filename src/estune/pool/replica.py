@@ -15,6 +15,7 @@ from estune.engines.cpu.members import Drawn, Members, Together
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.score import divergence
 from estune.engines.transformers import TransformersEngine
+from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.grading.rollout import Opening
 from estune.journal.identity import model_files
@@ -26,7 +27,7 @@ from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.device import device_kind, synchronize, training_device
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.places import check_places
-from estune.weights.policies import POLICIES
+from estune.weights.policies import NOT_REVERSIBLE, POLICIES
 from estune.weights.rebuild import Steps, is_anchored
 from estune.weights.storage import flat, type_name
 from estune.weights.trained import Drift, TrainedWeights
@@ -216,7 +217,10 @@ class Replica(Trained):
             weights = open_weights(engine, checkpoint, config, share)
         super().__init__(engine, weights, checkpoint, config, device_kind(self._device))
         if config.noise == "rank1" and isinstance(engine, TransformersEngine) and isinstance(weights, Weights):
-            self._together = engine.together(drawn(weights))
+            if not weights.rule.how.drifts:  # drift is that of members one by one
+                self._together = engine.together(drawn(weights))
+            if self._together is None and config.weights == "exact_inplace":
+                raise EstuneError(NOT_REVERSIBLE)
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights a member's."""

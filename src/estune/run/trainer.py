@@ -47,6 +47,7 @@ from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
 from estune.weights.checkpoint import Checkpoint, check_name, locate
+from estune.weights.policies import NOT_REVERSIBLE
 from estune.weights.trained import Drift
 
 log = logging.getLogger(__name__)
@@ -202,6 +203,8 @@ class Trainer:
         config = self.config
         task = self.task
         refuse_unreachable(task, config)
+        if task.rollout is not None and config.noise == "rank1" and config.weights == "exact_inplace":
+            raise EstuneError(NOT_REVERSIBLE)
         if config.prompt_groups > 1:
             refuse_level(task.reward_funcs, "prompt_groups", "groups of members have other prompts", "population")
         self.encoder = open_encoder(config)
@@ -459,7 +462,8 @@ class Trainer:
         metrics = {} if after is None else {"reward_after": after}
         if after is not None and after >= before - guard * mean_and_std(known)[1]:
             return update, fingerprint, metrics | {"taken_back": 0.0}
-        log.warning("step %d: the base earned %.4g before it, and %s after: taken back", update.step + 1, before, after)
+        earned = "nothing that can be told" if after is None else f"{after:.4g}"
+        log.warning("step %d: the base earned %.4g before it, %s after: taken back", update.step + 1, before, earned)
         self._replay(anew=True)
         update = self.strategy.take_back(update)
         return update, self.pool.apply(update), metrics | {"taken_back": 1.0}

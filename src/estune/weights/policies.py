@@ -38,6 +38,11 @@ PATCHED = 1 / 8
 At the paper's sigma, a twentieth of a usual spread, it is about half of that (`bench/exactness/in_place.py`).
 """
 
+NOT_REVERSIBLE = (
+    "weights=exact_inplace can take noise=rank1 where members are decoded together, on a CPU and without "
+    "rollouts of several turns: set weights=copy or noise=iid"
+)
+
 Perturbation = tuple[Member, float]
 """A member and its sigma."""
 

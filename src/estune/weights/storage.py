@@ -29,7 +29,7 @@ from estune.es.update import terms
 from estune.noise.rows import Run
 from estune.weights.checkpoint import RUN_LENGTH, narrow
 from estune.weights.device import device_kernels
-from estune.weights.policies import TYPE_NAMES
+from estune.weights.policies import NOT_REVERSIBLE, TYPE_NAMES
 
 STREAMED_LENGTH = 8 << 20  # elements that pass through a buffer at a time: 32 MiB of float32
 BUFFERS = 2  # one is filled while the other is worked on
@@ -95,10 +95,7 @@ class CpuStorage:
         from estune.noise import cpu_inplace
 
         if any(run.columns for run in self._runs):
-            raise EstuneError(
-                "weights=exact_inplace can take noise=rank1 where members are decoded together, on a CPU and without "
-                "rollouts of several turns: set weights=copy or noise=iid"
-            )
+            raise EstuneError(NOT_REVERSIBLE)
         self._patches = self._patches or [cpu_inplace.Patches() for _ in self._runs]
         self._each_patched(cpu_inplace.perturb, seed, sigma)
 
