@@ -212,6 +212,6 @@ def test_a_step_that_harms_is_taken_back_to_the_bit(model: Path, tmp_path: Path,
         train(tmp_path / "one", model, **changes | {"replicas": 1, "workers": None})
         assert [r.fingerprint for r in Journal.read(tmp_path / "one").steps] == before[1:]
     else:
-        cut(tmp_path / "run", tmp_path / "cut", 3)
+        cut(tmp_path / "run", tmp_path / "cut", taken_back[0].step + 1)
         Trainer.resume(tmp_path / "cut", task=make_task(), monitors=[]).train()
         assert [r.fingerprint for r in Journal.read(tmp_path / "cut").steps] == before[1:]
