@@ -258,6 +258,10 @@ def test_a_server_that_is_stopped_is_lost(servers: list[Served], model: Path, mo
     ("settings", "said"),
     [
         ({"workers_at": "localhost:8000"}, "'localhost:8000' is no address of a server: write http://HOST:PORT"),
+        ({"workers_at": "http://me:secret@a:1"}, "is no address of a server: .* its key in VLLM_API_KEY"),
+        ({"workers_at": "http://[::1"}, r"'http://\[::1' is no address of a server"),
+        ({"workers_at": "http://a:99999"}, "is no address of a server"),
+        ({"workers_at": "http://:8000"}, "is no address of a server"),
         ({"workers_at": "http://a:1,http://a:1/v1/"}, "http://a:1 stands there twice"),
         ({"workers_at": "http://a:1", "workers": 2}, "leave out replicas, workers"),
         ({"workers_at": "http://a:1", "weights": "inplace"}, "leave out workers"),
@@ -271,6 +275,8 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], said: str) -> None:
 def test_addresses_are_those_that_clients_of_openai_take() -> None:
     assert parse({"workers_at": "http://a:1/v1, https://b/x/"}).workers_at == ["http://a:1", "https://b/x"]
     assert parse({"workers_at": None}).workers_at == []
+    assert parse({"workers_at": "http://a:1,http://[::1]"}).workers_at == ["http://a:1", "http://[::1]"]
+    assert parse({"workers_at": "[http://[::1]:8000]"}).workers_at == ["http://[::1]:8000"]
 
 
 def test_a_strangers_journal_sends_nothing_to_the_servers_it_names(
@@ -282,7 +288,7 @@ def test_a_strangers_journal_sends_nothing_to_the_servers_it_names(
     given: dict[str, Any] = {"task": make_task(slow_variety), "monitors": []}
     with pytest.raises(EstuneError, match=r"its journal names a server, http://127\.0\.0\.1:\d+, which would be sent"):
         Trainer.resume(run, steps=2, **given)
-    assert Trainer.resume(run, steps=2, workers_at=[servers[1].url], **given).train().steps == 2
+    assert Trainer.resume(run, steps=2, workers_at=f"{servers[1].url}/v1", **given).train().steps == 2
 
 
 def test_ctrl_c_twice_loses_the_step_in_hand_alone(

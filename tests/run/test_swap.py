@@ -99,6 +99,9 @@ def test_what_cannot_be_swapped_is_said_in_a_line(
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(EstuneError, match=rf"{url}: no answer .*refused.*: start it, or mend the address"):
         estune.swap(url, run)
+    for wrong in ("localhost:8000", "http://[::1", "http://me:secret@a:1"):
+        with pytest.raises(EstuneError, match="is no address of a server: write http://HOST:PORT"):
+            estune.swap(wrong, run)
     with pytest.raises(EstuneError, match="6 steps"):
         estune.swap(server.url, run, 7)
     elsewhere = tmp_path / "elsewhere"

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from estune.config import server_url
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
 from estune.pool.crew import compare
@@ -53,7 +54,10 @@ def swap(server: Any, run: str | Path, step: int | None = None, *, keep: int = K
     asked = [record.update for record in journal.history], journal.fingerprint(), keep
     if not isinstance(server, str):
         return _swap_here(server, terms, base, asked)
-    url = server.rstrip("/").removesuffix("/v1")
+    try:
+        url = server_url(server)
+    except ValueError as error:
+        raise EstuneError(str(error)) from error
     handle = RemoteHandle(0, url, os.environ.get(KEY), terms, base, None, Deadlines(None))
     try:
         place = handle.look(0.0)
