@@ -51,6 +51,8 @@ SAMPLING = Sampling(8)
 def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Served]]:
     folder = tmp_path_factory.mktemp("servers")
     found = [serve_replica(model, folder, SECRET) for _ in range(2)]
+    for server in found:
+        server.wait(key=SECRET)
     yield found
     for server in found:
         server.kill()
