@@ -123,6 +123,16 @@ def test_photographs_are_shown_upright(tmp_path: Path) -> None:
     assert torch.equal(found[0]["pixel_values"], found[1]["pixel_values"])
 
 
+def test_what_is_kept_of_pictures_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TransformersEngine(save_vision(tmp_path, "llava"))
+    assert engine.vision is not None
+    engine.encode([ask("How many?", picture(1))])
+    one = engine.vision._size
+    monkeypatch.setattr("estune.engines.vision.KEPT_BYTES", one + one // 2)
+    engine.encode([ask("How many?", picture(n)) for n in range(2, 6)])
+    assert sum(value.nbytes for made in engine.vision._kept.values() for value in made.values()) == one
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     plain = TransformersEngine(save_model(tmp_path / "text", "qwen2"))
     with pytest.raises(EstuneError, match=r"prompt 0: it has a picture, and '.*text' is given text alone"):

@@ -5,6 +5,7 @@ Servers here answer over our own engine; `tests/vllm/test_served.py` has vLLM's.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -32,7 +33,7 @@ from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.local import LocalPool
 from estune.pool.remote.handle import KEY, RemoteHandle
 from estune.pool.remote.pool import RemotePool, Servers
-from estune.pool.remote.service import Asked, Failed, Service
+from estune.pool.remote.service import Asked, Failed, Service, _lines
 from estune.pool.remote.wire import Terms
 from estune.pool.replica import Replica
 from estune.pool.worker import StaleWeights
@@ -455,3 +456,22 @@ def test_who_goes_away_ends_his_own_call_alone(model: Path) -> None:
     with pytest.raises(Failed, match="nobody waits for it any more"):
         service.run("release", "lease", (), anothers)
     service.run("release", "lease", (), Asked())
+
+
+def test_a_connection_that_breaks_off_ends_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("estune.pool.remote.service.HEARTBEAT", 0.01)
+    aborted = threading.Event()
+
+    def make(terms: Terms) -> Replica:
+        aborted.wait(5)
+        raise EstuneError("nobody waits for this")
+
+    service = Service("tests", make, abort=aborted.set)
+
+    async def leave() -> None:
+        lines = _lines(service, "open", "lease", (Terms("lease", "master", "nearest", "iid", "*"),))
+        assert await anext(lines) == b"\n"
+        await lines.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(leave())
+    assert aborted.is_set()
