@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -108,6 +109,30 @@ def test_prompts_with_pictures_go_to_other_processes(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(BytesIO(again.pictures[0].data))), np.asarray(picture(3)))
 
 
+def test_photographs_are_shown_upright(tmp_path: Path) -> None:
+    """As transformers' pipelines and datasets show them."""
+    engine = TransformersEngine(save_vision(tmp_path, "llava"))
+    assert engine.vision is not None
+    sideways, upright = BytesIO(), BytesIO()
+    turned = Image.Exif()
+    turned[0x112] = 6
+    settings: dict[str, Any] = {"format": "TIFF"}  # which keeps every pixel
+    picture(3).transpose(Image.Transpose.ROTATE_90).save(sideways, exif=turned, **settings)
+    picture(3).save(upright, **settings)
+    found = [engine.vision._processed("<image>", [Picture(f.getvalue())], "a") for f in (sideways, upright)]
+    assert torch.equal(found[0]["pixel_values"], found[1]["pixel_values"])
+
+
+def test_what_is_kept_of_pictures_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TransformersEngine(save_vision(tmp_path, "llava"))
+    assert engine.vision is not None
+    engine.encode([ask("How many?", picture(1))])
+    one = engine.vision._size
+    monkeypatch.setattr("estune.engines.vision.KEPT_BYTES", one + one // 2)
+    engine.encode([ask("How many?", picture(n)) for n in range(2, 6)])
+    assert sum(value.nbytes for made in engine.vision._kept.values() for value in made.values()) == one
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     plain = TransformersEngine(save_model(tmp_path / "text", "qwen2"))
     with pytest.raises(EstuneError, match=r"prompt 0: it has a picture, and '.*text' is given text alone"):
@@ -118,6 +143,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     twice[0]["content"].append({"type": "image"})
     with pytest.raises(EstuneError, match="prompt 0: the model's processor refuses it"):
         engine.encode([twice])
+    file = BytesIO()
+    picture(3).save(file, "JPEG")
+    parts = [{"type": "image", "image": Picture(file.getvalue()[:-300])}]  # Pillow opens it, and its end is lacking
+    with pytest.raises(EstuneError, match="prompt 0: a picture cannot be read to its end"):
+        engine.encode([[{"role": "user", "content": parts}]])
     (folder / "processor_config.json").unlink()
     with pytest.raises(EstuneError, match=r"its processor of pictures cannot be loaded .* processor\.save_pretrained"):
         TransformersEngine(folder).encode([ask("How many?", picture(3))])

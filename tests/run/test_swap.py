@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +100,9 @@ def test_what_cannot_be_swapped_is_said_in_a_line(
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(EstuneError, match=rf"{url}: no answer .*refused.*: start it, or mend the address"):
         estune.swap(url, run)
+    for wrong in ("localhost:8000", "http://[::1", "http://me:secret@a:1"):
+        with pytest.raises(EstuneError, match="is no address of a server: write http://HOST:PORT"):
+            estune.swap(wrong, run)
     with pytest.raises(EstuneError, match="6 steps"):
         estune.swap(server.url, run, 7)
     elsewhere = tmp_path / "elsewhere"
@@ -106,6 +110,14 @@ def test_what_cannot_be_swapped_is_said_in_a_line(
     Trainer(make_config(elsewhere, base, steps=1), task=make_task(), monitors=[]).train()
     with pytest.raises(EstuneError, match="it serves another model than the run's: base_hash"):
         estune.swap(server.url, elsewhere)
+    service = Service(
+        "tests", lambda terms: Replica(Config(model=str(model), device="cpu", threads=1, dtype="float32"))
+    )
+    vllm = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="estune"))
+    here = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=vllm), _estune=service)
+    with pytest.raises(EstuneError, match="its base_hash is another one"):
+        estune.swap(here, elsewhere)
+    assert estune.swap(here, run, 1).updates == 1  # it is left free
     monkeypatch.delenv(KEY)
     with pytest.raises(EstuneError, match="it refuses the key"):
         estune.swap(server.url, run)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
+from PIL import Image
 
 from estune.completion import Picture
 from estune.errors import EstuneError
@@ -51,11 +56,46 @@ def test_a_picture_may_be_given_as(given: str, tmp_path: Path) -> None:
         (b"GIF89a?", "image: not a picture that Pillow can read"),
         (7, "image is int; give a picture's path"),
         ("data:image/png;base64,?", "image: a data URL that is not base64"),
+        ("data:image/png;base64,é", "image: a data URL that is not base64"),
+        ("/dev/zero", "image: /dev/zero cannot be read"),
+        ("~nobody-here/a.png", "image: ~nobody-here/a.png cannot be read"),
     ],
 )
 def test_what_is_no_picture_is_told(value: Any, message: str) -> None:
     with pytest.raises(EstuneError, match=f"task t: training row 1: {message}"):
         make({"prompt": "a", "image": DATA}, {"prompt": "b", "image": value})
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "F", "I", "RGBA", "1"])
+def test_a_pil_image_may_have_any_mode(mode: str) -> None:
+    given = picture(3).convert("L").convert(mode) if mode in "FI" else picture(3).convert(mode)
+    found = Image.open(BytesIO(as_picture(given, "row 0").data))
+    assert found.size == given.size
+    assert found.mode == {"RGBA": "RGBA", "1": "1"}.get(mode, "RGB")
+
+
+def test_a_photograph_given_as_a_pil_image_is_upright() -> None:
+    file = BytesIO()
+    turned = Image.Exif()
+    turned[0x112] = 6  # its top is on the right
+    Image.new("RGB", (4, 8)).save(file, "JPEG", exif=turned)
+    assert Image.open(BytesIO(as_picture(Image.open(file), "row 0").data)).size == (8, 4)
+
+
+def test_parts_as_parquet_has_them() -> None:
+    """All with the same keys, and nothing in those that a part has no use for."""
+    parts = [
+        {"type": "image_url", "text": None, "image": None, "image_url": {"url": DATA, "detail": None}},
+        {"type": "text", "text": "How many?", "image": None, "image_url": None},
+    ]
+    task = make({"prompt": [{"role": "user", "content": parts}]})
+    content = [{"type": "image", "image": Picture(DATA)}, {"type": "text", "text": "How many?"}]
+    assert task.shown(task.train[0], template=True) == [{"role": "user", "content": content}]
+
+
+def test_pictures_without_a_place_to_be_shown_are_refused() -> None:
+    with pytest.raises(EstuneError, match="no message of a user to show them in"):
+        shown_with([{"role": "system", "content": "Count."}], [Picture(DATA)])
 
 
 def test_where_pictures_are_shown() -> None:
@@ -85,18 +125,39 @@ def test_rows_that_differ_in_their_picture_are_others() -> None:
         Task("t", rows, rows[3:], [variety], [1.0], "variety")
 
 
-def test_paths_are_found_beside_the_file_that_names_them(tmp_path: Path) -> None:
+def in_column(name: str) -> dict[str, Any]:
+    return {"prompt": "How many?", "image": name}
+
+
+def in_datasets(name: str) -> dict[str, Any]:
+    return {"prompt": "How many?", "image": {"bytes": None, "path": name}}
+
+
+def in_message(name: str) -> dict[str, Any]:
+    parts = [{"type": "image", "image": name}, {"type": "text", "text": "1.png"}]
+    return {"prompt": [{"role": "user", "content": parts}]}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "directory"])
+@pytest.mark.parametrize("row", [in_column, in_datasets, in_message])
+def test_paths_are_found_beside_the_file_that_names_them(row: Any, kind: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    lines = []
-    for n in range(1, 13):
+    rows = []
+    for n in range(1, 33):
         (tmp_path / "data" / f"{n}.png").write_bytes(png(picture(n % 5, n)))
-        lines.append(json.dumps({"prompt": "How many?", "image": f"{n}.png"}))
-    (tmp_path / "data" / "rows.jsonl").write_text("\n".join(lines))
+        rows.append(row(f"{n}.png"))
+    source = tmp_path / "data" / f"rows.{'parquet' if kind == 'parquet' else 'jsonl'}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    else:
+        source.write_text("\n".join(map(json.dumps, rows)))
+    if kind == "directory":
+        Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+        source = source.parent
     (tmp_path / "task.py").write_text(
-        f"train = {str(tmp_path / 'data' / 'rows.jsonl')!r}\n"
-        "def rewards(completions, image, **_): return [float(len(i.data)) for i in image]\n"
+        f"train = {str(source)!r}\ndef rewards(completions, **_): return [1.0 for _ in completions]\n"
     )
     task = OwnConfig(name=str(tmp_path / "task.py")).build(0)
-    assert len(task.train) + len(task.evaluation) == 12
+    assert len(task.train) + len(task.evaluation) == 32
     assert task.evaluation  # chosen by text and picture: the text alone is the same in all
-    assert all(isinstance(row["image"], Picture) for row in task.train)
+    assert all(len(pictures_of(row)) == 1 for row in task.train)

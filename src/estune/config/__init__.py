@@ -14,6 +14,7 @@ from estune.config.config import (
     parse,
     read,
 )
+from estune.config.sections import server_url
 
 __all__ = [
     "EMBEDDED_SETTINGS",
@@ -25,4 +26,5 @@ __all__ = [
     "merge",
     "parse",
     "read",
+    "server_url",
 ]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -34,20 +35,35 @@ from estune.weights.policies import POLICIES, DType, NoiseMode, PolicyName, Roun
 def _names(value: Any) -> Any:
     """A list as TRL's users write it too: `tensorboard`, `none`, or names with commas between."""
     if isinstance(value, str):
-        value = [name.strip() for name in value.strip("[]").split(",") if name.strip()]
+        listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        value = [name.strip() for name in listed.split(",") if name.strip()]
     return [] if value == ["none"] else value
 
 
+def server_url(text: str) -> str:
+    """A server's address, without the path under which OpenAI's clients look for it.
+
+    Raises:
+        ValueError: it is none, or has a password in it.
+    """
+    url = text.strip().rstrip("/").removesuffix("/v1")
+    try:
+        parts = urlsplit(url)
+        fine = parts.hostname and parts.port != 0  # asked for, they are looked at
+    except ValueError:
+        fine = False
+    if not fine or not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", url):
+        raise ValueError(f"{text!r} is no address of a server: write http://HOST:PORT, and its key in VLLM_API_KEY")
+    return url
+
+
 def _urls(value: Any) -> list[str]:
-    """Addresses of servers: without the path under which OpenAI's clients look for them.
+    """Addresses of servers.
 
     Raises:
         ValueError: one is none.
     """
-    found = [str(url).rstrip("/").removesuffix("/v1") for url in _names(value) or []]
-    wrong = next((url for url in found if not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", url)), None)
-    if wrong is not None:
-        raise ValueError(f"{wrong!r} is no address of a server: write http://HOST:PORT")
+    found = [server_url(str(url)) for url in _names(value) or []]
     if twice := next((url for url in found if found.count(url) > 1), None):
         raise ValueError(f"{twice} stands there twice: each server is one worker")
     return found

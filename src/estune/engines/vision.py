@@ -79,11 +79,16 @@ class Vision:
         return self._kept[key]
 
     def _processed(self, text: str, pictures: Sequence[Picture], where: str) -> Inputs:
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         if self._processor is None:
             self._processor = self._open()
-        images = [Image.open(BytesIO(picture.data)).convert("RGB") for picture in pictures]
+        try:  # upright, as transformers' own `load_image` has them
+            images = [ImageOps.exif_transpose(Image.open(BytesIO(p.data))).convert("RGB") for p in pictures]
+        except Exception as error:  # Pillow's readers raise what they come upon
+            raise EstuneError(
+                f"{where}: a picture cannot be read to its end ({first_line(error)}); save it again"
+            ) from error
         try:
             # A template brings the special tokens; the processor puts in as many for a picture as it has patches.
             made = self._processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")

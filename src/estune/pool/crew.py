@@ -1,6 +1,6 @@
 """The workers of a run: who starts them, keeps their weights up to date, gives them jobs and replaces those lost.
 
-Where they come from, the crew does not know: from Ray (`ray/`), or they are servers elsewhere (`served/`). Each worker
+Where they come from, the crew does not know: from Ray (`ray/`), or they are servers elsewhere (`remote/`). Each worker
 has a thread here (`Crew._serve`). The trainer's thread queues jobs, or asks each worker to do one, and waits.
 """
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from estune.config import server_url
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
 from estune.pool.crew import compare
 from estune.pool.deadlines import Deadlines
-from estune.pool.remote.handle import KEY, RemoteHandle
+from estune.pool.remote.handle import RemoteHandle, key_of_environment
 from estune.pool.remote.pool import new_lease
 from estune.pool.remote.wire import Swapped, Terms
 from estune.pool.worker import software
@@ -53,8 +54,11 @@ def swap(server: Any, run: str | Path, step: int | None = None, *, keep: int = K
     asked = [record.update for record in journal.history], journal.fingerprint(), keep
     if not isinstance(server, str):
         return _swap_here(server, terms, base, asked)
-    url = server.rstrip("/").removesuffix("/v1")
-    handle = RemoteHandle(0, url, os.environ.get(KEY), terms, base, None, Deadlines(None))
+    try:
+        url = server_url(server)
+    except ValueError as error:
+        raise EstuneError(str(error)) from error
+    handle = RemoteHandle(0, url, key_of_environment(), terms, base, None, Deadlines(None))
     try:
         place = handle.look(0.0)
         if place is None:
@@ -80,12 +84,16 @@ def _swap_here(llm: Any, terms: Terms, base: dict[str, Any], asked: tuple[Any, .
         raise EstuneError(f"start it as LLM(..., weight_transfer_config={{'backend': '{BACKEND}'}})")
     if not hasattr(llm, "_estune"):
         llm._estune = service_over(ServedEngine(model))
+    service = llm._estune
     try:
-        description = llm._estune.run("open", terms.lease, (terms,)).description
+        description = service.run("open", terms.lease, (terms,)).description
         for key, ours in base.items():
             if getattr(description, key) != ours:
                 raise EstuneError(f"the engine has another model than the run's: its {key} is another one")
-        found: Swapped = llm._estune.run("swap", terms.lease, asked)
+        found: Swapped = service.run("swap", terms.lease, asked)
         return found
     except Failed as failed:
         raise EstuneError(str(failed)) from failed
+    finally:  # for the next one, also where this one failed
+        with suppress(Failed):
+            service.run("release", terms.lease, ())

@@ -73,8 +73,8 @@ def refuse_foreign(
                 f"would be sent completions, the key in {judge.api_key_env} and the rubric {judge.rubric[:60]!r}; go "
                 f"on by {TRUST}"
             )
-    for url in config.workers_at:
-        if url not in named and not _known(f"server {url}"):
+    for url in () if given.get("workers_at") else config.workers_at:
+        if not _known(f"server {url}"):
             raise EstuneError(
                 f"{where}: its journal names a server, {url}, which would be sent prompts, and the key in "
                 f"VLLM_API_KEY; go on by {TRUST}, or give --workers_at, null for none"

@@ -17,7 +17,7 @@ from estune.grading.convention import Row
 from estune.rewards.text import as_text, spelled
 from estune.tasks.base import Task, refuse_overlap
 from estune.tasks.pictures import pictures_of, with_pictures
-from estune.tasks.records import Record, load_records
+from estune.tasks.records import Record, folder_of, load_records
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class DataOptions(PromptOptions):
 
 def pictured(source: str, records: Sequence[Record]) -> list[Record]:
     """Records of a data set with their pictures read."""
-    return with_pictures(records, f"data {source}: row")
+    return with_pictures(records, f"data {source}: row", folder_of(source))
 
 
 def refuse_empty_side(name: str, train: Sequence[Row], evaluation: Sequence[Row], remedy: str) -> None:

@@ -19,7 +19,7 @@ from estune.rewards.load import in_conversation, load_reward
 from estune.tasks.base import Task, as_message
 from estune.tasks.options import TaskOptions, identity, is_held_out, refuse_empty_side
 from estune.tasks.pictures import with_pictures
-from estune.tasks.records import load_records, whole_rows
+from estune.tasks.records import folder_of, load_records, whole_rows
 
 SUFFIX = ".py"
 
@@ -154,4 +154,5 @@ class OwnConfig(TaskOptions):
         bad = next((number for number, row in enumerate(rows) if not row.get("prompt")), None)
         if bad is not None:
             raise EstuneError(f"task {self.name}: {what} row {bad} has no prompt; give it text, or messages")
-        return with_pictures(whole_rows(rows, f"task {self.name}: {what}"), f"task {self.name}: {what} row")
+        folder = folder_of(given) if isinstance(given, str) else None
+        return with_pictures(whole_rows(rows, f"task {self.name}: {what}"), f"task {self.name}: {what} row", folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -20,12 +19,13 @@ KINDS = ("image", "image_url")
 """Types of the parts of a message that are pictures."""
 
 
-def with_pictures(rows: Sequence[Row], where: str) -> list[Row]:
+def with_pictures(rows: Sequence[Row], where: str, folder: Path | None = None) -> list[Row]:
     """Rows with `Picture`s in their columns of pictures and their messages; of rows without, the rows themselves.
 
     Args:
         rows: any.
         where: what a row is called in messages, before its number.
+        folder: that of the file which names the pictures, where they are looked for first.
 
     Raises:
         EstuneError: a picture cannot be read.
@@ -37,12 +37,12 @@ def with_pictures(rows: Sequence[Row], where: str) -> list[Row]:
         for column in COLUMNS:
             value = row.get(column)
             if not _is_nothing(value):
-                many = isinstance(value, list | tuple)
-                read = [as_picture(v, f"{name}: {column}") for v in (value if many else [value])]  # type: ignore[union-attr]
-                columns[column] = read if many else read[0]
+                values = value if isinstance(value, list | tuple) else [value]
+                read = [as_picture(each, f"{name}: {column}", folder) for each in values]
+                columns[column] = read if values is value else read[0]
         prompt = row.get("prompt")
         if isinstance(prompt, list) and any(True for _ in _parts(prompt)):
-            columns["prompt"] = read_messages(prompt, f"{name}: prompt")
+            columns["prompt"] = read_messages(prompt, f"{name}: prompt", folder)
         found.append({**row, **columns} if columns else row)
     return found
 
@@ -64,7 +64,7 @@ def shown_with(prompt: Prompt, pictures: Sequence[Picture]) -> list[Message]:
         pictures: those of the row's columns.
 
     Raises:
-        EstuneError: there are marks, but not one for each picture.
+        EstuneError: there are marks, but not one for each picture; or neither marks nor a question.
     """
     conversation = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     marks = sum(part["type"] == "image" and "image" not in part for part in _parts(conversation))
@@ -85,22 +85,27 @@ def shown_with(prompt: Prompt, pictures: Sequence[Picture]) -> list[Message]:
                 for part in content
             ]
         messages.append({**message, "content": content})
+    if pictures and not begun:
+        raise EstuneError('pictures, but no message of a user to show them in; put marks, {"type": "image"}, in others')
     return messages
 
 
-def read_messages(conversation: Sequence[Message], where: str) -> list[Message]:
+def read_messages(conversation: Sequence[Message], where: str, folder: Path | None = None) -> list[Message]:
     """A conversation with a `Picture` in each part that holds a picture. Marks without one stay marks.
+
+    Keys without a value are left out: parquet gives all parts the same keys, and templates ask whether one is there.
 
     Raises:
         EstuneError: one cannot be read.
     """
 
     def read(part: Any) -> Any:
+        part = {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else part
         if not _is_picture(part):
             return part
         value = part.get("image", part.get("image_url", part.get("url", part.get("path"))))
         value = value.get("url") if isinstance(value, Mapping) and "url" in value else value
-        return {"type": "image"} if value is None else {"type": "image", "image": as_picture(value, where)}
+        return {"type": "image"} if value is None else {"type": "image", "image": as_picture(value, where, folder)}
 
     return [
         {**message, "content": [read(part) for part in message["content"]]}
@@ -110,12 +115,13 @@ def read_messages(conversation: Sequence[Message], where: str) -> list[Message]:
     ]
 
 
-def as_picture(value: Any, where: str) -> Picture:
+def as_picture(value: Any, where: str, folder: Path | None = None) -> Picture:
     """A picture given as bytes of a file, a path, a data URL, a PIL image, or datasets' `{"bytes": ..., "path": ...}`.
 
     Args:
         value: the picture.
         where: where it stands, for messages.
+        folder: where a path is looked for first.
 
     Raises:
         EstuneError: it is none of these, or cannot be read.
@@ -124,18 +130,18 @@ def as_picture(value: Any, where: str) -> Picture:
         return value
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
-    if hasattr(value, "save") and hasattr(value, "mode"):  # a PIL image; PIL need not be there for those without
-        file = BytesIO()
-        value.save(file, format="PNG")
-        return Picture(file.getvalue())
-    data = value if isinstance(value, bytes) else _read(value, where)
     try:
         from PIL import Image
 
+        if isinstance(value, Image.Image):
+            return Picture(_as_png(value))
+        data = value if isinstance(value, bytes) else _read(value, where, folder)
         with Image.open(BytesIO(data)) as image:
             image.verify()
     except ImportError as error:
         raise EstuneError(f"{where}: pictures need Pillow; pip install 'estune[vision]'") from error
+    except EstuneError:
+        raise
     except Exception as error:  # Pillow's readers raise what they come upon
         raise EstuneError(
             f"{where}: not a picture that Pillow can read ({first_line(error)}); save it again"
@@ -143,7 +149,19 @@ def as_picture(value: Any, where: str) -> Picture:
     return Picture(data)
 
 
-def _read(value: Any, where: str) -> bytes:
+def _as_png(image: Any) -> bytes:
+    """A PIL image as a file, upright, and in a mode that the file can have."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    file = BytesIO()
+    (upright if upright.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else upright.convert("RGB")).save(
+        file, "PNG"
+    )
+    return file.getvalue()
+
+
+def _read(value: Any, where: str, folder: Path | None) -> bytes:
     """The bytes of a picture's file, given by a path or a data URL."""
     if not isinstance(value, str | Path):
         raise EstuneError(f"{where} is {type(value).__name__}; give a picture's path, its bytes or a PIL image")
@@ -151,13 +169,18 @@ def _read(value: Any, where: str) -> bytes:
     if text.startswith("data:"):
         try:
             return base64.b64decode(text.partition(",")[2], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise EstuneError(f"{where}: a data URL that is not base64; give the picture's path") from error
     if "://" in text:
         raise EstuneError(f"{where}: {text:.80} is an address, and nothing is fetched; download it and give its path")
     try:
-        return Path(text).expanduser().read_bytes()
-    except (OSError, ValueError) as error:
+        path = Path(text).expanduser()
+        if folder is not None and (folder / path).is_file():
+            path = folder / path
+        if not path.is_file():  # such as a device, whose bytes have no end
+            raise OSError("no such file")
+        return path.read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:
         raise EstuneError(f"{where}: {text:.80} cannot be read ({first_line(error)}); give a picture's path") from error
 
 

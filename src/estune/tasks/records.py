@@ -4,7 +4,6 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,14 @@ def load_records(source: str, split: str = "train") -> list[Record]:
     return _without_gaps(records)
 
 
+def folder_of(source: str) -> Path | None:
+    """Where files that a data set names are looked for first: its directory; None for the hub's."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path.parent
+    return path if path.is_dir() else None
+
+
 def require_columns(source: str, records: Sequence[Record], *choices: tuple[str, ...]) -> list[str]:
     """The name of each group of names that the records have.
 
@@ -76,20 +83,7 @@ def _read_file(path: Path) -> list[Record]:
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise EstuneError(f"data {path}: row {number} is {type(record).__name__}, not an object; write one a row")
-    for record in records:
-        for column in {"image", "images"} & record.keys():
-            record[column] = _beside(path.parent, record[column])
     return whole_rows(records, f"data {path}")
-
-
-def _beside(folder: Path, value: Any) -> Any:
-    """Paths of pictures that lie beside the file which names them, from here."""
-    if isinstance(value, list):
-        return [_beside(folder, item) for item in value]
-    if isinstance(value, str):
-        with suppress(OSError, ValueError):  # whatever else it is, such as a data URL, may be no file's name
-            return str(folder / value) if (folder / value).is_file() else value
-    return value
 
 
 def _read_json(text: str) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from estune.completion import Completion
+from estune.completion import Completion, Sampling
 from estune.errors import EstuneError, first_line
 from estune.pool.base import Description, Evaluated
 from estune.pool.deadlines import Deadlines, Lost
@@ -32,7 +33,21 @@ GREET_SECONDS = 20.0
 RELEASE_SECONDS = 3.0
 KEPT_SECONDS = 4.0  # that a connection is kept without a call: vLLM closes one after 5
 SPARE_SECONDS = 15.0  # beyond a lease that has to end
+MOST_TOLD = 500  # characters of a server's reason
+MOST_BYTES = 1 << 28  # of an answer: token ids of 200 completions of 100,000 tokens are 140 MB
 _PROMPTS = {"evaluate": 3, "generate": 1, "compare": 1}  # the argument of a call that is prompts
+
+
+def key_of_environment() -> str | None:
+    """The servers' key, if there is one.
+
+    Raises:
+        EstuneError: it cannot be sent. What refuses it later would tell it.
+    """
+    key = os.environ.get(KEY, "").rstrip()  # a file's last line ends
+    if not (key.isascii() and key.isprintable()):
+        raise EstuneError(f"{KEY} holds what no key may: set it to the server's --api-key, printable ASCII in one line")
+    return key or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +125,15 @@ class RemoteHandle:
         """As `Handle.look`."""
         began = time.monotonic()
         try:
-            answer = self._client.get(PATH, timeout=GREET_SECONDS)
+            answer = self._answer(self._client, "GET", PATH, b"", began + GREET_SECONDS)
         except httpx.HTTPError as error:
             self._wait(f"no answer ({first_line(error)})", began + seconds)
             return None
-        if answer.status_code >= 500:
-            self._wait(f"it answers {answer.status_code}", began + seconds)
+        except Lost as error:
+            self._wait(str(error), began + seconds)
             return None
-        if answer.status_code != 200:
-            raise EstuneError(f"{self.url}: {_refusal(answer.status_code)}")
         try:
-            said = GREETING.validate_json(answer.content)
+            said = GREETING.validate_json(answer or b"")
         except ValidationError as error:
             ours = packages()["estune"]
             raise EstuneError(f"{self.url}: what answers is not estune {ours}: give a server's address") from error
@@ -176,14 +189,23 @@ class RemoteHandle:
             self._post("prompts", [prompts.name, prompts.ids], limit)
             found = self._post(kind, said, limit)
         self._deadlines.took(kind, time.monotonic() - began)
+        if kind not in ("evaluate", "generate"):
+            return found
+        assert prompts is not None
+        completions = self._completions(found.token_ids if kind == "evaluate" else found, prompts, said[-1])
         if kind == "generate":
-            assert self._reader is not None
-            return self._reader.read(found)
-        if kind == "evaluate":
-            assert self._reader is not None
-            completions = self._reader.read(found.token_ids)
-            return Evaluated(completions, found.perturb_time, found.generate_time, found.updates)
-        return found
+            return completions
+        return Evaluated(completions, found.perturb_time, found.generate_time, updates=said[0])
+
+    def _completions(self, token_ids: list[list[int]], prompts: Named, sampling: Sampling) -> list[Completion]:
+        most = max(map(len, token_ids), default=0)
+        if len(token_ids) != len(prompts.ids) or most > sampling.max_new_tokens:
+            raise EstuneError(
+                f"{self.url}: it answered {len(token_ids)} completions of up to {most} tokens, where "
+                f"{len(prompts.ids)} of up to {sampling.max_new_tokens} were asked for: do without it"
+            )
+        assert self._reader is not None
+        return self._reader.read(token_ids)
 
     def end(self) -> None:
         """As `Handle.end`: drop what is under way, and leave the server to others."""
@@ -219,18 +241,23 @@ class RemoteHandle:
         client = client or self._client
         try:
             try:
-                line = self._line(client, kind, body, until)
+                answer = self._answer(client, "POST", f"{PATH}/{kind}", body, until)
             except httpx.RemoteProtocolError:  # a connection that the server had given up; each call may be repeated
-                line = self._line(client, kind, body, until)
+                answer = self._answer(client, "POST", f"{PATH}/{kind}", body, until)
         except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:
             raise Lost(f"the connection broke off ({first_line(error)})") from error
-        if line is None:
+        if answer is None:
             raise Lost(f"no answer for {limit:.0f} s (worker_timeout)")
-        said = json.loads(line)
-        why = str(said.get("why"))
-        match said.get("failure"):
+        try:
+            said = json.loads(answer)
+            failure = said.get("failure")
+            result = RESULTS[kind].validate_python(said["result"]) if failure is None else None
+        except (ValueError, AttributeError, KeyError, RecursionError) as error:
+            raise EstuneError(f"{self.url}: its answer to {kind} is not estune's ({first_line(error):.80})") from error
+        why = " ".join(str(said.get("why")).split())[:MOST_TOLD]
+        match failure:
             case None:
-                return RESULTS[kind].validate_python(said["result"])
+                return result
             case "refused":
                 raise EstuneError(f"{self.url}: {why}")
             case "stale":
@@ -243,19 +270,26 @@ class RemoteHandle:
                 raise _UnknownPrompts
         raise EstuneError(f"{self.url}: {kind} failed there ({why}); its log says more")
 
-    def _line(self, client: httpx.Client, kind: str, body: bytes, until: float) -> str | None:
-        """The line with the answer; None if it is not there in time. Empty lines are signs of life."""
-        with client.stream("POST", f"{PATH}/{kind}", content=body) as answer:
+    def _answer(self, client: httpx.Client, method: str, path: str, body: bytes, until: float) -> bytes | None:
+        """The whole answer, read to its end so that the connection is kept; None if it is not there in time.
+
+        Empty lines before what is said are signs of life.
+        """
+        found = bytearray()
+        with client.stream(method, path, content=body) as answer:
             if answer.status_code >= 500:
-                raise Lost(f"it answered {answer.status_code}")
+                raise Lost(f"it answers {answer.status_code}")
             if answer.status_code != 200:
                 raise EstuneError(f"{self.url}: {_refusal(answer.status_code)}")
-            for line in answer.iter_lines():
-                if line.strip():
-                    return line
+            for piece in answer.iter_bytes():
+                found += piece
                 if time.monotonic() > until:
                     return None
-        raise Lost("the connection broke off")
+                if len(found) > MOST_BYTES:
+                    raise EstuneError(f"{self.url}: an answer of more than {MOST_BYTES:,} bytes: it is not estune's")
+        if not found.strip():
+            raise Lost("the connection broke off")
+        return bytes(found)
 
 
 def named(prompt_ids: Sequence[Sequence[int]]) -> Named:
@@ -274,6 +308,10 @@ class _UnknownPrompts(Exception):
 def _refusal(status: int) -> str:
     """What a status stands for, and what to do."""
     match status:
+        case 301 | 302 | 303 | 307 | 308:
+            return f"it sends elsewhere ({status}), where no key follows: give the address itself, such as https://"
+        case 413:
+            return "something before it takes no request of that size (413), a step's prompts: raise that limit"
         case 401 | 403:
             return f"it refuses the key ({status}): set {KEY} here to its --api-key"
         case 404 | 405:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from estune.engines.loading import end_tokens, generation_config, load_config, l
 from estune.journal.identity import model_files
 from estune.pool.crewed import CrewPool
 from estune.pool.deadlines import Deadlines
-from estune.pool.remote.handle import KEY, Named, Reader, RemoteHandle, named
+from estune.pool.remote.handle import Named, Reader, RemoteHandle, key_of_environment, named
 from estune.pool.remote.wire import Terms
 from estune.weights.checkpoint import Checkpoint, locate
 
@@ -52,7 +51,7 @@ class Servers:
 
     def __init__(self, config: Config) -> None:
         self._urls = config.workers_at
-        self._key = os.environ.get(KEY)
+        self._key = key_of_environment()
         self._terms = terms_of(config)
         checkpoint = Checkpoint(locate(config.model))
         path = checkpoint.path

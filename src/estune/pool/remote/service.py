@@ -217,7 +217,7 @@ class Service:
     def _evaluate(self, done: int, member: Member, sigma: float, prompts: str, sampling: Sampling) -> Answers:
         found = self._worker.evaluate(done, member, sigma, self._named(prompts), sampling)
         ids = [completion.token_ids for completion in found.completions]
-        return Answers(ids, found.perturb_time, found.generate_time, found.updates)
+        return Answers(ids, found.perturb_time, found.generate_time)
 
     def _generate(self, done: int, prompts: str, sampling: Sampling) -> Ids:
         return [completion.token_ids for completion in self._worker.generate(done, self._named(prompts), sampling)]
@@ -247,7 +247,7 @@ def add_routes(app: Any, service: Callable[[Any], Service]) -> None:
             arguments = ARGUMENTS[kind].validate_python(said["arguments"])
         except ClientDisconnect:
             return Response(status_code=400)  # which nobody reads
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             return JSONResponse({"failure": "failed", "why": first_line(error)}, 400)
         return StreamingResponse(_lines(service(request), kind, lease, arguments), media_type="application/x-ndjson")
 

@@ -10,9 +10,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from estune.completion import Sampling
 from estune.es.strategy import Member, Update
@@ -67,14 +67,18 @@ class Opened:
     done: int | None
 
 
+Completed = list[Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]]
+"""Token ids of completions, none of which is empty."""
+Seconds = Annotated[float, Field(ge=0, lt=1e9)]
+
+
 @dataclass(frozen=True, slots=True)
 class Answers:
     """As `Evaluated`, its completions as token ids."""
 
-    token_ids: list[list[int]]
-    perturb_time: float
-    generate_time: float
-    updates: int
+    token_ids: Completed
+    perturb_time: Seconds
+    generate_time: Seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,7 @@ RESULTS: dict[str, TypeAdapter[Any]] = {
     "open": TypeAdapter(Opened),
     "prompts": TypeAdapter(None),
     "evaluate": TypeAdapter(Answers),
-    "generate": TypeAdapter(Ids),
+    "generate": TypeAdapter(Completed),
     "compare": TypeAdapter(dict[str, float]),
     "apply": TypeAdapter(str),
     "rebuild": TypeAdapter(str),
