@@ -28,6 +28,7 @@ from estune.es.schedule import Course
 from estune.es.shaping import Shaping
 from estune.tasks import CountdownConfig, TaskConfig
 from estune.tasks.options import refuse_switch
+from estune.weights.adapters import Adapter
 from estune.weights.policies import POLICIES, DType, NoiseMode, PolicyName, Rounding
 
 
@@ -367,6 +368,9 @@ class Weights(Section):
         "nearest", description="of updates to bfloat16 weights; stochastic with weights=exact_inplace, if not given"
     )
     train_parameters: str = Field("*", description="shell pattern of the parameters to train")
+    adapter: Adapter | None = Field(
+        None, description="a low-rank adapter (LoRA) to train over the model, whose own weights stay as they are"
+    )
 
     @model_validator(mode="after")
     def _check_base(self) -> Weights:

@@ -17,9 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from estune.config import Config
+from estune.engines.adapter import with_adapter
 from estune.engines.memory import memory_for
 from estune.errors import EstuneError, first_line
-from estune.weights.checkpoint import locate
+from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.sizes import check_sizes
 
@@ -86,7 +87,8 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
     """A causal language model in evaluation mode, its parameters without gradients.
 
     Args:
-        path: a checkpoint's directory, as `estune.weights.checkpoint.locate` finds it.
+        path: a checkpoint's directory, as `estune.weights.checkpoint.locate` finds it; that of an adapter gives the
+            model that it belongs to, with the adapter in place.
         dtype: as `pick_dtype` takes it.
         device: where to put it.
         trust_remote_code: as for `load_config`.
@@ -94,6 +96,9 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
     Raises:
         EstuneError: it cannot be read, it is not a causal language model, or weights are missing.
     """
+    if (under := Checkpoint(path).under) is not None:
+        model = load_model(under.path, dtype, device, trust_remote_code=trust_remote_code)
+        return with_adapter(model, path)
     config = load_config(path, trust_remote_code=trust_remote_code)
     bars = is_progress_bar_enabled()
     disable_progress_bar()  # a second or two, of which a bar says nothing

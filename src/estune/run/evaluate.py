@@ -72,8 +72,9 @@ def evaluate_model(
     else:
         check_name(model)
     task = task or config.task.build(config.seed)
-    config = config.model_copy(update={"model": str(checkpoint or find_checkpoint(model)), "workers": None})
-    config = with_resources_to_generate(config)
+    adapter = None if is_run(run) or checkpoint else config.adapter  # a run's checkpoint holds it
+    found = {"model": str(checkpoint or find_checkpoint(model)), "adapter": adapter}
+    config = with_resources_to_generate(config.model_copy(update={**found, "workers": None}))
     refuse_unreachable(task, config)
     for remark in of_evaluation(config):
         log.warning("%s", remark)

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from estune.errors import EstuneError
 from estune.noise.rows import Rows
+from estune.weights.adapters import PREFIX
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+
+ADAPTER = "adapter"
+"""What PEFT calls the adapter in a model: part of the names of its parameters there, and not in its files."""
 
 _IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)")
 
@@ -81,6 +85,8 @@ def own_parameters(module: nn.Module) -> list[Parameter]:
 def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = "*") -> list[Parameter]:
     """The model's parameters under the names that they have in the checkpoint; tied tensors come once.
 
+    Of a model with an adapter these are the adapter's: the checkpoint holds no others.
+
     Args:
         model: a transformers model.
         names: the tensors of its checkpoint.
@@ -89,14 +95,17 @@ def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = 
     Raises:
         EstuneError: where a parameter is not one tensor of the checkpoint, or the pattern fits none.
     """
-    checkpoint_names = _checkpoint_names(model, names)
+    adapted = hasattr(model, "peft_config")
+    checkpoint_names = _adapter_names(model) if adapted else _checkpoint_names(model, names)
     by_storage: dict[int, tuple[Tensor, list[str]]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
+        if adapted and name not in checkpoint_names:
+            continue
         found = checkpoint_names.get(name)
         stored = by_storage.setdefault(tensor.data_ptr(), (tensor, []))[1]
         if found is not None and found not in stored:
             stored.append(found)
-    missing = [n for n, t in model.named_parameters() if not by_storage[t.data_ptr()][1]]
+    missing = [n for n, t in model.named_parameters() if not by_storage.get(t.data_ptr(), (t, [n]))[1]]
     if missing:
         raise EstuneError(
             f"{len(missing)} parameters are not tensors of the checkpoint, the first is {missing[0]}: "
@@ -118,6 +127,12 @@ def layer_of(name: str) -> tuple[str, str]:
     if found := _IN_LAYER.fullmatch(name):
         return found[1], re.sub(r"\.\d+(?=\.)", "", found[2])
     return name.removeprefix("model."), ""
+
+
+def _adapter_names(model: nn.Module) -> dict[str, str]:
+    """The name in PEFT's files of each parameter of an adapter in a model."""
+    own = (name for name, _ in model.named_parameters() if f".{ADAPTER}" in name)
+    return {name: PREFIX + name.replace(f".modules_to_save.{ADAPTER}", "").replace(f".{ADAPTER}", "") for name in own}
 
 
 def _checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:

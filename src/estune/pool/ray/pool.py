@@ -27,7 +27,8 @@ from estune.journal.records import StepRecord
 from estune.pool.base import Description, Evaluated, evaluation_batches
 from estune.pool.ray.cluster import connect, disconnect
 from estune.pool.ray.crew import Crew, Jobs, Slot, Weights
-from estune.weights.checkpoint import EMBEDDED, Checkpoint, locate
+from estune.weights.adapted import open_checkpoint
+from estune.weights.checkpoint import EMBEDDED
 from estune.weights.rebuild import Steps
 from estune.weights.trained import Drift
 
@@ -203,7 +204,7 @@ class RayPool:
         config = self._config
         trained = self.describe()
         weights = self.crew.weights
-        base = Checkpoint(locate(config.model))
+        base = open_checkpoint(config.model, config.adapter)
         if base.content_hash() != trained.base_hash:
             raise EstuneError(
                 f"{path}: no worker is on this machine to write it, and the base model {config.model} is another one "
