@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from estune.config import Config, parse
+from estune.engines.cpu.fused import FusedDecoder
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
@@ -59,7 +60,7 @@ def with_peft(base: Path, adapter: Path) -> Any:
 def texts_of(model: Any, base: Path) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(base)
     found = []
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[::3]:
         inputs = tokenizer(prompt, return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id)
         found.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -90,8 +91,9 @@ def test_peft_loads_what_was_trained_and_says_the_same(
     texts = texts_of(plain, base)
     assert texts != texts_of(AutoModelForCausalLM.from_pretrained(base), base)
     engine = TransformersEngine(folder / "final")
+    assert isinstance(engine.decoder, FusedDecoder) == (kind == "fused")
     sampling = make_sampling(make_config(tmp_path, base))
-    assert [c.text for c in engine.generate(engine.encode(PROMPTS), sampling)] == texts
+    assert [c.text for c in engine.generate(engine.encode(PROMPTS[::3]), sampling)] == texts
     assert texts_of(load(folder), base) == texts
     assert texts_of(peft.AutoPeftModelForCausalLM.from_pretrained(folder / "final"), base) == texts
     assert texts_of(AutoModelForCausalLM.from_pretrained(folder / "final"), base) == texts
@@ -106,8 +108,8 @@ def test_a_step_is_the_papers_over_the_adapters_tensors(model: Path, tmp_path: P
     final = load_file(folder / "final" / FILE)
     assert set(journal.header.tensors) == set(start)
     for name, tensor in start.items():
-        for member, coefficient in record.update.pairs:
-            drawn = reference.normal_by_id(member.seed, reference.tensor_id(name), 0, tensor.size)
+        for seed, coefficient in record.update.pairs:
+            drawn = reference.normal_by_id(seed, reference.tensor_id(name), 0, tensor.size)
             tensor += np.float32(coefficient) * drawn.reshape(tensor.shape)
         np.testing.assert_allclose(final[name], tensor, rtol=0, atol=1e-5)
 
@@ -149,9 +151,9 @@ def test_another_base_is_refused(model: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_pefts_own_is_trained_on(model: Path, tmp_path: Path) -> None:
-    """With what ours have not: a scale by the root of the rank, and a matrix that is trained whole."""
+    """With what ours have not: a scale by the root of the rank, and a norm that is trained whole."""
     torch.manual_seed(1)
-    options = peft.LoraConfig(r=2, use_rslora=True, target_modules=["v_proj", "up_proj"], modules_to_save=["lm_head"])
+    options = peft.LoraConfig(r=2, use_rslora=True, target_modules=["v_proj", "up_proj"], modules_to_save=["norm"])
     given = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), options)
     given.save_pretrained(tmp_path / "given")
     folder = run(adapted(tmp_path / "run", model, adapter={"path": str(tmp_path / "given")}, sigma=0.02))
@@ -165,7 +167,7 @@ def test_an_adapter_of_pefts_own_is_trained_on(model: Path, tmp_path: Path) -> N
 
 def test_what_cannot_be_is_said_in_a_line(model: Path, tmp_path: Path) -> None:
     for adapter, said in (
-        (Adapter(target=["nothing"]), "no matrix of the layers is called 'nothing'; give some of: q_proj"),
+        (Adapter(target=["nothing"]), "no matrix of the layers is called 'nothing'; give some of: .*q_proj"),
         (Adapter(path=tmp_path), "holds no adapter_config.json with adapter_model.safetensors"),
     ):
         with pytest.raises(EstuneError, match=said):
@@ -174,8 +176,6 @@ def test_what_cannot_be_is_said_in_a_line(model: Path, tmp_path: Path) -> None:
         parse({"adapter": {"rank": 4}, "engine": "vllm"})
     alone = tmp_path / "alone"
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), peft.LoraConfig(r=2)).save_pretrained(alone)
-    with pytest.raises(EstuneError, match=f"is an adapter alone: give the model that it belongs to, {model}"):
-        open_checkpoint(alone)
     other = save_model(tmp_path / "other", hidden_size=64)
     with pytest.raises(EstuneError, match="PEFT cannot put it into the model"):
         TransformersEngine(open_checkpoint(other, Adapter(path=alone)).path)

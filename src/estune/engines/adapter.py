@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from estune.errors import EstuneError, first_line
-from estune.weights.adapters import CONFIG, WEIGHTS, settings_of
-from estune.weights.parameters import ADAPTER
+from estune.weights.adapters import CONFIG, settings_of
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.parameters import ADAPTER, adapter_names
 
 
 def with_adapter(model: Any, folder: Path) -> Any:
@@ -26,23 +26,23 @@ def with_adapter(model: Any, folder: Path) -> Any:
     """
     try:
         import peft
-        from safetensors.torch import load_file
     except ImportError as error:
         raise EstuneError(f"adapter {folder}: to load it install estune[peft] ({error})") from error
     settings_of(folder)  # of a method that is trained
     try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        adapted: Any = peft.inject_adapter_in_model(config, model, ADAPTER)
-        own = [parameter for name, parameter in adapted.named_parameters() if f".{ADAPTER}" in name]
-        for parameter in own:
-            parameter.data = parameter.data.to(torch.float32)
-        loaded: Any = peft.set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS), ADAPTER)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PEFT's to its own authors, and of tensors, which are looked at here
+            loaded = peft.PeftModel.from_pretrained(
+                model, str(folder), adapter_name=ADAPTER, torch_device=str(model.device)
+            )
     except Exception as error:  # whatever settings or tensors of somebody else make PEFT raise
         raise EstuneError(
             f"adapter {folder}: PEFT cannot put it into the model that its {CONFIG} names ({first_line(error):.300})"
         ) from error
-    lacking = [name for name in loaded.missing_keys if f".{ADAPTER}" in name]
-    if lacking or loaded.unexpected_keys:
-        told = f"it lacks {lacking[0]}" if lacking else f"the model has no place for {loaded.unexpected_keys[0]}"
+    adapted = loaded.get_base_model()  # the same object, with layers of PEFT's in it
+    there = set(adapter_names(adapted).values())
+    given = set(Checkpoint(folder).tensors)
+    if there != given:
+        told = f"the model has no place for {min(given - there)}" if given - there else f"it lacks {min(there - given)}"
         raise EstuneError(f"adapter {folder} is none of the model that its {CONFIG} names: {told}")
     return adapted.eval().requires_grad_(False)

@@ -71,6 +71,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         EstuneError: it cannot be read, or it is another kind of model's.
     """
+    path = _model_of(path)
     try:
         values, _ = PretrainedConfig.get_config_dict(path)
         check_sizes(values)
@@ -134,6 +135,12 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
         return loaded.to(device)
 
 
+def _model_of(path: Path) -> Path:
+    """The directory of the model: of an adapter that of the model under it."""
+    under = Checkpoint(path).under
+    return path if under is None else under.path
+
+
 def _check_plain(path: Path, values: Mapping[str, Any]) -> None:
     """Refuse quantised weights: what they stand for cannot be perturbed in place."""
     sections = [values, *(value for value in values.values() if isinstance(value, Mapping))]
@@ -189,6 +196,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         EstuneError: there is none, or it cannot be loaded.
     """
+    path = _model_of(path)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise EstuneError(
             f"model {path}: no tokenizer in this directory (no tokenizer.json); save one there with "
@@ -209,6 +217,7 @@ def generation_config(path: Path, config: Any) -> GenerationConfig:
     Raises:
         EstuneError: it cannot be used.
     """
+    path = _model_of(path)
     try:
         if (path / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(path)

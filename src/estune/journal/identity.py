@@ -22,14 +22,16 @@ STORED_AS = ("dtype", "torch_dtype")
 def model_files(folder: Path) -> dict[str, str]:
     """Hash of each file beside a model's weights that says what the model does, by name.
 
-    config.json's is of its content, without the type that weights are stored as. An adapter's is without the place of
-    the model under it, whose own hash, of its tensors, is `UNDER`.
+    config.json's is of its content, without the type that weights are stored as. Of an adapter it is the
+    model's files that count, and adapter_config.json without the place of that model, whose tensors' hash is `UNDER`.
     """
     found = {}
+    files = companions(folder)
     under = Checkpoint(folder).under
     if under is not None:
         found[UNDER] = under.content_hash()
-    for file in sorted(companions(folder)):
+        files = [folder / adapters.CONFIG, *companions(under.path)]
+    for file in sorted(files, key=lambda file: file.name):
         if not file.name.startswith("LICENSE"):
             found[file.name] = hash_of(_content(file))
     return found

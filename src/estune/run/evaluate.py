@@ -73,8 +73,8 @@ def evaluate_model(
         check_name(model)
     task = task or config.task.build(config.seed)
     adapter = None if is_run(run) or checkpoint else config.adapter  # a run's checkpoint holds it
-    found = {"model": str(checkpoint or find_checkpoint(model)), "adapter": adapter}
-    config = with_resources_to_generate(config.model_copy(update={**found, "workers": None}))
+    place = {"model": str(checkpoint or find_checkpoint(model)), "adapter": adapter}
+    config = with_resources_to_generate(config.model_copy(update={**place, "workers": None}))
     refuse_unreachable(task, config)
     for remark in of_evaluation(config):
         log.warning("%s", remark)

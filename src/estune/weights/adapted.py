@@ -49,7 +49,8 @@ def open_checkpoint(model: str | Path, adapter: Adapter | None = None) -> Checkp
     def make(folder: Path) -> None:
         folder.mkdir()
         for file in companions(base):
-            shutil.copy(file, folder / file.name)
+            if file.name != "config.json":
+                shutil.copy(file, folder / file.name)
         settings = settings_of(adapter.path) if adapter.path else _new(adapter, Checkpoint(base), folder / WEIGHTS)
         if adapter.path is not None:
             shutil.copy(adapter.path / WEIGHTS, folder / WEIGHTS)

@@ -134,7 +134,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory: `config.json` and one or more safetensors files."""
+    """A checkpoint directory: `config.json` and one or more safetensors files, or an adapter in PEFT's format."""
 
     path: Path
 
@@ -216,7 +216,8 @@ class Checkpoint:
                 (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
             for file in self._companions():
                 shutil.copy(file, folder / file.name)
-            (folder / "config.json").write_text(self._config(dtype))
+            if not adapters.is_adapter(self.path):  # with it, transformers would look for a whole model there
+                (folder / "config.json").write_text(self._config(dtype))
             verify()
 
     def wrote(self, target: Path, trained: Collection[str], dtype: str) -> bool:
@@ -238,7 +239,7 @@ class Checkpoint:
             return (
                 {name: (t.file.name, t.dtype, t.shape) for name, t in found.items()} == stored
                 and all(file.stat().st_size == end for file, end in ends.items())
-                and (target / "config.json").read_text() == self._config(dtype)
+                and (adapters.is_adapter(self.path) or (target / "config.json").read_text() == self._config(dtype))
                 and all(_is_copy(file, target / file.name) for file in self._companions())
             )
         except (OSError, ValueError):  # EstuneError is a ValueError
@@ -309,17 +310,17 @@ def locate(model: str | Path) -> Path:
         path = _download(str(model), *COMPANIONS, INDEX, "*.safetensors")
         if not any(path.glob("*.safetensors")):
             path = _download(str(model), *COMPANIONS, *PICKLES)
-    if not (path / "config.json").is_file():
+    if not is_checkpoint(path):
         kind = "a file" if path.is_file() else "a directory without config.json"
-        if adapters.is_adapter(path):
-            raise EstuneError(
-                f"model {model} is an adapter alone: give the model that it belongs to, "
-                f"{adapters.model_under(path)}, as model, and adapter.path={path}"
-            )
         raise EstuneError(f"model {model} is {kind}, not a checkpoint: give a directory made by save_pretrained")
     path = in_safetensors(path, companions(path))
     _weight_files(path)
     return path
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a directory holds a model, or an adapter."""
+    return (folder / "config.json").is_file() or adapters.is_adapter(folder)
 
 
 def is_here(model: str | Path) -> bool:

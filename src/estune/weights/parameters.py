@@ -96,7 +96,7 @@ def trained_parameters(model: nn.Module, names: Collection[str], pattern: str = 
         EstuneError: where a parameter is not one tensor of the checkpoint, or the pattern fits none.
     """
     adapted = hasattr(model, "peft_config")
-    checkpoint_names = _adapter_names(model) if adapted else _checkpoint_names(model, names)
+    checkpoint_names = adapter_names(model) if adapted else _checkpoint_names(model, names)
     by_storage: dict[int, tuple[Tensor, list[str]]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         if adapted and name not in checkpoint_names:
@@ -129,7 +129,7 @@ def layer_of(name: str) -> tuple[str, str]:
     return name.removeprefix("model."), ""
 
 
-def _adapter_names(model: nn.Module) -> dict[str, str]:
+def adapter_names(model: nn.Module) -> dict[str, str]:
     """The name in PEFT's files of each parameter of an adapter in a model."""
     own = (name for name, _ in model.named_parameters() if f".{ADAPTER}" in name)
     return {name: PREFIX + name.replace(f".modules_to_save.{ADAPTER}", "").replace(f".{ADAPTER}", "") for name in own}

@@ -14,9 +14,7 @@ from estune.engines.cpu.members import address
 from estune.engines.cpu.products import Array, Products
 from estune.weights.parameters import ADAPTER
 
-_PLAIN = re.compile(
-    rf"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.lora_[AB]\.{ADAPTER}\.weight"
-)
+_PLAIN = re.compile(rf"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.lora_[AB]\.{ADAPTER}\.weight")
 
 
 class Part(NamedTuple):
