@@ -18,6 +18,7 @@ from estune.engines.cpu.fused import FusedDecoder
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
+from estune.journal.merge import merge
 from estune.journal.replay import replay
 from estune.journal.verify import verify
 from estune.noise import reference
@@ -179,3 +180,12 @@ def test_what_cannot_be_is_said_in_a_line(model: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", hidden_size=64)
     with pytest.raises(EstuneError, match="PEFT cannot put it into the model"):
         TransformersEngine(open_checkpoint(other, Adapter(path=alone)).path)
+
+
+def test_runs_are_merged_as_those_of_a_model_are(model: Path, tmp_path: Path) -> None:
+    """Twice the same steps, each with half the weight: the steps of one."""
+    one = run(adapted(tmp_path / "one", model, steps=1))
+    merged = merge([one, one], [0.5, 0.5], tmp_path / "merged")
+    found, expected = (load_file(folder / "final" / FILE) for folder in (merged, one))
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, rtol=0, atol=1e-6)

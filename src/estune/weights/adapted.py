@@ -85,6 +85,14 @@ def adapted_shapes(shapes: Mapping[str, tuple[int, ...]], adapter: Adapter) -> d
     return found
 
 
+def adapter_elements(shapes: Mapping[str, tuple[int, ...]], adapter: Adapter) -> int:
+    """Elements of all tensors of an adapter, new or given; arguments as of `adapted_shapes`."""
+    if adapter.path is not None:
+        _files_of(adapter.path)
+        return sum(tensor.elements for tensor in Checkpoint(adapter.path).tensors.values())
+    return sum(adapter.rank * sum(shape) for shape in adapted_shapes(shapes, adapter).values())
+
+
 def _new(adapter: Adapter, base: Checkpoint, file: Path) -> dict[str, Any]:
     """Write a new adapter's tensors; return its settings."""
     from safetensors.numpy import save_file

@@ -87,7 +87,7 @@ def add_outer(x, out, owners, a, b, source, target, count):
 
 @_jit
 def add_low_rank(low, out, b, scale, first):
-    """`out[:, first:] += scale * low @ b`, of as many columns as `b` has, `[rank, columns]`; `low` is `[tokens, rank]`."""
+    """`out[:, first:] += scale * low @ b`, over the columns of `b`, `[rank, columns]`; `low` is `[tokens, rank]`."""
     columns = b.shape[1]
     for t in range(low.shape[0]):
         row = out[t, first : first + columns]
