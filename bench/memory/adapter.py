@@ -19,7 +19,7 @@ import psutil
 from bench.common import options, rounded, settings, write_result
 from bench.processes import Process
 
-PROMPTS, NEW_TOKENS, MEMBERS = 16, 24, 10
+PROMPTS, NEW_TOKENS, MEMBERS = 8, 8, 10
 
 
 class Way:

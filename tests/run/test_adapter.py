@@ -185,7 +185,7 @@ def test_what_cannot_be_is_said_in_a_line(model: Path, tmp_path: Path) -> None:
 def test_runs_are_merged_as_those_of_a_model_are(model: Path, tmp_path: Path) -> None:
     """Twice the same steps, each with half the weight: the steps of one."""
     one = run(adapted(tmp_path / "one", model, steps=1))
-    merged = merge([one, one], [0.5, 0.5], tmp_path / "merged")
+    merged = merge([one, one], tmp_path / "merged", [0.5, 0.5])
     found, expected = (load_file(folder / "final" / FILE) for folder in (merged, one))
     for name, tensor in expected.items():
         np.testing.assert_allclose(found[name], tensor, rtol=0, atol=1e-6)
