@@ -164,7 +164,7 @@ def test_exact_in_place_rounds_stochastically_unless_told() -> None:
         ("torch_dtype=float16", "here it is dtype"),
         ("beta=0.1", "there is no KL penalty"),
         ("logging_steps=1", "every step is logged: leave it out"),
-        ("lora_rank=8", "all weights are trained"),
+        ("lora_rank=8", "set adapter.rank"),
         ("gradient_accumulation_steps=8", "no meaning for Evolution Strategies: leave it out"),
         ("resume_from_checkpoint=x", "go on with a run by `estune train --resume RUN`"),
         # the paper's scripts
@@ -180,7 +180,7 @@ def test_exact_in_place_rounds_stochastically_unless_told() -> None:
         ("actor_rollout_ref.rollout.temperature=1", "here it is temperature"),
         ("actor_rollout_ref.actor.optim.lr=1e-6", r"actor\.optim\.lr; here it is learning_rate"),
         ("critic.optim.lr=1e-6", "no meaning"),
-        ("trainer.model.lora.alpha=32", "all weights are trained"),
+        ("trainer.model.lora.alpha=32", "set adapter.alpha"),
         ("orchestrator.batch_size=8", "a step is population members"),
         ("trainer.nnodes=1", "unknown setting trainer; see `estune train --help`"),
         ("model.name=x", "model: .*, found a section, model.name"),

@@ -123,7 +123,7 @@ def test_settings_carry_over(given: dict[str, Any], found: dict[str, Any]) -> No
         ({"population_size": 5}, "unknown setting population_size; here it is population"),
         ({"max_prompt_length": 5}, "prompts are never cut"),
         ({"torch_dtype": "float16"}, "here it is dtype"),
-        ({"lora_rank": 5}, "all weights are trained"),
+        ({"lora_rank": 5}, "set adapter.rank"),
         ({"dataset_name": "x"}, "ESTrainer takes model, reward_funcs and data itself"),
         ({"num_generation": 5}, "unknown setting num_generation; see docs/trl.md"),
         ({"max_completion_lenght": 5}, "unknown setting max_completion_lenght; did you mean max_completion_length"),

@@ -78,6 +78,15 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         return merge(embedded_settings(_task_name(values.get("task"))), dict(values))
 
     @model_validator(mode="after")
+    def _check_adapter(self) -> Config:
+        about_vllm = self.vllm_gpu_memory_utilization or self.vllm_max_model_length or self.gpus_per_worker > 1
+        if self.adapter is not None and (self.engine == "vllm" or about_vllm):
+            raise ValueError("an adapter is trained by engine=transformers: set it, and leave out what is about vLLM")
+        if self.adapter is not None:
+            self.engine = "transformers"
+        return self
+
+    @model_validator(mode="after")
     def _check_engines(self) -> Config:
         if POLICIES[self.weights].drifts and (self.workers or self.workers_at):
             raise ValueError(f"weights={self.weights} holds one set of weights, in this process: leave out workers")

@@ -114,9 +114,13 @@ _ANSWERS = {
         "cuda_devices cuda_visible_devices use_gpu use_gpus gpu gpus gpu_ids n_gpus n_gpus_per_node num_gpus "
         "num_gpus_per_node gpus_per_node"
     ),
-    "all weights are trained, and adapters save no memory here: leave it out (train_parameters trains a part)": (
-        "use_peft peft_config lora_rank lora_r lora_alpha lora_dropout max_lora_rank target_modules freeze_nonlora"
+    "set adapter.rank: an adapter is trained then, in place of all weights": (
+        "use_peft peft_config lora lora_rank lora_r max_lora_rank"
     ),
+    "set adapter.alpha": "lora_alpha",
+    "set adapter.target": "target_modules lora_target_modules lora_target",
+    "an adapter is trained without dropout: leave it out": "lora_dropout",
+    "train_parameters names the parameters to train: leave it out": "freeze_nonlora",
     "all weights are trained: leave it out": "full_finetuning",
     "weights that are trained are not quantised: leave it out": (
         "load_in_4bit load_in_8bit quantization quantization_config"

@@ -29,6 +29,7 @@ from estune.es.schedule import Course
 from estune.es.shaping import Shaping
 from estune.tasks import CountdownConfig, TaskConfig
 from estune.tasks.options import refuse_switch
+from estune.weights.adapters import Adapter
 from estune.weights.policies import POLICIES, DType, NoiseMode, PolicyName, Rounding
 
 
@@ -411,6 +412,9 @@ class Weights(Section):
         "auto",
         description="shell patterns of the parameters to train, with commas between them; !PATTERN leaves some out; "
         "auto is all, but of a vision-language model its language model",
+    )
+    adapter: Adapter | None = Field(
+        None, description="a low-rank adapter (LoRA) to train over the model, whose own weights stay as they are"
     )
 
     @model_validator(mode="after")

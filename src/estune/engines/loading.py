@@ -27,10 +27,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from estune.config import Config
+from estune.engines.adapter import with_adapter
 from estune.engines.memory import memory_for
 from estune.engines.vision import Vision
 from estune.errors import EstuneError, first_line
-from estune.weights.checkpoint import locate
+from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.merged import no_bars
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.sizes import check_sizes
@@ -82,6 +83,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         EstuneError: it cannot be read, or it is another kind of model's.
     """
+    path = _model_of(path)
     try:
         values, _ = PretrainedConfig.get_config_dict(path)
         check_sizes(values)
@@ -98,7 +100,8 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
     """A causal language model in evaluation mode, its parameters without gradients.
 
     Args:
-        path: a checkpoint's directory, as `estune.weights.checkpoint.locate` finds it.
+        path: a checkpoint's directory, as `estune.weights.checkpoint.locate` finds it; that of an adapter gives the
+            model that it belongs to, with the adapter in place.
         dtype: as `pick_dtype` takes it.
         device: where to put it.
         trust_remote_code: as for `load_config`.
@@ -106,6 +109,9 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
     Raises:
         EstuneError: it cannot be read, it is not a causal language model, or weights are missing.
     """
+    if (under := Checkpoint(path).under) is not None:
+        model = load_model(under.path, dtype, device, trust_remote_code=trust_remote_code)
+        return with_adapter(model, path)
     config = load_config(path, trust_remote_code=trust_remote_code)
     kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
     try:
@@ -172,6 +178,12 @@ def open_vision(path: Path, config: Any, *, trust_remote_code: bool = False) -> 
     return Vision(load_processor)
 
 
+def _model_of(path: Path) -> Path:
+    """The directory of the model: of an adapter that of the model under it."""
+    under = Checkpoint(path).under
+    return path if under is None else under.path
+
+
 def _check_plain(path: Path, values: Mapping[str, Any]) -> None:
     """Refuse quantised weights: what they stand for cannot be perturbed in place."""
     sections = [values, *(value for value in values.values() if isinstance(value, Mapping))]
@@ -231,6 +243,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         EstuneError: there is none, or it cannot be loaded.
     """
+    path = _model_of(path)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise EstuneError(
             f"model {path}: no tokenizer in this directory (no tokenizer.json); save one there with "
@@ -251,6 +264,7 @@ def generation_config(path: Path, config: Any) -> GenerationConfig:
     Raises:
         EstuneError: it cannot be used.
     """
+    path = _model_of(path)
     try:
         if (path / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(path)

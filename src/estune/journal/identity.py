@@ -11,21 +11,29 @@ from hashlib import blake2b
 from pathlib import Path
 
 from estune.errors import ACCEPT, EstuneError
-from estune.weights.checkpoint import companions
+from estune.weights import adapters
+from estune.weights.checkpoint import Checkpoint, companions
 
 # Of config.json, what a checkpoint is stored as: it differs between a base and what is trained from it.
+UNDER = "the model under the adapter"
 STORED_AS = ("dtype", "torch_dtype")
 
 
 def model_files(folder: Path) -> dict[str, str]:
     """Hash of each file beside a model's weights that says what the model does, by name.
 
-    config.json's is of its content, without the type that weights are stored as.
+    config.json's is of its content, without the type that weights are stored as. Of an adapter it is the
+    model's files that count, and adapter_config.json without the place of that model, whose tensors' hash is `UNDER`.
     """
     found = {}
-    for file in sorted(companions(folder)):
+    files = companions(folder)
+    under = Checkpoint(folder).under
+    if under is not None:
+        found[UNDER] = under.content_hash()
+        files = [folder / adapters.CONFIG, *companions(under.path)]
+    for file in sorted(files, key=lambda file: file.name):
         if not file.name.startswith("LICENSE"):
-            found[file.name] = hash_of(_settings(file) if file.name == "config.json" else file.read_bytes())
+            found[file.name] = hash_of(_content(file))
     return found
 
 
@@ -89,6 +97,12 @@ def _differences(recorded: Mapping[str, str], now: Mapping[str, str]) -> Iterato
             yield name, "was not there when the run began"
         elif recorded[name] != now[name]:
             yield name, "has changed since the run began"
+
+
+def _content(file: Path) -> bytes:
+    if file.name == adapters.CONFIG:
+        return json.dumps(adapters.placeless(file), sort_keys=True).encode()
+    return _settings(file) if file.name == "config.json" else file.read_bytes()
 
 
 def _settings(file: Path) -> bytes:

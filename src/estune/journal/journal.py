@@ -17,13 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from estune.errors import EstuneError
+from pydantic import ValidationError
+
+from estune.errors import EstuneError, first_line
 from estune.files import locked, replacing, sync
 from estune.journal import compact
 from estune.journal.lines import fault
 from estune.journal.records import SEARCH, EvaluationRecord, Header, StepRecord, decoded, encoded, rank
 from estune.noise.reference import NOISE_VERSION
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.adapted import open_checkpoint
+from estune.weights.adapters import Adapter
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.gguf import is_gguf
 
 log = logging.getLogger(__name__)
@@ -411,12 +415,25 @@ def _writer(payload: dict[str, Any]) -> str:
     return str(packages.get("estune", "unknown")) if isinstance(packages, dict) else "unknown"
 
 
+def adapter_of(header: Header) -> Adapter | None:
+    """The settings of the adapter that a run trains; None where it trains the model itself.
+
+    Raises:
+        EstuneError: the journal says something else there.
+    """
+    said = header.config.get("adapter")
+    try:
+        return None if said is None else Adapter.model_validate(said)
+    except ValidationError as error:
+        raise EstuneError(f"the journal's header names no adapter that is one: {first_line(error)}") from error
+
+
 def base_checkpoint(header: Header, model: str | None = None) -> Checkpoint:
     """The base checkpoint of a run, its content checked against the journal's hash."""
     model = model or header.model
     if os.path.isabs(model) and not is_gguf(model) and not os.path.exists(model):
         raise EstuneError(f"base model {model} is not there; say where it is now with --model")
-    base = Checkpoint(locate(model))
+    base = open_checkpoint(model, adapter_of(header))
     found = base.content_hash()
     if found != header.base_hash:
         raise EstuneError(

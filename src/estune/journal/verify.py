@@ -9,7 +9,7 @@ from pathlib import Path
 from estune.errors import EstuneError
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import steps_of
-from estune.weights.checkpoint import DTYPES, Checkpoint, Tensor, convert
+from estune.weights.checkpoint import DTYPES, Checkpoint, Tensor, convert, is_checkpoint
 from estune.weights.rebuild import Told, unheard
 from estune.weights.trained import Array
 
@@ -81,7 +81,7 @@ def _beside(journal: Journal) -> Iterator[tuple[Path, set[int], str]]:
     for number in range(1, done + 1):
         if (run / f"checkpoint-{number}").is_dir():
             yield run / f"checkpoint-{number}", {number}, header.dtype
-    if (run / "config.json").is_file():  # a run that was pulled from the hub, which is its checkpoint itself
+    if is_checkpoint(run):  # a run that was pulled from the hub, which is its checkpoint itself
         yield run, set(range(done + 1)), header.save_dtype
 
 

@@ -18,7 +18,7 @@ from estune.es.strategy import Member, Update
 from estune.journal.records import StepRecord
 from estune.pool.base import Description, Evaluated, evaluation_batches
 from estune.pool.crew import Crew, Jobs, Slot, Source, Weights
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.adapted import open_checkpoint
 from estune.weights.rebuild import Steps
 from estune.weights.trained import Drift
 
@@ -191,7 +191,7 @@ class CrewPool:
         config = self._config
         trained = self.describe()
         weights = self.crew.weights
-        base = Checkpoint(locate(config.model))
+        base = open_checkpoint(config.model, config.adapter)
         if base.content_hash() != trained.base_hash:
             raise EstuneError(
                 f"{path}: no worker is on this machine to write it, and the base model {config.model} is another one "

@@ -16,7 +16,8 @@ from estune.engines.prompts import PromptEncoder
 from estune.engines.transformers import TransformersEngine
 from estune.grading.rollout import Opening
 from estune.pool.turns import gpus_of, in_turn
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.adapted import open_checkpoint
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import chosen_device
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def open_generator(config: Config) -> Generator:
         EstuneError: for a model or a device that cannot be had.
     """
     set_up_process(config)
-    checkpoint = Checkpoint(locate(config.model))
+    checkpoint = open_checkpoint(config.model, config.adapter)
     if config.engine == "vllm":
         from estune.engines.vllm.engine import VllmEngine
 

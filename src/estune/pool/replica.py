@@ -22,8 +22,9 @@ from estune.journal.identity import model_files
 from estune.pool.base import Description, Evaluated
 from estune.pool.generator import Generator, open_transformers, set_up_process, sharers
 from estune.pool.turns import gpus_of, in_turn
+from estune.weights.adapted import open_checkpoint
 from estune.weights.base import Share, keeps_base_on_host
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import device_kind, synchronize, training_device
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.places import check_places
@@ -202,7 +203,7 @@ class Replica(Trained):
 
     def __init__(self, config: Config, share: Share | None = None) -> None:
         set_up_process(config)
-        checkpoint = Checkpoint(locate(config.model))
+        checkpoint = open_checkpoint(config.model, config.adapter)
         self._device = training_device(config.device)
         self._vllm = config.engine == "vllm"
         engine: Engine

@@ -93,12 +93,13 @@ def model_card(
         dataset: the hub's name of what it was trained on.
         journal_only: no checkpoint is there, only the journal that it is rebuilt from.
     """
+    trained = "All weights of" if journal.settings.get("adapter") is None else "A low-rank adapter (LoRA) of"
     before = journal.evaluations[0] if journal.evaluations else None
     after = next((e for e in reversed(journal.evaluations) if e.step <= step), None)
     parts = [
         f"---\n{_metadata(journal, name, after, dataset)}---",
         f"# {name}",
-        f"All weights of {_base(journal)} fine-tuned on {journal.header.task} with Evolution Strategies "
+        f"{trained} {_base(journal)} fine-tuned on {journal.header.task} with Evolution Strategies "
         "([arXiv 2509.24372](https://arxiv.org/abs/2509.24372)) by estune.",
         *_training(journal, step),
     ]
@@ -134,7 +135,7 @@ def _metadata(journal: Journal, name: str, after: EvaluationRecord | None, datas
     data = ModelCardData(
         base_model=_on_hub(journal.header.model),
         datasets=dataset,
-        library_name="transformers",
+        library_name="transformers" if journal.settings.get("adapter") is None else "peft",
         pipeline_tag="text-generation",
         tags=["estune", "evolution-strategies"],
         model_name=name if results else None,

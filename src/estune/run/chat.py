@@ -18,7 +18,7 @@ from estune.run.directory import find_checkpoint
 from estune.run.evaluate import settings_for
 from estune.run.make import make_sampling
 from estune.run.trust import refuse_foreign
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.adapted import open_checkpoint
 from estune.weights.device import chosen_device
 
 
@@ -40,7 +40,9 @@ class Chat:
             raise EstuneError(
                 f"--system: the tokenizer of {config.model} has no chat template to tell it by; leave it out"
             )
-        self.engine = open_transformers(Checkpoint(locate(config.model)), config, chosen_device(config.device))
+        self.engine = open_transformers(
+            open_checkpoint(config.model, config.adapter), config, chosen_device(config.device)
+        )
         self._sampling = make_sampling(config, config.seed)
         self._first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.clear()
@@ -114,7 +116,9 @@ def open_chats(
     if compare:
         journal = Journal.read(Path(model))
         models["base"] = str(base_checkpoint(journal.header, journal.base_model()).path)
-    return {name: Chat(config.model_copy(update={"model": place}), system) for name, place in models.items()}
+    adapter = None if trained else config.adapter  # a run's checkpoint holds it
+    configs = {name: config.model_copy(update={"model": place, "adapter": adapter}) for name, place in models.items()}
+    return {name: Chat(each, system) for name, each in configs.items()}
 
 
 def settings_to_talk(model: str, given: Mapping[str, Any]) -> Config:

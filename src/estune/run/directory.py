@@ -17,7 +17,7 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import make_folder, write_text
 from estune.journal.journal import FILE, RESUME, TEMPORARY, going_on, is_run
-from estune.weights.checkpoint import hub_name, locate
+from estune.weights.checkpoint import hub_name, is_checkpoint, locate
 
 RESUME_OWN = "Trainer.resume({text}, task=...)"
 """As `RESUME`, where the task was given from Python."""
@@ -148,7 +148,7 @@ def find_checkpoint(model_or_run: str) -> Path:
     if not is_run(run.path):
         return locate(model_or_run)
     for path in (run.best, run.final, run.path):  # itself, where it was pulled from the hub
-        if (path / "config.json").is_file():
+        if is_checkpoint(path):
             return path
     how = going_on("estune replay {run} -o DIR", run.path)
     raise EstuneError(f"{run.path} has no checkpoint yet; make one with `{how}`")

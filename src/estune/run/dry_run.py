@@ -19,7 +19,8 @@ from estune.run.order import StagedOrder
 from estune.run.remarks import before
 from estune.run.resume import RESUME_FROM_PYTHON, resumed, task_of
 from estune.tasks.base import Task
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.adapted import open_checkpoint
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import fits
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def describe(config: Config) -> str:
     output = config.output_dir or default_path(config, config.task.name)
     refuse_used(output)
     check_trackers(config)
-    checkpoint = Checkpoint(locate(config.model))
+    checkpoint = open_checkpoint(config.model, config.adapter)
     elements = sum(t.elements for t in checkpoint.tensors.values())
     engine = _check_engine(config)
     task = config.task.build(config.seed)

@@ -72,6 +72,8 @@ def evaluate_model(
     else:
         check_name(model)
     task = task or config.task.build(config.seed)
+    adapter = None if is_run(run) or checkpoint else config.adapter  # a run's checkpoint holds it
+    config = config.model_copy(update={"adapter": adapter})
     config = with_resources_to_generate(_on_this_machine(config, checkpoint or find_checkpoint(model)))
     refuse_unreachable(task, config)
     for remark in of_evaluation(config):

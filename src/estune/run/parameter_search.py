@@ -17,7 +17,7 @@ from estune.journal.records import SEARCH, StepRecord
 from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
 from estune.run.make import make_header, make_sampling, make_strategy
-from estune.weights.checkpoint import locate
+from estune.weights.adapted import open_checkpoint
 
 LONGEST = 1024  # tokens of a prompt that a pool is opened for, if nothing else is said
 
@@ -38,7 +38,7 @@ class Engines:
         self.encoder = open_encoder(self.config)
         self.pool: Pool = open_pool(self.config, longest)
         self.trained = self.pool.describe()
-        self._base = locate(self.config.model)
+        self._base = open_checkpoint(self.config.model, self.config.adapter).path
         self._turn: ParameterSearch | None = None
 
     def take(self, search: ParameterSearch) -> Pool:

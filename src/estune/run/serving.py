@@ -18,7 +18,7 @@ from estune.pool.generator import open_transformers, set_up_process
 from estune.run.chat import settings_to_talk
 from estune.run.directory import find_checkpoint
 from estune.run.make import make_sampling
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.adapted import open_checkpoint
 from estune.weights.device import chosen_device
 
 
@@ -56,10 +56,12 @@ def serving(
         place = find_checkpoint(model) if step is None else Path(folder) / "model"
         if step is not None:
             replay(Path(model), place, step)
-        config = config.model_copy(update={"model": str(place)})
+        config = config.model_copy(update={"model": str(place), "adapter": None if is_run(model) else config.adapter})
         encoder = open_encoder(config)
         with Endpoint(encoder, make_sampling(config, config.seed), model=name, host=host, port=port) as endpoint:
-            engine = open_transformers(Checkpoint(locate(config.model)), config, chosen_device(config.device))
+            engine = open_transformers(
+                open_checkpoint(config.model, config.adapter), config, chosen_device(config.device)
+            )
             with Batcher(engine) as batcher:
                 endpoint.serve(batcher)
                 yield endpoint, endpoint.admit(config.seed, lambda turn: None, key)

@@ -46,7 +46,8 @@ from estune.run.resume import Past, parent_of, refuse_changed_prompts, reopen
 from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
-from estune.weights.checkpoint import Checkpoint, check_name, locate
+from estune.weights.adapted import open_checkpoint
+from estune.weights.checkpoint import check_name
 from estune.weights.policies import NOT_REVERSIBLE
 from estune.weights.trained import Drift
 
@@ -105,7 +106,7 @@ class Trainer:
             self._said: set[str] = set()
             remarks.log_before(config, task, self.order)
             self._open_all(opened, past)
-            self.base = Checkpoint(locate(config.model)) if past is None else past.base
+            self.base = open_checkpoint(config.model, config.adapter) if past is None else past.base
             self.config = config = self._settled(past)
             if past is None:
                 self.run, self.journal = self._begin(path, parent, code_of(task.reward_funcs, options), best_by)

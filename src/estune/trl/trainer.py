@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 RESUME = "trainer.train(resume_from_checkpoint={text})"  # what a user does to go on with a run
 _REFUSED = {
     "optimizers": "there is no optimizer: the update is the method",
-    "peft_config": "all weights are trained, and an adapter saves no memory here",
+    "peft_config": "give adapter in the settings instead: adapter={'rank': 8}",
     "quantization_config": "weights that are trained are not quantised",
     "tools": "completions are single turns",
     "rollout_func": "estune's engines generate",

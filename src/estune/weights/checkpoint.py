@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from estune.errors import EstuneError, first_line
 from estune.files import replacing
+from estune.weights import adapters
 from estune.weights.gguf import PACKAGED, is_gguf, pinned_gguf, plain_checkpoint
 from estune.weights.pickles import PICKLES, in_safetensors
 
@@ -40,6 +41,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (
     "config.json",
+    adapters.CONFIG,
     "generation_config.json",
     "tokenizer*",
     "vocab*",
@@ -132,7 +134,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory: `config.json` and one or more safetensors files."""
+    """A checkpoint directory: `config.json` and one or more safetensors files, or an adapter in PEFT's format."""
 
     path: Path
 
@@ -141,6 +143,19 @@ class Checkpoint:
         """All tensors by name."""
         by_file = {file: _read_header(file) for file in _weight_files(self.path)}
         return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
+
+    @property
+    def under(self) -> Checkpoint | None:
+        """The checkpoint of the model that this one is an adapter of; None where it is a model itself."""
+        if not adapters.is_adapter(self.path):
+            return None
+        named = adapters.model_under(self.path)
+        if os.path.isabs(named) and not os.path.exists(named):
+            raise EstuneError(
+                f"{self.path} is an adapter of {named}, which is not there: say in its {adapters.CONFIG}, "
+                "as base_model_name_or_path, where it is now"
+            )
+        return Checkpoint(locate(named))
 
     def type_of(self, names: Iterable[str]) -> str | None:
         """The type that most elements of these tensors are stored in; None if `write` does not take it."""
@@ -151,7 +166,10 @@ class Checkpoint:
         return next((dtype for dtype, stored in DTYPES.items() if stored == most), None)
 
     def content_hash(self) -> str:
-        """A BLAKE2b hash of names, types, shapes and bytes of all tensors, however they are spread over files."""
+        """A BLAKE2b hash of names, types, shapes and bytes of all tensors, however they are spread over files.
+
+        An adapter's holds that of the model under it.
+        """
 
         def digest(tensor: Tensor) -> bytes:
             h = hashlib.blake2b(digest_size=16)
@@ -164,6 +182,8 @@ class Checkpoint:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
             for tensor, d in zip(tensors, threads.map(digest, tensors), strict=True):
                 total.update(json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode() + d)
+        if (under := self.under) is not None:
+            total.update(under.content_hash().encode())
         return total.hexdigest()
 
     def write(
@@ -190,13 +210,14 @@ class Checkpoint:
             for tensor in self.tensors.values():
                 by_file.setdefault(tensor.file.name, []).append(tensor)
             size = sum(_write_file(folder / f, ts, trained, DTYPES[dtype]) for f, ts in by_file.items())
-            if set(by_file) != {SINGLE}:
+            if set(by_file) not in ({SINGLE}, {adapters.WEIGHTS}):
                 weight_map = {tensor.name: file for file, tensors in by_file.items() for tensor in tensors}
                 index = {"metadata": {"total_size": size}, "weight_map": weight_map}
                 (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
             for file in self._companions():
                 shutil.copy(file, folder / file.name)
-            (folder / "config.json").write_text(self._config(dtype))
+            if not adapters.is_adapter(self.path):  # with it, transformers would look for a whole model there
+                (folder / "config.json").write_text(self._config(dtype))
             verify()
 
     def wrote(self, target: Path, trained: Collection[str], dtype: str) -> bool:
@@ -218,8 +239,8 @@ class Checkpoint:
             return (
                 {name: (t.file.name, t.dtype, t.shape) for name, t in found.items()} == stored
                 and all(file.stat().st_size == end for file, end in ends.items())
-                and (target / "config.json").read_text() == self._config(dtype)
-                and all(filecmp.cmp(file, target / file.name, shallow=False) for file in self._companions())
+                and (adapters.is_adapter(self.path) or (target / "config.json").read_text() == self._config(dtype))
+                and all(_is_copy(file, target / file.name) for file in self._companions())
             )
         except (OSError, ValueError):  # EstuneError is a ValueError
             return False
@@ -234,6 +255,13 @@ class Checkpoint:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
         return json.dumps(config, indent=2) + "\n"
+
+
+def _is_copy(file: Path, copy: Path) -> bool:
+    """Whether two files beside weights say the same; the model under an adapter may lie elsewhere."""
+    if file.name == adapters.CONFIG:
+        return adapters.placeless(file) == adapters.placeless(copy)
+    return filecmp.cmp(file, copy, shallow=False)
 
 
 def companions(folder: Path) -> list[Path]:
@@ -282,12 +310,17 @@ def locate(model: str | Path) -> Path:
         path = _download(str(model), *COMPANIONS, INDEX, "*.safetensors")
         if not any(path.glob("*.safetensors")):
             path = _download(str(model), *COMPANIONS, *PICKLES)
-    if not (path / "config.json").is_file():
+    if not is_checkpoint(path):
         kind = "a file" if path.is_file() else "a directory without config.json"
         raise EstuneError(f"model {model} is {kind}, not a checkpoint: give a directory made by save_pretrained")
     path = in_safetensors(path, companions(path))
     _weight_files(path)
     return path
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a directory holds a model, or an adapter."""
+    return (folder / "config.json").is_file() or adapters.is_adapter(folder)
 
 
 def is_here(model: str | Path) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from estune.errors import EstuneError
 from estune.noise.rows import Rows
+from estune.weights.adapters import PREFIX
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """The pattern of all parameters of a language model, and of a vision-language model's language model."""
+ADAPTER = "adapter"
+"""What PEFT calls the adapter in a model: part of the names of its parameters there, and not in its files."""
 
 _IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)")
 
@@ -90,6 +93,8 @@ def trained_parameters(model: nn.Module, tensors: Mapping[str, Any], pattern: st
 
     The memory of a parameter whose dimensions the checkpoint has in another order is laid out anew.
 
+    Of a model with an adapter these are the adapter's: the checkpoint holds no others.
+
     Args:
         model: a transformers model.
         tensors: those of its checkpoint by name, of which the shapes are read.
@@ -101,10 +106,13 @@ def trained_parameters(model: nn.Module, tensors: Mapping[str, Any], pattern: st
     from estune.weights.merged import merged_tensors
 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    plain, groups = _checkpoint_names(model, shapes)
+    adapted = hasattr(model, "peft_config")
+    plain, groups = (adapter_names(model), {}) if adapted else _checkpoint_names(model, shapes)
     by_storage: dict[int, tuple[str, Tensor, list[str]]] = {}
     for name, own in model.named_parameters(remove_duplicate=False):
         found = plain.get(name)
+        if adapted and found is None:
+            continue
         stored = by_storage.setdefault(own.data_ptr(), (name, own, []))[2]
         if found is not None and found not in stored:
             stored.append(found)
@@ -181,6 +189,12 @@ def layer_of(name: str) -> tuple[str, str]:
     if found := _IN_LAYER.fullmatch(name):
         return found[1], re.sub(r"\.\d+(?=\.)", "", found[2])
     return name.removeprefix("model."), ""
+
+
+def adapter_names(model: nn.Module) -> dict[str, str]:
+    """The name in PEFT's files of each parameter of an adapter in a model."""
+    own = (name for name, _ in model.named_parameters() if f".{ADAPTER}" in name)
+    return {name: PREFIX + name.replace(f".modules_to_save.{ADAPTER}", "").replace(f".{ADAPTER}", "") for name in own}
 
 
 def _checkpoint_names(model: Any, names: Collection[str]) -> tuple[dict[str, str], dict[str, list[str]]]:

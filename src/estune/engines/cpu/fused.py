@@ -24,6 +24,7 @@ from estune.completion import Sampling
 from estune.engines import decode
 from estune.engines.cpu import kernels
 from estune.engines.cpu.layers import Linear, bits_of, fused_layer
+from estune.engines.cpu.low_rank import LowRank, is_plain
 from estune.engines.cpu.members import Drawn, Members, Together, address
 from estune.engines.cpu.products import NONE, Array, Products
 from estune.engines.cpu.simd import WIDTH
@@ -57,6 +58,7 @@ def unfusable(model: Any) -> str | None:
     window = getattr(config, "sliding_window", None)
     widths = (config.hidden_size, config.intermediate_size, attention.head_dim // 2)
     reasons = {
+        "its adapter is more than products beside its layers'": not is_plain(model),
         "it is not on a CPU": model.device.type != "cpu",
         "its type is neither float32 nor bfloat16": model.dtype not in (torch.float32, torch.bfloat16),
         f"its activation is {config.hidden_act}": config.hidden_act != "silu",
@@ -86,6 +88,7 @@ class FusedDecoder:
     def __init__(self, model: Any, end_ids: Sequence[int]) -> None:
         self.model = model
         self._layers = [fused_layer(layer) for layer in model.model.layers]
+        self._adapter = LowRank(model.model.layers, self._layers)
         self._addresses = [parameter.data_ptr() for parameter in model.parameters()]
         # A tokenizer's end token can be one that the model has no logit for.
         self._is_end = np.isin(np.arange(model.config.vocab_size), list(end_ids))
@@ -184,6 +187,8 @@ class FusedDecoder:
         of_heads = [norm for layer in self._layers for norm in (layer.query_norm, layer.key_norm) if norm.size]
         if any(address(norm) in tensors for norm in of_heads):
             return None  # attention takes them as they are
+        if self._adapter:
+            return None  # members perturb it, and what they have in common is not the weights alone
         linears = [each for layer in self._layers for each in (layer.qkv, layer.output, layer.gate_up, layer.down)]
         norms = [norm for layer in self._layers for norm in (layer.input_norm, layer.mlp_norm)]
         return Together([*linears, self._head], [*norms, self._final_norm], self._table, tensors)
@@ -306,6 +311,7 @@ class FusedDecoder:
     def _project(self, x: Array, linear: Linear, places: Places) -> Array:
         """A projection of tokens, `[tokens, columns]`, each by the weights of the member that it belongs to."""
         out = self._product(x, *linear)
+        self._adapter.add(x, out, linear, self._product)
         if self._members is not None:
             self._members.add_product(x, out, linear, places.rows, self._product)
         return out

@@ -86,6 +86,19 @@ def add_outer(x, out, owners, a, b, source, target, count):
 
 
 @_jit
+def add_low_rank(low, out, b, scale, first):
+    """`out[:, first:] += scale * low @ b`, over the columns of `b`, `[rank, columns]`; `low` is `[tokens, rank]`."""
+    columns = b.shape[1]
+    for t in range(low.shape[0]):
+        row = out[t, first : first + columns]
+        for k in range(low.shape[1]):
+            factor = low[t, k] * scale
+            part = b[k]
+            for i in range(columns):
+                row[i] += factor * part[i]
+
+
+@_jit
 def normalize(x, out, weight, eps):
     """`out = x / rms(x) * weight`, row by row (RMSNorm, arXiv 1910.07467)."""
     for t in range(x.shape[0]):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from estune.errors import EstuneError, first_line
+from estune.weights.adapted import adapter_elements
+from estune.weights.adapters import Adapter
 from estune.weights.checkpoint import DTYPES, EMBEDDED, KNOWN, hub_name, locate
 from estune.weights.gguf import is_gguf
 from estune.weights.parameters import fits
@@ -33,6 +36,7 @@ class Shape:
     kernels: int  # operations of a forward, each of which a GPU is asked for where nothing fuses them
     dtype: str | None  # of the checkpoint, as far as config.json tells
     heads: int = 0  # query heads of a layer; 0 where config.json does not tell
+    matrix_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of the products' matrices, by name
     own: bool = False  # a CPU multiplies its matrices by our kernels, not PyTorch's
 
     def splits_over(self, gpus: int) -> bool:
@@ -41,7 +45,7 @@ class Shape:
         return not self.heads or (self.heads % gpus == 0 and (pairs % gpus == 0 or gpus % pairs == 0))
 
 
-def read_shape(model: str | Path, pattern: str = "*") -> Shape:
+def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = None) -> Shape:
     """Sizes of a model given as an embedded name, a directory with `config.json` or a hub id.
 
     The model is built on torch's `meta` device, which has shapes but no memory, and reads two and then three tokens
@@ -51,6 +55,7 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
     Args:
         model: as `--model`. For a hub id only the configuration is downloaded.
         pattern: `train_parameters`.
+        adapter: that is trained in place of the model's own parameters.
 
     Raises:
         EstuneError: there is no configuration, it is not of a causal language model, or the pattern fits no name.
@@ -61,7 +66,7 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
         raise EstuneError(f"model {model}: its weights are {dtype}; take one whose are one of {', '.join(DTYPES)}")
     try:
         kind: Any = type(config)
-        return _lay_out(kind, config.to_json_string(use_diff=False), pattern)
+        shape = _lay_out(kind, config.to_json_string(use_diff=False), pattern if adapter is None else "*")
     except EstuneError:
         raise
     except Exception as error:  # whatever a model's own code raises
@@ -70,6 +75,10 @@ def read_shape(model: str | Path, pattern: str = "*") -> Shape:
             f"model {model}: no causal language model can be laid out from its config.json ({why}); take one such as "
             "Qwen2ForCausalLM"
         ) from error
+    if adapter is None:
+        return shape
+    added = adapter_elements(shape.matrix_shapes, adapter)
+    return replace(shape, trained=added, parameters=shape.parameters + added)
 
 
 @functools.lru_cache(maxsize=32)
@@ -114,6 +123,7 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
         dtype=dtype,
         own=has_own_products(config, {min(p.shape[-2:]) for p in matrices.values()}, "float32"),
         heads=heads,
+        matrix_shapes={name: tuple(p.shape) for name, p in matrices.items()},
     )
 
 
