@@ -27,6 +27,7 @@ from estune.config.names import MEANINGLESS
 from estune.errors import EstuneError
 from estune.tasks import KINDS
 from estune.trl.config import MISSING, OWN, TAKEN
+from estune.weights.adapters import Adapter
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -193,7 +194,8 @@ def wrong_settings(words: list[str], *, resumed: bool, whole: bool) -> str | Non
 def is_setting(key: str) -> bool:
     """Whether this is a setting of training, or begins one: `task`, `task.options.min_terms`."""
     first, *rest = key.replace("-", "_").removeprefix("sweep.").split(".")
-    return first in Config.model_fields and (not rest or (first == "task" and rest[0] in TASK_OPTIONS | PLACEHOLDERS))
+    known = {"task": TASK_OPTIONS | PLACEHOLDERS, "adapter": set(Adapter.model_fields)}
+    return first in Config.model_fields and (not rest or rest[0] in known.get(first, set()))
 
 
 @every_page
