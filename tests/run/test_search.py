@@ -194,8 +194,8 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, changes: dict[str
     "where", [{}, {"replicas": 2}, {"workers": 2, "replicas": None}], ids=["one", "replicas", "workers"]
 )
 def test_a_step_that_harms_is_taken_back_to_the_bit(model: Path, tmp_path: Path, where: dict[str, Any]) -> None:
-    """Steps so large that every completion becomes alike, which earns nothing."""
-    changes = {"guard": 0.0, "learning_rate": 3.0, "momentum": 0.5, "save_steps": 2, **where}
+    """Steps so large that some harm, and that those after them add a share of the steps before."""
+    changes = {"guard": 0.0, "learning_rate": 0.1, "momentum": 0.5, "save_steps": 2, "steps": 5, **where}
     train(tmp_path / "run", model, **changes)
     steps = Journal.read(tmp_path / "run").steps
     taken_back = [record for record in steps if record.metrics["taken_back"]]
