@@ -232,7 +232,7 @@ def answer(name: str) -> str | None:
     if "critic" in section:
         return NO_MEANING
     if "lora" in section:
-        return ANSWERS["lora_rank"]
+        return ANSWERS.get(f"lora_{leaf}", ANSWERS["lora_rank"])
     for key in (name, leaf):
         if key in RENAMED:
             return f"here it is {RENAMED[key]}"
