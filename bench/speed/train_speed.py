@@ -105,9 +105,9 @@ class Stopwatch:
         def rate(replica: Evaluator, share: Sequence[Member]) -> float:
             tokens, seconds = 0, 0.0
             for member in share:
-                replica.perturb(member, sigma)
+                replica.take([member], sigma)
                 start = time.perf_counter()
-                completions = replica.complete(prompts, sampling)
+                (completions,) = replica.complete_each(prompts, sampling)
                 seconds += time.perf_counter() - start
                 tokens += sum(len(c.token_ids) for c in completions)
             return tokens / seconds
