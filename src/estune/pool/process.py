@@ -176,18 +176,14 @@ class WorkerProcess(GeneratorProcess):
     def __init__(self, config: Config, share: Share | None = None, *, deadlines: Deadlines | None = None) -> None:
         super().__init__(config, deadlines=deadlines, inherited=() if share is None else (share.memory,))
         self._share = share
-        self._taken = 1
 
     def take(self, members: Sequence[Member], sigma: float, *, played: bool = False) -> None:
         """As `Replica.take`."""
-        self._taken = len(members)
-        self._call("take", lambda: self._proxy.take(members, sigma, played=played), self._taken)
+        self._call("take", lambda: self._proxy.take(members, sigma, played=played))
 
     def complete_each(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """As `Replica.complete_each`."""
-        found: list[list[Completion]] = self._call(
-            "complete", lambda: self._proxy.complete_each(prompt_ids, sampling), self._taken
-        )
+        found: list[list[Completion]] = self._call("complete", lambda: self._proxy.complete_each(prompt_ids, sampling))
         return found
 
     def apply(self, update: Update) -> int:

@@ -79,7 +79,8 @@ class Trained(Generator):
         """Make ready to generate with these members' weights.
 
         Args:
-            members: as many as `at_once` says, at most. Where it is one, its weights become the live ones.
+            members: as many as `at_once` says, at most. One that is not decoded together with others becomes the live
+                weights.
             sigma: of the perturbations.
             played: prompts will open rollouts.
         """

@@ -279,7 +279,7 @@ class FusedDecoder:
         x = np.empty((len(ids), self._table.shape[1]), np.float32)
         self._run(kernels.embed, (ids, x), self._table)
         if self._members is not None:
-            self._members.add_embeddings(ids, x, places.rows)
+            self._members.add_embeddings(ids, x, self._table, places.rows)
         change: Array | None = None
         for number, layer in enumerate(self._layers):
             # Queries, keys and values of all heads, by one product.

@@ -49,27 +49,25 @@ class Members:
     Attributes:
         count: how many they are.
         owners: `[rows]`, the member whose weights decode each row of the cache.
-        products: of each matrix that products are made with, by the address of its memory.
-        biases: of each bias, by its address, `[members, columns]`.
+        matrices: of each matrix, the table of embeddings among them, by the address of its memory.
+        biases: of each bias that they perturb, by its address, `[members, columns]`.
         norms: the members' own, by the address of the common one, `[members, elements]`.
-        embeddings: of the table of embeddings, if it is perturbed.
     """
 
     count: int
     owners: Array
-    products: Mapping[int, Sequence[Outer]]
+    matrices: Mapping[int, Sequence[Outer]]
     biases: Mapping[int, Array]
     norms: Mapping[int, Array]
-    embeddings: Outer | None = None
 
     def with_owners(self, owners: Array) -> Members:
         """The same members for other rows."""
         return replace(self, owners=owners)
 
-    def add_embeddings(self, ids: Array, x: Array, rows: Array) -> None:
-        """Add to the embeddings `x` `[tokens, hidden]` of tokens `ids`, in cache rows `rows`, what members add."""
-        if self.embeddings is not None:
-            kernels.add_outer_rows(ids, x, self.owners[rows], self.embeddings.a, self.embeddings.b)
+    def add_embeddings(self, ids: Array, x: Array, table: Array, rows: Array) -> None:
+        """Add to the rows `x` `[tokens, hidden]` of the table, of tokens `ids` in cache rows `rows`, what members add."""
+        for part in self.matrices[address(table)]:
+            kernels.add_outer_rows(ids, x, self.owners[rows], part.a, part.b)
 
     def add_product(self, x: Array, out: Array, linear: Linear, rows: Array, threads: Products, first: int = 0) -> None:
         """Add to a product what members add.
@@ -83,7 +81,7 @@ class Members:
             first: the first of the columns.
         """
         owners = self.owners[rows]
-        for part in self.products.get(address(linear.weight), ()):
+        for part in self.matrices[address(linear.weight)]:
             begin = max(part.first, first)
             end = min(part.first + part.a.shape[1], first + out.shape[1])
             if begin >= end:
@@ -123,14 +121,13 @@ class Together:
     """
 
     def __init__(
-        self, linears: Iterable[Linear], norms: Iterable[Array], table: Array, tensors: Mapping[int, Drawn]
+        self, linears: Sequence[Linear], norms: Iterable[Array], table: Array, tensors: Mapping[int, Drawn]
     ) -> None:
-        self._matrices = {address(each.weight): _parts(each.weight, tensors) for each in linears}
-        self._biases = {
-            address(each.bias): (len(each.bias), _parts(each.bias, tensors)) for each in linears if each.bias.size
-        }
+        matrices = [table, *(each.weight for each in linears)]
+        self._matrices = {address(each): _parts(each, tensors) for each in matrices}
+        biases = [(each.bias, _parts(each.bias, tensors)) for each in linears if each.bias.size]
+        self._biases = {address(bias): (len(bias), parts) for bias, parts in biases if parts}
         self._norms = {address(norm): (norm, tensors[address(norm)]) for norm in norms if address(norm) in tensors}
-        self._table = tensors.get(address(table))
 
     def of(self, members: Sequence[Member], sigma: float) -> Members:
         """What these members add, perturbed by `sigma`; of no row yet."""
@@ -151,14 +148,12 @@ class Together:
             biases[at] = np.zeros((len(members), size), np.float32)
             for first, tensor in parts:
                 biases[at][:, first : first + tensor.shape[0]] = vector(tensor)
-        products = {at: [outer(*part) for part in parts] for at, parts in self._matrices.items()}
         return Members(
             count=len(members),
             owners=np.zeros(0, np.int64),
-            products=products,
+            matrices={at: [outer(*part) for part in parts] for at, parts in self._matrices.items()},
             biases=biases,
             norms={at: widen(norm) + vector(tensor) for at, (norm, tensor) in self._norms.items()},
-            embeddings=None if self._table is None else outer(0, self._table),
         )
 
 
