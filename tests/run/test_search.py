@@ -215,3 +215,12 @@ def test_a_step_that_harms_is_taken_back_to_the_bit(model: Path, tmp_path: Path,
         cut(tmp_path / "run", tmp_path / "cut", taken_back[0].step + 1)
         Trainer.resume(tmp_path / "cut", task=make_task(), monitors=[]).train()
         assert [r.fingerprint for r in Journal.read(tmp_path / "cut").steps] == before[1:]
+
+
+def test_tokens_of_the_guards_second_look_count(model: Path, tmp_path: Path) -> None:
+    """Of completions that all are as long as they may be, by four members and the base, and then the base again."""
+    changes = {"steps": 1, "prompts_per_step": 3, "max_new_tokens": 2}
+    train(tmp_path / "run", model, guard=100.0, **changes)
+    (record,) = Journal.read(tmp_path / "run").steps
+    assert record.metrics["completions/clipped_ratio"] == 1.0
+    assert record.metrics["num_tokens"] == (4 + 1 + 1) * 3 * 2

@@ -15,7 +15,7 @@ from estune.completion import Completion
 from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.errors import ACCEPT, EstuneError
-from estune.es.strategy import Update, mean_and_std
+from estune.es.strategy import Update
 from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Pending
@@ -23,7 +23,6 @@ from estune.grading.isolation import refuse_grader
 from estune.grading.level import refuse_level
 from estune.journal.journal import Journal, going_on
 from estune.journal.records import BEST_BY, EvaluationRecord, StepRecord, rank
-from estune.journal.replay import holds, rebuild
 from estune.journal.shares import is_share
 from estune.pool.base import EVALUATION_BATCH
 from estune.pool.open import open_pool, with_resources
@@ -33,6 +32,7 @@ from estune.run.asked import Asked, Asking
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, how_to_go_on, refuse_used
 from estune.run.graded import Graded, step_metrics, write_completions
+from estune.run.guard import Look
 from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, refuse_unreachable, token_ids
 from estune.run.interrupt import interruptible
 from estune.run.judged import Judge
@@ -42,6 +42,7 @@ from estune.run.monitors import Monitors, check_trackers, default_monitors
 from estune.run.monitors.base import Monitor, Plan, Summary, Work
 from estune.run.monitors.files import rewrite_metrics
 from estune.run.order import StagedOrder
+from estune.run.replaying import inherit, refuse_other_weights, remake_lost, replay_all
 from estune.run.resume import Past, parent_of, refuse_changed_prompts, reopen
 from estune.run.trust import remember
 from estune.tasks.base import Task
@@ -269,7 +270,7 @@ class Trainer:
         self, path: Path, parent: Journal | None, code: dict[str, str], best_by: Sequence[str]
     ) -> tuple[RunDirectory, Journal]:
         """Make the run's directory and its journal. `parent` is the journal of the run that it starts from."""
-        fingerprint = self._inherit(parent) if parent is not None else self.trained.fingerprint
+        fingerprint = self.trained.fingerprint if parent is None else inherit(self.pool, self.trained, parent)
         header = make_header(
             self.config,
             self.trained,
@@ -285,62 +286,10 @@ class Trainer:
         run = RunDirectory.create(path)
         return run, Journal.create(run.path, header, parent)  # of two that begin here at once, one gets no further
 
-    def _inherit(self, parent: Journal) -> str:
-        """Bring the weights to where another run ended; return the fingerprint there."""
-        for what, here, there in (
-            ("base model is", self.trained.base_hash, parent.header.base_hash),
-            ("base weights are", self.trained.dtype, parent.header.dtype),
-            ("live weights are", self.trained.live_dtype, parent.header.live_dtype),
-            ("trained tensors are", sorted(self.trained.tensors), sorted(parent.header.tensors)),
-        ):
-            if here != there:
-                raise EstuneError(
-                    f"start_from {parent.run}: its {what} {there}, here {here}; go on where it was run, with "
-                    "its settings"
-                )
-        found = self.pool.rebuild(parent.history)
-        if found != parent.fingerprint():
-            raise EstuneError(
-                f"start_from {parent.run}: its {len(parent.history)} steps give fingerprint {found} here, its "
-                f"journal says {parent.fingerprint()}; go on where it was run"
-            )
-        return found
-
     def _rebuild(self) -> None:
-        """Bring the weights to the journal's last step, from the latest checkpoint that is there."""
-        run = self.run
-        journal = self.journal
-        if self.trained.base_hash != journal.header.base_hash:
-            raise EstuneError(
-                f"{run.path}: workers have another base model, {self.trained.base_hash}, than the run began with, "
-                f"{journal.header.base_hash}; put the original where they load it from"
-            )
-        live = self.trained.live_dtype
-        expected = journal.header.live_dtype
-        if live != expected:
-            raise EstuneError(
-                f"{run.path}: the run generates with {expected} weights, which here, on {self.config.device}, "
-                f"are loaded as {live}; resume it on the kind of device that it began on"
-            )
-        self._replay()
-
-    def _replay(self, *, anew: bool = False) -> None:
-        """Bring the weights to the journal's last step by replay, where they are the base model, or `anew`."""
-        run = self.run
-        journal = self.journal
-        done = len(journal.steps)
-        dtype = journal.header.dtype
-        sound = (s for s in run.checkpoints() if s <= done and holds(run.checkpoint(s), self.base, journal, dtype))
-        start = next(sound, 0)
-        checkpoint = (len(journal.inherited) + start, run.checkpoint(start)) if start else None
-        with told_while(f"replaying {done - start} steps"):
-            found = self.pool.rebuild(journal.history, checkpoint or ((0, self.base.path) if anew else None))
-        if found != journal.fingerprint():
-            where = f"checkpoint-{start} and " if start else ""
-            raise EstuneError(
-                f"{run.path}: {where}{done - start} replayed steps give fingerprint {found}, the journal says "
-                f"{journal.fingerprint()}" + (f"; remove checkpoint-{start} and resume" if start else "")
-            )
+        """Bring the weights to the journal's last step."""
+        refuse_other_weights(self.trained, self.journal, self.config.device)
+        replay_all(self.pool, self.run, self.journal, self.base)
 
     def _catch_up(self) -> None:
         """Do what the run was about to do when it was cut off, and make again what it has lost of its checkpoints."""
@@ -351,18 +300,7 @@ class Trainer:
             self._evaluate(step)
         if step and self._due(step, self.config.save_steps) and step not in run.checkpoints():
             self._save_checkpoint(step)
-        for saved in run.checkpoints():
-            if saved <= step and not holds(run.checkpoint(saved), self.base, journal, journal.header.dtype):
-                self._remake(run.checkpoint(saved), saved, journal.header.dtype)
-        best = journal.best
-        dtype = journal.header.save_dtype
-        if best is not None and not holds(run.best, self.base, journal, dtype, best.step):
-            self._remake(run.best, best.step, dtype)
-
-    def _remake(self, path: Path, step: int, dtype: str) -> None:
-        """Write the checkpoint of a step that the run has left behind."""
-        remove(path)
-        rebuild(self.journal, self.base, path, step, dtype)
+        remake_lost(run, journal, self.base, step)
 
     def _loop(self, interrupted: Callable[[], bool]) -> str:
         while True:
@@ -413,9 +351,12 @@ class Trainer:
 
         drift = self.pool.drift()
         start = time.perf_counter()
-        update, fingerprint, guarded = self._applied(asked, in_order, fitness)
+        update, fingerprint, look = self._applied(asked, in_order, fitness)
         times["update"] = time.perf_counter() - start
-        metrics = self._metrics(step + 1, asked, in_order, drift) | guarded
+        metrics = self._metrics(step + 1, asked, in_order, drift)
+        if look is not None:
+            metrics |= look.metrics(taken_back=not any(update.coefficients))
+            metrics["num_tokens"] += look.tokens
         metrics["learning_rate"] = rate
         metrics["step_time"] = time.perf_counter() - began
         metrics["tokens_per_second"] = sum(g.tokens for g in in_order) / metrics["step_time"]
@@ -447,27 +388,21 @@ class Trainer:
 
     def _applied(
         self, asked: Asked, in_order: Sequence[Graded], fitness: Sequence[float | None]
-    ) -> tuple[Update, str, dict[str, float]]:
-        """Take a step, and take it back if it harms the base: its update, the fingerprint after it, and metrics."""
+    ) -> tuple[Update, str, Look | None]:
+        """Take a step, and take it back if it harms the base: its update, the fingerprint, and what was looked at."""
         update = self.strategy.tell(fitness)
         fingerprint = self.pool.apply(update)
         guard = self.config.guard
         before = in_order[-1].grades.mean
         if guard is None or before is None or not any(update.coefficients):
-            return update, fingerprint, {}
-        # The base that is new, on the prompts and with the draws of the members.
-        (rows, prompt_ids), *_ = asked.groups
-        (_, done), *_ = self.pool.evaluate(update.members[-1:], asked.sigma, prompt_ids, asked.sampling)
-        after = Graded(rows, done.completions, self.grading.grade(rows, done.completions)).grades.mean
-        known = [r for g in in_order[: self.config.population] if (r := g.grades.mean) is not None]
-        metrics = {} if after is None else {"reward_after": after}
-        if after is not None and after >= before - guard * mean_and_std(known)[1]:
-            return update, fingerprint, metrics | {"taken_back": 0.0}
-        earned = "nothing that can be told" if after is None else f"{after:.4g}"
-        log.warning("step %d: the base earned %.4g before it, %s after: taken back", update.step + 1, before, earned)
-        self._replay(anew=True)
+            return update, fingerprint, None
+        look = Look.at(asked, in_order[: self.config.population], before, update, self.pool, self.grading)
+        if not look.harmed(guard):
+            return update, fingerprint, look
+        log.warning("step %d: %s: taken back", update.step + 1, look)
+        replay_all(self.pool, self.run, self.journal, self.base, anew=True)
         update = self.strategy.take_back(update)
-        return update, self.pool.apply(update), metrics | {"taken_back": 1.0}
+        return update, self.pool.apply(update), look
 
     def _metrics(self, step: int, asked: Asked, in_order: Sequence[Graded], drift: Drift | None) -> dict[str, float]:
         """What members came to in a step, the base apart."""

@@ -65,7 +65,7 @@ class Members:
         return replace(self, owners=owners)
 
     def add_embeddings(self, ids: Array, x: Array, table: Array, rows: Array) -> None:
-        """Add to the rows `x` `[tokens, hidden]` of the table, of tokens `ids` in cache rows `rows`, what members add."""
+        """Add to the embeddings `x` `[tokens, hidden]` of tokens `ids`, in cache rows `rows`, what members add."""
         for part in self.matrices[address(table)]:
             kernels.add_outer_rows(ids, x, self.owners[rows], part.a, part.b)
 
