@@ -20,7 +20,7 @@ from estune.es.strategy import Member, Update
 from estune.noise import reference
 from estune.weights.base import make_base
 from estune.weights.checkpoint import Checkpoint
-from estune.weights.parameters import Parameter, trained_parameters
+from estune.weights.parameters import Parameter, fits, trained_parameters
 from estune.weights.storage import CpuStorage, HostStorage, Run, open_storage
 from estune.weights.weights import Weights
 from tests.models import build_model, save_model
@@ -288,10 +288,16 @@ def test_patterns_choose_parameters() -> None:
         ("*.mlp.*, lm_head.weight", {n for n in tensors if ".mlp." in n or n == "lm_head.weight"}),
         ("*, !*.mlp.*", {n for n in tensors if ".mlp." not in n}),
         ("!*norm*,! *.0.*", {n for n in tensors if "norm" not in n and ".0." not in n}),
+        ("auto, !*.mlp.*", {n for n in tensors if ".mlp." not in n}),
     ):
         assert {p.name for p in trained_parameters(model, tensors, pattern)} == wanted
-    with pytest.raises(EstuneError, match=r"no parameter's name fits the pattern 'layer\*'"):
-        trained_parameters(model, tensors, "layer*")
+    for pattern in ("layer*", "*.mlp.*, layer*", "*, !layer*"):  # a slip beside one that fits
+        with pytest.raises(EstuneError, match=r"no parameter's name fits the pattern 'layer\*'"):
+            trained_parameters(model, tensors, pattern)
+    with pytest.raises(EstuneError, match=r"^train_parameters: \*, !model\*, !lm_head\* leaves no parameter to train"):
+        trained_parameters(model, tensors, "*, !model*, !lm_head*")
+    assert not fits("vision.proj.weight", "auto, !*.gate.weight", spoken=False)
+    assert fits("vision.proj.weight", "auto, vision.*", spoken=False)
     del tensors["model.norm.weight"]
     with pytest.raises(EstuneError, match=r"parameter model\.norm\.weight is not made of the checkpoint's tensors"):
         trained_parameters(model, tensors)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from estune.completion import Message, Picture, Pictured, Prompt, Rendering, Sampling
+from estune.completion import Completion, Message, Picture, Pictured, Prompt, Rendering, Sampling
 from estune.engines.vision import Vision, pictured
 from estune.errors import EstuneError, first_line
 from estune.render import RENDERER, Refused
@@ -164,3 +164,9 @@ def _kinds(conversation: list[Message]) -> Iterator[Any]:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list):
             yield from (part.get("type", "text") for part in content if isinstance(part, dict))
+
+
+def completions_of(tokenizer: Any, end_ids: Collection[int], token_ids: Sequence[list[int]]) -> list[Completion]:
+    """A completion for each row of tokens, the last of which tells whether it was ended."""
+    texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    return [Completion(text, ids, finished=ids[-1] in end_ids) for text, ids in zip(texts, token_ids, strict=True)]

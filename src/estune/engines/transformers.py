@@ -21,7 +21,7 @@ from estune.engines.generate import GenerateDecoder
 from estune.engines.graph import CudaRecorder, GraphDecoder, uncapturable
 from estune.engines.loading import end_tokens, load_model, load_tokenizer, open_vision, pad_token
 from estune.engines.memory import cached_elements, fitting_rows, keep_freed_memory, memory_for, total_memory
-from estune.engines.prompts import PromptEncoder
+from estune.engines.prompts import PromptEncoder, completions_of
 from estune.engines.rotation import short_reach
 from estune.engines.score import log_probabilities
 from estune.errors import EstuneError
@@ -166,8 +166,7 @@ class TransformersEngine(PromptEncoder):
             for i, row in zip(batch, rows, strict=True):
                 stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
                 token_ids[i] = row[:stop]
-        texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
+        return completions_of(self.tokenizer, ends, token_ids)
 
     def open_rows(self) -> Rows:
         """An empty batch that prompts join and leave, for the weights as they are."""

@@ -10,7 +10,6 @@ import yaml
 
 from estune.completion import Completion
 from estune.config import Config
-from estune.errors import EstuneError
 from estune.grading.convention import Batch, Row
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import refuse_changed_model
@@ -20,8 +19,7 @@ from estune.run.remarks import before
 from estune.run.resume import RESUME_FROM_PYTHON, resumed, task_of
 from estune.tasks.base import Task
 from estune.weights.adapted import open_checkpoint
-from estune.weights.checkpoint import Checkpoint
-from estune.weights.parameters import fits
+from estune.weights.parameters import refuse_unfitting
 
 if TYPE_CHECKING:
     from estune.engines.prompts import PromptEncoder
@@ -45,7 +43,7 @@ def describe(config: Config) -> str:
     elements = sum(t.elements for t in checkpoint.tensors.values())
     engine = _check_engine(config)
     task = config.task.build(config.seed)
-    _check_weights(config, checkpoint)
+    refuse_unfitting(config.train_parameters, checkpoint.tensors)
     example = _try_prompts(config, task)
     order = StagedOrder(len(task.train), task.stages, config.prompts_of_step, config.seed)
     notes = "".join(f"note: {remark}\n" for remark in before(config, task, order))
@@ -110,15 +108,6 @@ def _check_engine(config: Config) -> str:
         return "vllm, if the cluster has GPUs and vLLM can train the model there, else transformers"
     found = with_engine(config, str(device)).engine
     return "vllm or, where that cannot train the model, transformers" if found == "auto" else found
-
-
-def _check_weights(config: Config, checkpoint: Checkpoint) -> None:
-    """Refuse a pattern that no tensor's name fits."""
-    if not any(fits(name, config.train_parameters) for name in checkpoint.tensors):
-        raise EstuneError(
-            f"train_parameters: no tensor's name fits {config.train_parameters!r}; names look like "
-            f"{next(iter(checkpoint.tensors))}"
-        )
 
 
 def _try_prompts(config: Config, task: Task) -> str:

@@ -118,8 +118,8 @@ def trained_parameters(model: nn.Module, tensors: Mapping[str, Any], pattern: st
             stored.append(found)
     merged = merged_tensors(model, groups, shapes) if groups else {}
     parameters: list[Parameter] = []
-    spoken = _language_part(model) if pattern == AUTO else None
-    wanted: set[str] = set()
+    language = _language_part(model)
+    spoken: set[str] = set()
     for name, tensor, stored in by_storage.values():
         before = len(parameters)
         if stored:
@@ -135,31 +135,50 @@ def trained_parameters(model: nn.Module, tensors: Mapping[str, Any], pattern: st
                 f"the model's parameter {name} is not made of the checkpoint's tensors as they are: it cannot be "
                 "trained"
             )
-        if spoken is None or id(tensor) in spoken:
-            wanted.update(p.name for p in parameters[before:])
+        if language is None or id(tensor) in language:
+            spoken.update(p.name for p in parameters[before:])
     _check_whole(parameters, shapes)
-    chosen = [p for p in parameters if p.name in wanted and fits(p.name, pattern)]
+    refuse_unfitting(pattern, shapes)
+    chosen = [p for p in parameters if fits(p.name, pattern, spoken=p.name in spoken)]
     if not chosen:
-        raise EstuneError(f"no parameter's name fits the pattern {pattern!r}; names look like {next(iter(shapes))}")
+        raise EstuneError(f"train_parameters: {pattern} leaves no parameter to train")
     return chosen
 
 
-def fits(name: str, pattern: str) -> bool:
+def fits(name: str, pattern: str, *, spoken: bool = True) -> bool:
     """Whether a checkpoint's tensor is to be trained.
 
     Args:
         name: the tensor's.
         pattern: one or more shell-style patterns with commas between them. The tensors that fit any of them are
-            trained, but for those that fit one that begins with `!`. If all do, it is all tensors but those. What
-            `auto` leaves out of a vision-language model, names alone do not tell: it fits all.
+            trained, but for those that fit one that begins with `!`. If all do, it is all tensors but those.
+        spoken: whether the tensor fits `auto`, which stands for a language model's tensors: of a vision-language model
+            names alone do not tell.
     """
-    if pattern == AUTO:
-        return True
-    patterns = [part.strip() for part in pattern.split(",")]
-    wanted = [part for part in patterns if not part.startswith("!")] or ["*"]
-    return any(fnmatchcase(name, part) for part in wanted) and not any(
-        fnmatchcase(name, part[1:].strip()) for part in patterns if part.startswith("!")
+    wanted, left_out = _parts(pattern)
+    return any(spoken if part == AUTO else fnmatchcase(name, part) for part in wanted or ["*"]) and not any(
+        fnmatchcase(name, part) for part in left_out
     )
+
+
+def refuse_unfitting(pattern: str, names: Collection[str]) -> None:
+    """Refuse patterns one of which fits no name of a checkpoint's tensors.
+
+    Raises:
+        EstuneError: naming it.
+    """
+    wanted, left_out = _parts(pattern)
+    for part in [*wanted, *left_out]:
+        if part != AUTO and not any(fnmatchcase(name, part) for name in names):
+            raise EstuneError(
+                f"train_parameters: no parameter's name fits the pattern {part!r}; names look like {next(iter(names))}"
+            )
+
+
+def _parts(pattern: str) -> tuple[list[str], list[str]]:
+    """The patterns of what is trained, and of what is left out of that."""
+    parts = [part.strip() for part in pattern.split(",")]
+    return [p for p in parts if not p.startswith("!")], [p[1:].strip() for p in parts if p.startswith("!")]
 
 
 def _language_part(model: Any) -> set[int] | None:

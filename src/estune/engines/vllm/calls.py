@@ -9,7 +9,7 @@ from typing import Any
 
 from estune.completion import Completion, Sampling
 from estune.engines.progress import Meter
-from estune.engines.prompts import PromptEncoder
+from estune.engines.prompts import PromptEncoder, completions_of
 from estune.errors import EstuneError
 
 Digest = list[dict[int, float]]
@@ -54,14 +54,12 @@ class VllmCalls(PromptEncoder):
         if not prompt_ids:
             return []
         self.check(prompt_ids, sampling)
-        ends = set(self.end_ids)
         meter = Meter()
         token_ids = self._tokens(prompt_ids, sampling)
         tokens = sum(map(len, token_ids))
         meter.wrote(tokens, spared=len(prompt_ids) * sampling.max_new_tokens - tokens)
         meter.read(sum(map(len, prompt_ids)))  # between one another, vLLM reads and writes
-        texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        return [Completion(text, ids, finished=ids[-1] in ends) for text, ids in zip(texts, token_ids, strict=True)]
+        return completions_of(self.tokenizer, set(self.end_ids), token_ids)
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats) of the tokens of every completion, but of one that fills up the model's positions.

@@ -23,7 +23,7 @@ from estune.noise.reference import normal_by_id
 from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, narrow, widen
 from estune.weights.device import chosen_device
-from estune.weights.parameters import fits
+from estune.weights.parameters import fits, refuse_unfitting
 from estune.weights.policies import POLICIES, Rule
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
@@ -62,11 +62,9 @@ class VllmWeights:
             if fits(name, config.train_parameters)
         }
         """The trained tensors by checkpoint name, each with the names tied to it."""
+        refuse_unfitting(config.train_parameters, self._shapes)
         if not self.tensors:
-            raise EstuneError(
-                f"no parameter's name fits the pattern {config.train_parameters!r}; names look like "
-                f"{next(iter(self._shapes))}"
-            )
+            raise EstuneError(f"train_parameters: {config.train_parameters} leaves no parameter to train")
         chosen = {name: tuple(aliases) for name, aliases in self.tensors.items()}
         dtype = POLICIES[config.weights].dtype(engine.dtype)
         self.rule = Rule(config.weights, config.rounding, config.noise, dtype)

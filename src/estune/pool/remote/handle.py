@@ -16,6 +16,7 @@ import httpx
 from pydantic import ValidationError
 
 from estune.completion import Completion, Sampling
+from estune.engines.prompts import completions_of
 from estune.errors import EstuneError, first_line
 from estune.pool.base import Description, Evaluated
 from estune.pool.deadlines import Deadlines, Lost
@@ -74,10 +75,7 @@ class Reader:
     def read(self, token_ids: list[list[int]]) -> list[Completion]:
         """A completion for each row."""
         with self._lock:
-            texts = self._tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        return [
-            Completion(text, ids, finished=ids[-1] in self._ends) for text, ids in zip(texts, token_ids, strict=True)
-        ]
+            return completions_of(self._tokenizer, self._ends, token_ids)
 
 
 class RemoteHandle:
