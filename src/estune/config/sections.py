@@ -289,7 +289,10 @@ class Search(Section):
                 f"members or more{pairs}"
             )
         if self.prompt_groups > 1 and self.base_takes_part:
-            raise ValueError("the base is compared with members on the same prompts: prompt_groups must be 1")
+            raise ValueError(
+                "evaluate_base, adapt_sigma and guard compare the base with members on the same prompts: prompt_groups "
+                "must be 1"
+            )
         return self
 
     @model_validator(mode="after")
