@@ -11,12 +11,14 @@ import torch
 
 from estune.config import Config
 from estune.errors import EstuneError
+from estune.es.strategy import Member, Update
 from estune.pool.generators import open_generators
 from estune.pool.open import with_resources, with_resources_to_generate
 from estune.pool.replica import Replica, less_base, wants_base_on_host
 from estune.run.make import make_sampling
 from estune.weights.device import training_device
 from estune.weights.parameters import Parameter
+from tests.models import FUSABLE, save_model
 from tests.runs import make_config
 
 
@@ -156,3 +158,34 @@ def test_only_to_generate_needs_no_weights_that_can_be_perturbed(
         assert pool.generate([[1, 2, 3]] * 129, make_sampling(config)) == expected * 129
     finally:
         pool.close()
+
+
+def test_members_of_rank_one_are_taken_around_the_base_as_it_is_now(tmp_path: Path) -> None:
+    """After an update, after a member that was alone, and after a rebuild: as by a replica that has seen none of it."""
+    model = save_model(tmp_path / "model", **FUSABLE, hidden_size=64)
+    config = make_config(tmp_path / "run", model, noise="rank1")
+    prompts = [[9, 8, 7], [30, 40], [5] * 6]
+    sampling = make_sampling(config)
+    members = [Member(1), Member(2, -1)]
+    update = Update(0, (Member(3),), (0.3,))
+
+    def fresh(updates: list[Update]) -> list[list[list[int]]]:
+        replica = Replica(config)
+        replica.rebuild(updates)
+        return answers(replica)
+
+    def answers(replica: Replica) -> list[list[list[int]]]:
+        assert replica.at_once(prompts, sampling) > 1
+        replica.take(members, 0.02)
+        return [[c.token_ids for c in completions] for completions in replica.complete_each(prompts, sampling)]
+
+    before, after = fresh([]), fresh([update])
+    assert before != after
+    replica = Replica(config)
+    assert answers(replica) == before
+    replica.apply(update)
+    assert answers(replica) == after
+    replica.take(members[:1], 0.5, played=True)  # its weights are the live ones now
+    assert answers(replica) == after
+    replica.rebuild([])
+    assert answers(replica) == before
