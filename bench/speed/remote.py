@@ -3,8 +3,9 @@
     python -m bench.speed.remote [--model tiny] [--members 4] [--prompts 200] [--new-tokens 40] [--repeats 5]
 
 In an environment that has vLLM and Ray. Both have the same weights, type and prompts, and are given the same members in
-turns, one worker of one thread each, on the same cores. Bytes are counted by a proxy between the run and the server,
-headers included, once with text and once for no prompt and one token.
+turns, one worker of one thread each, on the same cores. What passes outside a worker's own work (perturbing and
+generating) is told beside: the way there and back. Bytes are counted by a proxy between the run and the server, headers
+included, once with text and once for no prompt and one token.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import os
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,16 @@ BYTES = 2048  # a member, text aside
 
 def tokens(pool: CrewPool, members: list[Member], prompts: list[list[int]], sampling: Sampling) -> int:
     """Evaluate members; the tokens they wrote."""
-    found = dict(pool.evaluate(members, SIGMA, prompts, sampling))
-    return sum(len(c.token_ids) for done in found.values() for c in done.completions)
+    return work(pool, members, prompts, sampling)[0]
+
+
+def work(pool: CrewPool, members: list[Member], prompts: list[list[int]], sampling: Sampling) -> tuple[int, float]:
+    """Evaluate members; the tokens they wrote, and the seconds that passed outside the worker's own work."""
+    began = time.perf_counter()
+    found = [done for _, done in pool.evaluate(members, SIGMA, prompts, sampling)]
+    passed = time.perf_counter() - began
+    count = sum(len(c.token_ids) for done in found for c in done.completions)
+    return count, passed - sum(done.perturb_time + done.generate_time for done in found)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -65,8 +75,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 pool.wait_for_workers(300)
             one, other = (pool.evaluate(members[:1], SIGMA, prompts, sampling) for pool in pools.values())
             same = next(one)[1].completions == next(other)[1].completions
-            work = {name: lambda pool=pool: tokens(pool, members, prompts, sampling) for name, pool in pools.items()}
-            seconds = in_turns(work, args.repeats, 1)
+            outside: dict[str, list[float]] = {name: [] for name in pools}
+
+            def turn(name: str) -> None:
+                outside[name].append(work(pools[name], members, prompts, sampling)[1])
+
+            seconds = in_turns({name: lambda name=name: turn(name) for name in pools}, args.repeats, 1)
             count = tokens(pools["HTTP"], members, prompts, sampling)
             before = proxy.bytes
             tokens(pools["HTTP"], members, prompts, sampling)
@@ -90,6 +104,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "tokens a second": speed,
         "of a Ray worker's": statistics.median(ratios),
         "of each turn": ratios,
+        "seconds a member outside the worker's own work": {
+            name: statistics.median(each) / len(members) for name, each in outside.items()
+        },
         "above the bar": statistics.median(ratios) >= BAR,
         "the same completions": same,
         "bytes a member, completions as ids included": whole,

@@ -20,6 +20,7 @@ from estune.journal.journal import Journal
 from estune.journal.replay import replay
 from estune.pool.remote.handle import KEY
 from estune.run.trainer import Trainer
+from tests.pool.test_remote_rollouts import played
 from tests.runs import make_config, make_task, substance
 from tests.servers import Served, serve_vllm
 
@@ -88,6 +89,17 @@ def test_it_trains_the_run_of_the_transformers_engine(server: Served, tiny: Path
     for record, other in zip(found.evaluations, theirs.evaluations, strict=True):
         assert record.metrics == pytest.approx(other.metrics, rel=1e-3, abs=1e-6)
     assert replay(tmp_path / "run", tmp_path / "replayed") == theirs.fingerprint()
+
+
+def test_rollouts_of_the_transformers_engine(server: Served, tiny: Path, tmp_path: Path) -> None:
+    """Played here, their turns completed there, greedily."""
+    task = played()
+    Trainer(make_config(tmp_path / "near", tiny, steps=2), task=task, monitors=[]).train()
+    config = make_config(tmp_path / "far", tiny, steps=2, replicas=None, workers_at=server.url)
+    Trainer(config, task=task, monitors=[]).train()
+    near, far = Journal.read(tmp_path / "near"), Journal.read(tmp_path / "far")
+    assert [substance(record) for record in far.steps] == [substance(record) for record in near.steps]
+    assert near.steps[0].metrics["said"] == far.steps[0].metrics["said"] > 1
 
 
 def test_what_anybody_asks_is_answered_by_the_step_that_was_swapped_in(

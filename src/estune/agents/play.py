@@ -20,7 +20,8 @@ from functools import partial
 from hashlib import blake2b
 
 from estune.completion import Completion, Message, Played, Sampling
-from estune.engines.continuous import Batcher, Request
+from estune.config import Config
+from estune.engines.continuous import Batcher, Request, Serving
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
 from estune.grading.convention import describe
@@ -57,6 +58,11 @@ class Limits:
     turn_seconds: float = 60.0
     turns: int = 32
     at_once: int | None = None
+
+    @staticmethod
+    def of(config: Config) -> Limits:
+        """Those of the settings."""
+        return Limits(config.rollout_timeout, config.turn_timeout, config.max_turns, config.rollouts_at_once)
 
 
 class Stopped(Exception):
@@ -192,7 +198,7 @@ class Players:
         limits: what a rollout may take.
     """
 
-    def __init__(self, engine: PromptEncoder, encoder: PromptEncoder, limits: Limits) -> None:
+    def __init__(self, engine: Serving, encoder: PromptEncoder, limits: Limits) -> None:
         self._engine = engine
         self._encoder = encoder
         self._limits = limits
@@ -207,7 +213,7 @@ class Players:
         runs = [Run(opening, mixed(sampling.seed, number)) for number, opening in enumerate(openings)]
         kinds = {run.opening.rollout.kind for run in runs}
         players = {kind: self._player(kind) for kind in kinds}
-        with Batcher(self._engine) as batcher:  # type: ignore[arg-type]  # the engines encode, too
+        with Batcher(self._engine) as batcher:
             for player in players.values():
                 player.open(batcher, sampling)
             try:

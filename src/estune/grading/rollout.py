@@ -130,6 +130,11 @@ class Opening(list[int]):
         return Opening, (list(self), self.rollout, self.row)
 
 
+def is_played(prompt_ids: Sequence[Sequence[int]]) -> bool:
+    """Whether these prompts open rollouts."""
+    return any(isinstance(prompt, Opening) for prompt in prompt_ids)
+
+
 class FromRollout:
     """A reward function that returns a rollout's reward or, by name, one of its metrics.
 

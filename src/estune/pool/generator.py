@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -12,7 +12,6 @@ from estune.completion import Completion, Engine, Sampling
 from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.engines.progress import OWN, Progress
-from estune.engines.prompts import PromptEncoder
 from estune.engines.transformers import TransformersEngine
 from estune.grading.rollout import Opening
 from estune.pool.turns import gpus_of, in_turn
@@ -22,6 +21,7 @@ from estune.weights.device import chosen_device
 
 if TYPE_CHECKING:
     from estune.agents.play import Players
+    from estune.engines.continuous import Serving
 
 
 class Generator:
@@ -50,10 +50,8 @@ class Generator:
         if self._players is None:
             from estune.agents.play import Limits, Players
 
-            config = self._config
-            limits = Limits(config.rollout_timeout, config.turn_timeout, config.max_turns, config.rollouts_at_once)
-            assert isinstance(self.engine, PromptEncoder)
-            self._players = Players(self.engine, open_encoder(config), limits)
+            engine = cast("Serving", self.engine)  # as all engines are
+            self._players = Players(engine, open_encoder(self._config), Limits.of(self._config))
         return self._players.play(openings, sampling)
 
     def progress(self) -> Progress:

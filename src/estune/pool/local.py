@@ -22,6 +22,7 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
+from estune.grading.rollout import is_played
 from estune.journal.records import StepRecord
 from estune.pool.base import Description, Evaluated, Evaluator
 from estune.pool.deadlines import Deadlines, Lost
@@ -29,7 +30,7 @@ from estune.pool.gate import Gate
 from estune.pool.generators import Generators, open_together
 from estune.pool.launch import memory_ahead
 from estune.pool.process import WorkerProcess
-from estune.pool.replica import Replica, is_played
+from estune.pool.replica import Replica
 from estune.weights.base import Share, open_memory
 from estune.weights.device import training_device
 from estune.weights.policies import POLICIES

@@ -17,7 +17,7 @@ from estune.engines.score import divergence
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
-from estune.grading.rollout import Opening
+from estune.grading.rollout import is_played
 from estune.journal.identity import model_files
 from estune.pool.base import Description, Evaluated
 from estune.pool.generator import Generator, open_transformers, set_up_process, sharers
@@ -229,11 +229,6 @@ class Replica(Trained):
         super().perturb(member, sigma)
         if not self._vllm:  # whose processes wait for their own devices; this one may have nothing on any
             synchronize(self._device)  # for the clock: a device is still at work
-
-
-def is_played(prompt_ids: Sequence[Sequence[int]]) -> bool:
-    """Whether these prompts open rollouts."""
-    return any(isinstance(prompt, Opening) for prompt in prompt_ids)
 
 
 def drawn(weights: Weights) -> dict[int, Drawn]:

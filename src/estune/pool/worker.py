@@ -78,6 +78,14 @@ class Worker:
         self._require(done)
         return self.replica.generate(prompt_ids, sampling)
 
+    def hold(self, done: int, member: Member | None, sigma: float) -> None:
+        """Make the live weights a member's or, without one, the base, for as long as rollouts are played with them."""
+        self._require(done)
+        if member is None:
+            self.replica.weights.restore()
+        else:
+            self.replica.take([member], sigma, played=True)
+
     def compare(
         self, done: int, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
     ) -> dict[str, float]:

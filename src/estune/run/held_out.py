@@ -98,11 +98,6 @@ class HeldOut:
 
 def refuse_unreachable(task: Task, config: Config) -> None:
     """Refuse rollouts that the processes of these settings could not play; see `Rollout.refuse_unreachable`."""
-    if task.rollout is not None and config.workers_at:
-        raise EstuneError(
-            f"task {task.name} plays rollouts, which talk to an engine at every turn, and workers_at answer whole "
-            "prompts: leave out workers_at"
-        )
     if task.rollout is not None and ((config.replicas or 1) > 1 or config.workers):
         task.rollout.refuse_unreachable()
 

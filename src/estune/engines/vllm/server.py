@@ -159,6 +159,15 @@ class Server:
         settings = [internals.parameters(sampling, end_ids, row if sampling.temperature else 0) for row in rows]
         return [list(found.outputs[0].token_ids) for found in self._complete(prompt_ids, settings)]
 
+    def begin(self, prompt_ids: Sequence[int], sampling: Sampling, end_ids: Sequence[int]) -> Future[list[int]]:
+        """Begin to complete a prompt, beside others. Its draws are those of a single prompt of `generate`."""
+
+        async def complete() -> list[int]:
+            settings = internals.parameters(sampling, end_ids, 0)
+            return list((await self._completed(prompt_ids, settings)).outputs[0].token_ids)
+
+        return asyncio.run_coroutine_threadsafe(complete(), self._loop)
+
     def log_probabilities(self, prompt_ids: Sequence[Sequence[int]], tokens: int) -> list[dict[int, float]]:
         """As the function of that name."""
         return internals.likely(self._complete(prompt_ids, [internals.looking(tokens)] * len(prompt_ids)))
@@ -185,20 +194,9 @@ class Server:
             self._work.cancel()
 
     def _complete(self, prompt_ids: Sequence[Sequence[int]], settings: Sequence[Any]) -> list[Any]:
-        from vllm.sampling_params import RequestOutputKind
-
-        name = secrets.token_hex(8)
-
-        async def complete(row: int) -> Any:
-            settings[row].output_kind = RequestOutputKind.FINAL_ONLY
-            prompt = {"prompt_token_ids": list(prompt_ids[row])}
-            async for found in self._client.generate(prompt, settings[row], f"estune-{name}-{row}"):
-                last = found
-            return last
-
         async def complete_all() -> list[Any]:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(complete(row)) for row in range(len(prompt_ids))]
+                tasks = [group.create_task(self._completed(*each)) for each in zip(prompt_ids, settings, strict=True)]
             return [task.result() for task in tasks]
 
         self._work = asyncio.run_coroutine_threadsafe(complete_all(), self._loop)
@@ -206,6 +204,15 @@ class Server:
             return list(self._work.result())
         finally:
             self._work = None
+
+    async def _completed(self, prompt_ids: Sequence[int], settings: Any) -> Any:
+        from vllm.sampling_params import RequestOutputKind
+
+        settings.output_kind = RequestOutputKind.FINAL_ONLY
+        prompt = {"prompt_token_ids": list(prompt_ids)}
+        async for found in self._client.generate(prompt, settings, f"estune-{secrets.token_hex(8)}"):
+            last = found
+        return last
 
     def _do(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import httpx
 from pydantic import ValidationError
@@ -18,9 +19,22 @@ from pydantic import ValidationError
 from estune.completion import Completion, Sampling
 from estune.engines.prompts import completions_of
 from estune.errors import EstuneError, first_line
+from estune.grading.rollout import Opening, is_played
 from estune.pool.base import Description, Evaluated
 from estune.pool.deadlines import Deadlines, Lost
-from estune.pool.remote.wire import ARGUMENTS, GREETING, HEARTBEAT, LEASE_SECONDS, PATH, RESULTS, Terms, name_of
+from estune.pool.remote.turns import Stage
+from estune.pool.remote.wire import (
+    ARGUMENTS,
+    GREETING,
+    HEARTBEAT,
+    LEASE_SECONDS,
+    PATH,
+    RESULTS,
+    Ended,
+    Joined,
+    Terms,
+    name_of,
+)
 from estune.pool.worker import Place, StaleWeights
 from estune.versions import packages
 
@@ -89,6 +103,7 @@ class RemoteHandle:
         base: what its description must say of the base model.
         reader: of its answers, if it is to give any.
         deadlines: shared by the workers of a run.
+        stage: plays rollouts with it, if there are any.
     """
 
     def __init__(
@@ -100,6 +115,7 @@ class RemoteHandle:
         base: Mapping[str, Any],
         reader: Reader | None,
         deadlines: Deadlines,
+        stage: Stage | None = None,
     ) -> None:
         self.number = number
         self.url = url
@@ -111,6 +127,7 @@ class RemoteHandle:
         self._base = base
         self._reader = reader
         self._deadlines = deadlines
+        self._stage = stage
         self._held = False
         self._ending = threading.Lock()  # the crew's thread and the trainer's may both end it
         self._key = key
@@ -180,6 +197,8 @@ class RemoteHandle:
         if (place := _PROMPTS.get(kind)) is not None:
             prompts = said[place] if isinstance(said[place], Named) else named(said[place])
             said[place] = prompts.name
+            if is_played(prompts.ids):
+                return self._play(kind, said, prompts.ids)
         try:
             found = self._post(kind, said, limit)
         except _UnknownPrompts:
@@ -187,13 +206,31 @@ class RemoteHandle:
             self._post("prompts", [prompts.name, prompts.ids], limit)
             found = self._post(kind, said, limit)
         self._deadlines.took(kind, time.monotonic() - began)
-        if kind not in ("evaluate", "generate"):
+        if prompts is None or kind == "compare":
             return found
-        assert prompts is not None
         completions = self._completions(found.token_ids if kind == "evaluate" else found, prompts, said[-1])
         if kind == "generate":
             return completions
         return Evaluated(completions, found.perturb_time, found.generate_time, updates=said[0])
+
+    def _play(self, kind: str, said: Sequence[Any], openings: Sequence[Sequence[int]]) -> Any:
+        """Play rollouts here, whose turns the server completes with the weights that it holds meanwhile."""
+        done, member, sigma = said[:3] if kind == "evaluate" else (said[0], None, 0.0)
+        play = secrets.token_hex(8)
+        perturbed = self._post("hold", [done, play, member, sigma], self._deadlines.of("hold"))
+        began = time.perf_counter()
+
+        def turns(joined: Sequence[Joined], left: Sequence[int]) -> list[Ended]:
+            asked = time.monotonic()
+            found: list[Ended] = self._post("turns", [play, joined, left], self._deadlines.of("turns"))
+            self._deadlines.took("turns", time.monotonic() - asked)
+            return found
+
+        assert self._stage is not None
+        completions = self._stage.play(cast("Sequence[Opening]", openings), said[-1], turns)
+        if kind == "generate":
+            return completions
+        return Evaluated(completions, perturbed, time.perf_counter() - began, updates=done)
 
     def _completions(self, token_ids: list[list[int]], prompts: Named, sampling: Sampling) -> list[Completion]:
         most = max(map(len, token_ids), default=0)
@@ -209,6 +246,8 @@ class RemoteHandle:
         """As `Handle.end`: drop what is under way, and leave the server to others."""
         self._client.close()
         with self._ending:
+            if self._stage is not None:
+                self._stage.close()
             if self._held:
                 self._held = False
                 # It may be gone.

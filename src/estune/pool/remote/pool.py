@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from estune.agents.play import Limits
 from estune.config import Config
-from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer
+from estune.engines.loading import end_tokens, generation_config, open_encoder
 from estune.journal.identity import model_files
 from estune.pool.crewed import CrewPool
 from estune.pool.deadlines import Deadlines
 from estune.pool.remote.handle import Named, Reader, RemoteHandle, key_of_environment, named
+from estune.pool.remote.turns import Stage
 from estune.pool.remote.wire import Terms
 from estune.weights.checkpoint import Checkpoint, locate
 
@@ -55,17 +57,20 @@ class Servers:
         self._terms = terms_of(config)
         checkpoint = Checkpoint(locate(config.model))
         path = checkpoint.path
-        trusted = {"trust_remote_code": config.trust_remote_code}
-        model = SimpleNamespace(config=load_config(path, **trusted))
+        self._encoder = open_encoder(config)
+        model = SimpleNamespace(config=self._encoder.config)
         model.generation_config = generation_config(path, model.config)
-        tokenizer = load_tokenizer(path, **trusted)
-        self._reader = Reader(tokenizer, end_tokens(model, tokenizer))
+        self._ends = end_tokens(model, self._encoder.tokenizer)
+        self._reader = Reader(self._encoder.tokenizer, self._ends)
+        self._limits = Limits.of(config)
         self._base: dict[str, Any] = {"base_hash": checkpoint.content_hash(), "files": model_files(path)}
         self._handles: dict[int, RemoteHandle] = {}
 
     def hire(self, number: int, deadlines: Deadlines) -> RemoteHandle:
         """As `Source.hire`."""
-        handle = RemoteHandle(number, self._urls[number], self._key, self._terms, self._base, self._reader, deadlines)
+        stage = Stage(self._encoder, self._ends, self._limits)
+        url = self._urls[number]
+        handle = RemoteHandle(number, url, self._key, self._terms, self._base, self._reader, deadlines, stage)
         self._handles[number] = handle
         return handle
 

@@ -21,6 +21,7 @@ from estune.completion import Sampling
 from estune.errors import EstuneError, first_line
 from estune.es.strategy import Member, Update
 from estune.pool.base import Description
+from estune.pool.remote.turns import Held
 from estune.pool.remote.wire import (
     ARGUMENTS,
     GREETING,
@@ -30,9 +31,11 @@ from estune.pool.remote.wire import (
     PROMPTS_KEPT,
     RESULTS,
     Answers,
+    Ended,
     Failure,
     Greeting,
     Ids,
+    Joined,
     Opened,
     Swapped,
     Terms,
@@ -88,11 +91,14 @@ class Service:
         self._called = 0.0  # when the last call ended
         self._prompts: dict[str, Ids] = {}
         self._served: tuple[list[Update], str] | None = None  # updates and fingerprint of a base that a swap has made
+        self._held: Held | None = None  # weights that rollouts are played with
         self._calls: dict[str, Callable[..., Any]] = {
             "open": self._open,
             "prompts": self._keep,
             "evaluate": self._evaluate,
             "generate": self._generate,
+            "hold": self._hold,
+            "turns": self._turns,
             "compare": self._compare,
             "apply": self._apply,
             "rebuild": self._rebuild,
@@ -117,6 +123,8 @@ class Service:
                     raise Failed("gone", "nobody waits for it any more")
                 if kind != "open" and (self._terms is None or self._terms.lease != lease):
                     raise Failed("gone", "it was started anew, or another run has had it since")
+                if kind != "turns":
+                    self._let_go()
                 return self._calls[kind](*arguments)
             except StaleWeights as error:
                 raise Failed("stale", "its weights have had other updates") from error
@@ -221,6 +229,31 @@ class Service:
 
     def _generate(self, done: int, prompts: str, sampling: Sampling) -> Ids:
         return [completion.token_ids for completion in self._worker.generate(done, self._named(prompts), sampling)]
+
+    def _hold(self, done: int, play: str, member: Member | None, sigma: float) -> float:
+        """Hold a member's weights, or the base's without one, for turns of rollouts that go by the name of `play`.
+
+        Returns:
+            Seconds that perturbing took.
+        """
+        began = time.perf_counter()
+        self._worker.hold(done, member, sigma)
+        taken = time.perf_counter() - began
+        self._held = Held(play, self._worker.replica.engine)
+        return taken
+
+    def _turns(self, play: str, joined: list[Joined], left: list[int]) -> list[Ended]:
+        """Take further turns in, and let some go; return those that have ended since, once there is one."""
+        if self._held is None or self._held.play != play:
+            raise Failed("gone", "it holds other weights than the rollouts are played with")
+        return self._held.turns(joined, left)
+
+    def _let_go(self) -> None:
+        """End turns that are under way, before weights change."""
+        if self._held is not None:
+            held = self._held
+            self._held = None
+            held.close()
 
     def _compare(self, done: int, prompts: str, completion_ids: Ids) -> dict[str, float]:
         return self._worker.compare(done, self._named(prompts), completion_ids)

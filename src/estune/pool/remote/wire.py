@@ -27,6 +27,8 @@ LEASE_SECONDS = 30.0
 """After so long without a call a server may be had by another run."""
 PROMPTS_KEPT = 32
 """Sets of prompts that a server keeps by name."""
+TURN_SECONDS = 0.1
+"""How long a server waits for a turn to end, before it answers that none has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,8 @@ class Opened:
     done: int | None
 
 
-Completed = list[Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]]
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+Completed = list[Annotated[list[Token], Field(min_length=1)]]
 """Token ids of completions, none of which is empty."""
 Seconds = Annotated[float, Field(ge=0, lt=1e9)]
 
@@ -99,11 +102,17 @@ class Swapped:
 
 
 Ids = list[list[int]]
+Joined = tuple[int, list[int], Sampling]
+"""A turn of a rollout that is asked for: its number, the token ids of its prompt, and how it is drawn."""
+Ended = tuple[int, Annotated[list[Token], Field(min_length=1)]]
+"""A turn that has ended: its number, and the token ids of its completion."""
 ARGUMENTS: dict[str, TypeAdapter[Any]] = {
     "open": TypeAdapter(tuple[Terms]),
     "prompts": TypeAdapter(tuple[str, Ids]),
     "evaluate": TypeAdapter(tuple[int, Member, float, str, Sampling]),
     "generate": TypeAdapter(tuple[int, str, Sampling]),
+    "hold": TypeAdapter(tuple[int, str, Member | None, float]),
+    "turns": TypeAdapter(tuple[str, list[Joined], list[int]]),
     "compare": TypeAdapter(tuple[int, str, Ids]),
     "apply": TypeAdapter(tuple[int, Update]),
     "rebuild": TypeAdapter(tuple[list[Update]]),
@@ -116,6 +125,8 @@ RESULTS: dict[str, TypeAdapter[Any]] = {
     "prompts": TypeAdapter(None),
     "evaluate": TypeAdapter(Answers),
     "generate": TypeAdapter(Completed),
+    "hold": TypeAdapter(Seconds),
+    "turns": TypeAdapter(list[Ended]),
     "compare": TypeAdapter(dict[str, float]),
     "apply": TypeAdapter(str),
     "rebuild": TypeAdapter(str),
