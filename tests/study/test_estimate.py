@@ -102,6 +102,17 @@ def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture
     assert scales[2].step == pytest.approx(total(found.time)) == pytest.approx(found.speeds[0].step)
 
 
+def test_servers_are_machines_of_their_own(tmp_path: Path) -> None:
+    model = write_config(tmp_path, QWEN_HALF_B)
+    servers = [f"model={model}", "workers_at=http://a:1,http://b:1"]
+    far = estimate_run(None, servers, gpu="h100")
+    near = estimate_run(None, [f"model={model}", "workers=2", "engine=vllm"], gpu="h100")
+    assert (far.work.devices, far.work.at_once, total(far.time)) == (2, 1, total(near.time))
+    assert [speed.engine for speed in far.speeds] == ["vllm"]
+    # On CPUs as well: neither has the other's memory to pay.
+    assert estimate_run(None, servers).work.at_once == 1
+
+
 def test_vllm_takes_what_is_left_of_its_part(tmp_path: Path) -> None:
     model = write_config(tmp_path, QWEN_7B)
     settings = [f"model={model}", "engine=vllm", "weights=copy", "base_device=device"]

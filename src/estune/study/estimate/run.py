@@ -100,7 +100,7 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         at_once=min(config.workers, config.sharing) if config.workers else config.replicas or 1,
         dtype="float32" if config.dtype == "auto" else config.dtype,
         policy=config.weights,
-        workers=config.workers,
+        workers=config.workers or len(config.workers_at) or None,
         engine="vllm" if config.engine == "vllm" else "transformers",  # of auto; on a GPU both are shown
         steps=config.steps,
         evaluations=_evaluations(config),
@@ -123,7 +123,7 @@ def _by_engine(config: Config, work: Work, device: Device, shape: Shape) -> list
     work = replace(work, captured=config.cuda_graphs)
     vllm = replace(work, engine="vllm", rows=_vllm_rows(config, work, device, shape))
     if work.engine == "vllm":
-        return [vllm] if work.parallel > 1 else [vllm, replace(work, engine="transformers")]
+        return [vllm] if work.parallel > 1 or config.workers_at else [vllm, replace(work, engine="transformers")]
     return [work, vllm]
 
 
@@ -171,7 +171,8 @@ def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
         replicas = found.replicas or replicas
         threads = found.threads or threads
         dtype = dtype if found.dtype == "auto" else found.dtype
-    work = replace(work, dtype=dtype, at_once=config.workers or replicas, slots=work.longest)
+    here = 1 if config.workers_at else config.workers or replicas  # a server is counted as a machine like this one
+    work = replace(work, dtype=dtype, at_once=here, slots=work.longest)
     device = measure_cpu(shape, config.batch_size or work.prompts, work.dtype, threads)
     return _Placed(work, device, transformers.MAX_ROWS["cpu"], decode.PREFILL_TOKENS["cpu"])
 
