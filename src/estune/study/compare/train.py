@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import shutil
 import sys
@@ -57,8 +58,9 @@ def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = 
         task: a task of your own; by default the one the settings name, the same for all seeds.
 
     Returns:
-        What `measure` returns, with tokens, steps, seconds (of training alone) and memory (bytes, the process's peak
-        until training ended, libraries included; on CUDA, of the device).
+        What `measure` returns, with tokens, steps, seconds (of training alone), cpu_seconds (of processor time, which
+        other work beside leaves as they are) and memory (bytes, the process's peak until training ended, libraries
+        included; on CUDA, of the device).
     """
     from estune.study.compare.measure import greedy, measure
 
@@ -66,17 +68,17 @@ def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = 
     progress = Progress(plan)
     train = _evolve if job.method == "es" else _reinforce
     checkpoint, tokens, steps = train(plan, job, config, folder, task, progress)
-    seconds = progress.seconds()
+    seconds, cpu_seconds = progress.taken()
     memory = _peak_memory(config.device)
     metrics = measure(checkpoint, locate(config.model), config, task, plan.short_tokens)
-    figures = {"tokens": tokens, "steps": steps, "seconds": seconds, "memory": memory}
+    figures = {"tokens": tokens, "steps": steps, "seconds": seconds, "cpu_seconds": cpu_seconds, "memory": memory}
     if not plan.points:
         return {"job": job.model_dump(), **figures, **metrics}
     # The way there, once the clock has stopped.
-    curve = [{"tokens": 0.0, "seconds": 0.0, **greedy(locate(config.model), config, task)}]
-    for at, took, open_point in progress.passed:
+    curve = [{"tokens": 0.0, "seconds": 0.0, "cpu_seconds": 0.0, **greedy(locate(config.model), config, task)}]
+    for at, (took, computed), open_point in progress.passed:
         with open_point() as point:
-            curve.append({"tokens": at, "seconds": took, **greedy(point, config, task)})
+            curve.append({"tokens": at, "seconds": took, "cpu_seconds": computed, **greedy(point, config, task)})
     return {"job": job.model_dump(), **figures, **metrics, "curve": curve}
 
 
@@ -89,21 +91,28 @@ class Progress:
 
     def __init__(self, plan: Plan) -> None:
         self._every = plan.budget / plan.points if plan.points else math.inf
-        self._start = time.perf_counter()
-        self._stood = 0.0
-        self.passed: list[tuple[float, float, Callable[[], AbstractContextManager[Path]]]] = []
-        """Of each point the tokens and the seconds until then, and what makes a checkpoint of it."""
+        self._start = _clocks()
+        self._stood = (0.0, 0.0)
+        self.passed: list[tuple[float, tuple[float, float], Callable[[], AbstractContextManager[Path]]]] = []
+        """Of each point the tokens and what it had `taken`, and what makes a checkpoint of it."""
 
-    def seconds(self) -> float:
-        """Seconds of training so far."""
-        return time.perf_counter() - self._start - self._stood
+    def taken(self) -> tuple[float, float]:
+        """Seconds of training so far, and of processor time, ended children's included."""
+        wall, cpu = (now - start - stood for now, start, stood in zip(_clocks(), self._start, self._stood, strict=True))
+        return wall, cpu
 
     def at(self, tokens: float, keep: Callable[[], Callable[[], AbstractContextManager[Path]]]) -> None:
         """Tell what has been generated so far; a point that is passed is kept, while the clock stands."""
         if tokens >= self._every * (len(self.passed) + 1):
-            began = time.perf_counter()
-            self.passed.append((tokens, self.seconds(), keep()))
-            self._stood += time.perf_counter() - began
+            began = _clocks()
+            self.passed.append((tokens, self.taken(), keep()))
+            wall, cpu = (stood + now - then for stood, now, then in zip(self._stood, _clocks(), began, strict=True))
+            self._stood = wall, cpu
+
+
+def _clocks() -> tuple[float, float]:
+    times = os.times()
+    return time.perf_counter(), times.user + times.system + times.children_user + times.children_system
 
 
 class _Budget(Monitor):
