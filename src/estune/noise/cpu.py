@@ -54,10 +54,10 @@ Weights = npt.NDArray[np.float32] | npt.NDArray[np.uint16] | npt.NDArray[np.floa
 _HALF_SCALE = np.float32(2.0**112)  # from float16's exponent bias, 15, to float32's, 127
 
 # No fastmath: contraction to fused multiply-add or reassociation would change the bits.
-_jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
+jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
-@_jit
+@jit
 def random_words(seed, tensor, block, w0, w1, w2, w3):
     """Write the words of blocks from `block` on, one of each block to each of `w0` to `w3`, `[blocks]`."""
     # Philox4x32-10: the counter is (block, tensor), 64 bits each, and the key is the seed.
@@ -86,7 +86,7 @@ def random_words(seed, tensor, block, w0, w1, w2, w3):
         w0[j], w1[j], w2[j], w3[j] = c0, c1, c2, c3
 
 
-@_jit
+@jit
 def box_muller(a, b, mantissa, n0, n1):
     """Turn words `a`, `b` into normals `n0`, `n1`; `mantissa` is scratch. All of one length."""
     bits = mantissa.view(np.uint32)
@@ -138,8 +138,8 @@ def box_muller(a, b, mantissa, n0, n1):
         n1[j] = r * (-sin if turned else sin)
 
 
-@_jit
-def _normals(seed, tensor, block, words, planes, flat):
+@jit
+def normals(seed, tensor, block, words, planes, flat):
     """Write the normals of `flat.size // 4` blocks to `flat`; `words` (4, CHUNK), `planes` (5, CHUNK) are scratch."""
     n = flat.size // 4
     random_words(seed, tensor, block, words[0][:n], words[1][:n], words[2][:n], words[3][:n])
@@ -153,7 +153,7 @@ def _normals(seed, tensor, block, words, planes, flat):
         flat[4 * j], flat[4 * j + 1], flat[4 * j + 2], flat[4 * j + 3] = p0[j], p1[j], p2[j], p3[j]
 
 
-@_jit
+@jit
 def _from_half(weight):
     """float16's bits as float32."""
     bits = np.uint32(np.uint16(weight))
@@ -164,7 +164,7 @@ def _from_half(weight):
     return np.uint32(sign | (special if magnitude >= np.uint32(0x0F800000) else finite)).view(np.float32)
 
 
-@_jit
+@jit
 def _to_half(value):
     """float32 as float16's bits, to nearest, ties to even."""
     bits = np.float32(value).view(np.uint32)
@@ -179,11 +179,11 @@ def _to_half(value):
     return np.int16(np.uint16(sign | (large if size >= np.uint32(0x47800000) else result)))
 
 
-def _widen(weight):
+def widen(weight):
     """A weight as stored, as float32."""
 
 
-def _narrow(value, like):
+def narrow(value, like):
     """float32 as the stored type of `like`, to nearest, ties to even."""
 
 
@@ -191,7 +191,7 @@ def _narrow_randomly(value, like, word):
     """float32 as the stored type of `like`, up with a probability equal to the fraction cut off."""
 
 
-@overload(_widen, inline="always")
+@overload(widen, inline="always")
 def _widen_for(weight):
     if weight == types.float32:
         return lambda weight: weight
@@ -200,7 +200,7 @@ def _widen_for(weight):
     return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
 
 
-@overload(_narrow, inline="always")
+@overload(narrow, inline="always")
 def _narrow_for(value, like):
     if like == types.float32:
         return lambda value, like: value
@@ -227,7 +227,7 @@ def _narrow_randomly_for(value, like, word):
     return to_bfloat16
 
 
-@_jit
+@jit
 def _normal(out, seed, tensor, start):
     words = np.empty((4, CHUNK), np.uint32)
     planes = np.empty((5, CHUNK), np.float32)
@@ -237,11 +237,11 @@ def _normal(out, seed, tensor, start):
         first = max(start, 4 * block)
         last = min(stop, 4 * (block + CHUNK))
         n = (last + 3) // 4 - block
-        _normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
+        normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
         out[first - start : last - start] = flat[first - 4 * block : last - 4 * block]
 
 
-@_jit
+@jit
 def _perturb(live, base, seed, tensor, start, sigma):
     # By chunks of counters, the first and the last of which may reach beyond the run.
     words = np.empty((4, CHUNK), np.uint32)
@@ -252,33 +252,33 @@ def _perturb(live, base, seed, tensor, start, sigma):
         first = max(start, 4 * block)
         last = min(stop, 4 * (block + CHUNK))
         n = (last + 3) // 4 - block
-        _normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
+        normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
         source = base[first - start : last - start]
         target = live[first - start : last - start]
         noise = flat[first - 4 * block : last - 4 * block]
         for i in range(noise.size):
-            target[i] = _narrow(_widen(source[i]) + sigma * noise[i], target[i])
+            target[i] = narrow(widen(source[i]) + sigma * noise[i], target[i])
 
 
-@_jit
-def _add(target, change, tensor, first, decay, rounding_seed, stochastic, words):
+@jit
+def add_change(target, change, tensor, first, decay, rounding_seed, stochastic, words):
     """Add `decay * target + change` to `target`, at most a chunk from position `first` on; `words` is scratch."""
     if stochastic:
         block = first // 4
         n = (first + target.size + 3) // 4 - block
         random_words(rounding_seed, tensor, np.uint64(block), words[0][:n], words[1][:n], words[2][:n], words[3][:n])
         for i in range(target.size):
-            old = _widen(target[i])
+            old = widen(target[i])
             position = first + i
             word = words[position % 4, position // 4 - block]
             target[i] = _narrow_randomly(old + (decay * old + change[i]), target[i], word)
     else:
         for i in range(target.size):
-            old = _widen(target[i])
-            target[i] = _narrow(old + (decay * old + change[i]), target[i])
+            old = widen(target[i])
+            target[i] = narrow(old + (decay * old + change[i]), target[i])
 
 
-@_jit
+@jit
 def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stochastic):
     # By chunks of counters: the members' noise is summed up in float32, then added to the base, and rounded once.
     words = np.empty((4, CHUNK), np.uint32)
@@ -293,14 +293,14 @@ def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stoc
         total[:] = np.float32(0)
         for member in range(seeds.size):
             c = coefficients[member]
-            _normals(seeds[member], tensor, np.uint64(block), words, planes, flat[: 4 * n])
+            normals(seeds[member], tensor, np.uint64(block), words, planes, flat[: 4 * n])
             for i in range(4 * n):
                 total[i] += c * flat[i]
         change = total[first - 4 * block : last - 4 * block]
-        _add(base[first - start : last - start], change, tensor, first, decay, rounding_seed, stochastic, words)
+        add_change(base[first - start : last - start], change, tensor, first, decay, rounding_seed, stochastic, words)
 
 
-@_jit
+@jit
 def _fingerprint(bits, tensor, start):
     # Of each element SplitMix64's step for its position in the stream that the tensor starts, its bits mixed in.
     total = np.uint64(0)
@@ -312,7 +312,7 @@ def _fingerprint(bits, tensor, start):
     return total
 
 
-@_jit
+@jit
 def _squares(now, then, sums):
     # Lanes are summed side by side, so that they vectorise, and then folded, half upon half.
     difference = np.empty(SQUARES_LANES, np.float64)
@@ -325,8 +325,8 @@ def _squares(now, then, sums):
             a = now[row : min(row + SQUARES_LANES, end)]
             b = then[row : min(row + SQUARES_LANES, end)]
             for i in range(a.size):
-                value = _widen(b[i])
-                change = np.float64(np.float32(_widen(a[i]) - value))
+                value = widen(b[i])
+                change = np.float64(np.float32(widen(a[i]) - value))
                 difference[i] += change * change
                 norm[i] += np.float64(value) * np.float64(value)
         lanes = SQUARES_LANES // 2
@@ -339,39 +339,39 @@ def _squares(now, then, sums):
         sums[block, 1] = norm[0]
 
 
-@_jit
-def _stretch(done, size, width, pitch, skip):
+@jit
+def stretch(done, size, width, pitch, skip):
     """What follows the first `done` of `size` elements within a row: its offset from the start, and its length."""
     row = (skip + done) // width
     column = (skip + done) % width
     return row * pitch + column, min(width - column, size - done)
 
 
-@_jit
+@jit
 def _perturb_rows(live, base, seed, tensor, start, sigma, width, pitch, skip):
     done = 0
     while done < base.size:
-        offset, n = _stretch(done, base.size, width, pitch, skip)
+        offset, n = stretch(done, base.size, width, pitch, skip)
         _perturb(live[done : done + n], base[done : done + n], seed, tensor, start + offset, sigma)
         done += n
 
 
-@_jit
+@jit
 def _update_rows(base, seeds, coefficients, tensor, start, decay, rounding_seed, stochastic, width, pitch, skip):
     done = 0
     while done < base.size:
-        offset, n = _stretch(done, base.size, width, pitch, skip)
+        offset, n = stretch(done, base.size, width, pitch, skip)
         part = base[done : done + n]
         _update(part, seeds, coefficients, tensor, start + offset, decay, rounding_seed, stochastic)
         done += n
 
 
-@_jit
+@jit
 def _fingerprint_rows(bits, tensor, start, width, pitch, skip):
     total = np.uint64(0)
     done = 0
     while done < bits.size:
-        offset, n = _stretch(done, bits.size, width, pitch, skip)
+        offset, n = stretch(done, bits.size, width, pitch, skip)
         total += _fingerprint(bits[done : done + n], tensor, start + offset)
         done += n
     return total
@@ -398,7 +398,7 @@ def perturb(
         sigma: factor of the noise, sign included.
         rows: where the run is columns of its tensor.
     """
-    run = (_stored(live), _stored(base), np.uint64(seed), np.uint64(tensor), start, np.float32(sigma))
+    run = (stored(live), stored(base), np.uint64(seed), np.uint64(tensor), start, np.float32(sigma))
     if rows is None:
         _perturb(*run)
     else:
@@ -429,7 +429,7 @@ def update(
     """
     stochastic = rounding_seed is not None
     rounding = np.uint64(rounding_seed or 0)
-    run = (_stored(base), seeds, coefficients, np.uint64(tensor), start, np.float32(decay), rounding, stochastic)
+    run = (stored(base), seeds, coefficients, np.uint64(tensor), start, np.float32(decay), rounding, stochastic)
     if rows is None:
         _update(*run)
     else:
@@ -464,10 +464,10 @@ def squares(now: Weights, then: Weights) -> npt.NDArray[np.float64]:
         `[blocks, 2]`.
     """
     sums = np.empty((-(-now.size // SQUARES_BLOCK), 2), np.float64)
-    _squares(_stored(now), _stored(then), sums)
+    _squares(stored(now), stored(then), sums)
     return sums
 
 
-def _stored(weights: Weights) -> npt.NDArray[Any]:
+def stored(weights: Weights) -> npt.NDArray[Any]:
     """Weights as the kernels take them."""
     return weights.view(np.int16) if weights.dtype == np.float16 else weights

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from numba import types
 from numba.extending import overload
 
-from estune.noise.cpu import CHUNK, Weights, _jit, _narrow, _normals, _stored, _stretch, _widen
+from estune.noise.cpu import CHUNK, Weights, jit, narrow, normals, stored, stretch, widen
 from estune.noise.rows import Rows
 
 PATCHED = 2048  # weights that a place of 11 bits tells apart
@@ -58,7 +58,7 @@ def _from_bits_for(bits, like):
     return lambda bits, like: np.uint16(bits)
 
 
-@_jit
+@jit
 def _add(weights, noise, sigma, perturbed, codes):
     """Write the perturbed weights and, of those that subtracting would not give back, a code; return the words needed.
 
@@ -66,8 +66,8 @@ def _add(weights, noise, sigma, perturbed, codes):
     """
     for i in range(noise.size):
         change = sigma * noise[i]
-        new = _narrow(_widen(weights[i]) + change, weights[i])
-        back = _narrow(_widen(new) - change, weights[i])
+        new = narrow(widen(weights[i]) + change, weights[i])
+        back = narrow(widen(new) - change, weights[i])
         off = np.int32(_bits(weights[i]) - _bits(back))
         near = np.uint32(off + FURTHEST) <= np.uint32(2 * FURTHEST)
         code = np.uint8(off + _BIAS) if near else _FAR
@@ -79,7 +79,7 @@ def _add(weights, noise, sigma, perturbed, codes):
     return needed
 
 
-@_jit
+@jit
 def _write(codes, weights, words, used):
     """Write the patches of at most `PATCHED` weights, and a word of no meaning behind; return the words used then."""
     groups = codes.view(np.uint64)
@@ -103,7 +103,7 @@ def _write(codes, weights, words, used):
     return used
 
 
-@_jit
+@jit
 def _patch(weights, words, used):
     """Patch at most `PATCHED` weights by the words from `used` on; return where the next ones begin."""
     count = words[used]
@@ -121,7 +121,7 @@ def _patch(weights, words, used):
     return used
 
 
-@_jit
+@jit
 def _perturb(live, seed, tensor, start, sigma, width, pitch, skip, done, used, words):
     """Perturb from element `done` on, with `used` words written, until all is done or the next words have no room.
 
@@ -134,11 +134,11 @@ def _perturb(live, seed, tensor, start, sigma, width, pitch, skip, done, used, w
     perturbed = np.empty(4 * CHUNK, live.dtype)
     codes = np.empty(4 * CHUNK, np.uint8)
     while done < live.size:
-        offset, length = _stretch(done, live.size, width, pitch, skip)
+        offset, length = stretch(done, live.size, width, pitch, skip)
         first = start + offset
         block = first // 4
         n = min((first + length + 3) // 4 - block, CHUNK)
-        _normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
+        normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
         noise = flat[first - 4 * block : min(first + length - 4 * block, 4 * n)]
         weights = live[done : done + noise.size]
         needed = _add(weights, noise, sigma, perturbed, codes) + 1
@@ -152,7 +152,7 @@ def _perturb(live, seed, tensor, start, sigma, width, pitch, skip, done, used, w
     return done, used, 0
 
 
-@_jit
+@jit
 def _restore(live, seed, tensor, start, sigma, width, pitch, skip, words):
     scratch = np.empty((4, CHUNK), np.uint32)
     planes = np.empty((5, CHUNK), np.float32)
@@ -161,15 +161,15 @@ def _restore(live, seed, tensor, start, sigma, width, pitch, skip, words):
     done = 0
     used = 0
     while done < live.size:
-        offset, length = _stretch(done, live.size, width, pitch, skip)
+        offset, length = stretch(done, live.size, width, pitch, skip)
         first = start + offset
         block = first // 4
         n = min((first + length + 3) // 4 - block, CHUNK)
-        _normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
+        normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
         noise = flat[first - 4 * block : min(first + length - 4 * block, 4 * n)]
         weights = live[done : done + noise.size]
         for i in range(noise.size):
-            restored[i] = _narrow(_widen(weights[i]) - sigma * noise[i], weights[i])
+            restored[i] = narrow(widen(weights[i]) - sigma * noise[i], weights[i])
         for i in range(0, noise.size, PATCHED):
             used = _patch(restored[i : i + PATCHED], words, used)
         weights[:] = restored[: noise.size]
@@ -198,7 +198,7 @@ def perturb(
         patches: of this run; those that it has are forgotten.
         seed, tensor, start, sigma, rows: as `cpu.perturb` takes them.
     """
-    weights = _stored(live)
+    weights = stored(live)
     key = _key(live, seed, tensor, start, sigma, rows)
     done, used, needed = _perturb(weights, *key, 0, 0, patches.words)
     while needed:
@@ -214,7 +214,7 @@ def restore(
     live: Weights, patches: Patches, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None = None
 ) -> None:
     """Take back the `perturb` of these arguments: every weight of the run has the bits that it had before."""
-    _restore(_stored(live), *_key(live, seed, tensor, start, sigma, rows), patches.words)
+    _restore(stored(live), *_key(live, seed, tensor, start, sigma, rows), patches.words)
 
 
 def _key(live: Weights, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from estune.noise import cpu
-from estune.noise.cpu import CHUNK, Weights, _add, _jit, _narrow, _stored, _widen
+from estune.noise.cpu import CHUNK, Weights, add_change, jit, narrow, stored, widen
 
 COLUMNS_AT = 1 << 40
 """Position of `b` in the noise of a matrix."""
@@ -52,7 +52,7 @@ def perturb(live: Weights, base: Weights, seed: int, tensor: int, start: int, si
     """
     if base.size:
         a, b = _of_run(seed, tensor, start, base.size, columns)
-        _perturb(_stored(live), _stored(base), a, b, start, np.float32(sigma))
+        _perturb(stored(live), stored(base), a, b, start, np.float32(sigma))
 
 
 def update(
@@ -77,7 +77,7 @@ def update(
     a = np.array([member.a for member in members], np.float32).reshape(len(members), -1)
     b = np.array([member.b for member in members], np.float32).reshape(len(members), columns)
     rounding = (np.uint64(rounding_seed or 0), rounding_seed is not None)
-    _update(_stored(base), a, b, coefficients, np.uint64(tensor), start, np.float32(decay), *rounding)
+    _update(stored(base), a, b, coefficients, np.uint64(tensor), start, np.float32(decay), *rounding)
 
 
 def _of_run(seed: int, tensor: int, start: int, count: int, columns: int) -> Factors:
@@ -86,7 +86,7 @@ def _of_run(seed: int, tensor: int, start: int, count: int, columns: int) -> Fac
     return factors(seed, tensor, columns, first, (start + count - 1) // columns + 1 - first)
 
 
-@_jit
+@jit
 def _perturb(live: Any, base: Any, a: Any, b: Any, start: int, sigma: Any) -> None:
     done = 0
     column = start % b.size
@@ -97,12 +97,12 @@ def _perturb(live: Any, base: Any, a: Any, b: Any, start: int, sigma: Any) -> No
         noise = b[column : column + n]
         factor = a[row]
         for i in range(n):
-            target[i] = _narrow(_widen(source[i]) + sigma * (factor * noise[i]), target[i])
+            target[i] = narrow(widen(source[i]) + sigma * (factor * noise[i]), target[i])
         done += n
         column = 0
 
 
-@_jit
+@jit
 def _update(
     base: Any, a: Any, b: Any, coefficients: Any, tensor: Any, start: int, decay: Any, rounding: Any, stochastic: bool
 ) -> None:
@@ -130,4 +130,4 @@ def _update(
                 for i in range(n):
                     part[i] += c * (factor * noise[i])
             done += n
-        _add(base[first - start : last - start], change, tensor, first, decay, rounding, stochastic, words)
+        add_change(base[first - start : last - start], change, tensor, first, decay, rounding, stochastic, words)
