@@ -14,6 +14,7 @@ import pytest
 from estune.completion import Sampling
 from estune.config import Config
 from estune.engines.loading import open_encoder
+from estune.errors import EstuneError
 from estune.es.strategy import Member
 from estune.grading.rollout import Rollout, with_rollout
 from estune.pool.deadlines import Deadlines, Lost
@@ -134,12 +135,18 @@ def test_members_and_the_base_play_as_in_this_process(servers: list[Served], mod
         alone.close()
 
 
-def test_what_is_held_is_lost_with_another_call(servers: list[Served], model: Path) -> None:
-    (one,) = [Servers(remote(Path("unused"), model, servers[1].url)).hire(0, Deadlines(30.0))]
+def test_what_is_held_is_lost_with_another_call_of_the_run_alone(
+    servers: list[Served], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("estune.pool.remote.handle.LEASE_SECONDS", 0.0)
+    monkeypatch.setattr("estune.pool.remote.handle.SPARE_SECONDS", 0.0)
+    one, another = (Servers(remote(Path("unused"), model, servers[1].url)).hire(0, Deadlines(30.0)) for _ in range(2))
     one.open()
     one.call("rebuild", [], None)
     sampling = Sampling(4)
     assert one._post("hold", [0, "mine", Member(1), 0.02], 30) >= 0
+    with pytest.raises(EstuneError, match="at work for another run"):
+        another.open()
     ended = []
     asked = [(number, [10, 20 + number], sampling) for number in range(3)]
     while len(ended) < 2:  # of which nobody waits for the third
@@ -150,6 +157,7 @@ def test_what_is_held_is_lost_with_another_call(servers: list[Served], model: Pa
     with pytest.raises(Lost, match="it holds other weights"):
         one._post("turns", ["mine", [], []], 30)
     one.end()
+    another.end()
 
 
 def test_turns_asked_for_twice_are_made_once(model: Path) -> None:

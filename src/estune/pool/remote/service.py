@@ -123,7 +123,7 @@ class Service:
                     raise Failed("gone", "nobody waits for it any more")
                 if kind != "open" and (self._terms is None or self._terms.lease != lease):
                     raise Failed("gone", "it was started anew, or another run has had it since")
-                if kind != "turns":
+                if kind not in ("turns", "open"):
                     self._let_go()
                 return self._calls[kind](*arguments)
             except StaleWeights as error:
@@ -152,6 +152,7 @@ class Service:
         ago = time.monotonic() - self._called
         if not (known or self._free or ago > LEASE_SECONDS):
             raise Failed("taken", f"it is at work for another run, which called {ago:.0f} s ago")
+        self._let_go()
         if self._terms is None or replace(self._terms, lease="") != replace(terms, lease=""):
             self._terms = None
             self._worker.done = -1
