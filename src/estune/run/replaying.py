@@ -33,12 +33,12 @@ def inherit(pool: Pool, trained: Description, parent: Journal) -> str:
     ):
         if here != there:
             raise EstuneError(
-                f"start_from {parent.run}: its {what} {there}, here {here}; go on where it was run, with its settings"
+                f"{parent.run}: its {what} {there}, here {here}; go on where it was run, with its settings"
             )
     found = pool.rebuild(parent.history)
     if found != parent.fingerprint():
         raise EstuneError(
-            f"start_from {parent.run}: its {len(parent.history)} steps give fingerprint {found} here, its "
+            f"{parent.run}: its {len(parent.history)} steps give fingerprint {found} here, its "
             f"journal says {parent.fingerprint()}; go on where it was run"
         )
     return found
