@@ -26,12 +26,28 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Moments:
+    """How an update is scaled for each weight, by moments of what updates add there: `weights/moments.py`, `Adam`.
+
+    All are float32 values: the decay of the first and of the second moment, what the second is corrected by, and what
+    is added to its root; `rate` has the correction of the first in it.
+    """
+
+    rate: float
+    beta1: float
+    beta2: float
+    correction: float
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
     """A step as every worker applies it and the journal keeps it.
 
     First, where there is an anchor, base += anchor * (origin - base), then by at most `anchor_l1` toward the origin,
     which is the base model. Then base += decay * base + sum_n coefficients[n] * noise(members[n].seed), in this order,
-    and what earlier steps add behind it.
+    and what earlier steps add behind it. With `moments` these take in the sum, and what they make of it is added in its
+    place.
 
     `earlier` is what steps before it add, the latest first, and `factors` are what those steps' own terms were
     multiplied by. `coefficients` are float32 values, signs included; one per member, 0.0 for a member that was left
@@ -47,6 +63,7 @@ class Update:
     factors: tuple[float, ...] = ()
     anchor: float = 0.0
     anchor_l1: float = 0.0
+    moments: Moments | None = None
 
     @property
     def pairs(self) -> tuple[Pair, ...]:

@@ -19,6 +19,10 @@ class Terms:
     decay: float
     rounding_seed: int | None
 
+    def scaled(self, scale: float) -> npt.NDArray[np.float32]:
+        """The coefficients times the scale of a parameter's noise, each product rounded to float32, `[members]`."""
+        return self.coefficients if scale == 1.0 else self.coefficients * np.float32(scale)
+
 
 def terms(update: Update, rounding: str) -> Terms | None:
     """An update's terms, of some KB; None if it adds nothing. Its anchor is applied before, by itself."""

@@ -51,7 +51,7 @@ class Ensemble:
         model, base_hash: the base model, and the hash of its tensors.
         run, step: the run whose weights, after so many of its steps, the members are around; None of a plain model.
         fingerprint: of the weights that they are around.
-        noise, train_parameters: as the settings of these names.
+        noise, sigma_scale, train_parameters: as the settings of these names.
         sigma: of the perturbations.
         members: seeds, 16 hexadecimal digits each.
         signs: of each member, 1 or -1.
@@ -67,6 +67,7 @@ class Ensemble:
     step: int | None
     fingerprint: str
     noise: str
+    sigma_scale: dict[str, float | Literal["rms"]]
     train_parameters: str
     sigma: Annotated[float, Field(gt=0)]
     members: list[Seed]
@@ -243,9 +244,12 @@ class _Tried:
         Raises:
             EstuneError: they were around another.
         """
-        here = (self._trained.base_hash, self._fingerprint, self._config.noise, self._config.train_parameters)
-        there = (given.base_hash, given.fingerprint, given.noise, given.train_parameters)
-        for what, now, then in zip(("base model", "weights", "noise", "train_parameters"), here, there, strict=True):
+        config = self._config
+        for what, now, then in (
+            ("base model", self._trained.base_hash, given.base_hash),
+            ("weights", self._fingerprint, given.fingerprint),
+            *((key, getattr(config, key), getattr(given, key)) for key in ("noise", "sigma_scale", "train_parameters")),
+        ):
             if now != then:
                 raise EstuneError(f"the ensemble's {what}: {then}; here: {now}; give what its members were chosen over")
         return self._ensemble(list(zip(given.rewards, given.asked(), strict=True)), given.sigma, given.tried)
@@ -259,6 +263,7 @@ class _Tried:
             step=None if journal is None else len(journal.steps),
             fingerprint=self._fingerprint,
             noise=self._config.noise,
+            sigma_scale=self._config.sigma_scale,
             train_parameters=self._config.train_parameters,
             sigma=sigma,
             members=[f"{member.seed:016x}" for _, member in best],

@@ -12,7 +12,8 @@ is imported.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from estune.es.strategy import Member
@@ -142,6 +143,7 @@ class Rule:
     rounding: Rounding  # of updates
     noise: NoiseMode
     dtype: str  # of the base weights
+    scales: Mapping[str, float] = field(default_factory=dict)  # of a tensor's noise, by its name; others have 1
 
     @property
     def how(self) -> Policy:

@@ -131,7 +131,7 @@ class CpuStorage:
     def _each_patched(self, kernel: Callable[..., None], seed: int, sigma: float) -> None:
         def work(pair: tuple[Run, Any]) -> None:
             run, patches = pair
-            kernel(run.live, patches, seed, run.noise, run.start, sigma, run.rows)
+            kernel(run.live, patches, seed, run.noise, run.start, sigma * run.scale, run.rows)
 
         pairs = zip(self._runs, self._patches, strict=True)
         list(map(work, pairs) if self._threads is None else self._threads.map(work, pairs))
@@ -188,13 +188,13 @@ class DeviceStorage:
         self._reversible: list[Any] = []  # for each batch, once they are perturbed reversibly
 
     def _batched(self, runs: Sequence[Run]) -> list[Any]:
-        """The runs in batches for the kernels."""
+        """The runs in batches for the kernels, each of one scale."""
         with self._on_device():
-            return [device_kernels().Batch(runs)]
+            return [device_kernels().Batch(alike) for alike in _by_scale(runs)]
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb`."""
-        self.each(lambda batch: batch.perturb(seed, sigma))
+        self.each(lambda batch: batch.perturb(seed, sigma * _scale(batch)))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
@@ -206,14 +206,14 @@ class DeviceStorage:
 
         with self._on_device():
             self._reversible = self._reversible or [Reversible(batch) for batch in self._batches]
-            for batch in self._reversible:
-                batch.perturb(seed, sigma)
+            for batch, reversible in zip(self._batches, self._reversible, strict=True):
+                reversible.perturb(seed, sigma * _scale(batch))
 
     def reverse(self, seed: int, sigma: float) -> None:
         """As `Storage.reverse`."""
         with self._on_device():
-            for batch in self._reversible:
-                batch.restore(seed, sigma)
+            for batch, reversible in zip(self._batches, self._reversible, strict=True):
+                reversible.restore(seed, sigma * _scale(batch))
 
     @property
     def patch_bytes(self) -> int:
@@ -226,8 +226,15 @@ class DeviceStorage:
         if found is None:
             return
         seeds = torch.from_numpy(found.seeds.view(np.int64)).to(self._device)
-        coefficients = torch.from_numpy(found.coefficients).to(self._device)
-        self.each(lambda batch: batch.update(seeds, coefficients, found.decay, found.rounding_seed), changes_base=True)
+        coefficients = {
+            scale: torch.from_numpy(found.scaled(scale)).to(self._device)
+            for scale in {_scale(batch) for batch in self._batches}
+        }
+
+        def work(batch: Any) -> None:
+            batch.update(seeds, coefficients[_scale(batch)], found.decay, found.rounding_seed)
+
+        self.each(work, changes_base=True)
 
     def fingerprint(self) -> int:
         """As `Storage.fingerprint`."""
@@ -255,7 +262,8 @@ class StreamedStorage(DeviceStorage):
 
     def _batched(self, runs: Sequence[Run]) -> list[Any]:
         """The runs in batches, each with its base in a buffer into which it fits. The buffers take turns."""
-        loads = _loads([part for run in runs for part in run.split(STREAMED_LENGTH)])
+        alike = ([part for run in of_scale for part in run.split(STREAMED_LENGTH)] for of_scale in _by_scale(runs))
+        loads = [load for parts in alike for load in _loads(parts)]
         self._streams = torch.get_device_module(self._device)  # the CPU's do nothing
         size = max(sum(_padded(run) for run in load) for load in loads)
         with self._on_device():
@@ -285,6 +293,20 @@ class StreamedStorage(DeviceStorage):
             for stream, _ in self.buffers:
                 current.wait_stream(stream)
             self._streams.synchronize()  # the host may read or write the base from here on
+
+
+def _by_scale(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in groups of one scale each, as a launch of kernels has one."""
+    found: dict[float, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.scale, []).append(run)
+    return list(found.values())
+
+
+def _scale(batch: Any) -> float:
+    """The scale of the noise of a batch's runs."""
+    scale: float = batch.runs[0].scale
+    return scale
 
 
 def _loads(runs: Sequence[Run]) -> list[list[Run]]:

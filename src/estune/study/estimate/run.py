@@ -104,6 +104,7 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         engine="vllm" if config.engine == "vllm" else "transformers",  # of auto; on a GPU both are shown
         steps=config.steps,
         evaluations=_evaluations(config),
+        moments=config.adam,
         evaluated=(config.task.eval_size or GENERATED_SIZE) * config.eval_samples,
     )
 

@@ -17,6 +17,7 @@ from estune.study.estimate.machines import PCIE, Device
 from estune.study.estimate.needs import Work, shares_base
 from estune.study.estimate.schedule import finish
 from estune.study.estimate.shapes import Shape
+from estune.weights.moments import BYTES as MOMENTS
 from estune.weights.policies import BYTES, POLICIES
 
 Array = npt.NDArray[Any]
@@ -69,7 +70,10 @@ class Times:
 
     def update(self) -> float:
         """Seconds to update the base, or all bases on one device."""
-        alone = max(2 * self._base / self._reading, self.work.population * self._drawing)
+        moved = 2 * self._base / self._reading
+        if self.work.moments:
+            moved += 2 * self.shape.trained * MOMENTS / self._reading
+        alone = max(moved, self.work.population * self._drawing)
         replicas = self.work.replicas
         return (
             alone / replicas if shares_base(self.work, self.device) else alone * (replicas if self.device.is_gpu else 1)
