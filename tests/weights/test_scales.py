@@ -104,3 +104,15 @@ def test_zeros_have_no_size_to_go_by(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(EstuneError, match="are all zero"):
         scales_of({"*": "rms"}, Checkpoint(folder), list(tensors))
+
+
+def test_guided_members_are_the_sum_that_they_name() -> None:
+    found = weights()
+    before = {name: base.copy() for name, base in found.base.items()}
+    found.perturb(Member(3, -1, own=0.75, along=((4, 0.5), (5, -0.25))), 0.1)
+    for p in found.parameters:
+        scale = SCALES.get(p.name, 1.0)
+        change = 0.75 * noise(3, p.name) + 0.5 * noise(4, p.name) - 0.25 * noise(5, p.name)
+        np.testing.assert_allclose(p.tensor.numpy().ravel(), before[p.name] - 0.1 * scale * change, atol=1e-6)
+    found.restore()
+    assert all(np.array_equal(p.tensor.numpy().ravel(), before[p.name]) for p in found.parameters)

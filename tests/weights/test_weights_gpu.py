@@ -357,3 +357,19 @@ def test_moments_give_the_bits_of_the_cpu(kind: str) -> None:
             for weights in (here, there):
                 weights.apply(Update(step, (Member(step), Member(9)), (0.1, -0.2), -0.01, moments=moments))
         assert here.fingerprint() == there.fingerprint()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["master", "copy"])
+def test_guided_members_have_the_bits_of_the_cpu(kind: str, policy: str) -> None:
+    member = Member(3, -1, own=0.75, along=((4, 0.5), (5, -0.25)))
+    options: dict[str, Any] = {"policy": policy, "scales": {"b": 0.5}}
+    here = Weights(parameters(torch.bfloat16), **options)
+    with kind_of_storage(kind):
+        there = on_device(parameters(torch.bfloat16), kind, **options)
+        before = bits(there)
+        for weights in (here, there):
+            weights.perturb(member, 0.1)
+        assert bits(here) == bits(there) != before
+        there.restore()
+        assert bits(there) == before

@@ -138,6 +138,17 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
                 "adam keeps moments beside a float32 base, the first of which is a momentum: weights must be master, "
                 "momentum 0, and workers_at empty"
             )
+        if self.guided_share and (
+            self.adam
+            or self.momentum
+            or self.max_staleness
+            or self.noise == "rank1"
+            or not POLICIES[self.weights].keeps_base
+        ):
+            raise ValueError(
+                "guided_share perturbs members along the last updates, around a base that is kept: weights must be "
+                "master or copy, momentum and max_staleness 0, noise another than rank1, and adam left out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -242,6 +242,14 @@ class Search(Section):
     momentum_window: int | None = Field(
         None, ge=1, description="earlier steps at most; as far as they count 5%, if not given. 1 reuses the last alone"
     )
+    guided_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each perturbation's variance along the last updates (guided ES); costs each member the "
+        "noise of all their members",
+    )
+    guided_window: int = Field(1, ge=1, description="updates along which guided members are perturbed")
     adam: bool = Field(
         False,
         description="scale the update of each weight by moments of all updates so far, as Adam does; with "

@@ -18,11 +18,14 @@ _MASK64 = 2**64 - 1
 class Member:
     """One direction in parameter space: the noise of `seed`, added (+1) or subtracted (-1).
 
-    The base itself takes part as a member of sign 0.
+    The base itself takes part as a member of sign 0. A guided member's direction is `own` times the noise of `seed`,
+    and the noise of earlier seeds, times float32 coefficients, which `along` holds.
     """
 
     seed: int
     sign: int = 1
+    own: float = 1.0
+    along: tuple[Pair, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,11 @@ class Strategy(Protocol):
     def recall(self, updates: Sequence[Update], state: dict[str, Any]) -> None:
         """Go on after these updates, the last of which left this state."""
         ...
+
+
+def plain(members: Sequence[Member]) -> tuple[Member, ...]:
+    """Members as updates and journals name them, by seed and sign."""
+    return tuple(Member(member.seed, member.sign) for member in members)
 
 
 def alike(rewards: Sequence[float]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from estune.es.strategy import Update
+from estune.es.strategy import Member, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,13 @@ def terms(update: Update, rounding: str) -> Terms | None:
     seeds = np.array([seed for seed, _ in pairs], np.uint64)
     coefficients = np.array([c for _, c in pairs], np.float32)
     return Terms(seeds, coefficients, update.decay, update.rounding_seed if rounding == "stochastic" else None)
+
+
+def along(member: Member, sigma: float) -> Terms:
+    """What a guided member's perturbation adds to the base."""
+    pairs = [(member.seed, member.own), *member.along]
+    coefficients = np.array([member.sign * sigma * c for _, c in pairs], np.float32)
+    return Terms(np.array([seed for seed, _ in pairs], np.uint64), coefficients, 0.0, None)
 
 
 def as_fingerprint(total: int) -> str:

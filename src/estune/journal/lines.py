@@ -79,7 +79,7 @@ class StepLine(Line):
     fingerprint: Hash
     metrics: dict[str, float]
     staleness: list[Literal[0, 1]] = []
-    earlier: list[Annotated[float, Field(ge=0)]] = []
+    earlier: list[float] = []
     anchor: Annotated[float, Field(ge=0)] = 0.0
     anchor_l1: Annotated[float, Field(ge=0)] = 0.0
     moments: Annotated[list[float], Field(min_length=5, max_length=5)] = []

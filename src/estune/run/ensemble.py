@@ -318,6 +318,8 @@ def _to_try(
     if not of_step:
         return [Member(member_seed(config.seed, UNREACHED, i)) for i in range(count)], config.sigma
     assert journal is not None
+    if config.guided_share:
+        raise EstuneError(f"{model}: guided members are more than their seeds: leave out --of-step")
     taken = Journal.read(Path(model)).steps
     done = len(journal.steps)
     if done >= len(taken):

@@ -12,6 +12,7 @@ from estune.config import Config
 from estune.es.adam import Adam
 from estune.es.earlier import Momentum
 from estune.es.evolution import EvolutionStrategy
+from estune.es.guided import Guided
 from estune.es.schedule import Schedule
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading
@@ -46,6 +47,7 @@ def make_strategy(config: Config, journal: Journal | None = None) -> EvolutionSt
         mirrored=config.mirrored,
         momentum=Momentum(config.momentum, config.momentum_window),
         adam=Adam(config.adam_beta1, config.adam_beta2) if config.adam else None,
+        guided=Guided(config.guided_share, config.guided_window) if config.guided_share else None,
         adapt_sigma=config.adapt_sigma,
         evaluate_base=config.base_takes_part,
     )

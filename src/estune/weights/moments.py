@@ -93,11 +93,11 @@ class MomentTensors:
             assert update.moments is not None
             change = torch.zeros_like(run.base)
             open_storage([replace(run, live=change, base=change)], 1).update(replace(update, decay=0.0), "nearest")
-            found = (run.base, first, second, change)
             if on_cpu:  # torch's root is not always the nearest number there
-                scaled_step(*map(as_array, found), update.decay, update.moments, np.sqrt)
+                arrays = [as_array(tensor) for tensor in (run.base, first, second, change)]
+                scaled_step(arrays[0], arrays[1], arrays[2], arrays[3], update.decay, update.moments, np.sqrt)
             else:
-                scaled_step(*found, update.decay, update.moments, lambda v: v.double().sqrt().float())
+                scaled_step(run.base, first, second, change, update.decay, update.moments, _root)
 
         if not on_cpu or self._threads == 1:
             for piece in pieces:
@@ -105,3 +105,8 @@ class MomentTensors:
             return
         with ThreadPoolExecutor(self._threads) as threads:
             list(threads.map(on_this_stream(self._runs[0].base.device, work), pieces))
+
+
+def _root(tensor: Tensor) -> Tensor:
+    """The square root of float32 numbers, the nearest there is: a device's own may be another, but for float64."""
+    return tensor.double().sqrt().float()

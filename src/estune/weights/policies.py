@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from estune.es.strategy import Member
+from estune.es.update import along
 from estune.noise.reference import tensor_id
 
 if TYPE_CHECKING:
@@ -70,7 +71,10 @@ class Policy:
     def perturb(self, storage: Storage, perturbation: Perturbation) -> None:
         """Perturb the live weights, which no member perturbs if they are the base."""
         member, sigma = perturbation
-        storage.perturb(member.seed, member.sign * sigma)
+        if member.along:
+            storage.perturb_along(along(member, sigma))
+        else:
+            storage.perturb(member.seed, member.sign * sigma)
 
     def restore(self, storage: Storage, perturbed: Perturbation | None) -> None:
         """Make the live weights the base again.

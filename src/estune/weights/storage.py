@@ -25,7 +25,7 @@ from torch import Tensor
 
 from estune.errors import EstuneError
 from estune.es.strategy import Update
-from estune.es.update import terms
+from estune.es.update import Terms, terms
 from estune.noise.rows import Run
 from estune.weights.checkpoint import RUN_LENGTH, narrow
 from estune.weights.device import device_kernels
@@ -43,6 +43,10 @@ class Storage(Protocol):
 
     def perturb(self, seed: int, sigma: float) -> None:
         """Set live = base + sigma * noise(seed)."""
+        ...
+
+    def perturb_along(self, terms: Terms) -> None:
+        """Set live = base, rounded to the type of live, and then add these terms, rounded once."""
         ...
 
     def restore(self) -> None:
@@ -85,6 +89,10 @@ class CpuStorage:
         from estune.weights.passes import perturb
 
         self.each(lambda run: perturb(run, seed, sigma))
+
+    def perturb_along(self, terms: Terms) -> None:
+        """As `Storage.perturb_along`."""
+        self.each(lambda run: _perturb_along(run, terms))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
@@ -159,6 +167,10 @@ class HostStorage(CpuStorage):
 
         self._write(lambda run: perturb(run, seed, sigma))
 
+    def perturb_along(self, terms: Terms) -> None:
+        """As `Storage.perturb_along`."""
+        self._write(lambda run: _perturb_along(run, terms))
+
     def restore(self) -> None:
         """As `Storage.restore`."""
         self._write(_copy_base)
@@ -184,6 +196,8 @@ class DeviceStorage:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._device: torch.device = runs[0].live.device
+        self._runs = list(runs)
+        self._live: list[Any] = []  # batches of the live weights alone, once members are perturbed along others
         self._batches = self._batched(runs)
         self._reversible: list[Any] = []  # for each batch, once they are perturbed reversibly
 
@@ -195,6 +209,18 @@ class DeviceStorage:
     def perturb(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb`."""
         self.each(lambda batch: batch.perturb(seed, sigma * _scale(batch)))
+
+    def perturb_along(self, terms: Terms) -> None:
+        """As `Storage.perturb_along`."""
+        self.restore()
+        seeds, coefficients = self._sent(terms)
+        with self._on_device():
+            self._live = self._live or [
+                device_kernels().Batch([replace(run, base=run.live) for run in alike])
+                for alike in _by_scale(self._runs)
+            ]
+            for batch in self._live:
+                batch.update(seeds, coefficients[_scale(batch)])
 
     def restore(self) -> None:
         """As `Storage.restore`."""
@@ -225,16 +251,18 @@ class DeviceStorage:
         found = terms(update, rounding)
         if found is None:
             return
-        seeds = torch.from_numpy(found.seeds.view(np.int64)).to(self._device)
-        coefficients = {
-            scale: torch.from_numpy(found.scaled(scale)).to(self._device)
-            for scale in {_scale(batch) for batch in self._batches}
-        }
+        seeds, coefficients = self._sent(found)
 
         def work(batch: Any) -> None:
             batch.update(seeds, coefficients[_scale(batch)], found.decay, found.rounding_seed)
 
         self.each(work, changes_base=True)
+
+    def _sent(self, terms: Terms) -> tuple[Tensor, dict[float, Tensor]]:
+        """Terms on the device: seeds, and coefficients for each scale."""
+        seeds = torch.from_numpy(terms.seeds.view(np.int64)).to(self._device)
+        scales = {run.scale for run in self._runs}
+        return seeds, {scale: torch.from_numpy(terms.scaled(scale)).to(self._device) for scale in scales}
 
     def fingerprint(self) -> int:
         """As `Storage.fingerprint`."""
@@ -403,3 +431,10 @@ def type_name(dtype: torch.dtype) -> str:
 def _copy_base(run: Run) -> None:
     halves = run.live.dtype == np.uint16 and run.base.dtype == np.float32
     run.live[:] = narrow(run.base, "BF16") if halves else run.base
+
+
+def _perturb_along(run: Run, terms: Terms) -> None:
+    from estune.weights import passes
+
+    _copy_base(run)
+    passes.update(replace(run, base=run.live), terms)

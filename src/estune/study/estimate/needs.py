@@ -54,6 +54,8 @@ class Work:
     evaluations: int = 0  # of the run
     evaluated: int = 0  # prompts of an evaluation
     moments: bool = False  # of updates, beside the base
+    drawn: int = 1  # members whose noise is drawn to perturb by one
+    again: int = 0  # members of earlier steps whose noise an update draws again
 
     @property
     def longest(self) -> int:
@@ -135,7 +137,13 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
         Item("live weights", shape.parameters * bytes_ / parallel, live),
         Item(f"base (weights={work.policy})", base / parallel, held + (split if base else "")),
         *(
-            [Item("moments (adam)", shape.trained * MOMENTS / parallel, f"{shape.trained:,} x {MOMENTS} B{split}")]
+            [
+                Item(
+                    "moments (adam)",
+                    0 if work.base == "host" else shape.trained * MOMENTS / parallel,
+                    f"{shape.trained:,} x {MOMENTS} B{split}, where the base is",
+                )
+            ]
             if work.moments
             else []
         ),
