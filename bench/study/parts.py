@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS, machine
-from bench.study.compare import COUNTDOWN, model_and_task
+from bench.study.compare import COUNTDOWN, EMBEDDED, WIDE, model_and_task
 
 from estune.charts.table import markdown, spread
 from estune.config import load
@@ -56,11 +56,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "population": 40, "prompts_per_step": 4, "prompt_groups": 4, "per_prompt": "center", "learning_rate": 0.03,
         "lr_scheduler_type": "cosine",
     },
+    "adam": {"adam": True},
+    "sigma by rms": {"sigma_scale": '{"*": "rms"}', "sigma": 0.032, "learning_rate": 0.016},
+    "guided": {"guided_share": 0.5},
+    "mlp at half sigma": {"sigma_scale": '{"*.mlp.*": 0.5}', "learning_rate": 0.016},
 }  # fmt: skip
 
 
 def rates(model: str, results: Path) -> dict[str, float]:
-    """The best learning rate of each method in the comparison."""
+    """The best learning rate of each method in the comparison; for the wider task that of the usual one."""
+    model = EMBEDDED if model == WIDE else model
     lines = [json.loads(line) for line in (results / f"study-{model}.jsonl").read_text().splitlines()]
     found = {method: best_tried(method, [r for r in lines if r["budget"] == BUDGET]) for method in METHODS}
     return {method: rate for method, rate in found.items() if rate is not None}
@@ -146,7 +151,7 @@ def section(results: Path) -> str:
         "0.024, alpha 0.012; every other row of ES changes what its name says (`bench.study.parts` has the values).\n"
         "Runs shared two cores with other work, so that seconds are rough.",
     ]
-    for model in COUNTDOWN:
+    for model in (*COUNTDOWN, WIDE):
         path = results / f"parts-{model}.jsonl"
         if path.is_file():
             lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from estune.journal.verify import verify
     from estune.noise import normal
     from estune.run.branch import branch
+    from estune.run.ensemble import Ensemble, ensemble
     from estune.run.evaluate import evaluate_model
     from estune.run.hub import pull, push
     from estune.run.load import load
@@ -42,6 +43,7 @@ _HOME = {
     "ESConfig": "trl.config",
     "Engines": "run.parameter_search",
     "ESTrainer": "trl.trainer",
+    "Ensemble": "run.ensemble",
     "EstuneError": "errors",
     "EvolutionStrategy": "es.evolution",
     "Member": "es.strategy",
@@ -53,6 +55,7 @@ _HOME = {
     "Weights": "weights.weights",
     "branch": "run.branch",
     "diff": "journal.diff",
+    "ensemble": "run.ensemble",
     "evaluate_model": "run.evaluate",
     "load": "run.load",
     "log": "journal.log",
@@ -72,6 +75,7 @@ __all__ = [
     "ESConfig",
     "ESTrainer",
     "Engines",
+    "Ensemble",
     "EstuneError",
     "EvolutionStrategy",
     "Member",
@@ -83,6 +87,7 @@ __all__ = [
     "Weights",
     "branch",
     "diff",
+    "ensemble",
     "evaluate_model",
     "load",
     "log",

@@ -86,6 +86,21 @@ def test_a_report_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "Missing argument" in usage(capsys, "report")
 
 
+def test_an_ensemble_is_a_table_and_a_file_from_which_it_is_had_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["tiny", "--prompts_per_step=8", "--task.train_size=40", "--task.eval_size=20", "--max_new_tokens", 4]
+    assert estune("ensemble", *options, "--members", 3, "--top", 2, "--sigma", 0.02, "-o", tmp_path / "e.json") == 0
+    first, said, _, head, *rows = capsys.readouterr().out.splitlines()
+    assert first.endswith(": ensemble around tiny")
+    assert said == "2 of 3 members, sigma 0.02, on countdown"
+    assert head.split() == ["accuracy", "reward"]
+    assert [row[:11].strip() for row in rows] == ["base", "best member", "vote of 2", "2 merged"]
+    assert estune("ensemble", *options, "--from", tmp_path / "e.json") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [said, "", head, *rows]
+    assert "--top 5 of --members 2" in refused(capsys, "ensemble", "tiny", "--members", 2)
+
+
 def test_probe(capsys: pytest.CaptureFixture[str]) -> None:
     options = [*QUICK, "--members", 2, "--prompts", 4, "--sigmas", "0.02, 0.001"]
     assert estune("probe", *options) == 0

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from estune.es.adaptation import Constraint, OneFifth
 from estune.es.earlier import Momentum
 from estune.es.evolution import EvolutionStrategy
+from estune.es.guided import Guided
 from estune.es.objective import Objective, best_of
 from estune.es.schedule import Schedule
 from estune.es.shaping import quantile, shape
@@ -195,3 +196,19 @@ def test_a_strategy_goes_on_from_its_updates_as_if_it_had_never_stopped() -> Non
     again.recall(updates[:4], whole.state())
     assert again.tell([0.0, 2.0]) == updates[4]
     assert updates[4].factors[1] < 0.7**2 * 0.9  # how far the base has moved since counts, earlier steps' terms too
+
+
+def test_guided_members_look_as_far_as_others_and_as_much_along_the_past_as_they_are_to() -> None:
+    """Each seed's noise is an axis of its own: what is summed up is the variance of an element of the perturbation."""
+    strategy = EvolutionStrategy(population=200, guided=Guided(0.4, 2))
+    assert {(m.own, m.along) for m in strategy.ask()} == {(1.0, ())}
+    strategy.tell([float(i % 7) for i in range(200)])
+    strategy.tell([float(i % 5) for i in range(200)])
+    members = strategy.ask()
+    along = [sum(c * c for _, c in m.along) for m in members]
+    assert members[0].own ** 2 == pytest.approx(0.6)
+    assert np.mean(along) == pytest.approx(0.4, rel=0.25)
+    assert len({seed for seed, _ in members[0].along}) > 300  # those of both steps, but for the mean rewards
+    again = EvolutionStrategy(population=200, guided=Guided(0.4, 2))
+    again.from_json(strategy.to_json())
+    assert again.ask() == members

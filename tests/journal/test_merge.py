@@ -53,7 +53,7 @@ def test_the_sum_of_two_runs_is_the_sum_of_their_changes(
     [
         ({"policy": "copy"}, "weights are kept by master, of .*/b copy"),
         ({"rounding": "stochastic"}, "rounding is nearest, of .*/b stochastic"),
-        ({"weight_decay": 0.1}, "/b has weight decay or an anchor, from step 1 on"),
+        ({"weight_decay": 0.1}, "/b has weight decay, an anchor or moments, from step 1 on"),
     ],
     ids=str,
 )

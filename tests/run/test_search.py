@@ -21,6 +21,12 @@ from estune.run.trainer import Trainer
 from tests.models import FUSABLE, save_model
 from tests.runs import make_config, make_task, variety
 
+
+def fitting(changes: dict[str, Any]) -> dict[str, Any]:
+    """Guided members are of no rank."""
+    return changes | {"noise": "iid"} if "guided_share" in changes and changes.get("noise") == "rank1" else changes
+
+
 COURSES = ["constant", "linear", "cosine"]
 BASE = st.fixed_dictionaries(
     {},
@@ -33,8 +39,7 @@ BASE = st.fixed_dictionaries(
         "per_prompt": st.sampled_from(["none", "center", "standardize"]),
         "reward_quantile": st.sampled_from([0.0, 0.3]),
         "constraint": st.sampled_from(["completions/mean_length<=4", "rewards/variety/mean>=0.9"]),
-        "momentum": st.sampled_from([0.3, 0.8]),
-        "momentum_window": st.integers(1, 3),
+        "sigma_scale": st.sampled_from([{"*.mlp.*": 0.5}, {"*norm*": 0.25, "*": "rms"}]),
         "weight_decay": st.just(0.1),
         "anchor_decay": st.just(0.3),
         "anchor_l1": st.just(0.01),
@@ -46,8 +51,21 @@ WITH_BASE = st.fixed_dictionaries(
     {}, optional={"adapt_sigma": st.booleans(), "evaluate_base": st.booleans(), "guard": st.sampled_from([0.0, 0.5])}
 )
 WITH_GROUPS = st.just({"prompt_groups": 2, "prompts_per_step": 3})
+WITH_PAST = st.fixed_dictionaries(
+    {}, optional={"momentum": st.sampled_from([0.3, 0.8]), "momentum_window": st.integers(1, 3)}
+)
+WITH_ADAM = st.fixed_dictionaries({"adam": st.just(True)}, optional={"adam_beta1": st.sampled_from([0.0, 0.5])})
+WITH_GUIDED = st.fixed_dictionaries(
+    {"guided_share": st.sampled_from([0.3, 0.9])}, optional={"guided_window": st.just(2)}
+)
 SAMPLED = st.sampled_from([{}, {"samples_per_prompt": 2, "best_of": 2, "temperature": 1.0}])
-COMBINATIONS = st.tuples(BASE, st.one_of(WITH_BASE, WITH_GROUPS), SAMPLED).map(lambda each: each[0] | each[1] | each[2])
+COMBINATIONS = st.tuples(
+    BASE,
+    st.one_of(WITH_PAST, WITH_ADAM, WITH_GUIDED),
+    st.one_of(WITH_BASE, WITH_GROUPS),
+    SAMPLED,
+    st.sampled_from([0, 1]),
+).map(lambda each: fitting(each[0] | each[1] | each[2] | each[3] | {"save_steps": each[4]}))
 
 
 def train(output: Path, model: Path, **changes: Any) -> list[str]:
@@ -89,7 +107,10 @@ ALL = {
     "constraint": "completions/mean_length<=4",
     "sigma_scheduler_type": "cosine",
     "noise": "rank1",
+    "sigma_scale": {"*norm*": 0.25, "*": "rms"},
 }
+GUIDED = {"momentum": 0.0, "guided_share": 0.5, "guided_window": 2, "noise": "iid"}
+MOMENTS = {"momentum": 0.0, "adam": True, "save_steps": 2, "noise": "iid"}
 
 
 @pytest.mark.parametrize("weights", ["inplace", "exact_inplace"])
@@ -115,11 +136,16 @@ def test_rank_one_noise_that_could_not_be_taken_back_is_refused_before_anything_
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("where", [{"replicas": 2}, {"workers": 2, "replicas": None}], ids=["replicas", "workers"])
+@pytest.mark.parametrize(
+    ("where", "changes"),
+    [({"workers": 2, "replicas": None}, {}), *(({"replicas": 2}, each) for each in ({}, MOMENTS, GUIDED))],
+    ids=["workers", "replicas", "adam", "guided"],
+)
 def test_the_parts_give_the_same_bits_on_any_number_of_workers(
-    model: Path, tmp_path: Path, where: dict[str, Any]
+    model: Path, tmp_path: Path, where: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    assert train(tmp_path / "one", model, **ALL) == train(tmp_path / "more", model, **ALL, **where)
+    one = train(tmp_path / "one", model, **ALL | changes)
+    assert one == train(tmp_path / "more", model, **ALL | changes | where)
 
 
 def test_a_run_with_momentum_anchor_and_groups_is_what_the_equations_say(model: Path, tmp_path: Path) -> None:
@@ -144,6 +170,72 @@ def test_a_run_with_momentum_anchor_and_groups_is_what_the_equations_say(model: 
     final = load_file(tmp_path / "run" / "final" / "model.safetensors")
     for name, t in theta.items():
         np.testing.assert_allclose(final[name].ravel(), t, rtol=0, atol=2e-6)
+
+
+def test_a_run_with_adam_and_scales_is_what_the_equations_say(model: Path, tmp_path: Path) -> None:
+    """The weights again in NumPy, from seeds and rewards alone."""
+    scale = {"model.norm.weight": 0.5}
+    train(tmp_path / "run", model, save_dtype="float32", adam=True, adam_beta2=0.9, weight_decay=0.5, sigma_scale=scale)
+    theta = {name: t.astype(np.float64).ravel() for name, t in load_file(model / "model.safetensors").items()}
+    moments = {name: (np.zeros(t.size), np.zeros(t.size)) for name, t in theta.items()}
+    journal = Journal.read(tmp_path / "run")
+    assert journal.header.scales == scale
+    for number, record in enumerate(journal.steps, 1):
+        rewards = np.array(record.rewards, float)
+        z = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+        for name, t in theta.items():
+            drawn = [
+                reference.normal_by_id(m.seed, reference.tensor_id(name), 0, t.size) for m in record.update.members
+            ]
+            g = scale.get(name, 1.0) * np.tensordot(z, np.array(drawn, float), 1) / 4
+            first = 0.9 * moments[name][0] + 0.1 * g
+            second = 0.9 * moments[name][1] + 0.1 * g * g
+            moments[name] = first, second
+            size = np.sqrt(second / (1 - 0.9**number)) + 1e-8
+            t += 0.02 / 2 * first / (1 - 0.9**number) / size - 0.02 * 0.5 * t
+    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    for name, t in theta.items():
+        np.testing.assert_allclose(final[name].ravel(), t, rtol=0, atol=1e-4)  # where g is next to nothing, so is v
+        assert np.mean(np.abs(final[name].ravel() - t)) < 2e-6
+
+
+def test_a_guided_run_is_what_the_equations_say(model: Path, tmp_path: Path) -> None:
+    """The weights again in NumPy, from seeds and rewards alone, with what each member was perturbed by."""
+    train(tmp_path / "run", model, save_dtype="float32", guided_share=0.4, guided_window=2, mirrored=True)
+    theta = {name: t.astype(np.float64).ravel() for name, t in load_file(model / "model.safetensors").items()}
+    past: list[dict[int, float]] = []  # of each step, the latest first: coefficients of its own members' noise
+    for record in Journal.read(tmp_path / "run").steps:
+        rewards = np.array(record.rewards, float)
+        z = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+        mixed: dict[int, float] = {}  # coefficients of all noise
+        own: dict[int, float] = {}
+        for member, weight in zip(
+            record.update.members, 0.02 / 4 * z * [m.sign for m in record.update.members], strict=True
+        ):
+            share = 0.4 if past else 0.0
+            own[member.seed] = own.get(member.seed, 0.0) + np.sqrt(1 - share) * weight
+            along = reference.normal_by_id(member.seed, reference.tensor_id("guided directions"), 0, 2)
+            for step, normal in zip(past, along, strict=False):
+                scale = normal * np.sqrt(share / len(past)) / np.linalg.norm(list(step.values()))
+                for seed, c in step.items():
+                    mixed[seed] = mixed.get(seed, 0.0) + weight * scale * c
+        for name, t in theta.items():
+            for seed, c in (own | mixed).items():
+                t += c * reference.normal_by_id(seed, reference.tensor_id(name), 0, t.size).astype(float)
+        past = [own, *past][:2]
+    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    for name, t in theta.items():
+        np.testing.assert_allclose(final[name].ravel(), t, rtol=0, atol=2e-6)
+
+
+def test_moments_go_on_in_a_branch_and_after_a_loss(model: Path, tmp_path: Path) -> None:
+    train(tmp_path / "whole", model, adam=True)
+    train(tmp_path / "branch", model, adam=True, start_from=tmp_path / "whole", start_step=2, steps=2)
+    assert replay(tmp_path / "branch", tmp_path / "replayed") == Journal.read(tmp_path / "branch").fingerprint()
+    steps = [Journal.read(tmp_path / name).steps for name in ("whole", "branch")]
+    assert [r.update.moments for r in steps[1]] == [r.update.moments for r in steps[0][2:]]
+    with pytest.raises(EstuneError, match="was run with adam, and its moments go on: set adam=true"):
+        train(tmp_path / "plain", model, start_from=tmp_path / "whole")
 
 
 def test_members_of_a_group_share_prompts_and_the_base_shares_all(model: Path, tmp_path: Path) -> None:
@@ -183,6 +275,12 @@ def test_a_constraint_on_an_unknown_metric_names_those_there_are(model: Path, tm
         ({"samples_per_prompt": 2}, "set temperature"),
         ({"anchor_decay": 0.1, "weights": "copy"}, "set weights=master"),
         ({"constraint": "length=4"}, "write METRIC<=NUMBER"),
+        ({"adam": True, "weights": "copy"}, "weights must be master"),
+        ({"adam": True, "momentum": 0.5}, "momentum 0"),
+        ({"guided_share": 0.5, "weights": "exact_inplace"}, "weights must be master or copy"),
+        ({"guided_share": 0.5, "noise": "rank1"}, "noise another than rank1"),
+        ({"sigma_scale": {"*": 0}}, "greater than 0"),
+        ({"sigma_scale": {"*": "root"}}, "sigma_scale"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from estune.errors import EstuneError
-from estune.es.strategy import Member, Update
+from estune.es.strategy import Member, Moments, Update
 from estune.noise import reference
 from estune.weights.base import keeps_base_on_host, make_base
 from estune.weights.checkpoint import Checkpoint
@@ -326,3 +326,50 @@ def test_types_mixed_are_refused_where_the_base_has_the_live_type() -> None:
         with pytest.raises(EstuneError, match=f"weights={policy} .* bfloat16 and float32; set weights=master"):
             Weights(mixed, policy=policy)  # type: ignore[arg-type]
     Weights(mixed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["master", "exact_inplace"])
+def test_scales_give_the_bits_of_the_cpu(kind: str, policy: str) -> None:
+    """Tensors of other scales go to other launches."""
+    options: dict[str, Any] = {"policy": policy, "scales": {"a.weight": 0.5, "b": 0.30000001192092896}}
+    dtype = torch.float32 if policy == "master" else torch.bfloat16
+    here = Weights(parameters(dtype), **options)
+    with kind_of_storage(kind):
+        there = on_device(parameters(dtype), kind, **options)
+        for weights in (here, there):
+            weights.perturb(Member(3, -1), 0.01)
+        assert bits(here) == bits(there)
+        for weights in (here, there):
+            weights.apply(Update(0, (Member(1), Member(2)), (0.1, -0.2)))
+            weights.restore()
+        assert bits(here) == bits(there)
+        assert here.fingerprint() == there.fingerprint()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_give_the_bits_of_the_cpu(kind: str) -> None:
+    here = Weights(parameters())
+    with kind_of_storage(kind):
+        there = on_device(parameters(), kind)
+        for step in range(3):
+            moments = Moments(0.01, 0.9, 0.99, 1 / (1 - 0.99 ** (step + 1)), 1e-8)
+            for weights in (here, there):
+                weights.apply(Update(step, (Member(step), Member(9)), (0.1, -0.2), -0.01, moments=moments))
+        assert here.fingerprint() == there.fingerprint()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["master", "copy"])
+def test_guided_members_have_the_bits_of_the_cpu(kind: str, policy: str) -> None:
+    member = Member(3, -1, own=0.75, along=((4, 0.5), (5, -0.25)))
+    options: dict[str, Any] = {"policy": policy, "scales": {"b": 0.5}}
+    here = Weights(parameters(torch.bfloat16), **options)
+    with kind_of_storage(kind):
+        there = on_device(parameters(torch.bfloat16), kind, **options)
+        before = bits(there)
+        for weights in (here, there):
+            weights.perturb(member, 0.1)
+        assert bits(here) == bits(there) != before
+        there.restore()
+        assert bits(there) == before

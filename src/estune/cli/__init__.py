@@ -1,6 +1,6 @@
 """The command line: each command where its group is, and what ends it. Heavy imports wait until a command runs.
 
-- `runs.py`: train, eval, replay
+- `runs.py`: train, eval, ensemble, replay
 - `journals.py`: log, verify, diff, branch, merge, pack, swap, sign, push, pull
 - `chat.py`: chat
 - `serve.py`: serve
@@ -49,6 +49,7 @@ app = typer.Typer(
 )
 app.command("train", context_settings=SETTINGS, cls=lists.WithSettings)(runs.train)
 app.command("eval", context_settings=SETTINGS)(runs.evaluate)
+app.command("ensemble", context_settings=SETTINGS)(runs.ensemble)
 app.command("chat", context_settings=SETTINGS)(chat.chat)
 app.command("serve", context_settings=SETTINGS)(terminable()(serve.serve))
 app.command("replay")(runs.replay)

@@ -1,4 +1,4 @@
-"""Commands about one run: to train, to evaluate, to rebuild."""
+"""Commands about one run: to train, to evaluate, to have members answer together, to rebuild."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from estune.cli.options import AcceptChanges, ConfigFile, TrustTask, overrides_of
-from estune.cli.output import opening, progress, say
+from estune.cli.output import opening, progress, say, say_table
 from estune.errors import EstuneError, printable
 
 
@@ -112,6 +112,57 @@ def evaluate(
     for key, value in metrics.items():
         table.add_row(escape(printable(key.removeprefix("eval_"))), f"{value:.4f}")
     Console().print(table)
+
+
+def ensemble(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="a run's directory, a checkpoint directory, a hub id or tiny")],
+    config: ConfigFile = None,
+    members: Annotated[int, typer.Option(help="members that are drawn and tried")] = 64,
+    top: Annotated[int, typer.Option(help="members that are kept")] = 5,
+    prompts: Annotated[
+        int | None, typer.Option(help="training prompts each answers; prompts_per_step by default")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="of a run, after how many steps; its best evaluation by default")
+    ] = None,
+    of_step: Annotated[bool, typer.Option("--of-step", help="try the members that the run tried after them")] = False,
+    given: Annotated[
+        Path | None, typer.Option("--from", help="members chosen before: a file of -o; no new ones")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="write seeds and figures here, JSON")] = None,
+    save: Annotated[Path | None, typer.Option(help="write the merged model here, a checkpoint")] = None,
+    accept_changes: AcceptChanges = False,
+    trust_task: TrustTask = False,
+) -> None:
+    """Keep the best of many members around a run's weights, or any model, and answer by their vote, or merged.
+
+    Settings are given as to `estune eval`; `--sigma` is how far members are from the base.
+    """
+    insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}
+    with opening(f"ensemble around {model}"):
+        from estune.run.ensemble import Ensemble
+        from estune.run.ensemble import ensemble as gather
+
+        found = gather(
+            model,
+            config,
+            overrides_of(context.args),
+            members=members,
+            top=top,
+            prompts=prompts,
+            step=step,
+            of_step=of_step,
+            given=None if given is None else Ensemble.read(given),
+            save=save,
+            **insists,
+        )
+    if output is not None:
+        found.write(output)
+    say(f"{len(found.members)} of {found.tried} members, sigma {found.sigma:g}, on {found.task}\n")
+    say_table(found.rows())
+    if "vote" not in found.figures:
+        say(f"\nno vote: the task {found.task} says of no completion what its final answer is")
 
 
 def replay(

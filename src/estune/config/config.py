@@ -133,6 +133,22 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
             raise ValueError(f"samples_per_prompt {self.samples_per_prompt} would be alike: set temperature, 1 say")
         if (self.anchor_decay or self.anchor_l1) and self.weights != "master":
             raise ValueError(f"weights={self.weights} would round anchor_decay and anchor_l1 away: set weights=master")
+        if self.adam and (self.weights != "master" or self.momentum or self.workers_at):
+            raise ValueError(
+                "adam keeps moments beside a float32 base, the first of which is a momentum: weights must be master, "
+                "momentum 0, and workers_at empty"
+            )
+        if self.guided_share and (
+            self.adam
+            or self.momentum
+            or self.max_staleness
+            or self.noise == "rank1"
+            or not POLICIES[self.weights].keeps_base
+        ):
+            raise ValueError(
+                "guided_share perturbs members along the last updates, around a base that is kept: weights must be "
+                "master or copy, momentum and max_staleness 0, noise another than rank1, and adam left out"
+            )
         return self
 
     @model_validator(mode="after")

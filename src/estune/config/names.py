@@ -161,7 +161,7 @@ ANSWERS = {theirs: said for said, names in _ANSWERS.items() for theirs in names.
 
 MEANINGLESS = frozenset(
     """
-    accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
+    accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_epsilon
     auto_find_batch_size average_tokens_across_devices batch_eval_metrics beta bf16_full_eval cache_implementation
     cast_lm_head_to_fp32 data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
     dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend

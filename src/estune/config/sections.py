@@ -183,6 +183,11 @@ class Search(Section):
     sigma: float = Field(0.001, gt=0, description="standard deviation of the perturbations")
     sigma_scheduler_type: Course = Field("constant", description="sigma over the run: constant, or falling")
     min_sigma_rate: float = Field(0.1, gt=0, le=1, description="share of sigma that a falling one ends at")
+    sigma_scale: Annotated[dict[str, Annotated[float, Field(gt=0)] | Literal["rms"]], BeforeValidator(_json)] = Field(
+        {},
+        description="factors of sigma by shell pattern of parameters' names, of which the first that fits counts: "
+        '{"*.mlp.*": 0.5}; rms is a parameter\'s root mean square over that of all. Their updates have them too',
+    )
     adapt_sigma: bool = Field(
         False,
         description="one-fifth rule: sigma grows where more than a fifth of the members beat the base, which completes "
@@ -237,6 +242,21 @@ class Search(Section):
     momentum_window: int | None = Field(
         None, ge=1, description="earlier steps at most; as far as they count 5%, if not given. 1 reuses the last alone"
     )
+    guided_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each perturbation's variance along the last updates (guided ES); costs each member the "
+        "noise of all their members",
+    )
+    guided_window: int = Field(1, ge=1, description="updates along which guided members are perturbed")
+    adam: bool = Field(
+        False,
+        description="scale the update of each weight by moments of all updates so far, as Adam does; with "
+        "weights=master, 8 bytes more a weight, and resuming makes all steps again",
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, with adam")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment, with adam")
     weight_decay: float = Field(
         0.0,
         ge=0,

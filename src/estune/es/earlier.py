@@ -46,12 +46,19 @@ class Past:
 
     Args:
         momentum: how much of them counts.
+        window: steps that are wanted, whatever momentum wants.
     """
 
-    def __init__(self, momentum: Momentum) -> None:
+    def __init__(self, momentum: Momentum, window: int = 0) -> None:
         self._momentum = momentum
-        self._steps: deque[tuple[Pair, ...]] = deque(maxlen=max(1, momentum.steps))
-        self._moves: deque[float] = deque(maxlen=max(1, momentum.steps))  # squared, per element, in weights' units
+        most = max(1, momentum.steps, window)
+        self._steps: deque[tuple[Pair, ...]] = deque(maxlen=most)
+        self._moves: deque[float] = deque(maxlen=most)  # squared, per element, in weights' units
+
+    @property
+    def steps(self) -> list[tuple[Pair, ...]]:
+        """Of each step that counts, the latest first, what its own members gave."""
+        return list(self._steps)
 
     def factors(self, sigma: float) -> list[float]:
         """The factors of the last steps' terms, the latest first."""

@@ -13,11 +13,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from estune.es.adam import Adam
 from estune.es.adaptation import OneFifth
 from estune.es.earlier import Momentum, Past
+from estune.es.guided import Guided
 from estune.es.schedule import Schedule
 from estune.es.shaping import Shaping, shape
-from estune.es.strategy import Member, Update, alike, float32, member_seed
+from estune.es.strategy import Member, Update, alike, float32, member_seed, plain
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class EvolutionStrategy:
         anchor_l1: how far each weight is brought back toward the base model's a step, times the learning rate.
         mirrored: evaluate each direction with both signs (antithetic sampling).
         momentum: what earlier steps add.
+        adam: scales the update of each weight by its moments, in place of `momentum`.
+        guided: perturbs members along the last updates, too, in place of `momentum` and `adam`.
         adapt_sigma: the one-fifth rule, for which the base is evaluated too.
         evaluate_base: evaluate the base as one more member, of sign 0, which comes last.
     """
@@ -63,6 +67,8 @@ class EvolutionStrategy:
         anchor_l1: float = 0.0,
         mirrored: bool = False,
         momentum: Momentum = Momentum(),  # noqa: B008
+        adam: Adam | None = None,
+        guided: Guided | None = None,
         adapt_sigma: bool = False,
         evaluate_base: bool = False,
     ) -> None:
@@ -70,6 +76,10 @@ class EvolutionStrategy:
             raise ValueError(f"sigma is {sigma}: it must be above 0")
         if population < 2 or (mirrored and population % 2):
             raise ValueError(f"population is {population}: it must be 2 or more, and even when mirrored")
+        if adam is not None and momentum.beta:
+            raise ValueError("adam has a first moment of its own: momentum must be 0")
+        if guided is not None and (momentum.beta or adam is not None):
+            raise ValueError("guided members have the last updates in them: momentum must be 0, and adam left out")
         self.seed = seed
         self.population = population
         self.peak_sigma = sigma
@@ -86,7 +96,10 @@ class EvolutionStrategy:
         self.evaluate_base = evaluate_base or adapt_sigma
         self.step = 0
         self._momentum = momentum
-        self._past = Past(momentum)
+        self._past = Past(momentum, guided.window if guided else 0)
+        self._guided = guided
+        self._adam = adam
+        self._taken_in = 0  # updates that the moments have had
         self._one_fifth = OneFifth() if adapt_sigma else None
         self._caution = 1.0  # factor of the learning rate, halved by each step that was taken back
 
@@ -110,6 +123,8 @@ class EvolutionStrategy:
             members = [Member(s, sign) for s in seeds for sign in (1, -1)]
         else:
             members = [Member(member_seed(self.seed, step, i)) for i in range(self.population)]
+        if self._guided:
+            members = self._guided.members(members, self._past.steps)
         return [*members, Member(member_seed(self.seed, step, _BASE), 0)] if self.evaluate_base else members
 
     def tell(self, rewards: Sequence[float | None]) -> Update:
@@ -131,6 +146,7 @@ class EvolutionStrategy:
             log.warning("step %d: fewer than two members have a reward, so the weights stay as they are", self.step + 1)
         update = self._unchanged(members) if alike(valid) else self._update(members, at, valid)
         self._past.add(update.pairs, (*update.pairs, *update.earlier))
+        self._taken_in += update.moments is not None
         base = rewards[-1]
         if self._one_fifth and valid and base is not None and math.isfinite(base):
             self._one_fifth.tell(valid, base)
@@ -140,22 +156,29 @@ class EvolutionStrategy:
     def take_back(self, update: Update) -> Update:
         """Make the last step, which gave this update, one that changes nothing, and halve the learning rate."""
         self._caution /= 2
+        self._taken_in -= update.moments is not None
         self._past.add((), (), instead=True)
         return Update(update.step, update.members, (0.0,) * len(update.members), rounding_seed=update.rounding_seed)
 
     def _unchanged(self, members: Sequence[Member]) -> Update:
-        return Update(self.step, tuple(members), (0.0,) * len(members), rounding_seed=self._rounding_seed)
+        return Update(self.step, plain(members), (0.0,) * len(members), rounding_seed=self._rounding_seed)
 
     def _update(self, members: Sequence[Member], at: Sequence[int], rewards: Sequence[float]) -> Update:
         """The update by those members, given by their indices, that have a reward."""
         alpha = self.learning_rate
+        scale = alpha if self._adam is None else 1.0  # with moments alpha scales what these make of it
+        shaped = shape(rewards, self.shaping, self.shaping_share)
+        weights = [scale / len(rewards) * weight for weight in shaped]
+        own = self._guided.own(self._past.steps) if self._guided else self._momentum.own
         coefficients = [0.0] * len(members)
-        for i, weight in zip(at, shape(rewards, self.shaping, self.shaping_share), strict=True):
-            coefficients[i] = float32(alpha / len(rewards) * weight * members[i].sign * self._momentum.own)
+        for i, weight in zip(at, weights, strict=True):
+            coefficients[i] = float32(weight * members[i].sign * own)
         factors = self._past.factors(self.sigma)
+        if self._guided:
+            factors = self._guided.factors([members[i] for i in at], weights, self._past.steps)
         return Update(
             self.step,
-            tuple(members),
+            plain(members),
             tuple(coefficients),
             float32(-alpha * self.weight_decay),
             self._rounding_seed,
@@ -163,6 +186,7 @@ class EvolutionStrategy:
             tuple(factors),
             float32(alpha * self.anchor_decay),
             float32(alpha * self.anchor_l1),
+            None if self._adam is None else self._adam.moments(alpha, len(rewards), self._taken_in + 1),
         )
 
     @property
@@ -172,6 +196,8 @@ class EvolutionStrategy:
     def state(self) -> dict[str, Any]:
         """What `recall` takes beside the updates so far, as JSON holds it; empty where these say all."""
         found = {"sigma_factor": self._one_fifth.factor} if self._one_fifth else {}
+        if self._adam:
+            found["adam_steps"] = float(self._taken_in)
         return found if self._caution == 1.0 else found | {"caution": self._caution}
 
     def recall(self, updates: Sequence[Update], state: dict[str, Any]) -> None:
@@ -182,6 +208,7 @@ class EvolutionStrategy:
         if self._one_fifth:
             self._one_fifth.factor = float(state.get("sigma_factor", 1.0))
         self._caution = float(state.get("caution", 1.0))
+        self._taken_in = int(state.get("adam_steps", 0))
 
     def to_json(self) -> str:
         """All that `from_json` needs to go on where this is; settings are not part of it."""

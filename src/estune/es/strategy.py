@@ -18,11 +18,29 @@ _MASK64 = 2**64 - 1
 class Member:
     """One direction in parameter space: the noise of `seed`, added (+1) or subtracted (-1).
 
-    The base itself takes part as a member of sign 0.
+    The base itself takes part as a member of sign 0. A guided member's direction is `own` times the noise of `seed`,
+    and the noise of earlier seeds, times float32 coefficients, which `along` holds.
     """
 
     seed: int
     sign: int = 1
+    own: float = 1.0
+    along: tuple[Pair, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """How an update is scaled for each weight, by moments of what updates add there: `weights/moments.py`, `Adam`.
+
+    All are float32 values: the decay of the first and of the second moment, what the second is corrected by, and what
+    is added to its root; `rate` has the correction of the first in it.
+    """
+
+    rate: float
+    beta1: float
+    beta2: float
+    correction: float
+    epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +49,8 @@ class Update:
 
     First, where there is an anchor, base += anchor * (origin - base), then by at most `anchor_l1` toward the origin,
     which is the base model. Then base += decay * base + sum_n coefficients[n] * noise(members[n].seed), in this order,
-    and what earlier steps add behind it.
+    and what earlier steps add behind it. With `moments` these take in the sum, and what they make of it is added in its
+    place.
 
     `earlier` is what steps before it add, the latest first, and `factors` are what those steps' own terms were
     multiplied by. `coefficients` are float32 values, signs included; one per member, 0.0 for a member that was left
@@ -47,6 +66,7 @@ class Update:
     factors: tuple[float, ...] = ()
     anchor: float = 0.0
     anchor_l1: float = 0.0
+    moments: Moments | None = None
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -85,6 +105,11 @@ class Strategy(Protocol):
     def recall(self, updates: Sequence[Update], state: dict[str, Any]) -> None:
         """Go on after these updates, the last of which left this state."""
         ...
+
+
+def plain(members: Sequence[Member]) -> tuple[Member, ...]:
+    """Members as updates and journals name them, by seed and sign."""
+    return tuple(Member(member.seed, member.sign) for member in members)
 
 
 def alike(rewards: Sequence[float]) -> bool:

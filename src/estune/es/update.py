@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from estune.es.strategy import Update
+from estune.es.strategy import Member, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,10 @@ class Terms:
     decay: float
     rounding_seed: int | None
 
+    def scaled(self, scale: float) -> npt.NDArray[np.float32]:
+        """The coefficients times the scale of a parameter's noise, each product rounded to float32, `[members]`."""
+        return self.coefficients if scale == 1.0 else self.coefficients * np.float32(scale)
+
 
 def terms(update: Update, rounding: str) -> Terms | None:
     """An update's terms, of some KB; None if it adds nothing. Its anchor is applied before, by itself."""
@@ -28,6 +32,13 @@ def terms(update: Update, rounding: str) -> Terms | None:
     seeds = np.array([seed for seed, _ in pairs], np.uint64)
     coefficients = np.array([c for _, c in pairs], np.float32)
     return Terms(seeds, coefficients, update.decay, update.rounding_seed if rounding == "stochastic" else None)
+
+
+def along(member: Member, sigma: float) -> Terms:
+    """What a guided member's perturbation adds to the base."""
+    pairs = [(member.seed, member.own), *member.along]
+    coefficients = np.array([member.sign * sigma * c for _, c in pairs], np.float32)
+    return Terms(np.array([seed for seed, _ in pairs], np.uint64), coefficients, 0.0, None)
 
 
 def as_fingerprint(total: int) -> str:

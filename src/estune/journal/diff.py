@@ -101,6 +101,7 @@ def _first(one: list[StepRecord], other: list[StepRecord]) -> tuple[int | None, 
             "earlier steps' share": (a.update.factors, b.update.factors),
             "decay": (a.update.decay, b.update.decay),
             "anchor": ((a.update.anchor, a.update.anchor_l1), (b.update.anchor, b.update.anchor_l1)),
+            "moments": (a.update.moments, b.update.moments),
             "weights": (a.fingerprint, b.fingerprint),
         }
         differing = tuple(name for name, (x, y) in fields.items() if x != y)

@@ -57,6 +57,7 @@ class HeaderLine(Line):
     place: str = ""
     folder: str = ""
     shares: list[str] | None = None
+    scales: dict[str, Annotated[float, Field(gt=0)]] = {}
     prompts_hash: MaybeHash = ""
     format: int
     noise_version: int
@@ -78,9 +79,10 @@ class StepLine(Line):
     fingerprint: Hash
     metrics: dict[str, float]
     staleness: list[Literal[0, 1]] = []
-    earlier: list[Annotated[float, Field(ge=0)]] = []
+    earlier: list[float] = []
     anchor: Annotated[float, Field(ge=0)] = 0.0
     anchor_l1: Annotated[float, Field(ge=0)] = 0.0
+    moments: Annotated[list[float], Field(min_length=5, max_length=5)] = []
     fitness: list[float | None] = []
     state: dict[str, float] = {}
 
@@ -90,6 +92,9 @@ class StepLine(Line):
         lengths = {len(each) for each in (self.seeds, self.signs, self.rewards, self.coefficients, *if_any)}
         if len(lengths) > 1:
             raise ValueError("seeds, signs, rewards, coefficients, staleness and fitness are not equally many")
+        rate, beta1, beta2, correction, epsilon = self.moments or (0.0, 0.0, 0.0, 1.0, 1.0)
+        if not (rate >= 0 <= beta1 < 1 and 0 <= beta2 < 1 <= correction and epsilon > 0):
+            raise ValueError(f"moments are {self.moments}, which no step has")
         if len(self.earlier) > self.step:
             raise ValueError(f"earlier names {len(self.earlier)} steps before step {self.step}")
         return self

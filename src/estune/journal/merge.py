@@ -16,6 +16,7 @@ import numpy as np
 
 from estune.errors import EstuneError
 from estune.es.earlier import scaled
+from estune.es.strategy import Update
 from estune.files import make_folder
 from estune.journal.identity import model_files
 from estune.journal.journal import Journal, base_checkpoint
@@ -76,6 +77,7 @@ def merge(
         dtype=first.dtype,
         live_dtype=first.live_dtype,
         tensors=first.tensors,
+        scales=first.scales,
         fingerprint=found[0],
         task="+".join(dict.fromkeys(journal.header.task for journal in journals)),
         data_hash="",
@@ -118,6 +120,7 @@ def _refuse_other(one: Journal, other: Journal) -> None:
         ("trained tensors are", sorted(a.tensors), sorted(b.tensors)),
         ("base weights are", a.dtype, b.dtype),
         ("noise is", a.noise, b.noise),
+        ("scales of noise are", a.scales, b.scales),
         ("rounding is", a.rounding, b.rounding),
         ("weights are kept by", a.policy, b.policy),
     ):
@@ -130,12 +133,17 @@ def _refuse_other(one: Journal, other: Journal) -> None:
             f"merge: {other.run} was run with weights={b.policy}, where a step depends on the weights that it finds; "
             "give runs with weights=master or copy"
         )
-    decayed = next((r.step + 1 for r in other.history if r.update.decay or is_anchored(r.update)), None)
+    decayed = next((r.step + 1 for r in other.history if _depends(r.update)), None)
     if decayed is not None:
         raise EstuneError(
-            f"merge: {other.run} has weight decay or an anchor, from step {decayed} on, by which a step depends on the "
-            "weights that it finds: such runs have no sum; give runs without"
+            f"merge: {other.run} has weight decay, an anchor or moments, from step {decayed} on, by which a step "
+            "depends on what was before it: such runs have no sum; give runs without"
         )
+
+
+def _depends(update: Update) -> bool:
+    """Whether what an update does depends on the weights that it finds, or on the updates before it."""
+    return bool(update.decay) or is_anchored(update) or update.moments is not None
 
 
 def _scaled(record: StepRecord, before: Sequence[StepRecord], factor: float) -> StepRecord:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from estune.es.earlier import scaled
-from estune.es.strategy import Member, Update
+from estune.es.strategy import Member, Moments, Update
 from estune.noise.reference import NOISE_VERSION
 from estune.weights.policies import TYPE_NAMES, NoiseMode, PolicyName, Rounding, Rule
 
@@ -51,6 +51,7 @@ class Header:
     place: str = ""  # the run's directory, from the root on
     folder: str = ""  # the directory that the run was begun in, to which paths in its settings are relative
     shares: list[str] | None = None  # accuracies that lie in 0 to 1 by declaration; None: an older version's
+    scales: dict[str, float] = field(default_factory=dict)  # factors of tensors' noise, by name; others have 1
     prompts_hash: str = ""  # of the token ids of the first step's prompts and the evaluation set's
     format: int = FORMAT
     noise_version: int = NOISE_VERSION
@@ -64,7 +65,7 @@ class Header:
     @property
     def rule(self) -> Rule:
         """How the base weights are kept and changed."""
-        return Rule(self.policy, self.rounding, self.noise, self.dtype)
+        return Rule(self.policy, self.rounding, self.noise, self.dtype, self.scales)
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def encoded(record: StepRecord) -> dict[str, Any]:
         **({"staleness": record.staleness} if any(record.staleness) else {}),
         **({"earlier": update.factors} if update.factors else {}),
         **{name: value for name in ("anchor", "anchor_l1") if (value := getattr(update, name))},
+        **({"moments": list(astuple(update.moments))} if update.moments else {}),
         **({"fitness": record.fitness} if record.fitness else {}),
         **({"state": record.state} if record.state else {}),
     }
@@ -139,6 +141,7 @@ def decoded(payload: dict[str, Any], before: Sequence[StepRecord]) -> StepRecord
         tuple(factors),
         payload.get("anchor", 0.0),
         payload.get("anchor_l1", 0.0),
+        Moments(*payload["moments"]) if "moments" in payload else None,
     )
     return StepRecord(
         update,

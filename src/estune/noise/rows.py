@@ -35,6 +35,7 @@ class Run:
     rows: Rows | None = None  # where it is columns of the parameter; otherwise one stretch of it
     counted: bool = True  # False for what another run counts in the fingerprint
     columns: int = 0  # of the parameter, where its noise is of rank one (`rank1.py`)
+    scale: float = 1.0  # factor of its noise, a float32 value
 
     def part(self, start: int, end: int) -> Run:
         """Its elements from `start` up to `end`."""

@@ -264,7 +264,8 @@ def _try_apply(replica: Evaluator, update: Update) -> int | Lost:
 def open_local_pool(config: Config) -> LocalPool:
     """A pool of this process's replica and those in processes of their own.
 
-    On a CPU they share one base, which the replica of this process fills, if the policy keeps a base.
+    On a CPU they share one base, which the replica of this process fills, if the policy keeps a base. With moments each
+    has its own: what a lost one held beside its share of a base, nobody could make again without all others.
 
     Raises:
         EstuneError: for a model that cannot be had or trained.
@@ -277,7 +278,7 @@ def open_local_pool(config: Config) -> LocalPool:
             "in their place, or set max_staleness=0"
         )
     keeps_base = POLICIES[config.weights].keeps_base
-    one_base = keeps_base and count > 1 and on_cpu
+    one_base = keeps_base and count > 1 and on_cpu and not config.adam
     memory = (memory_ahead() or open_memory()) if one_base else None
     shares = [None if memory is None else Share(memory, i, count) for i in range(count)]
     deadlines = Deadlines(config.worker_timeout)

@@ -26,10 +26,12 @@ from estune.weights.adapted import open_checkpoint
 from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import device_kind, synchronize, training_device
+from estune.weights.moments import has_moments
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.places import check_places
 from estune.weights.policies import NOT_REVERSIBLE, POLICIES
 from estune.weights.rebuild import Steps, is_anchored
+from estune.weights.scales import scales_of
 from estune.weights.storage import flat, type_name
 from estune.weights.trained import Drift, TrainedWeights
 from estune.weights.weights import Weights
@@ -137,9 +139,11 @@ class Trained(Generator):
         Args:
             updates: all of the run so far.
             checkpoint: a number of updates, and the directory of the weights after them. Where this machine has no such
-                directory, all updates are made again from the base model.
+                directory, or updates have moments, which it does not hold, all are made again from the base model.
         """
         done, path = checkpoint if checkpoint is not None and checkpoint[1].is_dir() else (0, self.checkpoint.path)
+        if has_moments(updates[:done]):
+            done, path = 0, self.checkpoint.path
         self.load(path)
         self.advance(updates[done:])
         return self.weights.fingerprint()
@@ -234,7 +238,10 @@ class Replica(Trained):
 def drawn(weights: Weights) -> dict[int, Drawn]:
     """What members perturb, by the address of its memory."""
     return {
-        p.tensor.data_ptr(): Drawn(weights.rule.noise_key(p.name), tuple(p.tensor.shape)) for p in weights.parameters
+        p.tensor.data_ptr(): Drawn(
+            weights.rule.noise_key(p.name), tuple(p.tensor.shape), weights.rule.scales.get(p.name, 1.0)
+        )
+        for p in weights.parameters
     }
 
 
@@ -262,6 +269,7 @@ def open_weights(
             policy=config.weights,
             rounding=config.rounding,
             noise=config.noise,
+            scales=scales_of(config.sigma_scale, checkpoint, [p.name for p in parameters]),
             threads=config.threads or 1,
             base_on_host=on_host,
             share=share,

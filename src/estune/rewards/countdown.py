@@ -85,6 +85,12 @@ def format_reward(*, prompts: Sequence[Text], completions: Sequence[Text], **_: 
     return [_format(as_text(prompt), as_text(text)) for prompt, text in zip(prompts, completions, strict=True)]
 
 
+def plain_answer(text: str) -> str | None:
+    """The expression in the last `<answer>`, without spaces; None where there is none."""
+    found = last_answer(text)
+    return None if found is None else "".join(found.split())
+
+
 def parse_target(target: Any) -> tuple[Fraction, Fraction]:
     """A target as a rational, and the distance below which a value reaches it (0: it must be equal).
 

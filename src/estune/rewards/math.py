@@ -69,6 +69,12 @@ def is_right(text: str, gold: Any) -> bool:
     return any(same(right, found) for right in golds)
 
 
+def plain_answer(text: str) -> str | None:
+    """The final answer of a text without spaces and wrapping; None where there is none, or one too long to be read."""
+    found = final_answer(text)
+    return None if found is None or len(found) > MAX_LENGTH else _plain(found)
+
+
 def same(gold: str, answer: str) -> bool:
     """Whether two answers, the gold answer first, are equal: as text, by their form, or in value."""
     if _plain(gold) == _plain(answer):

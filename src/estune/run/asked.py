@@ -10,6 +10,7 @@ from estune.completion import Sampling
 from estune.config import Config
 from estune.engines.prompts import PromptEncoder
 from estune.es.strategy import Strategy, member_seed
+from estune.grading.convention import Row
 from estune.journal.journal import Journal
 from estune.pool.base import Evaluated, Evaluation, Pool
 from estune.pool.waiting import told_while
@@ -17,6 +18,9 @@ from estune.run.held_out import token_ids
 from estune.run.make import make_sampling
 from estune.run.order import StagedOrder
 from estune.tasks.base import Task
+
+UNREACHED = 1 << 39
+"""A step that no run reaches: its members' seeds are free for what is tried beside runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +139,18 @@ class Asking:
             evaluations.append(self._pool.evaluate(of_group, sigma, prompt_ids, sampling))
         updates = len(self._journal.inherited) + step
         return Asked(sigma, indices, asked, len(members), updates, evaluations, sampling)
+
+
+def first_prompts(
+    config: Config, task: Task, encoder: PromptEncoder, prompts: int
+) -> tuple[list[Row], list[list[int]]]:
+    """Rows of a run's first step, so many of them, and token ids of their prompts.
+
+    Raises:
+        EstuneError: for a prompt that cannot be completed.
+    """
+    chosen = StagedOrder(len(task.train), task.stages, prompts, config.seed).rows(0)
+    rows = [task.train[i] for i in chosen]
+    ids = token_ids(encoder, task, rows)
+    encoder.check(ids, make_sampling(config))
+    return rows, ids

@@ -57,7 +57,7 @@ def evaluate_model(
     from estune.run.graded import write_completions
     from estune.run.held_out import HeldOut, refuse_unreachable
 
-    given = _from_here(read(file, overrides or []))
+    given = from_here(read(file, overrides or []))
     folder = Path.cwd()
     config = settings_for(model, given)
     run = Path(model)
@@ -65,7 +65,7 @@ def evaluate_model(
         journal = Journal.read(run)
         folder = folder if "watch" in given else task_folder(journal, config, given)
         if task is None:
-            task = _task_for(journal, config, given, accept_changes=accept_changes, trust_task=trust_task)
+            task = task_for(journal, config, given, accept_changes=accept_changes, trust_task=trust_task)
         else:
             refuse_foreign(model, config, given, has_task=True, trust=trust_task, accept=accept_changes)
         refuse_changed_model(journal, checkpoint or find_checkpoint(model), accept=accept_changes)
@@ -74,7 +74,7 @@ def evaluate_model(
     task = task or config.task.build(config.seed)
     adapter = None if is_run(run) or checkpoint else config.adapter  # a run's checkpoint holds it
     config = config.model_copy(update={"adapter": adapter})
-    config = with_resources_to_generate(_on_this_machine(config, checkpoint or find_checkpoint(model)))
+    config = with_resources_to_generate(on_this_machine(config, checkpoint or find_checkpoint(model)))
     refuse_unreachable(task, config)
     for remark in of_evaluation(config):
         log.warning("%s", remark)
@@ -107,15 +107,15 @@ def evaluate_model(
     return metrics
 
 
-def _on_this_machine(config: Config, checkpoint: Path | str) -> Config:
-    """The settings with a checkpoint for the model, and no workers."""
+def on_this_machine(config: Config, checkpoint: Path | str) -> Config:
+    """The settings with a checkpoint, or another name, for the model, and no workers."""
     here: dict[str, Any] = {"model": str(checkpoint), "workers": None}
     if config.workers_at:  # they have the base model, and vLLM, which need not be here
         here |= {"workers_at": [], "engine": "auto", "vllm_max_model_length": None}
     return config.model_copy(update=here)
 
 
-def _from_here(given: dict[str, Any]) -> dict[str, Any]:
+def from_here(given: dict[str, Any]) -> dict[str, Any]:
     """Settings with the user's own paths of data from the root on: a run's are relative to where it was begun."""
     task = given.get("task")
     if not isinstance(task, dict) or "name" in task:
@@ -159,7 +159,17 @@ def _device_of(settings: Mapping[str, Any]) -> str:
     return str(settings["device"])
 
 
-def _task_for(journal: Journal, config: Config, given: Mapping[str, Any], **insists: Any) -> Task:
+def task_for(journal: Journal, config: Config, given: Mapping[str, Any], **insists: Any) -> Task:
+    """The task of a run, or the one that the user gave instead.
+
+    Args:
+        journal: the run's.
+        config, given: its settings, and what the user gave of them.
+        insists: as `task_of` takes it.
+
+    Raises:
+        EstuneError: as `task_of`.
+    """
     run = str(journal.run)
     remedy = f"evaluate it from Python, with estune.evaluate_model({run!r}, task=...)"
     other_data = not given.keys().isdisjoint(("task", "seed"))

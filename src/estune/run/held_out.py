@@ -48,8 +48,9 @@ class HeldOut:
         telling = (function for function in task.reward_funcs if reward_name(function) in task.accuracies)
         self._of_corpus = "corpus" in map(level_of, telling)  # then no completion is right or wrong by itself
         self._grading = grading or make_grading(config, task)
-        self._sampling = evaluation_sampling(config)
-        self.prompt_ids = encode_rows(encoder, task, dict(enumerate(task.evaluation)), "evaluation row", self._sampling)
+        self.sampling = evaluation_sampling(config)
+        """How completions are drawn."""
+        self.prompt_ids = encode_rows(encoder, task, dict(enumerate(task.evaluation)), "evaluation row", self.sampling)
 
     @property
     def longest(self) -> int:
@@ -59,7 +60,7 @@ class HeldOut:
     @property
     def asked(self) -> list[list[int]]:
         """What is generated from: each prompt as often as it gets a completion that can be another."""
-        return self._each(self.prompt_ids) if self._sampling.temperature else self.prompt_ids
+        return self._each(self.prompt_ids) if self.sampling.temperature else self.prompt_ids
 
     def evaluate(self, generator: Generating, *, compare: Compare | None = None) -> tuple[dict[str, float], Graded]:
         """Metrics with `eval_` before them, and what they are made of: each prompt's completions, one after another.
@@ -71,10 +72,15 @@ class HeldOut:
         Raises:
             EstuneError: where the reward cannot be told.
         """
+        return self.judge(generator.generate(self.asked, self.sampling), compare=compare)
+
+    def judge(
+        self, completions: list[Completion], *, compare: Compare | None = None
+    ) -> tuple[dict[str, float], Graded]:
+        """As `evaluate`, of completions of all that is asked, however they were generated."""
         rows = self._each(self.task.evaluation)
         prompt_ids = self._each(self.prompt_ids)
-        completions = generator.generate(self.asked, self._sampling)
-        if not self._sampling.temperature:  # all of a prompt would be alike
+        if not self.sampling.temperature:  # all of a prompt would be alike
             completions = self._each(completions)
         graded = Graded(rows, completions, self._grading.grade(rows, completions))
         metrics = evaluation_metrics(self.task, graded)

@@ -9,8 +9,10 @@ from typing import Any
 
 from estune.completion import Sampling
 from estune.config import Config
+from estune.es.adam import Adam
 from estune.es.earlier import Momentum
 from estune.es.evolution import EvolutionStrategy
+from estune.es.guided import Guided
 from estune.es.schedule import Schedule
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading
@@ -44,11 +46,15 @@ def make_strategy(config: Config, journal: Journal | None = None) -> EvolutionSt
         anchor_l1=config.anchor_l1,
         mirrored=config.mirrored,
         momentum=Momentum(config.momentum, config.momentum_window),
+        adam=Adam(config.adam_beta1, config.adam_beta2) if config.adam else None,
+        guided=Guided(config.guided_share, config.guided_window) if config.guided_share else None,
         adapt_sigma=config.adapt_sigma,
         evaluate_base=config.base_takes_part,
     )
     if journal is not None:
-        strategy.recall([record.update for record in journal.steps], journal.state)
+        begun = sum(record.update.moments is not None for record in journal.inherited)
+        state = journal.state if journal.steps else {"adam_steps": float(begun)}  # moments go on from an ancestor's
+        strategy.recall([record.update for record in journal.steps], state)
     return strategy
 
 
@@ -74,6 +80,7 @@ def make_header(
         dtype=trained.dtype,
         live_dtype=trained.live_dtype,
         tensors=trained.tensors,
+        scales=dict(trained.rule.scales),
         fingerprint=fingerprint,
         task=task,
         data_hash=data_hash,

@@ -12,6 +12,7 @@ from estune.pool.base import Description, Pool
 from estune.pool.waiting import told_while
 from estune.run.directory import RunDirectory
 from estune.weights.checkpoint import Checkpoint
+from estune.weights.moments import has_moments
 
 
 def inherit(pool: Pool, trained: Description, parent: Journal) -> str:
@@ -29,16 +30,17 @@ def inherit(pool: Pool, trained: Description, parent: Journal) -> str:
         ("base model is", trained.base_hash, parent.header.base_hash),
         ("base weights are", trained.dtype, parent.header.dtype),
         ("live weights are", trained.live_dtype, parent.header.live_dtype),
+        ("scales of noise are", trained.rule.scales, parent.header.scales),
         ("trained tensors are", sorted(trained.tensors), sorted(parent.header.tensors)),
     ):
         if here != there:
             raise EstuneError(
-                f"start_from {parent.run}: its {what} {there}, here {here}; go on where it was run, with its settings"
+                f"{parent.run}: its {what} {there}, here {here}; go on where it was run, with its settings"
             )
     found = pool.rebuild(parent.history)
     if found != parent.fingerprint():
         raise EstuneError(
-            f"start_from {parent.run}: its {len(parent.history)} steps give fingerprint {found} here, its "
+            f"{parent.run}: its {len(parent.history)} steps give fingerprint {found} here, its "
             f"journal says {parent.fingerprint()}; go on where it was run"
         )
     return found
@@ -68,6 +70,8 @@ def refuse_other_weights(trained: Description, journal: Journal, device: str) ->
 def replay_all(pool: Pool, run: RunDirectory, journal: Journal, base: Checkpoint, *, anew: bool = False) -> None:
     """Bring the weights to the journal's last step, from the latest checkpoint that is there.
 
+    Of a run with moments, which checkpoints do not hold, all steps are made again.
+
     Args:
         pool: whose weights they are.
         run, journal, base: the run, and the model that it began with.
@@ -79,7 +83,7 @@ def replay_all(pool: Pool, run: RunDirectory, journal: Journal, base: Checkpoint
     done = len(journal.steps)
     dtype = journal.header.dtype
     sound = (s for s in run.checkpoints() if s <= done and holds(run.checkpoint(s), base, journal, dtype))
-    start = next(sound, 0)
+    start = 0 if has_moments(record.update for record in journal.history) else next(sound, 0)
     checkpoint = (len(journal.inherited) + start, run.checkpoint(start)) if start else None
     with told_while(f"replaying {done - start} steps"):
         found = pool.rebuild(journal.history, checkpoint or ((0, base.path) if anew else None))

@@ -23,6 +23,7 @@ from estune.run.trust import refuse_foreign, remember, texts
 from estune.tasks.base import Task
 from estune.versions import packages
 from estune.weights.checkpoint import Checkpoint, check_name, hub_name
+from estune.weights.moments import has_moments
 from estune.weights.parameters import AUTO
 
 RESUME_FROM_PYTHON = (
@@ -102,14 +103,16 @@ def parent_of(config: Config) -> Journal | None:
     parent = Journal.read(config.start_from, config.start_step)
     if config.start_step is None:
         parent.warn_of_shortfall()
-    for key in ("weights", "rounding", "noise", "train_parameters"):
-        theirs = parent.settings.get(key)
+    for key in ("weights", "rounding", "noise", "sigma_scale", "train_parameters"):
+        theirs = parent.settings.get(key, {} if key == "sigma_scale" else None)
         everything = key == "train_parameters" and {theirs, config.train_parameters} == {"*", AUTO}
         if theirs != getattr(config, key) and not everything:  # of a model of texts both are all its tensors
             raise EstuneError(
                 f"start_from {config.start_from} was run with {key}={theirs}, found {getattr(config, key)}: set "
                 f"{key}={theirs}"
             )
+    if has_moments(record.update for record in parent.history) and not config.adam:
+        raise EstuneError(f"start_from {config.start_from} was run with adam, and its moments go on: set adam=true")
     base_checkpoint(parent.header, config.model)
     return parent
 

@@ -23,10 +23,9 @@ from estune.grading.level import refuse_level
 from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
 from estune.pool.waiting import told_while_generating
+from estune.run.asked import UNREACHED, first_prompts
 from estune.run.graded import Graded, grade_completions
-from estune.run.held_out import token_ids
 from estune.run.make import make_grading, make_sampling
-from estune.run.order import StagedOrder
 from estune.tasks.base import Task
 from estune.weights.checkpoint import check_name
 
@@ -38,8 +37,6 @@ COLLAPSED = 0.1
 ABOVE_NOISE = 2.0
 # A deviation of no more than this share of the mean is the rounding of equal numbers.
 ROUNDING = 1e-12
-# Members have the seeds of a step that no run reaches.
-STEP = 1 << 39
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ def probe(
     if pool is None:
         config = with_resources(config)
     refuse_level(task.reward_funcs, "probe", "members are compared with the base model alone", "population")
-    rows, ids = _first_prompts(config, task, min(prompts, config.prompts_per_step))
+    rows, ids = first_prompts(config, task, open_encoder(config), min(prompts, config.prompts_per_step))
     if pool is None:
         opened = pool = open_pool(config, max(map(len, ids)))
     try:
@@ -171,20 +168,6 @@ def probe(
     finally:
         if opened is not None:
             opened.close()
-
-
-def _first_prompts(config: Config, task: Task, prompts: int) -> tuple[list[Row], list[list[int]]]:
-    """Rows of a run's first step, and token ids of their prompts.
-
-    Raises:
-        EstuneError: for a prompt that cannot be completed.
-    """
-    chosen = StagedOrder(len(task.train), task.stages, prompts, config.seed).rows(0)
-    rows = [task.train[i] for i in chosen]
-    encoder = open_encoder(config)
-    ids = token_ids(encoder, task, rows)
-    encoder.check(ids, make_sampling(config))
-    return rows, ids
 
 
 class _Probing:
@@ -199,7 +182,7 @@ class _Probing:
         self.grading = grading
         self.rows = rows
         self.ids = ids
-        self.sampling = make_sampling(config, member_seed(config.seed, STEP, 1 << 23))
+        self.sampling = make_sampling(config, member_seed(config.seed, UNREACHED, 1 << 23))
 
     def run(self, sigmas: Sequence[float], count: int, repeats: int) -> Probe:
         times = repeats + count * len(sigmas)
@@ -207,7 +190,7 @@ class _Probing:
         places = times * len(self.ids) * self.config.max_new_tokens
         with told_while_generating(what, self.pool, times * sum(map(len, self.ids)), places):
             first, base, noise = self._base(repeats)
-            members = [Member(member_seed(self.config.seed, STEP, i)) for i in range(count)]
+            members = [Member(member_seed(self.config.seed, UNREACHED, i)) for i in range(count)]
             tried = {sigma: self._members(members, sigma) for sigma in sigmas}
         found = [[r for g in graded if (r := g.grades.mean) is not None] for graded in tried.values()]
         worst = min([base, *(reward for rewards in found for reward in rewards)])
@@ -238,7 +221,7 @@ class _Probing:
         """
         graded = []
         for i in range(repeats):
-            sampling = make_sampling(self.config, member_seed(self.config.seed, STEP + i, 1 << 23))
+            sampling = make_sampling(self.config, member_seed(self.config.seed, UNREACHED + i, 1 << 23))
             graded.append(self._grade(self.pool.generate(self.ids, sampling)))
         rewards = [g.grades.mean for g in graded]
         if any(r is None for r in rewards):

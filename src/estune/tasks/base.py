@@ -50,7 +50,8 @@ class Task:
     A prompt that is text stays text for reward functions, and so do its completions. `chat` says whether a model that
     has a chat template is shown it as a user's message; None is False, but True in a task's file. `show` says so row by
     row instead: what a model is shown for a row, with or without a template. `rollout` is what plays a row, where a
-    completion alone is not the end of it; then `FromRollout()` is one of the reward functions.
+    completion alone is not the end of it; then `FromRollout()` is one of the reward functions. `answer` reads the final
+    answer off a completion, written in one way, or None where there is none: by it ensembles vote.
 
     Raises:
         EstuneError: an empty set, a prompt in both sets, weights that do not match the functions, an unknown accuracy.
@@ -68,6 +69,7 @@ class Task:
     chat: bool | None = None
     show: Callable[[Row, bool], Prompt] | None = None
     rollout: Rollout | None = None
+    answer: Callable[[str], str | None] | None = None
 
     def __post_init__(self) -> None:
         for side in ("train", "evaluation"):

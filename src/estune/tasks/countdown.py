@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from estune.errors import EstuneError
 from estune.grading.convention import Row
-from estune.rewards.countdown import answer_reward, format_reward, parse_numbers, parse_target
+from estune.rewards.countdown import answer_reward, format_reward, parse_numbers, parse_target, plain_answer
 from estune.tasks.base import Task, refuse_overlap
 from estune.tasks.countdown_problems import Problem, Side, countdown_prompt, generate_problems, is_held_out
 from estune.tasks.options import TaskOptions, refuse_empty_side
@@ -91,6 +91,7 @@ class CountdownConfig(TaskOptions):
             reward_funcs=[answer_reward, format_reward],
             reward_weights=[1.0, 0.1],
             accuracy=answer_reward.__name__,
+            answer=plain_answer,
         )
 
     def sets(self, seed: int) -> tuple[list[Row], list[Row]]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from estune.errors import EstuneError
 from estune.grading.convention import Row
 from estune.rewards.answers import final_answer
-from estune.rewards.math import math_reward
+from estune.rewards.math import math_reward, plain_answer
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions, text_of
 from estune.tasks.records import Record, is_nan, require_columns
@@ -79,6 +79,7 @@ class MathConfig(DataOptions):
             accuracy=math_reward.__name__,
             gold=lambda row: f"\\boxed{{{row['answer'][0]}}}",
             group="source",
+            answer=plain_answer,
         )
 
     def _rows(self, source: str, records: Sequence[Record]) -> Iterator[Row]:

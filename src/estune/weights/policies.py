@@ -12,10 +12,12 @@ is imported.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from estune.es.strategy import Member
+from estune.es.update import along
 from estune.noise.reference import tensor_id
 
 if TYPE_CHECKING:
@@ -69,7 +71,10 @@ class Policy:
     def perturb(self, storage: Storage, perturbation: Perturbation) -> None:
         """Perturb the live weights, which no member perturbs if they are the base."""
         member, sigma = perturbation
-        storage.perturb(member.seed, member.sign * sigma)
+        if member.along:
+            storage.perturb_along(along(member, sigma))
+        else:
+            storage.perturb(member.seed, member.sign * sigma)
 
     def restore(self, storage: Storage, perturbed: Perturbation | None) -> None:
         """Make the live weights the base again.
@@ -142,6 +147,7 @@ class Rule:
     rounding: Rounding  # of updates
     noise: NoiseMode
     dtype: str  # of the base weights
+    scales: Mapping[str, float] = field(default_factory=dict)  # of a tensor's noise, by its name; others have 1
 
     @property
     def how(self) -> Policy:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from estune.es.update import as_fingerprint, terms
 from estune.noise.reference import tensor_id
 from estune.noise.rows import Run
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, Tensor, convert
+from estune.weights.moments import has_moments, scaled_step
 from estune.weights.policies import Rule
 from estune.weights.trained import Array
 
@@ -83,7 +85,10 @@ class Steps:
         origin = weights.copy() if any(map(is_anchored, self._updates)) else weights
         columns = self._rule.noise_columns(tensor.columns)
         noise = self._rule.noise_key(tensor.name)
-        run = Run(weights, weights, tensor_id(tensor.name), noise, start, columns=columns)
+        scale = self._rule.scales.get(tensor.name, 1.0)
+        run = Run(weights, weights, tensor_id(tensor.name), noise, start, columns=columns, scale=scale)
+
+        first, second = (np.zeros_like(weights if has_moments(self._updates) else weights[:0]) for _ in range(2))
 
         def perturb(member: Member, sigma: float) -> None:
             for change in (member.sign * sigma, -member.sign * sigma):
@@ -93,7 +98,11 @@ class Steps:
             if is_anchored(self._updates[number]):
                 anchored(weights, origin, self._updates[number])
             t = self._terms[number]
-            if t is not None:
+            if t is not None and (moments := self._updates[number].moments):
+                change = np.zeros_like(weights)
+                passes.update(replace(run, live=change, base=change), replace(t, decay=0.0))
+                scaled_step(weights, first, second, change, t.decay, moments, np.sqrt)
+            elif t is not None:
                 passes.update(run, t)
             if seen is not None:
                 seen(number + 1, weights)

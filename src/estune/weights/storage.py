@@ -25,7 +25,7 @@ from torch import Tensor
 
 from estune.errors import EstuneError
 from estune.es.strategy import Update
-from estune.es.update import terms
+from estune.es.update import Terms, terms
 from estune.noise.rows import Run
 from estune.weights.checkpoint import RUN_LENGTH, narrow
 from estune.weights.device import device_kernels
@@ -43,6 +43,10 @@ class Storage(Protocol):
 
     def perturb(self, seed: int, sigma: float) -> None:
         """Set live = base + sigma * noise(seed)."""
+        ...
+
+    def perturb_along(self, terms: Terms) -> None:
+        """Set live = base, rounded to the type of live, and then add these terms, rounded once."""
         ...
 
     def restore(self) -> None:
@@ -85,6 +89,10 @@ class CpuStorage:
         from estune.weights.passes import perturb
 
         self.each(lambda run: perturb(run, seed, sigma))
+
+    def perturb_along(self, terms: Terms) -> None:
+        """As `Storage.perturb_along`."""
+        self.each(lambda run: _perturb_along(run, terms))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
@@ -131,7 +139,7 @@ class CpuStorage:
     def _each_patched(self, kernel: Callable[..., None], seed: int, sigma: float) -> None:
         def work(pair: tuple[Run, Any]) -> None:
             run, patches = pair
-            kernel(run.live, patches, seed, run.noise, run.start, sigma, run.rows)
+            kernel(run.live, patches, seed, run.noise, run.start, sigma * run.scale, run.rows)
 
         pairs = zip(self._runs, self._patches, strict=True)
         list(map(work, pairs) if self._threads is None else self._threads.map(work, pairs))
@@ -159,6 +167,10 @@ class HostStorage(CpuStorage):
 
         self._write(lambda run: perturb(run, seed, sigma))
 
+    def perturb_along(self, terms: Terms) -> None:
+        """As `Storage.perturb_along`."""
+        self._write(lambda run: _perturb_along(run, terms))
+
     def restore(self) -> None:
         """As `Storage.restore`."""
         self._write(_copy_base)
@@ -184,17 +196,31 @@ class DeviceStorage:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._device: torch.device = runs[0].live.device
+        self._runs = list(runs)
+        self._live: list[Any] = []  # batches of the live weights alone, once members are perturbed along others
         self._batches = self._batched(runs)
         self._reversible: list[Any] = []  # for each batch, once they are perturbed reversibly
 
     def _batched(self, runs: Sequence[Run]) -> list[Any]:
-        """The runs in batches for the kernels."""
+        """The runs in batches for the kernels, each of one scale."""
         with self._on_device():
-            return [device_kernels().Batch(runs)]
+            return [device_kernels().Batch(alike) for alike in _by_scale(runs)]
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb`."""
-        self.each(lambda batch: batch.perturb(seed, sigma))
+        self.each(lambda batch: batch.perturb(seed, sigma * _scale(batch)))
+
+    def perturb_along(self, terms: Terms) -> None:
+        """As `Storage.perturb_along`."""
+        self.restore()
+        seeds, coefficients = self._sent(terms)
+        with self._on_device():
+            self._live = self._live or [
+                device_kernels().Batch([replace(run, base=run.live) for run in alike])
+                for alike in _by_scale(self._runs)
+            ]
+            for batch in self._live:
+                batch.update(seeds, coefficients[_scale(batch)])
 
     def restore(self) -> None:
         """As `Storage.restore`."""
@@ -206,14 +232,14 @@ class DeviceStorage:
 
         with self._on_device():
             self._reversible = self._reversible or [Reversible(batch) for batch in self._batches]
-            for batch in self._reversible:
-                batch.perturb(seed, sigma)
+            for batch, reversible in zip(self._batches, self._reversible, strict=True):
+                reversible.perturb(seed, sigma * _scale(batch))
 
     def reverse(self, seed: int, sigma: float) -> None:
         """As `Storage.reverse`."""
         with self._on_device():
-            for batch in self._reversible:
-                batch.restore(seed, sigma)
+            for batch, reversible in zip(self._batches, self._reversible, strict=True):
+                reversible.restore(seed, sigma * _scale(batch))
 
     @property
     def patch_bytes(self) -> int:
@@ -225,9 +251,18 @@ class DeviceStorage:
         found = terms(update, rounding)
         if found is None:
             return
-        seeds = torch.from_numpy(found.seeds.view(np.int64)).to(self._device)
-        coefficients = torch.from_numpy(found.coefficients).to(self._device)
-        self.each(lambda batch: batch.update(seeds, coefficients, found.decay, found.rounding_seed), changes_base=True)
+        seeds, coefficients = self._sent(found)
+
+        def work(batch: Any) -> None:
+            batch.update(seeds, coefficients[_scale(batch)], found.decay, found.rounding_seed)
+
+        self.each(work, changes_base=True)
+
+    def _sent(self, terms: Terms) -> tuple[Tensor, dict[float, Tensor]]:
+        """Terms on the device: seeds, and coefficients for each scale."""
+        seeds = torch.from_numpy(terms.seeds.view(np.int64)).to(self._device)
+        scales = {run.scale for run in self._runs}
+        return seeds, {scale: torch.from_numpy(terms.scaled(scale)).to(self._device) for scale in scales}
 
     def fingerprint(self) -> int:
         """As `Storage.fingerprint`."""
@@ -255,7 +290,8 @@ class StreamedStorage(DeviceStorage):
 
     def _batched(self, runs: Sequence[Run]) -> list[Any]:
         """The runs in batches, each with its base in a buffer into which it fits. The buffers take turns."""
-        loads = _loads([part for run in runs for part in run.split(STREAMED_LENGTH)])
+        alike = ([part for run in of_scale for part in run.split(STREAMED_LENGTH)] for of_scale in _by_scale(runs))
+        loads = [load for parts in alike for load in _loads(parts)]
         self._streams = torch.get_device_module(self._device)  # the CPU's do nothing
         size = max(sum(_padded(run) for run in load) for load in loads)
         with self._on_device():
@@ -285,6 +321,20 @@ class StreamedStorage(DeviceStorage):
             for stream, _ in self.buffers:
                 current.wait_stream(stream)
             self._streams.synchronize()  # the host may read or write the base from here on
+
+
+def _by_scale(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in groups of one scale each, as a launch of kernels has one."""
+    found: dict[float, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.scale, []).append(run)
+    return list(found.values())
+
+
+def _scale(batch: Any) -> float:
+    """The scale of the noise of a batch's runs."""
+    scale: float = batch.runs[0].scale
+    return scale
 
 
 def _loads(runs: Sequence[Run]) -> list[list[Run]]:
@@ -381,3 +431,10 @@ def type_name(dtype: torch.dtype) -> str:
 def _copy_base(run: Run) -> None:
     halves = run.live.dtype == np.uint16 and run.base.dtype == np.float32
     run.live[:] = narrow(run.base, "BF16") if halves else run.base
+
+
+def _perturb_along(run: Run, terms: Terms) -> None:
+    from estune.weights import passes
+
+    _copy_base(run)
+    passes.update(replace(run, base=run.live), terms)

@@ -8,7 +8,7 @@ change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -23,6 +23,7 @@ from estune.noise.rows import Run
 from estune.weights.base import Share, make_base, share_of
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, widen
 from estune.weights.device import on_this_stream
+from estune.weights.moments import MomentTensors
 from estune.weights.parameters import Parameter, own_parameters
 from estune.weights.places import put_together, stretches
 from estune.weights.policies import POLICIES, NoiseMode, Perturbation, PolicyName, Rounding, Rule
@@ -46,6 +47,8 @@ class Weights:
         rounding: of updates, `nearest` or `stochastic`, which matters to bfloat16 bases only.
         noise: `iid`; `correlated`, which gives equal noise to all tensors, as the authors' first code did; or `rank1`,
             which makes a matrix' noise an outer product (`noise/rank1.py`), with kernels for the CPU alone.
+        scales: factors of tensors' noise, in perturbations and updates, by checkpoint name, float32 values; others
+            have 1.
         threads: CPU threads to spread the work over.
         base_on_host: keep the base of weights on a device in pinned host memory.
         share: share the base of weights on the CPU with other processes, each of which updates its part.
@@ -61,6 +64,7 @@ class Weights:
         policy: PolicyName = "master",
         rounding: Rounding = "nearest",
         noise: NoiseMode = "iid",
+        scales: Mapping[str, float] | None = None,
         threads: int = 1,
         base_on_host: bool = False,
         share: Share | None = None,
@@ -72,7 +76,7 @@ class Weights:
         if self._policy.base_dtype is None and len(types) > 1:
             names = " and ".join(types)
             raise EstuneError(f"weights={policy} keeps weights of one type, the model has {names}; set weights=master")
-        self.rule = Rule(policy, rounding, noise, self._policy.dtype(types[0]))
+        self.rule = Rule(policy, rounding, noise, self._policy.dtype(types[0]), scales or {})
         """How the base is kept and changed."""
         self._base = live
         if self._policy.keeps_base:
@@ -84,6 +88,7 @@ class Weights:
             raise EstuneError(f"noise=rank1 has kernels for the CPU alone, not for {live[0].device}; set noise=iid")
         self._updated = self.storage if share is None else CpuStorage(share_of(self._runs, share), threads)
         self._share = share
+        self._moments: MomentTensors | None = None  # once an update is scaled by them
         self._kept: dict[str, list[Tensor]] = {}  # copies of the base, by name
         self._perturbed: Perturbation | None = None  # what the live weights are perturbed by
         self._watch()
@@ -97,7 +102,9 @@ class Weights:
         part = parameter.part
         noise = self.rule.noise_key(parameter.name)
         columns = self.rule.noise_columns(parameter.columns or part.pitch)
-        return Run(live, base, tensor_id(parameter.name), noise, part.start, part.layout, parameter.counted, columns)
+        scale = self.rule.scales.get(parameter.name, 1.0)
+        key = tensor_id(parameter.name)
+        return Run(live, base, key, noise, part.start, part.layout, parameter.counted, columns, scale)
 
     @property
     def base(self) -> dict[str, Array]:
@@ -128,7 +135,12 @@ class Weights:
     def apply(self, update: Update) -> None:
         """Add an update to the base, or to its share. The live weights follow at the next `perturb` or `restore`."""
         self._settle()
-        self._updated.update(update, self.rule.rounding)
+        if update.moments is None:
+            self._updated.update(update, self.rule.rounding)
+        else:
+            assert self._share is None  # moments beside a share of a base would be lost with its process
+            self._moments = self._moments or MomentTensors(self._runs, self._threads)
+            self._moments.apply(update)
         self._watch()
 
     def anchor(self, checkpoint: Checkpoint, update: Update) -> None:
@@ -213,6 +225,7 @@ class Weights:
         """
         if self._share is not None and not self._share.fills:
             return
+        self._moments = None  # no part of checkpoints
         self._fill(self._base, checkpoint)
         if not self._policy.keeps_base:
             self._perturbed = None
@@ -231,6 +244,7 @@ class Weights:
         """Make the copy of this name the base; return whether there is one."""
         for base, kept in zip(self._base, self._kept.get(name, []), strict=False):
             base.copy_(kept)
+            self._moments = None
         self._watch()
         return name in self._kept
 

@@ -32,6 +32,7 @@ class Drawn(NamedTuple):
 
     noise: int  # key of its noise
     shape: tuple[int, ...]
+    scale: float = 1.0  # factor of its noise
 
 
 class Outer(NamedTuple):
@@ -131,15 +132,16 @@ class Together:
 
     def of(self, members: Sequence[Member], sigma: float) -> Members:
         """What these members add, perturbed by `sigma`; of no row yet."""
-        scales = [np.float32(member.sign * sigma) for member in members]
 
         def outer(first: int, tensor: Drawn) -> Outer:
             rows, columns = tensor.shape
+            scales = [np.float32(member.sign * sigma * tensor.scale) for member in members]
             drawn = [rank1.factors(m.seed, tensor.noise, columns, 0, rows) for m in members]
             a = np.stack([scale * each.a for scale, each in zip(scales, drawn, strict=True)])
             return Outer(first, a, np.stack([each.b for each in drawn]))
 
         def vector(tensor: Drawn) -> Array:
+            scales = [np.float32(member.sign * sigma * tensor.scale) for member in members]
             pairs = zip(scales, members, strict=True)
             return np.stack([scale * cpu.normal(m.seed, tensor.noise, 0, tensor.shape[0]) for scale, m in pairs])
 

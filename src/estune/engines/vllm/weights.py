@@ -25,6 +25,7 @@ from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, n
 from estune.weights.device import chosen_device
 from estune.weights.parameters import fits, refuse_unfitting
 from estune.weights.policies import POLICIES, Rule
+from estune.weights.scales import scales_of
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
 PROBE = Member(0xC0FFEE), 0.01  # what live weights are compared under
@@ -67,7 +68,8 @@ class VllmWeights:
             raise EstuneError(f"train_parameters: {config.train_parameters} leaves no parameter to train")
         chosen = {name: tuple(aliases) for name, aliases in self.tensors.items()}
         dtype = POLICIES[config.weights].dtype(engine.dtype)
-        self.rule = Rule(config.weights, config.rounding, config.noise, dtype)
+        scales = scales_of(config.sigma_scale, checkpoint, list(self.tensors))
+        self.rule = Rule(config.weights, config.rounding, config.noise, dtype, scales)
         """How the base is kept and changed."""
         self._opening = Opening(
             checkpoint.path,
@@ -199,7 +201,8 @@ class VllmWeights:
             stored = checkpoint.tensors[sample.name].stored(sample.start, count)
             base = widen(convert(stored, DTYPES[self.rule.dtype]))
             noise = normal_by_id(member.seed, self.rule.noise_key(sample.name), sample.start, count)
-            if not np.array_equal(narrow(base + np.float32(sigma) * noise, live), sample.values):
+            factor = np.float32(sigma * self.rule.scales.get(sample.name, 1.0))
+            if not np.array_equal(narrow(base + factor * noise, live), sample.values):
                 raise EstuneError(
                     f"engine=vllm cannot train this model: {sample.name}, perturbed, is not what it should be from "
                     f"element {sample.start} on; use engine=transformers"

@@ -135,6 +135,7 @@ class Shard:
             policy=opening.rule.policy,
             rounding=opening.rule.rounding,
             noise=opening.rule.noise,
+            scales=opening.rule.scales,
             threads=opening.threads,
             base_on_host=opening.base_on_host,
         )

@@ -85,6 +85,7 @@ def open_replica(engine: ServedEngine, terms: Terms) -> Trained:
         weights=terms.weights,
         rounding=terms.rounding,
         noise=terms.noise,
+        sigma_scale=terms.sigma_scale,
         train_parameters=terms.train_parameters,
         base_device=terms.base_device,
     )

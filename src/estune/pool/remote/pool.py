@@ -102,4 +102,5 @@ def terms_of(config: Config) -> Terms:
         config.base_device,
         config.vllm_max_model_length,
         None if config.dtype == "auto" else config.dtype,
+        config.sigma_scale,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -49,6 +49,7 @@ class Terms:
     base_device: Literal["auto", "device", "host"] = "auto"
     length: int | None = None
     dtype: str | None = None
+    sigma_scale: dict[str, float | Literal["rms"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

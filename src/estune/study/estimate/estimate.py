@@ -103,7 +103,7 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
     as_set = (work.policy, work.base)
     found = []
     for policy, base in [as_set, *(way for way in ways if way != as_set)]:
-        one = replace(work, policy=policy, base=base)
+        one = replace(work, policy=policy, base=base, moments=work.moments and policy == work.policy)
         needed = memory_of_all(shape, one, device, prefill_tokens)
         each = POLICIES[policy].base_bytes(shape.trained, work.dtype)
         kept = work.places * one.replicas * each if base == "host" else 0

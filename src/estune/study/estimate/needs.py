@@ -11,6 +11,7 @@ from estune.engines.memory import GPU_CONTEXT, LOGITS_BYTES
 from estune.engines.memory import fitting_rows as rows_that_fit
 from estune.study.estimate.machines import GB, Device
 from estune.study.estimate.shapes import Shape
+from estune.weights.moments import BYTES as MOMENTS
 from estune.weights.policies import BYTES, PATCHED, POLICIES, PolicyName
 
 PREFILL_HIDDEN = 4  # activations alive at once in a layer, of the residual's size
@@ -52,6 +53,9 @@ class Work:
     steps: int = 1  # of the run
     evaluations: int = 0  # of the run
     evaluated: int = 0  # prompts of an evaluation
+    moments: bool = False  # of updates, beside the base
+    drawn: int = 1  # members whose noise is drawn to perturb by one
+    again: int = 0  # members of earlier steps whose noise an update draws again
 
     @property
     def longest(self) -> int:
@@ -132,6 +136,17 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     weights = [
         Item("live weights", shape.parameters * bytes_ / parallel, live),
         Item(f"base (weights={work.policy})", base / parallel, held + (split if base else "")),
+        *(
+            [
+                Item(
+                    "moments (adam)",
+                    0 if work.base == "host" else shape.trained * MOMENTS / parallel,
+                    f"{shape.trained:,} x {MOMENTS} B{split}, where the base is",
+                )
+            ]
+            if work.moments
+            else []
+        ),
         Item("noise", 0, "made in registers as it is added, never stored"),
     ]
     rest = [
@@ -170,7 +185,7 @@ def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int)
 def shares_base(work: Work, device: Device) -> bool:
     """Whether engines on a device share one base, as replicas on a CPU do. Workers know nothing of each other."""
     keeps_base = POLICIES[work.policy].keeps_base
-    return keeps_base and not device.is_gpu and work.workers is None and work.at_once > 1
+    return keeps_base and not device.is_gpu and work.workers is None and work.at_once > 1 and not work.moments
 
 
 def process_memory(device: Device) -> Item:

@@ -135,7 +135,7 @@ class Plan:
             Item(
                 "perturb",
                 each * times.perturb(),
-                f"{members}: {way.format(trained)}",
+                f"{members}: {way.format(f'{work.drawn} x {trained}' if work.drawn > 1 else trained)}",
             ),
             Item(
                 "read the prompts",
@@ -156,7 +156,7 @@ class Plan:
             Item(
                 "update",
                 times.update(),
-                f"draw {work.population} x {trained} numbers, read and write the base once{shared}",
+                f"draw {work.population + work.again} x {trained} numbers, read and write the base once{shared}",
             ),
         ]
 

@@ -104,8 +104,19 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         engine="vllm" if config.engine == "vllm" else "transformers",  # of auto; on a GPU both are shown
         steps=config.steps,
         evaluations=_evaluations(config),
+        moments=config.adam,
+        drawn=1 + (config.guided_window * config.population if config.guided_share else 0),
+        again=_again(config),
         evaluated=(config.task.eval_size or GENERATED_SIZE) * config.eval_samples,
     )
+
+
+def _again(config: Config) -> int:
+    """Members of earlier steps whose noise an update draws again."""
+    from estune.es.earlier import Momentum
+
+    steps = config.guided_window if config.guided_share else Momentum(config.momentum, config.momentum_window).steps
+    return steps * config.population
 
 
 def _evaluations(config: Config) -> int:

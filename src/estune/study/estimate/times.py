@@ -17,6 +17,7 @@ from estune.study.estimate.machines import PCIE, Device
 from estune.study.estimate.needs import Work, shares_base
 from estune.study.estimate.schedule import finish
 from estune.study.estimate.shapes import Shape
+from estune.weights.moments import BYTES as MOMENTS
 from estune.weights.policies import BYTES, POLICIES
 
 Array = npt.NDArray[Any]
@@ -65,11 +66,14 @@ class Times:
     def perturb(self) -> float:
         """Seconds to perturb the weights by one member."""
         writing = self.shape.trained * self._bytes / self.device.bandwidth
-        return self._passes * max(self._base / self._reading + writing, self._drawing)
+        return self._passes * max(self._base / self._reading + writing, self.work.drawn * self._drawing)
 
     def update(self) -> float:
         """Seconds to update the base, or all bases on one device."""
-        alone = max(2 * self._base / self._reading, self.work.population * self._drawing)
+        moved = 2 * self._base / self._reading
+        if self.work.moments:
+            moved += 2 * self.shape.trained * MOMENTS / self._reading
+        alone = max(moved, (self.work.population + self.work.again) * self._drawing)
         replicas = self.work.replicas
         return (
             alone / replicas if shares_base(self.work, self.device) else alone * (replicas if self.device.is_gpu else 1)
