@@ -81,10 +81,13 @@ def test_a_new_adapter_is_noise_by_pefts_names_and_changes_nothing(model: Path) 
 
 
 @pytest.mark.parametrize("kind", ["plain", "fused"])
-def test_peft_loads_what_was_trained_and_says_the_same(kind: str, fused_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["q_proj,down_proj", "all-linear"])  # some of the projections of one input, or all
+def test_peft_loads_what_was_trained_and_says_the_same(
+    kind: str, target: str, fused_model: Path, tmp_path: Path
+) -> None:
     base = fused_model if kind == "fused" else save_model(tmp_path / "base", hidden_act="gelu")  # no kernel has it
     before = (base / "model.safetensors").read_bytes()
-    folder = run(adapted(tmp_path / "run", base))
+    folder = run(adapted(tmp_path / "run", base, adapter={"target": target}))
     assert (base / "model.safetensors").read_bytes() == before
     plain = with_peft(base, folder / "final")
     texts = texts_of(plain, base)

@@ -89,7 +89,8 @@ class FusedDecoder:
         self.model = model
         self._layers = [fused_layer(layer) for layer in model.model.layers]
         self._adapter = LowRank(model.model.layers, self._layers)
-        self._addresses = [parameter.data_ptr() for parameter in model.parameters()]
+        self._parameters = list(model.parameters())
+        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         # A tokenizer's end token can be one that the model has no logit for.
         self._is_end = np.isin(np.arange(model.config.vocab_size), list(end_ids))
         self._table = bits_of(model.model.embed_tokens.weight)
@@ -128,7 +129,7 @@ class FusedDecoder:
             told: for a batch of one prompt, called with each token as it is chosen.
             members: whose weights complete the prompts; by default those that the model has.
         """
-        self.check_places()
+        self.begin()
         self._members = members
         try:
             return self._complete(prompts, indices, sampling, told)
@@ -198,6 +199,7 @@ class FusedDecoder:
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], logits: int
     ) -> list[list[float]]:
         """Log-probability (nats) of every token of every completion; as `score.log_probabilities`."""
+        self.begin()
         rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
         longest = max(map(len, rows))
         self.reach(longest)
@@ -360,10 +362,11 @@ class FusedDecoder:
             first += len(part)
         return token
 
-    def check_places(self) -> None:
-        """Assert that the parameters lie where they lay when this was made."""
-        now = [parameter.data_ptr() for parameter in self.model.parameters()]
+    def begin(self) -> None:
+        """Take the weights as they are now; to be called before tokens are computed by others than before."""
+        now = [parameter.data_ptr() for parameter in self._parameters]
         assert now == self._addresses, "a parameter is elsewhere now: weights may change in place only"
+        self._adapter.pack()
 
     def _run(self, kernel: Callable[..., None], by_token: tuple[Array, ...], *whole: Any) -> None:
         """Run a kernel, its tokens shared out over the threads; a few tokens are done here, sooner than others wake."""

@@ -86,16 +86,19 @@ def add_outer(x, out, owners, a, b, source, target, count):
 
 
 @_jit
-def add_low_rank(low, out, b, scale, first):
-    """`out[:, first:] += scale * low @ b`, over the columns of `b`, `[rank, columns]`; `low` is `[tokens, rank]`."""
-    columns = b.shape[1]
+def add_low_rank(low, out, b, source, first):
+    """`out[:, first:] += low[:, source:] @ b`, over the rows and the columns of `b`, `[rank, columns]`.
+
+    `low` is `[tokens, ranks]`, `out` `[tokens, columns of a product]`.
+    """
+    rank, columns = b.shape
     for t in range(low.shape[0]):
-        row = out[t, first : first + columns]
-        for k in range(low.shape[1]):
-            factor = low[t, k] * scale
-            part = b[k]
-            for i in range(columns):
-                row[i] += factor * part[i]
+        for i in range(0, columns, WIDTH):
+            at = t * out.shape[1] + first + i
+            sums = load(out, at)
+            for k in range(rank):
+                sums = fma(splat(low[t, source + k]), load(b, k * columns + i), sums)
+            store(out, at, sums)
 
 
 @_jit

@@ -24,6 +24,8 @@ from estune.weights.checkpoint import widen
 
 MANY = 48
 """Rows from which on a processor's own products of bfloat16 are faster than ours of float32, as far as is known."""
+FEWEST_SHARED = 1 << 19
+"""Multiplications from which on threads share a product: fewer are done before another thread has woken."""
 Array = npt.NDArray[Any]
 NONE = np.empty(0, np.float32)
 """Stands for a bias, or for a norm's weight, that a model does not have."""
@@ -58,7 +60,10 @@ class Products:
             parts = [torch.from_numpy(part).view(torch.bfloat16) for part in (weight, bias) if part.size]
             return linear(torch.from_numpy(x).bfloat16(), *parts).float().numpy()
         out = np.empty((len(x), len(weight)), np.float32)
-        self.in_parts(len(weight), lambda first, last: self._multiply(x, weight, bias, out, first, last))
+        if out.size * x.shape[1] < FEWEST_SHARED:
+            self._multiply(x, weight, bias, out, 0, len(weight))
+        else:
+            self.in_parts(len(weight), lambda first, last: self._multiply(x, weight, bias, out, first, last))
         return out
 
     def _by_unit(self, x: Array, weight: Array, bias: Array) -> Array:

@@ -59,7 +59,7 @@ class FusedRows:
 
     def clear(self) -> None:
         """Begin anew with other weights: what is cached is no longer true."""
-        self._decoder.check_places()
+        self._decoder.begin()
         self._rows.clear()
         self._ids[:] = -1  # which no prompt begins with
         self._meter = Meter()
