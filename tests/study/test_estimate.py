@@ -71,7 +71,7 @@ def test_moments_and_noise_that_is_drawn_again_are_counted(tmp_path: Path) -> No
     model = write_config(tmp_path, QWEN_HALF_B)
     parts = ([], ["adam=true"], ["guided_share=0.5", "guided_window=2"], ["momentum=0.5", "momentum_window=1"])
     found = [estimate_run(None, [f"model={model}", "replicas=1", *part], gpu="h200") for part in parts]
-    plain, adam, guided, momentum = found
+    plain, adam, guided, _ = found
     assert amounts(adam.memory)["moments (adam)"] == 8 * adam.shape.trained
     assert [(e.work.drawn, e.work.again) for e in found] == [(1, 0), (1, 0), (61, 60), (1, 30)]
     updates = [amounts(e.time)["update"] for e in found]
