@@ -67,6 +67,19 @@ def test_replicas_on_a_gpu_share_its_memory(tmp_path: Path) -> None:
     assert estimate_run(None, [*auto, "engine=vllm"], gpu="h100").work.at_once == 1
 
 
+def test_moments_and_noise_that_is_drawn_again_are_counted(tmp_path: Path) -> None:
+    model = write_config(tmp_path, QWEN_HALF_B)
+    parts = ([], ["adam=true"], ["guided_share=0.5", "guided_window=2"], ["momentum=0.5", "momentum_window=1"])
+    found = [estimate_run(None, [f"model={model}", "replicas=1", *part], gpu="h200") for part in parts]
+    plain, adam, guided, _ = found
+    assert amounts(adam.memory)["moments (adam)"] == 8 * adam.shape.trained
+    assert [(e.work.drawn, e.work.again) for e in found] == [(1, 0), (1, 0), (61, 60), (1, 30)]
+    updates = [amounts(e.time)["update"] for e in found]
+    assert updates[2] == pytest.approx(3 * updates[0])
+    assert updates[3] == pytest.approx(2 * updates[0])
+    assert amounts(guided.time)["perturb"] > 10 * amounts(plain.time)["perturb"]
+
+
 def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_config(tmp_path / "model", LLAMA_70B)
     settings = [f"model={model}", "engine=vllm", "workers=2", "gpus_per_worker=4", "weights=copy", "batch_size=64"]

@@ -44,7 +44,8 @@ def swap(server: Any, run: str | Path, step: int | None = None, *, keep: int = K
     if header.rule.how.drifts:
         raise EstuneError(f"{run}: weights={header.policy} drift, and a server keeps a base: `estune replay` has them")
     pattern = str(journal.settings.get("train_parameters", "*"))
-    terms = Terms(new_lease(), header.policy, header.rounding, header.noise, pattern)
+    scales = journal.settings.get("sigma_scale", {})
+    terms = Terms(new_lease(), header.policy, header.rounding, header.noise, pattern, sigma_scale=scales)
     base = {
         "base_hash": header.base_hash,
         "rule": header.rule,
