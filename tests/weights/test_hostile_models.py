@@ -18,6 +18,7 @@ from estune.errors import EstuneError
 from estune.rewards.model import RewardModel
 from estune.study.estimate.shapes import read_shape
 from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.quantized import refuse_quantized
 from tests.models import save_model
 
 MARKED = """
@@ -162,7 +163,7 @@ def test_quantised_weights(hostile: Path, change: dict[str, Any]) -> None:
     config = json.loads((hostile / "config.json").read_text())
     (hostile / "config.json").write_text(json.dumps({**config, **change}))
     kind = next(iter(change.values()))["quant_method"]
-    assert f"its weights are quantised ({kind})" in one_line(load_config, hostile)
+    assert f"its weights are quantised ({kind})" in one_line(refuse_quantized, hostile)
 
 
 class Trap:

@@ -7,7 +7,6 @@ own code may run. It is True where the user has set it, and nowhere else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import Checkpoint, locate
 from estune.weights.merged import no_bars
 from estune.weights.policies import TYPE_NAMES
+from estune.weights.quantized import KEPT, prepare, quantized_by
 from estune.weights.sizes import check_sizes
 
 if TYPE_CHECKING:
@@ -90,7 +90,6 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a damaged file, or one made to do harm, makes transformers raise
         raise _unreadable(path, error) from error
-    _check_plain(path, values)
     if not (trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})):
         _check_causal(path, config)
     return config
@@ -114,6 +113,8 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
         return with_adapter(model, path)
     config = load_config(path, trust_remote_code=trust_remote_code)
     kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
+    method = quantized_by(path)
+    prepare(config, method)
     try:
         with memory_for(_WEIGHTS, _LESS), no_bars():
             loaded, info = kind.from_pretrained(
@@ -122,11 +123,13 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
                 dtype=pick_dtype(dtype, device),
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                # Quantised weights are laid out for the device that they are loaded on.
+                **({"device_map": {"": device}} if method and device.type != "cpu" else {}),
             )
     except EstuneError:
         raise
     except Exception as error:  # as for the configuration
-        raise _unreadable(path, error) from error
+        raise (_unreadable(path, error) if method is None else _unsupported(path, method, error)) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise EstuneError(
@@ -137,10 +140,24 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
     if hasattr(loaded.config, "rescale_every"):
         loaded.config.rescale_every = 0  # RWKV would halve weights in its first forward, for the sake of float16
     with memory_for(_WEIGHTS, _LESS):
+        if method is not None:
+            # LLM.int8() says of each product that it casts what it multiplies to float16.
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+            return _settled(loaded, method, pick_dtype(dtype, device))
         for parameter in loaded.parameters():
             # Loaded weights can be the file itself, mapped: they must outlive what becomes of the file.
             parameter.data = parameter.data.to(device, copy=True)
         return loaded.to(device)
+
+
+def _settled(model: Any, method: str, dtype: str | torch.dtype) -> Any:
+    """A model that is or was quantised, in memory of its own: of one type, if nothing of it is quantised any more."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in {torch.nn.Parameter, torch.Tensor} and type(tensor.data) is torch.Tensor:
+            tensor.data = tensor.data.clone()  # tensors of other types know how they lie
+    widened = method not in KEPT and all(parameter.element_size() > 1 for parameter in model.parameters())
+    # transformers can widen FP8 to bfloat16, whatever the type of the rest.
+    return model.to(dtype) if widened and isinstance(dtype, torch.dtype) else model
 
 
 def has_vision(config: Any) -> bool:
@@ -184,20 +201,6 @@ def _model_of(path: Path) -> Path:
     return path if under is None else under.path
 
 
-def _check_plain(path: Path, values: Mapping[str, Any]) -> None:
-    """Refuse quantised weights: what they stand for cannot be perturbed in place."""
-    sections = [values, *(value for value in values.values() if isinstance(value, Mapping))]
-    for section in sections:
-        for key in ("quantization_config", "compression_config"):
-            how = section.get(key)
-            if how:
-                kind = how.get("quant_method", "unknown") if isinstance(how, Mapping) else "unknown"
-                raise EstuneError(
-                    f"model {path}: its weights are quantised ({kind!s:.40}), which cannot be perturbed; take the "
-                    "model that it was made of, in bfloat16, float16 or float32"
-                )
-
-
 def _check_causal(path: Path, config: Any) -> None:
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     architectures = config.architectures or []
@@ -219,6 +222,15 @@ def _unreadable(path: Path, error: Exception) -> EstuneError:
         return _needs_code(path, "it")
     why = first_line(error)
     return EstuneError(f"model {path}: cannot be loaded ({why}); check that the directory is complete")
+
+
+def _unsupported(path: Path, method: str, error: Exception) -> EstuneError:
+    """Of quantised weights: as a rule a package is missing, which transformers names, or there is no kernel here."""
+    why = first_line(error)
+    return EstuneError(
+        f"model {path}: its weights are quantised ({method}), and transformers cannot load them here ({why:.300}); "
+        "pip install 'estune[quantized]' or what it asks for, or take the model in another type (docs/models.md)"
+    )
 
 
 def _wants_code(error: Exception) -> bool:

@@ -29,6 +29,7 @@ from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint, locate, pinned
 from estune.weights.device import chosen_device, training_device
 from estune.weights.policies import BYTES, POLICIES
+from estune.weights.quantized import quantized_by
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def _share_processor(config: Config, live_dtype: str | None) -> dict[str, Any]:
     replicas, threads = share_cores(config, size)
     found: dict[str, Any] = {"replicas": replicas, "threads": threads}
     elements = sum(t.elements for t in tensors)
-    if config.engine == "vllm" or elements < LEAST_TRIED:
+    if config.engine == "vllm" or elements < LEAST_TRIED or quantized_by(checkpoint.path) is not None:
         return found
     model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
     halves = sum(t.elements for t in tensors if t.dtype == "BF16")

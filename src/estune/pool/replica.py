@@ -30,6 +30,7 @@ from estune.weights.moments import has_moments
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.places import check_places
 from estune.weights.policies import NOT_REVERSIBLE, POLICIES
+from estune.weights.quantized import refuse_quantized
 from estune.weights.rebuild import Steps, is_anchored
 from estune.weights.scales import scales_of
 from estune.weights.storage import flat, type_name
@@ -209,6 +210,7 @@ class Replica(Trained):
     def __init__(self, config: Config, share: Share | None = None) -> None:
         set_up_process(config)
         checkpoint = open_checkpoint(config.model, config.adapter)
+        refuse_quantized(checkpoint.path)
         self._device = training_device(config.device)
         self._vllm = config.engine == "vllm"
         engine: Engine

@@ -21,6 +21,7 @@ from estune.weights.adapters import ALL_LINEAR, CONFIG, PREFIX, WEIGHTS, Adapter
 from estune.weights.checkpoint import Checkpoint, companions, hub_name, locate, pinned
 from estune.weights.converted import made_once, state_of
 from estune.weights.parameters import layer_of
+from estune.weights.quantized import matrix_shapes, quantized_by
 
 
 def open_checkpoint(model: str | Path, adapter: Adapter | None = None) -> Checkpoint:
@@ -97,7 +98,10 @@ def _new(adapter: Adapter, base: Checkpoint, file: Path) -> dict[str, Any]:
     """Write a new adapter's tensors; return its settings."""
     from safetensors.numpy import save_file
 
-    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    if quantized_by(base.path) is None:
+        shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    else:
+        shapes = matrix_shapes(base.path)
     modules = adapted_shapes(shapes, adapter)
     save_file(dict(_drawn(adapter, modules)), file, {"format": "pt"})
     return {

@@ -23,7 +23,7 @@ import torch
 from estune.completion import Sampling
 from estune.engines import decode
 from estune.engines.cpu import kernels
-from estune.engines.cpu.layers import Linear, bits_of, fused_layer
+from estune.engines.cpu.layers import Linear, are_plain, bits_of, fused_layer
 from estune.engines.cpu.low_rank import LowRank, is_plain
 from estune.engines.cpu.members import Drawn, Members, Together, address
 from estune.engines.cpu.products import NONE, Array, Products
@@ -59,6 +59,7 @@ def unfusable(model: Any) -> str | None:
     widths = (config.hidden_size, config.intermediate_size, attention.head_dim // 2)
     reasons = {
         "its adapter is more than products beside its layers'": not is_plain(model),
+        "its projections are not plain matrices": not are_plain(model.model.layers, model.dtype),
         "it is not on a CPU": model.device.type != "cpu",
         "its type is neither float32 nor bfloat16": model.dtype not in (torch.float32, torch.bfloat16),
         f"its activation is {config.hidden_act}": config.hidden_act != "silu",

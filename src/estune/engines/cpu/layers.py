@@ -5,7 +5,7 @@ The model's parameters become views of it, each still whole, contiguous and unde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +33,27 @@ class Layer:
     mlp_norm: Array
     gate_up: Linear  # [2 * intermediate, hidden]
     down: Linear  # [hidden, intermediate]
+
+
+def are_plain(layers: Iterable[Any], dtype: torch.dtype) -> bool:
+    """Whether layers' projections are matrices of a type, and not quantised; what an adapter adds does not count."""
+    found = (getattr(each, "base_layer", each) for layer in layers for each in _projections(layer))
+    return all(
+        type(each) is torch.nn.Linear
+        and "forward" not in vars(each)  # as compressed-tensors puts its own in its place
+        and type(each.weight.data) is torch.Tensor
+        and each.weight.dtype == dtype
+        for each in found
+    )
+
+
+def _projections(layer: Any) -> tuple[Any, ...]:
+    attention = layer.self_attn
+    mlp = layer.mlp
+    return (
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    )
 
 
 def fused_layer(layer: Any) -> Layer:

@@ -130,11 +130,15 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
         base = 0
     if base and shares_base(work, device):
         held = f"{held}, one for all replicas"
-    live = f"{shape.parameters:,} parameters x {bytes_} B ({work.dtype}){split}"
+    live = shape.parameters * bytes_
+    live_how = f"{shape.parameters:,} parameters x {bytes_} B ({work.dtype}){split}"
+    if shape.stored is not None:
+        live = shape.stored + shape.trained * BYTES["float32"]
+        live_how = f"{shape.stored:,} B as they are quantised, and the adapter's {shape.trained:,} x 4 B (float32)"
     row = work.slots * shape.cached * bytes_ / parallel
     cached = f"{rows} rows x {work.slots:,} tokens x {shape.cached * bytes_:,} B{split}"
     weights = [
-        Item("live weights", shape.parameters * bytes_ / parallel, live),
+        Item("live weights", live / parallel, live_how),
         Item(f"base (weights={work.policy})", base / parallel, held + (split if base else "")),
         *(
             [

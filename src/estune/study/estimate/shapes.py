@@ -12,9 +12,10 @@ from typing import Any
 from estune.errors import EstuneError, first_line
 from estune.weights.adapted import adapter_elements
 from estune.weights.adapters import Adapter
-from estune.weights.checkpoint import DTYPES, EMBEDDED, KNOWN, hub_name, locate
+from estune.weights.checkpoint import DTYPES, EMBEDDED, KNOWN, Checkpoint, hub_name, locate
 from estune.weights.gguf import is_gguf
 from estune.weights.parameters import fits
+from estune.weights.quantized import KEPT, method_of, untrainable
 from estune.weights.sizes import EXPERTS, check_sizes
 
 
@@ -38,6 +39,7 @@ class Shape:
     heads: int = 0  # query heads of a layer; 0 where config.json does not tell
     matrix_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of the products' matrices, by name
     own: bool = False  # a CPU multiplies its matrices by our kernels, not PyTorch's
+    stored: int | None = None  # bytes of the checkpoint's weights, where they are quantised and stay so
 
     def splits_over(self, gpus: int) -> bool:
         """Whether vLLM can give each GPU equally many query heads, and key and value heads, which it may repeat."""
@@ -58,9 +60,13 @@ def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = 
         adapter: that is trained in place of the model's own parameters.
 
     Raises:
-        EstuneError: there is no configuration, it is not of a causal language model, or the pattern fits no name.
+        EstuneError: there is no configuration, it is not of a causal language model, the pattern fits no name, or the
+            weights are quantised and no adapter is trained over them.
     """
     config = _read_config(model)
+    method = method_of(config.to_dict())
+    if method is not None and adapter is None:
+        raise untrainable(model, method)
     dtype = _dtype(config)
     if dtype not in {None, *DTYPES}:
         raise EstuneError(f"model {model}: its weights are {dtype}; take one whose are one of {', '.join(DTYPES)}")
@@ -77,6 +83,8 @@ def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = 
         ) from error
     if adapter is None:
         return shape
+    if method in KEPT:
+        shape = replace(shape, stored=_stored(model), own=False)
     added = adapter_elements(shape.matrix_shapes, adapter)
     return replace(shape, trained=added, parameters=shape.parameters + added)
 
@@ -148,6 +156,12 @@ def _built(config: Any) -> tuple[Any, int, int]:
     finally:
         logging.set_verbosity(verbosity)
     return built, three - two, kernels.count
+
+
+def _stored(model: str | Path) -> int | None:
+    """Bytes of a checkpoint's tensors, where its files are here."""
+    path = Path(model)
+    return sum(t.size for t in Checkpoint(path).tensors.values()) if any(path.glob("*.safetensors")) else None
 
 
 def _dtype(config: Any) -> str | None:

@@ -1,0 +1,100 @@
+"""Quantised checkpoints: a base that stays as it is, to be trained under an adapter alone.
+
+Which methods there are, and how their weights are loaded and multiplied, is transformers' and its integrations' to say.
+Here is what settings and files tell: by which method, of which matrices, and that the weights themselves are not
+trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from estune.errors import EstuneError
+
+_SECTIONS = ("quantization_config", "compression_config")
+KEPT = {"bitsandbytes", "gptq", "awq", "torchao"}
+"""Methods whose weights stay quantised in memory.
+
+Those of others are widened as they are loaded: FP8's by transformers, where there is no kernel for them, and
+compressed-tensors' by request, as PEFT puts no adapter beside packed ones.
+"""
+
+
+def method_of(values: Mapping[str, Any]) -> str | None:
+    """The method by which a model's weights are quantised, as its configuration calls it; None if they are not.
+
+    Args:
+        values: what its config.json holds.
+    """
+    for section in (values, *(value for value in values.values() if isinstance(value, Mapping))):
+        for how in filter(None, map(section.get, _SECTIONS)):
+            kind = how.get("quant_method") if isinstance(how, Mapping) else None
+            return str(kind or "unknown")[:40]
+    return None
+
+
+def quantized_by(folder: Path) -> str | None:
+    """As `method_of`, of a model's directory; None where it holds no config.json that can be read."""
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return method_of(values) if isinstance(values, dict) else None
+
+
+def prepare(config: Any, method: str | None) -> None:
+    """Have a model's weights widened on loading where an adapter could not be put beside them.
+
+    Args:
+        config: the model's configuration, as transformers reads it, which is changed.
+        method: as `method_of` tells it.
+    """
+    if method == "compressed-tensors" and isinstance(getattr(config, "quantization_config", None), dict):
+        config.quantization_config["dequantize"] = True
+
+
+def refuse_quantized(folder: Path) -> None:
+    """Refuse to train quantised weights themselves.
+
+    Args:
+        folder: of the checkpoint that would be trained; an adapter over such weights is no such checkpoint.
+
+    Raises:
+        EstuneError: they are quantised.
+    """
+    if (method := quantized_by(folder)) is not None:
+        raise untrainable(folder, method)
+
+
+def untrainable(model: str | Path, method: str) -> EstuneError:
+    """What is said of a model that is quantised by a method where its weights would be trained."""
+    return EstuneError(
+        f"model {model}: its weights are quantised ({method}), which cannot be perturbed; train an adapter over them "
+        "(adapter.rank=8), or take the model that it was made of, in bfloat16, float16 or float32"
+    )
+
+
+def matrix_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that a model has where it is not quantised, by their names in the model.
+
+    Files of quantised weights hold other tensors, of other shapes. The model is laid out without memory.
+
+    Raises:
+        EstuneError: no causal language model can be made of its config.json.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged file makes transformers raise
+        raise EstuneError(
+            f"model {folder}: no causal language model can be laid out from its config.json; take one such as "
+            "Qwen2ForCausalLM"
+        ) from error
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,0 +1,102 @@
+"""Tiny quantised checkpoints, made where a test needs them: by the formats' own definitions, or by their libraries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+GROUP = 32
+WIDTHS: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+"""Of models that can be quantised here: multiples of the groups and blocks."""
+
+Quantize = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+
+
+def packed_int4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """compressed-tensors' "pack-quantized": 4 bits each, eight to an int32, with a scale per group."""
+    rows, columns = weight.shape
+    groups = weight.view(rows, columns // GROUP, GROUP)
+    scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
+    numbers = (groups / scale).round().clamp(-8, 7).view(rows, columns // 8, 8).to(torch.int64) + 8
+    packed = sum(numbers[..., place] << (4 * place) for place in range(8))
+    packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+    return {
+        "weight_packed": packed,
+        "weight_scale": scale[..., 0].bfloat16(),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def blocks_fp8(weight: torch.Tensor, block: int = 64) -> dict[str, torch.Tensor]:
+    """DeepSeek's fine-grained FP8: E4M3 with a scale per square block."""
+    rows, columns = weight.shape
+    blocks = weight.view(rows // block, block, columns // block, block)
+    scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+    return {
+        "weight": (blocks / scale).to(torch.float8_e4m3fn).view(rows, columns),
+        "weight_scale_inv": scale[:, 0, :, 0],
+    }
+
+
+INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP},
+        }
+    },
+}
+FP8 = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [64, 64],
+    "modules_to_not_convert": ["lm_head"],
+}
+
+
+def rewritten(base: Path, target: Path, quantize: Quantize, how: Mapping[str, Any]) -> None:
+    """Write a model with its layers' projections quantised."""
+    shutil.copytree(base, target)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            stem = name.removesuffix("weight")
+            tensors |= {stem + key: value.contiguous() for key, value in quantize(tensor.float()).items()}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
+
+
+def by_bitsandbytes(base: Path, target: Path, **options: Any) -> None:
+    """Write a model as transformers and bitsandbytes quantise it."""
+    shutil.copytree(base, target)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**options)
+    )
+    model.save_pretrained(target)
+
+
+def save_quantized(base: Path, target: Path, method: str) -> Path:
+    """Write a model quantised by a method of these; return its directory."""
+    if method == "compressed-tensors":
+        rewritten(base, target, packed_int4, INT4)
+    elif method == "fp8":
+        rewritten(base, target, blocks_fp8, FP8)
+    elif method == "bitsandbytes-8bit":
+        by_bitsandbytes(base, target, load_in_8bit=True)
+    else:
+        by_bitsandbytes(base, target, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return target
