@@ -8,8 +8,8 @@ import torch
 
 from estune import EvolutionStrategy, Weights
 
-STEPS = 20
-EPISODES = 3  # each with a start of its own, the same for all members of a step
+STEPS = 12
+EPISODES = 2  # each with a start of its own, the same for all members of a step
 
 torch.manual_seed(0)
 policy = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))

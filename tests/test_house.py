@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,9 +42,15 @@ LOADS = re.compile(r"(Auto\w+|kind)\.from_(pretrained|config)$")
 Node = TypeVar("Node", bound=ast.expr)
 
 
+@cache
+def all_nodes(file: Path) -> list[ast.AST]:
+    """The syntax of a file, taken apart once for all tests."""
+    return list(ast.walk(ast.parse(file.read_text())))
+
+
 def rooms_imported(file: Path) -> Iterator[tuple[int, str]]:
     """Line and room of each import of estune in a file, wherever it stands."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in all_nodes(file):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno} imports by a relative path"
@@ -69,7 +76,7 @@ def test_imports_run_one_way(file: Path) -> None:
 def nodes(kind: type[Node]) -> Iterator[tuple[str, Node]]:
     """Each piece of syntax of a kind in the package, with where it stands."""
     for file in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in all_nodes(file):
             if isinstance(node, kind):
                 yield f"{file}:{node.lineno}", node
 

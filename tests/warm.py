@@ -44,7 +44,7 @@ from typing import Any, NamedTuple, NoReturn
 from estune.children import die_with_thread
 
 MODULES = (
-    *("estune.cli", "estune.pool.process", "estune.study.jobs", "tests.runs", "tests.servers"),
+    *("estune.cli", "estune.pool.process", "estune.render", "estune.study.jobs", "tests.runs", "tests.servers"),
     *("bench.gpu.weights", "bench.gpu.training", "bench.gpu.engine"),
     *(["ipykernel_launcher"] if importlib.util.find_spec("ipykernel") else []),  # which vLLM's environment lacks
 )

@@ -268,7 +268,8 @@ def test_a_full_disk_loses_nothing(run: Path) -> None:
     """The system's own limit on a file's size stands in for a full disk: the write fails half-way in the same way."""
     content = (run / FILE).read_bytes()
     (run / "new").mkdir()
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(run)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-u", "-c", FULL_DISK, str(run)]  # a warm one
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "File too large while writing; the run is whole up to step 3" in done.stdout
     assert f"--resume {run}" in done.stdout
     assert f"{run / 'new' / FILE}: File too large while writing: make room, then start it again" in done.stdout

@@ -63,9 +63,8 @@ def test_a_worker_that_hangs_is_killed_and_replaced(
 
 
 def test_a_node_that_comes_late_joins_and_one_that_goes_is_not_missed(
-    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path, new_interpreters: None
+    cluster: Any, model: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
-    """The late node's worker starts as everybody's do."""
     run = tmp_path / "run"
     trainer = with_workers(run, model, 2, threads=3)  # of five CPUs: room for one
     crew = trainer.pool.crew

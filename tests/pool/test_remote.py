@@ -427,7 +427,7 @@ def test_ctrl_c_twice_loses_the_step_in_hand_alone(
     changes = {"steps": 6, "replicas": None, "workers_at": [servers[1].url], "max_new_tokens": 8}
     code = "import runpy; runpy.run_module('tests.runs', run_name='__main__')"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(run), str(model), json.dumps(changes)],
+        [sys.executable, "-u", "-c", code, str(run), str(model), json.dumps(changes)],  # a warm one
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )

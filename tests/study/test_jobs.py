@@ -93,7 +93,7 @@ def test_no_child_outlives_its_study(tmp_path: Path, how: signal.Signals, stoppe
         "jobs.each(lambda p: jobs.run('child', p, log=Path(p + '.log')), sys.argv[1:], 1)"
     )
     study = subprocess.Popen(
-        [sys.executable, "-c", code, str(pid), str(tmp_path / "never")],
+        [sys.executable, "-u", "-c", code, str(pid), str(tmp_path / "never")],  # a warm one
         env={**os.environ, "PYTHONPATH": path_with(tmp_path, child)},
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # a signal is the study's alone
