@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from estune.files import user_cache
+
+PACKAGE = Path(__file__).parents[1] / "src" / "estune"
+FOLDERS = (PACKAGE / "noise", PACKAGE / "engines" / "cpu")
+"""Of all kernels."""
 
 
 def compiled() -> str:
     """A folder of its own, to be named before Numba is imported, here and in children.
 
     Numba compiles a function again when its own file has changed, but not when one that it imports has, and throws away
-    what another version has compiled. Compiling all takes a minute, so every checkout of this user shares what is kept.
+    what another version has compiled. Compiling all takes minutes, so every checkout of this user shares what is kept:
+    Numba has a folder for each place where source lies, and what this checkout's are called are links to the same two.
     """
-    package = Path(__file__).parents[1] / "src" / "estune"
-    files = sorted([*(package / "noise").glob("*.py"), *(package / "engines" / "cpu").glob("*.py")])
+    files = [file for folder in FOLDERS for file in sorted(folder.glob("*.py"))]
     kernels = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    return str(user_cache("tests") / f"numba-{version('numba')}-{kernels}")
+    cache = user_cache("tests") / f"numba-{version('numba')}-{kernels}"
+    for folder in FOLDERS:
+        shared = cache / folder.name
+        shared.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            (cache / _numbas_name(folder)).symlink_to(shared.name)
+    return str(cache)
+
+
+def _numbas_name(folder: Path) -> str:
+    """As `numba.core.caching` has it, which reads where to cache once it is imported."""
+    return f"{folder.name}_{hashlib.sha1(str(folder).encode()).hexdigest()}"

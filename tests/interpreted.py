@@ -49,7 +49,6 @@ class _Launch:
             _Launch.under_way = False
 
 
-interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)  # a table is made for each call
 interpreter._patch_lang_tensor = _with_numbers
 interpreter._patch_builtin = _replace_builtins
 interpreter._patch_lang = _Launch
