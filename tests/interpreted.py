@@ -1,7 +1,7 @@
 """Triton's interpreter with NumPy of today, which takes no number from an array `[1]`, as Triton before 3.7 does.
 
-And in a third of the time: it looks through Triton's language for what to replace whenever a kernel is launched or
-calls a function, thousands of times a test. Here it looks once, and replaces where a launch begins.
+And in three quarters of the time: it looks through Triton's language for what to replace whenever a kernel is launched
+or calls a function, thousands of times a test. Here it looks once, and replaces where a launch begins.
 """
 
 from __future__ import annotations
