@@ -22,6 +22,7 @@ from estune.cli.options import overrides_of
 from estune.completion import Completion
 from estune.config import Config, load
 from estune.grading.grading import grade
+from estune.journal.journal import Journal
 from estune.run.trainer import Trainer
 from tests.judges import serving
 from tests.test_docs import command_lines, complaint, opened
@@ -95,6 +96,21 @@ def test_no_country_is_trained_on_and_held_out() -> None:
     train, evaluation = ({row["prompt"] for row in capitals[side]} for side in ("train", "evaluation"))
     assert len(train) + len(evaluation) == len(capitals["CAPITALS"])
     assert not train & evaluation
+
+
+def test_the_run_that_is_shipped_came_to_what_the_pages_say() -> None:
+    """Replaying it takes minutes, as its base is a real model: `estune verify examples/briefly.estune`."""
+    run = EXAMPLES / "briefly.estune"
+    journal = Journal.read(run)
+    first, last = journal.evaluations[0].metrics, journal.evaluations[-1].metrics
+    length, right = "eval_completions/mean_length", "eval_accuracy"
+    readme = (ROOT / "README.md").read_text()
+    assert f"from {first[length]:.1f} to {last[length]:.1f} tokens an answer" in readme
+    assert f"from {first[right]:.1%} to {last[right]:.1%} right of 71 in {len(journal.steps)} steps" in readme
+    assert f"{run.stat().st_size / 1000:.0f} KB" in (ROOT / "docs" / "start.md").read_text()
+    recipe = load(ROOT / "recipes" / "conciseness-smollm2.yaml").model_dump(mode="json")
+    changed = {key for key, value in journal.header.config.items() if recipe[key] != value}
+    assert changed <= {"model", "device", "engine", "replicas", "threads", "save_dtype", "report_to", "template_date"}
 
 
 def python(page: str, part: str) -> str:
