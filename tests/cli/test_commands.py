@@ -387,7 +387,7 @@ def test_settings_are_listed_in_their_sections(
 
 def test_every_command_has_help_and_a_version(capsys: pytest.CaptureFixture[str]) -> None:
     commands = [[command.name] for command in cli.app.registered_commands]
-    assert len(commands) == 22
+    assert len(commands) == 23
     for command in [[], *commands]:
         assert estune(*command, "-h") == 0
         assert "Usage: " in capsys.readouterr().out
