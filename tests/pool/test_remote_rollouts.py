@@ -13,6 +13,7 @@ import pytest
 
 from estune.completion import Sampling
 from estune.config import Config
+from estune.engines.continuous import Request
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import Member
@@ -21,7 +22,7 @@ from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.local import LocalPool
 from estune.pool.remote.handle import RemoteHandle
 from estune.pool.remote.pool import RemotePool, Servers
-from estune.pool.remote.turns import Held
+from estune.pool.remote.turns import Held, _FarRows
 from estune.pool.replica import Replica
 from estune.run.held_out import token_ids
 from estune.run.trainer import Trainer
@@ -147,10 +148,10 @@ def test_what_is_held_is_lost_with_another_call_of_the_run_alone(
     assert one._post("hold", [0, "mine", Member(1), 0.02], 30) >= 0
     with pytest.raises(EstuneError, match="at work for another run"):
         another.open()
-    ended = []
+    ended: list[Any] = []
     asked = [(number, [10, 20 + number], sampling) for number in range(3)]
     while len(ended) < 2:  # of which nobody waits for the third
-        ended += one._post("turns", ["mine", asked, [2]], 30)
+        ended = one._post("turns", ["mine", asked, [2]], 30)
         asked = []
     assert sorted(number for number, _ in ended) == [0, 1]
     one.call("generate", 0, [[1, 2]], sampling)
@@ -171,5 +172,14 @@ def test_turns_asked_for_twice_are_made_once(model: Path) -> None:
         found += held.turns(asked, [])
         asked = []
     assert found == [(7, alone.token_ids)]
-    assert held.turns([], []) == []
+    assert held.turns([], []) == found, "its answer may have been lost on its way"
+    assert held.turns([], [7]) == held.turns([], [7]) == []
     held.close()
+
+
+@pytest.mark.parametrize("ids", [[1], [1, 2, 3, 4, 5], [9, 1]], ids=["too few", "too many", "after its end"])
+def test_turns_of_another_length_than_was_asked_for_are_refused(ids: list[int]) -> None:
+    rows = _FarRows(lambda joined, left: [(number, ids) for number, *_ in joined], [9])
+    rows.join(Request([10], Sampling(4)))
+    with pytest.raises(EstuneError, match=f"a turn 0 with {len(ids)} tokens that was not asked so"):
+        rows.step()
