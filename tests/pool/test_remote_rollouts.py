@@ -161,6 +161,48 @@ def test_what_is_held_is_lost_with_another_call_of_the_run_alone(
     another.end()
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_rollouts_that_compute_for_long_keep_the_server_or_learn_that_it_is_gone(
+    lost: bool, servers: list[Served], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_FarRows, "most_idle", 0.02)
+    go_on = threading.Event()
+    idle: list[Any] = []
+    post = RemoteHandle._post
+
+    class Thinks(Talk):
+        def step(self, completion: str) -> Any:
+            go_on.wait()
+            return 1.0
+
+    def counting(self: RemoteHandle, kind: str, arguments: Any, *others: Any) -> Any:
+        if kind == "turns" and not arguments[1]:
+            idle.append(arguments)
+            if len(idle) == 40:
+                if lost:
+                    raise Lost("gone")
+                go_on.set()
+        return post(self, kind, arguments, *others)
+
+    monkeypatch.setattr(RemoteHandle, "_post", counting)
+    config = remote(Path("unused"), model, servers[1].url)
+    handle = Servers(config).hire(0, Deadlines(30.0))
+    task = played(target=Thinks)
+    prompts = token_ids(open_encoder(config), task, task.train[:2])
+    handle.open()
+    handle.call("rebuild", [], None)
+    try:
+        if lost:
+            with pytest.raises(Lost, match="gone"):
+                handle.call("generate", 0, prompts, Sampling(4))
+        else:
+            found = handle.call("generate", 0, prompts, Sampling(4))
+            assert [done.played.reward for done in found] == [1.0, 1.0]
+    finally:
+        go_on.set()
+        handle.end()
+
+
 def test_turns_asked_for_twice_are_made_once(model: Path) -> None:
     """As a call is where its connection broke off before the answer."""
     engine = Replica(make_config(Path("unused"), model, threads=1, device="cpu")).engine

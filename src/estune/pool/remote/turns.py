@@ -18,7 +18,7 @@ from estune.engines.continuous import Batcher, Request, Rows
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
 from estune.grading.rollout import Opening
-from estune.pool.remote.wire import TURN_SECONDS, Ended, Joined
+from estune.pool.remote.wire import LEASE_SECONDS, TURN_SECONDS, Ended, Joined
 
 if TYPE_CHECKING:
     from estune.agents.play import Limits
@@ -119,6 +119,9 @@ class _Far:
 
 class _FarRows:
     """As `Rows`, of a batch that is elsewhere. A row gains all of its tokens when it ends there."""
+
+    # A server that nothing is asked of, as all rollouts compute, is neither lost to others nor lost unnoticed.
+    most_idle: float | None = LEASE_SECONDS / 3
 
     def __init__(self, turns: Turns, end_ids: Sequence[int]) -> None:
         self._turns = turns
