@@ -99,6 +99,7 @@ class Scripted:
     joined: threading.Event = field(default_factory=threading.Event)
     left: threading.Event = field(default_factory=threading.Event)
     rows: dict[int, str | None] = field(default_factory=dict)
+    most_idle: float | None = None
 
     @property
     def end_ids(self) -> list[int]:

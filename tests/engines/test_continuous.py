@@ -147,6 +147,8 @@ def test_closed_it_leaves_nobody_waiting(engine: TransformersEngine) -> None:
 
 def test_an_engine_that_fails_tells_all_who_wait(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
+        most_idle = None
+
         def join(self, request: Request) -> int | None:
             return 1
 

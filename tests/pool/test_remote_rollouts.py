@@ -13,6 +13,7 @@ import pytest
 
 from estune.completion import Sampling
 from estune.config import Config
+from estune.engines.continuous import Request
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import Member
@@ -21,7 +22,7 @@ from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.local import LocalPool
 from estune.pool.remote.handle import RemoteHandle
 from estune.pool.remote.pool import RemotePool, Servers
-from estune.pool.remote.turns import Held
+from estune.pool.remote.turns import Held, _FarRows
 from estune.pool.replica import Replica
 from estune.run.held_out import token_ids
 from estune.run.trainer import Trainer
@@ -147,10 +148,10 @@ def test_what_is_held_is_lost_with_another_call_of_the_run_alone(
     assert one._post("hold", [0, "mine", Member(1), 0.02], 30) >= 0
     with pytest.raises(EstuneError, match="at work for another run"):
         another.open()
-    ended = []
+    ended: list[Any] = []
     asked = [(number, [10, 20 + number], sampling) for number in range(3)]
     while len(ended) < 2:  # of which nobody waits for the third
-        ended += one._post("turns", ["mine", asked, [2]], 30)
+        ended = one._post("turns", ["mine", asked, [2]], 30)
         asked = []
     assert sorted(number for number, _ in ended) == [0, 1]
     one.call("generate", 0, [[1, 2]], sampling)
@@ -158,6 +159,48 @@ def test_what_is_held_is_lost_with_another_call_of_the_run_alone(
         one._post("turns", ["mine", [], []], 30)
     one.end()
     another.end()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_rollouts_that_compute_for_long_keep_the_server_or_learn_that_it_is_gone(
+    lost: bool, servers: list[Served], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_FarRows, "most_idle", 0.02)
+    go_on = threading.Event()
+    idle: list[Any] = []
+    post = RemoteHandle._post
+
+    class Thinks(Talk):
+        def step(self, completion: str) -> Any:
+            go_on.wait()
+            return 1.0
+
+    def counting(self: RemoteHandle, kind: str, arguments: Any, *others: Any) -> Any:
+        if kind == "turns" and not arguments[1]:
+            idle.append(arguments)
+            if len(idle) == 40:
+                if lost:
+                    raise Lost("gone")
+                go_on.set()
+        return post(self, kind, arguments, *others)
+
+    monkeypatch.setattr(RemoteHandle, "_post", counting)
+    config = remote(Path("unused"), model, servers[1].url)
+    handle = Servers(config).hire(0, Deadlines(30.0))
+    task = played(target=Thinks)
+    prompts = token_ids(open_encoder(config), task, task.train[:2])
+    handle.open()
+    handle.call("rebuild", [], None)
+    try:
+        if lost:
+            with pytest.raises(Lost, match="gone"):
+                handle.call("generate", 0, prompts, Sampling(4))
+        else:
+            found = handle.call("generate", 0, prompts, Sampling(4))
+            assert [done.played.reward for done in found] == [1.0, 1.0]
+    finally:
+        go_on.set()
+        handle.end()
 
 
 def test_turns_asked_for_twice_are_made_once(model: Path) -> None:
@@ -171,5 +214,14 @@ def test_turns_asked_for_twice_are_made_once(model: Path) -> None:
         found += held.turns(asked, [])
         asked = []
     assert found == [(7, alone.token_ids)]
-    assert held.turns([], []) == []
+    assert held.turns([], []) == found, "its answer may have been lost on its way"
+    assert held.turns([], [7]) == held.turns([], [7]) == []
     held.close()
+
+
+@pytest.mark.parametrize("ids", [[1], [1, 2, 3, 4, 5], [9, 1]], ids=["too few", "too many", "after its end"])
+def test_turns_of_another_length_than_was_asked_for_are_refused(ids: list[int]) -> None:
+    rows = _FarRows(lambda joined, left: [(number, ids) for number, *_ in joined], [9])
+    rows.join(Request([10], Sampling(4)))
+    with pytest.raises(EstuneError, match=f"a turn 0 with {len(ids)} tokens that was not asked so"):
+        rows.step()

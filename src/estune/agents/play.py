@@ -271,7 +271,7 @@ class _Side:
             for _ in range(min(most, len(runs))):
                 self._todo.put(partial(self._begin, waiting.popleft()))
             self._more_threads(1 if turn_by_turn else most)
-            while not all(run.over for run in runs):
+            while self._batcher.failure is None and not all(run.over for run in runs):
                 if self._ended.acquire(timeout=_LOOK_SECONDS) and waiting:
                     self._todo.put(partial(self._begin, waiting.popleft()))
                 self._look(most)

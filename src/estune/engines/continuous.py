@@ -46,6 +46,9 @@ class Request:
 class Rows(Protocol):
     """A batch that prompts join and leave."""
 
+    most_idle: float | None
+    """Seconds after which `step` is called without any row too, to say that the batch is wanted; None: never."""
+
     def join(self, request: Request) -> int | None:
         """Take a prompt in; return the number of its row, or None as long as there is no room."""
         ...
@@ -191,7 +194,8 @@ class Batcher:
                     self._waiting.popleft()
                 if active:
                     return True
-                self._ready.wait()
+                if not self._ready.wait(rows.most_idle):
+                    return True
             return False
 
 
@@ -271,6 +275,8 @@ class Rounds:
         generate: `Engine.generate`.
         most: prompts of a round.
     """
+
+    most_idle: float | None = None
 
     def __init__(
         self, generate: Callable[[Sequence[Sequence[int]], Sampling], list[Completion]], most: int = 1024

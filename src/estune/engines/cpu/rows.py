@@ -45,6 +45,8 @@ class FusedRows:
         fitting: tells for a number of slots how many rows of that length there is memory for.
     """
 
+    most_idle: float | None = None
+
     def __init__(self, decoder: FusedDecoder, fitting: Callable[[int], int]) -> None:
         self._decoder = decoder
         self._fitting = fitting

@@ -185,6 +185,8 @@ class VllmRows:
         engine: whose batch it is, and whose weights stay as they are.
     """
 
+    most_idle: float | None = None
+
     def __init__(self, engine: VllmEngine) -> None:
         self._engine = engine
         self._numbers = itertools.count()

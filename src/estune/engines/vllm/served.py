@@ -107,6 +107,8 @@ class ServedRows:
         end_ids: tokens that end a completion.
     """
 
+    most_idle: float | None = None
+
     def __init__(self, server: Server, end_ids: Sequence[int]) -> None:
         self._server = server
         self._ends = end_ids

@@ -212,6 +212,8 @@ class Server:
         prompt = {"prompt_token_ids": list(prompt_ids)}
         async for found in self._client.generate(prompt, settings, f"estune-{secrets.token_hex(8)}"):
             last = found
+        if last.outputs and last.outputs[0].finish_reason == "abort":  # its owner's doing, such as /pause
+            raise EstuneError("vLLM has dropped a completion that was under way: leave the server alone meanwhile")
         return last
 
     def _do(self, coroutine: Any) -> Any:

@@ -18,13 +18,14 @@ from estune.engines.continuous import Batcher, Request, Rows
 from estune.engines.prompts import PromptEncoder
 from estune.errors import EstuneError
 from estune.grading.rollout import Opening
-from estune.pool.remote.wire import TURN_SECONDS, Ended, Joined
+from estune.pool.remote.wire import LEASE_SECONDS, TURN_SECONDS, Ended, Joined
 
 if TYPE_CHECKING:
     from estune.agents.play import Limits
 
 Turns = Callable[[Sequence[Joined], Sequence[int]], list[Ended]]
-"""Gives a server further turns, and the numbers of those that nobody waits for any more; returns those that ended."""
+"""Gives a server further turns, and the numbers of those that are not waited for, as they have come or nobody wants
+them; returns the others that have ended."""
 
 
 class Held:
@@ -40,9 +41,12 @@ class Held:
         self._batcher = Batcher(engine)
         self._futures: dict[int, Future[Completion]] = {}
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._told: set[int] = set()  # until they are let go: an answer can be lost on its way
 
     def turns(self, joined: Sequence[Joined], left: Sequence[int]) -> list[Ended]:
         """Take turns in and let some go; return those that have ended, once there is one or a moment has passed.
+
+        A turn is told of until it is let go.
 
         Raises:
             EstuneError: for a prompt that the model cannot take, or the engine failed.
@@ -51,14 +55,15 @@ class Held:
             if number not in self._futures:  # a call may be repeated
                 self._begin(number, Request(ids, sampling))
         for number in left:
+            self._told.discard(number)
             if (future := self._futures.pop(number, None)) is not None:
                 future.cancel()
-        found: list[Ended] = []
         with suppress(queue.Empty):
-            found += self._end(self._ended.get(timeout=TURN_SECONDS))
+            self._told.add(self._ended.get(timeout=0 if self._told else TURN_SECONDS))
             while True:
-                found += self._end(self._ended.get_nowait())
-        return found
+                self._told.add(self._ended.get_nowait())
+        self._told &= self._futures.keys()
+        return [(number, self._futures[number].result().token_ids) for number in sorted(self._told)]
 
     def close(self) -> None:
         """End all turns."""
@@ -68,12 +73,6 @@ class Held:
         future = self._batcher.submit(request)
         self._futures[number] = future
         future.add_done_callback(lambda _: self._ended.put(number))
-
-    def _end(self, number: int) -> list[Ended]:
-        future = self._futures.pop(number, None)
-        if future is None or future.cancelled():
-            return []
-        return [(number, future.result().token_ids)]
 
 
 class Stage:
@@ -115,14 +114,18 @@ class _Far:
         self._encoder.check(prompt_ids, sampling)
 
     def open_rows(self) -> Rows:
-        return _FarRows(self.turns)
+        return _FarRows(self.turns, self.end_ids)
 
 
 class _FarRows:
     """As `Rows`, of a batch that is elsewhere. A row gains all of its tokens when it ends there."""
 
-    def __init__(self, turns: Turns) -> None:
+    # A server that nothing is asked of, as all rollouts compute, is neither lost to others nor lost unnoticed.
+    most_idle: float | None = LEASE_SECONDS / 3
+
+    def __init__(self, turns: Turns, end_ids: Sequence[int]) -> None:
         self._turns = turns
+        self._ends = frozenset(end_ids)
         self._numbers = itertools.count()
         self._active: dict[int, int] = {}  # by its number, the most tokens of a row's completion
         self._joined: list[Joined] = []
@@ -140,14 +143,14 @@ class _FarRows:
         self._joined = []
         self._left = []
         found = self._turns(joined, left)
-        told = [(row, ids) for row, ids in found if row not in left]
-        for row, ids in told:
-            if len(ids) > self._active.pop(row, 0):
+        for row, ids in found:
+            most = self._active.pop(row, 0)
+            if not (len(ids) == most or (len(ids) < most and ids[-1] in self._ends)):
                 raise EstuneError(
                     f"a server answered a turn {row} with {len(ids)} tokens that was not asked so: do without it"
                 )
-        return told
+        return found
 
     def leave(self, row: int) -> None:
-        if self._active.pop(row, None) is not None:
-            self._left.append(row)
+        self._active.pop(row, None)
+        self._left.append(row)
