@@ -203,6 +203,7 @@ class Players:
         self._encoder = encoder
         self._limits = limits
         self._players: dict[Kind, Player] = {}
+        self._batcher: Batcher | None = None  # of the play under way
 
     def play(self, openings: Sequence[Opening], sampling: Sampling) -> list[Completion]:
         """Play all rollouts; return the answers of each with what became of it, in the order of the openings.
@@ -214,6 +215,7 @@ class Players:
         kinds = {run.opening.rollout.kind for run in runs}
         players = {kind: self._player(kind) for kind in kinds}
         with Batcher(self._engine) as batcher:
+            self._batcher = batcher
             for player in players.values():
                 player.open(batcher, sampling)
             try:
@@ -223,10 +225,15 @@ class Players:
                     player.shut()
             if batcher.failure is not None:
                 raise batcher.failure
+            if batcher.ended:
+                raise EstuneError("these weights are no longer served")
+            self._batcher = None
         return [run.completion() for run in runs]
 
     def close(self) -> None:
-        """End what was started."""
+        """End what was started, also a play that is under way in another thread."""
+        if self._batcher is not None:
+            self._batcher.close()
         for player in self._players.values():
             player.close()
         self._players.clear()
@@ -271,7 +278,7 @@ class _Side:
             for _ in range(min(most, len(runs))):
                 self._todo.put(partial(self._begin, waiting.popleft()))
             self._more_threads(1 if turn_by_turn else most)
-            while self._batcher.failure is None and not all(run.over for run in runs):
+            while not self._batcher.ended and not all(run.over for run in runs):
                 if self._ended.acquire(timeout=_LOOK_SECONDS) and waiting:
                     self._todo.put(partial(self._begin, waiting.popleft()))
                 self._look(most)

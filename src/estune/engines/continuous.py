@@ -106,6 +106,11 @@ class Batcher:
         """The error that the engine failed with, if it has."""
         return self._failure
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has failed or is closed, so that nothing is answered any more."""
+        return self._closed
+
     def submit(self, request: Request) -> Future[Completion]:
         """Ask for a completion; to cancel it, cancel what is returned.
 
