@@ -132,6 +132,7 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
         (["ray_address=auto"], "say how many"),
         (["task=chess"], "task.*countdown"),
         (["chat_template_kwargs={a: 1}"], r"""write a mapping, such as {"enable_thinking": false}, found '{a: 1}'"""),
+        (["sigma_scale={a: 1}"], r"""write a mapping, such as {"\*.mlp.\*": 0.5}, found '{a: 1}'"""),
         (["steps=true"], "steps: .*found 'true'"),
         (["report_to=mlflow"], "report_to.*: .*'tensorboard', 'wandb' or 'trackio', found 'mlflow'"),
         (["early_stopping_patience=2", "eval_steps=0"], "early_stopping_patience counts evaluations"),

@@ -223,5 +223,5 @@ def test_turns_asked_for_twice_are_made_once(model: Path) -> None:
 def test_turns_of_another_length_than_was_asked_for_are_refused(ids: list[int]) -> None:
     rows = _FarRows(lambda joined, left: [(number, ids) for number, *_ in joined], [9])
     rows.join(Request([10], Sampling(4)))
-    with pytest.raises(EstuneError, match=f"a turn 0 with {len(ids)} tokens that was not asked so"):
+    with pytest.raises(EstuneError, match=f"turn 0 has {len(ids)} tokens, neither 4 nor an end"):
         rows.step()

@@ -95,6 +95,8 @@ def test_an_ensemble_from_its_file_answers_the_same(model: Path, tmp_path: Path,
     (tmp_path / "ensemble.json").write_text(json.dumps({"members": []}))
     with pytest.raises(EstuneError, match="no ensemble that"):
         Ensemble.read(tmp_path / "ensemble.json")
+    with pytest.raises(EstuneError, match=r"nowhere.json: No such file"):
+        Ensemble.read(tmp_path / "nowhere.json")
 
 
 def test_around_a_run_members_are_those_that_it_tried_or_new_ones(model: Path, tmp_path: Path) -> None:

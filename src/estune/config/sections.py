@@ -70,19 +70,34 @@ def _urls(value: Any) -> list[str]:
     return found
 
 
-def _json(value: Any) -> Any:
-    """A mapping whose texts are read as JSON where that gives something else, as from a command line; or all as JSON.
+def _template_options(value: Any) -> Any:
+    """What a chat template takes, as `_json` reads it.
 
     Raises:
         ValueError: no mapping, or a name that is not the user's to give.
+    """
+    found = _json(value, '{"enable_thinking": false}')
+    if own := sorted(_NOT_FOR_TEMPLATES.intersection(found)):
+        raise ValueError(f"{', '.join(own)} cannot be given here: it is what estune itself tells the template")
+    return found
+
+
+def _scales(value: Any) -> Any:
+    """Factors of sigma by pattern, as `_json` reads them."""
+    return _json(value, '{"*.mlp.*": 0.5}')
+
+
+def _json(value: Any, example: str) -> Any:
+    """A mapping whose texts are read as JSON where that gives something else, as from a command line; or all as JSON.
+
+    Raises:
+        ValueError: no mapping.
     """
     value = _number_or_switch(value) if isinstance(value, str) else value
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError('write a mapping, such as {"enable_thinking": false}')
-    if own := sorted(_NOT_FOR_TEMPLATES.intersection(value)):
-        raise ValueError(f"{', '.join(own)} cannot be given here: it is what estune itself tells the template")
+        raise ValueError(f"write a mapping, such as {example}")
     found = {key: _number_or_switch(item) if isinstance(item, str) else item for key, item in value.items()}
     json.dumps(found, allow_nan=False, default=str)  # what is not finite has no JSON
     return found
@@ -165,7 +180,7 @@ class Run(Section):
     task: TaskConfig = Field(
         default_factory=CountdownConfig, description="what to learn (`estune tasks`); its options are task.NAME"
     )
-    chat_template_kwargs: Annotated[dict[str, JsonValue], BeforeValidator(_json)] = Field(
+    chat_template_kwargs: Annotated[dict[str, JsonValue], BeforeValidator(_template_options)] = Field(
         {}, description="what the chat template takes beside messages, as chat_template_kwargs.enable_thinking=false"
     )
     template_date: date | None = Field(
@@ -183,7 +198,7 @@ class Search(Section):
     sigma: float = Field(0.001, gt=0, description="standard deviation of the perturbations")
     sigma_scheduler_type: Course = Field("constant", description="sigma over the run: constant, or falling")
     min_sigma_rate: float = Field(0.1, gt=0, le=1, description="share of sigma that a falling one ends at")
-    sigma_scale: Annotated[dict[str, Annotated[float, Field(gt=0)] | Literal["rms"]], BeforeValidator(_json)] = Field(
+    sigma_scale: Annotated[dict[str, Annotated[float, Field(gt=0)] | Literal["rms"]], BeforeValidator(_scales)] = Field(
         {},
         description="factors of sigma by shell pattern of parameters' names, of which the first that fits counts: "
         '{"*.mlp.*": 0.5}; rms is a parameter\'s root mean square over that of all. Their updates have them too',

@@ -90,7 +90,9 @@ class Ensemble:
         """
         try:
             found = TypeAdapter(cls).validate_json(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise EstuneError(f"{path}: {error.strerror}; give a file that `estune ensemble -o FILE` wrote") from error
+        except ValueError as error:
             raise EstuneError(f"{path}: no ensemble that `estune ensemble -o FILE` wrote") from error
         if not found.members or not len(found.members) == len(found.signs) == len(found.rewards):
             raise EstuneError(f"{path}: members, signs and rewards are not equally many; write it anew")

@@ -147,7 +147,7 @@ class _FarRows:
             most = self._active.pop(row, 0)
             if not (len(ids) == most or (len(ids) < most and ids[-1] in self._ends)):
                 raise EstuneError(
-                    f"a server answered a turn {row} with {len(ids)} tokens that was not asked so: do without it"
+                    f"a server's answer to turn {row} has {len(ids)} tokens, neither {most} nor an end: do without it"
                 )
         return found
 
