@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import math
 import os
 import re
 import sys
@@ -205,11 +206,14 @@ def _readable(size: str) -> str:
     return f"{int(size) / 2**30:.2f} GiB" if size.isdigit() else size
 
 
-def aligned_empty(size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """An array `[size]` that begins with a cache line, so that no vector of 64 bytes lies across two.
+def aligned_empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+    """An array that begins with a cache line, so that no vector of 64 bytes lies across two.
 
-    Attention over a cache that begins elsewhere takes 1.1 times as long. It lies on huge pages where NumPy gets them.
+    Attention over a cache that begins elsewhere takes 1.1 times as long, and a matrix unit reads what does at a quarter
+    of its speed. It lies on huge pages where NumPy gets them.
     """
-    memory = np.empty(size * dtype.itemsize + _CACHE_LINE, np.uint8)
+    kind = np.dtype(dtype)
+    size = math.prod(shape) if isinstance(shape, tuple) else shape
+    memory = np.empty(size * kind.itemsize + _CACHE_LINE, np.uint8)
     start = -memory.ctypes.data % _CACHE_LINE
-    return memory[start : start + size * dtype.itemsize].view(dtype)
+    return memory[start : start + size * kind.itemsize].view(kind).reshape(shape)

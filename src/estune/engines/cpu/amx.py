@@ -27,6 +27,8 @@ from estune.engines.cpu.simd import WIDTH, address, load, prefetch, store
 
 BLOCK = 16  # rows of a tile
 DEPTH = 32  # elements of bfloat16 in a row of a tile
+SCRATCH = 5 * BLOCK * BLOCK
+"""Elements that hold four tiles of sums, and one of which not all is wanted."""
 _BYTES = 64  # of a row of a tile
 _TILE = BLOCK * _BYTES
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux: asm/prctl.h, and the state's number
@@ -35,8 +37,8 @@ _jit: Any = numba.njit(nogil=True, error_model="numpy", cache=True)
 _BYTE, _INT, _LONG = (ir.IntType(bits) for bits in (8, 32, 64))
 _POINTER = _BYTE.as_pointer()
 
-# The tiles, by number: sums of two blocks of weights by two of tokens, then the weights, then the tokens.
-_SUMS, _WEIGHTS, _TOKENS = 0, 4, 6
+# The tiles, by number: sums of two blocks by two, then two of the first factor, and two of the second.
+_SUMS, _ROWS, _PACKED = 0, 4, 6
 PALETTE = np.zeros(_BYTES, np.uint8)
 """What the unit is told first: eight tiles, all of the largest size."""
 PALETTE[0] = 1
@@ -53,69 +55,86 @@ def available() -> bool:
     return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 
 
-def packed_shape(tokens: int, width: int) -> tuple[int, int]:
-    """Shape of the array that `pack` fills: a block of tokens a row."""
-    return -(-tokens // BLOCK), width * BLOCK
+@_jit
+def round_rows(x, rounded):
+    """Round `x`, float32 `[tokens, width]`, to bfloat16, into the first rows of `rounded`, uint16 `[rows, width]`."""
+    for i in range(0, x.size, WIDTH):
+        store(rounded, i, load(x, i))
 
 
 @_jit
-def pack(x, packed):
-    """Round `x`, float32 `[tokens, width]`, to bfloat16, and lay it out as the unit's second factor.
+def pack(pairs, packed):
+    """Lay rows out as the unit's second factor: of sixteen rows, each two neighbours of the width side by side.
 
-    `packed` is uint16 `[blocks, width * 16]`, of zeros: for each block of sixteen tokens, and each pair of neighbours
-    in their rows, that pair of every token. The width is a multiple of 32.
+    Args:
+        pairs: `[a multiple of 16, width / 2]`: two bfloat16 as one float32.
+        packed: as many elements, `[rows / 16, 16 * width / 2]`: for each pair of columns, that pair of every row.
     """
-    tokens, width = x.shape
-    rounded = np.empty(width, np.uint16)
-    for t in range(tokens):
-        for i in range(0, width, WIDTH):
-            store(rounded, i, load(x, t * width + i))
-        block = t // BLOCK
-        place = 2 * (t % BLOCK)
-        for i in range(0, width, 2):
-            packed[block, i * BLOCK + place] = rounded[i]
-            packed[block, i * BLOCK + place + 1] = rounded[i + 1]
+    rows, width = pairs.shape
+    for first in range(0, rows * width, BLOCK * width):
+        for i in range(0, width, BLOCK):
+            _transpose(pairs, first + i, width, packed, first + i * BLOCK, BLOCK)
 
 
 @_jit
-def product(packed, weight, out, first, last, palette):
+def product(packed, weight, out, first, last, palette, scratch):
     """`out = x @ weight.T` in its columns from `first` to `last - 1`, a multiple of 16 of them.
 
-    `packed` is what `pack` made of x, `weight` `[columns, width]` in bfloat16 as its bits in uint16, the width a
-    multiple of 32, and `out` float32 `[tokens, columns]`.
+    The weights go to the unit as they lie in memory, and what it gives is transposed. All arrays begin with a cache
+    line: the unit reads what does not at a quarter of its speed.
+
+    Args:
+        packed: what `pack` made of the rounded x, float32 `[blocks of tokens, width * 8]`.
+        weight: `[columns, width]` in bfloat16 as its bits in uint16, the width a multiple of 32.
+        out: float32 `[tokens, columns]`.
+        first, last: the columns.
+        palette: `PALETTE`.
+        scratch: float32 `[SCRATCH]`, which a thread has for itself.
     """
     width = weight.shape[1]
-    blocks, size = packed.shape
-    sums = np.empty(4 * BLOCK * BLOCK, np.float32)
+    blocks = len(packed)
+    side = 2 * BLOCK
     _configure(palette)
     # Two blocks of weights at a time, and of tokens, so that every tile that is loaded serves twice.
     c = first
-    while c + 2 * BLOCK <= last:
-        for b in range(0, blocks - 1, 2):
-            _multiply(weight, c * width, width, packed, b * size, sums, 2, 2)
-            _put(sums, 0, out, c, b, 2)
-            _put(sums, 2, out, c + BLOCK, b, 2)
-        if blocks % 2:
-            _multiply(weight, c * width, width, packed, (blocks - 1) * size, sums, 2, 1)
-            _put(sums, 0, out, c, blocks - 1, 1)
-            _put(sums, 1, out, c + BLOCK, blocks - 1, 1)
-        c += 2 * BLOCK
+    while c + side <= last:
+        b = 0
+        while b + 2 <= blocks:
+            at = b * width * 8
+            if b == 0:  # the weights that follow are asked of the memory meanwhile, once
+                _multiply(weight, c * width, width, packed, at, scratch, 0, side, 2, 2, 1)
+            else:
+                _multiply(weight, c * width, width, packed, at, scratch, 0, side, 2, 2, 0)
+            _put(scratch, out, c, b, 2, 2)
+            b += 2
+        if b < blocks:
+            _multiply(weight, c * width, width, packed, b * width * 8, scratch, 0, side, 2, 1, 1)
+            _put(scratch, out, c, b, 2, 1)
+        c += side
     if c < last:
         for b in range(blocks):
-            _multiply(weight, c * width, width, packed, b * size, sums, 1, 1)
-            _put(sums, 0, out, c, b, 1)
+            _multiply(weight, c * width, width, packed, b * width * 8, scratch, 0, side, 1, 1, 0)
+            _put(scratch, out, c, b, 1, 1)
     _release()
 
 
 @_jit
-def _put(sums, tile, out, column, block, count):
-    """Write so many tiles of sums, `[columns, tokens]` each, to their columns and blocks of tokens, transposed."""
+def _put(scratch, out, column, block, rows, across):
+    """Write tiles of sums, `rows` blocks of columns by `across` of tokens, to their places, transposed."""
     tokens, columns = out.shape
-    for b in range(count):
-        _transpose(sums, (tile + b) * BLOCK * BLOCK)
-        begin = (block + b) * BLOCK
-        for t in range(min(BLOCK, tokens - begin)):
-            store(out, (begin + t) * columns + column, load(sums, (tile + b) * BLOCK * BLOCK + t * BLOCK))
+    side = 2 * BLOCK
+    turned = side * side  # where, in the scratch, a tile lies of which not all is wanted
+    for j in range(across):
+        begin = (block + j) * BLOCK
+        for i in range(rows):
+            source = i * BLOCK * side + j * BLOCK
+            target = begin * columns + column + i * BLOCK
+            if begin + BLOCK <= tokens:
+                _transpose(scratch, source, side, out, target, columns)
+            else:
+                _transpose(scratch, source, side, scratch, turned, BLOCK)
+                for t in range(tokens - begin):
+                    store(out, target + t * columns, load(scratch, turned + t * BLOCK))
 
 
 @intrinsic
@@ -143,19 +162,32 @@ def _release(typing: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _multiply(
-    typing: Any, weight: Any, there: Any, width: Any, packed: Any, at: Any, sums: Any, rows: Any, across: Any
+    typing: Any,
+    rows: Any,
+    there: Any,
+    width: Any,
+    packed: Any,
+    at: Any,
+    out: Any,
+    to: Any,
+    pitch: Any,
+    down: Any,
+    across: Any,
+    ahead: Any,
 ) -> Any:
-    """The products of `rows` blocks of weights, from index `there` on, with `across` blocks of tokens, from `at` on.
+    """The products of `down` blocks of rows, from index `there` on, with `across` packed blocks, from `at` on.
 
-    The tile of sums of weights i and tokens j becomes tile i * across + j of `sums`. Both numbers are 1 or 2, and
-    constants, as in `simd.products`. Meanwhile the weights that follow are asked of the memory.
+    The tile of row block i and packed block j goes to `out`, float32, from index `to + 16 (i * pitch + j)` on, its rows
+    `pitch` apart. With `ahead` 1, the rows that follow are asked of the memory meanwhile. It and the numbers of blocks,
+    each 1 or 2, are constants, as in `simd.products`.
     """
-    if not all(isinstance(constant, types.IntegerLiteral) for constant in (rows, across)):
+    constants = (down, across, ahead)
+    if not all(isinstance(constant, types.IntegerLiteral) for constant in constants):
         return None
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, there, width, _, at, *_ = args
-        count_rows = rows.literal_value
+        _, there, width, _, at, _, to, pitch, *_ = args
+        count_rows = down.literal_value
         count_across = across.literal_value
         zero = _instruction(builder, "tilezero", _BYTE)
         read = _instruction(builder, "tileloadd64", _BYTE, _POINTER, _LONG)
@@ -168,46 +200,56 @@ def _multiply(
         def tile(value: int) -> ir.Constant:
             return ir.Constant(_BYTE, value)
 
-        from_weight = _at(context, builder, weight, args[0], there)
+        from_rows = _at(context, builder, rows, args[0], there)
         from_packed = _at(context, builder, packed, args[3], at)
-        pitch = builder.mul(width, number(2))  # bytes of a row of the weight
-        per_block = builder.mul(width, number(2 * BLOCK))  # bytes of a block, of weights and of tokens alike
+        row_bytes = builder.mul(width, number(2))
+        per_block = builder.mul(width, number(2 * BLOCK))  # bytes of a block, of rows and packed alike
         for i in range(count_rows * count_across):
             builder.call(zero, [tile(_SUMS + i)])
         with cgutils.for_range(builder, builder.udiv(width, number(DEPTH))) as loop:
             step = loop.index
             for j in range(count_across):
                 offset = builder.add(builder.mul(step, number(_TILE)), builder.mul(per_block, number(j)))
-                builder.call(read, [tile(_TOKENS + j), builder.gep(from_packed, [offset]), number(_BYTES)])
+                builder.call(read, [tile(_PACKED + j), builder.gep(from_packed, [offset]), number(_BYTES)])
             for i in range(count_rows):
                 offset = builder.add(builder.mul(step, number(_BYTES)), builder.mul(per_block, number(i)))
-                builder.call(read, [tile(_WEIGHTS + i), builder.gep(from_weight, [offset]), pitch])
+                builder.call(read, [tile(_ROWS + i), builder.gep(from_rows, [offset]), row_bytes])
                 for j in range(count_across):
                     sum_of = tile(_SUMS + i * count_across + j)
-                    builder.call(dot, [sum_of, tile(_WEIGHTS + i), tile(_TOKENS + j)])
-            # The weights that come next follow on these in memory: as many bytes of them as a step takes of these.
-            ahead = builder.mul(per_block, number(count_rows))
-            ahead = builder.add(ahead, builder.mul(step, number(_TILE * count_rows)))
-            for line in range(BLOCK * count_rows):
-                prefetch(builder, builder.gep(from_weight, [builder.add(ahead, number(line * _BYTES))]))
-        target = _at(context, builder, sums, args[5], number(0))
-        for i in range(count_rows * count_across):
-            builder.call(write, [tile(_SUMS + i), builder.gep(target, [number(i * _TILE)]), number(_BYTES)])
+                    builder.call(dot, [sum_of, tile(_ROWS + i), tile(_PACKED + j)])
+            if ahead.literal_value:
+                # What comes next follows in memory: as many bytes of it as a step takes of these rows.
+                begin = builder.mul(per_block, number(count_rows))
+                begin = builder.add(begin, builder.mul(step, number(_TILE * count_rows)))
+                for line in range(BLOCK * count_rows):
+                    prefetch(builder, builder.gep(from_rows, [builder.add(begin, number(line * _BYTES))]))
+        pitch_bytes = builder.mul(pitch, number(4))
+        target = _at(context, builder, out, args[5], to)
+        for i in range(count_rows):
+            for j in range(count_across):
+                offset = builder.add(builder.mul(pitch_bytes, number(BLOCK * i)), number(_BYTES * j))
+                builder.call(write, [tile(_SUMS + i * count_across + j), builder.gep(target, [offset]), pitch_bytes])
         return context.get_dummy_value()
 
     whole = (types.intp,) * 2
-    return types.void(weight, *whole, packed, types.intp, sums, rows, across), generate
+    return types.void(rows, *whole, packed, types.intp, out, *whole, *constants), generate
 
 
 @intrinsic
-def _transpose(typing: Any, array: Any, index: Any) -> Any:
-    """Transpose 16 x 16 float32 of an array in place, from `index` on, in four steps that each pair up rows."""
+def _transpose(typing: Any, source: Any, index: Any, pitch: Any, target: Any, to: Any, target_pitch: Any) -> Any:
+    """Copy 16 x 16 float32 transposed, in four steps that each pair up rows.
+
+    They lie in `source` from `index` on, rows `pitch` apart, and go to `target` from `to` on, rows `target_pitch`
+    apart.
+    """
     floats = ir.VectorType(ir.FloatType(), BLOCK)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        start = address(context, builder, array, args, floats)
-        places = [builder.gep(start, [_INT(row)]) for row in range(BLOCK)]
-        rows = [builder.load(place, align=4) for place in places]
+        def places(kind: Any, array: Any, first: Any, apart: Any) -> list[Any]:
+            indices = [builder.add(first, builder.mul(apart, ir.Constant(_LONG, row))) for row in range(BLOCK)]
+            return [address(context, builder, kind, (array, each), floats) for each in indices]
+
+        rows = [builder.load(place, align=4) for place in places(source, *args[:3])]
         size = BLOCK // 2
         while size:
             # Rows that lie `size` apart exchange blocks of `size`: the upper's second and the lower's first.
@@ -221,11 +263,12 @@ def _transpose(typing: Any, array: Any, index: Any) -> Any:
                     changed[i], changed[i + size] = (builder.shuffle_vector(*pair, mask) for mask in masks)
             rows = changed
             size //= 2
-        for place, row in zip(places, rows, strict=True):
+        for place, row in zip(places(target, *args[3:]), rows, strict=True):
             builder.store(row, place, align=4)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp), generate
+    whole = (types.intp,) * 2
+    return types.void(source, *whole, target, *whole), generate
 
 
 def _instruction(builder: Any, name: str, *kinds: ir.Type) -> Any:

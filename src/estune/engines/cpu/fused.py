@@ -279,7 +279,7 @@ class FusedDecoder:
         """
         # x, float32, is the residual stream. What a block adds to it waits as `change`, to be added in one pass with
         # the normalization that follows.
-        x = np.empty((len(ids), self._table.shape[1]), np.float32)
+        x = aligned_empty((len(ids), self._table.shape[1]))
         self._run(kernels.embed, (ids, x), self._table)
         if self._members is not None:
             self._members.add_embeddings(ids, x, self._table, places.rows)
@@ -299,14 +299,14 @@ class FusedDecoder:
                 qkv = qkv[last]
                 places = Places.of(places.rows[last], places.positions[last])
             # Attention, then the feed-forward layer.
-            mixed = np.empty((len(x), self._width), np.float32)
+            mixed = aligned_empty((len(x), self._width))
             self._run(
                 self._attend, (qkv, places.rows, places.positions, mixed),
                 *rotation, layer.query_norm, self._eps, *caches, prefix.keys[number], prefix.values[number], shared,
             )  # fmt: skip
             h = self._normalized(x, self._project(mixed, layer.output, places), layer.mlp_norm, places)
             both = self._project(h, layer.gate_up, places)
-            gated = np.empty((len(x), self._intermediate), np.float32)
+            gated = aligned_empty((len(x), self._intermediate))
             self._run(kernels.gate, (both, gated))
             change = self._project(gated, layer.down, places)
         return self._normalized(x, change, self._final_norm, places)
@@ -321,7 +321,7 @@ class FusedDecoder:
 
     def _normalized(self, x: Array, change: Array | None, weight: Array, places: Places) -> Array:
         """Add `change` to the residual stream, and return it normalized: `[tokens, hidden]` all."""
-        out = np.empty_like(x)
+        out = aligned_empty(x.shape)
         of_members = None if self._members is None else self._members.norm(weight)
         used = weight if of_members is None else np.ones(len(weight), np.float32)
         if change is None:

@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import linear
 
 from estune.engines.cpu import amx, kernels
+from estune.engines.memory import aligned_empty
 from estune.weights.checkpoint import widen
 
 MANY = 48
@@ -59,7 +60,7 @@ class Products:
         if self.native and weight.dtype == np.uint16 and len(x) >= MANY:
             parts = [torch.from_numpy(part).view(torch.bfloat16) for part in (weight, bias) if part.size]
             return linear(torch.from_numpy(x).bfloat16(), *parts).float().numpy()
-        out = np.empty((len(x), len(weight)), np.float32)
+        out = aligned_empty((len(x), len(weight)))
         if out.size * x.shape[1] < FEWEST_SHARED:
             self._multiply(x, weight, bias, out, 0, len(weight))
         else:
@@ -67,14 +68,20 @@ class Products:
         return out
 
     def _by_unit(self, x: Array, weight: Array, bias: Array) -> Array:
-        packed = np.zeros(amx.packed_shape(*x.shape), np.uint16)
-        amx.pack(x, packed)
-        out = np.empty((len(x), len(weight)), np.float32)
+        tokens, width = x.shape
         size = amx.BLOCK
-        self.in_parts(
-            len(weight) // size,
-            lambda first, last: amx.product(packed, weight, out, first * size, last * size, amx.PALETTE),
-        )
+        rounded = aligned_empty((-(-tokens // size) * size, width), np.uint16)
+        rounded[tokens:] = 0
+        amx.round_rows(x, rounded)
+        out = aligned_empty((tokens, len(weight)))
+        packed = aligned_empty((len(rounded) // size, size * width // 2))
+        amx.pack(rounded.view(np.float32), packed)
+
+        def part(first: int, last: int) -> None:
+            scratch = aligned_empty(amx.SCRATCH)
+            amx.product(packed, weight, out, first * size, last * size, amx.PALETTE, scratch)
+
+        self.in_parts(len(weight) // size, part)
         if bias.size:
             out += widen(bias)
         return out
