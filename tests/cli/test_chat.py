@@ -14,6 +14,7 @@ from estune.cli.chat import WIDE, converse
 from estune.completion import Message, Sampling
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
+from estune.journal.share import pack
 from estune.run.chat import Chat, open_chats
 from estune.run.trainer import Trainer
 from tests.cli.test_commands import estune, refused
@@ -122,6 +123,14 @@ def test_the_base_model_answers_beside_the_tuned_one(run: Path, model: Path, wid
         assert name in out
     beside = any("tuned" in line and "base" in line for line in out.splitlines())
     assert beside == (width == WIDE)
+
+
+def test_a_run_in_a_file_has_its_weights_rebuilt(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.estune"
+    pack(run, file)
+    (chat,) = open_chats(str(file), {}).values()
+    assert chat.answer("hello", lambda text: None).text == expected(run / "final", [say("user", "hello")], 8)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_text_on_standard_input_is_answered_once(

@@ -25,7 +25,9 @@ WIDE = 100  # columns from which on two answers stand side by side
 
 def chat(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="a run's directory, a checkpoint directory, a hub id, smollm2 or tiny")],
+    model: Annotated[
+        str, typer.Argument(help="a run's directory or .estune file, a checkpoint, hub id, smollm2 or tiny")
+    ],
     config: ConfigFile = None,
     system: Annotated[str | None, typer.Option(help="what the conversation begins with")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="show the base model's answers beside a run's")] = False,

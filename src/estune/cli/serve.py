@@ -14,7 +14,9 @@ from estune.cli.output import opening, say
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="a run's directory, a checkpoint directory, a hub id, smollm2 or tiny")],
+    model: Annotated[
+        str, typer.Argument(help="a run's directory or .estune file, a checkpoint, hub id, smollm2 or tiny")
+    ],
     config: ConfigFile = None,
     step: Annotated[
         int | None, typer.Option(help="the weights after so many of the run's steps; its best else")

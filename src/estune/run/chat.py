@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from estune.completion import Completion, Message, Prompt
@@ -14,7 +15,7 @@ from estune.errors import EstuneError
 from estune.journal.journal import Journal, base_checkpoint, is_run
 from estune.pool.generator import open_transformers, set_up_process
 from estune.pool.open import available_cores
-from estune.run.directory import find_checkpoint
+from estune.run.directory import checkpoint_to_serve
 from estune.run.evaluate import settings_for
 from estune.run.make import make_sampling
 from estune.run.trust import refuse_foreign
@@ -112,13 +113,14 @@ def open_chats(
             f"--compare shows a run's base model beside it, and {model} is no run's directory: leave it out"
         )
     config = settings_to_talk(model, given)
-    models = {"tuned" if trained else model: str(find_checkpoint(model))}
-    if compare:
-        journal = Journal.read(Path(model))
-        models["base"] = str(base_checkpoint(journal.header, journal.base_model()).path)
     adapter = None if trained else config.adapter  # a run's checkpoint holds it
-    configs = {name: config.model_copy(update={"model": place, "adapter": adapter}) for name, place in models.items()}
-    return {name: Chat(each, system) for name, each in configs.items()}
+    with TemporaryDirectory(prefix="estune-chat-") as folder:  # for as long as weights are loaded
+        models = {"tuned" if trained else model: checkpoint_to_serve(model, Path(folder))}
+        if compare:
+            journal = Journal.read(Path(model))
+            models["base"] = base_checkpoint(journal.header, journal.base_model()).path
+        each = {name: {"model": str(place), "adapter": adapter} for name, place in models.items()}
+        return {name: Chat(config.model_copy(update=changes), system) for name, changes in each.items()}
 
 
 def settings_to_talk(model: str, given: Mapping[str, Any]) -> Config:

@@ -17,6 +17,8 @@ from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import make_folder, write_text
 from estune.journal.journal import FILE, RESUME, TEMPORARY, going_on, is_run
+from estune.journal.replay import replay
+from estune.pool.waiting import told_while
 from estune.weights.checkpoint import hub_name, is_checkpoint, locate
 
 RESUME_OWN = "Trainer.resume({text}, task=...)"
@@ -144,11 +146,42 @@ def default_path(config: Config, task: str) -> Path:
 
 def find_checkpoint(model_or_run: str) -> Path:
     """The checkpoint to evaluate: a run's best, else its final one, else the model itself."""
+    found = _checkpoint(model_or_run)
+    if found is None:
+        how = going_on("estune replay {run} -o DIR", Path(model_or_run))
+        raise EstuneError(f"{model_or_run} has no checkpoint yet; make one with `{how}`")
+    return found
+
+
+def checkpoint_to_serve(model_or_run: str, folder: Path, step: int | None = None) -> Path:
+    """The same, or a run's after one of its steps; what a run has not, such as one in a file, is rebuilt in `folder`.
+
+    Args:
+        model_or_run: a run's directory, its journal in the compact form, or a model.
+        folder: one that is there, which the checkpoint has to itself.
+        step: how many of the run's steps to take; by default all, where it has no checkpoint.
+
+    Raises:
+        EstuneError: for a model or a step that is not there, or weights that do not match the journal.
+    """
+    found = _checkpoint(model_or_run) if step is None else None
+    if found is not None:
+        return found
+    output = folder / "model"
+    done = 0.0
+
+    def hear(share: float) -> None:
+        nonlocal done
+        done = share
+
+    with told_while("rebuilding weights from their journal", share=lambda: done):
+        replay(Path(model_or_run), output, step, told=hear)
+    return output
+
+
+def _checkpoint(model_or_run: str) -> Path | None:
     run = RunDirectory(Path(model_or_run))
     if not is_run(run.path):
         return locate(model_or_run)
-    for path in (run.best, run.final, run.path):  # itself, where it was pulled from the hub
-        if is_checkpoint(path):
-            return path
-    how = going_on("estune replay {run} -o DIR", run.path)
-    raise EstuneError(f"{run.path} has no checkpoint yet; make one with `{how}`")
+    places = (run.best, run.final, run.path)  # itself, where it was pulled from the hub
+    return next((path for path in places if is_checkpoint(path)), None)

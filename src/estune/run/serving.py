@@ -13,10 +13,9 @@ from estune.engines.continuous import Batcher
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
 from estune.journal.journal import is_run
-from estune.journal.replay import replay
 from estune.pool.generator import open_transformers, set_up_process
 from estune.run.chat import settings_to_talk
-from estune.run.directory import find_checkpoint
+from estune.run.directory import checkpoint_to_serve
 from estune.run.make import make_sampling
 from estune.weights.adapted import open_checkpoint
 from estune.weights.device import chosen_device
@@ -53,9 +52,7 @@ def serving(
     set_up_process(config)
     name = Path(model).resolve().name if Path(model).exists() else model
     with TemporaryDirectory(prefix="estune-serve-") as folder:
-        place = find_checkpoint(model) if step is None else Path(folder) / "model"
-        if step is not None:
-            replay(Path(model), place, step)
+        place = checkpoint_to_serve(model, Path(folder), step)
         config = config.model_copy(update={"model": str(place), "adapter": None if is_run(model) else config.adapter})
         encoder = open_encoder(config)
         with Endpoint(encoder, make_sampling(config, config.seed), model=name, host=host, port=port) as endpoint:
