@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import fcntl
 import os
+import posix
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", compiled())
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="estune-tests-")  # what tests run is not what the user has run
+os.fsync = os.fstat  # type: ignore[assignment]  # nobody waits for disks: what a kernel has outlives a kill
 if shutil.which("nvidia-smi") is None:  # Triton reads it when it is imported, which may be at any test
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -86,6 +88,12 @@ def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children start as everybody's do."""
     if POSSIBLE:
         monkeypatch.setattr(subprocess.Popen, "_execute_child", execute_cold)
+
+
+@pytest.fixture
+def synced_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is synced is on the disk, whose power may be cut."""
+    monkeypatch.setattr(os, "fsync", posix.fsync)
 
 
 @pytest.fixture
