@@ -19,7 +19,6 @@ os.environ.setdefault("NUMBA_CACHE_DIR", compiled())
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="estune-tests-")  # what tests run is not what the user has run
-os.fsync = os.fstat  # type: ignore[assignment]  # nobody waits for disks: what a kernel has outlives a kill
 if shutil.which("nvidia-smi") is None:  # Triton reads it when it is imported, which may be at any test
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -30,6 +29,7 @@ from tests.models import FUSABLE, save_model
 from tests.rays import shared_cluster, undisturbed_run  # noqa: F401
 from tests.warm import POSSIBLE, execute_cold, start
 
+os.fsync = os.fstat  # type: ignore[assignment]  # nobody waits for disks: what a kernel has outlives a kill
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 

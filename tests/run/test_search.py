@@ -83,7 +83,7 @@ def cut(run: Path, copy: Path, steps: int) -> None:
 
 
 @given(COMBINATIONS, st.integers(1, 3))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_combination_replays_and_resumes_to_the_same_bits(
     model: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], steps: int
 ) -> None:

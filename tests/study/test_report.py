@@ -460,7 +460,7 @@ def test_a_run_still_going_on(tmp_path: Path) -> None:
 
 
 def test_pages_of_long_runs_stay_small_and_true(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "long", steps=600, population=150)]
+    runs = [make_run(tmp_path / "long", steps=600, population=50)]
     page, parsed = report(*runs)
     assert len(page) - len(to_json(parsed.kept())) < 300_000
     chart = parsed.chart("reward-0")
