@@ -24,7 +24,7 @@ from tests.sizes import (
 @pytest.mark.parametrize(
     ("config", "parameters", "cache"),
     [
-        # 70 billion are in `test_estimate.py`. As the models' cards and safetensors indices count them; 2 x layers x heads x head_dim x 2 bytes by hand.
+        # As the models' cards and safetensors indices count them; 2 x layers x heads x head_dim x 2 bytes by hand.
         (QWEN_HALF_B, 494_032_768, 2 * 24 * 2 * 64 * 2),
         (QWEN_7B, 7_615_616_512, 57_344),
         (LLAMA_8B, 8_030_261_248, 131_072),
