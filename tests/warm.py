@@ -49,6 +49,8 @@ MODULES = (
     *("bench.gpu.weights", "bench.gpu.training", "bench.gpu.engine"),
     *(["ipykernel_launcher"] if importlib.util.find_spec("ipykernel") else []),  # which vLLM's environment lacks
 )
+if find_spec("openai"):
+    MODULES = (*MODULES, "openai")
 if find_spec("trl"):
     MODULES = (*MODULES, "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")
 EXAMPLES = Path(__file__).parents[1] / "examples"
