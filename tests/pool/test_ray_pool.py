@@ -22,7 +22,6 @@ from estune.es.strategy import Member, Update
 from estune.journal.journal import Journal
 from estune.journal.replay import replay
 from estune.pool.base import Evaluated
-from estune.pool.crew import compare
 from estune.pool.crewed import minority
 from estune.pool.deadlines import Deadlines
 from estune.pool.local import LocalPool
@@ -30,6 +29,7 @@ from estune.pool.ray.cluster import cluster_device, connect, join
 from estune.pool.ray.pool import RayPool
 from estune.pool.ray.worker import RayWorker
 from estune.pool.replica import Replica
+from estune.pool.slots import compare
 from estune.pool.worker import StaleWeights
 from estune.run.trainer import Trainer
 from estune.study.probe import probe

@@ -17,7 +17,8 @@ from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.journal.records import StepRecord
 from estune.pool.base import Description, Evaluated, evaluation_batches
-from estune.pool.crew import Crew, Jobs, Slot, Source, Weights
+from estune.pool.crew import Crew, Jobs, Weights
+from estune.pool.slots import Slot, Source
 from estune.weights.adapted import open_checkpoint
 from estune.weights.rebuild import Steps
 from estune.weights.trained import Drift

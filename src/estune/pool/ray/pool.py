@@ -10,11 +10,11 @@ import ray
 
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.pool.crew import Slot
 from estune.pool.crewed import CrewPool
 from estune.pool.deadlines import Deadlines
 from estune.pool.ray.cluster import connect, disconnect, lost, needs
 from estune.pool.ray.handle import RayHandle
+from estune.pool.slots import Slot
 from estune.weights.checkpoint import EMBEDDED
 
 
