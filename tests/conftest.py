@@ -40,7 +40,6 @@ def pytest_configure() -> None:
 
 SLOWEST = (
     "tests/pool/test_ray_faults.py",
-    "tests/cli/test_commands.py",
     "tests/grading/test_pool.py",
     "tests/grading/test_sandbox.py",
     "tests/engines/test_graph.py",
@@ -49,6 +48,7 @@ SLOWEST = (
     "tests/noise/test_noise_gpu.py",
     "tests/pool/test_remote_rollouts.py",
     "tests/pool/test_ray_pool.py",  # not beside the other file of Ray's
+    "tests/cli/test_commands.py",
     "tests/rewards/test_payloads.py",
     "tests/study/test_report_browser.py",
     "tests/rewards/test_judge.py",
