@@ -25,13 +25,7 @@ def open_ray_pool(config: Config) -> RayPool:
         EstuneError: for a cluster that cannot be reached or has no room, or a model that no worker can have.
     """
     connect(config)
-    pool = RayPool(config)
-    try:
-        pool.wait_for_workers()
-    except BaseException:
-        pool.close()
-        raise
-    return pool
+    return RayPool(config).opened()
 
 
 class RayPool(CrewPool):
