@@ -185,6 +185,8 @@ def test_turns_keep_the_server_for_as_long_as_a_member_is_played(model: Path, mo
     service.run("open", "another's", (anothers,))
     with pytest.raises(Failed, match="another run has had it since"):
         service.run("turns", "mine", ("play", [], []))
+    with pytest.raises(Failed, match="it holds other weights"):
+        service.run("turns", "another's", ("play", [], []))
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -233,6 +235,7 @@ def test_turns_asked_for_twice_are_made_once(model: Path) -> None:
     """As a call is where its connection broke off before the answer."""
     engine = Replica(make_config(Path("unused"), model, threads=1, device="cpu")).engine
     (alone,) = engine.generate([[10, 20, 30]], Sampling(4))
+    before = set(threading.enumerate())
     held = Held("any", engine)
     asked = [(7, [10, 20, 30], Sampling(4))] * 2
     found: list[Any] = []
@@ -243,6 +246,7 @@ def test_turns_asked_for_twice_are_made_once(model: Path) -> None:
     assert held.turns([], []) == found, "its answer may have been lost on its way"
     assert held.turns([], [7]) == held.turns([], [7]) == []
     held.close()
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("ids", [[1], [1, 2, 3, 4, 5], [9, 1]], ids=["too few", "too many", "after its end"])
