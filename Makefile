@@ -52,8 +52,9 @@ lint: $(VENV)/.test-installed ## check style, format and the generated table of 
 types: $(VENV)/.test-installed ## check types
 	$(BIN)/mypy
 
+# Three processes on two cores, as tests wait for children, deadlines and servers.
 pytest: $(VENV)/.test-installed ## run the tests alone: make pytest ARGS=tests/test_noise.py
-	$(ONE_THREAD) $(BIN)/python -m pytest $(PLAIN) -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(PLAIN) -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 vllm: $(VLLM)/.installed ## install vLLM in an environment of its own and run its tests there
 	$(ONE_THREAD) $(VLLM)/bin/python -m pytest $(PLAIN) -c tests/vllm/pytest.ini --rootdir . tests/vllm $(ARGS)

@@ -13,9 +13,9 @@ from pathlib import Path
 from estune import Config, Engines, ParameterSearch
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/islands")
-STEPS = 5
+STEPS = 4
 numbers = random.Random(0)
-sums = [(numbers.randrange(20, 50), numbers.randrange(11, 20)) for _ in range(24)]
+sums = [(numbers.randrange(20, 50), numbers.randrange(11, 20)) for _ in range(16)]
 prompts = [[{"role": "user", "content": f"What is {a} + {b}?"}] for a, b in sums]
 
 
@@ -34,7 +34,7 @@ def evolve(island):
     return score(island.complete(prompts))
 
 
-settings = {"population": 12, "sigma": 0.024, "max_new_tokens": 48}
+settings = {"population": 10, "sigma": 0.024, "max_new_tokens": 48}
 with Engines(Config(**settings)) as engines:
     base = ParameterSearch(engines, folder / "base")
     print(f"base: {score(base.complete(prompts)):.3f}")

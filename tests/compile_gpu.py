@@ -86,6 +86,10 @@ def main() -> None:
         kernels = [(gpu, *k) for k in KERNELS]
         if capability == CAPABILITIES[-1]:
             kernels += [(gpu_inplace, *k) for k in KERNELS_IN_PLACE]
+        else:  # the newest device's are compiled in all types
+            kernels = [
+                (gpu, *next(k for k in KERNELS if k[0] == name)) for name in dict.fromkeys(k[0] for k in KERNELS)
+            ]
         for module, name, types, flags in kernels:
             kernel = getattr(module, name)
             signature = {p.name: p.annotation_type or types.get(p.name, "constexpr") for p in kernel.params}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import fcntl
 import os
+import posix
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +29,7 @@ from tests.models import FUSABLE, save_model
 from tests.rays import shared_cluster, undisturbed_run  # noqa: F401
 from tests.warm import POSSIBLE, execute_cold, start
 
+os.fsync = os.fstat  # type: ignore[assignment]  # nobody waits for disks: what a kernel has outlives a kill
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
@@ -38,40 +40,55 @@ def pytest_configure() -> None:
 
 SLOWEST = (
     "tests/pool/test_ray_faults.py",
-    "tests/noise/test_noise_gpu.py",
-    "tests/engines/test_fused.py",
+    "tests/grading/test_pool.py",
+    "tests/grading/test_sandbox.py",
+    "tests/engines/test_graph.py",
     "tests/test_examples.py",
     "tests/cli/test_more.py",
-    "tests/study/test_shapes.py",
-    "tests/weights/test_weights_gpu.py",
-    "tests/grading/test_pool.py",
-    "tests/run/test_trainer.py",
-    "tests/cli/test_commands.py",
-    "tests/grading/test_sandbox.py",
-    "tests/journal/test_faults.py",
-    "tests/run/test_search.py",
-    "tests/weights/test_weights_pieces.py",
-    "tests/pool/test_remote.py",
-    "tests/rewards/test_judge.py",
-    "tests/weights/test_merged.py",
+    "tests/noise/test_noise_gpu.py",
+    "tests/pool/test_remote_rollouts.py",
     "tests/pool/test_ray_pool.py",  # not beside the other file of Ray's
-    "tests/run/test_instruments.py",
-    "tests/engines/test_graph.py",
-    "tests/study/test_report.py",
-    "tests/run/test_trust.py",
+    "tests/cli/test_commands.py",
     "tests/rewards/test_payloads.py",
-    "tests/run/test_hub.py",
-    "tests/study/test_estimate.py",
     "tests/study/test_report_browser.py",
-    "tests/weights/test_smollm2.py",
+    "tests/rewards/test_judge.py",
+    "tests/run/test_instruments.py",
+    "tests/weights/test_weights_gpu.py",
+    "tests/run/test_trainer.py",
+    "tests/run/test_search.py",
     "tests/run/test_durability.py",
+    "tests/engines/test_decode.py",
+    "tests/run/test_adapter.py",
+    "tests/journal/test_faults.py",
+    "tests/weights/test_smollm2.py",
+    "tests/study/test_report.py",
+    "tests/study/test_estimate.py",
+    "tests/pool/test_remote.py",
+    "tests/run/test_quantized.py",
+    "tests/weights/test_merged.py",
+    "tests/study/test_compare.py",
+    "tests/grading/test_sandbox_attacks.py",
+    "tests/study/test_shapes.py",
+    "tests/trl/test_trainer.py",
+    "tests/weights/test_weights_pieces.py",
+    "tests/rewards/test_math.py",
+    "tests/noise/test_gpu_inplace.py",
+    "tests/run/test_staleness.py",
+    "tests/agents/test_training.py",
+    "tests/test_config.py",
+    "tests/run/test_monitors.py",
+    "tests/test_bench_page.py",
+    "tests/run/test_trust.py",
+    "tests/engines/test_transformers.py",
     "tests/study/test_sweep.py",
+    "tests/engines/test_fused.py",
+    "tests/grading/test_level.py",
     "tests/test_gpu_day.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest files first: of two processes that share the files, neither is left with one of them at the end."""
+    """The slowest files first: of the processes that share the files, none is left with one of them at the end."""
     order = {file: place for place, file in enumerate(SLOWEST)}
     items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(SLOWEST)))
 
@@ -86,6 +103,12 @@ def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children start as everybody's do."""
     if POSSIBLE:
         monkeypatch.setattr(subprocess.Popen, "_execute_child", execute_cold)
+
+
+@pytest.fixture
+def synced_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is synced is on the disk, whose power may be cut."""
+    monkeypatch.setattr(os, "fsync", posix.fsync)
 
 
 @pytest.fixture

@@ -142,15 +142,18 @@ def obey(  # noqa: PLR0911, PLR0912, PLR0915
 
 @isolated(deadline=60.0, memory=128 << 20)
 def hold(completions: list[str], **_: Any) -> list[float]:
-    """Hold so many MiB: shared ones, ones of its own, and such of each of four children."""
+    """Hold so many MiB: shared ones, ones of its own, and such of a child of each of four children."""
     shared, own, theirs = (int(number) << 20 for number in completions[0].split())
     kept = [bytearray(own), mmap.mmap(-1, shared + 1)]
     for start in range(0, shared, mmap.PAGESIZE):
         kept[1][start] = 1
     for _ in range(4):
         if os.fork() == 0:
-            kept.append(bytearray(theirs))
-            time.sleep(0.2)
+            if os.fork() == 0:
+                kept.append(bytearray(theirs))
+                time.sleep(0.2)
+            else:
+                os.wait()
             os._exit(0)
     for _ in range(4):
         os.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "c0" * 20
+
+def commit_of(name: str) -> str:
+    """A model's commit, of its own: the hub's library remembers what a commit has."""
+    return hashlib.sha1(name.encode()).hexdigest()
 
 
 class Hub(ThreadingHTTPServer):
@@ -22,6 +26,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Request)
         self.models: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
+        self.commands: subprocess.Popen[str] | None = None
 
     @property
     def url(self) -> str:
@@ -57,8 +62,8 @@ class _Request(BaseHTTPRequestHandler):
                 change = json.loads(line)
                 if change["key"] == "file":
                     files[change["value"]["path"]] = base64.b64decode(change["value"]["content"])
-            address = f"{self.server.url}/{name}/commit/{COMMIT}"
-            self._answer({"commitUrl": address, "commitOid": COMMIT})
+            address = f"{self.server.url}/{name}/commit/{commit_of(name)}"
+            self._answer({"commitUrl": address, "commitOid": commit_of(name)})
         else:
             self._answer({}, 200)
 
@@ -71,7 +76,8 @@ class _Request(BaseHTTPRequestHandler):
                 self._answer([_entry(name, content) for name, content in sorted(files.items())])
             else:
                 siblings = [{"rfilename": name} for name in sorted(files)]
-                self._answer({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings})
+                name = "/".join(parts[2:4])
+                self._answer({"id": name, "sha": commit_of(name), "siblings": siblings})
         elif parts[2:3] == ["resolve"] and "/".join(parts[4:]) in self.server.models.get("/".join(parts[:2]), {}):
             content = self.server.models["/".join(parts[:2])]["/".join(parts[4:])]
             self._send(content, "application/octet-stream")
@@ -97,7 +103,8 @@ class _Request(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("X-Repo-Commit", COMMIT)
+        parts = urlsplit(self.path).path.strip("/").split("/")
+        self.send_header("X-Repo-Commit", commit_of("/".join(parts[2:4] if parts[0] == "api" else parts[:2])))
         self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
         if status == 404:
             self.send_header("X-Error-Code", "RepoNotFound")

@@ -37,6 +37,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -48,6 +49,8 @@ MODULES = (
     *("bench.gpu.weights", "bench.gpu.training", "bench.gpu.engine"),
     *(["ipykernel_launcher"] if importlib.util.find_spec("ipykernel") else []),  # which vLLM's environment lacks
 )
+if find_spec("openai"):
+    MODULES = (*MODULES, "openai")
 if find_spec("trl"):
     MODULES = (*MODULES, "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer")
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -71,15 +74,24 @@ def start(*more: str) -> None:
     if not POSSIBLE or Warm.is_there():
         return
     Warm.modules = (*MODULES, *more)
-    for module in Warm.modules:
-        importlib.import_module(module)
+    with _without_ray():
+        for module in Warm.modules:
+            importlib.import_module(module)
     _run_once()
     gc.freeze()  # collections need not look at all that has been imported, here and in every child
     atexit.register(gc.unfreeze)
-    Warm.without_ray = not more and "ray" not in sys.modules  # vLLM's workers start as everybody's do
     subprocess.Popen._execute_child = execute  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
     Warm.start()
+
+
+@contextlib.contextmanager
+def _without_ray() -> Iterator[None]:
+    """Who can do without Ray does, as vLLM: Ray takes settings from the environment when a worker imports it."""
+    assert "ray" not in sys.modules
+    sys.modules["ray"] = None  # type: ignore[assignment]
+    yield
+    del sys.modules["ray"]
 
 
 @functools.cache
@@ -105,7 +117,6 @@ class Warm:
     """The warm process of this one."""
 
     modules: tuple[str, ...] = ()
-    without_ray = False  # which takes settings from the environment when it is imported: each worker must do so itself
     _socket: socket.socket | None = None
     _lock = threading.Lock()
 
@@ -152,7 +163,7 @@ def execute(self: Any, args: Any, executable: Any, preexec_fn: Any, close_fds: b
     pass_fds, cwd, env, _, _, shell, *pipes, _, _, _, _, _, new_session, group = rest
     closed = {preexec_fn.fd} if isinstance(preexec_fn, Closing) else set()
     command = list(args)
-    raylet = Warm.without_ray and [os.path.basename(str(each)) for each in command[:1]] == ["raylet"]
+    raylet = [os.path.basename(str(each)) for each in command[:1]] == ["raylet"]
     plain = not shell and executable is None and bool(closed or raylet or not preexec_fn) and close_fds and group == -1
     safe_path = command[1:2] == ["-P"]
     if safe_path:

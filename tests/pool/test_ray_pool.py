@@ -22,7 +22,6 @@ from estune.es.strategy import Member, Update
 from estune.journal.journal import Journal
 from estune.journal.replay import replay
 from estune.pool.base import Evaluated
-from estune.pool.crew import compare
 from estune.pool.crewed import minority
 from estune.pool.deadlines import Deadlines
 from estune.pool.local import LocalPool
@@ -30,10 +29,12 @@ from estune.pool.ray.cluster import cluster_device, connect, join
 from estune.pool.ray.pool import RayPool
 from estune.pool.ray.worker import RayWorker
 from estune.pool.replica import Replica
+from estune.pool.slots import compare
 from estune.pool.worker import StaleWeights
 from estune.run.trainer import Trainer
 from estune.study.probe import probe
 from tests.rays import until, with_workers
+from tests.run.test_search import ALL, assert_harm_is_taken_back, train
 from tests.run.test_staleness import assert_rewards_are_those_of_the_bases_named
 from tests.runs import assert_same_run, make_config, make_task, slow_variety, substance
 
@@ -195,6 +196,15 @@ def test_what_a_member_costs_on_the_wire(pool: RayPool) -> None:
     step = pickle.dumps((12, Update(12, tuple(Member(2**64 - 1 - i) for i in range(30)), (1.1e-5,) * 30)))
     assert len(asked) + len(result) < 1000
     assert len(step) < 2000
+
+
+def test_a_strategys_parts_give_the_bits_of_one_process(cluster: Any, model: Path, tmp_path: Path) -> None:
+    one = train(tmp_path / "one", model, **ALL)
+    assert one == train(tmp_path / "more", model, **ALL | {"replicas": None, "workers": 2})
+
+
+def test_a_step_that_harms_is_taken_back_by_workers_too(cluster: Any, model: Path, tmp_path: Path) -> None:
+    assert_harm_is_taken_back(model, tmp_path, {"replicas": None, "workers": 2})
 
 
 def test_the_majority_is_right_and_a_tie_has_none() -> None:

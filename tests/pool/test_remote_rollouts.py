@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from estune.pool.deadlines import Deadlines, Lost
 from estune.pool.local import LocalPool
 from estune.pool.remote.handle import RemoteHandle
 from estune.pool.remote.pool import RemotePool, Servers
+from estune.pool.remote.service import Failed, Service
 from estune.pool.remote.turns import Held, _FarRows
+from estune.pool.remote.wire import LEASE_SECONDS, Terms
 from estune.pool.replica import Replica
 from estune.run.held_out import token_ids
 from estune.run.trainer import Trainer
@@ -161,6 +164,31 @@ def test_what_is_held_is_lost_with_another_call_of_the_run_alone(
     another.end()
 
 
+def test_turns_keep_the_server_for_as_long_as_a_member_is_played(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long ago its last call of another kind was; without one for a lease's time it is anybody's."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr("estune.pool.remote.service.time", clock)
+    service = Service("tests", lambda terms: Replica(make_config(Path("unused"), model, threads=1, device="cpu")))
+    mine, anothers = (Terms(lease, "master", "nearest", "iid", "*") for lease in ("mine", "another's"))
+    service.run("open", "mine", (mine,))
+    service.run("rebuild", "mine", ([],))
+    service.run("hold", "mine", (0, "play", Member(1), 0.02))
+    with pytest.raises(Failed, match="it holds other weights"):
+        service.run("turns", "mine", ("an earlier play", [], []))
+    for _ in range(3):
+        now[0] += 0.9 * LEASE_SECONDS
+        assert service.run("turns", "mine", ("play", [], [])) == []
+        with pytest.raises(Failed, match="at work for another run"):
+            service.run("open", "another's", (anothers,))
+    now[0] += 1.1 * LEASE_SECONDS
+    service.run("open", "another's", (anothers,))
+    with pytest.raises(Failed, match="another run has had it since"):
+        service.run("turns", "mine", ("play", [], []))
+    with pytest.raises(Failed, match="it holds other weights"):
+        service.run("turns", "another's", ("play", [], []))
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_rollouts_that_compute_for_long_keep_the_server_or_learn_that_it_is_gone(
     lost: bool, servers: list[Served], model: Path, monkeypatch: pytest.MonkeyPatch
@@ -207,6 +235,7 @@ def test_turns_asked_for_twice_are_made_once(model: Path) -> None:
     """As a call is where its connection broke off before the answer."""
     engine = Replica(make_config(Path("unused"), model, threads=1, device="cpu")).engine
     (alone,) = engine.generate([[10, 20, 30]], Sampling(4))
+    before = set(threading.enumerate())
     held = Held("any", engine)
     asked = [(7, [10, 20, 30], Sampling(4))] * 2
     found: list[Any] = []
@@ -217,6 +246,7 @@ def test_turns_asked_for_twice_are_made_once(model: Path) -> None:
     assert held.turns([], []) == found, "its answer may have been lost on its way"
     assert held.turns([], [7]) == held.turns([], [7]) == []
     held.close()
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("ids", [[1], [1, 2, 3, 4, 5], [9, 1]], ids=["too few", "too many", "after its end"])

@@ -132,10 +132,10 @@ def test_bombs_are_held_to_the_deadline_and_the_pool_stays_whole() -> None:
     reward, columns = problem("countdown")
     limited = isolate(Limited(reward), Isolation(deadline=1.0))
     row = {"prompt": "p", **{key: values[0] for key, values in columns.items()}}
-    texts = [*BOMBS[:2], columns["answer"][0]]
+    texts = [BOMBS[1], columns["answer"][0]]
     with Grading([limited], processes=1) as grading:
         completions = [Completion(f"<answer>{text}</answer>", [], True) for text in texts]
-        assert grading.grade([row] * len(texts), completions).total == [0.0, 0.0, 1.0]
+        assert grading.grade([row] * len(texts), completions).total == [0.0, 1.0]
 
 
 def graded(

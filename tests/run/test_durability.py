@@ -17,6 +17,7 @@ import pytest
 
 from estune.config import Config
 from estune.errors import EstuneError
+from estune.journal.journal import Journal
 from estune.journal.replay import replay
 from estune.journal.share import pack
 from estune.journal.verify import verify
@@ -84,7 +85,7 @@ def test_killed_while_it_goes_on(model: Path, whole: tuple[Path, list[str]], tmp
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
+def disk(synced_disks: None, tmp_path: Path) -> Iterator[Disk]:
     try:
         disk = Disk(tmp_path / "own", mib=16)
     except OSError as error:
@@ -98,6 +99,7 @@ def test_power_cut(model: Path, whole: tuple[Path, list[str]], disk: Disk) -> No
     left_alone, events = whole
     run = config(disk.path / "run", model)
     power_cut_at(number(events, "fsync journal.jsonl", -1), run, disk)
+    assert len(Journal.read(disk.path / "run").steps) == run.steps
     assert not broken_promises(disk.path / "run")
     killed_at(None, run)
     assert not differences(disk.path / "run", left_alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -33,24 +34,37 @@ def run(model: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def estune(hub: Hub, folder: Path, *arguments: object) -> str:
-    """Run a command that knows this hub and no other; what it says, or the error that it ends with."""
+@pytest.fixture(scope="module", autouse=True)
+def _commands(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A new interpreter, as the hub's library reads when it is imported where the hub is."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(folder / "home"),
+        "HF_HOME": str(tmp_path_factory.mktemp("hub") / "home"),
         "HF_TOKEN": "hf_token",
         "HF_HUB_DISABLE_XET": "1",
     }
-    command = [sys.executable, "-P", "-m", "estune.cli", *map(str, arguments)]
-    done = subprocess.run(command, check=False, cwd=folder, env=environment, capture_output=True, text=True)
-    assert (done.returncode == 0) == ("error: " not in done.stderr), done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout if done.returncode == 0 else done.stderr
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "tests.commands"]
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as hub.commands:
+        yield
+        assert hub.commands.stdin is not None
+        hub.commands.stdin.close()
 
 
-@pytest.mark.usefixtures("new_interpreters")
+def estune(hub: Hub, folder: Path, *arguments: object) -> str:
+    """Run a command that knows this hub and no other; what it says, or the error that it ends with."""
+    assert hub.commands is not None
+    assert hub.commands.stdin is not None
+    assert hub.commands.stdout is not None
+    print(json.dumps([str(folder), *map(str, arguments)]), file=hub.commands.stdin, flush=True)
+    code, out, error = json.loads(hub.commands.stdout.readline())
+    assert (code == 0) == ("error: " not in error), error
+    assert "Traceback" not in error
+    return str(out if code == 0 else error)
+
+
 def test_a_run_comes_back_as_a_model_and_a_run(hub: Hub, run: Path, tmp_path: Path) -> None:
     assert f"{hub.url}/me/whole/commit/" in estune(hub, tmp_path, "push", run, "me/whole", "--private")
     assert hub.private["me/whole"]
@@ -64,7 +78,6 @@ def test_a_run_comes_back_as_a_model_and_a_run(hub: Hub, run: Path, tmp_path: Pa
     assert not list(tmp_path.glob(".pulled*"))
 
 
-@pytest.mark.usefixtures("new_interpreters")
 def test_the_journal_alone_is_small_and_enough(hub: Hub, run: Path, tmp_path: Path) -> None:
     estune(hub, tmp_path, "push", run, "me/small", "--journal-only", "--step", 2)
     files = hub.models["me/small"]
@@ -77,14 +90,12 @@ def test_the_journal_alone_is_small_and_enough(hub: Hub, run: Path, tmp_path: Pa
     assert Checkpoint(tmp_path / "model").content_hash() == expected
 
 
-@pytest.mark.usefixtures("new_interpreters")
 def test_a_step_of_which_no_checkpoint_is_there_is_rebuilt(hub: Hub, run: Path, tmp_path: Path) -> None:
     estune(hub, tmp_path, "push", run, "me/step", "--step", 1)
     estune(hub, tmp_path, "pull", "me/step", "-o", "pulled")
     assert verify(tmp_path / "pulled").checkpoints == {"pulled": 1}
 
 
-@pytest.mark.usefixtures("new_interpreters")
 def test_what_goes_wrong_is_one_line(hub: Hub, run: Path, tmp_path: Path) -> None:
     assert "pull me/none: 404" in estune(hub, tmp_path, "pull", "me/none", "-o", "pulled")
     hub.models["me/model"] = {"config.json": b"{}"}

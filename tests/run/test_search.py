@@ -83,7 +83,7 @@ def cut(run: Path, copy: Path, steps: int) -> None:
 
 
 @given(COMBINATIONS, st.integers(1, 3))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_combination_replays_and_resumes_to_the_same_bits(
     model: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], steps: int
 ) -> None:
@@ -136,16 +136,13 @@ def test_rank_one_noise_that_could_not_be_taken_back_is_refused_before_anything_
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("where", "changes"),
-    [({"workers": 2, "replicas": None}, {}), *(({"replicas": 2}, each) for each in ({}, MOMENTS, GUIDED))],
-    ids=["workers", "replicas", "adam", "guided"],
-)
-def test_the_parts_give_the_same_bits_on_any_number_of_workers(
-    model: Path, tmp_path: Path, where: dict[str, Any], changes: dict[str, Any]
+@pytest.mark.parametrize("changes", [{}, MOMENTS, GUIDED], ids=["all", "adam", "guided"])
+def test_the_parts_give_the_same_bits_on_any_number_of_replicas(
+    model: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
+    """And of workers: `tests/pool/test_ray_pool.py`."""
     one = train(tmp_path / "one", model, **ALL | changes)
-    assert one == train(tmp_path / "more", model, **ALL | changes | where)
+    assert one == train(tmp_path / "more", model, **ALL | changes | {"replicas": 2})
 
 
 def test_a_run_with_momentum_anchor_and_groups_is_what_the_equations_say(model: Path, tmp_path: Path) -> None:
@@ -288,10 +285,13 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, changes: dict[str
         make_config(tmp_path, tmp_path, **changes)
 
 
-@pytest.mark.parametrize(
-    "where", [{}, {"replicas": 2}, {"workers": 2, "replicas": None}], ids=["one", "replicas", "workers"]
-)
+@pytest.mark.parametrize("where", [{}, {"replicas": 2}], ids=["one", "replicas"])
 def test_a_step_that_harms_is_taken_back_to_the_bit(model: Path, tmp_path: Path, where: dict[str, Any]) -> None:
+    """And by workers: `tests/pool/test_ray_pool.py`."""
+    assert_harm_is_taken_back(model, tmp_path, where)
+
+
+def assert_harm_is_taken_back(model: Path, tmp_path: Path, where: dict[str, Any]) -> None:
     """Steps so large that some harm, and that those after them add a share of the steps before."""
     changes = {"guard": 0.0, "learning_rate": 0.1, "momentum": 0.5, "save_steps": 2, "steps": 5, **where}
     train(tmp_path / "run", model, **changes)

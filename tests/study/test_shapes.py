@@ -13,7 +13,6 @@ from tests.models import build_config
 from tests.sizes import (
     GEMMA2_2B,
     LLAMA_8B,
-    LLAMA_70B,
     MISTRAL_7B,
     QWEN3_HALF_B,
     QWEN_7B,
@@ -29,7 +28,6 @@ from tests.sizes import (
         (QWEN_HALF_B, 494_032_768, 2 * 24 * 2 * 64 * 2),
         (QWEN_7B, 7_615_616_512, 57_344),
         (LLAMA_8B, 8_030_261_248, 131_072),
-        (LLAMA_70B, 70_553_706_496, 327_680),
         (MISTRAL_7B, 7_241_732_096, 131_072),
         (QWEN3_HALF_B, 596_049_920, 114_688),
         (GEMMA2_2B, 2_614_341_888, 2 * 26 * 4 * 256 * 2),

@@ -27,6 +27,7 @@ WARM = (
     *("tests.vllm.packed", "vllm.entrypoints.llm", "vllm.v1.core.sched.scheduler"),
     *("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker"),
     *("vllm.model_executor.models.registry", "vllm.model_executor.models.qwen3"),
+    *("vllm.entrypoints.cli.main", "vllm.entrypoints.cli.serve"),
 )
 
 if find_spec("vllm") is None:

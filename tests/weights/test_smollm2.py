@@ -34,7 +34,8 @@ def test_it_answers_questions() -> None:
 def test_a_run_names_its_file_by_hash_and_replays(tmp_path: Path) -> None:
     small = {"steps": 1, "population": 2, "prompts_per_step": 2, "max_new_tokens": 8, "eval_steps": 0}
     off = {"eval_on_start": False, "compare_with_base": False, "replicas": 1, "threads": 1}
-    config = Config(model="smollm2", task="conciseness", sigma=0.004, output_dir=tmp_path / "run", **small, **off)
+    task = {"name": "conciseness", "train_size": 4, "eval_size": 2}
+    config = Config(model="smollm2", task=task, sigma=0.004, output_dir=tmp_path / "run", **small, **off)
     Trainer(config, monitors=None).train()
     journal = Journal.read(tmp_path / "run")
     assert journal.header.model.startswith("smollm2@")

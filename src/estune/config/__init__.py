@@ -1,4 +1,4 @@
-"""The settings of a run: `sections.py` has them, `config.py` puts them together and reads them from files and options.
+"""The settings of a run: `sections.py` and `search.py` have them, `config.py` puts them together and reads them.
 
 Imports tasks, whose options are settings too.
 """
@@ -14,7 +14,7 @@ from estune.config.config import (
     parse,
     read,
 )
-from estune.config.sections import server_url
+from estune.config.values import server_url
 
 __all__ = [
     "EMBEDDED_SETTINGS",

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from estune.completion import Rendering
 from estune.config.names import answer, hint
+from estune.config.search import Search
 from estune.config.sections import (
     Evaluation,
     Generation,
@@ -23,11 +24,10 @@ from estune.config.sections import (
     Logging,
     Rollouts,
     Run,
-    Search,
-    Section,
     Weights,
     Workers,
 )
+from estune.config.values import Section
 from estune.errors import EstuneError
 from estune.tasks import DEFAULT, KINDS
 from estune.weights.policies import POLICIES

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
@@ -17,7 +17,8 @@ from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.journal.records import StepRecord
 from estune.pool.base import Description, Evaluated, evaluation_batches
-from estune.pool.crew import Crew, Jobs, Slot, Source, Weights
+from estune.pool.crew import Crew, Jobs, Weights
+from estune.pool.slots import Slot, Source
 from estune.weights.adapted import open_checkpoint
 from estune.weights.rebuild import Steps
 from estune.weights.trained import Drift
@@ -52,6 +53,19 @@ class CrewPool:
             return (bool(self.crew.ready()) and (not late or time.monotonic() - began > most)) or None
 
         self.crew.wait(enough)
+
+    def opened(self) -> Self:
+        """This pool once a worker is ready; where none comes, all are ended.
+
+        Raises:
+            EstuneError: none can be had.
+        """
+        try:
+            self.wait_for_workers()
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def describe(self) -> Description:
         """As `Pool.describe`: what all workers agree on; those that do not are refused."""

@@ -9,11 +9,11 @@ from typing import Any
 from estune.config import server_url
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
-from estune.pool.crew import compare
 from estune.pool.deadlines import Deadlines
 from estune.pool.remote.handle import RemoteHandle, key_of_environment
 from estune.pool.remote.pool import new_lease
 from estune.pool.remote.wire import Swapped, Terms
+from estune.pool.slots import compare
 from estune.pool.worker import software
 
 KEPT = 2

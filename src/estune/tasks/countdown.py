@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from math import inf
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -12,7 +11,7 @@ from estune.grading.convention import Row
 from estune.rewards.countdown import answer_reward, format_reward, parse_numbers, parse_target, plain_answer
 from estune.tasks.base import Task, refuse_overlap
 from estune.tasks.countdown_problems import Problem, Side, countdown_prompt, generate_problems, is_held_out
-from estune.tasks.options import TaskOptions, refuse_empty_side
+from estune.tasks.options import TaskOptions
 from estune.tasks.records import Record, load_records, require_columns
 
 GENERATED_SIZE = 200
@@ -97,7 +96,7 @@ class CountdownConfig(TaskOptions):
     def sets(self, seed: int) -> tuple[list[Row], list[Row]]:
         """Rows to train on, and to evaluate on; as `build`."""
         if self.data and not self.eval_data:
-            return self._split_by_hash(_read(self.data, self.split))
+            return self._split(_read(self.data, self.split), lambda row: is_held_out(_problem(row)))
         if self.data:
             train = list(islice(_read(self.data, self.split), self.train_size))
         else:
@@ -119,19 +118,6 @@ class CountdownConfig(TaskOptions):
             rational=self.rational,
         )
         return [_row(problem.numbers, problem.target) for problem in problems]
-
-    def _split_by_hash(self, rows: Iterator[Row]) -> tuple[list[Row], list[Row]]:
-        train: list[Row] = []
-        evaluation: list[Row] = []
-        sizes = (self.train_size or inf, self.eval_size or inf)
-        for row in rows:
-            side, size = (evaluation, sizes[1]) if is_held_out(_problem(row)) else (train, sizes[0])
-            if len(side) < size:
-                side.append(row)
-            if (len(train), len(evaluation)) == sizes:
-                break
-        refuse_empty_side(self.name, train, evaluation, "task.eval_data, rows to evaluate on")
-        return train, evaluation
 
 
 def _read(source: str, split: str) -> Iterator[Row]:

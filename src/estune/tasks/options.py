@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
 from math import inf
@@ -66,6 +66,24 @@ class TaskOptions(BaseModel):
         """
         raise NotImplementedError
 
+    def _split(self, rows: Iterable[Row], held_out: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:
+        """Both sets of one data set, as large as the settings say.
+
+        Raises:
+            EstuneError: one is empty.
+        """
+        train: list[Row] = []
+        evaluation: list[Row] = []
+        sizes = (self.train_size or inf, self.eval_size or inf)
+        for row in rows:
+            side, size = (evaluation, sizes[1]) if held_out(row) else (train, sizes[0])
+            if len(side) < size:
+                side.append(row)
+            if (len(train), len(evaluation)) == sizes:
+                break
+        refuse_empty_side(self.name, train, evaluation, "task.eval_data, rows to evaluate on")
+        return train, evaluation
+
 
 class PromptOptions(TaskOptions):
     """Options of a task whose prompts can be shown as a conversation or as plain text."""
@@ -123,26 +141,13 @@ class DataOptions(PromptOptions):
         (source, split), others = self.sources()
         rows = iter(to_rows(source, pictured(source, load_records(source, split))))
         if not others:
-            return self._split(rows)
+            return self._split(rows, lambda row: is_held_out(identity(row)))
         evaluation: list[Row] = []
         for name, part in others:
             evaluation.extend(islice(to_rows(name, pictured(name, load_records(name, part))), self.eval_size))
         held_out = {identity(row) for row in evaluation}
         train = list(islice((r for r in rows if not self.drop_overlap or identity(r) not in held_out), self.train_size))
         refuse_overlap(self.name, map(identity, train), map(identity, evaluation))
-        return train, evaluation
-
-    def _split(self, rows: Iterator[Row]) -> tuple[list[Row], list[Row]]:
-        train: list[Row] = []
-        evaluation: list[Row] = []
-        sizes = (self.train_size or inf, self.eval_size or inf)
-        for row in rows:
-            side, size = (evaluation, sizes[1]) if is_held_out(identity(row)) else (train, sizes[0])
-            if len(side) < size:
-                side.append(row)
-            if (len(train), len(evaluation)) == sizes:
-                break
-        refuse_empty_side(self.name, train, evaluation, "task.eval_data, rows to evaluate on")
         return train, evaluation
 
 

@@ -10,11 +10,11 @@ import ray
 
 from estune.config import Config
 from estune.errors import EstuneError
-from estune.pool.crew import Slot
 from estune.pool.crewed import CrewPool
 from estune.pool.deadlines import Deadlines
 from estune.pool.ray.cluster import connect, disconnect, lost, needs
 from estune.pool.ray.handle import RayHandle
+from estune.pool.slots import Slot
 from estune.weights.checkpoint import EMBEDDED
 
 
@@ -25,13 +25,7 @@ def open_ray_pool(config: Config) -> RayPool:
         EstuneError: for a cluster that cannot be reached or has no room, or a model that no worker can have.
     """
     connect(config)
-    pool = RayPool(config)
-    try:
-        pool.wait_for_workers()
-    except BaseException:
-        pool.close()
-        raise
-    return pool
+    return RayPool(config).opened()
 
 
 class RayPool(CrewPool):

@@ -25,13 +25,7 @@ def open_remote_pool(config: Config) -> RemotePool:
     Raises:
         EstuneError: none answers, or none can train what the run wants.
     """
-    pool = RemotePool(config)
-    try:
-        pool.wait_for_workers()
-    except BaseException:
-        pool.close()
-        raise
-    return pool
+    return RemotePool(config).opened()
 
 
 class RemotePool(CrewPool):

@@ -72,6 +72,7 @@ def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = 
         raise EstuneError(f"model {model}: its weights are {dtype}; take one whose are one of {', '.join(DTYPES)}")
     try:
         kind: Any = type(config)
+        config.name_or_path = ""  # of which no size depends
         shape = _lay_out(kind, config.to_json_string(use_diff=False), pattern if adapter is None else "*")
     except EstuneError:
         raise

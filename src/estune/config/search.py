@@ -1,0 +1,162 @@
+"""The settings of the strategy: from the rewards of a population to an update."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from estune.config.values import Section, bound, scales
+from estune.es.objective import PerPrompt
+from estune.es.schedule import Course
+from estune.es.shaping import Shaping
+from estune.weights.policies import NoiseMode
+
+
+class Search(Section):
+    """The strategy."""
+
+    steps: int = Field(500, ge=0, description="ES steps")
+    population: int = Field(30, ge=2, description="members evaluated a step (N)")
+    sigma: float = Field(0.001, gt=0, description="standard deviation of the perturbations")
+    sigma_scheduler_type: Course = Field("constant", description="sigma over the run: constant, or falling")
+    min_sigma_rate: float = Field(0.1, gt=0, le=1, description="share of sigma that a falling one ends at")
+    sigma_scale: Annotated[dict[str, Annotated[float, Field(gt=0)] | Literal["rms"]], BeforeValidator(scales)] = Field(
+        {},
+        description="factors of sigma by shell pattern of parameters' names, of which the first that fits counts: "
+        '{"*.mlp.*": 0.5}; rms is a parameter\'s root mean square over that of all. Their updates have them too',
+    )
+    adapt_sigma: bool = Field(
+        False,
+        description="one-fifth rule: sigma grows where more than a fifth of the members beat the base, which completes "
+        "the step's prompts too, and shrinks where fewer do",
+    )
+    learning_rate: float | None = Field(
+        None,
+        ge=0,
+        description="alpha, 1/sigma digested into it; half of sigma, and changing with it, if not given",
+    )
+    lr_scheduler_type: Course = Field("constant", description="learning rate over the run: constant, or falling")
+    min_lr_rate: float = Field(0.0, ge=0, le=1, description="share of the learning rate that a falling one ends at")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to its full value")
+    shaping: Shaping = Field(
+        "zscore",
+        description="from rewards to weights of members: z-scores (the paper), z-scores of ranks or of winsorized "
+        "rewards, equal weights for the best and none for the rest (elite), or the distance from the mean (raw)",
+    )
+    shaping_share: float = Field(
+        0.25,
+        gt=0,
+        lt=1,
+        description="members that are elite; or whose rewards are winsorized, half of them at each end",
+    )
+    per_prompt: PerPrompt = Field(
+        "none",
+        description="what is done to a prompt's scores before a member's mean is taken: nothing, the mean over members "
+        "taken off (center), and divided by their standard deviation (standardize)",
+    )
+    prompt_groups: int = Field(
+        1, ge=1, description="groups of members, each with prompts_per_step prompts of its own; 1 as in the paper"
+    )
+    samples_per_prompt: int = Field(1, ge=1, description="completions of each prompt by each member, when sampling")
+    best_of: int = Field(
+        1, ge=1, description="a prompt's score is the expected best of so many of its samples (pass@k); 1 is their mean"
+    )
+    reward_quantile: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="a member's fitness is this quantile of its prompts' scores; their mean if not given",
+    )
+    constraint: Annotated[str | None, BeforeValidator(bound)] = Field(
+        None,
+        description="a second objective: METRIC<=BOUND or METRIC>=BOUND, of any metric of a step, as "
+        "completions/mean_length<=20, kept by a penalty that is learned",
+    )
+    constraint_rate: float = Field(0.5, gt=0, description="how fast the penalty of the constraint is learned")
+    momentum: float = Field(
+        0.0, ge=0, lt=1, description="weight of earlier steps in an update, each step back once more; costs their noise"
+    )
+    momentum_window: int | None = Field(
+        None, ge=1, description="earlier steps at most; as far as they count 5%, if not given. 1 reuses the last alone"
+    )
+    guided_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each perturbation's variance along the last updates (guided ES); costs each member the "
+        "noise of all their members",
+    )
+    guided_window: int = Field(1, ge=1, description="updates along which guided members are perturbed")
+    adam: bool = Field(
+        False,
+        description="scale the update of each weight by moments of all updates so far, as Adam does; with "
+        "weights=master, 8 bytes more a weight, and resuming makes all steps again",
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, with adam")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment, with adam")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="decay toward zero a step, times the learning rate; none in a step whose rewards are all equal",
+    )
+    anchor_decay: float = Field(0.0, ge=0, description="decay toward the base model a step, times the learning rate")
+    anchor_l1: float = Field(
+        0.0, ge=0, description="how far a weight goes back toward the base model a step, times the learning rate"
+    )
+    mirrored: bool = Field(False, description="evaluate each perturbation with both signs")
+    evaluate_base: bool = Field(
+        False, description="the base completes each step's prompts too, as one more member: reward_base"
+    )
+    guard: float | None = Field(
+        None,
+        ge=0,
+        description="take a step back, and halve the learning rate from there on, where the base then earns less than "
+        "before on the step's prompts, by more than so many standard deviations of the members' rewards. The base "
+        "completes them before and after, as two more members",
+    )
+    noise: NoiseMode = Field(
+        "iid",
+        description="rank1: of a matrix an outer product of two vectors, so that a CPU decodes many members together; "
+        "correlated: equal noise for all tensors, as in the authors' first code",
+    )
+
+    @property
+    def members(self) -> int:
+        """Members of a step, with the base where it takes part."""
+        return self.population + self.base_takes_part
+
+    @property
+    def base_takes_part(self) -> bool:
+        """Whether the base completes the prompts of each step, too."""
+        return self.evaluate_base or self.adapt_sigma or self.guard is not None
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Search:
+        if self.mirrored and self.population % 2:
+            raise ValueError(f"population {self.population} is odd, and mirrored members come in pairs")
+        return self
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Search:
+        size, left = divmod(self.population, self.prompt_groups)
+        if left or size < 2 or (self.mirrored and size % 2):
+            pairs = ", in pairs" if self.mirrored else ""
+            raise ValueError(
+                f"population {self.population} makes no {self.prompt_groups} prompt_groups of equal size, of two "
+                f"members or more{pairs}"
+            )
+        if self.prompt_groups > 1 and self.base_takes_part:
+            raise ValueError(
+                "evaluate_base, adapt_sigma and guard compare the base with members on the same prompts: prompt_groups "
+                "must be 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> Search:
+        if self.best_of > self.samples_per_prompt:
+            raise ValueError(
+                f"best_of {self.best_of} of samples_per_prompt {self.samples_per_prompt}: raise the latter"
+            )
+        return self
