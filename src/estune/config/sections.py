@@ -30,6 +30,7 @@ from estune.es.shaping import Shaping
 from estune.tasks import CountdownConfig, TaskConfig
 from estune.tasks.options import refuse_switch
 from estune.weights.adapters import Adapter
+from estune.weights.grid import GroupSize
 from estune.weights.policies import POLICIES, DType, NoiseMode, PolicyName, Rounding
 
 
@@ -436,7 +437,22 @@ class Weights(Section):
     weights: PolicyName = Field(
         "master",
         description="what is kept beside the live weights: float32, a copy, nothing (restores inexactly), or what "
-        "subtracting the noise again would not give back (exact_inplace)",
+        "subtracting the noise again would not give back (exact_inplace); int8 and int4 make the layers' matrices "
+        "integers, train these as they are and keep nothing (experimental)",
+    )
+    group_size: GroupSize = Field(
+        64, description="of int8 and int4: neighbours in a matrix' row that share a scale: 16, 32, 64, 128 or 256"
+    )
+    carry_steps: int = Field(
+        50,
+        ge=1,
+        description="of int8 and int4: updates over which what rounding cuts off is carried on; then it is dropped. 1 "
+        "carries nothing",
+    )
+    carry: Literal["recompute", "keep"] = Field(
+        "recompute",
+        description="of int8 and int4: make what is carried on again from its seeds, which takes the noise of half of "
+        "carry_steps updates for each, or keep it, 4 bytes more a weight: the same bits",
     )
     base_device: Literal["auto", "device", "host"] = Field(
         "auto",
@@ -444,7 +460,9 @@ class Weights(Section):
         "device if it takes at most half of the memory that live weights leave there",
     )
     rounding: Rounding = Field(
-        "nearest", description="of updates to bfloat16 weights; stochastic with weights=exact_inplace, if not given"
+        "nearest",
+        description="of updates to bfloat16 weights and to integers; stochastic with weights=exact_inplace, int8 and "
+        "int4, if not given",
     )
     train_parameters: str = Field(
         "auto",
@@ -463,8 +481,17 @@ class Weights(Section):
 
     @model_validator(mode="after")
     def _choose_rounding(self) -> Weights:
-        if self.weights == "exact_inplace" and "rounding" not in self.model_fields_set:
+        if self.weights in ("exact_inplace", "int8", "int4") and "rounding" not in self.model_fields_set:
             self.rounding = "stochastic"  # to nearest, updates much smaller than the paper's would be lost
+        return self
+
+    @model_validator(mode="after")
+    def _check_integers(self) -> Weights:
+        about = next((name for name in ("group_size", "carry_steps", "carry") if name in self.model_fields_set), None)
+        if about and not POLICIES[self.weights].bits and getattr(self, about) != type(self).model_fields[about].default:
+            raise ValueError(f"{about} is about integer weights: set weights=int8 or weights=int4, or leave it out")
+        if POLICIES[self.weights].bits and self.adapter is not None:
+            raise ValueError(f"weights={self.weights} trains the model's own matrices as integers: leave out adapter")
         return self
 
 

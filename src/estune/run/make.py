@@ -81,6 +81,7 @@ def make_header(
         live_dtype=trained.live_dtype,
         tensors=trained.tensors,
         scales=dict(trained.rule.scales),
+        **({"group_size": grid.group_size, "carry_steps": grid.carry_steps} if (grid := trained.rule.grid) else {}),
         fingerprint=fingerprint,
         task=task,
         data_hash=data_hash,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import linear
 
 from estune.engines.cpu import amx, kernels
+from estune.noise import cpu_integers as integers
 from estune.weights.checkpoint import widen
 
 MANY = 48
@@ -29,6 +30,24 @@ FEWEST_SHARED = 1 << 19
 Array = npt.NDArray[Any]
 NONE = np.empty(0, np.float32)
 """Stands for a bias, or for a norm's weight, that a model does not have."""
+
+
+class Coded(NamedTuple):
+    """A matrix `[columns, width]` of integer weights (`noise/cpu_integers.py`), which is widened for each product."""
+
+    codes: Array  # [columns, width], or half of it, packed
+    scales: Array  # [columns, groups]
+    width: int
+    dtype: Any  # that it is widened to: float32, or uint16 for bfloat16's bits
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def widened(self) -> Array:
+        """The matrix, in memory of its own."""
+        found = np.empty((len(self.codes), self.width), self.dtype)
+        integers.values(self.codes.reshape(-1), self.scales.reshape(-1), found.reshape(-1))
+        return found
 
 
 class Products:
@@ -45,7 +64,7 @@ class Products:
         self.unit = amx.available()
         self.native = not self.unit and multiplies_bfloat16()
 
-    def __call__(self, x: Array, weight: Array, bias: Array = NONE) -> Array:
+    def __call__(self, x: Array, weight: Array | Coded, bias: Array = NONE) -> Array:
         """The product, float32 `[tokens, columns]`; each thread computes some of the columns.
 
         Args:
@@ -54,6 +73,8 @@ class Products:
                 multiple of 16.
             bias: `[columns]`, or empty.
         """
+        if isinstance(weight, Coded):
+            weight = weight.widened()
         if self.unit and weight.dtype == np.uint16 and not x.shape[1] % amx.DEPTH and not len(weight) % amx.BLOCK:
             return self._by_unit(x, weight, bias)
         if self.native and weight.dtype == np.uint16 and len(x) >= MANY:
