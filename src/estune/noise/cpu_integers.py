@@ -49,35 +49,40 @@ def _moves(seed, tensor, block, scales, group, sigma, reach, words, planes, unif
     _uniforms(seed, tensor, block, words, uniform)
     for g in range(out.size // group):
         ratio = sigma / scales[g]
-        for i in range(g * group, (g + 1) * group):
-            x = out[i] * ratio
-            size = np.abs(x)
-            whole = np.floor(size)
-            whole = whole + (np.float32(1) if uniform[i] < size - whole else np.float32(0))
-            whole = min(whole, reach)
-            out[i] = -whole if x < np.float32(0) else whole
+        move = out[g * group : (g + 1) * group]
+        chance = uniform[g * group : (g + 1) * group]
+        for i in range(group):
+            x = move[i] * ratio
+            size = min(np.abs(x), reach)
+            whole = np.float32(np.int32(size))  # vectorises, where floor does not
+            whole += np.float32(chance[i] < size - whole)
+            move[i] = -whole if x < np.float32(0) else whole
 
 
 @jit
 def _unpack(codes, packed, at, out):
     if packed:
-        for i in range(out.size // 2):
-            byte = np.int32(codes[at // 2 + i])
+        pairs = codes[at // 2 : (at + out.size) // 2]
+        for i in range(pairs.size):
+            byte = np.int32(pairs[i])
             out[2 * i] = ((byte & 15) ^ 8) - 8
             out[2 * i + 1] = byte >> 4
     else:
-        for i in range(out.size):
-            out[i] = codes[at + i]
+        part = codes[at : at + out.size]
+        for i in range(part.size):
+            out[i] = part[i]
 
 
 @jit
 def _pack(source, packed, at, codes):
     if packed:
-        for i in range(source.size // 2):
-            codes[at // 2 + i] = np.int8((source[2 * i + 1] << 4) | (source[2 * i] & 15))
+        pairs = codes[at // 2 : (at + source.size) // 2]
+        for i in range(pairs.size):
+            pairs[i] = np.int8((source[2 * i + 1] << 4) | (source[2 * i] & 15))
     else:
-        for i in range(source.size):
-            codes[at + i] = np.int8(source[i])
+        part = codes[at : at + source.size]
+        for i in range(part.size):
+            part[i] = np.int8(source[i])
 
 
 @jit
@@ -152,8 +157,10 @@ def _values(codes, packed, scales, group, out):
         _unpack(codes, packed, at, code[:n])
         for g in range(n // group):
             scale = scales[at // group + g]
-            for i in range(g * group, (g + 1) * group):
-                out[at + i] = narrow(np.float32(code[i]) * scale, out[at + i])
+            source = code[g * group : (g + 1) * group]
+            target = out[at + g * group : at + (g + 1) * group]
+            for i in range(group):
+                target[i] = narrow(np.float32(source[i]) * scale, target[i])
 
 
 def shift(
