@@ -56,7 +56,8 @@ class Grid:
     def codes(self, weights: Floats, scales: Floats) -> npt.NDArray[np.int8]:
         """The nearest codes, `[elements]`, of weights `[elements]`: of those that codes stand for, these codes."""
         exact = weights.reshape(-1, self.group_size) / scales[:, None]
-        return np.rint(exact).clip(self.levels.low, self.levels.high).astype(np.int8).reshape(-1)
+        nearest: npt.NDArray[np.int8] = np.rint(exact).clip(self.levels.low, self.levels.high).astype(np.int8)
+        return nearest.reshape(-1)
 
     def pack(self, codes: npt.NDArray[np.int8]) -> Codes:
         """Codes `[elements]` as they are stored."""

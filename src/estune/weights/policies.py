@@ -143,20 +143,25 @@ class ExactInPlace(Policy):
             storage.reverse(member.seed, member.sign * sigma)
 
 
-class Int8(Policy):
-    """Keeps nothing: the weights are integers of 8 bits, which `IntegerWeights` perturbs and restores.
+class Integers(Policy):
+    """Keeps nothing: the weights are integers, which `IntegerWeights` perturbs and restores.
 
     To all others the base is what they stand for, in float32.
     """
 
-    name = "int8"
     keeps_base = False
     base_dtype = "float32"
+
+
+class Int8(Integers):
+    """Integers of 8 bits."""
+
+    name = "int8"
     bits = 8
 
 
-class Int4(Int8):
-    """The same in 4 bits."""
+class Int4(Integers):
+    """Integers of 4 bits."""
 
     name = "int4"
     bits = 4

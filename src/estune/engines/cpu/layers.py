@@ -18,7 +18,7 @@ from estune.engines.integers import is_integer
 class Linear(NamedTuple):
     """A projection: `x @ weight.T + bias`."""
 
-    weight: Array | Coded  # [columns, width]
+    weight: Any  # [columns, width]: an array, or `Coded`
     bias: Array  # [columns], or empty
 
 
