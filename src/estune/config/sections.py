@@ -119,6 +119,11 @@ def _count_or_auto(value: Any) -> Any:
     raise ValueError("write a number from 1 on, or auto")
 
 
+def _whole(value: Any) -> Any:
+    """A number, where one is written as a text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 def _bound(value: Any) -> Any:
     """A constraint, without spaces."""
     text = str(value).replace(" ", "")
@@ -440,7 +445,7 @@ class Weights(Section):
         "subtracting the noise again would not give back (exact_inplace); int8 and int4 make the layers' matrices "
         "integers, train these as they are and keep nothing (experimental)",
     )
-    group_size: GroupSize = Field(
+    group_size: Annotated[GroupSize, BeforeValidator(_whole)] = Field(
         64, description="of int8 and int4: neighbours in a matrix' row that share a scale: 16, 32, 64, 128 or 256"
     )
     carry_steps: int = Field(

@@ -83,8 +83,7 @@ def _joined(*projections: Any) -> Linear:
     bias = NONE if biases[0] is None else _whole(biases)
     if is_integer(projections[0]):
         codes, scales = (_whole([getattr(p, part) for p in projections]) for part in ("codes", "scales"))
-        like = bits_of(torch.empty(0, dtype=projections[0].dtype))
-        return Linear(Coded(codes, scales, projections[0].in_features, like.dtype), bias)
+        return Linear(_coded(codes, scales, projections[0]), bias)
     return Linear(_whole([projection.weight for projection in projections]), bias)
 
 
@@ -96,6 +95,16 @@ def _whole(parts: Sequence[torch.Tensor]) -> Array:
     for part, view in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
         part.data = view
     return bits_of(whole)
+
+
+def matrix_of(layer: Any) -> Any:
+    """The weight of a linear layer or an embedding, its own memory: an array, or `Coded` where it is integers."""
+    return _coded(bits_of(layer.codes), bits_of(layer.scales), layer) if is_integer(layer) else bits_of(layer.weight)
+
+
+def _coded(codes: Array, scales: Array, layer: Any) -> Coded:
+    like = bits_of(torch.empty(0, dtype=layer.dtype))
+    return Coded(codes, scales, layer.columns, like.dtype)
 
 
 def bits_of(tensor: torch.Tensor) -> Array:

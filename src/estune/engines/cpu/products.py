@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import llvmlite.binding
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch.nn.functional import linear
 
 from estune.engines.cpu import amx, kernels
-from estune.noise import cpu_integers as integers
+from estune.noise import cpu_integers
 from estune.weights.checkpoint import widen
 
 MANY = 48
@@ -32,21 +33,26 @@ NONE = np.empty(0, np.float32)
 """Stands for a bias, or for a norm's weight, that a model does not have."""
 
 
-class Coded(NamedTuple):
-    """A matrix `[columns, width]` of integer weights (`noise/cpu_integers.py`), which is widened for each product."""
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A matrix `[rows, width]` of integer weights (`noise/cpu_integers.py`), which is widened for each use."""
 
-    codes: Array  # [columns, width], or half of it, packed
-    scales: Array  # [columns, groups]
+    codes: Array  # [rows, width], or half of it, packed
+    scales: Array  # [rows, groups]
     width: int
     dtype: Any  # that it is widened to: float32, or uint16 for bfloat16's bits
 
     def __len__(self) -> int:
         return len(self.codes)
 
+    def __getitem__(self, rows: Any) -> Coded:
+        return Coded(self.codes[rows], self.scales[rows], self.width, self.dtype)
+
     def widened(self) -> Array:
         """The matrix, in memory of its own."""
         found = np.empty((len(self.codes), self.width), self.dtype)
-        integers.values(self.codes.reshape(-1), self.scales.reshape(-1), found.reshape(-1))
+        if len(self.codes):
+            cpu_integers.values(self.codes.reshape(-1), self.scales.reshape(-1), found.reshape(-1))
         return found
 
 

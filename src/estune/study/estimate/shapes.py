@@ -132,7 +132,7 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
         dtype=dtype,
         own=has_own_products(config, {min(p.shape[-2:]) for p in matrices.values()}, "float32"),
         heads=heads,
-        integers=sum(p.numel() for name, p in matrices.items() if p.ndim == 2 and fits(name, pattern)),
+        integers=sum(p.numel() for name, p in parameters.items() if p.ndim == 2 and fits(name, pattern)),
         matrix_shapes={name: tuple(p.shape) for name, p in matrices.items()},
     )
 
