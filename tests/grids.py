@@ -23,7 +23,7 @@ def uniform(seed: int, key: int, start: int, count: int) -> Any:
 
 
 def moves(seed: int, key: int, start: int, scales: Any, group: int, sigma: float, bits: int) -> Any:
-    """A member's steps: its noise over the scale, rounded up by the uniform number, at most as many as there is room."""
+    """A member's steps: its noise over the scale, rounded by the uniform number, at most as many as there is room."""
     count = len(scales) * group
     x = reference.normal_by_id(seed, key, start, count) * np.repeat(F(sigma) / scales, group)
     size = np.minimum(np.abs(x), F(RANGES[bits][2]))

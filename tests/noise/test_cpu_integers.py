@@ -36,6 +36,10 @@ def unpacked(codes: Any) -> Any:
     return np.where(halves > 7, halves - 16, halves)
 
 
+def some_pairs(random: Any) -> list[tuple[int, float]]:
+    return [(int(random.integers(0, 2**63)), float(np.float32(random.normal(0, 0.01)))) for _ in range(3)]
+
+
 @bits
 @given(st.integers(0, 2**64 - 1), st.integers(1, 300), st.sampled_from(GROUPS), st.integers(0, 40))
 @settings(deadline=None, max_examples=30)
@@ -64,11 +68,11 @@ def test_the_largest_steps_fit_and_go_back(bits: int) -> None:
 
 def test_steps_are_the_noise_on_average() -> None:
     scales = np.full(4, 0.03, np.float32)
-    noise = np.array([reference.normal_by_id(seed, KEY, 0, 64) for seed in range(4000)]) * 0.01 / 0.03
-    found = np.array([moves(seed, KEY, 0, scales, 16, 0.01, 8) for seed in range(4000)])
+    noise = np.array([reference.normal_by_id(seed, KEY, 0, 64) for seed in range(1000)]) * 0.01 / 0.03
+    found = np.array([moves(seed, KEY, 0, scales, 16, 0.01, 8) for seed in range(1000)])
     # Var(round(x)) = frac(x) (1 - frac(x)) <= 1/4, independent of the noise's own.
     assert abs(np.mean(found - noise)) < 5 * 0.5 / np.sqrt(found.size)
-    assert np.mean(found * noise) == pytest.approx(np.mean(noise**2), rel=0.03)
+    assert np.mean(found * noise) == pytest.approx(np.mean(noise**2), rel=0.06)
 
 
 @bits
@@ -78,10 +82,7 @@ def test_steps_are_the_noise_on_average() -> None:
 def test_advance_carries_on_what_is_cut_off(bits: int, stochastic: bool, updates: int, groups: int, group: int) -> None:
     codes, scales = drawn(groups, group, bits, updates)
     random = np.random.default_rng(groups)
-    made = [
-        ([(int(seed), float(np.float32(c))) for seed, c in zip(random.integers(0, 2**63, 3), random.normal(0, 0.01, 3), strict=True)], 0.02)
-        for _ in range(updates)
-    ]  # fmt: skip
+    made = [(some_pairs(random), 0.02) for _ in range(updates)]
     expected = Latent(np.zeros(groups * group, np.float32), NAME, group, bits, 100, stochastic=stochastic)
     expected.codes, expected.scales = unpacked(codes), scales
     kept, again = codes.copy(), codes.copy()

@@ -87,7 +87,7 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         return self
 
     @model_validator(mode="after")
-    def _check_integers(self) -> Config:
+    def _check_integer_weights(self) -> Config:
         if not POLICIES[self.weights].bits:
             return self
         about_vllm = self.vllm_gpu_memory_utilization or self.vllm_max_model_length or self.gpus_per_worker > 1
