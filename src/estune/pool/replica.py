@@ -13,7 +13,7 @@ from estune.completion import Completion, Engine, Sampling
 from estune.config import Config
 from estune.engines.cpu.members import Drawn, Members, Together
 from estune.engines.integers import put_integers
-from estune.engines.memory import memory_for, total_memory
+from estune.engines.memory import give_back_memory, memory_for, total_memory
 from estune.engines.score import divergence
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
@@ -227,6 +227,8 @@ class Replica(Trained):
         else:
             engine = open_transformers(checkpoint, config, self._device)
             weights = open_weights(engine, checkpoint, config, share)
+            if weights.rule.grid is not None:
+                give_back_memory()  # that of the weights as they were loaded
         super().__init__(engine, weights, checkpoint, config, device_kind(self._device))
         if config.noise == "rank1" and isinstance(engine, TransformersEngine) and isinstance(weights, Weights):
             if not weights.rule.how.drifts:  # drift is that of members one by one
