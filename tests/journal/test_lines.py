@@ -83,7 +83,12 @@ def test_every_field_of_another_type_is_refused_by_name_or_does_no_harm(tmp_path
 @pytest.mark.parametrize(
     ("number", "key", "value", "said"),
     [
-        (0, "policy", "other", "policy: Input should be 'master', 'copy', 'inplace' or 'exact_inplace', found 'other'"),
+        (
+            0,
+            "policy",
+            "other",
+            "policy: Input should be 'master', 'copy', 'inplace', 'exact_inplace', 'int8' or 'int4', found 'other'",
+        ),
         (0, "tensors", {"a": [3]}, "tensors.a.0: Input should be a valid string, found 3"),
         (0, "fingerprint", "xyz", "fingerprint: String should match"),
         (0, "config", {"steps": "many"}, "config.steps: Input should be a valid integer, found 'many'"),

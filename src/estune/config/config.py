@@ -87,6 +87,25 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         return self
 
     @model_validator(mode="after")
+    def _check_integer_weights(self) -> Config:
+        if not POLICIES[self.weights].bits:
+            return self
+        about_vllm = self.vllm_gpu_memory_utilization or self.vllm_max_model_length or self.gpus_per_worker > 1
+        if self.engine == "vllm" or about_vllm or self.workers_at:
+            raise ValueError(
+                f"weights={self.weights} is trained by engine=transformers: leave out workers_at and what is about vLLM"
+            )
+        self.engine = "transformers"
+        if self.device not in ("auto", "cpu"):
+            raise ValueError(f"weights={self.weights} has kernels for the CPU alone: set device=cpu")
+        if self.noise != "iid" or self.momentum or self.weight_decay:
+            raise ValueError(
+                f"weights={self.weights} carries on what members of a window of updates add, and nothing else: set "
+                "noise=iid, and leave out momentum and weight_decay"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_engines(self) -> Config:
         if POLICIES[self.weights].drifts and (self.workers or self.workers_at):
             raise ValueError(f"weights={self.weights} holds one set of weights, in this process: leave out workers")

@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
-from estune.config.values import Section, count_or_auto, names, template_options, urls
+from estune.config.values import Section, count_or_auto, names, template_options, urls, whole
 from estune.tasks import CountdownConfig, TaskConfig
 from estune.weights.adapters import Adapter
+from estune.weights.grid import GroupSize
 from estune.weights.policies import POLICIES, DType, PolicyName, Rounding
 
 EngineName = Literal["transformers", "vllm"]
@@ -161,7 +162,22 @@ class Weights(Section):
     weights: PolicyName = Field(
         "master",
         description="what is kept beside the live weights: float32, a copy, nothing (restores inexactly), or what "
-        "subtracting the noise again would not give back (exact_inplace)",
+        "subtracting the noise again would not give back (exact_inplace); int8 and int4 make the layers' matrices "
+        "integers, train these as they are and keep nothing (experimental)",
+    )
+    group_size: Annotated[GroupSize, BeforeValidator(whole)] = Field(
+        64, description="of int8 and int4: neighbours in a matrix' row that share a scale: 16, 32, 64, 128 or 256"
+    )
+    carry_steps: int = Field(
+        50,
+        ge=1,
+        description="of int8 and int4: updates over which what rounding cuts off is carried on; then it is dropped. 1 "
+        "carries nothing",
+    )
+    carry: Literal["recompute", "keep"] = Field(
+        "recompute",
+        description="of int8 and int4: make what is carried on again from its seeds, which takes the noise of half of "
+        "carry_steps updates for each, or keep it, 4 bytes more a weight: the same bits",
     )
     base_device: Literal["auto", "device", "host"] = Field(
         "auto",
@@ -169,7 +185,9 @@ class Weights(Section):
         "device if it takes at most half of the memory that live weights leave there",
     )
     rounding: Rounding = Field(
-        "nearest", description="of updates to bfloat16 weights; stochastic with weights=exact_inplace, if not given"
+        "nearest",
+        description="of updates to bfloat16 weights and to integers; stochastic with weights=exact_inplace, int8 and "
+        "int4, if not given",
     )
     train_parameters: str = Field(
         "auto",
@@ -188,8 +206,17 @@ class Weights(Section):
 
     @model_validator(mode="after")
     def _choose_rounding(self) -> Weights:
-        if self.weights == "exact_inplace" and "rounding" not in self.model_fields_set:
+        if self.weights in ("exact_inplace", "int8", "int4") and "rounding" not in self.model_fields_set:
             self.rounding = "stochastic"  # to nearest, updates much smaller than the paper's would be lost
+        return self
+
+    @model_validator(mode="after")
+    def _check_integers(self) -> Weights:
+        about = next((name for name in ("group_size", "carry_steps", "carry") if name in self.model_fields_set), None)
+        if about and not POLICIES[self.weights].bits and getattr(self, about) != type(self).model_fields[about].default:
+            raise ValueError(f"{about} is about integer weights: set weights=int8 or weights=int4, or leave it out")
+        if POLICIES[self.weights].bits and self.adapter is not None:
+            raise ValueError(f"weights={self.weights} trains the model's own matrices as integers: leave out adapter")
         return self
 
 

@@ -114,6 +114,11 @@ def count_or_auto(value: Any) -> Any:
     raise ValueError("write a number from 1 on, or auto")
 
 
+def whole(value: Any) -> Any:
+    """A number, where one is written as a text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 def bound(value: Any) -> Any:
     """A constraint, without spaces."""
     text = str(value).replace(" ", "")

@@ -51,6 +51,13 @@ def keep_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, 256 << 20)
 
 
+def give_back_memory() -> None:
+    """Let glibc hand back to the system what has been freed, as after a model's weights have become smaller."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes of memory that `device` has, whoever uses them now; for the CPU, as many as this process may have."""
     if device.type == "cuda":

@@ -158,10 +158,12 @@ class EvolutionStrategy:
         self._caution /= 2
         self._taken_in -= update.moments is not None
         self._past.add((), (), instead=True)
-        return Update(update.step, update.members, (0.0,) * len(update.members), rounding_seed=update.rounding_seed)
+        nothing = (0.0,) * len(update.members)
+        return Update(update.step, update.members, nothing, rounding_seed=update.rounding_seed, sigma=update.sigma)
 
     def _unchanged(self, members: Sequence[Member]) -> Update:
-        return Update(self.step, plain(members), (0.0,) * len(members), rounding_seed=self._rounding_seed)
+        nothing = (0.0,) * len(members)
+        return Update(self.step, plain(members), nothing, rounding_seed=self._rounding_seed, sigma=self.sigma)
 
     def _update(self, members: Sequence[Member], at: Sequence[int], rewards: Sequence[float]) -> Update:
         """The update by those members, given by their indices, that have a reward."""
@@ -187,6 +189,7 @@ class EvolutionStrategy:
             float32(alpha * self.anchor_decay),
             float32(alpha * self.anchor_l1),
             None if self._adam is None else self._adam.moments(alpha, len(rewards), self._taken_in + 1),
+            self.sigma,
         )
 
     @property

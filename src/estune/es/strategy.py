@@ -54,7 +54,8 @@ class Update:
 
     `earlier` is what steps before it add, the latest first, and `factors` are what those steps' own terms were
     multiplied by. `coefficients` are float32 values, signs included; one per member, 0.0 for a member that was left
-    out. `rounding_seed` keys stochastic rounding, where the weights' policy asks for it.
+    out. `rounding_seed` keys stochastic rounding, and `sigma` is what members were perturbed by, where the weights'
+    policy asks for them.
     """
 
     step: int
@@ -67,6 +68,7 @@ class Update:
     anchor: float = 0.0
     anchor_l1: float = 0.0
     moments: Moments | None = None
+    sigma: float = 0.0
 
     @property
     def pairs(self) -> tuple[Pair, ...]:

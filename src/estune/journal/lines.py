@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from estune.weights.policies import DType, NoiseMode, PolicyName, Rounding
+from estune.weights.grid import GroupSize
+from estune.weights.policies import POLICIES, DType, NoiseMode, PolicyName, Rounding
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{1,32}$")]
 MaybeHash = Annotated[str, Field(pattern=r"^[0-9a-f]{0,32}$")]
@@ -59,8 +60,16 @@ class HeaderLine(Line):
     shares: list[str] | None = None
     scales: dict[str, Annotated[float, Field(gt=0)]] = {}
     prompts_hash: MaybeHash = ""
+    group_size: Literal[0] | GroupSize = 0
+    carry_steps: Count = 0
     format: int
     noise_version: int
+
+    @model_validator(mode="after")
+    def _has_grid(self) -> Self:
+        if bool(POLICIES[self.policy].bits) != bool(self.group_size and self.carry_steps):
+            raise ValueError(f"policy {self.policy} with group_size {self.group_size}, carry_steps {self.carry_steps}")
+        return self
 
 
 class StepLine(Line):

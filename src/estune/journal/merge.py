@@ -128,7 +128,7 @@ def _refuse_other(one: Journal, other: Journal) -> None:
             raise EstuneError(
                 f"merge: of {one.run} the {what} {here!s:.60}, of {other.run} {there!s:.60}; give runs of one"
             )
-    if b.rule.how.drifts:
+    if b.rule.how.drifts or b.rule.grid is not None:
         raise EstuneError(
             f"merge: {other.run} was run with weights={b.policy}, where a step depends on the weights that it finds; "
             "give runs with weights=master or copy"

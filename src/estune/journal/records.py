@@ -10,7 +10,7 @@ from typing import Any
 from estune.es.earlier import scaled
 from estune.es.strategy import Member, Moments, Update
 from estune.noise.reference import NOISE_VERSION
-from estune.weights.policies import TYPE_NAMES, NoiseMode, PolicyName, Rounding, Rule
+from estune.weights.policies import POLICIES, TYPE_NAMES, NoiseMode, PolicyName, Rounding, Rule
 
 FORMAT = 2
 BEST_BY = ("eval_accuracy", "eval_reward")
@@ -53,6 +53,8 @@ class Header:
     shares: list[str] | None = None  # accuracies that lie in 0 to 1 by declaration; None: an older version's
     scales: dict[str, float] = field(default_factory=dict)  # factors of tensors' noise, by name; others have 1
     prompts_hash: str = ""  # of the token ids of the first step's prompts and the evaluation set's
+    group_size: int = 0  # of integer weights, as in `Grid`; 0 where they are none
+    carry_steps: int = 0
     format: int = FORMAT
     noise_version: int = NOISE_VERSION
 
@@ -65,7 +67,8 @@ class Header:
     @property
     def rule(self) -> Rule:
         """How the base weights are kept and changed."""
-        return Rule(self.policy, self.rounding, self.noise, self.dtype, self.scales)
+        grid = POLICIES[self.policy].grid(self.group_size, self.carry_steps)
+        return Rule(self.policy, self.rounding, self.noise, self.dtype, self.scales, grid)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ def decoded(payload: dict[str, Any], before: Sequence[StepRecord]) -> StepRecord
         payload.get("anchor", 0.0),
         payload.get("anchor_l1", 0.0),
         Moments(*payload["moments"]) if "moments" in payload else None,
+        payload["sigma"],
     )
     return StepRecord(
         update,

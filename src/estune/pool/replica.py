@@ -12,7 +12,8 @@ import torch
 from estune.completion import Completion, Engine, Sampling
 from estune.config import Config
 from estune.engines.cpu.members import Drawn, Members, Together
-from estune.engines.memory import memory_for, total_memory
+from estune.engines.integers import put_integers
+from estune.engines.memory import give_back_memory, memory_for, total_memory
 from estune.engines.score import divergence
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
@@ -26,6 +27,8 @@ from estune.weights.adapted import open_checkpoint
 from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import device_kind, synchronize, training_device
+from estune.weights.grid import Grid
+from estune.weights.integers import IntegerWeights, in_window
 from estune.weights.moments import has_moments
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.places import check_places
@@ -140,10 +143,11 @@ class Trained(Generator):
         Args:
             updates: all of the run so far.
             checkpoint: a number of updates, and the directory of the weights after them. Where this machine has no such
-                directory, or updates have moments, which it does not hold, all are made again from the base model.
+                directory, or it lacks what follows from earlier updates (moments, or what integer weights carry on),
+                all are made again from the base model.
         """
         done, path = checkpoint if checkpoint is not None and checkpoint[1].is_dir() else (0, self.checkpoint.path)
-        if has_moments(updates[:done]):
+        if has_moments(updates[:done]) or in_window(self.weights.rule, done):
             done, path = 0, self.checkpoint.path
         self.load(path)
         self.advance(updates[done:])
@@ -223,6 +227,8 @@ class Replica(Trained):
         else:
             engine = open_transformers(checkpoint, config, self._device)
             weights = open_weights(engine, checkpoint, config, share)
+            if weights.rule.grid is not None:
+                give_back_memory()  # that of the weights as they were loaded
         super().__init__(engine, weights, checkpoint, config, device_kind(self._device))
         if config.noise == "rank1" and isinstance(engine, TransformersEngine) and isinstance(weights, Weights):
             if not weights.rule.how.drifts:  # drift is that of members one by one
@@ -249,7 +255,7 @@ def drawn(weights: Weights) -> dict[int, Drawn]:
 
 def open_weights(
     engine: TransformersEngine, checkpoint: Checkpoint, config: Config, share: Share | None = None
-) -> Weights:
+) -> TrainedWeights:
     """The weights of an engine, made ready to train.
 
     Args:
@@ -263,6 +269,9 @@ def open_weights(
     """
     parameters = trained_parameters(engine.model, checkpoint.tensors, config.train_parameters)
     check_places(parameters, checkpoint)
+    grid = POLICIES[config.weights].grid(config.group_size, config.carry_steps)
+    if grid is not None:
+        return open_integers(engine, checkpoint, config, parameters, grid)
     on_host = wants_base_on_host(engine, config, parameters)
     remedy = less_base(engine.device, on_host=on_host)
     with memory_for("the base that is kept beside the live weights", remedy):
@@ -279,6 +288,32 @@ def open_weights(
     if weights.rule.how.base_dtype is not None:
         weights.load(checkpoint)  # the engine may hold it rounded
     return weights
+
+
+def open_integers(
+    engine: TransformersEngine, checkpoint: Checkpoint, config: Config, parameters: Sequence[Parameter], grid: Grid
+) -> IntegerWeights:
+    """The matrices of an engine's model, made integers; arguments as of `open_weights`.
+
+    Raises:
+        EstuneError: the model is not on a CPU, or has no such matrices.
+    """
+    if engine.device.type != "cpu":
+        raise EstuneError(
+            f"weights={config.weights} has kernels for the CPU alone, not for {engine.device.type}: set device=cpu"
+        )
+    matrices = put_integers(engine.model, parameters, grid)
+    engine.decoder = engine.make_decoder(config.cuda_graphs)  # which moves weights: only then they lie where they stay
+    return IntegerWeights(
+        matrices,
+        checkpoint,
+        policy=config.weights,
+        grid=grid,
+        rounding=config.rounding,
+        scales=scales_of(config.sigma_scale, checkpoint, [matrix.name for matrix in matrices]),
+        threads=config.threads or 1,
+        keep_error=config.carry == "keep",
+    )
 
 
 def wants_base_on_host(engine: TransformersEngine, config: Config, parameters: Sequence[Parameter]) -> bool:

@@ -81,6 +81,8 @@ def make_header(
         live_dtype=trained.live_dtype,
         tensors=trained.tensors,
         scales=dict(trained.rule.scales),
+        group_size=trained.rule.grid.group_size if trained.rule.grid else 0,
+        carry_steps=trained.rule.grid.carry_steps if trained.rule.grid else 0,
         fingerprint=fingerprint,
         task=task,
         data_hash=data_hash,

@@ -12,6 +12,7 @@ from estune.pool.base import Description, Pool
 from estune.pool.waiting import told_while
 from estune.run.directory import RunDirectory
 from estune.weights.checkpoint import Checkpoint
+from estune.weights.integers import in_window
 from estune.weights.moments import has_moments
 
 
@@ -31,6 +32,7 @@ def inherit(pool: Pool, trained: Description, parent: Journal) -> str:
         ("base weights are", trained.dtype, parent.header.dtype),
         ("live weights are", trained.live_dtype, parent.header.live_dtype),
         ("scales of noise are", trained.rule.scales, parent.header.scales),
+        ("grid of integers is", trained.rule.grid, parent.header.rule.grid),
         ("trained tensors are", sorted(trained.tensors), sorted(parent.header.tensors)),
     ):
         if here != there:
@@ -70,7 +72,8 @@ def refuse_other_weights(trained: Description, journal: Journal, device: str) ->
 def replay_all(pool: Pool, run: RunDirectory, journal: Journal, base: Checkpoint, *, anew: bool = False) -> None:
     """Bring the weights to the journal's last step, from the latest checkpoint that is there.
 
-    Of a run with moments, which checkpoints do not hold, all steps are made again.
+    Of a run with moments, which checkpoints do not hold, all steps are made again. Of one with integer weights a
+    checkpoint will do that was saved where a window ended.
 
     Args:
         pool: whose weights they are.
@@ -82,9 +85,11 @@ def replay_all(pool: Pool, run: RunDirectory, journal: Journal, base: Checkpoint
     """
     done = len(journal.steps)
     dtype = journal.header.dtype
-    sound = (s for s in run.checkpoints() if s <= done and holds(run.checkpoint(s), base, journal, dtype))
+    before = len(journal.inherited)
+    whole = (s for s in run.checkpoints() if s <= done and not in_window(journal.header.rule, before + s))
+    sound = (s for s in whole if holds(run.checkpoint(s), base, journal, dtype))
     start = 0 if has_moments(record.update for record in journal.history) else next(sound, 0)
-    checkpoint = (len(journal.inherited) + start, run.checkpoint(start)) if start else None
+    checkpoint = (before + start, run.checkpoint(start)) if start else None
     with told_while(f"replaying {done - start} steps"):
         found = pool.rebuild(journal.history, checkpoint or ((0, base.path) if anew else None))
     if found != journal.fingerprint():

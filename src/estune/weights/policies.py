@@ -5,6 +5,7 @@
 - `InPlace` keeps nothing, as in the paper. Restoring subtracts the noise again, and rounding errors stay.
 - `ExactInPlace` keeps what that would not give back, some percent of the weights. Restoring is exact, updates are
   `Copy`'s.
+- `Int8` and `Int4` keep nothing: the weights are integers, to which whole numbers are added (`integers.py`).
 
 The names of policies, rounding modes, noise and types stand here alone, for settings, journals and estimates. No torch
 is imported.
@@ -19,11 +20,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from estune.es.strategy import Member
 from estune.es.update import along
 from estune.noise.reference import tensor_id
+from estune.weights.grid import Grid
 
 if TYPE_CHECKING:
     from estune.weights.storage import Storage
 
-PolicyName = Literal["master", "copy", "inplace", "exact_inplace"]
+PolicyName = Literal["master", "copy", "inplace", "exact_inplace", "int8", "int4"]
 Rounding = Literal["nearest", "stochastic"]
 NoiseMode = Literal["iid", "correlated", "rank1"]
 """`correlated` gives equal noise to all tensors, as the authors' first code did; `rank1` makes a matrix' noise an outer
@@ -59,6 +61,8 @@ class Policy:
     """Whether restoring leaves something behind, which then is part of the run."""
     base_dtype: ClassVar[DType | None] = None
     """Type of the base; None where it is that of the live weights, which must then be of one type."""
+    bits: ClassVar[int] = 0
+    """Of a weight, where weights are integers."""
 
     def dtype(self, live: str) -> str:
         """Type of the base of live weights of a type."""
@@ -67,6 +71,10 @@ class Policy:
     def base_bytes(self, elements: int, live: str) -> int:
         """Bytes kept beside so many live weights of a type."""
         return elements * BYTES[self.dtype(live)] if self.keeps_base else 0
+
+    def grid(self, group_size: int, carry_steps: int) -> Grid | None:
+        """The grid of integer weights; None where they are none."""
+        return Grid(self.bits, group_size, carry_steps) if self.bits else None
 
     def perturb(self, storage: Storage, perturbation: Perturbation) -> None:
         """Perturb the live weights, which no member perturbs if they are the base."""
@@ -135,7 +143,33 @@ class ExactInPlace(Policy):
             storage.reverse(member.seed, member.sign * sigma)
 
 
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Master(), Copy(), InPlace(), ExactInPlace())}
+class Integers(Policy):
+    """Keeps nothing: the weights are integers, which `IntegerWeights` perturbs and restores.
+
+    To all others the base is what they stand for, in float32.
+    """
+
+    keeps_base = False
+    base_dtype = "float32"
+
+
+class Int8(Integers):
+    """Integers of 8 bits."""
+
+    name = "int8"
+    bits = 8
+
+
+class Int4(Integers):
+    """Integers of 4 bits."""
+
+    name = "int4"
+    bits = 4
+
+
+POLICIES: dict[str, Policy] = {
+    policy.name: policy for policy in (Master(), Copy(), InPlace(), ExactInPlace(), Int8(), Int4())
+}
 """By the name in settings and journals."""
 
 
@@ -148,6 +182,7 @@ class Rule:
     noise: NoiseMode
     dtype: str  # of the base weights
     scales: Mapping[str, float] = field(default_factory=dict)  # of a tensor's noise, by its name; others have 1
+    grid: Grid | None = None  # of integer weights
 
     @property
     def how(self) -> Policy:

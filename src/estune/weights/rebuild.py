@@ -37,6 +37,10 @@ def unheard(share: float) -> None:
     """For who does not ask how far the work has come."""
 
 
+def _unseen(number: int, weights: Array) -> None:
+    """For who does not ask what weights were on the way."""
+
+
 class Steps:
     """Steps of a run, as far as its weights follow from them.
 
@@ -79,8 +83,11 @@ class Steps:
             seen: called with the number of steps taken and the elements as they are then, before the first step and
                 after each.
         """
-        from estune.weights import passes
+        from estune.weights import integers, passes
 
+        if self._rule.grid is not None:
+            stored = tensor.read(start, count)
+            return integers.rebuilt(stored, tensor.name, start, self._updates, self._rule, seen or _unseen)
         weights = convert(tensor.stored(start, count), DTYPES[self._rule.dtype])
         origin = weights.copy() if any(map(is_anchored, self._updates)) else weights
         columns = self._rule.noise_columns(tensor.columns)

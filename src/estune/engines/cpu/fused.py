@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,16 @@ import torch
 from estune.completion import Sampling
 from estune.engines import decode
 from estune.engines.cpu import kernels
-from estune.engines.cpu.layers import Linear, are_plain, bits_of, fused_layer
+from estune.engines.cpu.layers import Linear, are_plain, bits_of, fused_layer, matrix_of
 from estune.engines.cpu.low_rank import LowRank, is_plain
 from estune.engines.cpu.members import Drawn, Members, Together, address
-from estune.engines.cpu.products import NONE, Array, Products
+from estune.engines.cpu.products import NONE, Array, Coded, Products
 from estune.engines.cpu.simd import WIDTH
 from estune.engines.memory import aligned_empty, memory_for
 from estune.engines.progress import Meter
 from estune.engines.sampling import choose
 from estune.engines.tree import Places, PromptTree, common_prefix
+from estune.weights.checkpoint import widen
 
 ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 PREFILL_TOKENS = decode.PREFILL_TOKENS["cpu"]
@@ -94,8 +96,8 @@ class FusedDecoder:
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         # A tokenizer's end token can be one that the model has no logit for.
         self._is_end = np.isin(np.arange(model.config.vocab_size), list(end_ids))
-        self._table = bits_of(model.model.embed_tokens.weight)
-        self._head = Linear(bits_of(model.lm_head.weight), NONE)
+        self._table = matrix_of(model.model.embed_tokens)
+        self._head = Linear(matrix_of(model.lm_head), NONE)
         self._final_norm = bits_of(model.model.norm.weight)
         self._eps = np.float32(model.model.norm.variance_epsilon)
         attention = model.model.layers[0].self_attn
@@ -279,8 +281,11 @@ class FusedDecoder:
         """
         # x, float32, is the residual stream. What a block adds to it waits as `change`, to be added in one pass with
         # the normalization that follows.
-        x = aligned_empty((len(ids), self._table.shape[1]))
-        self._run(kernels.embed, (ids, x), self._table)
+        x = aligned_empty((len(ids), self.model.config.hidden_size))
+        if isinstance(self._table, Coded):
+            x[:] = widen(self._table[ids].widened())
+        else:
+            self._run(kernels.embed, (ids, x), self._table)
         if self._members is not None:
             self._members.add_embeddings(ids, x, self._table, places.rows)
         change: Array | None = None
@@ -355,7 +360,9 @@ class FusedDecoder:
         best = np.full(len(hidden), -np.inf, np.float32)
         token = np.zeros(len(hidden), np.int64)
         first = 0
-        for part in np.array_split(self._head.weight, math.ceil(len(self._head.weight) / HEAD_ROWS)):
+        count = len(self._head.weight)
+        bounds = np.linspace(0, count, math.ceil(count / HEAD_ROWS) + 1).astype(int).tolist()
+        for part in (self._head.weight[begin:end] for begin, end in pairwise(bounds)):
             logits = self._product(hidden, part)
             if self._members is not None and rows is not None:
                 self._members.add_product(hidden, logits, self._head, rows, self._product, first)

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from estune.engines.cpu.products import NONE, Array
+from estune.engines.cpu.products import NONE, Array, Coded
+from estune.engines.integers import is_integer
 
 
 class Linear(NamedTuple):
     """A projection: `x @ weight.T + bias`."""
 
-    weight: Array  # [columns, width]
+    weight: Any  # [columns, width]: an array, or `Coded`
     bias: Array  # [columns], or empty
 
 
@@ -36,9 +37,12 @@ class Layer:
 
 
 def are_plain(layers: Iterable[Any], dtype: torch.dtype) -> bool:
-    """Whether layers' projections are matrices of a type, and not quantised; what an adapter adds does not count."""
-    found = (getattr(each, "base_layer", each) for layer in layers for each in _projections(layer))
-    return all(
+    """Whether layers' projections are matrices of a type; what an adapter adds does not count.
+
+    They may all be integers of estune's own, but not quantised otherwise.
+    """
+    found = [getattr(each, "base_layer", each) for layer in layers for each in _projections(layer)]
+    return all(map(is_integer, found)) or all(
         type(each) is torch.nn.Linear
         and "forward" not in vars(each)  # as compressed-tensors puts its own in its place
         and type(each.weight.data) is torch.Tensor
@@ -73,11 +77,14 @@ def fused_layer(layer: Any) -> Layer:
     )
 
 
-def _joined(*projections: torch.nn.Linear) -> Linear:
+def _joined(*projections: Any) -> Linear:
     """One projection made of several, whose parameters become views of it."""
-    weight = _whole([projection.weight for projection in projections])
     biases = [projection.bias for projection in projections]
-    return Linear(weight, NONE if biases[0] is None else _whole(biases))
+    bias = NONE if biases[0] is None else _whole(biases)
+    if is_integer(projections[0]):
+        codes, scales = (_whole([getattr(p, part) for p in projections]) for part in ("codes", "scales"))
+        return Linear(_coded(codes, scales, projections[0]), bias)
+    return Linear(_whole([projection.weight for projection in projections]), bias)
 
 
 def _whole(parts: Sequence[torch.Tensor]) -> Array:
@@ -88,6 +95,16 @@ def _whole(parts: Sequence[torch.Tensor]) -> Array:
     for part, view in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
         part.data = view
     return bits_of(whole)
+
+
+def matrix_of(layer: Any) -> Any:
+    """The weight of a linear layer or an embedding, its own memory: an array, or `Coded` where it is integers."""
+    return _coded(bits_of(layer.codes), bits_of(layer.scales), layer) if is_integer(layer) else bits_of(layer.weight)
+
+
+def _coded(codes: Array, scales: Array, layer: Any) -> Coded:
+    like = bits_of(torch.empty(0, dtype=layer.dtype))
+    return Coded(codes, scales, layer.columns, like.dtype)
 
 
 def bits_of(tensor: torch.Tensor) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn.functional import linear
 
 from estune.engines.cpu import amx, kernels
 from estune.engines.memory import aligned_empty
+from estune.noise import cpu_integers
 from estune.weights.checkpoint import widen
 
 MANY = 48
@@ -30,6 +32,29 @@ FEWEST_SHARED = 1 << 19
 Array = npt.NDArray[Any]
 NONE = np.empty(0, np.float32)
 """Stands for a bias, or for a norm's weight, that a model does not have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A matrix `[rows, width]` of integer weights (`noise/cpu_integers.py`), which is widened for each use."""
+
+    codes: Array  # [rows, width], or half of it, packed
+    scales: Array  # [rows, groups]
+    width: int
+    dtype: Any  # that it is widened to: float32, or uint16 for bfloat16's bits
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, rows: Any) -> Coded:
+        return Coded(self.codes[rows], self.scales[rows], self.width, self.dtype)
+
+    def widened(self) -> Array:
+        """The matrix, in memory of its own."""
+        found = aligned_empty((len(self.codes), self.width), self.dtype)
+        if len(self.codes):
+            cpu_integers.values(self.codes.reshape(-1), self.scales.reshape(-1), found.reshape(-1))
+        return found
 
 
 class Products:
@@ -46,7 +71,7 @@ class Products:
         self.unit = amx.available()
         self.native = not self.unit and multiplies_bfloat16()
 
-    def __call__(self, x: Array, weight: Array, bias: Array = NONE) -> Array:
+    def __call__(self, x: Array, weight: Array | Coded, bias: Array = NONE) -> Array:
         """The product, float32 `[tokens, columns]`; each thread computes some of the columns.
 
         Args:
@@ -55,6 +80,8 @@ class Products:
                 multiple of 16.
             bias: `[columns]`, or empty.
         """
+        if isinstance(weight, Coded):
+            weight = weight.widened()
         if self.unit and weight.dtype == np.uint16 and not x.shape[1] % amx.DEPTH and not len(weight) % amx.BLOCK:
             return self._by_unit(x, weight, bias)
         if self.native and weight.dtype == np.uint16 and len(x) >= MANY:

@@ -98,6 +98,8 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
     ways: list[tuple[PolicyName, Place]] = [("master", "device"), ("copy", "device"), ("exact_inplace", "device")]
     if work.workers is None:
         ways += [("inplace", "device")]
+    if not device.is_gpu and shape.integers:
+        ways += [("int8", "device"), ("int4", "device")]
     if device.is_gpu:
         ways += [("master", "host"), ("copy", "host")]
     as_set = (work.policy, work.base)

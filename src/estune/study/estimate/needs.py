@@ -11,11 +11,13 @@ from estune.engines.memory import GPU_CONTEXT, LOGITS_BYTES
 from estune.engines.memory import fitting_rows as rows_that_fit
 from estune.study.estimate.machines import GB, Device
 from estune.study.estimate.shapes import Shape
+from estune.weights.grid import Grid
 from estune.weights.moments import BYTES as MOMENTS
 from estune.weights.policies import BYTES, PATCHED, POLICIES, PolicyName
 
 PREFILL_HIDDEN = 4  # activations alive at once in a layer, of the residual's size
 PREFILL_WIDTH = 3  # and of the widest size
+WIDENED = 2  # matrices of integers that are widened at once, as those of one input are one
 CPU_PROCESS = 4 * GB // 10  # Python, torch and compiled kernels, each replica anew
 
 Place = Literal["device", "host"]
@@ -54,6 +56,9 @@ class Work:
     evaluations: int = 0  # of the run
     evaluated: int = 0  # prompts of an evaluation
     moments: bool = False  # of updates, beside the base
+    group_size: int = 64  # of integer weights
+    carry_steps: int = 50
+    keeps_error: bool = False  # what updates of integer weights carry on
     drawn: int = 1  # members whose noise is drawn to perturb by one
     again: int = 0  # members of earlier steps whose noise an update draws again
 
@@ -61,6 +66,18 @@ class Work:
     def longest(self) -> int:
         """Tokens of a prompt and its longest completion."""
         return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def grid(self) -> Grid | None:
+        """That of integer weights."""
+        return POLICIES[self.policy].grid(self.group_size, self.carry_steps)
+
+    @property
+    def redrawn(self) -> int:
+        """Members of earlier steps whose noise an update draws again, in the mean."""
+        if self.grid is None or self.keeps_error:
+            return self.again
+        return self.population * (min(self.carry_steps, self.steps) - 1) // 2
 
     @property
     def replicas(self) -> int:
@@ -81,6 +98,17 @@ class Work:
     def devices(self) -> int:
         """Devices in all."""
         return self.places * self.parallel
+
+
+def trained(shape: Shape, work: Work) -> int:
+    """Elements that are trained: of integer weights matrices alone."""
+    return shape.trained if work.grid is None else shape.integers
+
+
+def trained_bytes(shape: Shape, work: Work) -> int:
+    """Bytes of these, as they generate."""
+    elements = trained(shape, work)
+    return elements * BYTES[work.dtype] if work.grid is None else work.grid.bytes(elements)
 
 
 def total(items: Iterable[Item]) -> float:
@@ -132,6 +160,8 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
         held = f"{held}, one for all replicas"
     live = shape.parameters * bytes_
     live_how = f"{shape.parameters:,} parameters x {bytes_} B ({work.dtype}){split}"
+    if work.grid is not None:
+        live, live_how = _integers_live(shape, work, work.grid)
     if shape.stored is not None:
         live = shape.stored + shape.trained * BYTES["float32"]
         live_how = f"{shape.stored:,} B as they are quantised, and the adapter's {shape.trained:,} x 4 B (float32)"
@@ -151,6 +181,7 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
             if work.moments
             else []
         ),
+        *_beside_integers(shape, work),
         Item("noise", 0, "made in registers as it is added, never stored"),
     ]
     rest = [
@@ -174,6 +205,26 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
             cache = max(left, row)
             cached = f"what is left for {cached}"
     return [*weights, Item("key and value cache", cache, cached), *rest]
+
+
+def _integers_live(shape: Shape, work: Work, grid: Grid) -> tuple[int, str]:
+    """Bytes of live weights, of which some are integers, and how they come about."""
+    bytes_ = BYTES[work.dtype]
+    others = shape.parameters - shape.integers
+    how = f"{shape.integers:,} integers of {grid.bits} bits, with scales, and {others:,} others x {bytes_} B"
+    return trained_bytes(shape, work) + others * bytes_, how
+
+
+def _beside_integers(shape: Shape, work: Work) -> list[Item]:
+    """Memory of what integer weights take beside themselves, if there are any."""
+    if work.grid is None:
+        return []
+    bytes_ = BYTES[work.dtype]
+    widest = WIDENED * max((math.prod(each) for each in shape.matrix_shapes.values()), default=0)
+    found = [Item("a matrix, widened", widest * bytes_, f"{widest:,} x {bytes_} B ({work.dtype}), for its product")]
+    if work.keeps_error:
+        found.append(Item("carried on (carry=keep)", shape.integers * 4, f"{shape.integers:,} x 4 B (float32)"))
+    return found
 
 
 def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> float:

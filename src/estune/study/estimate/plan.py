@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from estune.study.estimate.lengths import Lengths
 from estune.study.estimate.needs import Item, shares_base
+from estune.study.estimate.needs import trained as trained_elements
 from estune.study.estimate.schedule import makespan
 from estune.study.estimate.times import Times
 from estune.weights.policies import POLICIES
@@ -127,7 +128,7 @@ class Plan:
         busy = each * float(times.perturb() + times.read(work.prompts) + self.generated.mean())
         shared = ", shared out over all replicas" if shares_base(work, times.device) else ""
         shared = f", on each of {work.replicas} replicas" if work.replicas > 1 and times.device.is_gpu else shared
-        trained = f"{times.shape.trained:,}"
+        trained = f"{trained_elements(times.shape, work):,}"
         way = "read the base, draw {} numbers, write live weights"
         if not POLICIES[work.policy].keeps_base:
             way = "take back the member before and perturb the base: draw 2 x {} numbers, read and write twice"
@@ -156,7 +157,7 @@ class Plan:
             Item(
                 "update",
                 times.update(),
-                f"draw {work.population + work.again} x {trained} numbers, read and write the base once{shared}",
+                f"draw {work.population + work.redrawn} x {trained} numbers, read and write the base once{shared}",
             ),
         ]
 

@@ -100,6 +100,9 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         at_once=min(config.workers, config.sharing) if config.workers else config.replicas or 1,
         dtype="float32" if config.dtype == "auto" else config.dtype,
         policy=config.weights,
+        group_size=config.group_size,
+        carry_steps=config.carry_steps,
+        keeps_error=config.carry == "keep",
         workers=config.workers or len(config.workers_at) or None,
         engine="vllm" if config.engine == "vllm" else "transformers",  # of auto; on a GPU both are shown
         steps=config.steps,

@@ -39,6 +39,7 @@ class Shape:
     heads: int = 0  # query heads of a layer; 0 where config.json does not tell
     matrix_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of the products' matrices, by name
     own: bool = False  # a CPU multiplies its matrices by our kernels, not PyTorch's
+    integers: int = 0  # elements of trained matrices that can be integers
     stored: int | None = None  # bytes of the checkpoint's weights, where they are quantised and stay so
 
     def splits_over(self, gpus: int) -> bool:
@@ -132,6 +133,7 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
         dtype=dtype,
         own=has_own_products(config, {min(p.shape[-2:]) for p in matrices.values()}, "float32"),
         heads=heads,
+        integers=sum(p.numel() for name, p in parameters.items() if p.ndim == 2 and fits(name, pattern)),
         matrix_shapes={name: tuple(p.shape) for name, p in matrices.items()},
     )
 

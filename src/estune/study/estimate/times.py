@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from estune.study.estimate.machines import PCIE, Device
-from estune.study.estimate.needs import Work, shares_base
+from estune.study.estimate.needs import Work, shares_base, trained, trained_bytes
 from estune.study.estimate.schedule import finish
 from estune.study.estimate.shapes import Shape
 from estune.weights.moments import BYTES as MOMENTS
@@ -57,7 +57,8 @@ class Times:
         )
         self._bytes = BYTES[work.dtype]
         policy = POLICIES[work.policy]
-        self._base = policy.base_bytes(shape.trained, work.dtype) if policy.keeps_base else shape.trained * self._bytes
+        self._live = trained_bytes(shape, work)
+        self._base = policy.base_bytes(shape.trained, work.dtype) if policy.keeps_base else self._live
         self._passes = 1 if policy.keeps_base else 2  # where nothing is kept, the member before is taken back first
         # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
         self._reading = PCIE * work.parallel if work.base == "host" else self.device.bandwidth
@@ -65,7 +66,7 @@ class Times:
 
     def perturb(self) -> float:
         """Seconds to perturb the weights by one member."""
-        writing = self.shape.trained * self._bytes / self.device.bandwidth
+        writing = self._live / self.device.bandwidth
         return self._passes * max(self._base / self._reading + writing, self.work.drawn * self._drawing)
 
     def update(self) -> float:
@@ -73,7 +74,7 @@ class Times:
         moved = 2 * self._base / self._reading
         if self.work.moments:
             moved += 2 * self.shape.trained * MOMENTS / self._reading
-        alone = max(moved, (self.work.population + self.work.again) * self._drawing)
+        alone = max(moved, (self.work.population + self.work.redrawn) * self._drawing)
         replicas = self.work.replicas
         return (
             alone / replicas if shares_base(self.work, self.device) else alone * (replicas if self.device.is_gpu else 1)
@@ -117,7 +118,7 @@ class Times:
 
     @property
     def _drawing(self) -> float:
-        return self.shape.trained / self.device.noise
+        return trained(self.shape, self.work) / self.device.noise
 
     def _decode(self, ends: Array, longest: float) -> Array:
         """Seconds to decode rows that end after these tokens, rising, `[members, rows]`; `[members]`.
