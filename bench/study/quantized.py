@@ -25,7 +25,7 @@ from estune.charts.table import markdown
 from estune.journal.journal import Journal
 
 STEPS = 20
-INTEGER = {"group_size": 64, "carry": "keep"}
+INTEGER = {"weights_group_size": 64, "carry": "keep"}
 NAIVE = {**INTEGER, "carry_steps": 1, "rounding": "nearest"}
 WAYS: dict[str, dict[str, Any]] = {
     "master": {},

@@ -98,7 +98,8 @@ def test_seeds_and_coefficients_are_exact(
     tmp_path_factory: pytest.TempPathFactory, members: Any, reward: float
 ) -> None:
     run = tmp_path_factory.mktemp("run")
-    update = Update(0, tuple(Member(s, g) for s, g, _ in members), tuple(c for _, _, c in members), 0.0, 2**64 - 1)
+    coefficients = tuple(c for _, _, c in members)
+    update = Update(0, tuple(Member(s, g) for s, g, _ in members), coefficients, 0.0, 2**64 - 1, sigma=0.1)
     record = StepRecord(update, 0.1, reward, [reward] * len(members), [], "f", {})
     journal = Journal.create(run, header())
     journal.append_step(record)

@@ -33,7 +33,7 @@ GROUP = 16
 
 
 def config(output: Path, model: Path, **changes: Any) -> Config:
-    return make_config(output, model, **{"weights": "int4", "group_size": GROUP, "carry_steps": 3, **changes})
+    return make_config(output, model, **{"weights": "int4", "weights_group_size": GROUP, "carry_steps": 3, **changes})
 
 
 def run(config: Config) -> Path:
@@ -151,8 +151,8 @@ def test_live_weights_are_integers_and_as_large_as_estimated(weights: Any, dtype
         ({"guided_share": 0.5}, "weights must be master or copy"),
         ({"max_staleness": 1}, "max_staleness must be 0"),
         ({"base_device": "host"}, "keeps nothing"),
-        ({"group_size": 48}, "16, 32, 64, 128 or 256"),
-        ({"weights": "master", "group_size": 32}, "set weights=int8"),
+        ({"weights_group_size": 48}, "16, 32, 64, 128 or 256"),
+        ({"weights": "master", "weights_group_size": 32}, "set weights=int8"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], told: str) -> None:
@@ -167,8 +167,8 @@ def test_matrices_that_cannot_be_integers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EstuneError, match=r"c_attn.weight is no weight of a linear layer"):
         Replica(config(tmp_path / "run", model))
     wide = save_model(tmp_path / "base")
-    with pytest.raises(EstuneError, match="group_size 64 does not divide the 48 columns"):
-        Replica(config(tmp_path / "run", wide, group_size=64))
+    with pytest.raises(EstuneError, match="weights_group_size 64 does not divide the 48 columns"):
+        Replica(config(tmp_path / "run", wide, weights_group_size=64))
 
 
 def test_a_run_goes_on_only_from_one_of_the_same_grid(model: Path, tmp_path: Path) -> None:

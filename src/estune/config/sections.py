@@ -165,7 +165,7 @@ class Weights(Section):
         "subtracting the noise again would not give back (exact_inplace); int8 and int4 make the layers' matrices "
         "integers, train these as they are and keep nothing (experimental)",
     )
-    group_size: Annotated[GroupSize, BeforeValidator(whole)] = Field(
+    weights_group_size: Annotated[GroupSize, BeforeValidator(whole)] = Field(
         64, description="of int8 and int4: neighbours in a matrix' row that share a scale: 16, 32, 64, 128 or 256"
     )
     carry_steps: int = Field(
@@ -212,7 +212,9 @@ class Weights(Section):
 
     @model_validator(mode="after")
     def _check_integers(self) -> Weights:
-        about = next((name for name in ("group_size", "carry_steps", "carry") if name in self.model_fields_set), None)
+        about = next(
+            (name for name in ("weights_group_size", "carry_steps", "carry") if name in self.model_fields_set), None
+        )
         if about and not POLICIES[self.weights].bits and getattr(self, about) != type(self).model_fields[about].default:
             raise ValueError(f"{about} is about integer weights: set weights=int8 or weights=int4, or leave it out")
         if POLICIES[self.weights].bits and self.adapter is not None:

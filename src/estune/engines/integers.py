@@ -118,8 +118,8 @@ def _matrix(parameter: Parameter, grid: Grid) -> Matrix:
     rows, columns = parameter.part.rows, parameter.part.width
     if columns % grid.group_size:
         raise EstuneError(
-            f"group_size {grid.group_size} does not divide the {columns} columns of {parameter.name}: set another, or "
-            "leave it out by train_parameters"
+            f"weights_group_size {grid.group_size} does not divide the {columns} columns of {parameter.name}: set "
+            "another, or leave it out by train_parameters"
         )
     codes = torch.zeros(rows, columns * grid.bits // 8, dtype=torch.int8 if grid.bits == 8 else torch.uint8)
     scales = torch.ones(rows, columns // grid.group_size)

@@ -269,7 +269,7 @@ def open_weights(
     """
     parameters = trained_parameters(engine.model, checkpoint.tensors, config.train_parameters)
     check_places(parameters, checkpoint)
-    grid = POLICIES[config.weights].grid(config.group_size, config.carry_steps)
+    grid = POLICIES[config.weights].grid(config.weights_group_size, config.carry_steps)
     if grid is not None:
         return open_integers(engine, checkpoint, config, parameters, grid)
     on_host = wants_base_on_host(engine, config, parameters)

@@ -100,7 +100,7 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         at_once=min(config.workers, config.sharing) if config.workers else config.replicas or 1,
         dtype="float32" if config.dtype == "auto" else config.dtype,
         policy=config.weights,
-        group_size=config.group_size,
+        group_size=config.weights_group_size,
         carry_steps=config.carry_steps,
         keeps_error=config.carry == "keep",
         workers=config.workers or len(config.workers_at) or None,
