@@ -1,7 +1,7 @@
 """What each part of the strategy brings: learning curves on three models, beside reinforcement learning's.
 
     python -m bench.study.compare models        first: pretrain the small ones
-    python -m bench.study.parts [--models a,b] [--settings 'paper;momentum'] [--methods grpo,rloo] [--seeds 3]
+    python -m bench.study.parts [--models a,b] [--settings 'paper;momentum'] [--methods grpo,rloo] [--seeds 0,1,2]
 
 The tasks and the budget are those of `bench.study.compare`; so are the learning rates of reinforcement learning, the
 best of its trials there. Settings of ES were tried on the embedded model with seeds 1000 and 1001, and are judged here
@@ -25,6 +25,7 @@ from bench.study.compare import COUNTDOWN, EMBEDDED, WIDE, model_and_task
 
 from estune.charts.table import markdown, spread
 from estune.config import load
+from estune.files import write_text
 from estune.study.compare.plan import Plan, best_tried, read_results
 from estune.study.compare.report import NAMES
 from estune.study.compare.run import compare
@@ -80,10 +81,19 @@ def run(model: str, name: str, changes: dict[str, Any], plan: Plan, results: Pat
     given = [f"{key}={value}" for key, value in settings.items() if value is not None]
     folder = FOLDER / model / _folder(name)
     compare(plan, load(None, [*model_and_task(model), *given]), folder, lambda r: print(name, _shown(r), flush=True))
-    with (results / f"parts-{model}.jsonl").open("w") as file:
-        for each in sorted((FOLDER / model).iterdir()):
-            common = {"experiment": model, "settings": each.name, "machine": machine()}
-            file.writelines(f"{json.dumps({**common, **result})}\n" for result in read_results(each))
+    common = {"experiment": model, "settings": folder.name, "machine": machine()}
+    collect(results / f"parts-{model}.jsonl", common, read_results(folder))
+
+
+def collect(path: Path, common: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
+    """Put the results of some settings into the file; lines of other settings and other jobs stay as they are."""
+    there = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = {(line["settings"], json.dumps(line["job"])): line for line in there}
+    for result in results:
+        key = (common["settings"], json.dumps(result["job"]))
+        if not result.items() <= lines.get(key, {}).items():
+            lines[key] = {**common, **result}
+    write_text(path, "".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)))
 
 
 def tokens_to(curve: Sequence[Mapping[str, float]], share: float, top: float, what: str = "tokens") -> float | None:
@@ -123,7 +133,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         return "never" if value is None else f"{value / by:.{digits}f}"
 
     rows = sorted(runs.items(), key=lambda row: mean(row[1], 0.9, "tokens") or math.inf)
-    head = ["", "runs", "1,000 tokens to 50%", "to 90%", "seconds to 90%", "area %", "best %", "at the end %"]
+    head = ["", "runs", "1,000 tokens to 50%", "to 90%", "processor seconds to 90%", "area %", "best %", "at the end %"]
     return [
         head,
         *(
@@ -132,7 +142,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 str(len(of)),
                 cell(mean(of, 0.5, "tokens"), 1000),
                 cell(mean(of, 0.9, "tokens"), 1000),
-                cell(mean(of, 0.9, "seconds"), digits=1),
+                cell(mean(of, 0.9, "cpu_seconds"), digits=1),
                 spread([100 * area(r["curve"]) for r in of], 1),
                 spread([100 * max(p["accuracy"] for p in r["curve"]) for r in of], 1),
                 spread([100 * r["curve"][-1]["accuracy"] for r in of], 1),
@@ -172,10 +182,10 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(COUNTDOWN))
     parser.add_argument("--settings", default=";".join(SETTINGS), help="of ES, with semicolons between")
     parser.add_argument("--methods", default="", help="of reinforcement learning")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args()
-    seeds = list(range(arguments.seeds))
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
     common: dict[str, Any] = {"budget": BUDGET, "seeds": seeds, "points": POINTS, "batch": 128}
     for model in arguments.models.split(","):
         for name in filter(None, arguments.settings.split(";")):
