@@ -117,7 +117,7 @@ def area(curve: Sequence[Mapping[str, float]]) -> float:
 
 def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A row a setting or method, those that get to 90% of the gain with the fewest tokens first; means over seeds."""
-    names = {_folder(name): name for name in SETTINGS} | NAMES
+    names = {_folder(name): name for name in SETTINGS} | NAMES | {"ppo": "PPO"}
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         if "curve" in result:
@@ -125,12 +125,14 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     top = max(statistics.fmean(max(p["accuracy"] for p in r["curve"]) for r in of) for of in runs.values())
 
     def mean(of: Sequence[Mapping[str, Any]], share: float, what: str) -> float | None:
-        found = [tokens_to(r["curve"], share, top, what) for r in of]
+        found = [tokens_to(r["curve"], share, top, what) for r in of if what in r["curve"][0]]
         known = [f for f in found if f is not None]
-        return statistics.fmean(known) if len(known) == len(found) else None
+        return statistics.fmean(known or [math.nan]) if len(known) == len(found) else None
 
     def cell(value: float | None, by: float = 1.0, digits: int = 0) -> str:
-        return "never" if value is None else f"{value / by:.{digits}f}"
+        if value is None:
+            return "never"
+        return "" if math.isnan(value) else f"{value / by:.{digits}f}"  # older runs have no processor seconds
 
     rows = sorted(runs.items(), key=lambda row: mean(row[1], 0.9, "tokens") or math.inf)
     head = ["", "runs", "1,000 tokens to 50%", "to 90%", "processor seconds to 90%", "area %", "best %", "at the end %"]

@@ -111,13 +111,17 @@ def _train(
         while len(points) < count:
             asked = trainee.hear()
             rows = [task.train[row] for row in asked["rows"]]
-            made = [Completion(tokenizer.decode(ids, skip_special_tokens=True), ids, True) for ids in asked["completions"]]
+            made = [
+                Completion(tokenizer.decode(ids, skip_special_tokens=True), ids, True) for ids in asked["completions"]
+            ]
             trainee.tell(grading.grade(rows, made).total)
             tokens += sum(map(len, asked["completions"]))
             times = trainee.hear()
             passed = tokens >= parts.BUDGET / count * (len(points) + 1)
             point = folder / f"point-{len(points)}"
-            trainee.tell({"save": str(point.absolute()) if passed else None, "stop": passed and len(points) + 1 == count})
+            trainee.tell(
+                {"save": str(point.absolute()) if passed else None, "stop": passed and len(points) + 1 == count}
+            )
             if passed:
                 trainee.hear()
                 trainee.tell(None)

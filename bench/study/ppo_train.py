@@ -1,7 +1,7 @@
-"""PPO itself, by the last release of TRL whose trainer takes rewards as numbers: the other side of `bench.study.ppo`.
+"""PPO itself, by the last TRL whose trainer takes rewards as numbers: the other side of `bench.study.ppo`.
 
-Runs in an environment of its own, which that module names, and imports nothing of estune. Over two pipes it is told what
-to do, and asks what completions are worth, a JSON line each.
+Runs in an environment of its own, which that module names, and imports nothing of estune. Over two pipes it is told
+what to do, and asks what completions are worth, a JSON line each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def train(given: dict[str, Any], ask: Any) -> None:
-    """PPO by TRL's defaults, but for the plan's batch and rate, and no KL penalty, as no method of the study has one."""
+    """PPO by TRL's defaults, but for batch and rate, and without a KL penalty, as all methods of the study."""
     import torch
     from transformers import PreTrainedTokenizerFast
 
