@@ -100,9 +100,9 @@ def _alphas(results: Path) -> list[str]:
     if not found:
         return []
     measured = json.loads(found[-1].read_text())
-    name = measured["settings"]["alphas_of"]
+    told, steps = measured["settings"], measured["alphas"][0]["steps"]
     return [
-        f"Alphas around the settings `{name}` of the table below, {measured['alphas'][0]['steps']} steps, two seeds:",
+        f"Alphas around the settings `{told['alphas_of']}` of the table below, {steps} steps, seeds {told['seeds']}:",
         markdown(sensitivity.alphas_table(measured["alphas"])),
     ]
 

@@ -50,14 +50,14 @@ def run(
     return [{"population": population, **_figures(folder, trial)} for trial in trials]
 
 
-def run_alphas(folder: Path, jobs: int, name: str) -> list[dict[str, Any]]:
+def run_alphas(folder: Path, jobs: int, name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Runs with alphas around that of some settings of `bench.study.parts`."""
-    settings = parts.PAPER | parts.SETTINGS[name]
-    alphas = [f"{settings.pop('learning_rate') * factor:g}" for factor in FACTORS]
-    population, prompts = settings.pop("population"), settings.pop("prompts_per_step")
-    given = [f"sweep.learning_rate={','.join(alphas)}", *(f"{key}={value}" for key, value in settings.items())]
+    around = parts.PAPER | parts.SETTINGS[name]
+    alpha, population, prompts = (around.pop(key) for key in ("learning_rate", "population", "prompts_per_step"))
+    alphas = [f"{alpha * factor:g}" for factor in FACTORS]
+    given = [f"sweep.learning_rate={','.join(alphas)}", *(f"{key}={value}" for key, value in around.items())]
     steps = round(parts.BUDGET / (population * prompts * parts.TOKENS))
-    return run(folder, jobs, given, steps, population, prompts=prompts, seeds=SEEDS[:2])
+    return run(folder, jobs, given, steps, population, prompts=prompts, seeds=seeds)
 
 
 def alphas_table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -115,9 +115,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=BUDGET, help="generated tokens a run on Countdown, about")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--alphas-of", metavar="SETTINGS", help="measure alphas around these, and nothing else")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with --alphas-of")
     arguments = parser.parse_args()
     if arguments.alphas_of:
-        alphas = run_alphas(FOLDER / "alphas", arguments.jobs, arguments.alphas_of)
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        alphas = run_alphas(FOLDER / "alphas", arguments.jobs, arguments.alphas_of, seeds)
         write_result("alphas", {"settings": settings(arguments), "alphas": alphas}, arguments.results)
         return
     sizes = ",".join(map(str, SIZES))
