@@ -89,7 +89,7 @@ def _careful(results: Path) -> list[str]:
         _, row = table([line for line in lines if line["settings"] == name])
         rows.append([f"ES, `{name}`", *row[1:]])
     return [
-        "ES with settings of `bench.study.parts` that were found on seeds 1000 and 1001, the same budget:",
+        "ES with other settings of `bench.study.parts`, within the same budget:",
         markdown([head, *rows]),
     ]
 
