@@ -36,7 +36,7 @@ def newest(results: Path) -> dict[str, Result]:
     """The newest result of each name, but for those that `bench.study.page` shows."""
     found: dict[str, Result] = {}
     for path in results.glob("*.json"):
-        if (named := DATED.fullmatch(path.name)) and named[1] != "sensitivity":
+        if (named := DATED.fullmatch(path.name)) and named[1] not in ("sensitivity", "alphas"):
             result = json.loads(path.read_text())
             if named[1] not in found or found[named[1]]["date"] < result["date"]:
                 found[named[1]] = result

@@ -55,6 +55,7 @@ def page(results: Path, path: Path) -> None:
         "that are wrong. Accuracy, which nobody is trained for here, is the share of answers with the right word.",
         "![correct answers, and against the divergence from the base](images/study/conciseness.svg)",
         markdown(table(found[compare.CONCISENESS])),
+        *_careful(results),
         "Learning rates tried on a seed of their own:",
         markdown(trials_table(found[compare.CONCISENESS])),
         "## Sensitivity of ES",
@@ -67,12 +68,43 @@ def page(results: Path, path: Path) -> None:
         "The paper's reward for conciseness, "
         f"{max(r['steps'] for r in sizes['conciseness'])} steps at the alpha of the other runs:",
         markdown(sensitivity.conciseness_table(sizes["conciseness"])),
+        *_alphas(results),
         parts_of_the_strategy.section(results),
         _origin(found),
     ]
     kept = path.read_text().partition(CONCLUSION)[2] if path.is_file() else "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(parts) + f"\n\n{CONCLUSION}{kept}")
+
+
+def _careful(results: Path) -> list[str]:
+    """Conciseness by other settings of ES, where they were measured."""
+    path = results / f"parts-{compare.CONCISENESS}.jsonl"
+    if not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    head, *_ = table(lines)
+    rows = []
+    for name in dict.fromkeys(line["settings"] for line in lines):
+        _, row = table([line for line in lines if line["settings"] == name])
+        rows.append([f"ES, `{name}`", *row[1:]])
+    return [
+        "ES with other settings of `bench.study.parts`, within the same budget:",
+        markdown([head, *rows]),
+    ]
+
+
+def _alphas(results: Path) -> list[str]:
+    """Alphas around those settings for which they were measured."""
+    found = sorted(results.glob("alphas-*.json"))
+    if not found:
+        return []
+    measured = json.loads(found[-1].read_text())
+    told, steps = measured["settings"], measured["alphas"][0]["steps"]
+    return [
+        f"Alphas around the settings `{told['alphas_of']}` of the table below, {steps} steps, seeds {told['seeds']}:",
+        markdown(sensitivity.alphas_table(measured["alphas"])),
+    ]
 
 
 def _read(path: Path) -> list[Result]:

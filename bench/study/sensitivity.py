@@ -1,10 +1,11 @@
 """How much sigma, alpha and the population matter: sweeps on the embedded model.
 
-    python -m bench.study.sensitivity
+    python -m bench.study.sensitivity [--alphas-of 'SETTINGS of bench.study.parts']
 
 The study's tasks and prompts a step. On Countdown all runs generate about as many tokens; on conciseness, where the
 answers' length is what is trained, they make as many steps. Accuracy is that of the last weights, whatever a run passed
-on its way. The runs stay in runs/sensitivity, and the script goes on where it was cut off.
+on its way. `--alphas-of` is another measurement: alphas around those settings, with the budget of the parts. The runs
+stay in runs/sensitivity, and the script goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import options, settings, write_result
-from bench.study import compare
+from bench.study import compare, parts
 
 from estune.charts.table import spread
 from estune.journal.journal import Journal
@@ -29,6 +30,7 @@ SPREADS, STEPS = (0.006, 0.012, 0.024), 100
 METRICS = {"accuracy": "accuracy", "reward": "reward", "kl": "kl", "length": "completions/mean_length"}
 # Not those of the study, whose settings were chosen by this.
 SEEDS = (1000, 1001, 1002)
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def steps_of(budget: float, population: int) -> int:
@@ -38,14 +40,30 @@ def steps_of(budget: float, population: int) -> int:
 
 def run(
     folder: Path, jobs: int, sizes: Sequence[str], steps: int, population: int = compare.POPULATION,
-    experiment: str = compare.EMBEDDED,
+    experiment: str = compare.EMBEDDED, prompts: int = compare.PROMPTS, seeds: Sequence[int] = SEEDS,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One sweep: a line a run, with its swept settings, its steps and tokens, and what the last weights came to."""
-    given = [*compare.model_and_task(experiment), f"sweep.seed={','.join(map(str, SEEDS))}", *sizes]
-    given += [f"population={population}", f"prompts_per_step={compare.PROMPTS}", f"steps={steps}"]
+    given = [*compare.model_and_task(experiment), f"sweep.seed={','.join(map(str, seeds))}", *sizes]
+    given += [f"population={population}", f"prompts_per_step={prompts}", f"steps={steps}"]
     given += ["eval_steps=0", "replicas=1", "threads=1", "report_to=none", "log_completions=0"]
     trials = sweep(folder, None, given, jobs=jobs)
     return [{"population": population, **_figures(folder, trial)} for trial in trials]
+
+
+def run_alphas(folder: Path, jobs: int, name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Runs with alphas around that of some settings of `bench.study.parts`."""
+    around = parts.PAPER | parts.SETTINGS[name]
+    alpha, population, prompts = (around.pop(key) for key in ("learning_rate", "population", "prompts_per_step"))
+    alphas = [f"{alpha * factor:g}" for factor in FACTORS]
+    given = [f"sweep.learning_rate={','.join(alphas)}", *(f"{key}={value}" for key, value in around.items())]
+    steps = round(parts.BUDGET / (population * prompts * parts.TOKENS))
+    return run(folder, jobs, given, steps, population, prompts=prompts, seeds=seeds)
+
+
+def alphas_table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Mean accuracy in percent, with the deviation over seeds, for each alpha."""
+    alphas = sorted({r["learning_rate"] for r in runs}, key=float)
+    return [["alpha", *alphas], ["accuracy %", *(_cell(runs, learning_rate=alpha) for alpha in alphas)]]
 
 
 def _figures(folder: Path, trial: Trial) -> dict[str, Any]:
@@ -96,7 +114,14 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--budget", type=float, default=BUDGET, help="generated tokens a run on Countdown, about")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--alphas-of", metavar="SETTINGS", help="measure alphas around these, and nothing else")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with --alphas-of")
     arguments = parser.parse_args()
+    if arguments.alphas_of:
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        alphas = run_alphas(FOLDER / "alphas", arguments.jobs, arguments.alphas_of, seeds)
+        write_result("alphas", {"settings": settings(arguments), "alphas": alphas}, arguments.results)
+        return
     sizes = ",".join(map(str, SIZES))
     swept = [f"sweep.sigma={sizes}", f"sweep.learning_rate={sizes}"]
     budget, jobs = arguments.budget, arguments.jobs
