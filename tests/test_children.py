@@ -39,3 +39,16 @@ def test_a_child_that_computes_ends_with_its_parent_and_not_with_the_thread_that
     while lives(int(pid)):
         assert time.monotonic() < deadline, "it computes for ever"
         time.sleep(0.05)
+
+
+def test_what_a_new_session_spawns_belongs_to_it() -> None:
+    program = (
+        "import multiprocessing, os\n"
+        "pool = multiprocessing.get_context('spawn').Pool(1)\n"
+        "print(pool.apply(os.getpgid, (0,)) == os.getpid())\n"
+        "pool.terminate()\n"
+    )
+    command = [sys.executable, "-u", "-c", program]
+    assert (
+        subprocess.run(command, capture_output=True, text=True, start_new_session=True, check=True).stdout == "True\n"
+    )

@@ -231,7 +231,8 @@ def _serve(requests: socket.socket) -> NoReturn:
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
     _close_all_but(requests.fileno(), 0, 1, 2)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the terminal sends to all
+    for number in (signal.SIGINT, signal.SIGTERM):  # which a group's others may live on after
+        signal.signal(number, signal.SIG_IGN)
     while True:
         asked, descriptors, _, _ = socket.recv_fds(requests, _LONGEST, 64)
         if not asked:
@@ -269,15 +270,15 @@ def _become(request: dict[str, Any], descriptors: list[int], placed: int) -> NoR
     code: int | None = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, b"python")
-        Warm.start()
-        os.environ.clear()
-        os.environ.update(request["environment"])
-        os.chdir(request["folder"])
         if request["session"]:
             os.setsid()
         if request.get("group"):
             os.setpgid(0, 0)
         os.write(placed, b".")
+        Warm.start()  # in this group, as its own children are to be
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
         _take(dict(zip(request["descriptors"], descriptors, strict=True)))
         _forget_parent()
         kind, program, *arguments = request["arguments"]
@@ -356,6 +357,7 @@ def _forget_parent() -> None:
     faulthandler.disable()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.excepthook, threading.excepthook = sys.__excepthook__, threading.__excepthook__
     sys.unraisablehook = sys.__unraisablehook__
     logging.root.handlers.clear()
