@@ -22,6 +22,16 @@ def variety(completions: list[str], **_: Any) -> list[float]:
     return [len(set(text)) / 10 for text in completions]
 
 
+def variety_by_generate(net: Any, tokenizer: Any, prompts: list[str]) -> float:
+    """The mean reward of a model's greedy completions of 8 tokens, by transformers alone, prompt by prompt."""
+    texts = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        out = net.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+        texts.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return sum(variety(texts)) / len(texts)
+
+
 def slow_variety(completions: list[str], **_: Any) -> list[float]:
     """The same, slow enough to be killed at."""
     time.sleep(0.02)

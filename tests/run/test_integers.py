@@ -26,7 +26,7 @@ from estune.weights.checkpoint import Checkpoint
 from tests.grids import Latent
 from tests.kills import differences, killed_at
 from tests.models import save_model
-from tests.runs import assert_same_run, make_config, make_task, substance, variety
+from tests.runs import assert_same_run, make_config, make_task, substance, variety_by_generate
 from tests.sizes import FAST, amounts, make_work
 
 GROUP = 16
@@ -61,12 +61,7 @@ def test_a_run_is_what_is_documented(weights: str, model: Path, tmp_path: Path) 
     def reward_with(values: dict[str, Any], rows: list[int]) -> float:
         shaped = {n: torch.from_numpy(v).view(base.tensors[n].shape) for n, v in values.items()}
         net.load_state_dict(shaped, strict=False)
-        texts = []
-        for i in rows:
-            inputs = tokenizer(task.train[i]["prompt"], return_tensors="pt")
-            out = net.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id)
-            texts.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-        return float(np.mean(variety(texts)))
+        return variety_by_generate(net, tokenizer, [task.train[i]["prompt"] for i in rows])
 
     for record in journal.steps:
         members = record.update.members

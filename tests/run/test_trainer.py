@@ -28,7 +28,7 @@ from estune.run.order import RowOrder
 from estune.run.trainer import Trainer
 from estune.weights.device import training_device
 from tests.models import FUSABLE, save_model
-from tests.runs import assert_same_run, make_config, make_task, substance, variety
+from tests.runs import assert_same_run, make_config, make_task, substance, variety, variety_by_generate
 
 
 def run(config: Config, *rewards: Any) -> Summary:
@@ -54,12 +54,7 @@ def test_a_run_is_the_papers_algorithm(model: Path, tmp_path: Path) -> None:
 
     def reward_with(weights: dict[str, torch.Tensor], rows: list[int]) -> float:
         net.load_state_dict(weights, strict=False)
-        texts = []
-        for i in rows:
-            inputs = tokenizer(task.train[i]["prompt"], return_tensors="pt")
-            out = net.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id)
-            texts.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-        return float(np.mean(variety(texts)))
+        return variety_by_generate(net, tokenizer, [task.train[i]["prompt"] for i in rows])
 
     for record in Journal.read(tmp_path / "run").steps:
         members = record.update.members

@@ -86,12 +86,20 @@ def _pack(source, packed, at, codes):
 
 
 @jit
+def _room():
+    """What a stretch's noise, steps and codes take while they are computed."""
+    return (
+        np.empty((4, CHUNK), np.uint32),
+        np.empty((5, CHUNK), np.float32),
+        np.empty(_ELEMENTS, np.float32),
+        np.empty(_ELEMENTS, np.float32),
+        np.empty(_ELEMENTS, np.int32),
+    )
+
+
+@jit
 def _shift(codes, packed, scales, group, seed, tensor, start, sigma, sign, reach):
-    words = np.empty((4, CHUNK), np.uint32)
-    planes = np.empty((5, CHUNK), np.float32)
-    moves = np.empty(_ELEMENTS, np.float32)
-    uniform = np.empty(_ELEMENTS, np.float32)
-    code = np.empty(_ELEMENTS, np.int32)
+    words, planes, moves, uniform, code = _room()
     count = scales.size * group
     for at in range(0, count, _ELEMENTS):
         n = min(_ELEMENTS, count - at)
@@ -109,13 +117,9 @@ def _advance(
     codes, packed, scales, group, error, fresh, seeds, coefficients, sigmas, ends, tensor, start, low, high, reach,
     dither, dithered,
 ):  # fmt: skip
-    words = np.empty((4, CHUNK), np.uint32)
-    planes = np.empty((5, CHUNK), np.float32)
-    moves = np.empty(_ELEMENTS, np.float32)
-    uniform = np.empty(_ELEMENTS, np.float32)
+    words, planes, moves, uniform, code = _room()
     total = np.empty(_ELEMENTS, np.float32)
     scratch = np.empty(_ELEMENTS, np.float32)
-    code = np.empty(_ELEMENTS, np.int32)
     count = scales.size * group
     for at in range(0, count, _ELEMENTS):
         n = min(_ELEMENTS, count - at)
