@@ -120,7 +120,7 @@ def make_run(
             evaluate(folder, journal, step, scores, **(more or {}))
         if step < steps:
             rewards = members(step, population, config.seed)
-            update = Update(step, tuple(Member(i, 1) for i in range(population)), (0.0,) * population, 0.0, 0)
+            update = Update(step, tuple(Member(i, 1) for i in range(population)), (0.0,) * population, sigma=0.1)
             known = [r for r in rewards if r is not None]
             times = {"step_time": 2.0, "time/perturb": 0.25, "time/generate": 1.0, "time/grade": 0.125}
             metrics = {
@@ -131,7 +131,7 @@ def make_run(
                 **times,
                 "time/update": 0.125,
             }
-            journal.append_step(StepRecord(update, 0.1, 0.1, rewards, [0, 1], f"{step:016x}", metrics))
+            journal.append_step(StepRecord(update, 0.1, rewards, [0, 1], f"{step:016x}", metrics))
     journal.append_end("finished")
     journal.close()
     return folder

@@ -138,7 +138,7 @@ def write_journal(model: str, run: str, members: int, steps: int) -> None:
         rate = strategy.learning_rate
         update = strategy.tell(rewards)
         weights.apply(update)
-        journal.append_step(StepRecord(update, strategy.sigma, rate, rewards, [], weights.fingerprint()))
+        journal.append_step(StepRecord(update, rate, rewards, [], weights.fingerprint()))
     journal.close()
 
 

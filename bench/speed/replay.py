@@ -82,7 +82,7 @@ def write_journal(
     for update, each, fingerprint in zip(updates, rewards, found[1:], strict=True):
         metrics = {f"some/metric/{i}": chance.random() for i in range(METRICS)}
         rows = [chance.randrange(8000) for _ in range(prompts)]
-        journal.append_step(StepRecord(update, 0.001, 0.0005, [*each], rows, fingerprint, metrics))
+        journal.append_step(StepRecord(update, 0.0005, [*each], rows, fingerprint, metrics))
     journal.close()
     return journal
 

@@ -48,13 +48,13 @@ def write_history(
     journal.append_evaluation(EvaluationRecord(0, {"step": 0, "eval_accuracy": 0.25, "eval_reward": 0.5}))
     for step in range(steps):
         rewards: list[float | None] = [0.1 * (i + step) for i, _ in enumerate(strategy.ask())]
-        sigma, rate = strategy.sigma, strategy.learning_rate
+        rate = strategy.learning_rate
         for member in strategy.ask():
-            weights.perturb(member, sigma)
+            weights.perturb(member, strategy.sigma)
         update = strategy.tell(rewards)
         weights.apply(update)
         metrics = {"step": step + 1, "reward": 0.1 * step + 1 / 3, "time/update": 0.1234567890123 * (step + 1)}
-        record = StepRecord(update, sigma, rate, rewards, [step, 7], weights.fingerprint(), metrics)
+        record = StepRecord(update, rate, rewards, [step, 7], weights.fingerprint(), metrics)
         journal.append_step(record)
     if final:
         checkpoint.write(folder / "final", weights.runs(), header.save_dtype)

@@ -42,7 +42,7 @@ def random_step(chance: random.Random, update: Update, metrics: int) -> StepReco
     values = {"step": update.step + 1.0} | {f"metric/{i}": chance.random() for i in range(metrics)}
     rewards: list[float | None] = [chance.random() for _ in update.members]
     prompts = chance.sample(range(1000), 16)
-    return StepRecord(update, 0.001, 0.0005, rewards, prompts, f"{chance.getrandbits(64):016x}", values)
+    return StepRecord(update, 0.0005, rewards, prompts, f"{chance.getrandbits(64):016x}", values)
 
 
 def test_it_gives_back_every_byte(run: Path) -> None:

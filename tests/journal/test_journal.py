@@ -57,7 +57,7 @@ def steps(count: int) -> list[StepRecord]:
     for step in range(count):
         rewards: list[float | None] = [0.1 * step, math.pi / 7, None, 1e-300]
         update = strategy.tell(rewards)
-        records.append(StepRecord(update, 0.001, 0.0005, rewards, [5, 0, step], f"{step:016x}", {"step": 1.25}))
+        records.append(StepRecord(update, 0.0005, rewards, [5, 0, step], f"{step:016x}", {"step": 1.25}))
     return records
 
 
@@ -100,7 +100,7 @@ def test_seeds_and_coefficients_are_exact(
     run = tmp_path_factory.mktemp("run")
     coefficients = tuple(c for _, _, c in members)
     update = Update(0, tuple(Member(s, g) for s, g, _ in members), coefficients, 0.0, 2**64 - 1, sigma=0.1)
-    record = StepRecord(update, 0.1, reward, [reward] * len(members), [], "f", {})
+    record = StepRecord(update, reward, [reward] * len(members), [], "f", {})
     journal = Journal.create(run, header())
     journal.append_step(record)
     journal.close()

@@ -62,7 +62,7 @@ def run(tmp_path: Path) -> Path:
         rate = strategy.learning_rate
         update = strategy.tell(rewards)
         weights.apply(update)
-        journal.append_step(StepRecord(update, strategy.sigma, rate, rewards, [], weights.fingerprint()))
+        journal.append_step(StepRecord(update, rate, rewards, [], weights.fingerprint()))
     journal.close()
     base.write(folder / "trained", weights.runs(), "float32")
     return folder

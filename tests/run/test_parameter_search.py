@@ -118,6 +118,7 @@ def test_any_strategy_will_do(engines: Engines, tmp_path: Path) -> None:
     records = journal.steps
     assert journal.shortfall() is None
     assert [sum(record.update.coefficients) for record in records] == [0.25, 0.125, 0.0625]
+    assert [record.sigma for record in records] == [Halving.sigma] * 3  # which an update of its own need not say
     assert replay(tmp_path / "run", tmp_path / "replayed") == search.journal.fingerprint()
 
 

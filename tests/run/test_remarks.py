@@ -30,8 +30,8 @@ def said(task: Task, **settings: Any) -> list[str]:
 
 def step(number: int, *rewards: float | None) -> StepRecord:
     members = tuple(Member(i) for i in range(len(rewards)))
-    update = Update(number, members, (0.0,) * len(rewards), 0.0, 0)
-    return StepRecord(update, 0.1, 0.1, list(rewards), [0], "ab")
+    update = Update(number, members, (0.0,) * len(rewards), sigma=0.1)
+    return StepRecord(update, 0.1, list(rewards), [0], "ab")
 
 
 def test_members_are_alike_whatever_the_base_has() -> None:

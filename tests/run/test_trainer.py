@@ -175,7 +175,7 @@ def test_replay_refuses_what_does_not_fit(model: Path, tmp_path: Path) -> None:
     # A step that never was, sealed by one who knows how: the fingerprint tells.
     journal = Journal.resume(folder)
     journal.append_step(
-        StepRecord(replace(journal.steps[0].update, step=2), 0.02, 0.01, [1.0] * 4, [0], "0123456789abcdef", {})
+        StepRecord(replace(journal.steps[0].update, step=2), 0.01, [1.0] * 4, [0], "0123456789abcdef", {})
     )
     journal.close()
     with pytest.raises(EstuneError, match="gives fingerprint"):

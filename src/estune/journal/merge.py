@@ -66,7 +66,7 @@ def merge(
     records: list[StepRecord] = []
     for record, factor in together:
         records.append(_scaled(record, records, factor))
-    steps = Steps(first.rule, [r.update for r in records], [r.sigma for r in records])
+    steps = Steps(first.rule, [r.update for r in records])
     found = steps.fingerprints(base, first.tensors, lambda share: told(share / 2))
     header = Header(
         model=journals[0].base_model() if model is None else os.path.abspath(model),

@@ -76,7 +76,6 @@ class StepRecord:
     """One step: who was asked, what they scored, and what was done to the weights."""
 
     update: Update
-    sigma: float
     learning_rate: float
     rewards: list[float | None]  # by member; None where it failed
     prompts: list[int]  # rows of the training set
@@ -90,6 +89,11 @@ class StepRecord:
     def step(self) -> int:
         """Index of the step, from 0."""
         return self.update.step
+
+    @property
+    def sigma(self) -> float:
+        """By which its members were perturbed."""
+        return self.update.sigma
 
     @property
     def of_members(self) -> list[float | None]:
@@ -149,7 +153,6 @@ def decoded(payload: dict[str, Any], before: Sequence[StepRecord]) -> StepRecord
     )
     return StepRecord(
         update,
-        payload["sigma"],
         payload["learning_rate"],
         payload["rewards"],
         payload["prompts"],

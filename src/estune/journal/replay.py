@@ -122,4 +122,4 @@ def refuse_changed_model(journal: Journal, folder: Path, *, accept: bool) -> dic
 def steps_of(journal: Journal, count: int | None = None) -> Steps:
     """All that lies before the journal's own steps, and so many of these; all by default."""
     records = [*journal.inherited, *journal.steps[:count]]
-    return Steps(journal.header.rule, [record.update for record in records], [record.sigma for record in records])
+    return Steps(journal.header.rule, [record.update for record in records])

@@ -127,8 +127,7 @@ class LocalPool(Generators[Evaluator]):
         self._updates = [record.update for record in records[:done]]
         self._fingerprint = self.own.weights.fingerprint()
         updates = [record.update for record in records[done:]]
-        sigmas = [record.sigma for record in records[done:]]
-        steps = Steps(self.own.weights.rule, updates, sigmas)
+        steps = Steps(self.own.weights.rule, updates)
         steps.retrace(self.own.weights.perturb, lambda number: self.apply(updates[number]))
         return self.own.weights.fingerprint()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -136,11 +137,9 @@ class ParameterSearch:
         """
         pool = self._engines.take(self)
         rate = self.strategy.learning_rate
-        update = self.strategy.tell(rewards)
+        update = replace(self.strategy.tell(rewards), sigma=self._sigma)
         fingerprint = pool.apply(update)
-        record = StepRecord(
-            update, self._sigma, rate, list(rewards), [], fingerprint, metrics, state=self.strategy.state()
-        )
+        record = StepRecord(update, rate, list(rewards), [], fingerprint, metrics, state=self.strategy.state())
         self.journal.append_step(record)
         return update
 

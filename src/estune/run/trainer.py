@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, chdir
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -369,7 +370,6 @@ class Trainer:
             write_completions(self.run.completions(f"step-{step + 1:05d}"), records)
         record = StepRecord(
             update,
-            asked.sigma,
             rate,
             rewards,
             asked.indices,
@@ -390,7 +390,8 @@ class Trainer:
         self, asked: Asked, in_order: Sequence[Graded], fitness: Sequence[float | None]
     ) -> tuple[Update, str, Look | None]:
         """Take a step, and take it back if it harms the base: its update, the fingerprint, and what was looked at."""
-        update = self.strategy.tell(fitness)
+        # Members asked ahead of time were perturbed by the sigma of then.
+        update = replace(self.strategy.tell(fitness), sigma=asked.sigma)
         fingerprint = self.pool.apply(update)
         guard = self.config.guard
         before = in_order[-1].grades.mean

@@ -47,13 +47,11 @@ class Steps:
     Args:
         rule: how the base weights are kept and changed.
         updates: one for each step, oldest first.
-        sigmas: by which the members of each step were perturbed. Only a policy that drifts needs them.
     """
 
-    def __init__(self, rule: Rule, updates: Sequence[Update], sigmas: Sequence[float] = ()) -> None:
+    def __init__(self, rule: Rule, updates: Sequence[Update]) -> None:
         self._rule = rule
         self._updates = updates
-        self._sigmas = sigmas
         # Once for all tensors: made for each, they would grow to tensors x steps.
         self._terms = [terms(update, rule.rounding) for update in updates]
 
@@ -64,12 +62,10 @@ class Steps:
             perturb: perturb the weights by a member and its sigma; whatever is called next restores them first.
             apply: make the update of this number, from 0.
         """
-        drifts = self._rule.how.drifts
-        assert len(self._sigmas) == len(self._updates) or not drifts
         for number, update in enumerate(self._updates):
-            if drifts:  # what rounding left behind at each restore is part of the run
+            if self._rule.how.drifts:  # what rounding left behind at each restore is part of the run
                 for member in update.members:
-                    perturb(member, self._sigmas[number])
+                    perturb(member, update.sigma)
             apply(number)
 
     def rebuilt(
