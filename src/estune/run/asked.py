@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from estune.completion import Sampling
+from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.prompts import PromptEncoder
 from estune.es.strategy import Strategy, member_seed
 from estune.grading.convention import Row
+from estune.grading.grading import Grading, Pending
 from estune.journal.journal import Journal
 from estune.pool.base import Evaluated, Evaluation, Pool
 from estune.pool.waiting import told_while
+from estune.run.graded import Graded
 from estune.run.held_out import token_ids
 from estune.run.make import make_sampling
 from estune.run.order import StagedOrder
@@ -64,6 +67,33 @@ class Asked:
         for group, evaluation in enumerate(self.evaluations):
             for index, done in evaluation:
                 yield group * self.size + index, done
+
+    def graded(
+        self, grading: Grading, heard: Callable[[int], object]
+    ) -> tuple[list[Graded], list[int], dict[str, float]]:
+        """What each member comes to, how stale it was, and the seconds of each stage, all members together.
+
+        Args:
+            grading: grades a member's completions while others go on.
+            heard: called with the number of members that have answered, after each.
+        """
+        pending: dict[int, tuple[list[Completion], Pending]] = {}
+        staleness = [0] * self.members
+        times = {"perturb": 0.0, "generate": 0.0, "grade": 0.0}
+        for index, done in self.results():
+            start = time.perf_counter()
+            staleness[index] = self.updates - done.updates
+            pending[index] = done.completions, grading.submit(self.rows(index), done.completions)
+            times["grade"] += time.perf_counter() - start
+            times["perturb"] += done.perturb_time
+            times["generate"] += done.generate_time
+            heard(len(pending))
+        start = time.perf_counter()
+        completions, waiting = zip(*(pending[i] for i in range(self.members)), strict=True)
+        grades = grading.results(waiting)
+        in_order = [Graded(self.rows(i), *each) for i, each in enumerate(zip(completions, grades, strict=True))]
+        times["grade"] += time.perf_counter() - start
+        return in_order, staleness, times
 
     def close(self) -> None:
         """Drop those that are not begun, and wait for those that are."""

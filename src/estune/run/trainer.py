@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, chdir
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from estune.completion import Completion
 from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.errors import ACCEPT, EstuneError
 from estune.es.strategy import Update
 from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
-from estune.grading.grading import Pending
 from estune.grading.isolation import refuse_grader
 from estune.grading.level import refuse_level
 from estune.journal.journal import Journal, going_on
@@ -32,9 +30,10 @@ from estune.run import remarks
 from estune.run.asked import Asked, Asking
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, how_to_go_on, refuse_used
+from estune.run.evaluations import Evaluations
 from estune.run.graded import Graded, step_metrics, write_completions
 from estune.run.guard import Look
-from estune.run.held_out import HeldOut, encode_rows, hash_of_prompts, refuse_unreachable, token_ids
+from estune.run.held_out import encode_rows, hash_of_prompts, refuse_unreachable, token_ids
 from estune.run.interrupt import interruptible
 from estune.run.judged import Judge
 from estune.run.machine import machine
@@ -216,25 +215,17 @@ class Trainer:
         self.grading = make_grading(config, task, self.state)
         first = token_ids(self.encoder, task, (task.train[i] for i in self.order.rows(0)))
         opened.callback(self.grading.close)
-        self.held_out = HeldOut(task, config, self.encoder, self.grading)
         self._prompt_tokens = sum(map(len, first)) * config.samples_per_prompt // config.prompt_groups
-        self._prompts_hash = hash_of_prompts(first, self.held_out.prompt_ids)
+        folder = Path.cwd() if past is None else past.folder
+        self.evaluations = Evaluations(task, config, self.encoder, self.grading, folder)
+        opened.callback(self.evaluations.close)
+        self._prompts_hash = hash_of_prompts(first, self.evaluations.own.prompt_ids)
         if past is not None:
             self._accepted_prompts = refuse_changed_prompts(
                 past.journal, self._prompts_hash, accept=past.accept_changes
             )
         preflight(task, self.grading)
-        self.watched = {}
-        for options in config.watch:
-            with chdir(Path.cwd() if past is None else past.folder):
-                other = options.build(config.seed)
-            empty = next((t.name for t in (task, other) if not t.evaluation), None)
-            if empty is not None:
-                raise EstuneError(f"watch: task {empty} has no evaluation set; give it one, or leave out watch")
-            self.watched[other.name] = HeldOut(other, config, self.encoder)
-            opened.callback(self.watched[other.name].close)
-        held_out = (self.held_out, *self.watched.values())
-        self.pool = open_pool(config, max([*map(len, ids), *(each.longest for each in held_out)]))
+        self.pool = open_pool(config, max([self.evaluations.longest, *map(len, ids)]))
         opened.callback(self.pool.close)
         with told_while("taking the fingerprint of the weights"):
             self.trained = self.pool.describe()
@@ -248,12 +239,10 @@ class Trainer:
         return self.config.model_copy(update={"engine": self.trained.engine, "save_dtype": saved})
 
     def _shares(self) -> list[str]:
-        tasks = {"eval_accuracy": self.task} | {f"watch/{n}/accuracy": each.task for n, each in self.watched.items()}
-        return [key for key, task in tasks.items() if task.accuracy_is_share]
+        return [key for key, task in self.evaluations.accuracies.items() if task.accuracy_is_share]
 
     def _shown_as_shares(self) -> list[str]:
-        keys = ["eval_accuracy", *(f"watch/{name}/accuracy" for name in self.watched)]
-        return [key for key in keys if is_share(self.journal, key)]
+        return [key for key in self.evaluations.accuracies if is_share(self.journal, key)]
 
     def _note_changes(self, past: Past) -> None:
         settings = self.config.model_dump(mode="json")
@@ -342,7 +331,7 @@ class Trainer:
         self._begin_work("members", asked.prompt_ids, asked.members, asked.size)
         if config.max_staleness and not self._pauses(step + 1):
             self.asking.ask_ahead()
-        in_order, staleness, times = self._graded(asked)
+        in_order, staleness, times = asked.graded(self.grading, partial(self._heard, asked.members))
         rewards = [g.grades.mean for g in in_order]
         fitness = self.judge.fitness(in_order)
         if all(r is None for r in rewards):
@@ -416,26 +405,6 @@ class Trainer:
             metrics |= {"weights/drift_changed": drift.changed, "weights/drift_rms": drift.rms}
         return metrics | {"num_tokens": self._tokens() + sum(g.tokens for g in in_order)}
 
-    def _graded(self, asked: Asked) -> tuple[list[Graded], list[int], dict[str, float]]:
-        """What a step's members come to, how stale each was, and the seconds of each stage, all members together."""
-        pending: dict[int, tuple[list[Completion], Pending]] = {}
-        staleness = [0] * asked.members
-        times = {"perturb": 0.0, "generate": 0.0, "grade": 0.0}
-        for index, done in asked.results():
-            start = time.perf_counter()
-            staleness[index] = asked.updates - done.updates
-            pending[index] = done.completions, self.grading.submit(asked.rows(index), done.completions)
-            times["grade"] += time.perf_counter() - start
-            times["perturb"] += done.perturb_time
-            times["generate"] += done.generate_time
-            self._tell(lambda m: m.on_member_end(len(pending), asked.members))
-        start = time.perf_counter()
-        completions, waiting = zip(*(pending[i] for i in range(asked.members)), strict=True)
-        graded = zip(completions, self.grading.results(waiting), strict=True)
-        in_order = [Graded(asked.rows(member), *each) for member, each in enumerate(graded)]
-        times["grade"] += time.perf_counter() - start
-        return in_order, staleness, times
-
     def _pauses(self, step: int) -> bool:
         """Whether all members have to be at their end after so many steps."""
         return self._evaluation_is_due(step) or self._due(step, self.config.save_steps)
@@ -449,15 +418,7 @@ class Trainer:
             return  # nothing to evaluate on, or the run was cut off after this evaluation, and goes on from here
         self.asking.drop_ahead()
         compare = self.pool.compare if self.config.compare_with_base else None
-        self._begin_evaluation("evaluation", self.held_out)
-        found, graded = self.held_out.evaluate(self.pool, compare=compare)
-        metrics = {"step": step, **found}
-        for name, watched in self.watched.items():
-            self._begin_evaluation(name, watched)
-            found, completed = watched.evaluate(self.pool)
-            metrics |= {f"watch/{name}/{key.removeprefix('eval_')}": value for key, value in found.items()}
-            file = re.sub(r"[^\w.-]", "-", name)
-            write_completions(self.run.completions(f"watch-{file}-{step:05d}"), completed.records(step=step))
+        metrics, graded = self.evaluations.evaluate(self.pool, step, self.run, self._begin_evaluation, compare=compare)
         best = self.journal.best
         best_by = self.journal.header.best_by
         if best is None or rank(metrics, best_by) > rank(best.metrics, best_by):
@@ -469,8 +430,7 @@ class Trainer:
         self._say("accuracy", remarks.never_right(self.task, self.journal.evaluations, over=over))
         self._say("distance", remarks.far_from_base(self.journal.evaluations[-1]))
 
-    def _begin_evaluation(self, name: str, held_out: HeldOut) -> None:
-        prompts = held_out.asked
+    def _begin_evaluation(self, name: str, prompts: Sequence[Sequence[int]]) -> None:
         self._begin_work(name, prompts, math.ceil(len(prompts) / EVALUATION_BATCH))
 
     def _begin_work(self, name: str, prompts: Sequence[Sequence[int]], pieces: int, times: int = 1) -> None:
@@ -543,6 +503,9 @@ class Trainer:
             shares=self._shown_as_shares(),
             go_on=self.journal.go_on,
         )
+
+    def _heard(self, members: int, done: int) -> None:
+        self._tell(lambda m: m.on_member_end(done, members))
 
     def _tell(self, call: Callable[[Monitor], None]) -> None:
         for monitor in self.monitors:
