@@ -13,17 +13,14 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import write_text
-from estune.journal.replay import replay
 from estune.run.monitors.base import Metrics, Monitor, Request, Sample
 from estune.study.compare.plan import Job, Plan
 from estune.tasks.base import Task
@@ -65,7 +62,7 @@ def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = 
     from estune.study.compare.measure import greedy, measure
 
     task = task or config.task.build(config.seed)
-    progress = Progress(plan)
+    progress = Progress(plan, folder)
     train = _evolve if job.method == "es" else _reinforce
     checkpoint, tokens, steps = train(plan, job, config, folder, task, progress)
     seconds, cpu_seconds = progress.taken()
@@ -76,9 +73,9 @@ def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = 
         return {"job": job.model_dump(), **figures, **metrics}
     # The way there, once the clock has stopped.
     curve = [{"tokens": 0.0, "seconds": 0.0, "cpu_seconds": 0.0, **greedy(locate(config.model), config, task)}]
-    for at, (took, computed), open_point in progress.passed:
-        with open_point() as point:
-            curve.append({"tokens": at, "seconds": took, "cpu_seconds": computed, **greedy(point, config, task)})
+    for at, (took, computed), point in progress.passed:
+        curve.append({"tokens": at, "seconds": took, "cpu_seconds": computed, **greedy(point, config, task)})
+        shutil.rmtree(point)
     return {"job": job.model_dump(), **figures, **metrics, "curve": curve}
 
 
@@ -87,25 +84,29 @@ class Progress:
 
     Args:
         plan: says how many there are.
+        folder: where checkpoints of them go.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, folder: Path) -> None:
         self._every = plan.budget / plan.points if plan.points else math.inf
+        self._folder = folder
         self._start = _clocks()
         self._stood = (0.0, 0.0)
-        self.passed: list[tuple[float, tuple[float, float], Callable[[], AbstractContextManager[Path]]]] = []
-        """Of each point the tokens and what it had `taken`, and what makes a checkpoint of it."""
+        self.passed: list[tuple[float, tuple[float, float], Path]] = []
+        """Of each point the tokens, what it had `taken`, and its checkpoint."""
 
     def taken(self) -> tuple[float, float]:
         """Seconds of training so far, and of processor time, ended children's included."""
         wall, cpu = (now - start - stood for now, start, stood in zip(_clocks(), self._start, self._stood, strict=True))
         return wall, cpu
 
-    def at(self, tokens: float, keep: Callable[[], Callable[[], AbstractContextManager[Path]]]) -> None:
-        """Tell what has been generated so far; a point that is passed is kept, while the clock stands."""
+    def at(self, tokens: float, save: Callable[[Path], object]) -> None:
+        """Tell what has been generated so far; a point that is passed is saved, while the clock stands."""
         if tokens >= self._every * (len(self.passed) + 1):
             began = _clocks()
-            self.passed.append((tokens, self.taken(), keep()))
+            point = self._folder / f"point-{len(self.passed)}"
+            self.passed.append((tokens, self.taken(), point))
+            save(point)
             wall, cpu = (stood + now - then for stood, now, then in zip(self._stood, _clocks(), began, strict=True))
             self._stood = wall, cpu
 
@@ -116,25 +117,25 @@ def _clocks() -> tuple[float, float]:
 
 
 class _Budget(Monitor):
-    """Asks an ES run to end after the step that spends the budget. Points of its curve are replayed, once it has."""
+    """Asks an ES run to end after the step that spends the budget.
 
-    def __init__(self, tokens: int, run: Path, progress: Progress) -> None:
+    Args:
+        tokens: the budget.
+        progress: told what has been spent.
+        save: writes a checkpoint of the weights.
+    """
+
+    def __init__(self, tokens: int, progress: Progress, save: Callable[[Path], object]) -> None:
         self.budget = tokens
-        self.run = run
         self.progress = progress
+        self.save = save
         self.tokens = 0.0
         self.steps = 0
 
     def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
         self.tokens = metrics["num_tokens"]
-        self.steps = step = int(metrics["step"])
-        self.progress.at(self.tokens, lambda: lambda: self._replayed(step))
-
-    @contextmanager
-    def _replayed(self, step: int) -> Iterator[Path]:
-        with TemporaryDirectory(dir=self.run.parent) as folder:
-            replay(self.run, Path(folder) / "point", step, dtype="float32")
-            yield Path(folder) / "point"
+        self.steps = int(metrics["step"])
+        self.progress.at(self.tokens, self.save)
 
     def requests(self) -> Collection[Request]:
         asked: list[Request] = ["stop"] if self.tokens >= self.budget else []
@@ -154,7 +155,7 @@ def _evolve(
     changes |= {"eval_steps": 0, "save_steps": 0, "log_completions": 0, "report_to": []}
     changes |= {"watch": [], "compare_with_base": False}
     changes["save_dtype"] = "float32"  # what is evaluated in the end are the weights that generated
-    budget = _Budget(plan.budget, folder / "run", progress)
+    budget = _Budget(plan.budget, progress, lambda path: trainer.pool.save(path, "float32"))
     # Nothing is evaluated on the way: nor does TRL, and seconds are of training.
     blind = replace(task, evaluation=[], accuracy=None)
     trainer = Trainer(config.model_copy(update=changes), task=blind, monitors=[budget])
@@ -189,18 +190,7 @@ def _reinforce(
         class Spent(TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 control.should_training_stop = reward.tokens >= plan.budget
-                progress.at(reward.tokens, keep)
-
-        def keep() -> Callable[[], AbstractContextManager[Path]]:
-            point = folder / f"point-{len(progress.passed)}"
-            trainer.save_model(str(point))
-
-            @contextmanager
-            def kept() -> Iterator[Path]:
-                yield point
-                shutil.rmtree(point)
-
-            return kept
+                progress.at(reward.tokens, lambda path: trainer.save_model(str(path)))
 
         trainer = trainer_class(
             model=str(path),
