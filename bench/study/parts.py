@@ -69,6 +69,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
         "sigma": 0.012, "learning_rate": 0.06, "anchor_decay": 0.3, "lr_scheduler_type": "cosine",
     },
+    "256 members, 1 prompt, for conciseness": {
+        "noise": "rank1", "population": 256, "prompts_per_step": 1, "prompt_groups": 8, "per_prompt": "center",
+        "sigma": 0.012, "learning_rate": 0.06, "anchor_decay": 0.3, "lr_scheduler_type": "cosine",
+    },
     "adam": {"adam": True},
     "sigma by rms": {"sigma_scale": '{"*": "rms"}', "sigma": 0.032, "learning_rate": 0.016},
     "guided": {"guided_share": 0.5},

@@ -115,7 +115,7 @@ def test_what_cannot_be_swapped_is_said_in_a_line(
     )
     vllm = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="estune"))
     here = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=vllm), _estune=service)
-    with pytest.raises(EstuneError, match="its base_hash is another one"):
+    with pytest.raises(EstuneError, match="LLM: it serves another model than the run's: base_hash"):
         estune.swap(here, elsewhere)
     assert estune.swap(here, run, 1).updates == 1  # it is left free
     monkeypatch.delenv(KEY)

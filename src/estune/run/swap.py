@@ -10,7 +10,7 @@ from estune.config import server_url
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
 from estune.pool.deadlines import Deadlines
-from estune.pool.remote.handle import RemoteHandle, key_of_environment
+from estune.pool.remote.handle import RemoteHandle, key_of_environment, refuse_other_base
 from estune.pool.remote.pool import new_lease
 from estune.pool.remote.wire import Swapped, Terms
 from estune.pool.slots import compare
@@ -87,10 +87,7 @@ def _swap_here(llm: Any, terms: Terms, base: dict[str, Any], asked: tuple[Any, .
         llm._estune = service_over(ServedEngine(model))
     service = llm._estune
     try:
-        description = service.run("open", terms.lease, (terms,)).description
-        for key, ours in base.items():
-            if getattr(description, key) != ours:
-                raise EstuneError(f"the engine has another model than the run's: its {key} is another one")
+        refuse_other_base("LLM", service.run("open", terms.lease, (terms,)).description, base)
         found: Swapped = service.run("swap", terms.lease, asked)
         return found
     except Failed as failed:

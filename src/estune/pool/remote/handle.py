@@ -173,20 +173,12 @@ class RemoteHandle:
             try:
                 opened = self._post("open", [self._terms], self._deadlines.of("open"))
                 self._held = True
-                self._check_base(opened.description)
+                refuse_other_base(self.url, opened.description, self._base)
                 return opened.description, opened.done
             except _Taken as error:
                 if time.monotonic() > until:
                     raise EstuneError(f"{self.url}: {error}: end that run, or take another server") from None
                 self._wait(str(error), time.monotonic() + 1.0)
-
-    def _check_base(self, found: Description) -> None:
-        for key, ours in self._base.items():
-            if (theirs := getattr(found, key)) != ours:
-                raise EstuneError(
-                    f"{self.url}: it serves another model than the run's: {key} {str(theirs)[:60]}, here "
-                    f"{str(ours)[:60]}; serve the run's, the same files"
-                )
 
     def call(self, kind: str, *arguments: Any, units: int = 1) -> Any:
         """As `Handle.call`. Prompts are sent where the server does not know them by their name."""
@@ -327,6 +319,22 @@ class RemoteHandle:
         if not found.strip():
             raise Lost("the connection broke off")
         return bytes(found)
+
+
+def refuse_other_base(where: str, found: Description, base: Mapping[str, Any]) -> None:
+    """Refuse an engine that has another model than a run.
+
+    Args:
+        where: the engine, for the message.
+        found: what it trains.
+        base: what that has to be, by the names of a `Description`.
+    """
+    for key, ours in base.items():
+        if (theirs := getattr(found, key)) != ours:
+            raise EstuneError(
+                f"{where}: it serves another model than the run's: {key} {str(theirs)[:60]}, here {str(ours)[:60]}; "
+                "serve the run's, the same files"
+            )
 
 
 def named(prompt_ids: Sequence[Sequence[int]]) -> Named:
