@@ -25,6 +25,7 @@ from numba import types
 from numba.extending import overload
 
 from estune.noise.cpu import CHUNK, Weights, jit, narrow, normals, stored, stretch, widen
+from estune.noise.cpu_split import HALFWAY, Halves
 from estune.noise.rows import Rows
 
 PATCHED = 2048  # weights that a place of 11 bits tells apart
@@ -37,7 +38,7 @@ _BIAS = np.int32(FURTHEST + 1)
 _FAR = np.uint8(1 << PLACE_SHIFT)  # a code of which the low bits are 0
 _ANY_FAR = np.uint64(0x2020202020202020)
 _CODE = np.uint16((1 << PLACE_SHIFT) - 1)
-_TIE = np.uint32(0x8000)  # the lower half of a number halfway between two of bfloat16
+_HALFWAY = np.uint32(HALFWAY)
 
 
 def _bits(weight):
@@ -90,7 +91,7 @@ def _whole_for(weights, lower, i):
 
     def joined(weights, lower, i):
         low = np.uint32(lower[i])
-        high = np.uint32(np.uint32(weights[i]) - np.uint32(low > _TIE))
+        high = np.uint32(np.uint32(weights[i]) - np.uint32(low > _HALFWAY))
         return np.uint32(np.uint32(high << np.uint32(16)) | low).view(np.float32)
 
     return joined
@@ -104,8 +105,8 @@ def _guess_for(perturbed, change, weights, lower, i):
     def nearest(perturbed, change, weights, lower, i):
         low = np.uint32(lower[i])
         bits = np.float32(widen(perturbed) - change).view(np.uint32)
-        high = np.uint32(np.uint32(bits - low) + _TIE) >> np.uint32(16)
-        return np.uint16(high + np.uint32(low > _TIE))
+        high = np.uint32(np.uint32(bits - low) + _HALFWAY) >> np.uint32(16)
+        return np.uint16(high + np.uint32(low > _HALFWAY))
 
     return nearest
 
@@ -229,9 +230,6 @@ def _restore(live, lower, seed, tensor, start, sigma, width, pitch, skip, words)
         done += noise.size
 
 
-Lower = npt.NDArray[np.uint16]
-
-
 class Patches:
     """The patches of one run, empty until it is perturbed."""
 
@@ -252,7 +250,7 @@ def perturb(
     start: int,
     sigma: float,
     rows: Rows | None = None,
-    lower: Lower | None = None,
+    lower: Halves | None = None,
 ) -> None:
     """Add `sigma * noise(seed)` to one run, as `cpu.perturb` in place does, and note what `restore` needs.
 
@@ -283,7 +281,7 @@ def restore(
     start: int,
     sigma: float,
     rows: Rows | None = None,
-    lower: Lower | None = None,
+    lower: Halves | None = None,
 ) -> None:
     """Take back the `perturb` of these arguments: every weight of the run has the bits that it had before."""
     _restore(stored(live), lower, *_key(live, seed, tensor, start, sigma, rows), patches.words)

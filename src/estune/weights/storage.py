@@ -29,7 +29,8 @@ from estune.es.update import Terms, terms
 from estune.noise.rows import Run
 from estune.weights.checkpoint import RUN_LENGTH, narrow
 from estune.weights.device import device_kernels
-from estune.weights.policies import NOT_REVERSIBLE, TYPE_NAMES
+from estune.weights.policies import TYPE_NAMES
+from estune.weights.split import SplitBase
 
 STREAMED_LENGTH = 8 << 20  # elements that pass through a buffer at a time: 32 MiB of float32
 BUFFERS = 2  # one is filled while the other is worked on
@@ -79,7 +80,7 @@ class CpuStorage:
     """On the CPU, a million elements at a time, spread over threads."""
 
     def __init__(self, runs: Sequence[Run], threads: int) -> None:
-        arrays = (replace(r, live=self._live(r.live), base=as_array(r.base)) for r in runs)
+        arrays = (replace(r, live=self._live(r.live), base=_on_cpu(r.base)) for r in runs)
         self._runs = [part for run in arrays for part in run.split(RUN_LENGTH)]
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
         self._patches: list[Any] = []  # of each run, once they are perturbed reversibly
@@ -100,18 +101,17 @@ class CpuStorage:
 
     def perturb_reversibly(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb_reversibly`."""
-        from estune.noise import cpu_inplace
+        from estune.noise.cpu_inplace import Patches
+        from estune.weights.passes import perturb_reversibly
 
-        if any(run.columns for run in self._runs):
-            raise EstuneError(NOT_REVERSIBLE)
-        self._patches = self._patches or [cpu_inplace.Patches() for _ in self._runs]
-        self._each_patched(cpu_inplace.perturb, seed, sigma)
+        self._patches = self._patches or [Patches() for _ in self._runs]
+        self._each_patched(perturb_reversibly, seed, sigma)
 
     def reverse(self, seed: int, sigma: float) -> None:
         """As `Storage.reverse`."""
-        from estune.noise import cpu_inplace
+        from estune.weights.passes import reverse
 
-        self._each_patched(cpu_inplace.restore, seed, sigma)
+        self._each_patched(reverse, seed, sigma)
 
     @property
     def patch_bytes(self) -> int:
@@ -128,21 +128,18 @@ class CpuStorage:
 
     def fingerprint(self) -> int:
         """As `Storage.fingerprint`."""
-        from estune.noise import cpu
+        from estune.weights.passes import fingerprint
 
-        return sum(self.each(lambda r: cpu.fingerprint(r.base, r.key, r.start, r.rows) if r.counted else 0))
+        return sum(self.each(lambda run: fingerprint(run) if run.counted else 0))
 
     def each(self, work: Callable[[Run], T]) -> list[T]:
         """Do work on each run, spread over the threads; return the results, in order."""
         return list(map(work, self._runs) if self._threads is None else self._threads.map(work, self._runs))
 
-    def _each_patched(self, kernel: Callable[..., None], seed: int, sigma: float) -> None:
-        def work(pair: tuple[Run, Any]) -> None:
-            run, patches = pair
-            kernel(run.live, patches, seed, run.noise, run.start, sigma * run.scale, run.rows)
-
-        pairs = zip(self._runs, self._patches, strict=True)
-        list(map(work, pairs) if self._threads is None else self._threads.map(work, pairs))
+    def _each_patched(self, work: Callable[[Run, Any, int, float], None], seed: int, sigma: float) -> None:
+        """Do work on each run and its patches, with a seed and a sigma, spread over the threads."""
+        each = map if self._threads is None else self._threads.map
+        list(each(lambda run, patches: work(run, patches, seed, sigma), self._runs, self._patches))
 
     @staticmethod
     def _live(tensor: Tensor) -> Any:
@@ -414,6 +411,11 @@ def flat(tensor: Tensor) -> Tensor:
             "one"
         )
     return tensor.detach().view(-1)
+
+
+def _on_cpu(base: Tensor | SplitBase) -> Any:
+    """A base as the CPU's passes take it."""
+    return base if isinstance(base, SplitBase) else as_array(base)
 
 
 def as_array(tensor: Tensor) -> Array:
