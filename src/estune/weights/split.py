@@ -35,7 +35,7 @@ class SplitBase:
     Attributes:
         upper: the bits of the live weights, int16.
         lower: the lower halves, int16.
-        length: elements of a block; only one thread may perturb a block at a time.
+        length: elements of a block, for which ties are noted together.
         start: position of the first element in the whole.
         ties: of each block, by its number, the places of ties that are rounded up, int32, if there are any.
         lock: for changes of them.
@@ -103,12 +103,14 @@ class SplitBase:
         with self.lock:
             for block in self._blocks():
                 first = block * self.length
-                kept = self.ties.pop(block, places[:0].int())
+                kept = self.ties.get(block, places[:0].int())
                 outside = (kept < self.start - first) | (kept >= self.start + len(self) - first)
                 mine = places[(places >= first) & (places < first + self.length)] - first
                 found = torch.cat((kept[outside], mine.int()))
                 if len(found):
-                    self.ties[block] = found
+                    self.ties[block] = found  # at once, as who reads another part of the block takes no lock
+                else:
+                    self.ties.pop(block, None)
 
     def untie(self) -> None:
         """Round ties down, wherever the live weights are: then these and the lower halves tell the base."""
@@ -126,8 +128,9 @@ class SplitBase:
     def _tied(self) -> Iterator[Tensor]:
         """The places, from the first element here on, of ties that are rounded up."""
         for block in self._blocks():
-            if block in self.ties:
-                places = self.ties[block].long() + (block * self.length - self.start)
+            tied = self.ties.get(block)
+            if tied is not None:
+                places = tied.long() + (block * self.length - self.start)
                 yield places[(places >= 0) & (places < len(self))]
 
 
@@ -150,25 +153,37 @@ def whole(base: Tensor | SplitBase) -> Tensor:
 
 
 def join(upper: Tensor, lower: Tensor) -> Tensor:
-    """As `cpu_split.join`, of int16 tensors `[elements]` on any device."""
+    """The float32 weights of these halves, int16 `[elements]`, of which no tie is rounded up."""
     from estune.noise import cpu_split
 
     if upper.device.type == "cpu":
         return torch.from_numpy(cpu_split.join(as_array(upper), as_array(lower)))
+    return join_by_torch(upper, lower)
+
+
+def split(values: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+    """Write the halves of float32 weights; return the places of ties that are rounded up, int64. All `[elements]`."""
+    from estune.noise import cpu_split
+
+    if upper.device.type == "cpu":
+        return torch.from_numpy(cpu_split.split(values.numpy(), as_array(upper), as_array(lower)))
+    return split_by_torch(values, upper, lower)
+
+
+def join_by_torch(upper: Tensor, lower: Tensor) -> Tensor:
+    """As `join`, on any device."""
     below = ((lower.int() + 0x7FFF) & 0xFFFF) - 0x7FFF  # from -0x7fff to 0x8000
     return ((upper.int() << 16) + below).view(torch.float32)
 
 
-def split(whole: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
-    """As `cpu_split.split`, of tensors on any device, int16 the halves; the places are int64."""
-    from estune.noise import cpu_split
+def split_by_torch(values: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+    """As `split`, on any device."""
+    from estune.noise.cpu_split import TIED_BITS, TIED_UP
 
-    if upper.device.type == "cpu":
-        return torch.from_numpy(cpu_split.split(whole.numpy(), as_array(upper), as_array(lower)))
-    bits = whole.view(torch.int32)
+    bits = values.view(torch.int32)
     upper.copy_((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
     lower.copy_(bits)
-    return ((bits & cpu_split.TIED_BITS) == cpu_split.TIED_UP).nonzero().view(-1)
+    return ((bits & TIED_BITS) == TIED_UP).nonzero().view(-1)
 
 
 def as_array(halves: Tensor) -> Halves:
