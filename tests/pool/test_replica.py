@@ -111,7 +111,7 @@ def test_where_the_base_lies(
 
 
 def test_a_base_nowhere_cannot_be_on_the_host() -> None:
-    with pytest.raises(ValueError, match="weights=inplace keeps nothing that base_device=host could hold"):
+    with pytest.raises(ValueError, match="weights=inplace keeps no base that base_device=host could hold"):
         Config(weights="inplace", base_device="host")
 
 

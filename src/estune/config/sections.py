@@ -202,7 +202,7 @@ class Weights(Section):
     @model_validator(mode="after")
     def _check_base(self) -> Weights:
         if not POLICIES[self.weights].keeps_base and self.base_device == "host":
-            raise ValueError(f"weights={self.weights} keeps nothing that base_device=host could hold: leave out one")
+            raise ValueError(f"weights={self.weights} keeps no base that base_device=host could hold: leave out one")
         return self
 
     @model_validator(mode="after")

@@ -224,6 +224,11 @@ POLICIES: dict[str, Policy] = {
 """By the name in settings and journals."""
 
 
+def bits_of(policy: PolicyName) -> PolicyName:
+    """The policy whose bits a run of this one has: another that keeps a base, or itself."""
+    return POLICIES[policy].twin or policy
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What decides the weights of a run to the bit, together with the base checkpoint and the steps."""
