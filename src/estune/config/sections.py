@@ -163,7 +163,7 @@ class Weights(Section):
         "master",
         description="what is kept beside the live weights: float32, a copy, nothing (restores inexactly), or what "
         "subtracting the noise again would not give back (exact_inplace), or of the float32 ones the lower half, for "
-        "bfloat16 weights on a CPU (split_master); int8 and int4 make the layers' matrices "
+        "bfloat16 weights (split_master); int8 and int4 make the layers' matrices "
         "integers, train these as they are and keep nothing (experimental)",
     )
     weights_group_size: Annotated[GroupSize, BeforeValidator(whole)] = Field(

@@ -20,8 +20,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from estune.errors import EstuneError
-
 if TYPE_CHECKING:
     from estune.noise.cpu_split import Halves
 
@@ -73,6 +71,15 @@ class SplitBase:
         """The lower halves of a base on the CPU, uint16 `[elements]`, its own memory."""
         return as_array(self.lower)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both halves."""
+        return len(self) * self.element_size()
+
+    def element_size(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
     def split(self, length: int) -> Iterator[SplitBase]:
         """The same in parts of at most `length` elements."""
         return (self[i : i + length] for i in range(0, len(self), length))
@@ -97,9 +104,9 @@ class SplitBase:
         """As `copy_`, of an array."""
         self.copy_(torch.from_numpy(values))
 
-    def copy_(self, values: Tensor) -> None:
+    def copy_(self, values: Tensor, *, non_blocking: bool = False) -> None:
         """Make these numbers the base, float32 `[elements]`, and the live weights them, rounded to nearest."""
-        places = split(values.to(self.device), self.upper, self.lower) + self.start
+        places = split(values.to(self.device, non_blocking=non_blocking), self.upper, self.lower) + self.start
         with self.lock:
             for block in self._blocks():
                 first = block * self.length
@@ -132,19 +139,6 @@ class SplitBase:
             if tied is not None:
                 places = tied.long() + (block * self.length - self.start)
                 yield places[(places >= 0) & (places < len(self))]
-
-
-def refuse_unsplit(device: torch.device) -> None:
-    """Refuse a device that there are no kernels for.
-
-    Raises:
-        EstuneError: saying what to take.
-    """
-    if device.type != "cpu":
-        raise EstuneError(
-            f"weights=split_master has kernels for the CPU alone, not for {device.type}: set weights=master, or "
-            "weights=exact_inplace"
-        )
 
 
 def whole(base: Tensor | SplitBase) -> Tensor:

@@ -4,6 +4,7 @@
 - `HostStorage`: live weights on a device that we have no kernels for (Apple's MPS), all else on the CPU.
 - `DeviceStorage`: on a CUDA device, all runs in a few launches.
 - `StreamedStorage`: live weights on the device, the base in pinned host memory, passing through buffers on the device.
+- `SplitStorage`: on a CUDA device, with bases in halves (`split.py`).
 
 All give the same bits, because each kernel does, and every element's result depends on its own history alone.
 """
@@ -30,7 +31,7 @@ from estune.noise.rows import Run
 from estune.weights.checkpoint import RUN_LENGTH, narrow
 from estune.weights.device import device_kernels
 from estune.weights.policies import TYPE_NAMES
-from estune.weights.split import SplitBase
+from estune.weights.split import SplitBase, whole
 
 STREAMED_LENGTH = 8 << 20  # elements that pass through a buffer at a time: 32 MiB of float32
 BUFFERS = 2  # one is filled while the other is worked on
@@ -228,20 +229,24 @@ class DeviceStorage:
         from estune.noise.gpu_inplace import Reversible
 
         with self._on_device():
-            self._reversible = self._reversible or [Reversible(batch) for batch in self._batches]
-            for batch, reversible in zip(self._batches, self._reversible, strict=True):
-                reversible.perturb(seed, sigma * _scale(batch))
+            self._reversible = self._reversible or [Reversible(batch) for batch in self._in_place()]
+            for reversible in self._reversible:
+                reversible.perturb(seed, sigma * _scale(reversible))
 
     def reverse(self, seed: int, sigma: float) -> None:
         """As `Storage.reverse`."""
         with self._on_device():
-            for batch, reversible in zip(self._batches, self._reversible, strict=True):
-                reversible.restore(seed, sigma * _scale(batch))
+            for reversible in self._reversible:
+                reversible.restore(seed, sigma * _scale(reversible))
 
     @property
     def patch_bytes(self) -> int:
         """As `Storage.patch_bytes`."""
         return sum(batch.nbytes for batch in self._reversible)
+
+    def _in_place(self) -> list[Any]:
+        """The batches that members perturb in place."""
+        return self._batches
 
     def update(self, update: Update, rounding: str) -> None:
         """As `Storage.update`."""
@@ -310,7 +315,7 @@ class StreamedStorage(DeviceStorage):
             for batch, bases, stream in zip(self._batches, self._bases, streams, strict=False):
                 with self._streams.stream(stream):
                     for run, base in zip(batch.runs, bases, strict=True):
-                        run.base.copy_(base, non_blocking=True)
+                        run.base.copy_(whole(base), non_blocking=True)
                     work(batch)
                     if changes_base:
                         for run, base in zip(batch.runs, bases, strict=True):
@@ -318,6 +323,27 @@ class StreamedStorage(DeviceStorage):
             for stream, _ in self.buffers:
                 current.wait_stream(stream)
             self._streams.synchronize()  # the host may read or write the base from here on
+
+
+class SplitStorage(StreamedStorage):
+    """On a device, with bases in halves, which are put together in the buffers."""
+
+    def perturb_reversibly(self, seed: int, sigma: float) -> None:
+        """As `Storage.perturb_reversibly`."""
+        for run in self._runs:
+            run.base.untie()
+        super().perturb_reversibly(seed, sigma)
+
+    def reverse(self, seed: int, sigma: float) -> None:
+        """As `Storage.reverse`."""
+        super().reverse(seed, sigma)
+        for run in self._runs:
+            run.base.tie()
+
+    def _in_place(self) -> list[Any]:
+        """The batches that members perturb in place, with the lower halves in the base's place."""
+        halves = [replace(run, base=run.base.lower) for run in self._runs]
+        return [device_kernels().Batch(alike) for alike in _by_scale(halves)]
 
 
 def _by_scale(runs: Sequence[Run]) -> list[list[Run]]:
@@ -371,6 +397,8 @@ def open_storage(runs: Sequence[Run], threads: int) -> Storage:
         return CpuStorage(runs, threads)
     if base == "cpu" and live != "cuda":
         return HostStorage(runs, threads)
+    if isinstance(runs[0].base, SplitBase):
+        return SplitStorage(runs)
     return DeviceStorage(runs) if base == live else StreamedStorage(runs)
 
 

@@ -27,7 +27,7 @@ from estune.weights.moments import MomentTensors
 from estune.weights.parameters import Parameter, own_parameters
 from estune.weights.places import put_together, stretches
 from estune.weights.policies import POLICIES, NoiseMode, Perturbation, PolicyName, Rounding, Rule
-from estune.weights.split import SplitBase, refuse_unsplit, whole
+from estune.weights.split import SplitBase, whole
 from estune.weights.storage import CpuStorage, Storage, as_array, flat, open_storage, sums_of_squares, type_name
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
@@ -82,7 +82,6 @@ class Weights:
         """How the base is kept and changed."""
         self._base: list[Any] = live  # tensors, or each a `SplitBase`
         if self._policy.splits_base:
-            refuse_unsplit(live[0].device)
             self._base = [SplitBase.of(t, RUN_LENGTH) for t in live]
         elif self._policy.keeps_base:
             self._base = make_base(live, getattr(torch, self.rule.dtype), on_host=base_on_host, share=share)
