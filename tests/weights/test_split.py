@@ -127,6 +127,21 @@ def test_what_is_saved_and_how_far_it_is_are_those_of_master(checkpoint: Checkpo
     assert both[0].change(checkpoint)[0] > 0
 
 
+def test_a_base_that_was_kept_is_brought_back(checkpoint: Checkpoint) -> None:
+    both = [opened(checkpoint, policy) for policy in BOTH]
+    for weights in both:
+        weights.perturb(Member(1), 0.01)
+        weights.keep("before", 1)
+        before = weights.fingerprint()
+        weights.apply(Update(0, (Member(3),), (0.25,)))
+        weights.perturb(Member(2), 0.01)
+        assert weights.bring("before")
+        assert weights.fingerprint() == before
+        weights.restore()
+    assert both[0].fingerprint() == both[1].fingerprint()
+    assert same(*both)
+
+
 def test_pieces_of_a_tensor_have_the_bits_of_the_whole(checkpoint: Checkpoint) -> None:
     whole = opened(checkpoint, "split_master")
     source = tensors()["b.weight"].bfloat16()

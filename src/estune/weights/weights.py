@@ -253,10 +253,11 @@ class Weights:
         while self._kept and len(self._kept) >= most:
             del self._kept[next(iter(self._kept))]
         if most > 0:
-            self._kept[name] = copy or [base.to("cpu", copy=True) for base in self._base]
+            self._kept[name] = copy or [whole(base).to("cpu", copy=True) for base in self._base]
 
     def bring(self, name: str) -> bool:
         """Make the copy of this name the base; return whether there is one."""
+        self._settle()
         for base, kept in zip(self._base, self._kept.get(name, []), strict=False):
             base.copy_(kept)
             self._moments = None
