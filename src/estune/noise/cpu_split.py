@@ -40,6 +40,15 @@ def _split(whole, upper, lower):
     return tied
 
 
+@jit
+def _find(whole, places):
+    found = 0
+    for i in range(whole.size):
+        if (np.float32(whole[i]).view(np.uint32) & np.uint32(TIED_BITS)) == np.uint32(TIED_UP):
+            places[found] = i
+            found += 1
+
+
 def join(upper: Halves, lower: Halves) -> Floats:
     """The float32 weights of these halves, `[elements]`, of which no tie is rounded up."""
     whole = np.empty(upper.size, np.float32)
@@ -49,5 +58,7 @@ def join(upper: Halves, lower: Halves) -> Floats:
 
 def split(whole: Floats, upper: Halves, lower: Halves) -> npt.NDArray[np.intp]:
     """Write the halves of float32 weights; return the places of ties that are rounded up. All `[elements]`."""
-    tied = _split(whole, upper, lower)
-    return np.flatnonzero((whole.view(np.uint32) & TIED_BITS) == TIED_UP) if tied else np.empty(0, np.intp)
+    places = np.empty(_split(whole, upper, lower), np.intp)
+    if places.size:
+        _find(whole, places)
+    return places
