@@ -64,12 +64,13 @@ KERNELS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
 ]
 _WORDS = {"words": "*u16", "used": "*i64", "starts": "*i64", "counts": "*i32"}
 _IN_PLACE: list[dict[str, Any]] = [
-    {"TYPE": _BRAIN, "BITS": tl.uint16},
-    {"TYPE": _FLOAT, "BITS": tl.uint32},
+    {"TYPE": _BRAIN, "BITS": tl.uint16, "SPLIT": False},
+    {"TYPE": _FLOAT, "BITS": tl.uint32, "SPLIT": False},
+    {"TYPE": _BRAIN, "BITS": tl.uint16, "SPLIT": True},
 ]
 KERNELS_IN_PLACE = [
     *_each_kind("_perturb", _WORDS, *_IN_PLACE),
-    *_each_kind("_subtract", _WORDS, {"TYPE": _BRAIN}),
+    *_each_kind("_subtract", _WORDS, *({"TYPE": _BRAIN, "SPLIT": split} for split in (False, True))),
     *_each_kind("_patch", _WORDS, {"BITS": tl.uint16}),
 ]
 FORBIDDEN = re.compile(r"\bfma\.|\bmad\.\w+\.f32|\.ftz\b|\.approx\b")

@@ -128,6 +128,10 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
         (["vllm_max_model_length=100", "max_new_tokens=100"], "100 is to hold a prompt and max_new_tokens 100"),
         (["device=mps", "workers=2"], "leave out workers and engine=vllm"),
         (["device=mps", "engine=vllm"], "leave out workers and engine=vllm"),
+        (["weights=split_master", "dtype=float32"], "not in float32: set dtype=bfloat16, or weights=exact_inplace"),
+        (["weights=split_master", "dtype=float16"], "not in float16: set dtype=bfloat16, or weights=master"),
+        (["weights=split_master", "adam=true"], "weights must be master"),
+        (["weights=split_master", "base_device=host"], "keeps no base that base_device=host could hold"),
         (["device=mps", "weights=exact_inplace"], "set weights=copy or master"),
         (["ray_address=auto"], "say how many"),
         (["task=chess"], "task.*countdown"),
@@ -148,6 +152,7 @@ def test_mistakes_are_one_clear_line(overrides: list[str], message: str) -> None
 def test_exact_in_place_rounds_stochastically_unless_told() -> None:
     assert load(None, ["weights=exact_inplace"]).rounding == "stochastic"
     assert load(None, ["weights=exact_inplace", "rounding=nearest"]).rounding == "nearest"
+    assert load(None, ["weights=split_master"]).rounding == "nearest"
     assert load(None, ["weights=copy"]).rounding == "nearest"
 
 

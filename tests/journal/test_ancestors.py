@@ -22,6 +22,19 @@ def run(folder: Path, model: Path, **changes: object) -> Journal:
     return Journal.read(folder)
 
 
+def test_a_run_goes_on_from_one_whose_weights_were_kept_in_another_way_with_the_same_bits(
+    model: Path, tmp_path: Path
+) -> None:
+    first = run(tmp_path / "a", model, steps=1, weights="split_master", dtype="bfloat16")
+    options: dict[str, object] = {"dtype": "bfloat16", "steps": 1, "start_from": tmp_path / "a"}
+    second = run(tmp_path / "b", model, weights="master", **options)
+    assert second.header.fingerprint == first.fingerprint()
+    third = run(tmp_path / "c", model, **{**options, "weights": "split_master", "start_from": tmp_path / "b"})
+    assert third.header.fingerprint == second.fingerprint()
+    with pytest.raises(EstuneError, match="was run with weights=split_master, found copy: set weights=split_master"):
+        run(tmp_path / "d", model, weights="copy", **options)
+
+
 @pytest.mark.parametrize("weights", ["master", "exact_inplace", "inplace"])
 def test_a_chain_replays_and_resumes_without_its_ancestors_folders(model: Path, tmp_path: Path, weights: str) -> None:
     changes = {"weights": weights, "dtype": "bfloat16"}

@@ -87,7 +87,8 @@ def test_every_field_of_another_type_is_refused_by_name_or_does_no_harm(tmp_path
             0,
             "policy",
             "other",
-            "policy: Input should be 'master', 'copy', 'inplace', 'exact_inplace', 'int8' or 'int4', found 'other'",
+            "policy: Input should be 'master', 'copy', 'inplace', 'exact_inplace', 'split_master', 'int8' or 'int4', "
+            "found 'other'",
         ),
         (0, "tensors", {"a": [3]}, "tensors.a.0: Input should be a valid string, found 3"),
         (0, "fingerprint", "xyz", "fingerprint: String should match"),

@@ -27,7 +27,7 @@ def run(model: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("weights", ["master", "exact_inplace", "inplace"])
+@pytest.mark.parametrize("weights", ["master", "split_master", "exact_inplace", "inplace"])
 def test_all_that_was_recorded_is_compared(model: Path, tmp_path: Path, weights: str) -> None:
     changes = {"weights": weights, "dtype": "bfloat16", "rounding": "stochastic", "save_steps": 2}
     train(tmp_path / "a", model, steps=2, **changes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from estune.config import Config
 from estune.errors import EstuneError
@@ -110,8 +112,19 @@ def test_where_the_base_lies(
     assert wants_base_on_host(engine, config, [Parameter("w", weight)]) is on_host
 
 
+def test_halves_are_those_of_a_checkpoint_in_bfloat16_and_others_are_refused(tmp_path: Path, model: Path) -> None:
+    halves = shutil.copytree(model, tmp_path / "halves")
+    AutoModelForCausalLM.from_pretrained(model).bfloat16().save_pretrained(halves)
+    found = with_resources(make_config(tmp_path / "run", halves, weights="split_master", device="cpu"))
+    assert found.dtype == "bfloat16"
+    assert Replica(found).weights.rule.how.name == "split_master"
+    whole = with_resources(make_config(tmp_path / "run", model, weights="split_master", device="cpu"))
+    with pytest.raises(EstuneError, match="not in float32: set dtype=bfloat16, or weights=exact_inplace"):
+        Replica(whole)
+
+
 def test_a_base_nowhere_cannot_be_on_the_host() -> None:
-    with pytest.raises(ValueError, match="weights=inplace keeps nothing that base_device=host could hold"):
+    with pytest.raises(ValueError, match="weights=inplace keeps no base that base_device=host could hold"):
         Config(weights="inplace", base_device="host")
 
 

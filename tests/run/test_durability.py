@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ from estune.run.trainer import Trainer
 from tests.disks import Disk
 from tests.kills import broken_promises, differences, killed_at, power_cut_at
 from tests.models import save_model
-from tests.runs import make_config, make_task
+from tests.runs import make_config, make_task, substance
 
 
 def config(output: Path, model: Path) -> Config:
@@ -82,6 +83,19 @@ def test_killed_while_it_goes_on(model: Path, whole: tuple[Path, list[str]], tmp
         assert killed_at(event, run) is None
     killed_at(None, run)
     assert not differences(tmp_path / "run", left_alone)
+
+
+def test_killed_with_weights_in_halves(model: Path, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """What they are then follows from the journal, as with weights that keep a base."""
+    options: Any = {"dtype": "bfloat16", "steps": 3, "save_steps": 2}
+    killed_at(None, make_config(tmp_path / "whole" / "run", model, weights="master", **options))
+    run = make_config(tmp_path / "run", model, weights="split_master", **options)
+    assert killed_at(number(whole[1], "fsync journal.jsonl", -2), run) is None
+    killed_at(None, run)
+    one, other = (Journal.read(tmp_path / place) for place in ("whole/run", "run"))
+    assert [substance(step) for step in one.steps] == [substance(step) for step in other.steps]
+    assert len(one.steps) == 3
+    assert verify(tmp_path / "run").fingerprints == 4
 
 
 @pytest.fixture

@@ -113,25 +113,29 @@ GUIDED = {"momentum": 0.0, "guided_share": 0.5, "guided_window": 2, "noise": "ii
 MOMENTS = {"momentum": 0.0, "adam": True, "save_steps": 2, "noise": "iid"}
 
 
-@pytest.mark.parametrize("weights", ["inplace", "exact_inplace"])
+@pytest.mark.parametrize("weights", ["inplace", "exact_inplace", "split_master"])
 def test_rank_one_noise_of_weights_without_a_base_replays_and_resumes(
     model: Path, tmp_path: Path, weights: str
 ) -> None:
     """In place, what each member leaves behind is part of the run, and so none may be decoded without perturbing."""
-    fingerprints = train(tmp_path / "run", model, noise="rank1", weights=weights)
+    dtype = "bfloat16" if weights == "split_master" else "auto"
+    fingerprints = train(tmp_path / "run", model, noise="rank1", weights=weights, dtype=dtype)
     assert replay(tmp_path / "run", tmp_path / "replayed") == fingerprints[-1]
     cut(tmp_path / "run", tmp_path / "cut", 2)
     Trainer.resume(tmp_path / "cut", task=make_task(), monitors=[]).train()
     assert [record.fingerprint for record in Journal.read(tmp_path / "cut").steps] == fingerprints
 
 
-def test_rank_one_noise_that_could_not_be_taken_back_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weights", "twin"), [("exact_inplace", "copy"), ("split_master", "master")])
+def test_rank_one_noise_that_could_not_be_taken_back_is_refused_before_anything_is_written(
+    tmp_path: Path, weights: str, twin: str
+) -> None:
     """Norms of queries and keys make members be decoded one by one; so do rollouts."""
-    changes = {"noise": "rank1", "weights": "exact_inplace"}
+    changes: Any = {"noise": "rank1", "weights": weights, "dtype": "bfloat16"}
     qwen3 = save_model(tmp_path / "qwen3", "qwen3", **FUSABLE)
     played = make_task(rollout=Rollout("function", print))
     for base, task in ((qwen3, make_task()), (save_model(tmp_path / "llama", **FUSABLE), played)):
-        with pytest.raises(EstuneError, match="weights=exact_inplace can take noise=rank1 where members are decoded"):
+        with pytest.raises(EstuneError, match=f"{weights} can take noise=rank1 where .*: set weights={twin} or noise"):
             Trainer(make_config(tmp_path / "run", base, **changes), task=task, monitors=[])
         assert not (tmp_path / "run").exists()
 

@@ -86,17 +86,23 @@ def test_the_number_of_replicas_changes_nothing(model: Path, tmp_path: Path, set
         )
 
 
-def test_exact_in_place_takes_the_steps_of_a_copy(model: Path, tmp_path: Path) -> None:
-    options: Any = {"dtype": "bfloat16", "rounding": "stochastic", "save_steps": 2}
-    run(make_config(tmp_path / "copy", model, weights="copy", **options))
+@pytest.mark.parametrize(
+    ("weights", "twin", "rounding"), [("exact_inplace", "copy", "stochastic"), ("split_master", "master", "nearest")]
+)
+def test_weights_that_are_taken_back_take_the_steps_of_those_with_a_base(
+    model: Path, tmp_path: Path, weights: str, twin: str, rounding: str
+) -> None:
+    options: Any = {"dtype": "bfloat16", "rounding": rounding, "save_steps": 2}
+    run(make_config(tmp_path / "twin", model, weights=twin, **options))
     for replicas in (1, 2):
         folder = tmp_path / str(replicas)
-        run(make_config(folder, model, weights="exact_inplace", replicas=replicas, steps=2, **options))
+        run(make_config(folder, model, weights=weights, replicas=replicas, steps=2, **options))
         Trainer.resume(folder, steps=4, task=make_task(), monitors=[]).train()
-        a, b = Journal.read(tmp_path / "copy"), Journal.read(folder)
+        a, b = Journal.read(tmp_path / "twin"), Journal.read(folder)
+        assert a.header.fingerprint == b.header.fingerprint
         assert [substance(record) for record in a.steps] == [substance(record) for record in b.steps]
         for name in ("final", "best", "checkpoint-2"):
-            one, other = (run / name / "model.safetensors" for run in (tmp_path / "copy", folder))
+            one, other = (run / name / "model.safetensors" for run in (tmp_path / "twin", folder))
             assert one.read_bytes() == other.read_bytes()
 
 
@@ -107,10 +113,11 @@ def test_exact_in_place_takes_the_steps_of_a_copy(model: Path, tmp_path: Path) -
         {"weights": "copy", "dtype": "bfloat16", "rounding": "stochastic"},
         {"weights": "inplace", "dtype": "bfloat16"},
         {"weights": "exact_inplace", "dtype": "bfloat16", "rounding": "stochastic", "weight_decay": 0.1},
+        {"weights": "split_master", "dtype": "bfloat16", "weight_decay": 0.1, "anchor_decay": 0.2},
         {"weights": "master", "dtype": "bfloat16", "noise": "correlated", "weight_decay": 0.1, "mirrored": True},
         {"train_parameters": "*.mlp.*"},
     ],
-    ids=["master", "copy", "inplace", "exact_inplace", "correlated", "frozen"],
+    ids=["master", "copy", "inplace", "exact_inplace", "split_master", "correlated", "frozen"],
 )
 def test_replay_gives_the_trained_weights(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     run(make_config(tmp_path / "run", model, save_steps=2, **settings))

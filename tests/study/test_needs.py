@@ -43,6 +43,24 @@ def test_patches_take_what_is_counted_for_them_at_most() -> None:
     assert weights.storage.patch_bytes < estimated["base (weights=exact_inplace)"] == 4 * weights.elements // 8
 
 
+def test_halves_and_patches_take_what_is_counted_for_them_at_most() -> None:
+    weights = Replica(Config(device="cpu", weights="split_master", dtype="bfloat16", replicas=1, threads=1)).weights
+    assert isinstance(weights, Weights)
+    weights.perturb(Member(5), 0.001)
+    estimated = amounts(memory(read_shape("tiny"), make_work(policy="split_master"), FAST, 1024))
+    counted = estimated["base (weights=split_master)"]
+    assert counted == 2 * weights.elements + 2 * weights.elements // 8
+    assert weights.storage.patch_bytes < counted - sum(base.lower.nbytes for base in weights._base) < counted / 8
+
+
+def test_halves_are_offered_where_weights_generate_in_bfloat16() -> None:
+    for dtype, offered in (("bfloat16", True), ("float32", False)):
+        found = {choice.name: choice.needed for choice in choices(ROUND, make_work(dtype=dtype), FAST, 100)}
+        assert ("weights=split_master" in found) is offered
+        if offered:
+            assert found["weights=split_master"] == found["weights=inplace"] + 2e9 + 2e9 / 8
+
+
 def test_cache_is_that_of_a_real_forward() -> None:
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED["tiny"], dtype=torch.float32)
     with torch.inference_mode():

@@ -30,7 +30,7 @@ from estune.config.sections import (
 from estune.config.values import Section
 from estune.errors import EstuneError
 from estune.tasks import DEFAULT, KINDS
-from estune.weights.policies import POLICIES
+from estune.weights.policies import POLICIES, bits_of
 
 RESUMABLE = (
     *("steps", "model", "trust_remote_code", "workers", "workers_per_gpu", "ray_address", "worker_timeout"),
@@ -147,10 +147,17 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         return self
 
     @model_validator(mode="after")
+    def _check_dtype(self) -> Config:
+        why = None if self.dtype == "auto" else POLICIES[self.weights].unfit([self.dtype])
+        if why is not None:
+            raise ValueError(why)
+        return self
+
+    @model_validator(mode="after")
     def _check_search(self) -> Config:
         if self.samples_per_prompt > 1 and not self.temperature:
             raise ValueError(f"samples_per_prompt {self.samples_per_prompt} would be alike: set temperature, 1 say")
-        if (self.anchor_decay or self.anchor_l1) and self.weights != "master":
+        if (self.anchor_decay or self.anchor_l1) and bits_of(self.weights) != "master":
             raise ValueError(f"weights={self.weights} would round anchor_decay and anchor_l1 away: set weights=master")
         if self.adam and (self.weights != "master" or self.momentum or self.workers_at):
             raise ValueError(

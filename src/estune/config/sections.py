@@ -162,7 +162,8 @@ class Weights(Section):
     weights: PolicyName = Field(
         "master",
         description="what is kept beside the live weights: float32, a copy, nothing (restores inexactly), or what "
-        "subtracting the noise again would not give back (exact_inplace); int8 and int4 make the layers' matrices "
+        "subtracting the noise again would not give back (exact_inplace), or of the float32 ones the lower half, for "
+        "bfloat16 weights (split_master); int8 and int4 make the layers' matrices "
         "integers, train these as they are and keep nothing (experimental)",
     )
     weights_group_size: Annotated[GroupSize, BeforeValidator(whole)] = Field(
@@ -201,7 +202,7 @@ class Weights(Section):
     @model_validator(mode="after")
     def _check_base(self) -> Weights:
         if not POLICIES[self.weights].keeps_base and self.base_device == "host":
-            raise ValueError(f"weights={self.weights} keeps nothing that base_device=host could hold: leave out one")
+            raise ValueError(f"weights={self.weights} keeps no base that base_device=host could hold: leave out one")
         return self
 
     @model_validator(mode="after")

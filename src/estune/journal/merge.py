@@ -23,6 +23,7 @@ from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.records import FORMAT, Header, StepRecord
 from estune.journal.replay import rebuild
 from estune.versions import packages
+from estune.weights.policies import bits_of
 from estune.weights.rebuild import Steps, Told, is_anchored, unheard
 
 
@@ -122,7 +123,7 @@ def _refuse_other(one: Journal, other: Journal) -> None:
         ("noise is", a.noise, b.noise),
         ("scales of noise are", a.scales, b.scales),
         ("rounding is", a.rounding, b.rounding),
-        ("weights are kept by", a.policy, b.policy),
+        ("weights are kept by", bits_of(a.policy), bits_of(b.policy)),
     ):
         if here != there:
             raise EstuneError(

@@ -4,6 +4,11 @@ Subtracting the noise that was added gives back most weights. For the others the
 where they are and how far off the subtraction will be; they are made while the noise is added, as both results are
 known then.
 
+Weights in bfloat16 can be the upper halves of float32 weights, of which the lower halves lie beside them and never
+change while members come and go (`weights/split.py`). A member then overwrites the upper half with the perturbed
+weight, and what takes it back is found from that, the noise and the lower half: numbers with one lower half are as far
+apart as the perturbed weight is uncertain, so that as a rule one alone fits.
+
 The patches of a run are one stream of 16-bit words. For every `PATCHED` weights or less there is a word that counts
 their patches, and then these: the weight's place among them, shifted by 5, and what is to be added to the bits that
 subtracting gives, -15 to 15, plus 16. If that is not enough, as for a weight far smaller than its noise, the low five
@@ -20,6 +25,7 @@ from numba import types
 from numba.extending import overload
 
 from estune.noise.cpu import CHUNK, Weights, jit, narrow, normals, stored, stretch, widen
+from estune.noise.cpu_split import HALFWAY, Halves
 from estune.noise.rows import Rows
 
 PATCHED = 2048  # weights that a place of 11 bits tells apart
@@ -32,6 +38,7 @@ _BIAS = np.int32(FURTHEST + 1)
 _FAR = np.uint8(1 << PLACE_SHIFT)  # a code of which the low bits are 0
 _ANY_FAR = np.uint64(0x2020202020202020)
 _CODE = np.uint16((1 << PLACE_SHIFT) - 1)
+_HALFWAY = np.uint32(HALFWAY)
 
 
 def _bits(weight):
@@ -40,6 +47,18 @@ def _bits(weight):
 
 def _from_bits(bits, like):
     """The weight, in the stored type of `like`, of these bits."""
+
+
+def _part(lower, first, end):
+    """The lower halves of some weights; None where there are none."""
+
+
+def _whole(weights, lower, i):
+    """Weight i in float32, with its lower half if it has one."""
+
+
+def _guess(perturbed, change, weights, lower, i):
+    """What weight i was stored as, as far as the perturbed weight, the change and a lower half tell."""
 
 
 @overload(_bits, inline="always")
@@ -58,16 +77,50 @@ def _from_bits_for(bits, like):
     return lambda bits, like: np.uint16(bits)
 
 
+@overload(_part, inline="always")
+def _part_for(lower, first, end):
+    if lower == types.none:
+        return lambda lower, first, end: None
+    return lambda lower, first, end: lower[first:end]
+
+
+@overload(_whole, inline="always")
+def _whole_for(weights, lower, i):
+    if lower == types.none:
+        return lambda weights, lower, i: widen(weights[i])
+
+    def joined(weights, lower, i):
+        low = np.uint32(lower[i])
+        high = np.uint32(np.uint32(weights[i]) - np.uint32(low > _HALFWAY))
+        return np.uint32(np.uint32(high << np.uint32(16)) | low).view(np.float32)
+
+    return joined
+
+
+@overload(_guess, inline="always")
+def _guess_for(perturbed, change, weights, lower, i):
+    if lower == types.none:
+        return lambda perturbed, change, weights, lower, i: narrow(widen(perturbed) - change, weights[i])
+
+    def nearest(perturbed, change, weights, lower, i):
+        low = np.uint32(lower[i])
+        bits = np.float32(widen(perturbed) - change).view(np.uint32)
+        high = np.uint32(np.uint32(bits - low) + _HALFWAY) >> np.uint32(16)
+        return np.uint16(high + np.uint32(low > _HALFWAY))
+
+    return nearest
+
+
 @jit
-def _add(weights, noise, sigma, perturbed, codes):
+def _add(weights, lower, noise, sigma, perturbed, codes):
     """Write the perturbed weights and, of those that subtracting would not give back, a code; return the words needed.
 
     A code is the low five bits of a patch's word, or `_FAR`; 0 is none.
     """
     for i in range(noise.size):
         change = sigma * noise[i]
-        new = narrow(widen(weights[i]) + change, weights[i])
-        back = narrow(widen(new) - change, weights[i])
+        new = narrow(_whole(weights, lower, i) + change, weights[i])
+        back = _guess(new, change, weights, lower, i)
         off = np.int32(_bits(weights[i]) - _bits(back))
         near = np.uint32(off + FURTHEST) <= np.uint32(2 * FURTHEST)
         code = np.uint8(off + _BIAS) if near else _FAR
@@ -122,7 +175,7 @@ def _patch(weights, words, used):
 
 
 @jit
-def _perturb(live, seed, tensor, start, sigma, width, pitch, skip, done, used, words):
+def _perturb(live, lower, seed, tensor, start, sigma, width, pitch, skip, done, used, words):
     """Perturb from element `done` on, with `used` words written, until all is done or the next words have no room.
 
     Returns:
@@ -141,7 +194,7 @@ def _perturb(live, seed, tensor, start, sigma, width, pitch, skip, done, used, w
         normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
         noise = flat[first - 4 * block : min(first + length - 4 * block, 4 * n)]
         weights = live[done : done + noise.size]
-        needed = _add(weights, noise, sigma, perturbed, codes) + 1
+        needed = _add(weights, _part(lower, done, done + noise.size), noise, sigma, perturbed, codes) + 1
         if used + needed > words.size:
             return done, used, needed
         codes[noise.size : noise.size + GROUP] = 0
@@ -153,7 +206,7 @@ def _perturb(live, seed, tensor, start, sigma, width, pitch, skip, done, used, w
 
 
 @jit
-def _restore(live, seed, tensor, start, sigma, width, pitch, skip, words):
+def _restore(live, lower, seed, tensor, start, sigma, width, pitch, skip, words):
     scratch = np.empty((4, CHUNK), np.uint32)
     planes = np.empty((5, CHUNK), np.float32)
     flat = np.empty(4 * CHUNK, np.float32)
@@ -168,8 +221,9 @@ def _restore(live, seed, tensor, start, sigma, width, pitch, skip, words):
         normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
         noise = flat[first - 4 * block : min(first + length - 4 * block, 4 * n)]
         weights = live[done : done + noise.size]
+        low = _part(lower, done, done + noise.size)
         for i in range(noise.size):
-            restored[i] = narrow(widen(weights[i]) - sigma * noise[i], weights[i])
+            restored[i] = _guess(weights[i], sigma * noise[i], weights, low, i)
         for i in range(0, noise.size, PATCHED):
             used = _patch(restored[i : i + PATCHED], words, used)
         weights[:] = restored[: noise.size]
@@ -189,7 +243,14 @@ class Patches:
 
 
 def perturb(
-    live: Weights, patches: Patches, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None = None
+    live: Weights,
+    patches: Patches,
+    seed: int,
+    tensor: int,
+    start: int,
+    sigma: float,
+    rows: Rows | None = None,
+    lower: Halves | None = None,
 ) -> None:
     """Add `sigma * noise(seed)` to one run, as `cpu.perturb` in place does, and note what `restore` needs.
 
@@ -197,24 +258,33 @@ def perturb(
         live: the run, `[elements]`.
         patches: of this run; those that it has are forgotten.
         seed, tensor, start, sigma, rows: as `cpu.perturb` takes them.
+        lower: the lower halves, `[elements]`, of float32 weights that bfloat16 ones in `live` are the upper halves of,
+            one more where the lower half is more than 0x8000; the perturbed weights are then these, rounded once.
     """
     weights = stored(live)
     key = _key(live, seed, tensor, start, sigma, rows)
-    done, used, needed = _perturb(weights, *key, 0, 0, patches.words)
+    done, used, needed = _perturb(weights, lower, *key, 0, 0, patches.words)
     while needed:
         # Room for all, if the rest is like the beginning; where that was too little, it is asked for again.
         expected = (used + needed) * live.size // min(done + 4 * CHUNK, live.size)
         grown = np.empty(int(expected * (1 + ROOM)) + needed, np.uint16)
         grown[:used] = patches.words[:used]
         patches.words = grown
-        done, used, needed = _perturb(weights, *key, done, used, grown)
+        done, used, needed = _perturb(weights, lower, *key, done, used, grown)
 
 
 def restore(
-    live: Weights, patches: Patches, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None = None
+    live: Weights,
+    patches: Patches,
+    seed: int,
+    tensor: int,
+    start: int,
+    sigma: float,
+    rows: Rows | None = None,
+    lower: Halves | None = None,
 ) -> None:
     """Take back the `perturb` of these arguments: every weight of the run has the bits that it had before."""
-    _restore(stored(live), *_key(live, seed, tensor, start, sigma, rows), patches.words)
+    _restore(stored(live), lower, *_key(live, seed, tensor, start, sigma, rows), patches.words)
 
 
 def _key(live: Weights, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None) -> tuple[Any, ...]:

@@ -15,19 +15,21 @@ import triton
 import triton.language as tl
 
 from estune.noise import cpu_inplace as cpu
-from estune.noise.gpu import _TYPES, LIVE, Batch, _kernel, _narrow, _normals, _places, _pointer, _run
+from estune.noise import cpu_split
+from estune.noise.gpu import _TYPES, BASE, LIVE, Batch, _kernel, _Launch, _narrow, _normals, _places, _pointer, _run
 from estune.noise.gpu import NOISE as NOISE_KEY
 
 SHIFT = tl.constexpr(cpu.PLACE_SHIFT)
 CODE = tl.constexpr((1 << cpu.PLACE_SHIFT) - 1)
 FURTHEST = tl.constexpr(cpu.FURTHEST)
+HALFWAY = tl.constexpr(cpu_split.HALFWAY)
 EXPECTED = 1 / 32  # patches of a weight, for which there is room to begin with
 
 
 @_kernel
 def _perturb(
     table, owners, words, capacity: tl.int64, used, starts, counts, seed: tl.uint64, sigma: tl.float32,
-    TYPE: tl.constexpr, BITS: tl.constexpr,
+    TYPE: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr,
     PITCHED: tl.constexpr, ALIGNED: tl.constexpr, COUNT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     run, first, steps = _run(table, owners, COUNT, STEPS, PITCHED)
@@ -37,8 +39,9 @@ def _perturb(
         low, high, place, at, inside = _places(run, first + step * COUNT, PITCHED, ALIGNED, COUNT)
         weights = tl.load(live + place + at, mask=inside, other=0)
         change = _normals(seed, noise, low, high) * sigma
-        perturbed = _narrow(weights.to(tl.float32) + change, TYPE)
-        back = _narrow(perturbed.to(tl.float32) - change, TYPE)
+        half = _lower(run, place + at, inside, SPLIT, ALIGNED)
+        perturbed = _narrow(_whole(weights, half, SPLIT) + change, TYPE)
+        back = _guess(perturbed.to(tl.float32) - change, half, TYPE, SPLIT)
         bits = _bits(weights, BITS)
         off = bits - _bits(back, BITS)
         kept = _flat(tl.where(inside & (off != 0), 1, 0), COUNT)
@@ -67,7 +70,7 @@ def _perturb(
 
 @_kernel
 def _subtract(
-    table, owners, starts, seed: tl.uint64, sigma: tl.float32, TYPE: tl.constexpr,
+    table, owners, starts, seed: tl.uint64, sigma: tl.float32, TYPE: tl.constexpr, SPLIT: tl.constexpr,
     PITCHED: tl.constexpr, ALIGNED: tl.constexpr, COUNT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     run, first, steps = _run(table, owners, COUNT, STEPS, PITCHED)
@@ -80,7 +83,8 @@ def _subtract(
         inside = inside & (at < end)
         perturbed = tl.load(live + place + at, mask=inside, other=0).to(tl.float32)
         change = _normals(seed, noise, low, high) * sigma
-        tl.store(live + place + at, _narrow(perturbed - change, TYPE), mask=inside)
+        half = _lower(run, place + at, inside, SPLIT, ALIGNED)
+        tl.store(live + place + at, _guess(perturbed - change, half, TYPE, SPLIT), mask=inside)
 
 
 @_kernel
@@ -113,6 +117,36 @@ def _patch(
 
 
 @triton.jit
+def _lower(run, places, inside, SPLIT: tl.constexpr, ALIGNED: tl.constexpr):
+    """The lower halves of weights that have them, which lie where others have their base."""
+    if SPLIT:
+        lower = _pointer(run, BASE, tl.uint16, ALIGNED)
+        return tl.load(lower + places, mask=inside, other=0).to(tl.uint32)
+    else:  # noqa: RET505  # which alone keeps Triton from looking at both
+        return 0
+
+
+@triton.jit
+def _whole(weights, half, SPLIT: tl.constexpr):
+    """As `cpu_inplace._whole`."""
+    if SPLIT:
+        upper = weights.to(tl.uint16, bitcast=True).to(tl.uint32) - (half > HALFWAY).to(tl.uint32)
+        return ((upper << 16) | half).to(tl.float32, bitcast=True)
+    else:  # noqa: RET505
+        return weights.to(tl.float32)
+
+
+@triton.jit
+def _guess(back, half, TYPE: tl.constexpr, SPLIT: tl.constexpr):
+    """As `cpu_inplace._guess`, of the perturbed weight without the change."""
+    if SPLIT:
+        upper = (back.to(tl.uint32, bitcast=True) - half + HALFWAY) >> 16
+        return (upper + (half > HALFWAY).to(tl.uint32)).to(tl.uint16).to(TYPE, bitcast=True)
+    else:  # noqa: RET505
+        return _narrow(back, TYPE)
+
+
+@triton.jit
 def _bits(weights, BITS: tl.constexpr):
     return weights.to(BITS, bitcast=True).to(tl.int32)
 
@@ -123,9 +157,13 @@ def _flat(values, COUNT: tl.constexpr):
 
 
 class Reversible:
-    """A batch's runs, whose live weights are all that is kept, but for the patches of the last perturbation."""
+    """A batch's runs, whose live weights are all that is kept, but for the patches of the last perturbation.
+
+    Where the base of a run is int16, these are the lower halves of float32 weights: see `cpu_inplace.perturb`.
+    """
 
     def __init__(self, batch: Batch) -> None:
+        self.runs = batch.runs
         self._launches = batch._launches
         blocks = [len(launch.owners) * launch.flags["STEPS"] for launch in self._launches]
         self._device = batch.runs[0].live.device
@@ -144,7 +182,7 @@ class Reversible:
         while True:
             self._used.zero_()
             for launch, starts, counts in zip(self._launches, self._starts, self._counts, strict=True):
-                types = {"TYPE": _TYPES[launch.live], "BITS": _bits_type(launch.live)}
+                types = {**_types(launch), "BITS": _bits_type(launch.live)}
                 room = (self._words, len(self._words), self._used, starts, counts)
                 launch.start(_perturb, *room, seed, sigma, **types)
             needed = int(self._used)
@@ -156,11 +194,15 @@ class Reversible:
     def restore(self, seed: int, sigma: float) -> None:
         """Take back the `perturb` of these arguments: every weight has the bits that it had before."""
         for launch, starts, counts in zip(self._launches, self._starts, self._counts, strict=True):
-            launch.start(_subtract, starts, seed, sigma, TYPE=_TYPES[launch.live])
+            launch.start(_subtract, starts, seed, sigma, **_types(launch))
             launch.start(_patch, self._words, starts, counts, BITS=_bits_type(launch.live))
 
     def _room(self, words: int) -> torch.Tensor:
         return torch.empty(max(words, 1), dtype=torch.uint16, device=self._device)
+
+
+def _types(launch: _Launch) -> dict[str, Any]:
+    return {"TYPE": _TYPES[launch.live], "SPLIT": launch.base == torch.int16}
 
 
 def _bits_type(dtype: torch.dtype) -> Any:

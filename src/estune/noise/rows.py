@@ -24,7 +24,8 @@ class Run:
     """Part of one parameter, its live weights and its base.
 
     They are flat, `[elements]`: tensors, or arrays as the CPU's kernels take them. Base and live weights are the same
-    where nothing is kept beside the live weights.
+    where nothing is kept beside the live weights; where a half is, the base is a `SplitBase` (`weights/split.py`), and
+    to kernels that perturb in place on a device the lower halves.
     """
 
     live: Any

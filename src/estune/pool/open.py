@@ -119,11 +119,14 @@ def _share_processor(config: Config, live_dtype: str | None) -> dict[str, Any]:
     replicas, threads = share_cores(config, size)
     found: dict[str, Any] = {"replicas": replicas, "threads": threads}
     elements = sum(t.elements for t in tensors)
+    in_halves = 2 * sum(t.elements for t in tensors if t.dtype == "BF16") > elements
+    if config.dtype == "auto" and in_halves and POLICIES[config.weights].splits_base:
+        config = config.model_copy(update={"dtype": "bfloat16"})
+        found["dtype"] = "bfloat16"
     if config.engine == "vllm" or elements < LEAST_TRIED or quantized_by(checkpoint.path) is not None:
         return found
     model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
-    halves = sum(t.elements for t in tensors if t.dtype == "BF16")
-    dtypes = ["float32", "bfloat16"] if 2 * halves > elements else ["float32"]
+    dtypes = ["float32", "bfloat16"] if in_halves else ["float32"]
     if config.dtype != "auto":
         dtypes = [config.dtype]
     elif live_dtype is not None:

@@ -32,7 +32,7 @@ from estune.weights.integers import IntegerWeights, in_window
 from estune.weights.moments import has_moments
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.places import check_places
-from estune.weights.policies import NOT_REVERSIBLE, POLICIES
+from estune.weights.policies import POLICIES
 from estune.weights.quantized import refuse_quantized
 from estune.weights.rebuild import Steps, is_anchored
 from estune.weights.scales import scales_of
@@ -233,8 +233,8 @@ class Replica(Trained):
         if config.noise == "rank1" and isinstance(engine, TransformersEngine) and isinstance(weights, Weights):
             if not weights.rule.how.drifts:  # drift is that of members one by one
                 self._together = engine.together(drawn(weights))
-            if self._together is None and config.weights == "exact_inplace":
-                raise EstuneError(NOT_REVERSIBLE)
+            if self._together is None:
+                weights.rule.how.refuse_rank1()
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights a member's."""

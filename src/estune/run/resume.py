@@ -25,6 +25,7 @@ from estune.versions import packages
 from estune.weights.checkpoint import Checkpoint, check_name, hub_name
 from estune.weights.moments import has_moments
 from estune.weights.parameters import AUTO
+from estune.weights.policies import bits_of
 
 RESUME_FROM_PYTHON = (
     "resume it from Python, with Trainer.resume(run, task=...), or with the ESTrainer that began it, by "
@@ -106,7 +107,8 @@ def parent_of(config: Config) -> Journal | None:
     for key in ("weights", "rounding", "noise", "sigma_scale", "train_parameters"):
         theirs = parent.settings.get(key, {} if key == "sigma_scale" else None)
         everything = key == "train_parameters" and {theirs, config.train_parameters} == {"*", AUTO}
-        if theirs != getattr(config, key) and not everything:  # of a model of texts both are all its tensors
+        alike = key == "weights" and bits_of(parent.header.policy) == bits_of(config.weights)
+        if theirs != getattr(config, key) and not everything and not alike:  # of a text model both are all its tensors
             raise EstuneError(
                 f"start_from {config.start_from} was run with {key}={theirs}, found {getattr(config, key)}: set "
                 f"{key}={theirs}"

@@ -49,7 +49,7 @@ from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
 from estune.weights.adapted import open_checkpoint
 from estune.weights.checkpoint import check_name
-from estune.weights.policies import NOT_REVERSIBLE
+from estune.weights.policies import POLICIES
 from estune.weights.trained import Drift
 
 log = logging.getLogger(__name__)
@@ -205,8 +205,8 @@ class Trainer:
         config = self.config
         task = self.task
         refuse_unreachable(task, config)
-        if task.rollout is not None and config.noise == "rank1" and config.weights == "exact_inplace":
-            raise EstuneError(NOT_REVERSIBLE)
+        if task.rollout is not None and config.noise == "rank1":
+            POLICIES[config.weights].refuse_rank1()
         if config.prompt_groups > 1:
             refuse_level(task.reward_funcs, "prompt_groups", "groups of members have other prompts", "population")
         self.encoder = open_encoder(config)

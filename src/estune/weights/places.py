@@ -12,6 +12,7 @@ from estune.errors import EstuneError
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert
 from estune.weights.parameters import Parameter, Rectangle
 from estune.weights.rebuild import in_order
+from estune.weights.split import SplitBase, whole
 from estune.weights.storage import as_array, flat, type_name
 from estune.weights.trained import Array
 
@@ -72,16 +73,17 @@ def check_places(parameters: Sequence[Parameter], checkpoint: Checkpoint) -> Non
             )
 
 
-def put_together(parts: Sequence[tuple[Parameter, Tensor]]) -> Tensor:
+def put_together(parts: Sequence[tuple[Parameter, Tensor | SplitBase]]) -> Tensor | SplitBase:
     """A whole tensor of a checkpoint, `[elements]`, of the parameters that it is held in, each with its elements."""
     (first, elements), *others = parts
     if not others and first.part.layout is None:
         return elements
-    whole = elements.new_empty(sum(len(held) for _, held in parts))
-    for p, held in parts:
-        part = p.part
-        whole.as_strided((part.rows, part.width), (part.pitch, 1), part.start).copy_(held.view(part.rows, part.width))
-    return whole
+    held = [(p.part, whole(elements)) for p, elements in parts]
+    found = held[0][1].new_empty(sum(len(values) for _, values in held))
+    for part, values in held:
+        target = found.as_strided((part.rows, part.width), (part.pitch, 1), part.start)
+        target.copy_(values.view(part.rows, part.width))
+    return found
 
 
 def _columns(read: Callable[[int, int], Array], part: Rectangle, row: int, count: int) -> Array:

@@ -5,6 +5,8 @@
 - `InPlace` keeps nothing, as in the paper. Restoring subtracts the noise again, and rounding errors stay.
 - `ExactInPlace` keeps what that would not give back, some percent of the weights. Restoring is exact, updates are
   `Copy`'s.
+- `SplitMaster` keeps of `Master`'s base what bfloat16 weights lack of it, its lower half, and restores as
+  `ExactInPlace` does. All bits are `Master`'s.
 - `Int8` and `Int4` keep nothing: the weights are integers, to which whole numbers are added (`integers.py`).
 
 The names of policies, rounding modes, noise and types stand here alone, for settings, journals and estimates. No torch
@@ -13,10 +15,11 @@ is imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
+from estune.errors import EstuneError
 from estune.es.strategy import Member
 from estune.es.update import along
 from estune.noise.reference import tensor_id
@@ -25,7 +28,7 @@ from estune.weights.grid import Grid
 if TYPE_CHECKING:
     from estune.weights.storage import Storage
 
-PolicyName = Literal["master", "copy", "inplace", "exact_inplace", "int8", "int4"]
+PolicyName = Literal["master", "copy", "inplace", "exact_inplace", "split_master", "int8", "int4"]
 Rounding = Literal["nearest", "stochastic"]
 NoiseMode = Literal["iid", "correlated", "rank1"]
 """`correlated` gives equal noise to all tensors, as the authors' first code did; `rank1` makes a matrix' noise an outer
@@ -42,13 +45,12 @@ PATCHED = 1 / 8
 At the paper's sigma, a twentieth of a usual spread, it is about half of that (`bench/exactness/in_place.py`).
 """
 
-NOT_REVERSIBLE = (
-    "weights=exact_inplace can take noise=rank1 where members are decoded together, on a CPU and without "
-    "rollouts of several turns: set weights=copy or noise=iid"
-)
-
 Perturbation = tuple[Member, float]
 """A member and its sigma."""
+
+
+def _all(types: Sequence[str]) -> str:
+    return " and ".join(types)
 
 
 class Policy:
@@ -57,6 +59,10 @@ class Policy:
     name: ClassVar[PolicyName]
     keeps_base: ClassVar[bool] = True
     """Whether the base is kept beside the live weights; otherwise they are it."""
+    twin: ClassVar[PolicyName | None] = None
+    """Where members are perturbed in place and taken back to the bit: the policy that keeps a base and has all bits."""
+    splits_base: ClassVar[bool] = False
+    """Whether the live weights, in bfloat16, are half of a float32 base, and the other half is kept."""
     drifts: ClassVar[bool] = False
     """Whether restoring leaves something behind, which then is part of the run."""
     base_dtype: ClassVar[DType | None] = None
@@ -71,6 +77,24 @@ class Policy:
     def base_bytes(self, elements: int, live: str) -> int:
         """Bytes kept beside so many live weights of a type."""
         return elements * BYTES[self.dtype(live)] if self.keeps_base else 0
+
+    def unfit(self, types: Sequence[str]) -> str | None:
+        """Why live weights of these types, all that there are, cannot be kept so; None where they can."""
+        if self.base_dtype is None and len(types) > 1:
+            return f"weights={self.name} keeps weights of one type, the model has {_all(types)}; set weights=master"
+        return None
+
+    def refuse_rank1(self) -> None:
+        """Refuse to perturb by noise of rank one where it could not be taken back to the bit.
+
+        Raises:
+            EstuneError: always, where the policy takes members back.
+        """
+        if self.twin is not None:
+            raise EstuneError(
+                f"weights={self.name} can take noise=rank1 where members are decoded together, on a CPU and without "
+                f"rollouts of several turns: set weights={self.twin} or noise=iid"
+            )
 
     def grid(self, group_size: int, carry_steps: int) -> Grid | None:
         """The grid of integer weights; None where they are none."""
@@ -124,8 +148,9 @@ class InPlace(Policy):
 class ExactInPlace(Policy):
     """Keeps no base: the live weights are it, and the patches of the member that perturbs them bring it back."""
 
-    name = "exact_inplace"
+    name: ClassVar[PolicyName] = "exact_inplace"
     keeps_base = False
+    twin: ClassVar[PolicyName | None] = "copy"
 
     def base_bytes(self, elements: int, live: str) -> int:
         """Bytes of patches, as many as there may be: see `PATCHED`."""
@@ -141,6 +166,32 @@ class ExactInPlace(Policy):
         if perturbed is not None:
             member, sigma = perturbed
             storage.reverse(member.seed, member.sign * sigma)
+
+
+class SplitMaster(ExactInPlace):
+    """Keeps the lower half of a float32 base, of which live weights in bfloat16 are the upper half, rounded.
+
+    As apex' "parameter remainders" and Intel's `split_master_weight_for_bf16`, which are there for optimizers.
+    """
+
+    name = "split_master"
+    twin = "master"
+    splits_base = True
+    base_dtype = "float32"
+
+    def base_bytes(self, elements: int, live: str) -> int:
+        """Bytes of the lower halves and of patches."""
+        return elements * BYTES["bfloat16"] + super().base_bytes(elements, live)
+
+    def unfit(self, types: Sequence[str]) -> str | None:
+        """As `Policy.unfit`: all but bfloat16."""
+        if list(types) == ["bfloat16"]:
+            return None
+        same = "weights=exact_inplace, which in float32 has the same bits, or " if list(types) == ["float32"] else ""
+        return (
+            f"weights={self.name} is for weights that generate in bfloat16, not in {_all(types)}: set dtype=bfloat16, "
+            f"or {same}weights=master"
+        )
 
 
 class Integers(Policy):
@@ -168,9 +219,14 @@ class Int4(Integers):
 
 
 POLICIES: dict[str, Policy] = {
-    policy.name: policy for policy in (Master(), Copy(), InPlace(), ExactInPlace(), Int8(), Int4())
+    policy.name: policy for policy in (Master(), Copy(), InPlace(), ExactInPlace(), SplitMaster(), Int8(), Int4())
 }
 """By the name in settings and journals."""
+
+
+def bits_of(policy: PolicyName) -> PolicyName:
+    """The policy whose bits a run of this one has: another that keeps a base, or itself."""
+    return POLICIES[policy].twin or policy
 
 
 @dataclass(frozen=True, slots=True)

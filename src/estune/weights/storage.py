@@ -4,6 +4,7 @@
 - `HostStorage`: live weights on a device that we have no kernels for (Apple's MPS), all else on the CPU.
 - `DeviceStorage`: on a CUDA device, all runs in a few launches.
 - `StreamedStorage`: live weights on the device, the base in pinned host memory, passing through buffers on the device.
+- `SplitStorage`: on a CUDA device, with bases in halves (`split.py`).
 
 All give the same bits, because each kernel does, and every element's result depends on its own history alone.
 """
@@ -29,7 +30,8 @@ from estune.es.update import Terms, terms
 from estune.noise.rows import Run
 from estune.weights.checkpoint import RUN_LENGTH, narrow
 from estune.weights.device import device_kernels
-from estune.weights.policies import NOT_REVERSIBLE, TYPE_NAMES
+from estune.weights.policies import TYPE_NAMES
+from estune.weights.split import SplitBase, whole
 
 STREAMED_LENGTH = 8 << 20  # elements that pass through a buffer at a time: 32 MiB of float32
 BUFFERS = 2  # one is filled while the other is worked on
@@ -79,7 +81,7 @@ class CpuStorage:
     """On the CPU, a million elements at a time, spread over threads."""
 
     def __init__(self, runs: Sequence[Run], threads: int) -> None:
-        arrays = (replace(r, live=self._live(r.live), base=as_array(r.base)) for r in runs)
+        arrays = (replace(r, live=self._live(r.live), base=_on_cpu(r.base)) for r in runs)
         self._runs = [part for run in arrays for part in run.split(RUN_LENGTH)]
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
         self._patches: list[Any] = []  # of each run, once they are perturbed reversibly
@@ -100,18 +102,17 @@ class CpuStorage:
 
     def perturb_reversibly(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb_reversibly`."""
-        from estune.noise import cpu_inplace
+        from estune.noise.cpu_inplace import Patches
+        from estune.weights.passes import perturb_reversibly
 
-        if any(run.columns for run in self._runs):
-            raise EstuneError(NOT_REVERSIBLE)
-        self._patches = self._patches or [cpu_inplace.Patches() for _ in self._runs]
-        self._each_patched(cpu_inplace.perturb, seed, sigma)
+        self._patches = self._patches or [Patches() for _ in self._runs]
+        self._each_patched(perturb_reversibly, seed, sigma)
 
     def reverse(self, seed: int, sigma: float) -> None:
         """As `Storage.reverse`."""
-        from estune.noise import cpu_inplace
+        from estune.weights.passes import reverse
 
-        self._each_patched(cpu_inplace.restore, seed, sigma)
+        self._each_patched(reverse, seed, sigma)
 
     @property
     def patch_bytes(self) -> int:
@@ -128,21 +129,18 @@ class CpuStorage:
 
     def fingerprint(self) -> int:
         """As `Storage.fingerprint`."""
-        from estune.noise import cpu
+        from estune.weights.passes import fingerprint
 
-        return sum(self.each(lambda r: cpu.fingerprint(r.base, r.key, r.start, r.rows) if r.counted else 0))
+        return sum(self.each(lambda run: fingerprint(run) if run.counted else 0))
 
     def each(self, work: Callable[[Run], T]) -> list[T]:
         """Do work on each run, spread over the threads; return the results, in order."""
         return list(map(work, self._runs) if self._threads is None else self._threads.map(work, self._runs))
 
-    def _each_patched(self, kernel: Callable[..., None], seed: int, sigma: float) -> None:
-        def work(pair: tuple[Run, Any]) -> None:
-            run, patches = pair
-            kernel(run.live, patches, seed, run.noise, run.start, sigma * run.scale, run.rows)
-
-        pairs = zip(self._runs, self._patches, strict=True)
-        list(map(work, pairs) if self._threads is None else self._threads.map(work, pairs))
+    def _each_patched(self, work: Callable[[Run, Any, int, float], None], seed: int, sigma: float) -> None:
+        """Do work on each run and its patches, with a seed and a sigma, spread over the threads."""
+        each = map if self._threads is None else self._threads.map
+        list(each(lambda run, patches: work(run, patches, seed, sigma), self._runs, self._patches))
 
     @staticmethod
     def _live(tensor: Tensor) -> Any:
@@ -231,20 +229,24 @@ class DeviceStorage:
         from estune.noise.gpu_inplace import Reversible
 
         with self._on_device():
-            self._reversible = self._reversible or [Reversible(batch) for batch in self._batches]
-            for batch, reversible in zip(self._batches, self._reversible, strict=True):
-                reversible.perturb(seed, sigma * _scale(batch))
+            self._reversible = self._reversible or [Reversible(batch) for batch in self._in_place()]
+            for reversible in self._reversible:
+                reversible.perturb(seed, sigma * _scale(reversible))
 
     def reverse(self, seed: int, sigma: float) -> None:
         """As `Storage.reverse`."""
         with self._on_device():
-            for batch, reversible in zip(self._batches, self._reversible, strict=True):
-                reversible.restore(seed, sigma * _scale(batch))
+            for reversible in self._reversible:
+                reversible.restore(seed, sigma * _scale(reversible))
 
     @property
     def patch_bytes(self) -> int:
         """As `Storage.patch_bytes`."""
         return sum(batch.nbytes for batch in self._reversible)
+
+    def _in_place(self) -> list[Any]:
+        """The batches that members perturb in place."""
+        return self._batches
 
     def update(self, update: Update, rounding: str) -> None:
         """As `Storage.update`."""
@@ -313,7 +315,7 @@ class StreamedStorage(DeviceStorage):
             for batch, bases, stream in zip(self._batches, self._bases, streams, strict=False):
                 with self._streams.stream(stream):
                     for run, base in zip(batch.runs, bases, strict=True):
-                        run.base.copy_(base, non_blocking=True)
+                        run.base.copy_(whole(base), non_blocking=True)
                     work(batch)
                     if changes_base:
                         for run, base in zip(batch.runs, bases, strict=True):
@@ -321,6 +323,27 @@ class StreamedStorage(DeviceStorage):
             for stream, _ in self.buffers:
                 current.wait_stream(stream)
             self._streams.synchronize()  # the host may read or write the base from here on
+
+
+class SplitStorage(StreamedStorage):
+    """On a device, with bases in halves, which are put together in the buffers."""
+
+    def perturb_reversibly(self, seed: int, sigma: float) -> None:
+        """As `Storage.perturb_reversibly`."""
+        for run in self._runs:
+            run.base.untie()
+        super().perturb_reversibly(seed, sigma)
+
+    def reverse(self, seed: int, sigma: float) -> None:
+        """As `Storage.reverse`."""
+        super().reverse(seed, sigma)
+        for run in self._runs:
+            run.base.tie()
+
+    def _in_place(self) -> list[Any]:
+        """The batches that members perturb in place, with the lower halves in the base's place."""
+        halves = [replace(run, base=run.base.lower) for run in self._runs]
+        return [device_kernels().Batch(alike) for alike in _by_scale(halves)]
 
 
 def _by_scale(runs: Sequence[Run]) -> list[list[Run]]:
@@ -374,6 +397,8 @@ def open_storage(runs: Sequence[Run], threads: int) -> Storage:
         return CpuStorage(runs, threads)
     if base == "cpu" and live != "cuda":
         return HostStorage(runs, threads)
+    if isinstance(runs[0].base, SplitBase):
+        return SplitStorage(runs)
     return DeviceStorage(runs) if base == live else StreamedStorage(runs)
 
 
@@ -414,6 +439,11 @@ def flat(tensor: Tensor) -> Tensor:
             "one"
         )
     return tensor.detach().view(-1)
+
+
+def _on_cpu(base: Tensor | SplitBase) -> Any:
+    """A base as the CPU's passes take it."""
+    return base if isinstance(base, SplitBase) else as_array(base)
 
 
 def as_array(tensor: Tensor) -> Array:

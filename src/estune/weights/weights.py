@@ -27,6 +27,7 @@ from estune.weights.moments import MomentTensors
 from estune.weights.parameters import Parameter, own_parameters
 from estune.weights.places import put_together, stretches
 from estune.weights.policies import POLICIES, NoiseMode, Perturbation, PolicyName, Rounding, Rule
+from estune.weights.split import SplitBase, whole
 from estune.weights.storage import CpuStorage, Storage, as_array, flat, open_storage, sums_of_squares, type_name
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
@@ -43,7 +44,8 @@ class Weights:
 
     Args:
         parameters: from `trained_parameters`, or rectangles of checkpoint tensors.
-        policy: what is kept beside the live weights (`policies.py`): `master`, `copy`, `inplace` or `exact_inplace`.
+        policy: what is kept beside the live weights (`policies.py`): `master`, `copy`, `inplace`, `exact_inplace`
+            or `split_master`.
         rounding: of updates, `nearest` or `stochastic`, which matters to bfloat16 bases only.
         noise: `iid`; `correlated`, which gives equal noise to all tensors, as the authors' first code did; or `rank1`,
             which makes a matrix' noise an outer product (`noise/rank1.py`), with kernels for the CPU alone.
@@ -54,7 +56,8 @@ class Weights:
         share: share the base of weights on the CPU with other processes, each of which updates its part.
 
     Raises:
-        EstuneError: for a weight type or device without kernels, and, unless the policy is `master`, for mixed types.
+        EstuneError: for a weight type or device without kernels, unless the policy is `master`, for mixed types, and
+            with `split_master` for others than bfloat16.
     """
 
     def __init__(
@@ -73,13 +76,14 @@ class Weights:
         live = [flat(p.tensor) for p in self.parameters]
         self._policy = POLICIES[policy]
         types = sorted({type_name(t.dtype) for t in live})
-        if self._policy.base_dtype is None and len(types) > 1:
-            names = " and ".join(types)
-            raise EstuneError(f"weights={policy} keeps weights of one type, the model has {names}; set weights=master")
+        if (why := self._policy.unfit(types)) is not None:
+            raise EstuneError(why)
         self.rule = Rule(policy, rounding, noise, self._policy.dtype(types[0]), scales or {})
         """How the base is kept and changed."""
-        self._base = live
-        if self._policy.keeps_base:
+        self._base: list[Any] = live  # tensors, or each a `SplitBase`
+        if self._policy.splits_base:
+            self._base = [SplitBase.of(t, RUN_LENGTH) for t in live]
+        elif self._policy.keeps_base:
             self._base = make_base(live, getattr(torch, self.rule.dtype), on_host=base_on_host, share=share)
         self._runs = [self._run(p, a, b) for p, a, b in zip(self.parameters, live, self._base, strict=True)]
         self._threads = threads
@@ -98,7 +102,7 @@ class Weights:
         """All parameters of any PyTorch module; `options` are those of the class."""
         return cls(own_parameters(module), **options)
 
-    def _run(self, parameter: Parameter, live: Tensor, base: Tensor) -> Run:
+    def _run(self, parameter: Parameter, live: Tensor, base: Any) -> Run:
         part = parameter.part
         noise = self.rule.noise_key(parameter.name)
         columns = self.rule.noise_columns(parameter.columns or part.pitch)
@@ -108,7 +112,11 @@ class Weights:
 
     @property
     def base(self) -> dict[str, Array]:
-        """The base of whole tensors by name, `[elements]` each: its own memory, or a copy of what lies on a device."""
+        """The base of whole tensors by name, `[elements]` each: its own memory, or a copy.
+
+        It is a copy of what lies on a device, or in halves.
+        """
+        self._settle()
         return {p.name: as_array(t.cpu()) for p, t in zip(self.parameters, self._base, strict=True)}
 
     @property
@@ -124,6 +132,8 @@ class Weights:
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights base + sign * sigma * noise(seed). Needs no restore between members."""
         self._settle()
+        if any(run.columns for run in self._runs):
+            self._policy.refuse_rank1()
         self._policy.perturb(self.storage, (member, sigma))
         self._perturbed = member, sigma
 
@@ -148,6 +158,7 @@ class Weights:
 
         One rounded operation after the other, as `rebuild.anchored` does it in NumPy: the same bits everywhere.
         """
+        self._settle()
         total = sum(len(base) for base in self._base)
         first, end = (0, total) if self._share is None else self._share.stretch(total)
         mine = []
@@ -156,12 +167,15 @@ class Weights:
             mine.append((p, base, range(max(first - offset, 0), min(end - offset, len(base)))))
             offset += len(base)
 
-        def pull(base: Tensor, read: Callable[[], Array]) -> None:
+        def pull(base: Any, read: Callable[[], Array]) -> None:
+            now = whole(base)
             origin = torch.from_numpy(widen(read())).to(base.device)
             if update.anchor:
-                base.add_((origin - base).mul_(update.anchor))
+                now.add_((origin - now).mul_(update.anchor))
             if update.anchor_l1:
-                base.add_((origin - base).clamp_(-update.anchor_l1, update.anchor_l1))
+                now.add_((origin - now).clamp_(-update.anchor_l1, update.anchor_l1))
+            if now is not base:
+                base.copy_(now)
 
         self._each_stretch(mine, checkpoint, pull)
 
@@ -192,13 +206,13 @@ class Weights:
 
     def runs(self) -> Runs:
         """The base of whole tensors by checkpoint name, tied names included, as `Checkpoint.write` takes it."""
-
-        held: dict[str, list[tuple[Parameter, Tensor]]] = {}
+        self._settle()
+        held: dict[str, list[tuple[Parameter, Any]]] = {}
         for p, base in zip(self.parameters, self._base, strict=True):
             held.setdefault(p.name, []).append((p, base))
 
-        def reader(parts: list[tuple[Parameter, Tensor]]) -> Callable[[], Iterator[Array]]:
-            return lambda: (as_array(run.cpu()) for run in torch.split(put_together(parts), RUN_LENGTH))
+        def reader(parts: list[tuple[Parameter, Any]]) -> Callable[[], Iterator[Array]]:
+            return lambda: (as_array(run.cpu()) for run in put_together(parts).split(RUN_LENGTH))
 
         return {name: reader(parts) for parts in held.values() for name in (parts[0][0].name, *parts[0][0].aliases)}
 
@@ -208,6 +222,7 @@ class Weights:
         Returns:
             Of each part its first row, its first column and its elements, `[rows, columns]`.
         """
+        self._settle()
         found = []
         for p, base in zip(self.parameters, self._base, strict=True):
             part = p.part
@@ -238,10 +253,11 @@ class Weights:
         while self._kept and len(self._kept) >= most:
             del self._kept[next(iter(self._kept))]
         if most > 0:
-            self._kept[name] = copy or [base.to("cpu", copy=True) for base in self._base]
+            self._kept[name] = copy or [whole(base).to("cpu", copy=True) for base in self._base]
 
     def bring(self, name: str) -> bool:
         """Make the copy of this name the base; return whether there is one."""
+        self._settle()
         for base, kept in zip(self._base, self._kept.get(name, []), strict=False):
             base.copy_(kept)
             self._moments = None
@@ -268,10 +284,11 @@ class Weights:
         dtype = DTYPES[self.rule.dtype]
         widens = dtype == "F32"  # kernels widen by themselves
 
-        def squares(base: Tensor, read: Callable[[], Array]) -> Array:
+        def squares(base: Any, read: Callable[[], Array]) -> Array:
             stored = read()
-            return sums_of_squares(base, stored if widens else convert(stored, dtype))
+            return sums_of_squares(whole(base), stored if widens else convert(stored, dtype))
 
+        self._settle()
         counted = [
             (p, base, range(len(base))) for p, base in zip(self.parameters, self._base, strict=True) if p.counted
         ]
@@ -283,10 +300,10 @@ class Weights:
         chosen = [run for p, run in zip(self.parameters, self._runs, strict=True) if choose(p)]
         return open_storage(chosen, self._threads)
 
-    def _fill(self, targets: Sequence[Tensor], checkpoint: Checkpoint) -> None:
+    def _fill(self, targets: Sequence[Any], checkpoint: Checkpoint) -> None:
         """Copy a checkpoint's tensors to these, one for each parameter, rounded to their types."""
 
-        def copy(target: Tensor, read: Callable[[], Array]) -> None:
+        def copy(target: Any, read: Callable[[], Array]) -> None:
             stored = convert(read(), DTYPES[type_name(target.dtype)])
             target.copy_(torch.from_numpy(stored).view(target.dtype))
 
@@ -295,14 +312,14 @@ class Weights:
 
     def _each_stretch(
         self,
-        tensors: Sequence[tuple[Parameter, Tensor, range]],
+        tensors: Sequence[tuple[Parameter, Any, range]],
         checkpoint: Checkpoint,
-        work: Callable[[Tensor, Callable[[], Array]], T],
+        work: Callable[[Any, Callable[[], Array]], T],
     ) -> list[T]:
         """Do work on each stretch of the tensors, as far as it lies within a range of elements; the results, in order.
 
         Args:
-            tensors: parameters, each with a flat tensor `[elements]` and the range of its elements that counts.
+            tensors: parameters, each with a flat tensor or base `[elements]` and the range of its elements that counts.
             checkpoint: where their elements are read.
             work: called with a stretch, `[elements]`, and a function that reads the checkpoint's elements there.
         """
@@ -315,7 +332,7 @@ class Weights:
         if not found:
             return []
 
-        def on_stretch(stretch: tuple[Tensor, Callable[[], Array]]) -> T:
+        def on_stretch(stretch: tuple[Any, Callable[[], Array]]) -> T:
             return work(*stretch)
 
         each = on_this_stream(found[0][0].device, on_stretch)

@@ -153,6 +153,8 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     held = f"{shape.trained:,} x {BYTES[dtype]} B ({dtype})"
     if not policy.keeps_base:
         held = f"no base; patches for up to {PATCHED:.1%} of {held}" if base else "nothing is kept"
+    if policy.splits_base:
+        held = f"the lower halves of {shape.trained:,} float32 weights, and patches for up to {PATCHED:.1%} of them"
     if base and work.base == "host":
         held = f"{held} in pinned host memory"
         base = 0

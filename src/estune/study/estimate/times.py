@@ -58,7 +58,8 @@ class Times:
         self._bytes = BYTES[work.dtype]
         policy = POLICIES[work.policy]
         self._live = trained_bytes(shape, work)
-        self._base = policy.base_bytes(shape.trained, work.dtype) if policy.keeps_base else self._live
+        beside = 2 if policy.splits_base else 1  # the other half
+        self._base = policy.base_bytes(shape.trained, work.dtype) if policy.keeps_base else beside * self._live
         self._passes = 1 if policy.keeps_base else 2  # where nothing is kept, the member before is taken back first
         # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
         self._reading = PCIE * work.parallel if work.base == "host" else self.device.bandwidth
