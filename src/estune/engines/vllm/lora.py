@@ -213,3 +213,10 @@ def refuse_type(dtype: str, device: torch.device) -> None:
             "engine=vllm: on a GPU its kernels for adapters take bfloat16 and float16, and weights are float32: set "
             "dtype=bfloat16, or engine=transformers"
         )
+
+
+def group_products() -> None:
+    """Have vLLM multiply by adapters slot by slot on a CPU; see `cpu_lora.py`."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.get_punica_wrapper = classmethod(lambda cls: "estune.engines.vllm.cpu_lora.BySlot")

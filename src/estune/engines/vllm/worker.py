@@ -24,6 +24,7 @@ from estune.weights.parameters import Parameter
 from estune.weights.storage import Array, Storage, as_array
 
 internals.keep_weights_plain()
+lora.group_products()
 
 STRETCH = 64  # elements of a stretch that is compared with what it should be
 
