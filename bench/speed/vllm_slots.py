@@ -74,9 +74,7 @@ def measure(model: str, members: int, prompts: int, repeats: int, rank: int) -> 
     }
 
 
-def _plain(
-    config: Config, ids: list[list[int]], members: int, sampling: Sampling, repeats: int
-) -> dict[str, float]:
+def _plain(config: Config, ids: list[list[int]], members: int, sampling: Sampling, repeats: int) -> dict[str, float]:
     engine = VllmEngine(Checkpoint(locate(config.model)), config.model_copy(update={"adapter": None}))
 
     def batches(count: int, prompts: list[list[int]]) -> Callable[[], None]:
