@@ -30,6 +30,7 @@ from estune.run.trainer import Trainer
 from estune.weights.adapted import open_checkpoint
 from estune.weights.adapters import CONFIG, PREFIX, WEIGHTS, Adapter
 from estune.weights.checkpoint import Checkpoint
+from tests.run.test_search import cut
 from tests.runs import make_config, make_task, substance
 from tests.vllm.pairs import PROMPTS, UPDATE
 
@@ -177,7 +178,7 @@ def test_a_map_that_is_wrong_is_found(
 
 
 def test_products_by_slot_are_vllms() -> None:
-    """For rows in any order, whole groups and some without a slot, whose products vLLM's reference makes of the last."""
+    """Of rows in any order, some of them without a slot, to which vLLM's reference adds the last one's."""
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -288,7 +289,7 @@ class TestRuns:
         self.trainer(tmp_path / "run", tiny, engine="transformers", batch_size=None).train()
         self.assert_same(run, tmp_path / "run")
 
-    def test_resumed_it_is_the_undisturbed_run(self, run: Path, tiny: Path, tmp_path: Path) -> None:
-        self.trainer(tmp_path / "run", tiny, steps=1, vllm_max_loras=1).train()
-        assert Trainer.resume(tmp_path / "run", steps=2, task=make_task(), monitors=[]).train().steps == 2
+    def test_resumed_it_is_the_undisturbed_run(self, run: Path, tmp_path: Path) -> None:
+        cut(run, tmp_path / "run", 1)
+        assert Trainer.resume(tmp_path / "run", task=make_task(), monitors=[]).train().steps == 2
         self.assert_same(run, tmp_path / "run")

@@ -68,11 +68,19 @@ class Trained(Generator):
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
     ) -> Evaluated:
         """Generate with a member's weights."""
+        (found,) = self.evaluate_each([member], sigma, prompt_ids, sampling)
+        return found
+
+    def evaluate_each(
+        self, members: Sequence[Member], sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[Evaluated]:
+        """Generate with the weights of each of these members, of which there are as many as `at_once` says, at most."""
         start = time.perf_counter()
-        self.take([member], sigma, played=is_played(prompt_ids))
+        self.take(members, sigma, played=is_played(prompt_ids))
         taken = time.perf_counter()
-        (completions,) = self.complete_each(prompt_ids, sampling)
-        return Evaluated(completions, taken - start, time.perf_counter() - taken)
+        found = self.complete_each(prompt_ids, sampling)
+        times = (taken - start) / len(members), (time.perf_counter() - taken) / len(members)
+        return [Evaluated(completions, *times) for completions in found]
 
     def at_once(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> int:
         """How many members can be taken at once, to complete these prompts."""

@@ -1,6 +1,6 @@
 """Products of adapters on a CPU, made for all rows of a slot at once. Imported inside vLLM's workers alone.
 
-vLLM's own copy the adapter of each row out of its slot, for every row of a batch and every layer, which takes more memory
+vLLM's own copy the adapter of each row out of its slot, for every row of a batch in every layer, which is more memory
 traffic than the model: a batch of SmolLM2's took fourteen times as long as without adapters. On a GPU it has kernels.
 """
 

@@ -127,7 +127,7 @@ def has_slots(worker: Any) -> bool:
 
 def stacked(worker: Any) -> dict[str, Tensor]:
     """The tensors of all slots, by vLLM's names of the layers that hold them."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, layer in _manager(worker).modules.items():
         for part in "ab":
             tensors = getattr(layer, f"lora_{part}_stacked", ())
