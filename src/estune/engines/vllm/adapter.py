@@ -85,7 +85,8 @@ class AdapterShard(Shard):
         torch._foreach_copy_(targets, [place.source for place in self._places])
         for scale in {place.scale for place in self._places} - {1.0}:
             scaled = [target for target, place in zip(targets, self._places, strict=True) if place.scale == scale]
-            torch._foreach_mul_(scaled, scale)
+            # On the CPU, where vLLM multiplies, the factor is rounded to the tensor's type, and not so elsewhere.
+            torch._foreach_mul_(scaled, torch.tensor(scale, dtype=scaled[0].dtype).item())
 
     def _check_addresses(self) -> None:
         super()._check_addresses()

@@ -10,11 +10,13 @@ from estune.engines.memory import memory_for, total_memory
 from estune.engines.vllm.adapted import AdapterWeights
 from estune.engines.vllm.engine import VllmEngine, live_dtype, slots_for
 from estune.engines.vllm.weights import VllmWeights
+from estune.errors import EstuneError
 from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import chosen_device
 from estune.weights.parameters import fits
 from estune.weights.policies import BYTES, POLICIES
+from estune.weights.quantized import quantized_by
 
 
 def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmWeights]:
@@ -26,6 +28,10 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
     device = chosen_device(config.device)
     model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
     whole = checkpoint.under
+    if whole is not None and (method := quantized_by(whole.path)) is not None:
+        raise EstuneError(
+            f"engine=vllm: an adapter over quantised weights ({method}) is trained by engine=transformers: set it"
+        )
     dtype = live_dtype(whole or checkpoint, config, model)
     elements = sum(t.elements for name, t in checkpoint.tensors.items() if fits(name, config.train_parameters))
     live = sum(t.elements for t in (whole or checkpoint).tensors.values()) * getattr(torch, dtype).itemsize
