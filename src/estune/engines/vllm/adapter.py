@@ -83,10 +83,9 @@ class AdapterShard(Shard):
         slot = self._slots[number]
         targets = [place.target(slot) for place in self._places]
         torch._foreach_copy_(targets, [place.source for place in self._places])
-        for scale in {place.scale for place in self._places} - {1.0}:
-            scaled = [target for target, place in zip(targets, self._places, strict=True) if place.scale == scale]
-            # On the CPU, where vLLM multiplies, the factor is rounded to the tensor's type, and not so elsewhere.
-            torch._foreach_mul_(scaled, torch.tensor(scale, dtype=scaled[0].dtype).item())
+        for target, place in zip(targets, self._places, strict=True):
+            if place.scale != 1.0:
+                target.mul_(place.scale)  # not `_foreach_mul_`, which on a CPU rounds the factor to the tensor's type
 
     def _check_addresses(self) -> None:
         super()._check_addresses()
