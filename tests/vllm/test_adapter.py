@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,6 +238,18 @@ def test_adapters_that_vllm_has_no_way_for_are_refused_before_anything_is_loaded
     folder = saved_adapter(adapter, tmp_path / "adapter", tensors, **changes)
     with pytest.raises(EstuneError, match=f"engine=vllm cannot run adapter .*{why}.*; use engine=transformers$"):
         VllmEngine(Checkpoint(folder), settings(tiny))
+
+
+def test_an_adapter_over_quantised_weights_is_refused(tiny: Path, tmp_path: Path) -> None:
+    adapter = open_checkpoint(tiny, ADAPTER).path
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    said = {**json.loads((base / "config.json").read_text()), "quantization_config": {"quant_method": "fp8"}}
+    (base / "config.json").write_text(json.dumps(said))
+    place = {"base_model_name_or_path": str(base)}
+    folder = saved_adapter(adapter, tmp_path / "adapter", load_file(adapter / WEIGHTS), **place)
+    with pytest.raises(EstuneError, match="an adapter over quantised weights .fp8. is trained by engine=transformers"):
+        open_vllm(Checkpoint(folder), settings(tiny))
 
 
 def test_a_module_without_a_layer_for_adapters_is_refused(

@@ -44,7 +44,7 @@ class AdapterWeights(VllmWeights):
         """Check that slots hold what vLLM makes of a file with the same values, and that it is they that generate."""
         before = self._engine.digest()
         self.perturb(PROBE[0], STRONG)
-        answers = not same(self._engine.digest(), before)
+        answers = self._engine.digest() != before
         self.restore()
         if not answers or not same(self._engine.digest(), before):
             found = "do not come back with the adapter" if answers else "do not answer to changes of the adapter"

@@ -26,12 +26,12 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
         EstuneError: vLLM is missing or of an unknown version, or cannot run the model or train it.
     """
     device = chosen_device(config.device)
-    model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
     whole = checkpoint.under
     if whole is not None and (method := quantized_by(whole.path)) is not None:
         raise EstuneError(
             f"engine=vllm: an adapter over quantised weights ({method}) is trained by engine=transformers: set it"
         )
+    model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
     dtype = live_dtype(whole or checkpoint, config, model)
     elements = sum(t.elements for name, t in checkpoint.tensors.items() if fits(name, config.train_parameters))
     live = sum(t.elements for t in (whole or checkpoint).tensors.values()) * getattr(torch, dtype).itemsize
