@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,29 +25,18 @@ from estune.engines.vllm.engine import VllmEngine, slots_for
 from estune.engines.vllm.open import open_vllm
 from estune.errors import EstuneError
 from estune.es.strategy import Member
-from estune.journal.journal import Journal
-from estune.journal.replay import replay
 from estune.noise.reference import normal_by_id, tensor_id
-from estune.pool.replica import Replica
-from estune.run.trainer import Trainer
 from estune.weights.adapted import open_checkpoint
 from estune.weights.adapters import CONFIG, PREFIX, WEIGHTS, Adapter
 from estune.weights.checkpoint import Checkpoint
-from tests.run.test_search import cut
-from tests.runs import make_config, make_task, substance
 from tests.vllm.pairs import PROMPTS, UPDATE
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 ADAPTER = Adapter(rank=3, target=["q_proj", "v_proj", "gate_proj", "down_proj"], alpha=12)
 SCALE, SIGMA = 4.0, 0.2
 GREEDY = Sampling(10)
 MEMBERS = [Member(1), Member(2, -1), Member(2**64 - 5)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def settings(path: Path, **changes: Any) -> Config:
@@ -61,7 +50,7 @@ def tiny(saved: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(tiny: Path, started: dict[Any, Any]) -> tuple[VllmEngine, AdapterWeights]:
+def opened(tiny: Path, own_cache: None, started: dict[Any, Any]) -> tuple[VllmEngine, AdapterWeights]:
     engine, weights = open_vllm(open_checkpoint(tiny, ADAPTER), settings(tiny))
     started[tiny, "an adapter", 1] = engine
     assert isinstance(weights, AdapterWeights)
@@ -285,44 +274,3 @@ def test_how_many_slots_there_are(tiny: Path) -> None:
         lora.refuse_type("float32", torch.device("cuda"))
     with pytest.raises(EstuneError, match="leave out workers_at or adapter"):
         parse({"adapter": {"rank": 2}, "workers_at": "http://127.0.0.1:1"})
-
-
-@pytest.mark.usefixtures("alone_here")
-class TestRuns:
-    def trainer(self, output: Path, model: Path, **changes: Any) -> Trainer:
-        given = {"engine": "vllm", "replicas": None, "batch_size": 24, "steps": 2, "device": "cpu", "threads": 1}
-        adapter = {"rank": 3, "target": "q_proj,down_proj", "alpha": 12}
-        settings = {"sigma": 0.2, "learning_rate": 0.2, "adapter": adapter, **given, **changes}
-        return Trainer(make_config(output, model, **settings), task=make_task(), monitors=[])
-
-    def assert_same(self, one: Path, other: Path) -> None:
-        ours, theirs = Journal.read(one), Journal.read(other)
-        assert [substance(record) for record in ours.steps] == [substance(record) for record in theirs.steps]
-        assert ours.header.base_hash == theirs.header.base_hash
-        assert (one / "final" / WEIGHTS).read_bytes() == (other / "final" / WEIGHTS).read_bytes()
-
-    @pytest.fixture(scope="class")
-    def run(self, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("adapter") / "run"
-        training = self.trainer(folder, tiny)
-        own = training.pool.own
-        assert isinstance(own, Replica)
-        assert own.at_once(PROMPTS, GREEDY) > 1
-        training.train()
-        return folder
-
-    def test_replay_gives_the_trained_adapter(self, run: Path, tmp_path: Path) -> None:
-        journal = Journal.read(run)
-        assert all(max(record.rewards) > min(record.rewards) for record in journal.steps)
-        assert replay(run, tmp_path / "replayed") == journal.fingerprint()
-        assert (run / "final" / WEIGHTS).read_bytes() == (tmp_path / "replayed" / WEIGHTS).read_bytes()
-
-    def test_it_is_the_run_of_the_transformers_engine(self, run: Path, tiny: Path, tmp_path: Path) -> None:
-        pytest.importorskip("peft")
-        self.trainer(tmp_path / "run", tiny, engine="transformers", batch_size=None).train()
-        self.assert_same(run, tmp_path / "run")
-
-    def test_resumed_it_is_the_undisturbed_run(self, run: Path, tmp_path: Path) -> None:
-        cut(run, tmp_path / "run", 1)
-        assert Trainer.resume(tmp_path / "run", task=make_task(), monitors=[]).train().steps == 2
-        self.assert_same(run, tmp_path / "run")
