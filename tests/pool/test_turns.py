@@ -102,7 +102,7 @@ def test_vllm_starts_where_its_gpus_are_held(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         raise EstuneError("it has started")
 
-    monkeypatch.setattr("estune.engines.vllm.weights.open_vllm", start)
+    monkeypatch.setattr("estune.engines.vllm.open.open_vllm", start)
     monkeypatch.setattr("estune.engines.vllm.engine.VllmEngine", start)
     for module in ("replica", "generator"):
         monkeypatch.setattr(f"estune.pool.{module}.gpus_of", lambda config: ["GPU-a"])

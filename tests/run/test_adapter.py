@@ -174,8 +174,8 @@ def test_what_cannot_be_is_said_in_a_line(model: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(EstuneError, match=said):
             open_checkpoint(model, adapter)
-    with pytest.raises(EstuneError, match="engine=transformers"):
-        parse({"adapter": {"rank": 4}, "engine": "vllm"})
+    with pytest.raises(EstuneError, match="leave out workers_at or adapter"):
+        parse({"adapter": {"rank": 4}, "workers_at": "http://127.0.0.1:8000"})
     alone = tmp_path / "alone"
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), peft.LoraConfig(r=2)).save_pretrained(alone)
     other = save_model(tmp_path / "other", hidden_size=64)

@@ -38,7 +38,7 @@ def test_what_fits(tmp_path: Path) -> None:
         found: list[Choice] = choices(shape, work, as_device(find_gpu(gpu), "bfloat16"), 16384)
         return {choice.name for choice in found if choice.fits}
 
-    # In GB: 15.2 live, 30.5 master, 15.2 copy; 20 bytes a parameter for GRPO are 152.
+    # In GB: 15.2 live, 30.5 master, 15.2 copy, 17.1 split_master; 20 bytes a parameter for GRPO are 152.
     inplace = {
         "weights=exact_inplace",
         "weights=inplace",
@@ -47,7 +47,7 @@ def test_what_fits(tmp_path: Path) -> None:
     }
     assert fitting("t4") == set()
     assert fitting("rtx4090") == inplace
-    assert fitting("a100-40") == inplace | {"weights=copy base_device=device"}
+    assert fitting("a100-40") == inplace | {"weights=copy base_device=device", "weights=split_master"}
     assert fitting("l40s") == fitting("h200") == fitting("a100-40") | {"weights=master base_device=device"}
     assert "GRPO" in fitting("b200")
 

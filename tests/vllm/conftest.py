@@ -107,6 +107,14 @@ def engines(started: dict[tuple[Path, str, int], Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Adapters are made in a cache of this module's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
 def alone_here(started: dict[tuple[Path, str, int], Any]) -> None:
     """None of these engines runs: what all of a process share ends with any of them, as where a run does."""
     close(started)

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from estune.config import Config
-from estune.engines.vllm import internals, weights
+from estune.engines.vllm import internals
+from estune.engines.vllm.open import open_vllm
 from estune.errors import EstuneError
 from estune.weights.checkpoint import Checkpoint
 
@@ -15,7 +16,7 @@ def main() -> None:
     internals.keep_weights_plain = lambda: None
     path = Path(sys.argv[1])
     try:
-        weights.open_vllm(Checkpoint(path), Config(model=str(path), engine="vllm", batch_size=8))
+        open_vllm(Checkpoint(path), Config(model=str(path), engine="vllm", batch_size=8))
     except EstuneError as error:
         print("refused:", error)
 

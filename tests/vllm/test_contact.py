@@ -202,3 +202,65 @@ def test_a_server_s_engine_is_called_as_we_do() -> None:
     assert parameters(OutputProcessor.has_unfinished_requests) == ["self"]
     assert "self.weight_transfer_engine = WeightTransferEngineFactory.create_engine(" in inspect.getsource(Worker)
     assert "general_plugins()" in inspect.getsource(__import__("vllm.v1.worker.worker_base").v1.worker.worker_base)
+
+
+def test_adapters_are_taken_and_held_as_we_know() -> None:
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora import model_manager
+    from vllm.lora.layers import (
+        ColumnParallelLinearWithLoRA,
+        MergedColumnParallelLinearWithLoRA,
+        MergedQKVParallelLinearWithLoRA,
+        ReplicatedLinearWithLoRA,
+        RowParallelLinearWithLoRA,
+    )
+    from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    ours = {"enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank", "lora_target_modules"}
+    assert ours <= set(parameters(EngineArgs))
+    assert parameters(LLMEngine.add_lora) == ["self", "lora_request"]
+    assert "lora_request" in parameters(LLMEngine.add_request)
+    assert "lora_request" in parameters(LLM.generate)
+    assert {"lora_name", "lora_int_id", "lora_path", "load_inplace"} <= set(LoRARequest.__struct_fields__)
+    assert parameters(PEFTHelper.from_local_dir) == ["lora_path", "max_position_embeddings"]
+    assert parameters(PEFTHelper.get_rank_and_scaling) == ["self", "module_name"]
+    checked = inspect.getsource(PEFTHelper.validate_legal)
+    assert checked.count("lora_config.") == checked.count("lora_config.max_lora_rank")
+    assert parameters(parse_fine_tuned_lora_name) == ["name", "weights_mapper"]
+    assert "_adapter_manager" in inspect.getsource(LRUCacheWorkerLoRAManager.create_lora_manager)
+    manager = inspect.getsource(model_manager.LoRAModelManager)
+    assert all(f"self.{name}:" in manager for name in ("modules", "packed_modules", "lora_index_to_id"))
+    assert "hf_to_vllm_mapper.get_rename_mapper()" in inspect.getsource(LRUCacheWorkerLoRAManager._load_adapter)
+    for layer in (
+        ColumnParallelLinearWithLoRA,
+        MergedColumnParallelLinearWithLoRA,
+        MergedQKVParallelLinearWithLoRA,
+        ReplicatedLinearWithLoRA,
+        RowParallelLinearWithLoRA,
+    ):
+        assert parameters(layer.slice_lora_a) == ["self", "lora_a"]
+        assert parameters(layer.slice_lora_b) == ["self", "lora_b"]
+        made = inspect.getsource(layer.create_lora_weights)
+        made += inspect.getsource(MergedColumnParallelLinearWithLoRA.create_lora_weights)
+        assert "self.lora_a_stacked = tuple(" in made
+        assert "self.lora_b_stacked = tuple(" in made
+
+
+def test_products_of_adapters_on_a_cpu_are_asked_for_as_we_make_them() -> None:
+    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.platforms import current_platform
+
+    from estune.engines.vllm import worker  # noqa: F401  # which sets the name
+    from estune.engines.vllm.cpu_lora import BySlot
+
+    assert current_platform.get_punica_wrapper() == f"{BySlot.__module__}.{BySlot.__name__}"
+    theirs = parameters(PunicaWrapperCPU.add_lora_linear)
+    assert theirs[:7] == parameters(BySlot.add_lora_linear)[:7]
+    assert parameters(PunicaWrapperBase.update_metadata)[:2] == ["self", "mapping"]
+    assert isinstance(PunicaWrapperBase.token_lora_indices, property)

@@ -14,7 +14,7 @@ import torch
 from estune.completion import Sampling
 from estune.config import Config
 from estune.engines.vllm import internals
-from estune.engines.vllm.weights import open_vllm
+from estune.engines.vllm.open import open_vllm
 from estune.es.strategy import Member
 from estune.journal.journal import Journal
 from estune.journal.replay import replay

@@ -70,6 +70,12 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         """Completions of one member in a step, as long as there are training rows enough."""
         return self.prompts_per_step * self.samples_per_prompt
 
+    @property
+    def _about_vllm(self) -> str | None:
+        """The first of the settings that are about vLLM alone and are given."""
+        names = ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_max_loras")
+        return next((name for name in names if getattr(self, name) is not None), None)
+
     @model_validator(mode="before")
     @classmethod
     def _with_settings_of_the_embedded_model(cls, values: Any) -> Any:
@@ -79,19 +85,15 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
 
     @model_validator(mode="after")
     def _check_adapter(self) -> Config:
-        about_vllm = self.vllm_gpu_memory_utilization or self.vllm_max_model_length or self.gpus_per_worker > 1
-        if self.adapter is not None and (self.engine == "vllm" or about_vllm):
-            raise ValueError("an adapter is trained by engine=transformers: set it, and leave out what is about vLLM")
-        if self.adapter is not None:
-            self.engine = "transformers"
+        if self.adapter is not None and self.workers_at:
+            raise ValueError("servers train their model's own weights, no adapter: leave out workers_at or adapter")
         return self
 
     @model_validator(mode="after")
     def _check_integer_weights(self) -> Config:
         if not POLICIES[self.weights].bits:
             return self
-        about_vllm = self.vllm_gpu_memory_utilization or self.vllm_max_model_length or self.gpus_per_worker > 1
-        if self.engine == "vllm" or about_vllm or self.workers_at:
+        if self.engine == "vllm" or self._about_vllm or self.gpus_per_worker > 1 or self.workers_at:
             raise ValueError(
                 f"weights={self.weights} is trained by engine=transformers: leave out workers_at and what is about vLLM"
             )
@@ -113,8 +115,7 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
             self.engine = "vllm"  # what servers have
         if POLICIES[self.weights].drifts and (self.replicas or 1) > 1:
             raise ValueError(f"weights={self.weights} holds one set of weights: replicas must be 1")
-        about_vllm = self.vllm_gpu_memory_utilization or self.vllm_max_model_length
-        if self.engine == "auto" and (about_vllm or self.gpus_per_worker > 1):
+        if self.engine == "auto" and (self._about_vllm or self.gpus_per_worker > 1):
             self.engine = "vllm"  # whose settings these are
         if not POLICIES[self.weights].keeps_base and self.max_staleness:
             raise ValueError(
@@ -134,11 +135,8 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
             raise ValueError(
                 "gpus_per_worker splits a model over GPUs, which engine=vllm does: set it, or leave out engine"
             )
-        if self.engine != "vllm" and about_vllm:
-            raise ValueError(
-                "vllm_gpu_memory_utilization and vllm_max_model_length are about engine=vllm: set it, or leave out "
-                "engine"
-            )
+        if self.engine != "vllm" and self._about_vllm:
+            raise ValueError(f"{self._about_vllm} is about engine=vllm: set it, or leave out engine")
         if self.vllm_max_model_length is not None and self.vllm_max_model_length <= self.max_new_tokens:
             raise ValueError(
                 f"vllm_max_model_length {self.vllm_max_model_length} is to hold a prompt and max_new_tokens "

@@ -65,6 +65,7 @@ _RENAMED = {
     ),
     "vllm_gpu_memory_utilization": "gpu_memory_utilization",
     "vllm_max_model_length": "max_model_len vllm_max_model_len",
+    "vllm_max_loras": "max_loras",
     "reward_timeout": "reward_function_timeout",
     "eval_steps": (
         "eval_freq test_freq eval_interval eval_every validate_every evaluate_every test_every evaluation_steps "

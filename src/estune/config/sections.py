@@ -134,6 +134,12 @@ class Workers(Section):
         ge=2,
         description="most tokens of a prompt and its completion with vLLM; as the run's prompts need them if not given",
     )
+    vllm_max_loras: int | None = Field(
+        None,
+        ge=1,
+        description="members of an adapter that vLLM generates with at once, a slot each; as many as fill its batch, "
+        "at most 32, if not given",
+    )
 
     @property
     def sharing(self) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,12 +79,16 @@ class CrewPool:
         """As `Pool.evaluate`."""
         self._source.check(at_once=True)
         prompts = self._sent(prompt_ids)
-        jobs = self.crew.run("evaluate", [(member, sigma, prompts, sampling) for member in members])
 
         def count(done: Evaluated) -> None:
             self._count(prompt_ids, done.completions, sampling, done.generate_time)
 
-        return CrewEvaluation(jobs, count)
+        size = min(self._at_once(), math.ceil(len(members) / self.engines))
+        if size == 1:
+            return CrewEvaluation(self.crew.run("evaluate", [(m, sigma, prompts, sampling) for m in members]), count)
+        groups = [members[first : first + size] for first in range(0, len(members), size)]
+        jobs = self.crew.run("evaluate_each", [(some, sigma, prompts, sampling) for some in groups])
+        return CrewEvaluation(jobs, count, size)
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """As `Pool.generate`."""
@@ -165,6 +170,10 @@ class CrewPool:
         """The prompts of a step as workers are given them."""
         return prompt_ids
 
+    def _at_once(self) -> int:
+        """How many members a worker is given at once."""
+        return 1
+
     def _is_near(self, slot: Slot) -> bool:
         """Whether a worker can write to this machine's files."""
         return False
@@ -223,21 +232,28 @@ class CrewEvaluation:
     """As `Evaluation`.
 
     Args:
-        jobs: each evaluates a member.
+        jobs: each evaluates a member, or some, one after another.
         count: called with each result.
+        size: how many members those that evaluate some have, but for the last; None where each has one.
     """
 
-    def __init__(self, jobs: Jobs, count: Callable[[Evaluated], None]) -> None:
+    def __init__(self, jobs: Jobs, count: Callable[[Evaluated], None], size: int | None = None) -> None:
         self._jobs = jobs
         self._count = count
+        self._size = size
+        self._ready: deque[tuple[int, Evaluated]] = deque()
 
     def __iter__(self) -> CrewEvaluation:
         return self
 
     def __next__(self) -> tuple[int, Evaluated]:
-        job = next(self._jobs)
-        self._count(job.result)
-        return job.index, job.result
+        if not self._ready:
+            job = next(self._jobs)
+            first, found = (job.index, [job.result]) if self._size is None else (job.index * self._size, job.result)
+            self._ready.extend(enumerate(found, first))
+        index, evaluated = self._ready.popleft()
+        self._count(evaluated)
+        return index, evaluated
 
     def close(self) -> None:
         """As `Evaluation.close`."""

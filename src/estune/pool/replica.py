@@ -11,7 +11,7 @@ import torch
 
 from estune.completion import Completion, Engine, Sampling
 from estune.config import Config
-from estune.engines.cpu.members import Drawn, Members, Together
+from estune.engines.cpu.members import Drawn
 from estune.engines.integers import put_integers
 from estune.engines.memory import give_back_memory, memory_for, total_memory
 from estune.engines.score import divergence
@@ -22,6 +22,7 @@ from estune.grading.rollout import is_played
 from estune.journal.identity import model_files
 from estune.pool.base import Description, Evaluated
 from estune.pool.generator import Generator, open_transformers, set_up_process, sharers
+from estune.pool.together import RankOne, Slots, Together
 from estune.pool.turns import gpus_of, in_turn
 from estune.weights.adapted import open_checkpoint
 from estune.weights.base import Share, keeps_base_on_host
@@ -59,27 +60,33 @@ class Trained(Generator):
         self.weights = weights
         self.checkpoint = checkpoint
         self._kind = kind
-        self._together: Together | None = None  # draws members that are evaluated together
-        self._members: Members | None = None  # those that were taken so
+        self._together: Together | None = None  # generates with many members at once
+        self._taken = False  # it has members
         self._restored = False  # the live weights are the base
 
     def evaluate(
         self, member: Member, sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
     ) -> Evaluated:
         """Generate with a member's weights."""
+        (found,) = self.evaluate_each([member], sigma, prompt_ids, sampling)
+        return found
+
+    def evaluate_each(
+        self, members: Sequence[Member], sigma: float, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[Evaluated]:
+        """Generate with the weights of each of these members, of which there are as many as `at_once` says, at most."""
         start = time.perf_counter()
-        self.take([member], sigma, played=is_played(prompt_ids))
+        self.take(members, sigma, played=is_played(prompt_ids))
         taken = time.perf_counter()
-        (completions,) = self.complete_each(prompt_ids, sampling)
-        return Evaluated(completions, taken - start, time.perf_counter() - taken)
+        found = self.complete_each(prompt_ids, sampling)
+        times = (taken - start) / len(members), (time.perf_counter() - taken) / len(members)
+        return [Evaluated(completions, *times) for completions in found]
 
     def at_once(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> int:
         """How many members can be taken at once, to complete these prompts."""
         if self._together is None or is_played(prompt_ids):
             return 1
-        assert isinstance(self.engine, TransformersEngine)
-        rows = self.engine.fitting_rows(max(map(len, prompt_ids)) + sampling.max_new_tokens)
-        return max(1, (self.engine.batch_size or rows) // len(prompt_ids))
+        return self._together.most(prompt_ids, sampling)
 
     def take(self, members: Sequence[Member], sigma: float, *, played: bool = False) -> None:
         """Make ready to generate with these members' weights.
@@ -90,21 +97,22 @@ class Trained(Generator):
             sigma: of the perturbations.
             played: prompts will open rollouts.
         """
+        self._taken = self._together is not None and not played
         if self._together is None or played:
-            self._members = None
             (member,) = members
             self.perturb(member, sigma)
             return
-        if not self._restored:
+        if not self._together.over_base:
+            self._restored = False
+        elif not self._restored:
             self._restore()
-        self._members = self._together.of(members, sigma)
+        self._together.take(members, sigma)
 
     def complete_each(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """Generate with the weights of each member that was taken, `[members][prompts]`."""
-        if self._members is None:
+        if self._together is None or not self._taken:
             return [self.complete(prompt_ids, sampling)]
-        assert isinstance(self.engine, TransformersEngine)
-        return self.engine.generate_each(self._members, prompt_ids, sampling)
+        return self._together.complete(prompt_ids, sampling)
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights a member's."""
@@ -219,20 +227,26 @@ class Replica(Trained):
         self._vllm = config.engine == "vllm"
         engine: Engine
         weights: TrainedWeights
+        together: Together | None = None
         if self._vllm:
-            from estune.engines.vllm.weights import open_vllm
+            from estune.engines.vllm.adapted import AdapterWeights
+            from estune.engines.vllm.open import open_vllm
 
             with in_turn(gpus_of(config)):
                 engine, weights = open_vllm(checkpoint, config)
+            if isinstance(weights, AdapterWeights):
+                together = Slots(engine, weights)
         else:
             engine = open_transformers(checkpoint, config, self._device)
             weights = open_weights(engine, checkpoint, config, share)
             if weights.rule.grid is not None:
                 give_back_memory()  # that of the weights as they were loaded
         super().__init__(engine, weights, checkpoint, config, device_kind(self._device))
+        self._together = together
         if config.noise == "rank1" and isinstance(engine, TransformersEngine) and isinstance(weights, Weights):
-            if not weights.rule.how.drifts:  # drift is that of members one by one
-                self._together = engine.together(drawn(weights))
+            # Drift is that of members one by one.
+            drawer = None if weights.rule.how.drifts else engine.together(drawn(weights))
+            self._together = None if drawer is None else RankOne(engine, drawer)
             if self._together is None:
                 weights.rule.how.refuse_rank1()
 

@@ -73,6 +73,21 @@ class Worker:
         self._require(done)
         return replace(self.replica.evaluate(member, sigma, prompt_ids, sampling), updates=done)
 
+    def evaluate_each(
+        self,
+        done: int,
+        members: Sequence[Member],
+        sigma: float,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+    ) -> list[Evaluated]:
+        """As `Replica.evaluate_each`, for any number of members."""
+        self._require(done)
+        count = self.replica.at_once(prompt_ids, sampling)
+        groups = [members[first : first + count] for first in range(0, len(members), count)]
+        found = [each for some in groups for each in self.replica.evaluate_each(some, sigma, prompt_ids, sampling)]
+        return [replace(each, updates=done) for each in found]
+
     def generate(self, done: int, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """As `Replica.generate`."""
         self._require(done)

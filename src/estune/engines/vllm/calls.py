@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from estune.completion import Completion, Sampling
@@ -51,14 +51,24 @@ class VllmCalls(PromptEncoder):
             EstuneError: a prompt is empty or, with `max_new_tokens`, longer than the model's positions or
                 `vllm_max_model_length` reach, or `sampling` is out of range.
         """
+        return self._complete(prompt_ids, sampling, lambda: self._tokens(prompt_ids, sampling))
+
+    def _complete(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        work: Callable[[], list[list[int]]],
+        members: int = 1,
+    ) -> list[Completion]:
+        """Completions from the token ids that `work` gives, of all prompts for each of some members."""
         if not prompt_ids:
             return []
         self.check(prompt_ids, sampling)
         meter = Meter()
-        token_ids = self._tokens(prompt_ids, sampling)
+        token_ids = work()
         tokens = sum(map(len, token_ids))
-        meter.wrote(tokens, spared=len(prompt_ids) * sampling.max_new_tokens - tokens)
-        meter.read(sum(map(len, prompt_ids)))  # between one another, vLLM reads and writes
+        meter.wrote(tokens, spared=len(token_ids) * sampling.max_new_tokens - tokens)
+        meter.read(members * sum(map(len, prompt_ids)))  # between one another, vLLM reads and writes
         return completions_of(self.tokenizer, set(self.end_ids), token_ids)
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:

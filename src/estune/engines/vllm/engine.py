@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from estune.completion import Sampling
+from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.continuous import Request, Rows
 from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer, pick_dtype
 from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for, total_memory
 from estune.engines.progress import Meter
-from estune.engines.vllm import internals
+from estune.engines.vllm import internals, lora
 from estune.engines.vllm.calls import Digest, VllmCalls
 from estune.errors import EstuneError
 from estune.weights.checkpoint import DTYPES, Checkpoint
@@ -33,6 +33,7 @@ CPU_ROWS = 256  # sequences decoded at once on a CPU; beyond, caches lose more t
 CPU_MEMORY_SHARE = 4  # of a CPU's memory beside weights and base, keys and values take at most one part in so many
 BLOCK = 32  # tokens of a block of keys and values; prompts share whole blocks, and a CPU wants multiples of 32
 GPU_ROWS = (256, 1024)  # sequences decoded at once on a GPU: as many as a step has prompts, within these
+MOST_SLOTS = 32  # members of an adapter that are decoded at once, if the settings do not say: their products are small
 GPU_SHARE = 0.9  # of a GPU's memory, for weights, base, keys and values
 REMEDIES = {  # by what vLLM says
     "free memory on device": "end what else uses the GPU or lower vllm_gpu_memory_utilization",
@@ -44,15 +45,16 @@ REMEDY = "use engine=transformers if vLLM does not know it"
 class VllmEngine(VllmCalls):
     """An `Engine` over vLLM. Same prompts and weights give the same greedy completions, the model's own.
 
-    To train, use `open_vllm`.
+    To train, use `open_vllm` (`open.py`).
 
     Args:
         checkpoint: the model's.
         config: the settings.
         base: bytes of the base that lies beside the live weights on their device, in all processes together.
+        slots: of an adapter: how many of its shape there can be at once.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: Config, base: int = 0) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: Config, base: int = 0, slots: int = 1) -> None:
         internals.check_version()
         self.device = chosen_device(config.device)
         if self.device.index:
@@ -60,16 +62,24 @@ class VllmEngine(VllmCalls):
                 f"device={self.device}: vLLM takes the first GPU it sees; set CUDA_VISIBLE_DEVICES instead"
             )
         self.parallel = config.gpus_per_worker
+        whole = checkpoint.under
+        self._adapter = None if whole is None else checkpoint
+        self.slots = 0 if whole is None else slots
+        """How many members can be generated with at once; 0 where vLLM has no adapter."""
         path = checkpoint.path
         model = load_config(path, trust_remote_code=config.trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
         super().__init__(str(path), tokenizer, model, config.vllm_max_model_length)
-        self.dtype = live_dtype(checkpoint, config, model)
+        self.dtype = live_dtype(whole or checkpoint, config, model)
+        adapted: dict[str, Any] = {}
+        if whole is not None:
+            lora.refuse_type(self.dtype, self.device)
+            adapted = lora.options(checkpoint, slots)
         self.end_ids = end_tokens(
             SimpleNamespace(config=model, generation_config=generation_config(path, model)), self.tokenizer
         )
         self._threads = config.threads or 1
-        self.llm = self._start(checkpoint, config, base)
+        self.llm = self._start(whole or checkpoint, config, base, adapted)
         # With several processes, each has one thread that does everything, and this process does nothing on the device.
         module = torch.get_device_module(self.device)
         self._stream = module.current_stream() if self.parallel == 1 else None
@@ -86,9 +96,9 @@ class VllmEngine(VllmCalls):
         with torch.get_device_module(self.device).stream(self._stream):
             yield self.llm
 
-    def _start(self, checkpoint: Checkpoint, config: Config, base: int) -> Any:
+    def _start(self, checkpoint: Checkpoint, config: Config, base: int, adapted: dict[str, Any]) -> Any:
         on_cpu = self.device.type == "cpu"
-        rows = rows_at_once(config, on_cpu=on_cpu)
+        rows = rows_at_once(config, on_cpu=on_cpu, members=self.slots or 1)
         share = None if on_cpu else self._utilization(config, base)
         try:
             with memory_for("vLLM", "lower vllm_gpu_memory_utilization or vllm_max_model_length"):
@@ -105,6 +115,7 @@ class VllmEngine(VllmCalls):
                     block_size=BLOCK if on_cpu else None,
                     kv_cache_memory_bytes=self._cache_bytes(checkpoint, rows, base, share),
                     gpu_memory_utilization=share,
+                    **adapted,
                 )
         except EstuneError:
             raise
@@ -140,6 +151,8 @@ class VllmEngine(VllmCalls):
         token = cached_elements(self.config, self.parallel) * size
         length = math.ceil((self.positions or 2048) / BLOCK) * BLOCK + BLOCK
         weights = sum(t.elements for t in checkpoint.tensors.values()) * size
+        if self._adapter is not None:
+            weights += self.slots * sum(t.elements for t in self._adapter.tensors.values()) * size
         memory = total_memory(self.device)
         if share is not None:
             plain = attends_everywhere(self.config)
@@ -147,9 +160,36 @@ class VllmEngine(VllmCalls):
         room = (memory - weights - base) // CPU_MEMORY_SHARE // self.parallel
         return int(max(min(rows * length * token, room), BLOCK * token))
 
+    def slot(self, number: int = lora.FIRST) -> Any:
+        """What a prompt carries to be completed by a slot's adapter; None where there is no adapter."""
+        return None if self._adapter is None else lora.request(self._adapter.path, number)
+
     def _tokens(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         with self.here() as llm:
-            return internals.generate(llm, prompt_ids, sampling, self.end_ids)
+            return internals.generate(llm, prompt_ids, sampling, self.end_ids, [self.slot()])
+
+    def generate_each(
+        self, count: int, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """As `generate`, by each of the first slots, `[count][prompts]`, in one batch."""
+        slots = [self.slot(number) for number in range(count)]
+
+        def work() -> list[list[int]]:
+            with self.here() as llm:
+                return internals.generate(llm, prompt_ids, sampling, self.end_ids, slots)
+
+        found = self._complete(prompt_ids, sampling, work, members=count)
+        size = len(prompt_ids)
+        return [found[number * size : (number + 1) * size] for number in range(count)]
+
+    def fill(self, adapter: Checkpoint, slot: int) -> None:
+        """Have vLLM itself load an adapter into a slot.
+
+        Raises:
+            EstuneError: it cannot.
+        """
+        with self.here() as llm:
+            lora.fill(llm, adapter.path, slot)
 
     def open_rows(self) -> Rows:
         """An empty batch."""
@@ -157,11 +197,11 @@ class VllmEngine(VllmCalls):
 
     def _scores(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
         with self.here() as llm:
-            return internals.score(llm, rows)
+            return internals.score(llm, rows, self.slot())
 
     def _likely(self, prompt_ids: Sequence[Sequence[int]], tokens: int) -> Digest:
         with self.here() as llm:
-            return internals.log_probabilities(llm, prompt_ids, tokens)
+            return internals.log_probabilities(llm, prompt_ids, tokens, self.slot())
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         with self.here() as llm:
@@ -200,7 +240,8 @@ class VllmRows:
         if not self._active:
             self._meter = Meter()  # nobody waited for anything
         with self._engine.here() as llm:
-            internals.add(llm, str(row), request.prompt_ids, request.sampling, self._engine.end_ids)
+            adapter = self._engine.slot()
+            internals.add(llm, str(row), request.prompt_ids, request.sampling, self._engine.end_ids, adapter)
         self._active.add(row)
         self._unread[row] = len(request.prompt_ids)
         return row
@@ -228,10 +269,18 @@ class VllmRows:
                 internals.drop(llm, str(row))
 
 
-def rows_at_once(config: Config, *, on_cpu: bool) -> int:
+def rows_at_once(config: Config, *, on_cpu: bool, members: int = 1) -> int:
     """How many sequences vLLM decodes at once at most."""
     least, most = (CPU_ROWS, CPU_ROWS) if on_cpu else GPU_ROWS
-    return config.batch_size or min(max(config.rows_of_member, least), most)
+    return config.batch_size or min(max(config.rows_of_member * members, least), most)
+
+
+def slots_for(config: Config, *, on_cpu: bool) -> int:
+    """How many members of an adapter vLLM is set up to decode at once."""
+    engines = config.workers or 1
+    rows = config.batch_size or (CPU_ROWS if on_cpu else GPU_ROWS[1])
+    fitting = max(1, min(rows // config.rows_of_member, MOST_SLOTS))
+    return config.vllm_max_loras or min(fitting, math.ceil(config.population / engines))
 
 
 def live_dtype(checkpoint: Checkpoint, config: Config, model: Any) -> str:

@@ -1,4 +1,4 @@
-"""Every contact with the internals of vLLM in this process; those of a server are in `server.py`.
+"""Every contact with the internals of vLLM in this process; those of a server are in `server.py`, of LoRA in `lora.py`.
 
 `tests/vllm/test_contact.py` names each, and fails first where one has changed.
 
@@ -144,23 +144,38 @@ def _leave_stream() -> None:
 
 
 def generate(
-    llm: Any, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
+    llm: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    sampling: Sampling,
+    end_ids: Sequence[int],
+    adapters: Sequence[Any] = (None,),
 ) -> list[list[int]]:
-    """Token ids of each completion, the end token included."""
+    """Token ids of each completion, the end token included.
+
+    Args:
+        llm: vLLM's engine.
+        prompt_ids: of the prompts.
+        sampling: how tokens are drawn.
+        end_ids: tokens that end a completion.
+        adapters: requests of `lora.py`. All prompts are completed by each of them, one after another in what is
+            returned; None is the model itself.
+    """
     prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
-    settings = parameters(sampling, end_ids, 0)
-    if sampling.temperature:
-        settings = [parameters(sampling, end_ids, row) for row in range(len(prompts))]
-    return [list(found.outputs[0].token_ids) for found in llm.generate(prompts, settings, use_tqdm=False)]
+    settings = [parameters(sampling, end_ids, row if sampling.temperature else 0) for row in range(len(prompts))]
+    by = [adapter for adapter in adapters for _ in prompts]
+    done = llm.generate(prompts * len(adapters), settings * len(adapters), lora_request=by, use_tqdm=False)
+    return [list(found.outputs[0].token_ids) for found in done]
 
 
-def add(llm: Any, row: str, prompt_ids: Sequence[int], sampling: Sampling, end_ids: Sequence[int]) -> None:
+def add(
+    llm: Any, row: str, prompt_ids: Sequence[int], sampling: Sampling, end_ids: Sequence[int], adapter: Any = None
+) -> None:
     """Take a prompt in under a name, which `step` gives back. Its draws are those of a single prompt of `generate`."""
     from vllm.sampling_params import RequestOutputKind
 
     settings = parameters(sampling, end_ids, 0)
     settings.output_kind = RequestOutputKind.DELTA
-    llm.llm_engine.add_request(row, {"prompt_token_ids": list(prompt_ids)}, settings)
+    llm.llm_engine.add_request(row, {"prompt_token_ids": list(prompt_ids)}, settings, lora_request=adapter)
 
 
 def step(llm: Any) -> list[tuple[str, list[int], bool]]:
@@ -190,10 +205,12 @@ def parameters(sampling: Sampling, end_ids: Sequence[int], row: int) -> Any:
     )
 
 
-def log_probabilities(llm: Any, prompt_ids: Sequence[Sequence[int]], tokens: int) -> list[dict[int, float]]:
+def log_probabilities(
+    llm: Any, prompt_ids: Sequence[Sequence[int]], tokens: int, adapter: Any = None
+) -> list[dict[int, float]]:
     """The few most likely tokens at each step of greedy decoding, with their log-probabilities (nats)."""
     prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
-    return likely(llm.generate(prompts, looking(tokens), use_tqdm=False))
+    return likely(llm.generate(prompts, looking(tokens), lora_request=adapter, use_tqdm=False))
 
 
 def looking(tokens: int) -> Any:
@@ -210,10 +227,10 @@ def likely(found: Iterable[Any]) -> list[dict[int, float]]:
     ]
 
 
-def score(llm: Any, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+def score(llm: Any, rows: Sequence[Sequence[int]], adapter: Any = None) -> list[list[float]]:
     """Log-probabilities (nats) of each row's tokens but the first, each given those before it."""
     prompts = [{"prompt_token_ids": list(row)} for row in rows]
-    return scores(rows, llm.generate(prompts, scoring(), use_tqdm=False))
+    return scores(rows, llm.generate(prompts, scoring(), lora_request=adapter, use_tqdm=False))
 
 
 def scoring() -> Any:

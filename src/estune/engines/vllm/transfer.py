@@ -17,7 +17,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from estune.engines.vllm.worker import Shard
+from estune.engines.vllm.worker import ModelShard
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 
@@ -38,7 +38,7 @@ class Seeds(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class SeedTransfer(WeightTransferEngine):  # type: ignore[misc]
-    """Holds the worker's `Shard`; vLLM makes one when it has loaded the model."""
+    """Holds the worker's `ModelShard`; vLLM makes one when it has loaded the model."""
 
     init_info_cls = Nothing
     update_info_cls = Seeds
@@ -48,7 +48,7 @@ class SeedTransfer(WeightTransferEngine):  # type: ignore[misc]
         super().__init__(config, vllm_config, device, model)
         runner = SimpleNamespace(get_model=lambda: model)
         rank = vllm_config.parallel_config.rank
-        self.shard = Shard(SimpleNamespace(rank=rank, vllm_config=vllm_config, model_runner=runner))
+        self.shard = ModelShard(SimpleNamespace(rank=rank, vllm_config=vllm_config, model_runner=runner))
 
     def init_transfer_engine(self, init_info: Nothing) -> None:
         """Nothing to do."""

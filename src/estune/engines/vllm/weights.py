@@ -8,21 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from estune.config import Config
-from estune.engines.loading import load_config
-from estune.engines.memory import memory_for, total_memory
 from estune.engines.vllm.calls import Digest, VllmCalls
-from estune.engines.vllm.engine import VllmEngine, live_dtype
 from estune.engines.vllm.parameter_map import count_once, tied_names
+from estune.engines.vllm.shard import Opening
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
 from estune.noise.reference import normal_by_id
-from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, narrow, widen
-from estune.weights.device import chosen_device
 from estune.weights.parameters import fits, refuse_unfitting
 from estune.weights.policies import POLICIES, Rule
 from estune.weights.scales import scales_of
@@ -48,26 +43,16 @@ class VllmWeights:
     """
 
     def __init__(self, engine: VllmCalls, checkpoint: Checkpoint, config: Config, *, base_on_host: bool) -> None:
-        from estune.engines.vllm.worker import Opening
-
         self._engine = engine
         self._shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
-        maps = dict(engine.call("draw", checkpoint.path))
-        ranks = sorted(maps)
-        counted = dict(zip(ranks, count_once([maps[rank] for rank in ranks], self._shapes), strict=True))
-        places = [place for rank in ranks for place in maps[rank]]
-        ties = tied_names(places, self._shapes, engine.config.get_text_config(decoder=True))
-        self.tensors = {
-            name: ties.get(name, [])
-            for name in dict.fromkeys(place.name for place in places)
-            if fits(name, config.train_parameters)
-        }
+        held, counted = self._draw(checkpoint)
+        self.tensors = {name: aliases for name, aliases in held.items() if fits(name, config.train_parameters)}
         """The trained tensors by checkpoint name, each with the names tied to it."""
         refuse_unfitting(config.train_parameters, self._shapes)
         if not self.tensors:
             raise EstuneError(f"train_parameters: {config.train_parameters} leaves no parameter to train")
         chosen = {name: tuple(aliases) for name, aliases in self.tensors.items()}
-        dtype = POLICIES[config.weights].dtype(engine.dtype)
+        dtype = POLICIES[config.weights].dtype(self._live_dtype)
         scales = scales_of(config.sigma_scale, checkpoint, list(self.tensors))
         self.rule = Rule(config.weights, config.rounding, config.noise, dtype, scales)
         """How the base is kept and changed."""
@@ -81,6 +66,25 @@ class VllmWeights:
         )
         engine.call("open", self._opening)
         self._check(checkpoint)
+
+    def _draw(self, checkpoint: Checkpoint) -> tuple[dict[str, list[str]], dict[int, list[bool]]]:
+        """Find where a checkpoint's tensors lie.
+
+        Returns:
+            The tensors that are held by name, each with the names tied to it; and, by rank, for each place there,
+            whether it is counted.
+        """
+        maps = dict(self._engine.call("draw", checkpoint.path))
+        ranks = sorted(maps)
+        counted = dict(zip(ranks, count_once([maps[rank] for rank in ranks], self._shapes), strict=True))
+        places = [place for rank in ranks for place in maps[rank]]
+        ties = tied_names(places, self._shapes, self._engine.config.get_text_config(decoder=True))
+        return {name: ties.get(name, []) for name in dict.fromkeys(place.name for place in places)}, counted
+
+    @property
+    def _live_dtype(self) -> str:
+        """Type of the tensors that are perturbed."""
+        return self._engine.dtype
 
     @property
     def elements(self) -> int:
@@ -189,7 +193,7 @@ class VllmWeights:
                     f"engine=vllm cannot train this model: completions do not answer to changes of {name}; use "
                     "engine=transformers"
                 )
-        if not answers or not _same(engine.digest(), before):
+        if not answers or not same(engine.digest(), before):
             found = "do not come back with the weights" if answers else "do not answer to changes of the weights"
             raise EstuneError(f"engine=vllm cannot train this model: completions {found}; use engine=transformers")
 
@@ -214,40 +218,7 @@ class VllmWeights:
             self.load(checkpoint)  # what rounding has left of the checks
 
 
-def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmWeights]:
-    """An engine over vLLM, with room for a base, and its weights. To generate alone, `VllmEngine` is enough.
-
-    Raises:
-        EstuneError: vLLM is missing or of an unknown version, or cannot run the model or train it.
-    """
-    device = chosen_device(config.device)
-    model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
-    dtype = live_dtype(checkpoint, config, model)
-    elements = sum(t.elements for name, t in checkpoint.tensors.items() if fits(name, config.train_parameters))
-    size = getattr(torch, dtype).itemsize
-    base = POLICIES[config.weights].base_bytes(elements, dtype)
-    live = sum(t.elements for t in checkpoint.tensors.values()) * size
-    keeps_base = POLICIES[config.weights].keeps_base
-    on_host = (
-        keeps_base
-        and device.type == "cuda"
-        and keeps_base_on_host(
-            config.base_device,
-            base=base // config.gpus_per_worker,
-            live=live // config.gpus_per_worker,
-            memory=total_memory(device) // config.sharing,
-        )
-    )
-    engine = VllmEngine(checkpoint, config, 0 if on_host else base)
-    try:
-        with memory_for("the base that is kept beside the live weights", "set base_device=host or weights=copy"):
-            return engine, VllmWeights(engine, checkpoint, config, base_on_host=on_host)
-    except BaseException:
-        engine.close()
-        raise
-
-
-def _same(a: Digest, b: Digest) -> bool:
+def same(a: Digest, b: Digest) -> bool:
     """Whether two digests are of the same weights, but for what a device rounds differently from call to call."""
     return all(
         x.keys() == y.keys() and all(math.isclose(x[token], y[token], abs_tol=1e-2) for token in x)

@@ -5,45 +5,28 @@ vLLM imports this module in each worker before it builds the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from estune.engines.vllm import internals
+from estune.engines.vllm import internals, lora
+from estune.engines.vllm.adapter import AdapterShard
 from estune.engines.vllm.parameter_map import Place, by_rows, draw_map
+from estune.engines.vllm.shard import SHAKEN, Opening, Shard
 from estune.errors import EstuneError
-from estune.es.strategy import Member, Update
-from estune.noise.reference import tensor_id
-from estune.noise.rows import Run
 from estune.weights.checkpoint import Checkpoint
-from estune.weights.device import device_kind, synchronize
 from estune.weights.parameters import Parameter
-from estune.weights.policies import Rule
-from estune.weights.storage import Array, Storage, as_array, flat, open_storage
-from estune.weights.weights import Weights
+from estune.weights.storage import Array, Storage, as_array
 
 internals.keep_weights_plain()
+lora.group_products()
 
 STRETCH = 64  # elements of a stretch that is compared with what it should be
-SHAKEN = 0x5AFE  # seed of the noise that weights are overwritten with before a check
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """Which weights a worker trains, and how it keeps them."""
-
-    checkpoint: Path
-    rule: Rule
-    threads: int
-    base_on_host: bool
-    chosen: Mapping[str, tuple[str, ...]]  # the tensors to train, each with its aliases
-    counted: Mapping[int, list[bool]]  # by rank, for each place
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,37 +45,28 @@ class WorkerExtension:
     def estune(self, method: str, *args: Any) -> Any:
         """Call a method of this worker's `Shard`."""
         if not hasattr(self, "_estune_shard"):
-            self._estune_shard = Shard(self)
+            self._estune_shard = AdapterShard(self) if lora.has_slots(self) else ModelShard(self)
         return self._estune_shard.call(method, *args)
 
 
-class Shard:
-    """The live weights of one worker, and the base beside them.
-
-    Args:
-        worker: vLLM's.
-    """
+class ModelShard(Shard):
+    """The model's own weights, as far as this worker holds them."""
 
     def __init__(self, worker: Any) -> None:
-        self._worker = worker
-        self._rank = int(worker.rank)
+        super().__init__(worker)
         self._places: list[Place] = []
-        self._tensors: dict[str, Tensor] = {}
-        self._addresses: dict[str, int] = {}
-        self.weights: Weights | None = None
 
-    def call(self, method: str, *args: Any) -> Any:
-        """Call one of the methods below, or of the weights.
+    def held(self) -> dict[str, Tensor]:
+        """The model's parameters by vLLM's names."""
+        return internals.live_tensors(self._worker)
 
-        An `EstuneError` comes back as the answer: vLLM would wrap one that is raised in errors of its own.
-        """
-        try:
-            with torch.no_grad():
-                if method != "draw":
-                    self._check_addresses()
-                return getattr(self if hasattr(self, method) else self.weights, method)(*args)
-        except EstuneError as error:
-            return error
+    def parameters(self, opening: Opening) -> list[Parameter]:
+        """The chosen tensors' rectangles."""
+        return [
+            Parameter(place.name, self._live(place), opening.chosen[place.name], place.part, counts)
+            for place, counts in zip(self._places, opening.counted[self._rank], strict=True)
+            if place.name in opening.chosen
+        ]
 
     def draw(self, path: Path) -> tuple[int, list[Place]]:
         """This worker's rank, and the map of its tensors, which hold the same as before afterwards.
@@ -108,8 +82,7 @@ class Shard:
         if self.weights is not None:  # they are drawn again, in a server that a run has left
             self.weights = None
             load(_stored(checkpoint))
-        self._tensors = internals.live_tensors(self._worker)
-        self._addresses = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
+        self._hold()
         before = self.digests()
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         self._places = draw_map(self._tensors, shapes, load)
@@ -117,71 +90,9 @@ class Shard:
         self._compare(before, "reloading the checkpoint")
         return self._rank, self._places
 
-    def open(self, opening: Opening) -> None:
-        """Keep a base beside the live weights, and check that restoring from it gives exactly what they were.
-
-        Raises:
-            EstuneError: it does not.
-        """
-        before = self.digests()
-        counted = opening.counted[self._rank]
-        parameters = [
-            Parameter(place.name, self._live(place), opening.chosen[place.name], place.part, counts)
-            for place, counts in zip(self._places, counted, strict=True)
-            if place.name in opening.chosen
-        ]
-        self.weights = Weights(
-            parameters,
-            policy=opening.rule.policy,
-            rounding=opening.rule.rounding,
-            noise=opening.rule.noise,
-            scales=opening.rule.scales,
-            threads=opening.threads,
-            base_on_host=opening.base_on_host,
-        )
-        self.weights.subset(lambda parameter: True).perturb(SHAKEN, 1.0)
-        self.load(opening.checkpoint)
-        self.weights.restore()
-        self._compare(before, "loading it by the map of the parameters")
-
-    def kind(self) -> str:
-        """The kind of the device that the weights are on."""
-        return device_kind(next(iter(self._tensors.values())).device)
-
-    def perturb(self, member: Member, sigma: float) -> None:
-        """As `Weights.perturb`, but wait until it is done, so that it is timed: only this process can wait."""
-        assert self.weights is not None
-        self.weights.perturb(member, sigma)
-        synchronize(next(iter(self._tensors.values())).device)
-
-    def load(self, path: Path) -> None:
-        """As `Weights.load`."""
-        assert self.weights is not None
-        self.weights.load(Checkpoint(path))
-
-    def show(self, path: Path) -> None:
-        """As `Weights.show`."""
-        assert self.weights is not None
-        self.weights.show(Checkpoint(path))
-
-    def change_sums(self, path: Path) -> tuple[float, float]:
-        """As `Weights.change_sums`."""
-        assert self.weights is not None
-        return self.weights.change_sums(Checkpoint(path))
-
-    def anchor(self, path: Path, update: Update) -> None:
-        """As `Weights.anchor`."""
-        assert self.weights is not None
-        self.weights.anchor(Checkpoint(path), update)
-
-    def digests(self) -> dict[str, int]:
-        """A hash of the bits of each live tensor, padding included, by vLLM's name."""
-        runs = {name: flat(tensor) for name, tensor in self._tensors.items()}
-        return {name: open_storage([Run(t, t, tensor_id(name), 0)], 1).fingerprint() for name, t in runs.items()}
-
     def samples(self) -> list[Sample]:
         """The first, a middle and the last stretch of each part of a trained tensor, from the layers themselves."""
-        now = internals.live_tensors(self._worker)
+        now = self.held()
         found = []
         assert self.weights is not None
         trained = {p.name for p in self.weights.parameters}
@@ -202,7 +113,7 @@ class Shard:
 
     def live_arrays(self) -> dict[str, Array]:
         """Copies of all live tensors by vLLM's names, to look at in small models."""
-        now = internals.live_tensors(self._worker)
+        now = self.held()
         return {name: as_array(t.cpu()).copy().reshape(t.shape) for name, t in now.items()}
 
     def matrices(self) -> list[str]:
@@ -232,23 +143,6 @@ class Shard:
 
     def _live(self, place: Place) -> Tensor:
         return by_rows(self._tensors[place.tensor])[place.row : place.row + place.part.rows].view(-1)
-
-    def _compare(self, before: Mapping[str, int], what: str) -> None:
-        now = self.digests()
-        changed = next((name for name, digest in before.items() if now[name] != digest), None)
-        if changed is not None:
-            raise EstuneError(
-                f"engine=vllm cannot train this model: {what} does not give back {changed}, which vLLM must keep in a "
-                "layout of its own; use engine=transformers"
-            )
-
-    def _check_addresses(self) -> None:
-        now = internals.live_tensors(self._worker)
-        moved = next((name for name, address in self._addresses.items() if now[name].data_ptr() != address), None)
-        if moved is not None or len(now) != len(self._addresses):
-            raise EstuneError(
-                f"vLLM has moved its weights ({moved or 'new ones'}) since the start: start the run again"
-            )
 
 
 def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from estune.pool.deadlines import Deadlines
 from estune.pool.ray.cluster import connect, disconnect, lost, needs
 from estune.pool.ray.handle import RayHandle
 from estune.pool.slots import Slot
+from estune.weights.adapters import PREFIX
 from estune.weights.checkpoint import EMBEDDED
 
 
@@ -42,6 +43,14 @@ class RayPool(CrewPool):
 
     def _sent(self, prompt_ids: Sequence[Sequence[int]]) -> Any:
         return ray.put(prompt_ids)  # sent to a node once a step, not once a member
+
+    def _at_once(self) -> int:
+        adapted = next(iter(self.describe().tensors)).startswith(PREFIX)
+        if not adapted or self._config.engine != "vllm":
+            return 1
+        from estune.engines.vllm.engine import slots_for
+
+        return slots_for(self._config, on_cpu=self._config.device == "cpu")
 
     def _is_near(self, slot: Slot) -> bool:
         here = ray.get_runtime_context().get_node_id()

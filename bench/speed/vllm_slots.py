@@ -1,0 +1,118 @@
+"""Members of an adapter in one batch of vLLM's, against members one by one: a step's evaluation, and its update.
+
+    python -m bench.speed.vllm_slots [--cases tiny:8:20 smollm2:8:8] [--repeats 3]
+
+In an environment that has vLLM. One engine; `one by one` puts each member into the slot of the live weights and
+completes its prompts, `in one batch` takes all members at once. `plain` is as many completions of the model without an
+adapter, in batches of a member's prompts and in one, so that what LoRA layers cost is seen. All take turns, and medians
+are compared; the machine's load is in the result. Completions of the two ways should agree in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bench.common import medians, options, rounded, settings, write_result
+
+from estune.completion import Sampling
+from estune.config import Config, load
+from estune.engines.loading import open_encoder
+from estune.engines.vllm.engine import VllmEngine
+from estune.engines.vllm.internals import check_version
+from estune.es.strategy import Member, Update
+from estune.pool.open import with_length
+from estune.pool.replica import Replica
+from estune.run.held_out import token_ids
+from estune.weights.checkpoint import Checkpoint, locate
+
+TASKS = {
+    "tiny": ["task.name=countdown", "dtype=float32"],
+    "smollm2": ["task.name=examples/capitals.py", "max_new_tokens=16", "dtype=bfloat16"],
+}
+SIGMA = 0.02
+
+
+def measure(model: str, members: int, prompts: int, repeats: int, rank: int) -> dict[str, Any]:
+    """Seconds of all members' evaluation and of their update."""
+    given = [f"model={model}", "threads=1", "engine=vllm", "device=cpu", f"vllm_max_loras={members}", *TASKS[model]]
+    config = load(None, [*given, f"adapter.rank={rank}", f"batch_size={members * prompts}"])
+    task = config.task.build(0)
+    ids = token_ids(open_encoder(config), task, [task.train[i] for i in range(prompts)])
+    config = with_length(config, max(map(len, ids)) + 1)
+    sampling = Sampling(config.max_new_tokens)
+    plain = _plain(config, ids, members, sampling, repeats)
+    replica = Replica(config)
+    asked = [Member(seed) for seed in range(1, members + 1)]
+    update = Update(0, tuple(asked), tuple([1e-6] * members), 0.0, 1)
+
+    def one_by_one() -> list[Any]:
+        return [replica.evaluate(member, SIGMA, ids, sampling).completions for member in asked]
+
+    def in_one_batch() -> list[Any]:
+        replica.take(asked, SIGMA)
+        return replica.complete_each(ids, sampling)
+
+    pairs = [
+        (a.token_ids, b.token_ids)
+        for x, y in zip(in_one_batch(), one_by_one(), strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
+    seconds = medians({"one by one": one_by_one, "in one batch": in_one_batch}, repeats, 0)
+    writing = medians({"take": lambda: replica.take(asked, SIGMA), "apply": lambda: replica.apply(update)}, repeats, 1)
+    replica.engine.close()
+    return {
+        "tokens": sum(len(a) for a, _ in pairs),
+        "completions alike": sum(a == b for a, b in pairs) / len(pairs),
+        "seconds": seconds,
+        "times as fast as one by one": seconds["one by one"] / seconds["in one batch"],
+        "seconds to write the slots of all members": writing["take"],
+        "seconds of the update": writing["apply"],
+        "seconds of the plain model": plain,
+    }
+
+
+def _plain(config: Config, ids: list[list[int]], members: int, sampling: Sampling, repeats: int) -> dict[str, float]:
+    engine = VllmEngine(Checkpoint(locate(config.model)), config.model_copy(update={"adapter": None}))
+
+    def batches(count: int, prompts: list[list[int]]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(count):
+                engine.forget()
+                engine.generate(prompts, sampling)
+
+        return run
+
+    # Of other beginnings for each member: it would keep what the same prompts have in common, as slots cannot.
+    others = [[number, *prompt] for number in range(members) for prompt in ids]
+    work = {"in batches of a member": batches(members, ids), "in one batch": batches(1, others)}
+    found = medians(work, repeats, 1)
+    engine.close()
+    return found
+
+
+def main() -> None:
+    """Measure and write down."""
+    parser = options(__doc__)
+    parser.add_argument("--cases", nargs="+", default=["tiny:8:20", "smollm2:8:8"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=8)
+    arguments: argparse.Namespace = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {}
+    for case in arguments.cases:
+        model, members, prompts = case.split(":")
+        name = f"{model}, {members} members x {prompts} prompts"
+        found[name] = measure(model, int(members), int(prompts), arguments.repeats, arguments.rank)
+        print(name, found[name], flush=True)
+    write_result(
+        "vllm-slots",
+        {"settings": settings(arguments), "vllm": check_version(), **rounded(found)},
+        arguments.results,
+    )
+
+
+if __name__ == "__main__":
+    main()

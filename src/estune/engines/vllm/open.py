@@ -1,0 +1,61 @@
+"""An engine over vLLM with what it trains: a model's own weights, or an adapter over them."""
+
+from __future__ import annotations
+
+import torch
+
+from estune.config import Config
+from estune.engines.loading import load_config
+from estune.engines.memory import memory_for, total_memory
+from estune.engines.vllm.adapted import AdapterWeights
+from estune.engines.vllm.engine import VllmEngine, live_dtype, slots_for
+from estune.engines.vllm.weights import VllmWeights
+from estune.errors import EstuneError
+from estune.weights.base import keeps_base_on_host
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.device import chosen_device
+from estune.weights.parameters import fits
+from estune.weights.policies import BYTES, POLICIES
+from estune.weights.quantized import quantized_by
+
+
+def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmWeights]:
+    """An engine over vLLM, with room for a base, and its weights. To generate alone, `VllmEngine` is enough.
+
+    Raises:
+        EstuneError: vLLM is missing or of an unknown version, or cannot run the model or train it.
+    """
+    device = chosen_device(config.device)
+    whole = checkpoint.under
+    if whole is not None and (method := quantized_by(whole.path)) is not None:
+        raise EstuneError(
+            f"engine=vllm: an adapter over quantised weights ({method}) is trained by engine=transformers: set it"
+        )
+    model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
+    dtype = live_dtype(whole or checkpoint, config, model)
+    elements = sum(t.elements for name, t in checkpoint.tensors.items() if fits(name, config.train_parameters))
+    live = sum(t.elements for t in (whole or checkpoint).tensors.values()) * getattr(torch, dtype).itemsize
+    policy = POLICIES[config.weights]
+    if whole is None:
+        beside = policy.base_bytes(elements, dtype)
+    else:  # what is perturbed lies beside vLLM's slots, in every process
+        beside = (policy.base_bytes(elements, "float32") + elements * BYTES["float32"]) * config.gpus_per_worker
+    on_host = (
+        policy.keeps_base
+        and device.type == "cuda"
+        and keeps_base_on_host(
+            config.base_device,
+            base=beside // config.gpus_per_worker,
+            live=live // config.gpus_per_worker,
+            memory=total_memory(device) // config.sharing,
+        )
+    )
+    slots = slots_for(config, on_cpu=device.type == "cpu")
+    engine = VllmEngine(checkpoint, config, 0 if on_host else beside, slots)
+    kind = VllmWeights if whole is None else AdapterWeights
+    try:
+        with memory_for("the base that is kept beside the live weights", "set base_device=host or weights=copy"):
+            return engine, kind(engine, checkpoint, config, base_on_host=on_host)
+    except BaseException:
+        engine.close()
+        raise

@@ -1,0 +1,94 @@
+"""Members that one batch generates with, over weights that they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from estune.completion import Completion, Sampling
+from estune.engines.cpu.members import Members
+from estune.engines.cpu.members import Together as Drawer
+from estune.engines.transformers import TransformersEngine
+from estune.es.strategy import Member
+
+if TYPE_CHECKING:
+    from estune.engines.vllm.adapted import AdapterWeights
+    from estune.engines.vllm.engine import VllmEngine
+
+
+class Together(Protocol):
+    """What takes many members at once, and generates with them."""
+
+    over_base: bool
+    """Whether the live weights have to be the base when it takes members; otherwise they are one of these then."""
+
+    def most(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> int:
+        """How many members it takes at once, to complete these prompts; at least 1."""
+        ...
+
+    def take(self, members: Sequence[Member], sigma: float) -> None:
+        """Make ready to generate with these members' weights."""
+        ...
+
+    def complete(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """Generate with the weights of each member that was taken, `[members][prompts]`."""
+        ...
+
+
+class RankOne:
+    """As `Together`: noise of rank one, by the kernels for the CPU (`engines/cpu/members.py`).
+
+    Args:
+        engine: that decodes.
+        drawer: of the engine's members.
+    """
+
+    over_base = True
+
+    def __init__(self, engine: TransformersEngine, drawer: Drawer) -> None:
+        self._engine = engine
+        self._drawer = drawer
+        self._members: Members | None = None
+
+    def most(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> int:
+        """As `Together.most`."""
+        rows = self._engine.fitting_rows(max(map(len, prompt_ids)) + sampling.max_new_tokens)
+        return max(1, (self._engine.batch_size or rows) // len(prompt_ids))
+
+    def take(self, members: Sequence[Member], sigma: float) -> None:
+        """As `Together.take`."""
+        self._members = self._drawer.of(members, sigma)
+
+    def complete(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """As `Together.complete`."""
+        assert self._members is not None
+        return self._engine.generate_each(self._members, prompt_ids, sampling)
+
+
+class Slots:
+    """As `Together`: an adapter of each member in a slot of vLLM's (`engines/vllm/adapted.py`).
+
+    Args:
+        engine: vLLM's.
+        weights: its adapter.
+    """
+
+    over_base = False
+
+    def __init__(self, engine: VllmEngine, weights: AdapterWeights) -> None:
+        self._engine = engine
+        self._weights = weights
+        self._taken = 0
+
+    def most(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> int:
+        """As `Together.most`."""
+        return self._engine.slots
+
+    def take(self, members: Sequence[Member], sigma: float) -> None:
+        """As `Together.take`."""
+        self._weights.take(members, sigma)
+        self._taken = len(members)
+
+    def complete(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """As `Together.complete`."""
+        return self._engine.generate_each(self._taken, prompt_ids, sampling)
