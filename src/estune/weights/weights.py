@@ -46,7 +46,7 @@ class Weights:
         policy: what is kept beside the live weights (`policies.py`): `master`, `copy`, `inplace` or `exact_inplace`.
         rounding: of updates, `nearest` or `stochastic`, which matters to bfloat16 bases only.
         noise: `iid`; `correlated`, which gives equal noise to all tensors, as the authors' first code did; or `rank1`,
-            which makes a matrix' noise an outer product (`noise/rank1.py`), with kernels for the CPU alone.
+            which makes a matrix' noise an outer product (`noise/rank1.py`).
         scales: factors of tensors' noise, in perturbations and updates, by checkpoint name, float32 values; others
             have 1.
         threads: CPU threads to spread the work over.
@@ -84,8 +84,6 @@ class Weights:
         self._runs = [self._run(p, a, b) for p, a, b in zip(self.parameters, live, self._base, strict=True)]
         self._threads = threads
         self.storage = open_storage(self._runs, threads)
-        if noise == "rank1" and not isinstance(self.storage, CpuStorage):
-            raise EstuneError(f"noise=rank1 has kernels for the CPU alone, not for {live[0].device}; set noise=iid")
         self._updated = self.storage if share is None else CpuStorage(share_of(self._runs, share), threads)
         self._share = share
         self._moments: MomentTensors | None = None  # once an update is scaled by them

@@ -19,7 +19,7 @@ from estune.engines.vllm.parameter_map import count_once, tied_names
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
-from estune.noise.reference import normal_by_id
+from estune.noise.reference import normal_by_id, rank_one_by_id
 from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, narrow, widen
 from estune.weights.device import chosen_device
@@ -200,7 +200,13 @@ class VllmWeights:
             live = DTYPES[sample.dtype.removeprefix("torch.")]
             stored = checkpoint.tensors[sample.name].stored(sample.start, count)
             base = widen(convert(stored, DTYPES[self.rule.dtype]))
-            noise = normal_by_id(member.seed, self.rule.noise_key(sample.name), sample.start, count)
+            columns = self.rule.noise_columns(checkpoint.tensors[sample.name].columns)
+            where = sample.start, count
+            key = self.rule.noise_key(sample.name)
+            if columns:
+                noise = rank_one_by_id(member.seed, key, columns, *where)
+            else:
+                noise = normal_by_id(member.seed, key, *where)
             factor = np.float32(sigma * self.rule.scales.get(sample.name, 1.0))
             if not np.array_equal(narrow(base + factor * noise, live), sample.values):
                 raise EstuneError(
