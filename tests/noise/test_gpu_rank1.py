@@ -108,4 +108,4 @@ def test_perturbed_weights_are_base_plus_the_outer_product_of_the_specification(
 def test_vectors_that_runs_share_are_drawn_once() -> None:
     whole = torch.zeros(64, device=DEVICE)
     batch = gpu_rank1.Batch([Run(part, part, 1, KEY, 8 * i, columns=8) for i, part in enumerate(whole.split(8))])
-    assert [vectors.size for vectors in batch._vectors] == [8 + 8 * 4]  # b, and one element of a for each, padded
+    assert [taken.vectors.size for taken in batch._taken] == [8 + 8 * 4]  # b, and one element of a for each, padded

@@ -7,7 +7,7 @@ instructions. Vectors that runs have in common, such as those of the columns, ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,34 +155,35 @@ def _update(
         tl.store(base + place + at, _narrow(new, BASE_TYPE), mask=inside)
 
 
-class _Vectors:
-    """The vectors of the runs of a launch, and what draws them.
+class Vectors:
+    """Vectors of noise on a device, and what draws them.
+
+    Args:
+        wanted: of each its key, start and count; what is named twice is drawn once.
+        device: where they are drawn.
 
     Attributes:
-        takes: of each run the places of its vectors a and b, and the columns of its matrix; `[runs, 3]`.
+        places: of each its first element among a member's, a multiple of 4.
         size: elements of a member's vectors, a multiple of 4.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._device = runs[0].live.device
-        places: dict[tuple[int, int, int], int] = {}  # of a vector, by key, start and count
+    def __init__(self, wanted: Iterable[tuple[int, int, int]], device: torch.device) -> None:
+        self._device = device
+        self.places: dict[tuple[int, int, int], int] = {}
         self.size = 0
-        takes = []
-        for run in runs:
-            for vector in _vectors_of(run):
-                if vector not in places:
-                    places[vector] = self.size
-                    self.size += _padded(vector[2])
-            takes.append([*(places[vector] for vector in _vectors_of(run)), run.columns])
-        programs = np.array([triton.cdiv(start % 4 + count, 4 * DRAWN) for _, start, count in places])
+        for vector in wanted:
+            if vector not in self.places:
+                self.places[vector] = self.size
+                self.size += _padded(vector[2])
+        programs = np.array([triton.cdiv(start % 4 + count, 4 * DRAWN) for _, start, count in self.places])
         first = np.cumsum(programs) - programs
-        table = [[*vector, place, int(f)] for (vector, place), f in zip(places.items(), first, strict=True)]
-        self.takes = self._sent(np.array(takes, np.uint64))
-        self._table = self._sent(np.array(table, np.uint64))
-        self._owners = torch.from_numpy(np.repeat(np.arange(len(places), dtype=np.int32), programs)).to(self._device)
+        table = [[*vector, place, int(f)] for (vector, place), f in zip(self.places.items(), first, strict=True)]
+        owners = np.repeat(np.arange(len(table), dtype=np.int32), programs)
+        self._table = torch.from_numpy(np.array(table, np.uint64).view(np.int64)).to(device)
+        self._owners = torch.from_numpy(owners).to(device)
 
     def draw(self, seeds: torch.Tensor) -> torch.Tensor:
-        """The vectors of these members, `[members, size]`."""
+        """The vectors of these members, `[members, size]`; seeds are int64 (their bits), `[members]`, on the device."""
         drawn = torch.empty(len(seeds), self.size, device=self._device)
         if len(seeds):
             grid = (len(self._owners), len(seeds))
@@ -190,8 +191,20 @@ class _Vectors:
             _draw[grid](self._table, self._owners, seeds, drawn, self.size, **how)
         return drawn
 
-    def _sent(self, table: Any) -> torch.Tensor:
-        return torch.from_numpy(table.view(np.int64)).to(self._device)
+    def draw_one(self, seed: int) -> torch.Tensor:
+        """The vectors of one member, `[1, size]`. Nothing waits for the device."""
+        signed = (seed + 2**63) % 2**64 - 2**63  # its 64 bits
+        return self.draw(torch.full((1,), signed, dtype=torch.int64, device=self._device))
+
+
+class _Taken:
+    """What the runs of a launch take of vectors: `places` are those of a and b and the columns of each, `[runs, 3]`."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        device = runs[0].live.device
+        self.vectors = Vectors((vector for run in runs for vector in _vectors_of(run)), device)
+        takes = [[*(self.vectors.places[vector] for vector in _vectors_of(run)), run.columns] for run in runs]
+        self.places = torch.tensor(takes, dtype=torch.int64, device=device)
 
 
 class Batch(gpu.Batch):
@@ -199,7 +212,7 @@ class Batch(gpu.Batch):
 
     def __init__(self, runs: Sequence[Run]) -> None:
         super().__init__(runs)
-        self._vectors = [_Vectors(launch.runs) for launch in self._launches]
+        self._taken = [_Taken(launch.runs) for launch in self._launches]
 
     def _loads(self, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
         """Neighbouring runs, of which the vectors take no more than `VECTORS` elements, as far as they can be few."""
@@ -217,23 +230,21 @@ class Batch(gpu.Batch):
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `rank1.perturb`, for all runs."""
-        for launch, vectors in zip(self._launches, self._vectors, strict=True):
-            signed = (seed + 2**63) % 2**64 - 2**63  # its 64 bits
-            drawn = vectors.draw(torch.full((1,), signed, dtype=torch.int64, device=launch.table.device))
+        for launch, taken in zip(self._launches, self._taken, strict=True):
             types = {"LIVE_TYPE": _TYPES[launch.live], "BASE_TYPE": _TYPES[launch.base]}
-            launch.start(_perturb, vectors.takes, drawn, sigma, **types)
+            launch.start(_perturb, taken.places, taken.vectors.draw_one(seed), sigma, **types)
 
     def update(
         self, seeds: torch.Tensor, coefficients: torch.Tensor, decay: float = 0.0, rounding_seed: int | None = None
     ) -> None:
         """As `gpu.Batch.update`, by the equations of `rank1.update`."""
-        for launch, vectors in zip(self._launches, self._vectors, strict=True):
+        for launch, taken in zip(self._launches, self._taken, strict=True):
             stochastic = rounding_seed is not None and launch.base == torch.bfloat16
             launch.start(
                 _update,
-                vectors.takes,
-                vectors.draw(seeds),
-                vectors.size,
+                taken.places,
+                taken.vectors.draw(seeds),
+                taken.vectors.size,
                 coefficients,
                 len(seeds),
                 decay,
