@@ -8,7 +8,6 @@ instructions. Vectors that runs have in common, such as those of the columns, ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch

@@ -15,6 +15,7 @@ from estune.engines.cpu.members import Drawn, Members, Together
 from estune.engines.integers import put_integers
 from estune.engines.memory import give_back_memory, memory_for, total_memory
 from estune.engines.score import divergence
+from estune.engines.together import RowMembers, RowsTogether
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
@@ -59,8 +60,8 @@ class Trained(Generator):
         self.weights = weights
         self.checkpoint = checkpoint
         self._kind = kind
-        self._together: Together | None = None  # draws members that are evaluated together
-        self._members: Members | None = None  # those that were taken so
+        self._together: Together | RowsTogether | None = None  # draws members that are evaluated together
+        self._members: Members | RowMembers | None = None  # those that were taken so
         self._restored = False  # the live weights are the base
 
     def evaluate(
@@ -78,8 +79,8 @@ class Trained(Generator):
         if self._together is None or is_played(prompt_ids):
             return 1
         assert isinstance(self.engine, TransformersEngine)
-        rows = self.engine.fitting_rows(max(map(len, prompt_ids)) + sampling.max_new_tokens)
-        return max(1, (self.engine.batch_size or rows) // len(prompt_ids))
+        slots = max(map(len, prompt_ids)) + sampling.max_new_tokens
+        return self.engine.members_at_once(self._together, len(prompt_ids), slots)
 
     def take(self, members: Sequence[Member], sigma: float, *, played: bool = False) -> None:
         """Make ready to generate with these members' weights.
