@@ -130,10 +130,11 @@ def test_a_replica_decodes_members_together_around_its_base(tmp_path: Path, monk
     prompts = [[9, 8, 7], [30, 40], [5] * 6]
     sampling = make_sampling(config)
     members = [Member(1), Member(2, -1), Member(3)]
+    monkeypatch.setattr("estune.engines.transformers.TOGETHER", ())
     one_by_one = Replica(config)
     assert one_by_one.at_once(prompts, sampling) == 1
     expected = [one_by_one.evaluate(member, 0.02, prompts, sampling).completions for member in members]
-    monkeypatch.setattr("estune.engines.transformers.TOGETHER", {"cpu"})
+    monkeypatch.setattr("estune.engines.transformers.TOGETHER", ["cpu"])
     replica = Replica(config)
     assert replica.at_once(prompts, sampling) >= 3
     replica.take(members, 0.02)

@@ -116,7 +116,7 @@ class Decoder:
         shared = batch.shared
         rows = len(batch.pads)
         if shared:
-            owners, of_row = (None, None) if batch.owners is None else batch.owners.unique(return_inverse=True)
+            owners, of_row = (None, None) if batch.owners is None else torch.unique(batch.owners, return_inverse=True)
             firsts = 1 if owners is None else len(owners)  # a beginning for each member
             cache.at(slice(0, firsts), 0)
             ids = batch.prefix.expand(firsts, -1)

@@ -2,12 +2,12 @@
 
 As `cpu/members.py` does it for the fused kernels: a member's matrix is W + a b^T, so that its product is the common one
 plus (x . b) a, and the large product is computed for the rows of all members at once. While a batch is decoded, the
-modules that hold trained parameters add to what they compute, by row; nothing of the model itself is changed. Served are
-linear layers, tables of embeddings and norms, and a trial forward tells whether the model calls them with a row of the
-batch as the first dimension. What serves not all that is trained serves nothing: members are then decoded one by one.
+modules that hold trained parameters add to what they compute, by row; nothing of the model itself is changed. Served
+are linear layers, tables of embeddings and norms, and a trial forward tells whether the model calls them with a row of
+the batch as the first dimension. Where not all that is trained is reached so, members are decoded one by one.
 
 All vectors are in one tensor that stays where it is, and so are the rows' owners, so that a captured graph serves any
-members. It leaves out bits: a matrix library may sum up a row in another order beside more rows.
+members. What is not promised is bits: a matrix library may sum up a row in another order beside more rows.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class RowsTogether:
     def added(self) -> Iterator[None]:
         """Within this, the model's modules add what the members do whose the rows are."""
         for one in self.served:
-            one.module.forward = _wrapped(one, self._rows)  # type: ignore[method-assign]
+            one.module.forward = _wrapped(one, self._rows)
         try:
             yield
         finally:
@@ -165,9 +165,11 @@ class RowsTogether:
         for name, parameter in model.named_parameters():
             if parameter.data_ptr() in tensors and parameter.data_ptr() not in held:
                 return f"{name} is no part of a linear layer, a table of embeddings or a norm"
-        found = {p.data_ptr() for p in model.parameters()}
-        if not set(tensors) <= found:
+        trained = {p.data_ptr(): p.dtype for p in model.parameters() if p.data_ptr() in tensors}
+        if len(trained) < len(tensors):
             return "the model holds some of its tensors in parts"
+        if set(trained.values()) != {self._dtype}:
+            return "its tensors are of several types"
         rows, tokens = TRIAL
         seen: set[int] = set()
         strange: list[str] = []
@@ -206,12 +208,9 @@ def rows_together(model: nn.Module, tensors: Mapping[int, Drawn]) -> RowsTogethe
 def _served(model: nn.Module, tensors: Mapping[int, Drawn]) -> Iterator[_Served]:
     """The modules that can add to what they compute, of those that hold trained parameters."""
     for module in model.modules():
-        own = {name: tensors[p.data_ptr()] for name, p in _own(module) if p.data_ptr() in tensors}
-        if (
-            own
-            and _kind(module) is not None
-            and all(tuple(getattr(module, n).shape) == d.shape for n, d in own.items())
-        ):
+        held = {name: p for name, p in _own(module) if p.data_ptr() in tensors}
+        own = {name: tensors[p.data_ptr()] for name, p in held.items()}
+        if own and _kind(module) is not None and all(tuple(held[name].shape) == own[name].shape for name in own):
             yield _Served(module, own)
 
 

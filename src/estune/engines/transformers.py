@@ -33,7 +33,7 @@ from estune.weights.device import pick_device
 MAX_ROWS = {"cpu": 256}
 """Rows per batch that still gain from one another: beyond, a CPU's caches lose more than larger products win."""
 MAX_ROWS_ELSEWHERE = 1024
-TOGETHER = {"cuda"}
+TOGETHER = {"cpu", "cuda"}
 """Devices on which members of rank-one noise are decoded together by a model's own forward."""
 SCORE_COPIES = 4  # copies of a batch's logits in float32 that there are while completions are scored
 MEMORY_SHARE = 4
@@ -136,7 +136,7 @@ class TransformersEngine(PromptEncoder):
             return None
         if isinstance(self.decoder, FusedDecoder):
             return self.decoder.together(tensors)
-        if self.device.type not in TOGETHER:
+        if self.device.type not in TOGETHER or hasattr(self.model, "peft_config"):
             return None
         found = rows_together(self.model, tensors)
         if isinstance(found, str):

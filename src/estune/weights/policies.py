@@ -43,8 +43,8 @@ At the paper's sigma, a twentieth of a usual spread, it is about half of that (`
 """
 
 NOT_REVERSIBLE = (
-    "weights=exact_inplace can take noise=rank1 where members are decoded together, on a CPU and without "
-    "rollouts of several turns: set weights=copy or noise=iid"
+    "weights=exact_inplace can take noise=rank1 where members are decoded together, which this "
+    "model or device, or rollouts of several turns, do not permit: set weights=copy or noise=iid"
 )
 
 Perturbation = tuple[Member, float]
