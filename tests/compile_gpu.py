@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from estune.noise import gpu, gpu_inplace
+from estune.noise import gpu, gpu_inplace, gpu_rank1
 
 CAPABILITIES = (80, 90)
 _FLOAT, _BRAIN, _HALF = tl.float32, tl.bfloat16, tl.float16
@@ -73,6 +73,17 @@ KERNELS_IN_PLACE = [
     *_each_kind("_subtract", _WORDS, *({"TYPE": _BRAIN, "SPLIT": split} for split in (False, True))),
     *_each_kind("_patch", _WORDS, {"BITS": tl.uint16}),
 ]
+_DRAWN = {"takes": "*i64", "drawn": "*fp32"}
+KERNELS_RANK1 = [
+    ("_draw", {"vectors": "*i64", "owners": "*i32", "seeds": "*i64", "out": "*fp32"}, {"COUNT": gpu_rank1.DRAWN}),
+    *_each_kind("_perturb", _DRAWN, {"LIVE_TYPE": _BRAIN, "BASE_TYPE": _FLOAT}),
+    *_each_kind(
+        "_update",
+        _DRAWN | {"coefficients": "*fp32"},
+        {"STOCHASTIC": True, "BASE_TYPE": _BRAIN},
+        {"STOCHASTIC": False, "BASE_TYPE": _FLOAT},
+    ),
+]
 FORBIDDEN = re.compile(r"\bfma\.|\bmad\.\w+\.f32|\.ftz\b|\.approx\b")
 _DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 _NORMALS = 4 * gpu.BLOCK // (32 * gpu.WARPS)  # of each thread, each time
@@ -87,6 +98,7 @@ def main() -> None:
         kernels = [(gpu, *k) for k in KERNELS]
         if capability == CAPABILITIES[-1]:
             kernels += [(gpu_inplace, *k) for k in KERNELS_IN_PLACE]
+            kernels += [(gpu_rank1, *k) for k in KERNELS_RANK1]
         else:  # the newest device's are compiled in all types
             kernels = [
                 (gpu, *next(k for k in KERNELS if k[0] == name)) for name in dict.fromkeys(k[0] for k in KERNELS)
@@ -95,7 +107,7 @@ def main() -> None:
             kernel = getattr(module, name)
             signature = {p.name: p.annotation_type or types.get(p.name, "constexpr") for p in kernel.params}
             source = ASTSource(kernel, signature, flags)
-            options = {"num_warps": gpu.WARPS if "PITCHED" in flags else 4, "enable_fp_fusion": False}
+            options = {"num_warps": 4 if name == "_squares" else gpu.WARPS, "enable_fp_fusion": False}
             code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
             found = FORBIDDEN.findall(code["ptx"])
             assert not found, f"{name} {types} {flags} for sm_{capability}: {found}"

@@ -73,6 +73,7 @@ SLOWEST = (
     "tests/weights/test_weights_pieces.py",
     "tests/rewards/test_math.py",
     "tests/noise/test_gpu_inplace.py",
+    "tests/noise/test_gpu_rank1.py",
     "tests/run/test_staleness.py",
     "tests/agents/test_training.py",
     "tests/test_config.py",

@@ -36,6 +36,8 @@ TIMEOUT = 600
 TESTS = "tests.xml"
 GPU_TESTS = (
     "tests/noise/test_noise_gpu.py",
+    "tests/noise/test_gpu_inplace.py",
+    "tests/noise/test_gpu_rank1.py",
     "tests/weights/test_weights_gpu.py",
     "tests/weights/test_weights_pieces.py",
     "tests/engines/test_graph.py",
@@ -98,7 +100,7 @@ STEPS: dict[str, Step] = {
         bars=(
             *(
                 (f"{name}/replays on the CPU", "true", bool)
-                for name in ("defaults", "base on the host", "weights=copy", "bfloat16")
+                for name in ("defaults", "base on the host", "weights=copy", "bfloat16", "rank one")
             ),
             ("killed and resumed to the same bits", "true", bool),
         ),

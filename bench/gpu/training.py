@@ -30,6 +30,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "base on the host": ("--base_device", "host"),
     "weights=copy": ("--weights", "copy", "--dtype", "bfloat16"),
     "bfloat16": ("--dtype", "bfloat16"),
+    "rank one": ("--noise", "rank1"),
 }
 ESTUNE = (sys.executable, "-m", "estune.cli")
 

@@ -48,12 +48,15 @@ def padding(engine: Any) -> list[dict[str, bytes]]:
     return found
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, "exact_inplace", "split_master"])
-def test_members_updates_and_restores_have_the_bits_of_transformers(model: Any, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "noise"),
+    [*((policy, "iid") for policy in (*POLICIES, "exact_inplace", "split_master")), ("master", "rank1")],
+)
+def test_members_updates_and_restores_have_the_bits_of_transformers(model: Any, policy: str, noise: str) -> None:
     engine, path, dtype = model
     if policy == "split_master" and dtype != "bfloat16":
         pytest.skip("the halves are those of bfloat16")
-    options: dict[str, Any] = {"weights": policy, "rounding": "nearest"}
+    options: dict[str, Any] = {"weights": policy, "rounding": "nearest", "noise": noise}
     ours, (_, theirs) = open_weights(engine, path, **options), open_reference(path, dtype, **options)
     assert ours.tensors == theirs.tensors
     assert ours.elements == theirs.elements

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from estune.errors import EstuneError
@@ -99,13 +99,14 @@ operations = st.lists(st.one_of(members, updates, st.none()), min_size=1, max_si
     st.sampled_from(DTYPES),
     st.sampled_from(POLICIES),
     st.sampled_from(["nearest", "stochastic"]),
-    st.sampled_from(["iid", "correlated"]),
+    st.sampled_from(["iid", "correlated", "rank1"]),
     st.sampled_from([30, 41, 1000]),
 )
 @settings(max_examples=12, deadline=None)
 def test_any_history_gives_the_bits_of_the_cpu(
     kind: str, history: Any, dtype: torch.dtype, policy: Any, rounding: Any, noise: Any, length: int
 ) -> None:
+    assume((policy, noise) != ("exact_inplace", "rank1"))
     options = {"policy": policy, "rounding": rounding, "noise": noise}
     cpu = Weights(parameters(dtype), **options)
     with kind_of_storage(kind, length):
@@ -124,6 +125,13 @@ def test_any_history_gives_the_bits_of_the_cpu(
         assert base_bits(device) == base_bits(cpu)
         assert device.rule == cpu.rule
         assert [p.tensor.data_ptr() for p in device.parameters] == addresses
+
+
+def test_an_outer_product_is_not_taken_back_from_patches() -> None:
+    with kind_of_storage("device"):
+        weights = on_device(parameters(), "device", policy="exact_inplace", noise="rank1")
+        with pytest.raises(EstuneError, match="weights=exact_inplace can take noise=rank1 where members are decoded"):
+            weights.perturb(Member(1), 0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)

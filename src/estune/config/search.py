@@ -117,7 +117,7 @@ class Search(Section):
     )
     noise: NoiseMode = Field(
         "iid",
-        description="rank1: of a matrix an outer product of two vectors, so that a CPU decodes many members together; "
+        description="rank1: of a matrix an outer product of two vectors, so that many members can be decoded together; "
         "correlated: equal noise for all tensors, as in the authors' first code",
     )
 

@@ -104,10 +104,16 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers carries no types
         """This batch's keys and values of all layers that hold any, `[rows, heads, slots, width]` each."""
         return [tensor for tensor in (*self.keys, *self.values) if tensor is not None]
 
-    def spread(self, slots: int) -> None:
-        """Give every row the first `slots` slots of row 0: the prefix that all prompts share."""
+    def spread(self, slots: int, rows: torch.Tensor | None = None) -> None:
+        """Give every row the first `slots` slots of row 0: the prefix that all prompts share.
+
+        With `rows`, int64 `[rows]`, each row those of the row named there.
+        """
         for tensor in self.tensors():
-            tensor[1:, :, :slots] = tensor[:1, :, :slots]
+            if rows is None:
+                tensor[1:, :, :slots] = tensor[:1, :, :slots]
+            else:
+                tensor[: len(rows), :, :slots] = tensor[rows, :, :slots]
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy whole rows, as far as they are filled, from row indices `source` to `target`, `[rows moved]` each."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from estune.engines.cache import RowCache
 from estune.engines.memory import ORDINARY_LAYERS
 from estune.engines.progress import Meter
 from estune.engines.sampling import choose
+from estune.engines.together import RowMembers
 from estune.engines.tree import common_prefix
 
 PREFILL_TOKENS = {"cpu": 1024}
@@ -66,6 +68,7 @@ class Decoder:
         attention.install(model)
         self.model = model
         self.cache = RowCache(model.config.num_hidden_layers)
+        self._members: RowMembers | None = None  # whose rows are decoded
         self._device: torch.device = model.device
         self._end_ids = torch.tensor(list(end_ids), dtype=torch.int64, device=self._device)
         self._pad_id = pad_id
@@ -75,13 +78,20 @@ class Decoder:
         self._window: int | None = min((w for w in windows if w is not None), default=None)
 
     @torch.inference_mode()
-    def run(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> torch.Tensor:
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        sampling: Sampling,
+        members: RowMembers | None = None,
+    ) -> torch.Tensor:
         """Complete one batch.
 
         Args:
             prompts: token ids of each, none empty; prompts of like length side by side are computed fastest.
             indices: numbers of the prompts, for sampling.
             sampling: how tokens are drawn.
+            members: whose weights complete the prompts; by default those that the model has.
 
         Returns:
             int64 `[prompts, max_new_tokens]` on the CPU; what follows a row's first end token is meaningless.
@@ -90,9 +100,12 @@ class Decoder:
         # A model that looks back by slots, not by positions, must not find padding between prefix and prompt.
         plain = self._window is None or slots < self._window
         batch = Batch.lay(prompts, indices, slots, self._pad_id, plain=plain, like=self.model)
+        batch.owners = None if members is None else members.owners
         meter = Meter()
         self._open(batch)
-        return self._decode(batch, self._prefill(batch, sampling, meter), sampling, meter).cpu()
+        self._members = members
+        with members.together.added() if members is not None else nullcontext():
+            return self._decode(batch, self._prefill(batch, sampling, meter), sampling, meter).cpu()
 
     def _open(self, batch: Batch) -> None:
         self.cache.open(len(batch.pads), batch.slots)
@@ -103,9 +116,12 @@ class Decoder:
         shared = batch.shared
         rows = len(batch.pads)
         if shared:
-            cache.at(slice(0, 1), 0)
-            self.forward(batch.prefix, torch.arange(shared, device=self._device)[None], None)
-            cache.spread(shared)
+            owners, of_row = (None, None) if batch.owners is None else torch.unique(batch.owners, return_inverse=True)
+            firsts = 1 if owners is None else len(owners)  # a beginning for each member
+            cache.at(slice(0, firsts), 0)
+            ids = batch.prefix.expand(firsts, -1)
+            self.forward(ids, torch.arange(shared, device=self._device)[None], None, owners)
+            cache.spread(shared, of_row)
         first: list[torch.Tensor] = []
         done = 0
         while done < rows:
@@ -115,7 +131,10 @@ class Decoder:
             begin = shared + min(batch.pads[piece])
             cache.at(piece, begin, gap=begin - shared)
             logits = self.forward(
-                batch.ids[piece, begin - shared :], batch.positions(piece, begin), batch.prefill_mask(piece, begin)
+                batch.ids[piece, begin - shared :],
+                batch.positions(piece, begin),
+                batch.prefill_mask(piece, begin),
+                None if batch.owners is None else batch.owners[piece],
             )
             first.append(choose(logits, sampling, batch.rows[piece], 0))
             meter.read(sum(batch.width - pad for pad in batch.pads[piece]))
@@ -145,7 +164,8 @@ class Decoder:
                     ended = ended[keep]
                     batch.drop(keep)
                     positions = positions if len(positions) == 1 else positions[keep]
-            logits = self.forward(token[:, None], positions, batch.decode_mask(self.cache.length + 1))
+            mask = batch.decode_mask(self.cache.length + 1)
+            logits = self.forward(token[:, None], positions, mask, batch.owners)
             self.cache.length += 1
             positions = positions + 1
             token = choose(logits, sampling, batch.rows, step)
@@ -173,8 +193,16 @@ class Decoder:
     def _is_end(self, token: torch.Tensor) -> torch.Tensor:
         return (token[:, None] == self._end_ids).any(dim=1)
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Logits of the last position, `[rows, vocabulary]`."""
+    def forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        owners: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits of the last position, `[rows, vocabulary]`; `owners` are the members whose the rows are."""
+        if self._members is not None and owners is not None:
+            self._members.rows.owners = owners
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -206,6 +234,7 @@ class Batch:
     shared: int
     width: int
     slots: int
+    owners: torch.Tensor | None = None  # [rows], the members that complete the prompts, where these are several
 
     @classmethod
     def lay(
@@ -289,3 +318,4 @@ class Batch:
         self.rows = self.rows[keep]
         self.bias = None if self.bias is None else self.bias[keep]
         self.real = None if self.real is None else self.real[keep]
+        self.owners = None if self.owners is None else self.owners[keep]

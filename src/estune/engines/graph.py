@@ -135,6 +135,7 @@ class GraphDecoder(Decoder):
         self._warmed: dict[_Shape, int] = {}
         self.replays: dict[_Shape, Callable[[], object]] = {}
         self._addresses: list[int] = []
+        self._vectors = 0  # address of the members' that captures read, if there are any
 
     def _open(self, batch: Batch) -> None:
         if not batch.plain:
@@ -175,7 +176,8 @@ class GraphDecoder(Decoder):
                     buffers.place[left:rows] = buffers.nowhere
                     held = left
                     rows = power_of_two(left)
-            self.advance(_Shape(rows, round_up(filled + 1, self.least_slots), slots, rule))
+            together = batch.owners is not None
+            self.advance(_Shape(rows, round_up(filled + 1, self.least_slots), slots, rule, together))
             meter.wrote(alive)
         return buffers.out[:new, :count].T.clone()
 
@@ -191,6 +193,9 @@ class GraphDecoder(Decoder):
         buffers.position[:rows] = 0
         buffers.position[:count] = batch.next_positions()
         buffers.prompt[:count] = batch.rows
+        buffers.owner[:rows] = 0
+        if batch.owners is not None:
+            buffers.owner[:count] = batch.owners
         buffers.place[:rows] = buffers.nowhere
         buffers.place[:count] = torch.arange(count, device=self._device)
         buffers.ended[:count] = self._is_end(token)
@@ -211,7 +216,12 @@ class GraphDecoder(Decoder):
         rows = shape.rows
         bias = buffers.mask(rows, shape.slots).index_fill_(1, buffers.slot, 0.0)
         self.cache.fix(rows, shape.visible, buffers.slot)
-        logits = self.forward(buffers.token[:rows, None], buffers.position[:rows], bias[:, None, None, : shape.visible])
+        logits = self.forward(
+            buffers.token[:rows, None],
+            buffers.position[:rows],
+            bias[:, None, None, : shape.visible],
+            buffers.owner[:rows] if shape.together else None,
+        )
         token = choose(logits, shape.rule, buffers.prompt[:rows], buffers.step, buffers.seed)
         buffers.token[:rows] = token
         buffers.ended[:rows].logical_or_(self._is_end(token))
@@ -237,6 +247,9 @@ class GraphDecoder(Decoder):
         """Drop all captures if a tensor that they read or write has moved."""
         held = (*self.model.parameters(), *self.model.buffers(), *self.cache.storage.values(), *self.buffers.all())
         addresses = [tensor.data_ptr() for tensor in held]
+        if self._members is not None:
+            self._vectors = self._members.together.storage.data_ptr()
+        addresses.append(self._vectors)
         if addresses != self._addresses and self.recorder is not None:
             self.replays.clear()
             self._warmed.clear()
@@ -251,6 +264,7 @@ class _Shape(NamedTuple):
     visible: int  # slots that attention reads
     slots: int  # slots a row of the cache has: they set its strides
     rule: Sampling  # without seed and length
+    together: bool = False  # its rows are several members'
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -260,6 +274,7 @@ class _Buffers:
     token: torch.Tensor  # [rows] the last token
     position: torch.Tensor  # [rows, 1] its position
     prompt: torch.Tensor  # [rows] number of the prompt, for sampling
+    owner: torch.Tensor  # [rows] the member whose weights decode the row
     place: torch.Tensor  # [rows] column of `out`
     ended: torch.Tensor  # [rows]
     bias: torch.Tensor  # flat: [rows, slots] of any batch, 0 or the lowest number
@@ -276,6 +291,7 @@ class _Buffers:
             token=whole(rows),
             position=whole(rows, 1),
             prompt=whole(rows),
+            owner=whole(rows),
             place=whole(rows),
             ended=whole(rows, dtype=torch.bool),
             bias=whole(mask, dtype=model.dtype),
@@ -304,7 +320,7 @@ class _Buffers:
 
     def by_row(self) -> list[torch.Tensor]:
         """What moves with a row."""
-        return [self.token, self.position, self.prompt, self.place, self.ended]
+        return [self.token, self.position, self.prompt, self.owner, self.place, self.ended]
 
     def all(self) -> list[torch.Tensor]:
         return [getattr(self, field.name) for field in dataclasses.fields(self)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -24,6 +25,7 @@ from estune.engines.memory import cached_elements, fitting_rows, keep_freed_memo
 from estune.engines.prompts import PromptEncoder, completions_of
 from estune.engines.rotation import short_reach
 from estune.engines.score import log_probabilities
+from estune.engines.together import RowMembers, RowsTogether, rows_together
 from estune.errors import EstuneError
 from estune.weights.checkpoint import locate
 from estune.weights.device import pick_device
@@ -31,10 +33,13 @@ from estune.weights.device import pick_device
 MAX_ROWS = {"cpu": 256}
 """Rows per batch that still gain from one another: beyond, a CPU's caches lose more than larger products win."""
 MAX_ROWS_ELSEWHERE = 1024
+TOGETHER = {"cpu", "cuda"}
+"""Devices on which members of rank-one noise are decoded together by a model's own forward."""
 SCORE_COPIES = 4  # copies of a batch's logits in float32 that there are while completions are scored
 MEMORY_SHARE = 4
 """A batch takes at most a fourth of the memory that a device has beyond the model's weights."""
 
+log = logging.getLogger(__name__)
 AnyDecoder = Decoder | FusedDecoder | GenerateDecoder
 
 
@@ -121,29 +126,44 @@ class TransformersEngine(PromptEncoder):
             prompt_ids, sampling, lambda decoder, batch: decoder.run([prompt_ids[i] for i in batch], batch, sampling)
         )
 
-    def together(self, tensors: Mapping[int, Drawn]) -> Together | None:
+    def together(self, tensors: Mapping[int, Drawn]) -> Together | RowsTogether | None:
         """What draws members that `generate_each` takes; None where this model's cannot be decoded together.
 
         Args:
             tensors: what members perturb, by the address of its memory.
         """
-        if not isinstance(self.decoder, FusedDecoder) or self._short is not None:
+        if self._short is not None or isinstance(self.decoder, GenerateDecoder):
             return None
-        return self.decoder.together(tensors)
+        if isinstance(self.decoder, FusedDecoder):
+            return self.decoder.together(tensors)
+        if self.device.type not in TOGETHER or hasattr(self.model, "peft_config"):
+            return None
+        found = rows_together(self.model, tensors)
+        if isinstance(found, str):
+            log.warning("noise=rank1: members are decoded one by one, as %s", found)
+            return None
+        return found
+
+    def members_at_once(self, together: Together | RowsTogether, prompts: int, slots: int) -> int:
+        """How many members `generate_each` takes at once, with so many prompts each of `slots` tokens at most."""
+        rows = self.batch_size or self.fitting_rows(slots)
+        most = rows // prompts
+        if isinstance(together, RowsTogether):
+            most = min(most, self._batch_memory // together.member_bytes)
+        return max(1, most)
 
     def generate_each(
-        self, members: Members, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+        self, members: Members | RowMembers, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Completion]]:
         """As `generate`, by the weights of each member, `[members][prompts]`, decoded together."""
         prompts = len(prompt_ids)
         count = members.count
 
         def run(decoder: AnyDecoder, batch: list[int]) -> torch.Tensor:
-            assert isinstance(decoder, FusedDecoder)
+            assert not isinstance(decoder, GenerateDecoder)
             owners, numbers = np.divmod(batch, prompts)
-            return decoder.run(
-                [prompt_ids[i] for i in numbers], numbers.tolist(), sampling, members=members.with_owners(owners)
-            )
+            own: Any = members.with_owners(owners)  # of the kind that this decoder takes
+            return decoder.run([prompt_ids[i] for i in numbers], numbers.tolist(), sampling, members=own)
 
         found = self._complete([*prompt_ids] * count, sampling, run)
         return [found[i : i + prompts] for i in range(0, count * prompts, prompts)] if prompts else [[]] * count

@@ -300,6 +300,7 @@ def _folded(lanes, LANES: tl.constexpr):
 class _Launch:
     """Runs of one kind: their table and, for each program, the number of its run, both on the device."""
 
+    runs: Sequence[Run]
     table: torch.Tensor
     owners: torch.Tensor
     live: torch.dtype
@@ -326,7 +327,11 @@ class Batch:
                 if len(part.live):
                     kind = (part.live.dtype, part.base.dtype, part.rows is not None, _aligned(part))
                     kinds.setdefault(kind, []).append(part)
-        self._launches = [self._launch(*kind, found) for kind, found in kinds.items()]
+        self._launches = [self._launch(*kind, load) for kind, found in kinds.items() for load in self._loads(found)]
+
+    def _loads(self, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
+        """Runs of one kind in groups of a launch each: all in one."""
+        yield runs
 
     def _launch(
         self, live: torch.dtype, base: torch.dtype, pitched: bool, aligned: bool, runs: Sequence[Run]
@@ -338,7 +343,7 @@ class Batch:
         device = runs[0].live.device
         flags = {"PITCHED": pitched, "ALIGNED": aligned, "COUNT": BLOCK, "STEPS": STEPS}
         rows = torch.from_numpy(table.view(np.int64)).to(device)
-        return _Launch(rows, torch.from_numpy(owners).to(device), live, base, flags)
+        return _Launch(runs, rows, torch.from_numpy(owners).to(device), live, base, flags)
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `cpu.perturb`, for all runs."""
@@ -382,14 +387,22 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 def _parts(run: Run) -> Iterator[Run]:
     """A run in parts for the kernels: whole, or row by row if its rows do not begin and end with a counter."""
-    whole = run.rows is None or (_aligned(run) and run.rows.skip + len(run.live) < 2**33)  # counters in it are 32-bit
+    counted = run.rows is not None and run.rows.skip + len(run.live) < 2**33  # counters in it are 32-bit
+    whole = run.rows is None or (counted and _aligned(run) and _in_rows(run))
     yield from (run,) if whole else run.stretches()
 
 
 def _aligned(run: Run) -> bool:
     """Whether each counter of a run has four elements, side by side, at an address that is a multiple of their size."""
     addresses = (t.data_ptr() // t.element_size() for t in (run.live, run.base))
-    return not any(n % 4 for n in (run.start, len(run.live), *(run.rows or ()), *addresses))
+    return not any(n % 4 for n in (run.start, len(run.live), run.columns, *(run.rows or ()), *addresses))
+
+
+def _in_rows(run: Run) -> bool:
+    """Whether each row of a run that is columns of its tensor lies in one row of it, as rank one's kernels want it."""
+    if run.rows is None or not run.columns:
+        return True
+    return run.rows.pitch % run.columns == 0 and run.start % run.columns + run.rows.width <= run.columns
 
 
 def _programs(run: Run) -> int:

@@ -17,9 +17,7 @@ import numpy.typing as npt
 
 from estune.noise import cpu
 from estune.noise.cpu import CHUNK, Weights, add_change, jit, narrow, stored, widen
-
-COLUMNS_AT = 1 << 40
-"""Position of `b` in the noise of a matrix."""
+from estune.noise.reference import COLUMNS_AT
 
 Vectors = npt.NDArray[np.float32]
 
@@ -74,7 +72,8 @@ def update(
     if not base.size:
         return
     members = [_of_run(int(seed), tensor, start, base.size, columns) for seed in seeds]
-    a = np.array([member.a for member in members], np.float32).reshape(len(members), -1)
+    rows = (start + base.size - 1) // columns + 1 - start // columns
+    a = np.array([member.a for member in members], np.float32).reshape(len(members), rows)
     b = np.array([member.b for member in members], np.float32).reshape(len(members), columns)
     rounding = (np.uint64(rounding_seed or 0), rounding_seed is not None)
     _update(stored(base), a, b, coefficients, np.uint64(tensor), start, np.float32(decay), *rounding)

@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 NOISE_VERSION = 1
 
+COLUMNS_AT = 1 << 40
+"""Of noise of rank one, the position of `b` in the noise of a matrix."""
+
 PHILOX_M0 = 0xD2511F53
 PHILOX_M1 = 0xCD9E8D57
 PHILOX_W0 = 0x9E3779B9
@@ -118,6 +121,15 @@ def box_muller(a: Uint32, b: Uint32) -> tuple[Float32, Float32]:
     cos = np.where(turned, -cos, cos)
     sin = np.where(turned, -sin, sin)
     return r * cos, r * sin
+
+
+def rank_one_by_id(seed: int, tensor: int, columns: int, start: int, count: int) -> Float32:
+    """Noise of rank one: elements `start .. start + count - 1` of a matrix of so many columns, `[count]`."""
+    first = start // columns
+    end = (start + count - 1) // columns + 1
+    a = normal_by_id(seed, tensor, first, end - first)
+    flat = np.outer(a, normal_by_id(seed, tensor, COLUMNS_AT, columns)).ravel()
+    return flat[start - first * columns :][:count]
 
 
 def normal_by_id(seed: int, tensor: int, start: int, count: int) -> Float32:

@@ -96,7 +96,7 @@ class LocalPool(Generators[Evaluator]):
             times = (taken - began) / len(some), (time.perf_counter() - taken) / len(some)
             return [Evaluated(each, *times, updates) for each in completions]
 
-        count = min(self.own.at_once(prompt_ids, sampling), math.ceil(len(members) / self.engines))
+        count = self.own.at_once(prompt_ids, sampling, math.ceil(len(members) / self.engines))
         groups = {first: members[first : first + count] for first in range(0, len(members), count)}
         return LocalEvaluation({self._submit(partial(evaluate, some)): first for first, some in groups.items()})
 

@@ -82,11 +82,16 @@ class Trained(Generator):
         times = (taken - start) / len(members), (time.perf_counter() - taken) / len(members)
         return [Evaluated(completions, *times) for completions in found]
 
-    def at_once(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> int:
-        """How many members can be taken at once, to complete these prompts."""
+    def at_once(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, share: int | None = None) -> int:
+        """How many members can be taken at once, to complete these prompts.
+
+        Where it does not matter to their bits who is beside whom, at most `share`, an engine's part of all members;
+        elsewhere groups are the same with any number of engines.
+        """
         if self._together is None or is_played(prompt_ids):
             return 1
-        return self._together.most(prompt_ids, sampling)
+        most = self._together.most(prompt_ids, sampling)
+        return min(most, share) if share is not None and self._together.apart else most
 
     def take(self, members: Sequence[Member], sigma: float, *, played: bool = False) -> None:
         """Make ready to generate with these members' weights.

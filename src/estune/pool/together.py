@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from estune.completion import Completion, Sampling
 from estune.engines.cpu.members import Members
 from estune.engines.cpu.members import Together as Drawer
+from estune.engines.together import RowMembers, RowsTogether
 from estune.engines.transformers import TransformersEngine
 from estune.es.strategy import Member
 
@@ -21,6 +22,9 @@ class Together(Protocol):
 
     over_base: bool
     """Whether the live weights have to be the base when it takes members; otherwise they are one of these then."""
+
+    apart: bool
+    """Whether a member's completions have the same bits, whoever is beside it."""
 
     def most(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> int:
         """How many members it takes at once, to complete these prompts; at least 1."""
@@ -36,7 +40,7 @@ class Together(Protocol):
 
 
 class RankOne:
-    """As `Together`: noise of rank one, by the kernels for the CPU (`engines/cpu/members.py`).
+    """As `Together`: noise of rank one, by the kernels for the CPU or by a model's own forward (`engines/`).
 
     Args:
         engine: that decodes.
@@ -45,15 +49,16 @@ class RankOne:
 
     over_base = True
 
-    def __init__(self, engine: TransformersEngine, drawer: Drawer) -> None:
+    def __init__(self, engine: TransformersEngine, drawer: Drawer | RowsTogether) -> None:
+        self.apart = isinstance(drawer, Drawer)
         self._engine = engine
         self._drawer = drawer
-        self._members: Members | None = None
+        self._members: Members | RowMembers | None = None
 
     def most(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> int:
         """As `Together.most`."""
-        rows = self._engine.fitting_rows(max(map(len, prompt_ids)) + sampling.max_new_tokens)
-        return max(1, (self._engine.batch_size or rows) // len(prompt_ids))
+        slots = max(map(len, prompt_ids)) + sampling.max_new_tokens
+        return self._engine.members_at_once(self._drawer, len(prompt_ids), slots)
 
     def take(self, members: Sequence[Member], sigma: float) -> None:
         """As `Together.take`."""
@@ -74,6 +79,7 @@ class Slots:
     """
 
     over_base = False
+    apart = True  # as far as vLLM's own batches keep to it
 
     def __init__(self, engine: VllmEngine, weights: AdapterWeights) -> None:
         self._engine = engine

@@ -92,8 +92,8 @@ class Policy:
         """
         if self.twin is not None:
             raise EstuneError(
-                f"weights={self.name} can take noise=rank1 where members are decoded together, on a CPU and without "
-                f"rollouts of several turns: set weights={self.twin} or noise=iid"
+                f"weights={self.name} can take noise=rank1 where members are decoded together, which this model or "
+                f"device, or rollouts of several turns, do not permit: set weights={self.twin} or noise=iid"
             )
 
     def grid(self, group_size: int, carry_steps: int) -> Grid | None:

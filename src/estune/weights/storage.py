@@ -200,9 +200,9 @@ class DeviceStorage:
         self._reversible: list[Any] = []  # for each batch, once they are perturbed reversibly
 
     def _batched(self, runs: Sequence[Run]) -> list[Any]:
-        """The runs in batches for the kernels, each of one scale."""
+        """The runs in batches for the kernels, each of one kind of noise."""
         with self._on_device():
-            return [device_kernels().Batch(alike) for alike in _by_scale(runs)]
+            return [batch_of(alike) for alike in _by_noise(runs)]
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb`."""
@@ -214,8 +214,7 @@ class DeviceStorage:
         seeds, coefficients = self._sent(terms)
         with self._on_device():
             self._live = self._live or [
-                device_kernels().Batch([replace(run, base=run.live) for run in alike])
-                for alike in _by_scale(self._runs)
+                batch_of([replace(run, base=run.live) for run in alike]) for alike in _by_noise(self._runs)
             ]
             for batch in self._live:
                 batch.update(seeds, coefficients[_scale(batch)])
@@ -292,8 +291,8 @@ class StreamedStorage(DeviceStorage):
 
     def _batched(self, runs: Sequence[Run]) -> list[Any]:
         """The runs in batches, each with its base in a buffer into which it fits. The buffers take turns."""
-        alike = ([part for run in of_scale for part in run.split(STREAMED_LENGTH)] for of_scale in _by_scale(runs))
-        loads = [load for parts in alike for load in _loads(parts)]
+        noises = ([part for run in alike for part in run.split(STREAMED_LENGTH)] for alike in _by_noise(runs))
+        loads = [load for parts in noises for load in _loads(parts)]
         self._streams = torch.get_device_module(self._device)  # the CPU's do nothing
         size = max(sum(_padded(run) for run in load) for load in loads)
         with self._on_device():
@@ -303,7 +302,7 @@ class StreamedStorage(DeviceStorage):
             ]
             pairs = list(zip(loads, itertools.cycle(self.buffers), strict=False))
             self._bases = [[run.base for run in load] for load, _ in pairs]
-            return [device_kernels().Batch(_staged(load, buffer)) for load, (_, buffer) in pairs]
+            return [batch_of(_staged(load, buffer)) for load, (_, buffer) in pairs]
 
     def each(self, work: Callable[[Any], object], *, changes_base: bool = False) -> None:
         """As `DeviceStorage.each`, on copies of the base that pass through the buffers."""
@@ -343,14 +342,23 @@ class SplitStorage(StreamedStorage):
     def _in_place(self) -> list[Any]:
         """The batches that members perturb in place, with the lower halves in the base's place."""
         halves = [replace(run, base=run.base.lower) for run in self._runs]
-        return [device_kernels().Batch(alike) for alike in _by_scale(halves)]
+        return [batch_of(alike) for alike in _by_noise(halves)]
 
 
-def _by_scale(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs in groups of one scale each, as a launch of kernels has one."""
-    found: dict[float, list[Run]] = {}
+def batch_of(runs: Sequence[Run]) -> Any:
+    """Runs of one kind of noise, on one device, as a batch for its kernels."""
+    if not runs[0].columns:
+        return device_kernels().Batch(runs)
+    from estune.noise import gpu_rank1
+
+    return gpu_rank1.Batch(runs)
+
+
+def _by_noise(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in groups of one scale and one kind of noise each, as launches of kernels have."""
+    found: dict[tuple[float, bool], list[Run]] = {}
     for run in runs:
-        found.setdefault(run.scale, []).append(run)
+        found.setdefault((run.scale, run.columns > 0), []).append(run)
     return list(found.values())
 
 

@@ -48,7 +48,7 @@ class Weights:
             or `split_master`.
         rounding: of updates, `nearest` or `stochastic`, which matters to bfloat16 bases only.
         noise: `iid`; `correlated`, which gives equal noise to all tensors, as the authors' first code did; or `rank1`,
-            which makes a matrix' noise an outer product (`noise/rank1.py`), with kernels for the CPU alone.
+            which makes a matrix' noise an outer product (`noise/rank1.py`).
         scales: factors of tensors' noise, in perturbations and updates, by checkpoint name, float32 values; others
             have 1.
         threads: CPU threads to spread the work over.
@@ -88,8 +88,6 @@ class Weights:
         self._runs = [self._run(p, a, b) for p, a, b in zip(self.parameters, live, self._base, strict=True)]
         self._threads = threads
         self.storage = open_storage(self._runs, threads)
-        if noise == "rank1" and not isinstance(self.storage, CpuStorage):
-            raise EstuneError(f"noise=rank1 has kernels for the CPU alone, not for {live[0].device}; set noise=iid")
         self._updated = self.storage if share is None else CpuStorage(share_of(self._runs, share), threads)
         self._share = share
         self._moments: MomentTensors | None = None  # once an update is scaled by them

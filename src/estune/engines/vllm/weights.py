@@ -16,7 +16,7 @@ from estune.engines.vllm.shard import Opening
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
-from estune.noise.reference import normal_by_id
+from estune.noise.reference import normal_by_id, rank_one_by_id
 from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, narrow, widen
 from estune.weights.parameters import fits, refuse_unfitting
 from estune.weights.policies import POLICIES, Rule
@@ -204,7 +204,13 @@ class VllmWeights:
             live = DTYPES[sample.dtype.removeprefix("torch.")]
             stored = checkpoint.tensors[sample.name].stored(sample.start, count)
             base = widen(convert(stored, DTYPES[self.rule.dtype]))
-            noise = normal_by_id(member.seed, self.rule.noise_key(sample.name), sample.start, count)
+            columns = self.rule.noise_columns(checkpoint.tensors[sample.name].columns)
+            where = sample.start, count
+            key = self.rule.noise_key(sample.name)
+            if columns:
+                noise = rank_one_by_id(member.seed, key, columns, *where)
+            else:
+                noise = normal_by_id(member.seed, key, *where)
             factor = np.float32(sigma * self.rule.scales.get(sample.name, 1.0))
             if not np.array_equal(narrow(base + factor * noise, live), sample.values):
                 raise EstuneError(
