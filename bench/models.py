@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from estune.completion import Completion
 from estune.engines.loading import load_tokenizer
 from estune.tasks.countdown_problems import countdown_prompt
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 # hidden, layers, heads, key-value heads, intermediate, vocabulary; 1M is the embedded model's shape
 SHAPES = {

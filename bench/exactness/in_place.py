@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from estune.es.evolution import EvolutionStrategy
 from estune.es.strategy import Member, Update
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 from estune.weights.parameters import Parameter, own_parameters
 from estune.weights.policies import PolicyName, Rounding
 from estune.weights.weights import Weights

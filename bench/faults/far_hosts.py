@@ -37,7 +37,7 @@ from estune.journal.journal import Journal
 from estune.pool.remote.handle import RemoteHandle
 from estune.run.monitors.base import Monitor
 from estune.run.trainer import Trainer
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 SECONDS = 300.0  # that servers are waited for
 

@@ -19,7 +19,8 @@ from bench.common import medians, options, rounded, settings, write_result
 
 from estune import files
 from estune.run.graded import write_completions
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import locate
 
 
 def without_syncs(work: Callable[[], object]) -> Callable[[], object]:

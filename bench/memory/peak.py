@@ -28,7 +28,8 @@ from typing import Any
 
 from bench.common import options, write_result
 
-from estune.weights.checkpoint import EMBEDDED, Checkpoint
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import EMBEDDED
 
 MB = 1e6
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 16, 8

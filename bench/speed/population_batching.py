@@ -27,7 +27,7 @@ from estune.completion import Sampling
 from estune.engines.decode import Decoder
 from estune.engines.graph import CudaRecorder, GraphDecoder
 from estune.engines.loading import load_model
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 
 class Together:

@@ -48,7 +48,7 @@ from estune.run.held_out import token_ids
 from estune.run.monitors.base import Metrics, Sample
 from estune.run.monitors.files import JsonlMonitor, TensorBoardMonitor
 from estune.run.trainer import Trainer
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 MEMBERS, PROMPTS, NEW_TOKENS = 16, 24, 48
 FEW = 2  # members of what need not be a whole step

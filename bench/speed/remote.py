@@ -30,7 +30,7 @@ from estune.pool.crewed import CrewPool
 from estune.pool.ray.cluster import connect, disconnect
 from estune.pool.ray.pool import RayPool
 from estune.pool.remote.pool import RemotePool
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 SIGMA = 0.012
 BAR = 0.9  # of a Ray worker's tokens a second

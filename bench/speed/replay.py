@@ -39,7 +39,8 @@ from estune.journal.records import Header, StepRecord
 from estune.journal.replay import replay
 from estune.journal.verify import verify
 from estune.noise import cpu
-from estune.weights.checkpoint import EMBEDDED, Checkpoint
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import EMBEDDED
 from estune.weights.policies import Rule
 from estune.weights.rebuild import Steps, cores
 

@@ -47,7 +47,7 @@ from estune.config import Config
 from estune.engines.transformers import TransformersEngine
 from estune.es.strategy import Member
 from estune.pool.open import available_cores
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 DTYPES = ("float32", "bfloat16")
 # What makes a run last minutes, by model: members, new tokens, sigma, repeats, probes of each mode.

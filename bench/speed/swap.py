@@ -27,7 +27,8 @@ from estune.pool.deadlines import Deadlines
 from estune.pool.remote.handle import RemoteHandle
 from estune.pool.remote.pool import new_lease
 from estune.pool.remote.wire import Swapped, Terms
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import locate
 from estune.weights.weights import Weights
 
 

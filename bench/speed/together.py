@@ -27,7 +27,7 @@ from estune.engines.loading import load_tokenizer, open_encoder
 from estune.es.strategy import Member, Update
 from estune.pool.replica import Replica
 from estune.run.held_out import token_ids
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 RANDOM: dict[str, Any] = {
     "gpt2": lambda vocabulary: GPT2Config(

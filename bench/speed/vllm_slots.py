@@ -26,7 +26,8 @@ from estune.es.strategy import Member, Update
 from estune.pool.open import with_length
 from estune.pool.replica import Replica
 from estune.run.held_out import token_ids
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import locate
 
 TASKS = {
     "tiny": ["task.name=countdown", "dtype=float32"],

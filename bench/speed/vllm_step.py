@@ -23,7 +23,8 @@ from estune.engines.vllm.internals import check_version
 from estune.engines.vllm.open import open_vllm
 from estune.engines.vllm.weights import VllmWeights
 from estune.es.evolution import EvolutionStrategy
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import locate
 
 SIGMA, BAR = 0.012, 0.05
 

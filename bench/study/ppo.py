@@ -33,7 +33,7 @@ from estune.run.make import make_grading
 from estune.study.compare.measure import greedy, measure
 from estune.study.compare.plan import best_tried
 from estune.tasks.base import Task
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 FOLDER = Path("runs/study/ppo")
 TRAIN = Path(__file__).with_name("ppo_train.py")

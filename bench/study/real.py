@@ -25,7 +25,7 @@ from estune.engines.transformers import TransformersEngine
 from estune.run.held_out import HeldOut
 from estune.study.compare.plan import Job, Plan, read_results
 from estune.study.compare.run import compare
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 FOLDER = Path("runs/study/real")
 METHODS = ("es", "grpo", "dr_grpo", "rloo")

@@ -29,7 +29,8 @@ from estune.run.evaluate import evaluate_model
 from estune.run.held_out import hash_of_prompts, token_ids
 from estune.run.resume import refuse_changed_prompts, resumed, task_of
 from estune.run.trainer import Trainer
-from estune.weights.checkpoint import Checkpoint, locate, pinned
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import locate, pinned
 from tests.models import build_tokenizer, save_model
 from tests.runs import make_config, make_task, variety
 

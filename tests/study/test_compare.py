@@ -29,7 +29,7 @@ from estune.study.compare.report import by_method, charts, table, trials_table, 
 from estune.study.compare.run import compare, record, run_job
 from estune.study.compare.train import TaskReward, run, trl_arguments
 from estune.study.jobs import LOCK
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 from tests.models import save_model, save_own_code
 from tests.runs import make_config, make_task
 

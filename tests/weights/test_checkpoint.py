@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from estune.errors import EstuneError
 from estune.files import replacing
-from estune.weights.checkpoint import INDEX, Checkpoint, locate, narrow, widen
+from estune.weights.checkpoint import Checkpoint, narrow, widen
+from estune.weights.locate import INDEX, locate
 from tests.models import save_model
 
 

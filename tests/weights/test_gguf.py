@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from estune.errors import EstuneError
-from estune.weights.checkpoint import locate, pinned
+from estune.weights.locate import locate, pinned
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")

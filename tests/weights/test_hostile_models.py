@@ -17,7 +17,8 @@ from estune.engines.loading import load_config, load_tokenizer
 from estune.errors import EstuneError
 from estune.rewards.model import RewardModel
 from estune.study.estimate.shapes import read_shape
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import locate
 from estune.weights.quantized import refuse_quantized
 from tests.models import save_model
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from estune.errors import EstuneError
-from estune.weights.checkpoint import Checkpoint, locate, pinned
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import locate, pinned
 from tests.models import save_model
 
 

@@ -30,7 +30,8 @@ from estune.engines.adapter import with_adapter
 from estune.engines.memory import memory_for
 from estune.engines.vision import Vision
 from estune.errors import EstuneError, first_line
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import locate
 from estune.weights.merged import no_bars
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.quantized import KEPT, prepare, quantized_by
@@ -99,7 +100,7 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
     """A causal language model in evaluation mode, its parameters without gradients.
 
     Args:
-        path: a checkpoint's directory, as `estune.weights.checkpoint.locate` finds it; that of an adapter gives the
+        path: a checkpoint's directory, as `estune.weights.locate.locate` finds it; that of an adapter gives the
             model that it belongs to, with the adapter in place.
         dtype: as `pick_dtype` takes it.
         device: where to put it.

@@ -27,8 +27,8 @@ from estune.engines.rotation import short_reach
 from estune.engines.score import log_probabilities
 from estune.engines.together import RowMembers, RowsTogether, rows_together
 from estune.errors import EstuneError
-from estune.weights.checkpoint import locate
 from estune.weights.device import pick_device
+from estune.weights.locate import locate
 
 MAX_ROWS = {"cpu": 256}
 """Rows per batch that still gain from one another: beyond, a CPU's caches lose more than larger products win."""

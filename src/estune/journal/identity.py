@@ -12,7 +12,8 @@ from pathlib import Path
 
 from estune.errors import ACCEPT, EstuneError
 from estune.weights import adapters
-from estune.weights.checkpoint import Checkpoint, companions
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import companions
 
 # Of config.json, what a checkpoint is stored as: it differs between a base and what is trained from it.
 UNDER = "the model under the adapter"

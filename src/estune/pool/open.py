@@ -26,8 +26,9 @@ from estune.pool.launch import await_ahead, end_ahead
 from estune.pool.local import open_local_pool
 from estune.pool.waiting import told_while
 from estune.weights.base import keeps_base_on_host
-from estune.weights.checkpoint import Checkpoint, locate, pinned
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import chosen_device, training_device
+from estune.weights.locate import locate, pinned
 from estune.weights.policies import BYTES, POLICIES
 from estune.weights.quantized import quantized_by
 

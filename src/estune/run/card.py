@@ -15,8 +15,8 @@ from estune.journal.records import EvaluationRecord
 from estune.journal.shares import is_share, wilson, with_interval
 from estune.run.directory import RunDirectory
 from estune.run.recipe import own_task, train_command
-from estune.weights.checkpoint import EMBEDDED, hub_name
 from estune.weights.gguf import is_gguf
+from estune.weights.locate import EMBEDDED, hub_name
 
 CARD = "README.md"
 PICTURE = "learning-curve.svg"

@@ -19,7 +19,7 @@ from estune.files import make_folder, write_text
 from estune.journal.journal import FILE, RESUME, TEMPORARY, going_on, is_run
 from estune.journal.replay import replay
 from estune.pool.waiting import told_while
-from estune.weights.checkpoint import hub_name, is_checkpoint, locate
+from estune.weights.locate import hub_name, is_checkpoint, locate
 
 RESUME_OWN = "Trainer.resume({text}, task=...)"
 """As `RESUME`, where the task was given from Python."""

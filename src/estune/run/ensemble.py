@@ -39,7 +39,7 @@ from estune.run.replaying import inherit
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
 from estune.weights.adapted import open_checkpoint
-from estune.weights.checkpoint import check_name
+from estune.weights.locate import check_name
 from estune.weights.policies import POLICIES
 
 

@@ -18,7 +18,7 @@ from estune.run.remarks import of_evaluation
 from estune.run.resume import settings_of, task_folder, task_of
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
-from estune.weights.checkpoint import check_name
+from estune.weights.locate import check_name
 
 log = logging.getLogger(__name__)
 

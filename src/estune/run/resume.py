@@ -22,7 +22,8 @@ from estune.run.directory import RunDirectory
 from estune.run.trust import refuse_foreign, remember, texts
 from estune.tasks.base import Task
 from estune.versions import packages
-from estune.weights.checkpoint import Checkpoint, check_name, hub_name
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import check_name, hub_name
 from estune.weights.moments import has_moments
 from estune.weights.parameters import AUTO
 from estune.weights.policies import bits_of

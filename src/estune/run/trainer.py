@@ -48,7 +48,7 @@ from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
 from estune.weights.adapted import open_checkpoint
-from estune.weights.checkpoint import check_name
+from estune.weights.locate import check_name
 from estune.weights.policies import POLICIES
 from estune.weights.trained import Drift
 

@@ -27,7 +27,7 @@ from estune.run.asked import UNREACHED, first_prompts
 from estune.run.graded import Graded, grade_completions
 from estune.run.make import make_grading, make_sampling
 from estune.tasks.base import Task
-from estune.weights.checkpoint import check_name
+from estune.weights.locate import check_name
 
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 # The mean over members has to keep this share of the base's reward above the worst that any member fell to.

@@ -44,7 +44,7 @@ from estune.trl.inputs import (
     link_model,
     tokenizer_of,
 )
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ import numpy as np
 from estune.errors import EstuneError
 from estune.files import user_cache
 from estune.weights.adapters import ALL_LINEAR, CONFIG, PREFIX, WEIGHTS, Adapter, is_adapter, settings_of
-from estune.weights.checkpoint import Checkpoint, companions, hub_name, locate, pinned
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.converted import made_once, state_of
+from estune.weights.locate import companions, hub_name, locate, pinned
 from estune.weights.parameters import layer_of
 from estune.weights.quantized import matrix_shapes, quantized_by
 

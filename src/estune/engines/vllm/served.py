@@ -18,7 +18,7 @@ from estune.engines.continuous import Request, Rows
 from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer
 from estune.engines.vllm.calls import Digest, VllmCalls
 from estune.engines.vllm.server import Model, Server
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 from estune.weights.storage import type_name
 
 # Calls of workers that change what generates. Each is followed by `forget`, or by the end of what was asked.

@@ -16,7 +16,7 @@ from estune.pool.ray.cluster import connect, disconnect, lost, needs
 from estune.pool.ray.handle import RayHandle
 from estune.pool.slots import Slot
 from estune.weights.adapters import PREFIX
-from estune.weights.checkpoint import EMBEDDED
+from estune.weights.locate import EMBEDDED
 
 
 def open_ray_pool(config: Config) -> RayPool:

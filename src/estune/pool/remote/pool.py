@@ -16,7 +16,8 @@ from estune.pool.deadlines import Deadlines
 from estune.pool.remote.handle import Named, Reader, RemoteHandle, key_of_environment, named
 from estune.pool.remote.turns import Stage
 from estune.pool.remote.wire import Terms
-from estune.weights.checkpoint import Checkpoint, locate
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import locate
 
 
 def open_remote_pool(config: Config) -> RemotePool:

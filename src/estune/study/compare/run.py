@@ -19,7 +19,7 @@ from estune.grading.level import refuse_level
 from estune.study.compare.plan import Job, Plan, at_an_end, read_results
 from estune.study.jobs import Jobs, claimed, told_while_running
 from estune.tasks.base import Task
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 log = logging.getLogger(__name__)
 

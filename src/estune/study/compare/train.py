@@ -24,7 +24,7 @@ from estune.files import write_text
 from estune.run.monitors.base import Metrics, Monitor, Request, Sample
 from estune.study.compare.plan import Job, Plan
 from estune.tasks.base import Task
-from estune.weights.checkpoint import locate
+from estune.weights.locate import locate
 
 if TYPE_CHECKING:
     from estune.grading.convention import Row

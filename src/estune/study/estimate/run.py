@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from estune.config import Config, load
 from estune.errors import EstuneError
-from estune.weights.checkpoint import EMBEDDED
+from estune.weights.locate import EMBEDDED
 from estune.weights.policies import BYTES, POLICIES
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
     from estune.engines import decode, transformers
     from estune.pool.open import share_cores, with_resources
     from estune.study.estimate.machines import measure_cpu
-    from estune.weights.checkpoint import is_here
+    from estune.weights.locate import is_here
 
     replicas, threads = share_cores(config, shape.parameters * BYTES[shape.dtype or "float32"])
     dtype = work.dtype

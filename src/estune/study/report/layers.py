@@ -12,8 +12,9 @@ from estune.errors import EstuneError
 from estune.journal.journal import base_checkpoint
 from estune.journal.records import Header
 from estune.study.report.runs import Run
-from estune.weights.checkpoint import EMBEDDED, RUN_LENGTH, Checkpoint, Tensor, hub_name
+from estune.weights.checkpoint import RUN_LENGTH, Checkpoint, Tensor
 from estune.weights.gguf import is_gguf
+from estune.weights.locate import EMBEDDED, hub_name
 from estune.weights.parameters import layer_of
 
 

@@ -22,7 +22,7 @@ from estune.study.report.completions import Kept, kept
 from estune.study.report.layers import LayerTable, layer_table
 from estune.study.report.runs import Group, Run, differences, group_runs, read_runs
 from estune.study.report.samples import UNSEEN, Comparison, compare, readable
-from estune.weights.checkpoint import hub_name
+from estune.weights.locate import hub_name
 
 HERE = Path(__file__).parent
 T = TypeVar("T")
