@@ -145,7 +145,7 @@ def test_live_weights_are_integers_and_as_large_as_estimated(weights: Any, dtype
         ({"anchor_decay": 0.1}, "set weights=master"),
         ({"guided_share": 0.5}, "weights must be master or copy"),
         ({"max_staleness": 1}, "max_staleness must be 0"),
-        ({"base_device": "host"}, "keeps nothing"),
+        ({"base_device": "host"}, "keeps no base that base_device=host could hold"),
         ({"weights_group_size": 48}, "16, 32, 64, 128 or 256"),
         ({"weights": "master", "weights_group_size": 32}, "set weights=int8"),
     ],
