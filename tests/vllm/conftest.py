@@ -109,7 +109,10 @@ def engines(started: dict[tuple[Path, str, int], Any]) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Adapters are made in a cache of this module's."""
+    from vllm import envs
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", envs.VLLM_CACHE_ROOT)  # which has what it found out about models, in seconds
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
