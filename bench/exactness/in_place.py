@@ -6,7 +6,7 @@
   random weights with a spread of 0.02. The bar is a fifth. All tensors of a model are taken.
 - Time: `copy` and `exact_inplace` in turns, each perturbing and restoring in bfloat16, medians, and of each turn what
   the one takes over what the other takes. From member to member a copy restores nothing. Restoring in place draws the
-  noise again, so that where drawing takes all the time it is twice a copy's.
+  noise again; drawing alone is timed beside them, and two draws are the least that a member can take.
 - Exactness: a small model perturbed by many members, one after the other, against its bits before.
 - Updates: how much of 100 updates arrives in bfloat16 weights of a spread of 0.02, by the rounding. `gain` is the
   share of the sum of the updates, as float32 weights take it, that the weights have moved along; `off` is the size of
@@ -18,8 +18,10 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from bench.common import in_turns, options, rounded, settings, write_result
 from bench.models import SHAPES, random_model
@@ -27,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from estune.es.evolution import EvolutionStrategy
 from estune.es.strategy import Member, Update
+from estune.noise.cpu import perturb
 from estune.weights.locate import locate
 from estune.weights.parameters import Parameter, own_parameters
 from estune.weights.policies import PolicyName, Rounding
@@ -35,6 +38,7 @@ from estune.weights.weights import Weights
 SIGMAS = (0.0005, 0.001, 0.004)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SPREAD, ELEMENTS, POPULATION = 0.02, 1 << 17, 30
+STRETCH = 1 << 18  # elements drawn at a time, which fit the second-level cache
 
 
 def load(name: str, dtype: torch.dtype) -> list[Parameter]:
@@ -61,6 +65,8 @@ def times(model: str, threads: int, repeats: int) -> dict[str, Any]:
         seeds = itertools.count()
         work[f"{policy}: perturb"] = lambda weights=weights, seeds=seeds: weights.perturb(Member(next(seeds)), 0.001)
         work[f"{policy}: restore"] = weights.restore
+    drawn = weights.parameters
+    work["draw"] = lambda: draw(drawn, threads)
     found = in_turns(work, repeats)
     turns = [dict(zip(found, seconds, strict=True)) for seconds in zip(*found.values(), strict=True)]
 
@@ -72,11 +78,27 @@ def times(model: str, threads: int, repeats: int) -> dict[str, Any]:
             for turn in turns
         )
 
+    two_draws = statistics.median(2 * turn["draw"] / turn["copy: perturb"] for turn in turns)
+
     return {
         **{f"{name}, ms": 1e3 * statistics.median(seconds) for name, seconds in found.items()},
         "perturb and restore, times the copy's": ratio(("perturb", "restore")),
         "member to member, times the copy's": ratio(("perturb",)),
+        "two draws, times the copy's from member to member": two_draws,
     }
+
+
+def draw(parameters: Sequence[Parameter], threads: int) -> None:
+    """Draw a member's noise, and add it to a few weights, which never leave the cache."""
+    stretches = [
+        (index, start, min(STRETCH, parameter.tensor.numel() - start))
+        for index, parameter in enumerate(parameters)
+        for start in range(0, parameter.tensor.numel(), STRETCH)
+    ]
+    live, base = np.zeros((2, STRETCH), np.uint16)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda s: perturb(live[: s[2]], base[: s[2]], 0, s[0], s[1], 0.001), stretches):
+            pass
 
 
 def cycles(count: int, dtype: torch.dtype) -> int:
