@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bench.common import RESULTS, machine
 from bench.study.compare import COUNTDOWN, EMBEDDED, WIDE, model_and_task
 
@@ -112,11 +113,22 @@ def collect(path: Path, common: Mapping[str, Any], results: Sequence[Mapping[str
     write_text(path, "".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)))
 
 
-def tokens_to(curve: Sequence[Mapping[str, float]], share: float, top: float, what: str = "tokens") -> float | None:
-    """What a run takes to a share of the gain that is to be had, from the base to `top`; None if it does not get there.
+def mean_curve(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+    """Of some seeds' curves, at equal distances; between two points of a run it is taken to go evenly.
 
-    Between two points of the curve it is taken to rise evenly.
+    Processor seconds are those of the runs that have them.
     """
+    found: list[dict[str, float]] = [{"tokens": BUDGET * k / POINTS} for k in range(POINTS + 1)]
+    for what in ("accuracy", "cpu_seconds"):
+        known = [curve for curve in curves if what in curve[0]]
+        for point in found if known else ():
+            at = [np.interp(point["tokens"], [p["tokens"] for p in curve], [p[what] for p in curve]) for curve in known]
+            point[what] = statistics.fmean(map(float, at))
+    return found
+
+
+def cost_to(curve: Sequence[Mapping[str, float]], share: float, top: float, what: str = "tokens") -> float | None:
+    """What a curve takes to a share of the gain that is to be had, from the base to `top`; None if it never does."""
     goal = curve[0]["accuracy"] + share * (top - curve[0]["accuracy"])
     for before, after in pairwise(curve):
         if after["accuracy"] >= goal:
@@ -138,19 +150,16 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for result in results:
         if "curve" in result:
             runs.setdefault(names[result["settings"]], []).append(result)
-    top = max(statistics.fmean(max(p["accuracy"] for p in r["curve"]) for r in of) for of in runs.values())
+    means = {name: mean_curve([r["curve"] for r in of]) for name, of in runs.items()}
+    top = max(point["accuracy"] for curve in means.values() for point in curve)
 
-    def mean(of: Sequence[Mapping[str, Any]], share: float, what: str) -> float | None:
-        found = [tokens_to(r["curve"], share, top, what) for r in of if what in r["curve"][0]]
-        known = [f for f in found if f is not None]
-        return statistics.fmean(known or [math.nan]) if len(known) == len(found) else None
+    def cell(name: str, share: float, what: str, by: float = 1.0, digits: int = 0) -> str:
+        if what not in means[name][0]:
+            return ""  # older runs have no processor seconds
+        value = cost_to(means[name], share, top, what)
+        return "never" if value is None else f"{value / by:.{digits}f}"
 
-    def cell(value: float | None, by: float = 1.0, digits: int = 0) -> str:
-        if value is None:
-            return "never"
-        return "" if math.isnan(value) else f"{value / by:.{digits}f}"  # older runs have no processor seconds
-
-    rows = sorted(runs.items(), key=lambda row: mean(row[1], 0.9, "tokens") or math.inf)
+    rows = sorted(runs.items(), key=lambda row: cost_to(means[row[0]], 0.9, top) or math.inf)
     head = ["", "runs", "1,000 tokens to 50%", "to 90%", "processor seconds to 90%", "area %", "best %", "at the end %"]
     return [
         head,
@@ -158,9 +167,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             [
                 name,
                 str(len(of)),
-                cell(mean(of, 0.5, "tokens"), 1000),
-                cell(mean(of, 0.9, "tokens"), 1000),
-                cell(mean(of, 0.9, "cpu_seconds"), digits=1),
+                cell(name, 0.5, "tokens", 1000),
+                cell(name, 0.9, "tokens", 1000),
+                cell(name, 0.9, "cpu_seconds", digits=1),
                 spread([100 * area(r["curve"]) for r in of], 1),
                 spread([100 * max(p["accuracy"] for p in r["curve"]) for r in of], 1),
                 spread([100 * r["curve"][-1]["accuracy"] for r in of], 1),
@@ -174,11 +183,12 @@ def section(results: Path) -> str:
     """The page's part about them."""
     found = [
         "## The strategy's parts",
-        "Tokens to 50% and 90% of the gain that is to be had, from the base to the best mean of any row,\n"
-        "processor seconds, and the area under the curve of held-out accuracy over tokens. `paper` is 20 members,\n"
-        "20 prompts, sigma 0.024, alpha 0.012; every other row of ES changes what its name says\n"
-        "(`bench.study.parts` has the values). Processor seconds are missing where runs are older than their\n"
-        "count. The two smaller models were pretrained anew for this, so that they begin elsewhere than above.",
+        "Of the mean curve of a row's runs, tokens to 50% and 90% of the gain that is to be had, from the base to\n"
+        "the best point of any row's mean curve, and processor seconds; and the area under the curve of held-out\n"
+        "accuracy over tokens. `paper` is 20 members, 20 prompts, sigma 0.024, alpha 0.012; every other row of ES\n"
+        "changes what its name says (`bench.study.parts` has the values). Processor seconds are missing where runs\n"
+        "are older than their count. The two smaller models were pretrained anew for this, so that they begin\n"
+        "elsewhere than above.",
     ]
     for model in (*COUNTDOWN, WIDE):
         path = results / f"parts-{model}.jsonl"
