@@ -92,5 +92,7 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(EstuneError, match="no token to pad with"):
         RewardModel(build(), tokenizer)
+    with pytest.raises(EstuneError, match="reward my/own.py is a file: name its function, my/own.py:FUNCTION"):
+        load_reward("my/own.py")
     with pytest.raises(EstuneError, match=f"reward model {tmp_path} cannot be loaded"):
         load_reward(str(tmp_path))

@@ -156,6 +156,7 @@ def test_a_function_makes_a_task_under_the_files_name(tmp_path: Path) -> None:
     [
         ("x = 1", {}, r"own_\d+\.py: no train; the file needs a function task\(seed\), or the names train and rewards"),
         (NAMES, {}, r"\.py: no rewards;"),
+        ("def right(completions, **_): return []", {}, r"a file of rewards alone is a part of .* by task\.rewards"),
         (NAMES + "rewards = []", {}, r"\.py: rewards is empty"),
         (NAMES + "rewards = [right]\naccuracy = 'wrong'", {}, r"\.py: accuracy is 'wrong'; choose one of right"),
         (NAMES + "rewards = [right]", {"options": {"a": 1}}, r"\.py: task.options are for a function"),
@@ -219,7 +220,7 @@ def test_custom(tmp_path: Path) -> None:
         ({"rewards": ""}, "no reward; name some in task.rewards"),
         ({"rewards": "nothing.like.it"}, "nothing.like.it"),
         ({"reward_weights": [1]}, "2 reward functions but 1 weights"),
-        ({"prompt_column": "prompt"}, "no column prompt; there are answer, question"),
+        ({"prompt_column": "prompt"}, "no column prompt; .* question; rename one, or name it by task.prompt_column"),
         ({"gold_column": "gold"}, "no column gold"),
         ({"data": None}, "task custom: no data; give task.data"),
     ],

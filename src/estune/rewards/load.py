@@ -29,6 +29,8 @@ def load_reward(reward: Any) -> RewardFunction:
     """
     if isinstance(reward, str):
         path, _, name = reward.rpartition(":")
+        if reward.endswith(".py"):
+            raise EstuneError(f"reward {reward} is a file: name its function, {reward}:FUNCTION")
         if path.endswith(".py"):
             return _attribute(load_file(Path(path)), name, reward)
         if "/" in reward or Path(reward).is_dir():

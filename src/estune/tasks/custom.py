@@ -89,8 +89,9 @@ class CustomConfig(DataOptions):
         return None if value is None or is_nan(value) else str(value)
 
     def _rows(self, source: str, records: Sequence[Record]) -> Iterator[Row]:
-        wanted = [self.prompt_column, *([self.gold_column] if self.gold_column else [])]
-        require_columns(source, records, *((name,) for name in wanted))
+        require_columns(source, records, (self.prompt_column,), remedy="rename one, or name it by task.prompt_column")
+        if self.gold_column is not None:
+            require_columns(source, records, (self.gold_column,))
         for number, record in enumerate(records, 1):
             prompt = record.get(self.prompt_column)
             if isinstance(prompt, str) and prompt.strip():

@@ -21,6 +21,7 @@ from estune.tasks.openenv import OpenEnvConfig
 from estune.tasks.options import TaskOptions
 from estune.tasks.own import SUFFIX, OwnConfig
 from estune.tasks.preference import PreferenceConfig
+from estune.tasks.records import SUFFIXES
 from estune.tasks.textarena import PREFIX as TEXTARENA
 from estune.tasks.textarena import TextArenaConfig
 from estune.tasks.verifiers import PREFIX as VERIFIERS
@@ -70,6 +71,8 @@ def named(value: Any, known: Mapping[str, Any] = KINDS) -> Any:
     if name is not None and (not isinstance(name, str) or kind_of(name) not in known):
         near = difflib.get_close_matches(str(name), known, 1, 0.6)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        if str(name).endswith(SUFFIXES):
+            hint = f"rows go to task.data: --task custom --task.data {name} --task.rewards FILE.py:FUNCTION"
         raise ValueError(f"no task is called {name!r}; {hint}")
     return value
 

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
-_SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 def load_records(source: str, split: str = "train") -> list[Record]:
@@ -33,7 +33,7 @@ def load_records(source: str, split: str = "train") -> list[Record]:
         records = _read_file(path)
     elif path.is_dir():
         records = _read_directory(path, split)
-    elif path.suffix in _SUFFIXES or source.startswith(("/", ".", "~")):
+    elif path.suffix in SUFFIXES or source.startswith(("/", ".", "~")):
         raise EstuneError(f"data {source}: no such file; give a file, a directory or a hub id")
     else:
         records = _read_hub(source, split)
@@ -50,8 +50,16 @@ def folder_of(source: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def require_columns(source: str, records: Sequence[Record], *choices: tuple[str, ...]) -> list[str]:
+def require_columns(
+    source: str, records: Sequence[Record], *choices: tuple[str, ...], remedy: str = "rename one"
+) -> list[str]:
     """The name of each group of names that the records have.
+
+    Args:
+        source: where the records are from, for errors.
+        records: one at least.
+        *choices: the names that each column may have.
+        remedy: what to do where there is none.
 
     Raises:
         EstuneError: none of a group is there; the message has the names that are.
@@ -63,16 +71,16 @@ def require_columns(source: str, records: Sequence[Record], *choices: tuple[str,
         if name is None:
             raise EstuneError(
                 f"data {source}: no column {' or '.join(names)}; there are {', '.join(sorted(there)) or 'none'}; "
-                "rename one"
+                f"{remedy}"
             )
         chosen.append(name)
     return chosen
 
 
 def _read_file(path: Path) -> list[Record]:
-    if path.suffix not in _SUFFIXES:
+    if path.suffix not in SUFFIXES:
         raise EstuneError(
-            f"data {path}: a file ending in {path.suffix or 'nothing'}; give one of {', '.join(_SUFFIXES)}"
+            f"data {path}: a file ending in {path.suffix or 'nothing'}; give one of {', '.join(SUFFIXES)}"
         )
     try:
         if path.suffix == ".parquet":
