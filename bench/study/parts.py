@@ -33,6 +33,7 @@ from estune.study.compare.run import compare
 
 FOLDER = Path("runs/study/parts")
 BUDGET, POINTS, TOKENS = 200_000, 20, 18.5  # to generate, and of a completion, about
+LONGER = 500_000  # what ES generates in the processor seconds in which reinforcement learning generates the budget
 METHODS = ("grpo", "dr_grpo", "dapo", "rloo")
 PAPER = {"population": 20, "prompts_per_step": 20, "sigma": 0.024, "learning_rate": 0.012}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -96,15 +97,16 @@ def run(model: str, name: str, changes: dict[str, Any], plan: Plan, results: Pat
         per_step = settings["population"] * settings["prompts_per_step"] * TOKENS
         plan = plan.model_copy(update={"es_steps": round(plan.budget / per_step)})
     given = [f"{key}={value}" for key, value in settings.items() if value is not None]
-    folder = FOLDER / model / _folder(name)
+    parent = FOLDER if plan.budget == BUDGET else FOLDER.with_name(f"{FOLDER.name}-{plan.budget}")
+    folder = parent / model / _folder(name)
     compare(plan, load(None, [*model_and_task(model), *given]), folder, lambda r: print(name, _shown(r), flush=True))
     common = {"experiment": model, "settings": folder.name, "machine": machine()}
-    collect(results / f"parts-{model}.jsonl", common, read_results(folder))
+    collect(results / f"{parent.name}-{model}.jsonl", common, read_results(folder))
 
 
 def collect(path: Path, common: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
     """Put the results of some settings into the file; lines of other settings and other jobs stay as they are."""
-    there = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    there = _lines(path)
     lines = {(line["settings"], json.dumps(line["job"])): line for line in there}
     for result in results:
         key = (common["settings"], json.dumps(result["job"]))
@@ -143,13 +145,19 @@ def area(curve: Sequence[Mapping[str, float]]) -> float:
     return math.fsum(parts) / curve[-1]["tokens"]
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row a setting or method, those that get to 90% of the gain with the fewest tokens first; means over seeds."""
+def by_name(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Runs that came to their end, by the name of their settings or method."""
     names = {_folder(name): name for name in SETTINGS} | NAMES | {"ppo": "PPO"}
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        if "curve" in result:
+        if "curve" in result and not result["job"]["trial"]:
             runs.setdefault(names[result["settings"]], []).append(result)
+    return runs
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row a setting or method, those that get to 90% of the gain with the fewest tokens first; means over seeds."""
+    runs = by_name(results)
     means = {name: mean_curve([r["curve"] for r in of]) for name, of in runs.items()}
     top = max(point["accuracy"] for curve in means.values() for point in curve)
 
@@ -191,11 +199,33 @@ def section(results: Path) -> str:
         "elsewhere than above.",
     ]
     for model in (*COUNTDOWN, WIDE):
-        path = results / f"parts-{model}.jsonl"
-        if path.is_file():
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if lines := _lines(results / f"parts-{model}.jsonl"):
             found += [f"### {model}, curves", markdown(table(lines))]
+    found += [
+        "### As long as reinforcement learning",
+        f"ES with {LONGER:,} tokens, for which it takes about as long as reinforcement learning takes for {BUDGET:,}.\n"
+        "Processor seconds are of training alone.",
+        markdown(longer(results)),
+    ]
     return "\n\n".join(found)
+
+
+def longer(results: Path) -> list[list[str]]:
+    """ES with the longer budget, and reinforcement learning with its own; means over the runs that were timed."""
+    rows = []
+    for model in COUNTDOWN:
+        runs = by_name(_lines(results / f"parts-{LONGER}-{model}.jsonl"))
+        learning = [line for line in _lines(results / f"parts-{model}.jsonl") if line["job"]["method"] != "es"]
+        for name, of in (runs | by_name(learning)).items() if runs else ():
+            timed = [run for run in of if run.get("cpu_seconds")]
+            means = [statistics.fmean(run[what] for run in timed) for what in ("tokens", "cpu_seconds")]
+            end = spread([100 * run["accuracy"] for run in timed], 1)
+            rows.append([model, name, str(len(timed)), f"{means[0] / 1000:.0f}", f"{means[1]:.0f}", end])
+    return [["", "", "runs", "1,000 tokens", "processor seconds", "at the end %"], *rows]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _folder(name: str) -> str:
@@ -212,10 +242,11 @@ def main() -> None:
     parser.add_argument("--settings", default=";".join(SETTINGS), help="of ES, with semicolons between")
     parser.add_argument("--methods", default="", help="of reinforcement learning")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--budget", type=int, default=BUDGET, help=f"{LONGER} beside RL's {BUDGET}: of about its time")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    common: dict[str, Any] = {"budget": BUDGET, "seeds": seeds, "points": POINTS, "batch": 128}
+    common: dict[str, Any] = {"budget": arguments.budget, "seeds": seeds, "points": POINTS, "batch": 128}
     for model in arguments.models.split(","):
         for name in filter(None, arguments.settings.split(";")):
             plan = Plan(methods=["es"], **common)
