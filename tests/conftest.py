@@ -27,6 +27,7 @@ import torch
 
 from tests.models import FUSABLE, save_model
 from tests.rays import shared_cluster, undisturbed_run  # noqa: F401
+from tests.sandboxes import nothing_left_behind  # noqa: F401
 from tests.warm import POSSIBLE, execute_cold, start
 
 os.fsync = os.fstat  # type: ignore[assignment]  # nobody waits for disks: what a kernel has outlives a kill

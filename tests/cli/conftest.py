@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from estune.run.trainer import Trainer
-from tests.cli.test_commands import SMALL, estune
+from tests.command_line import SMALL, estune
 from tests.models import save_model
 from tests.runs import make_config, make_task
 
@@ -26,3 +26,9 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     Trainer(make_config(folder / "run", save_model(folder / "model"), steps=2), task=make_task(), monitors=[]).train()
     return folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No table is cut."""
+    monkeypatch.setenv("COLUMNS", "300")

@@ -111,9 +111,7 @@ def test_runs_of_all_kinds_in_one_batch() -> None:
 
 def test_launches_grow_with_kinds_and_not_with_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
-    monkeypatch.setattr(
-        gpu._Launch, "start", lambda launch, kernel, *rest, **types: launched.append(kernel.fn.__name__)
-    )
+    monkeypatch.setattr(gpu.Launch, "start", lambda launch, kernel, *rest, **types: launched.append(kernel.fn.__name__))
     tensors = [torch.ones(1 + number % 5, dtype=BRAIN, device=DEVICE) for number in range(290)]
     batch = gpu.Batch([Run(tensor, tensor, number, number) for number, tensor in enumerate(tensors)])
     batch.perturb(5, 0.01)

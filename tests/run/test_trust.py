@@ -17,7 +17,7 @@ from estune.journal.journal import Journal
 from estune.run.dry_run import describe_rest
 from estune.run.evaluate import evaluate_model
 from estune.run.trainer import Trainer
-from tests.cli.test_commands import estune, refused
+from tests.command_line import estune, refused
 from tests.models import save_model, save_own_code
 from tests.runs import make_config, make_task
 

@@ -17,7 +17,7 @@ from estune.study.estimate.machines import as_device, find_gpu
 from estune.study.estimate.needs import total
 from estune.study.estimate.run import estimate_run
 from estune.study.estimate.shapes import read_shape
-from tests.cli.test_commands import estune, refused
+from tests.command_line import estune, refused
 from tests.sizes import FAST, LLAMA_70B, QWEN_7B, QWEN_HALF_B, ROUND, amounts, make_work, write_config
 
 

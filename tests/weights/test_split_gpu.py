@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from estune.es.strategy import Member
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import Parameter
 from estune.weights.storage import SplitStorage
 from estune.weights.weights import Weights
@@ -48,8 +52,9 @@ def opened(policy: Any, device: str, **options: Any) -> Weights:
 
             patch.setattr("estune.weights.weights.open_storage", open_storage)
         weights = Weights([replace(p, tensor=p.tensor.bfloat16().to(device)) for p in wholes], policy=policy, **options)
-    for base, p in zip(weights._base, wholes, strict=True):
-        base.copy_(p.tensor.view(-1).to(device))
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({p.name: p.tensor for p in wholes}, Path(folder) / "model.safetensors")
+        weights.load(Checkpoint(Path(folder)))
     weights.restore()
     return weights
 
