@@ -15,7 +15,7 @@ PACKAGES = ("estune", "torch", "transformers", "tokenizers", "safetensors", "num
 def packages() -> dict[str, str]:
     """Versions of what a run's numbers depend on."""
     found = {name: version for name in (*PACKAGES, *ENGINES) if (version := version_of(name)) is not None}
-    return {"python": platform.pythonversion_of(), **found}
+    return {"python": platform.python_version(), **found}
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Running out of memory: what ran out, and what to do about it."""
+"""How much memory there is; running out of it: what ran out, and what to do about it."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from estune.es.strategy import Member
 from estune.weights.checkpoint import Checkpoint
+from estune.weights.device_storage import SplitStorage
 from estune.weights.parameters import Parameter
-from estune.weights.storage import SplitStorage
 from estune.weights.weights import Weights
 
 pytest.importorskip("triton")
@@ -27,7 +27,7 @@ from tests.weights.test_weights_gpu import DEVICE, ON_GPU, SHAPES, base_bits, bi
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("estune.weights.storage.STREAMED_LENGTH", 41)
+    monkeypatch.setattr("estune.weights.device_storage.STREAMED_LENGTH", 41)
     if not ON_GPU:
         monkeypatch.setattr("estune.weights.weights.open_storage", lambda runs, threads: SplitStorage(runs))
         monkeypatch.setattr(gpu, "BLOCK", 32)
