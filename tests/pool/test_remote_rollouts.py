@@ -206,7 +206,7 @@ def test_rollouts_that_compute_for_long_keep_the_server_or_learn_that_it_is_gone
     def counting(self: RemoteHandle, kind: str, arguments: Any, *others: Any) -> Any:
         if kind == "turns" and not arguments[1]:
             idle.append(arguments)
-            if len(idle) == 40:
+            if len(idle) == 12:
                 if lost:
                     raise Lost("gone")
                 go_on.set()
