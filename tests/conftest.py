@@ -19,7 +19,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", compiled())
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="estune-tests-")  # what tests run is not what the user has run
-os.environ["RAY_worker_niceness"] = "0"  # at Ray's own, 15, workers would wait for all other tests
+os.environ |= {"RAY_worker_niceness": "0"}  # at Ray's own, 15, workers would wait for all other tests
 if shutil.which("nvidia-smi") is None:  # Triton reads it when it is imported, which may be at any test
     os.environ["TRITON_INTERPRET"] = "1"
 
