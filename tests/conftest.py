@@ -148,8 +148,8 @@ def sandboxes_alone() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model on disk, for runs."""
-    return save_model(tmp_path_factory.mktemp("models") / "base")
+    """A tiny random model on disk, for runs: of those that the fused decoder takes, in a third of the time."""
+    return save_model(tmp_path_factory.mktemp("models") / "base", seed=1, **FUSABLE)
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +164,3 @@ def browser() -> Iterator[Any]:
             pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
         yield opened
         opened.close()
-
-
-@pytest.fixture(scope="session")
-def fused_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with heads that the fused decoder takes: a run takes a third of the time."""
-    return save_model(tmp_path_factory.mktemp("models") / "base", seed=1, **FUSABLE)

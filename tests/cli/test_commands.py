@@ -27,7 +27,7 @@ from estune.journal.journal import Journal
 from estune.run.directory import default_path
 from tests.command_line import SMALL, estune, refused, usage
 from tests.journal.test_journal import header
-from tests.models import build_model, build_tokenizer, save_model
+from tests.models import FUSABLE, build_model, build_tokenizer, save_model
 from tests.runs import make_config
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_warnings_of_the_hub_are_told_once() -> None:
 
 
 def test_resume_over_a_base_that_has_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, model = tmp_path / "r", save_model(tmp_path / "model", max_position_embeddings=1024)
+    folder, model = tmp_path / "r", save_model(tmp_path / "model", max_position_embeddings=1024, **FUSABLE)
     options = ["--model", model, "--sigma=0.01", "--max_new_tokens=4", "--eval_steps=0"]
     assert estune("train", *SMALL, *options, "--steps=1", "--output-dir", folder) == 0
     (tmp_path / "model").rename(tmp_path / "moved")

@@ -25,9 +25,9 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(scope="module")
-def run(fused_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    write_history(folder, fused_model)
+    write_history(folder, model)
     return folder
 
 

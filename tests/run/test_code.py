@@ -26,7 +26,7 @@ from estune.run.resume import resumed
 from estune.run.trainer import Trainer
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import locate, pinned
-from tests.models import save_model
+from tests.models import FUSABLE, save_model
 from tests.runs import make_config, make_task, variety
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -47,7 +47,7 @@ def rewrite(file: Path, **_: Any) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and a run over it of two steps."""
     folder = tmp_path_factory.mktemp("identity")
-    model = save_model(folder / "model")
+    model = save_model(folder / "model", **FUSABLE)
     (model / "generation_config.json").write_text("{}")
     Trainer(make_config(folder / "run", model, steps=2), task=make_task(), monitors=[]).train()
     return folder

@@ -21,7 +21,7 @@ from estune.run.evaluate import evaluate_model
 from estune.run.held_out import hash_of_prompts, token_ids
 from estune.run.resume import refuse_changed_prompts, resumed, task_of
 from estune.run.trainer import Trainer
-from tests.models import build_tokenizer, save_model
+from tests.models import FUSABLE, build_tokenizer, save_model
 from tests.run.test_code import REWARD, TASK
 from tests.runs import make_config, make_task
 
@@ -32,7 +32,7 @@ def dated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dated")
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
-    model = save_model(folder / "model", tokenizer=tokenizer)
+    model = save_model(folder / "model", tokenizer=tokenizer, **FUSABLE)
     config = make_config(folder / "run", model, steps=1, template_date="2024-07-26")
     Trainer(config, task=make_task(chat=True), monitors=[]).train()
     return folder
@@ -99,7 +99,7 @@ def test_other_prompts_that_are_accepted_are_those_of_the_run_from_then_on(dated
 def relative(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, a task's file that names a file of rows, and a run that was begun there by such names."""
     folder = tmp_path_factory.mktemp("relative") / "project"
-    save_model(folder / "models" / "m")
+    save_model(folder / "models" / "m", **FUSABLE)
     rows = [{"prompt": f"{n} and "} for n in range(60)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "task.py").write_text(REWARD.format(10) + "train = 'rows.jsonl'\nrewards = [brief]\n")

@@ -11,7 +11,7 @@ from estune.errors import EstuneError
 from estune.journal.journal import Journal
 from estune.run.trainer import Trainer
 from estune.weights.device import training_device
-from tests.models import save_model
+from tests.models import FUSABLE, save_model
 from tests.runs import assert_same_run, make_config, make_task, metrics, run
 
 
@@ -41,13 +41,13 @@ def test_a_used_directory_is_refused_with_the_remedies(model: Path, tmp_path: Pa
 
 
 def test_resume_refuses_another_base_or_other_data(tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base")
+    base = save_model(tmp_path / "base", **FUSABLE)
     run(make_config(tmp_path / "run", base, steps=2))
     with pytest.raises(EstuneError, match="the data of task variety are not those"):
         Trainer.resume(tmp_path / "run", steps=4, task=make_task(evaluation=5), monitors=[])
     with pytest.raises(EstuneError, match="was trained on the task variety, not countdown: .* Trainer.resume"):
         Trainer.resume(tmp_path / "run", steps=4, monitors=[])
-    save_model(base, seed=6)
+    save_model(base, seed=6, **FUSABLE)
     with pytest.raises(EstuneError, match="give the original with --model"):
         Trainer.resume(tmp_path / "run", steps=4, task=make_task(), monitors=[])
     with pytest.raises(EstuneError, match="this is no run"):

@@ -130,7 +130,7 @@ def test_replay_gives_the_trained_weights(model: Path, tmp_path: Path, settings:
 
 @pytest.mark.parametrize("asked", ["auto", "float32"])
 def test_best_and_final_are_stored_as_the_base_or_as_asked(tmp_path: Path, asked: str) -> None:
-    base = save_model(tmp_path / "base")
+    base = save_model(tmp_path / "base", **FUSABLE)
     AutoModelForCausalLM.from_pretrained(base).bfloat16().save_pretrained(base)
     config = make_config(tmp_path / "run", base, steps=1, dtype="float32", save_dtype=asked, device="cpu")
     run(config)
