@@ -40,19 +40,21 @@ def compile_once() -> None:
     """From now on no two processes compile a function at the same time: the second one finds it in what is kept."""
     from numba.core.dispatcher import Dispatcher
 
+    kept = Path(os.environ["NUMBA_CACHE_DIR"])
     compile_here = Dispatcher.compile
     within = threading.local()  # what a function calls is compiled with it
 
     def compile_alone(self: Any, signature: Any) -> Any:
         if getattr(within, "one", False):
             return compile_here(self, signature)
-        with open(Path(os.environ["NUMBA_CACHE_DIR"]) / f"{self.py_func.__qualname__}.lock", "w") as lock:
+        with (kept / f"{self.py_func.__qualname__}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             within.one = True
             try:
                 return compile_here(self, signature)
             finally:
                 within.one = False
+                fcntl.flock(lock, fcntl.LOCK_UN)  # a fork of this process may have the file open
 
     Dispatcher.compile = compile_alone
 
