@@ -104,7 +104,7 @@ def main() -> None:
                 (gpu, *next(k for k in KERNELS if k[0] == name)) for name in dict.fromkeys(k[0] for k in KERNELS)
             ]
         for module, name, types, flags in kernels:
-            kernel = getattr(module, name)
+            kernel = next(k for k in vars(module).values() if getattr(k, "__name__", "") == name)
             signature = {p.name: p.annotation_type or types.get(p.name, "constexpr") for p in kernel.params}
             source = ASTSource(kernel, signature, flags)
             options = {"num_warps": 4 if name == "_squares" else gpu.WARPS, "enable_fp_fusion": False}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
+import threading
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from estune.files import user_cache
 
@@ -30,6 +34,29 @@ def compiled() -> str:
         with suppress(FileExistsError):
             (cache / _numbas_name(folder)).symlink_to(shared.name)
     return str(cache)
+
+
+def compile_once() -> None:
+    """From now on no two processes compile a function at the same time: the second one finds it in what is kept."""
+    from numba.core.dispatcher import Dispatcher
+
+    kept = Path(os.environ["NUMBA_CACHE_DIR"])
+    compile_here = Dispatcher.compile
+    within = threading.local()  # what a function calls is compiled with it
+
+    def compile_alone(self: Any, signature: Any) -> Any:
+        if getattr(within, "one", False):
+            return compile_here(self, signature)
+        with (kept / f"{self.py_func.__qualname__}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            within.one = True
+            try:
+                return compile_here(self, signature)
+            finally:
+                within.one = False
+                fcntl.flock(lock, fcntl.LOCK_UN)  # a fork of this process may have the file open
+
+    Dispatcher.compile = compile_alone
 
 
 def _numbas_name(folder: Path) -> str:

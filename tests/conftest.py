@@ -19,6 +19,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", compiled())
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="estune-tests-")  # what tests run is not what the user has run
+os.environ |= {"RAY_worker_niceness": "0"}  # at Ray's own, 15, workers would wait for all other tests
 if shutil.which("nvidia-smi") is None:  # Triton reads it when it is imported, which may be at any test
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -27,6 +28,7 @@ import torch
 
 from tests.models import FUSABLE, save_model
 from tests.rays import shared_cluster, undisturbed_run  # noqa: F401
+from tests.sandboxes import nothing_left_behind  # noqa: F401
 from tests.warm import POSSIBLE, execute_cold, start
 
 os.fsync = os.fstat  # type: ignore[assignment]  # nobody waits for disks: what a kernel has outlives a kill
@@ -42,49 +44,73 @@ SLOWEST = (
     "tests/pool/test_ray_faults.py",
     "tests/grading/test_pool.py",
     "tests/grading/test_sandbox.py",
-    "tests/engines/test_graph.py",
     "tests/test_examples.py",
-    "tests/cli/test_more.py",
+    "tests/engines/test_fused.py",
     "tests/noise/test_noise_gpu.py",
+    "tests/run/test_trainer.py",
     "tests/pool/test_remote_rollouts.py",
     "tests/pool/test_ray_pool.py",  # not beside the other file of Ray's
-    "tests/cli/test_commands.py",
-    "tests/rewards/test_payloads.py",
-    "tests/study/test_report_browser.py",
-    "tests/rewards/test_judge.py",
     "tests/run/test_instruments.py",
     "tests/weights/test_weights_gpu.py",
-    "tests/run/test_trainer.py",
     "tests/run/test_search.py",
-    "tests/run/test_durability.py",
-    "tests/engines/test_decode.py",
-    "tests/run/test_adapter.py",
-    "tests/journal/test_faults.py",
-    "tests/weights/test_smollm2.py",
-    "tests/study/test_report.py",
-    "tests/study/test_estimate.py",
+    "tests/cli/test_commands.py",
+    "tests/engines/test_graph.py",
+    "tests/rewards/test_judge.py",
     "tests/pool/test_remote.py",
-    "tests/run/test_quantized.py",
-    "tests/weights/test_merged.py",
-    "tests/study/test_compare.py",
-    "tests/grading/test_sandbox_attacks.py",
+    "tests/cli/test_processes.py",
     "tests/study/test_shapes.py",
-    "tests/trl/test_trainer.py",
-    "tests/weights/test_weights_pieces.py",
-    "tests/rewards/test_math.py",
+    "tests/weights/test_smollm2.py",
+    "tests/run/test_durability.py",
+    "tests/study/test_estimate.py",
+    "tests/engines/test_decode.py",
+    "tests/journal/test_replay.py",
     "tests/noise/test_gpu_inplace.py",
-    "tests/noise/test_gpu_rank1.py",
-    "tests/run/test_staleness.py",
-    "tests/agents/test_training.py",
-    "tests/test_config.py",
-    "tests/run/test_monitors.py",
-    "tests/test_bench_page.py",
+    "tests/rewards/test_payloads.py",
+    "tests/noise/test_cpu_inplace.py",
+    "tests/run/test_adapter.py",
+    "tests/cli/test_studies.py",
     "tests/run/test_trust.py",
-    "tests/engines/test_transformers.py",
-    "tests/study/test_sweep.py",
-    "tests/engines/test_fused.py",
+    "tests/noise/test_cpu_integers.py",
+    "tests/weights/test_merged.py",
+    "tests/noise/test_gpu_rank1.py",
+    "tests/weights/test_weights_pieces.py",
+    "tests/trl/test_trainer.py",
     "tests/grading/test_level.py",
+    "tests/journal/test_faults.py",
+    "tests/run/test_integers.py",
+    "tests/study/test_report.py",
+    "tests/engines/test_continuous.py",
+    "tests/engines/test_kernels.py",
+    "tests/run/test_staleness.py",
+    "tests/run/test_quantized.py",
+    "tests/noise/test_noise.py",
+    "tests/run/test_curriculum.py",
+    "tests/study/test_report_browser.py",
+    "tests/engines/test_transformers.py",
+    "tests/agents/test_training.py",
+    "tests/run/test_monitors.py",
+    "tests/study/test_sweep.py",
+    "tests/engines/test_vision.py",
+    "tests/engines/test_together.py",
+    "tests/agents/test_endpoint.py",
+    "tests/cli/test_dry_run.py",
+    "tests/study/test_compare.py",
+    "tests/agents/test_served.py",
+    "tests/rewards/test_math.py",
     "tests/test_gpu_day.py",
+    "tests/test_config.py",
+    "tests/run/test_resume.py",
+    "tests/journal/test_ancestors.py",
+    "tests/test_bench_page.py",
+    "tests/journal/test_compact.py",
+    "tests/agents/test_clients.py",
+    "tests/test_house.py",
+    "tests/run/test_load.py",
+    "tests/journal/test_verify.py",
+    "tests/grading/test_sandbox_attacks.py",
+    "tests/cli/test_eval.py",
+    "tests/cli/test_journals.py",
+    "tests/study/test_probe.py",
 )
 
 
@@ -122,8 +148,8 @@ def sandboxes_alone() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model on disk, for runs."""
-    return save_model(tmp_path_factory.mktemp("models") / "base")
+    """A tiny random model on disk, for runs: of those that the fused decoder takes, in a third of the time."""
+    return save_model(tmp_path_factory.mktemp("models") / "base", seed=1, **FUSABLE)
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +164,3 @@ def browser() -> Iterator[Any]:
             pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
         yield opened
         opened.close()
-
-
-@pytest.fixture(scope="session")
-def fused_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with heads that the fused decoder takes: a run takes a third of the time."""
-    return save_model(tmp_path_factory.mktemp("models") / "base", seed=1, **FUSABLE)

@@ -11,6 +11,7 @@ from typing import Any
 from estune.config import Config
 from estune.journal.journal import Journal
 from estune.journal.records import StepRecord
+from estune.run.monitors.base import Summary
 from estune.run.trainer import Trainer
 from estune.tasks.base import Task
 
@@ -68,6 +69,16 @@ def make_config(output: Path, model: Path, **changes: Any) -> Config:
         "replicas": 1,
     }
     return Config(**{**settings, **changes})
+
+
+def run(config: Config, *rewards: Any) -> Summary:
+    """Train on a task with these rewards."""
+    return Trainer(config, task=make_task(*rewards), monitors=[]).train()
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """What a run has written down of its steps and evaluations."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def substance(record: StepRecord) -> Any:

@@ -186,7 +186,7 @@ def main() -> None:
     model, port, key, said = sys.argv[1:5]
     if said:
         sys.path.insert(0, said)
-        versions._version.cache_clear()
+        versions.version_of.cache_clear()
 
     def make(terms: Terms) -> Replica:
         return Replica(

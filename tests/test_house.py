@@ -38,6 +38,11 @@ FLOOR = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
 MOST_ROOT_MODULES = 8
 LOADS = re.compile(r"(Auto\w+|kind)\.from_(pretrained|config)$")
 """Functions of transformers that can load a model's own code."""
+PRIVATE = re.compile(r"_[A-Za-z]")
+PATH = re.compile(r"estune(\.\w+)+")
+OWN = frozenset({"self", "cls"})
+OTHERS = {"_replace", "_schema"}
+"""Names that we have, and that tests read of `collections.namedtuple` and PyTorch."""
 
 Node = TypeVar("Node", bound=ast.expr)
 
@@ -97,6 +102,43 @@ def test_no_models_own_code_is_loaded_unless_the_setting_says_so() -> None:
     for place, call in loads:
         said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert said.get("trust_remote_code") in ("False", "trust_remote_code"), place
+
+
+def private_names(file: Path, owners: frozenset[str] | None = None) -> set[str]:
+    """Those that a file defines or assigns: functions, classes, variables and attributes, of these owners' alone."""
+    found = set()
+    for node in all_nodes(file):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found |= {node.attr} if owners is None or ast.unparse(node.value) in owners else set()
+    return set(filter(PRIVATE.match, found))
+
+
+def names_read(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and name of what a file takes of others: attributes, imports, and what is replaced by its name."""
+    for node in all_nodes(file):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr", "delattr")):
+            texts = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+            yield from ((node.lineno, text) for text in texts)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and PATH.fullmatch(node.value):
+            yield node.lineno, node.value.rpartition(".")[2]
+
+
+def test_no_test_reads_a_private_name_of_the_package() -> None:
+    """What has no public name is tested by what it is for."""
+    private = set().union(*map(private_names, SOURCE.rglob("*.py"))) - OTHERS
+    assert len(private) > 500
+    for file in Path(__file__).parent.rglob("*.py"):
+        known = private - private_names(file, OWN)
+        read = [f"{file}:{line}: {name}" for line, name in names_read(file) if name in known]
+        assert not read, read
 
 
 def test_the_root_holds_few_modules() -> None:

@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from estune.children import die_with_thread
+from tests.compiled import compile_once
 
 MODULES = (
     *("estune.cli", "estune.pool.process", "estune.render", "estune.study.jobs", "tests.runs", "tests.servers"),
@@ -77,6 +78,7 @@ def start(*more: str) -> None:
     with _without_ray():
         for module in Warm.modules:
             importlib.import_module(module)
+    compile_once()
     _run_once()
     gc.freeze()  # collections need not look at all that has been imported, here and in every child
     atexit.register(gc.unfreeze)

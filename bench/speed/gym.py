@@ -81,7 +81,7 @@ def turn() -> dict[str, float]:
     work: dict[str, tuple[Callable[..., Any], list[dict[str, Any]], list[Completion]]] = {}
     for name, size in GENERATORS.items():
         config = GymConfig(name=f"gym:{name}", chat=False)
-        rows = [config._row(generator(name, "{}", 0, size)[i]) | {"task": name} for i in range(size)]
+        rows = [config.row(generator(name, "{}", 0, size)[i]) | {"task": name} for i in range(size)]
         texts = [Completion(f"<answer>{row['answer']}</answer>", [], True) for row in rows]
         reward = GymReward(name)
         limits = isolation_of(reward)

@@ -14,12 +14,12 @@ PACKAGES = ("estune", "torch", "transformers", "tokenizers", "safetensors", "num
 
 def packages() -> dict[str, str]:
     """Versions of what a run's numbers depend on."""
-    found = {name: version for name in (*PACKAGES, *ENGINES) if (version := _version(name)) is not None}
+    found = {name: version for name in (*PACKAGES, *ENGINES) if (version := version_of(name)) is not None}
     return {"python": platform.python_version(), **found}
 
 
 @functools.cache
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
     """The version of a package, None where an engine is not installed.
 
     Read once: it takes a hundredth of a second, in a run that is tested as much as its steps.

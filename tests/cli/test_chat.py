@@ -17,7 +17,7 @@ from estune.errors import EstuneError
 from estune.journal.share import pack
 from estune.run.chat import Chat, open_chats
 from estune.run.trainer import Trainer
-from tests.cli.test_commands import estune, refused
+from tests.command_line import estune, refused
 from tests.models import build_tokenizer, save_model
 from tests.runs import make_config, make_task
 

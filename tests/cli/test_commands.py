@@ -25,35 +25,12 @@ from transformers import AutoModelForCausalLM
 from estune import cli
 from estune.journal.journal import Journal
 from estune.run.directory import default_path
+from tests.command_line import SMALL, estune, refused, usage
 from tests.journal.test_journal import header
-from tests.models import build_model, build_tokenizer, save_model
+from tests.models import FUSABLE, build_model, build_tokenizer, save_model
 from tests.runs import make_config
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--steps=2", "--population=4", "--prompts_per_step=8", "--task.train_size=40", "--task.eval_size=20"]
-
-
-def estune(*arguments: Any) -> int:
-    """Run a command in this process; its exit code."""
-    before = sys.argv
-    sys.argv = ["estune", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = before
-    return 0
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What a refused command says: exit code 1 and one line."""
-    capsys.readouterr()
-    assert estune(*arguments) == 1
-    error = capsys.readouterr().err.strip()
-    (line,) = [text for text in error.splitlines() if text.startswith("error: ")]
-    assert "Traceback" not in error
-    return line
 
 
 def test_train_says_what_improved_and_where_everything_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +93,7 @@ def test_warnings_of_the_hub_are_told_once() -> None:
 
 
 def test_resume_over_a_base_that_has_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, model = tmp_path / "r", save_model(tmp_path / "model", max_position_embeddings=1024)
+    folder, model = tmp_path / "r", save_model(tmp_path / "model", max_position_embeddings=1024, **FUSABLE)
     options = ["--model", model, "--sigma=0.01", "--max_new_tokens=4", "--eval_steps=0"]
     assert estune("train", *SMALL, *options, "--steps=1", "--output-dir", folder) == 0
     (tmp_path / "model").rename(tmp_path / "moved")
@@ -267,3 +244,44 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_a_whole_journal(tmp_path: Path
     done = len(Journal.read(folder).steps)
     assert 2 <= done < 500
     assert estune("replay", folder, "-o", tmp_path / "rebuilt") == 0
+
+
+def test_a_report_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert estune("report", run, "-o", tmp_path / "page.html") == 0
+    assert "page.html" in capsys.readouterr().out
+    assert "<html" in (tmp_path / "page.html").read_text()
+    assert "this is no run" in refused(capsys, "report", tmp_path, "-o", tmp_path / "x.html")
+    assert "Missing argument" in usage(capsys, "report")
+
+
+def test_an_ensemble_is_a_table_and_a_file_from_which_it_is_had_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["tiny", "--prompts_per_step=8", "--task.train_size=40", "--task.eval_size=20", "--max_new_tokens", 4]
+    assert estune("ensemble", *options, "--members", 3, "--top", 2, "--sigma", 0.02, "-o", tmp_path / "e.json") == 0
+    first, said, _, head, *rows = capsys.readouterr().out.splitlines()
+    assert first.endswith(": ensemble around tiny")
+    assert said == "2 of 3 members, sigma 0.02, on countdown"
+    assert head.split() == ["accuracy", "reward"]
+    assert [row[:11].strip() for row in rows] == ["base", "best member", "vote of 2", "2 merged"]
+    assert estune("ensemble", *options, "--from", tmp_path / "e.json") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [said, "", head, *rows]
+    assert "--top 5 of --members 2" in refused(capsys, "ensemble", "tiny", "--members", 2)
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(capsys, "report", run, "-o", tmp_path / "file" / "page.html")
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_is_missing_is_said_before_anything_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("estune.run.monitors.trackers.find_spec", lambda _: None)
+    line = refused(capsys, "train", *SMALL, "--report_to", name, "--output-dir", tmp_path / "r")
+    assert f"pip install 'estune[{name}]'" in line
+    assert not (tmp_path / "r").exists()
+    assert name in refused(capsys, "train", "--dry-run", *SMALL, "--report_to", name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_commands import SMALL, estune, refused
+from tests.command_line import SMALL, estune, refused
 from tests.models import build_model, build_tokenizer, save_model
 
 
@@ -78,7 +78,7 @@ def test_dry_run_shows_what_model_and_rewards_are_given(
 def test_dry_run_refuses_an_engine_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("estune.engines.vllm.internals._PACKAGES", ("no-such-package-as-this",))
+    monkeypatch.setattr("estune.engines.vllm.internals.PACKAGES", ("no-such-package-as-this",))
     assert "vLLM is not installed; pip install" in refused(capsys, "train", "--dry-run", *SMALL, "--engine", "vllm")
 
 

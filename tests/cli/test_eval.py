@@ -13,7 +13,11 @@ import torch
 from estune.config import parse
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
-from tests.cli.test_commands import SMALL, estune, refused
+from estune.run.evaluate import evaluate_model
+from estune.run.held_out import pass_metrics
+from estune.tasks import CountdownConfig
+from estune.tasks.preflight import FULL_MARKS
+from tests.command_line import SMALL, estune, refused, usage
 from tests.runs import make_task
 
 
@@ -28,8 +32,6 @@ def of_training(run: Path, metrics: dict[str, float], step: int | None = None) -
 def test_eval_of_a_run_and_of_a_model_agree_with_training(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from estune.run.evaluate import evaluate_model
-
     best = evaluate_model(str(run))
     assert best == of_training(run, best)
     before = evaluate_model("tiny", overrides=["task.train_size=40", "task.eval_size=20"])
@@ -42,8 +44,6 @@ def test_eval_of_a_run_and_of_a_model_agree_with_training(
 
 
 def test_eval_of_a_run_changes_what_it_is_told_and_no_more(run: Path, tmp_path: Path) -> None:
-    from estune.run.evaluate import evaluate_model
-
     same = evaluate_model(str(run), overrides=["top_k=3"])  # which greedy decoding does not use
     assert same == of_training(run, same)
     (tmp_path / "more.yaml").write_text("top_p: 0.5\n")
@@ -58,8 +58,6 @@ def test_eval_of_a_run_changes_what_it_is_told_and_no_more(run: Path, tmp_path: 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="evaluates a run of a device that is not here")
 def test_eval_of_a_run_of_another_machine_takes_the_device_there_is(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from estune.run.evaluate import evaluate_model
-
     expected, read = evaluate_model(str(run)), Journal.read
 
     def elsewhere(path: Path) -> Journal:
@@ -106,9 +104,36 @@ def test_eval_of_a_run_on_generated_problems_takes_a_file(
 
 
 def test_a_run_on_a_task_of_ones_own_is_evaluated_from_python(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from estune.run.evaluate import evaluate_model
-
     assert "the task variety, not countdown: if it is your own, evaluate it from Python" in refused(capsys, "eval", own)
     assert "the task variety, not countdown" in refused(capsys, "eval", own, "--task.eval_size", 5)
     metrics = evaluate_model(str(own), task=make_task())
     assert metrics == of_training(own, metrics)
+
+
+def test_eval_draws_several_completions_and_watches_other_tasks(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "found.parquet"
+    options = ["--eval_samples", 4, "--eval_temperature", 0.8, "--max_new_tokens", 6]
+    assert estune("eval", run, *options, "--watch", "conciseness", "-o", file) == 0
+    out = capsys.readouterr().out
+    for name in ("accuracy", "mean@4", "pass@1", "pass@4", "watch/conciseness/accuracy", "watch/conciseness/pass@2"):
+        assert f" {name} " in out
+    assert "eval_" not in out
+    rows = pyarrow.parquet.read_table(file).to_pylist()
+    ours = [row for row in rows if row["task"] == "countdown"]
+    assert len(ours) == 20 * 4
+    assert {row["task"] for row in rows} == {"countdown", "conciseness"}
+    assert len({row["completion"] for row in ours[:4]}) > 1
+    metrics = evaluate_model(str(run), None, [f"{k[2:]}={v}" for k, v in zip(options[::2], options[1::2], strict=True)])
+    (told,) = CountdownConfig(train_size=40, eval_size=20).build(0).accuracies
+    assert metrics.items() >= pass_metrics([row[f"rewards/{told}"] >= FULL_MARKS for row in ours], 4).items()
+
+
+def test_mistakes_of_eval_are_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no task is called 'chess'" in refused(capsys, "eval", run, "--watch", "chess")
+    assert "no such directory" in refused(capsys, "eval", "./nowhere")
+    assert "Missing argument 'model'" in usage(capsys, "eval")
+    assert "No such command 'trian'" in usage(capsys, "trian")
+    assert "No such option" in usage(capsys, "tasks", "--wide")
+    assert "no such file" in refused(capsys, "train", "-c", "nowhere.yaml")

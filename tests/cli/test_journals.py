@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from estune.journal.journal import Journal
-from tests.cli.test_commands import SMALL, estune, refused
+from tests.command_line import SMALL, estune, refused
 
 
 @pytest.fixture(scope="module")

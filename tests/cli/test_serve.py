@@ -13,7 +13,7 @@ from estune.completion import Sampling
 from estune.engines.transformers import TransformersEngine
 from estune.run.serving import serving
 from estune.run.trainer import Trainer
-from tests.cli.test_commands import estune, refused
+from tests.command_line import estune, refused
 from tests.runs import make_config, make_task
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]

@@ -1,4 +1,4 @@
-"""The fused decode loop against transformers' `generate`, and its kernels against PyTorch in float64."""
+"""The fused decode loop against transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention, silu
 
 from estune.completion import Sampling
-from estune.engines.cpu import fused, kernels
+from estune.engines.cpu import fused, products
 from estune.engines.cpu.fused import FusedDecoder, unfusable
-from estune.engines.cpu.products import MANY, NONE, Products
 from estune.engines.decode import Decoder
 from estune.engines.progress import OWN
 from estune.engines.score import log_probabilities
@@ -113,11 +111,11 @@ def test_several_threads_take_the_same_tokens() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_not_a_bit_of_a_row_depends_on_the_rows_beside_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)  # else PyTorch's, without a matrix unit
     decoder = decoder_of(copy.deepcopy(model_of("qwen2")).to(dtype))
-    decoder._product.native = False  # PyTorch's products, where there is no matrix unit
-    choose = decoder._choose
+    largest = decoder.largest
     hidden: list[Any] = []
-    monkeypatch.setattr(decoder, "_choose", lambda h, *rest: hidden.append(h) or choose(h, *rest))
+    monkeypatch.setattr(decoder, "largest", lambda h, rows: hidden.append(h) or largest(h, rows))
 
     def states(prompts: list[list[int]]) -> list[Any]:
         """The hidden states of each prompt's last token and of what follows, `[prompts, NEW, hidden]`."""
@@ -220,7 +218,7 @@ def test_bfloat16_is_as_near_to_exact_as_transformers() -> None:
         theirs = model(ids).logits[0, -1].double()
         seen: list[Any] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoder, "_choose", lambda hidden, *rest: seen.append(hidden) or np.zeros(len(hidden), int))  # noqa: B023
+            patch.setattr(decoder, "largest", lambda hidden, rows: seen.append(hidden) or np.zeros(len(hidden), int))  # noqa: B023
             decoder.run([prompt], [0], Sampling(1))
         ours = (torch.from_numpy(seen[0]).double() @ decoder.model.lm_head.weight.T.double())[0]
         errors.append([float((found - right).norm() / right.norm()) for found in (ours, theirs)])
@@ -296,140 +294,3 @@ def test_the_tree_of_any_prompts_is_whole(prompts: list[list[int]]) -> None:
     assert sorted(tree.cached.tokens) == tree.cached.tokens.tolist()
     assert [beginnings[node] for node in tree.last] == [tuple(prompt) for prompt in prompts]
     assert tree.leaves.tolist() == sorted(set(tree.last))
-
-
-def as_array(tensor: torch.Tensor) -> Any:
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    return {"rtol": 5e-3, "atol": 5e-3} if dtype == torch.bfloat16 else {"rtol": 3e-6, "atol": 3e-6}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [16, 48, 128])
-def test_passes_equal_pytorch(dtype: torch.dtype, width: int) -> None:
-    x, change, weight = torch.randn(5, width), (torch.randn(5, width) * 3).to(dtype), torch.randn(width).to(dtype)
-    out, eps = torch.empty(5, width, dtype=dtype), np.float32(1e-5)
-
-    def normal(values: torch.Tensor) -> torch.Tensor:
-        return values / (values.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-
-    kernels.normalize(x.numpy(), as_array(out), as_array(weight), eps)
-    torch.testing.assert_close(out.double(), normal(x.double()), **tolerance(dtype))
-    both = x.double() + change.double()
-    kernels.add_normalize(x.numpy(), as_array(change), as_array(out), as_array(weight), eps)
-    torch.testing.assert_close(x.double(), both, **tolerance(torch.float32))
-    torch.testing.assert_close(out.double(), normal(both), **tolerance(dtype))
-
-    both = (torch.randn(5, 2 * width) * 20).to(dtype)
-    kernels.gate(as_array(both), as_array(out))
-    g, u = both.double().chunk(2, dim=1)
-    torch.testing.assert_close(out.double(), silu(g) * u, **tolerance(dtype))
-
-    table, ids = torch.randn(9, width).to(dtype), torch.tensor([8, 0, 3, 3, 1])
-    kernels.embed(ids.numpy(), x.numpy(), as_array(table))
-    assert torch.equal(x, table[ids].float())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "width", "columns"), [(1, 16, 1), (3, 48, 2), (7, 1600, 13), (8, 64, 300)])
-def test_products_equal_pytorch_to_the_same_bits_in_any_blocks(
-    dtype: torch.dtype, tokens: int, width: int, columns: int
-) -> None:
-    x = torch.randn(tokens, width)
-    weight = torch.randn(columns, width).to(dtype)
-    bias = torch.randn(columns).to(dtype)
-    right = (x.double() @ weight.T.double() + bias.double()).float()
-    found = []
-    for block in ((3, 2), (4, 4), (1, 1), (2, 3)):
-        out = np.full((tokens, columns), math.nan, np.float32)
-        middle = columns // 2
-        for part in ((0, middle), (middle, columns)):
-            kernels.product_kernel(*block)(x.numpy(), as_array(weight), as_array(bias), out, *part)
-        torch.testing.assert_close(torch.from_numpy(out), right, rtol=1e-5, atol=1e-5 * width**0.5)
-        found.append(out)
-    assert all(np.array_equal(found[0], other) for other in found[1:])
-
-
-def test_the_product_that_was_compiled_once_is_found_in_the_cache() -> None:
-    x, weight = (torch.randn(2, 3, 32).numpy()[i] for i in range(2))
-    for _ in range(2):
-        product = kernels.product_kernel.__wrapped__(2, 1)  # as another process would make it
-        product(x, weight, NONE, np.empty((3, 3), np.float32), 0, 3)
-    assert sum(product.stats.cache_hits.values()) == 1
-
-
-def test_a_processor_that_multiplies_bfloat16_does_so_for_many_rows() -> None:
-    products = Products()
-    weight = as_array(torch.randn(30, 64).bfloat16())
-    bias = as_array(torch.randn(30).bfloat16())
-    x = torch.randn(MANY, 64).numpy()
-    products.unit = False
-    for stored in ((weight, bias), (weight,)):
-        products.native = False
-        exact = products(x, *stored)
-        products.native = True
-        assert np.array_equal(products(x[1:], *stored), exact[1:])
-        rounded = products(x, *stored)
-        assert not np.array_equal(rounded, exact)
-        np.testing.assert_allclose(rounded, exact, rtol=2e-2, atol=0.2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [16, 61, 200])
-def test_the_largest_logit_wins_and_the_first_of_equals(dtype: torch.dtype, vocabulary: int) -> None:
-    logits = (torch.randn(400, vocabulary) * 4).to(dtype)
-    logits[0] = -math.inf
-    logits[1] = -5.0
-    logits[2, [3, 9]] = 100.0
-    best, token = np.full(400, -np.inf, np.float32), np.zeros(400, np.int64)
-    for first, part in zip(range(0, vocabulary, 40), logits.split(40, dim=1), strict=True):
-        if part.shape[1] >= 16:
-            kernels.running_argmax(as_array(part.contiguous()), best, token, first)
-    seen = logits[:, : vocabulary - (vocabulary % 40 if vocabulary % 40 < 16 else 0)]
-    expected = [row.index(max(row)) for row in seen.tolist()]
-    assert token.tolist() == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("group", "heads", "dim"), [(1, 3, 32), (3, 2, 64), (4, 1, 128)])
-@pytest.mark.parametrize("shared", [0, 16, 32])
-def test_attention_equals_pytorch(dtype: torch.dtype, group: int, heads: int, dim: int, shared: int) -> None:
-    lengths, slots = [1, 2, 15, 16, 17, 40], 48
-    cos, sin = (torch.cos(angle := torch.rand(shared + slots, dim // 2) * 6), torch.sin(angle))
-    keys, values = np.empty((6, heads, 3, dim, 16)), np.empty((6, heads, slots, dim))
-    shared_keys, shared_values = np.empty((1, heads, shared // 16, dim, 16)), np.empty((1, heads, shared, dim))
-    kind = np.uint16 if dtype == torch.bfloat16 else np.float32
-    caches = [np.full(x.shape, 0x7FC0 if kind is np.uint16 else math.nan, kind)
-              for x in (keys, values, shared_keys, shared_values)]  # fmt: skip
-    none, eps = np.empty(0, kind), np.float32(1e-6)
-    append, attend = kernels.attention_kernels(group, dim)
-    width = (group + 2) * heads * dim
-    prefix = torch.randn(shared, width).to(dtype)
-    number = np.arange(shared)
-    append(number, np.zeros_like(number), number, as_array(prefix), cos.numpy(), sin.numpy(), none, eps,
-           caches[2], caches[3], 0)  # fmt: skip
-    own = [torch.randn(length, width).to(dtype) for length in lengths]
-    tokens = torch.cat(own)
-    rows = np.repeat(np.arange(6), lengths)
-    positions = np.concatenate([np.arange(length) for length in lengths]) + shared
-    order = np.random.default_rng(0).permutation(len(rows))  # tokens may be cached in any order
-    append(np.arange(len(rows))[order], rows[order], positions[order], as_array(tokens), cos.numpy(), sin.numpy(),
-           none, eps, caches[0], caches[1], shared)  # fmt: skip
-    out = torch.empty(len(rows), group * heads * dim, dtype=dtype)
-    attend(as_array(tokens), rows, positions, as_array(out), cos.numpy(), sin.numpy(), none, eps, *caches, shared)
-
-    def rotated(x: torch.Tensor) -> torch.Tensor:
-        a, b = x.double().chunk(2, dim=-1)
-        c, s = (part[: len(x), None].double() for part in (cos, sin))
-        return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
-
-    done = 0
-    for length, row in zip(lengths, own, strict=True):
-        whole = torch.cat([prefix, row]).view(shared + length, -1, dim)
-        q, k, v = whole.split([group * heads, heads, heads], dim=1)
-        q, k, v = (x.transpose(0, 1) for x in (rotated(q), rotated(k), v.double()))
-        right = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)[shared:]
-        torch.testing.assert_close(out[done : done + length].double(), right.flatten(1), **tolerance(dtype))
-        done += length

@@ -343,9 +343,7 @@ def test_a_capture_that_fails_says_what_to_do(error: Exception, remedy: str, mon
     def step() -> None:
         raise error
 
-    for name in ("CUDAGraph", "stream", "graph"):
+    for name in ("Stream", "graph_pool_handle", "CUDAGraph", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
-    recorder: Any = CudaRecorder.__new__(CudaRecorder)
-    recorder._stream = recorder._pool = None
     with pytest.raises(EstuneError, match=f"set cuda_graphs to {remedy}$"):
-        recorder.record(step)
+        CudaRecorder(torch.device("cuda")).record(step)

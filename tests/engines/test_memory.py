@@ -1,8 +1,9 @@
-"""Running out of memory: what ran out, and what to do about it."""
+"""How much memory there is; running out of it: what ran out, and what to do about it."""
 
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from transformers import Gemma4TextConfig, JambaConfig, Qwen3NextConfig
 
 from estune.completion import Sampling
+from estune.engines import memory
 from estune.engines.cache import RowCache
 from estune.engines.memory import (
     MOST_ENGINES,
@@ -200,3 +202,32 @@ def test_loading_says_that_weights_do_not_fit(tmp_path: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert "EstuneError: out of memory for the live weights: asked for " in last
     assert "take a smaller model" in last
+
+
+def test_memory_is_the_machines_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}  # asked for anything else, this fails
+    monkeypatch.setattr(os, "sysconf", answers.__getitem__)
+    monkeypatch.setattr(memory, "group_limits", list)
+    assert memory.total_memory(torch.device("cpu")) == 4096000
+    monkeypatch.setattr(memory, "group_limits", lambda: [5000000, 3000000])
+    assert memory.total_memory(torch.device("cpu")) == 3000000
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "found"),
+    [
+        ("0::/", {"memory.max": "max"}, []),
+        ("0::/", {"memory.max": "500"}, [500]),
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "700", "memory.current": "3"}, [700]),
+        ("5:cpu:/x\n4:memory:/x", {"memory/x/memory.limit_in_bytes": "900", "cpu/x/memory.limit_in_bytes": "1"}, [900]),
+        ("4:memory:/outside", {"memory/memory.limit_in_bytes": "800"}, [800]),
+        (None, {}, []),
+    ],
+)
+def test_limits_of_control_groups(tmp_path: Path, groups: str | None, limits: dict[str, str], found: list[int]) -> None:
+    files = {f"sys/fs/cgroup/{name}": text for name, text in limits.items()}
+    for name, text in (files | ({"proc/self/cgroup": groups} if groups else {})).items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert memory.group_limits(tmp_path) == found

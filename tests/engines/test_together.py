@@ -146,7 +146,7 @@ def test_a_replica_decodes_members_together_around_its_base(tmp_path: Path, monk
     engine: Any = replica.engine
     assert isinstance(engine, TransformersEngine)
     drawer: Any = engine.together(drawn(replica.weights))  # type: ignore[arg-type]
-    monkeypatch.setattr(engine, "_batch_memory", 2 * drawer.member_bytes)
+    monkeypatch.setattr(engine, "batch_memory", 2 * drawer.member_bytes)
     assert replica.at_once(prompts, sampling) <= 2
 
 

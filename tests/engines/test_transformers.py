@@ -1,10 +1,9 @@
-"""The engine from a directory on disk: loading, prompts, completions, and what it refuses."""
+"""The engine from a directory on disk: prompts, completions, and what it refuses."""
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
-from estune.engines import memory
 from estune.engines import transformers as engine_module
 from estune.engines.decode import Decoder
 from estune.engines.generate import GenerateDecoder
@@ -190,7 +188,8 @@ def test_end_token_counts_and_leaves_the_text(engine: TransformersEngine, monkey
 def test_text_keeps_the_tokenizers_special_tokens_and_chat_brings_its_own(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     bos = SPECIAL.index("<|bos|>")
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos)])
+    begin = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos)])
+    tokenizer.backend_tokenizer.post_processor = begin
     tokenizer.chat_template = "<|bos|>" + str(tokenizer.chat_template)
     engine = TransformersEngine(save_model(tmp_path, "llama", tokenizer=tokenizer))
     system = {"role": "system", "content": "be brief"}
@@ -275,111 +274,6 @@ def test_rows_follow_memory(engine: TransformersEngine, monkeypatch: pytest.Monk
         found = TransformersEngine(engine.name)
         assert [len(batch) for _, batch in found.batches([[7] * 30] * 12, 20)] == sizes
         assert [len(batch) for _, batch in found.batches([[7] * 30] * 12, 20)] == sizes
-
-
-def test_memory_is_the_machines_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}  # asked for anything else, this fails
-    monkeypatch.setattr(os, "sysconf", answers.__getitem__)
-    monkeypatch.setattr(memory, "group_limits", list)
-    assert memory.total_memory(torch.device("cpu")) == 4096000
-    monkeypatch.setattr(memory, "group_limits", lambda: [5000000, 3000000])
-    assert memory.total_memory(torch.device("cpu")) == 3000000
-
-
-@pytest.mark.parametrize(
-    ("groups", "limits", "found"),
-    [
-        ("0::/", {"memory.max": "max"}, []),
-        ("0::/", {"memory.max": "500"}, [500]),
-        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "700", "memory.current": "3"}, [700]),
-        ("5:cpu:/x\n4:memory:/x", {"memory/x/memory.limit_in_bytes": "900", "cpu/x/memory.limit_in_bytes": "1"}, [900]),
-        ("4:memory:/outside", {"memory/memory.limit_in_bytes": "800"}, [800]),
-        (None, {}, []),
-    ],
-)
-def test_limits_of_control_groups(tmp_path: Path, groups: str | None, limits: dict[str, str], found: list[int]) -> None:
-    files = {f"sys/fs/cgroup/{name}": text for name, text in limits.items()}
-    for name, text in (files | ({"proc/self/cgroup": groups} if groups else {})).items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    assert memory.group_limits(tmp_path) == found
-
-
-def refuse(tmp_path: Path, change: str) -> Path:
-    """A model directory with one thing wrong."""
-    directory = save_model(tmp_path)
-    config = json.loads((directory / "config.json").read_text())
-    weights = directory / "model.safetensors"
-    if change == "encoder-decoder":
-        config |= {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
-    elif change == "classifier":
-        config |= {"architectures": ["Qwen2ForSequenceClassification"]}
-    elif change == "unknown type":
-        config |= {"model_type": "nonesuch"}
-    elif change == "more layers":
-        config |= {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
-    elif change == "other shape":
-        config |= {"intermediate_size": 128}
-    elif change == "cut weights":
-        weights.write_bytes(weights.read_bytes()[:1000])
-    elif change == "no weights":
-        weights.unlink()
-    elif change == "no tokenizer":
-        for path in directory.glob("*tok*"):
-            path.unlink()
-        (directory / "chat_template.jinja").unlink(missing_ok=True)
-    elif change == "broken tokenizer":
-        (directory / "tokenizer.json").write_text("{")
-    (directory / "config.json").write_text("{" if change == "broken config" else json.dumps(config))
-    if change == "no config":
-        (directory / "config.json").unlink()
-    return directory
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ("no config", "without config.json"),
-        ("broken config", "cannot be loaded"),
-        ("no weights", "holds no .safetensors weights"),
-        ("cut weights", "cannot be loaded"),
-        ("more layers", "lacks 12 of the weights"),
-        ("other shape", "cannot be loaded"),
-        ("encoder-decoder", "not a causal language model"),
-        ("classifier", "Qwen2ForSequenceClassification is not a causal"),
-        ("unknown type", "cannot be loaded"),
-        ("no tokenizer", "no tokenizer in this directory"),
-        ("broken tokenizer", "tokenizer cannot be loaded"),
-    ],
-)
-def test_directory_that_is_no_usable_model(tmp_path: Path, change: str, says: str) -> None:
-    with pytest.raises(EstuneError, match=says) as caught:
-        TransformersEngine(refuse(tmp_path, change))
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("model", "says"),
-    [
-        ("/nowhere/at/all", "no such directory"),
-        ("./nowhere", "no such directory"),
-        ("nobody/nothing-of-the-sort", "nor to be had from the hub"),
-        ("nothing-of-the-sort", "nor to be had from the hub"),
-        (__file__, "is a file, not a checkpoint"),
-    ],
-)
-def test_model_that_is_not_there(model: str, says: str) -> None:
-    with pytest.raises(EstuneError, match=says) as caught:
-        TransformersEngine(model)
-    assert "\n" not in str(caught.value)
-
-
-def test_model_by_an_embedded_name() -> None:
-    engine = TransformersEngine("tiny")
-    assert engine.name == "tiny"
-    assert len(engine.generate(engine.encode(["1"]), Sampling(2))) == 1
 
 
 def test_settings_out_of_range(directory: Path) -> None:

@@ -119,18 +119,19 @@ def test_photographs_are_shown_upright(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"format": "TIFF"}  # which keeps every pixel
     picture(3).transpose(Image.Transpose.ROTATE_90).save(sideways, exif=turned, **settings)
     picture(3).save(upright, **settings)
-    found = [engine.vision._processed("<image>", [Picture(f.getvalue())], "a") for f in (sideways, upright)]
-    assert torch.equal(found[0]["pixel_values"], found[1]["pixel_values"])
+    shown = [Pictured([1], "<image>", (Picture(file.getvalue()),)) for file in (sideways, upright)]
+    found = [engine.vision.inputs([prompt], 1, torch.zeros(1))["pixel_values"] for prompt in shown]
+    assert torch.equal(found[0], found[1])
 
 
 def test_what_is_kept_of_pictures_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = TransformersEngine(save_vision(tmp_path, "llava"))
     assert engine.vision is not None
     engine.encode([ask("How many?", picture(1))])
-    one = engine.vision._size
+    one = engine.vision.kept_bytes
     monkeypatch.setattr("estune.engines.vision.KEPT_BYTES", one + one // 2)
     engine.encode([ask("How many?", picture(n)) for n in range(2, 6)])
-    assert sum(value.nbytes for made in engine.vision._kept.values() for value in made.values()) == one
+    assert 0 < engine.vision.kept_bytes == one
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

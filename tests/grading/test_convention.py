@@ -12,29 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 import pytest
-import torch
 
-from estune.completion import Completion
 from estune.errors import EstuneError
-from estune.grading.convention import Log, TrainerState, weighted
+from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading, grade
 from estune.rewards.load import load_reward
-from estune.run.graded import evaluation_metrics, grade_completions, step_metrics, write_completions
-from estune.tasks.base import Task
+from estune.run.graded import evaluation_metrics, grade_completions
 from estune.tasks.preflight import preflight
-
-ROWS = [{"prompt": "one", "answer": 1}, {"prompt": "two", "answer": 2}, {"prompt": "three", "answer": 3}]
-COMPLETIONS = [Completion(text, [7, 8, i], True) for i, text in enumerate(["1", "x", "3"])]
-
-
-def right(prompts: Any, completions: list[str], answer: list[int], **_: Any) -> list[float]:
-    return [float(text == str(a)) for text, a in zip(completions, answer, strict=True)]
-
-
-def half_of_even(answer: list[int], **_: Any) -> list[float | None]:
-    return [0.5 if a % 2 == 0 else None for a in answer]
+from tests.grading.functions import COMPLETIONS, ROWS, half_of_even, right, task_of
 
 
 def test_functions_are_called_as_trl_calls_them() -> None:
@@ -64,13 +50,6 @@ def test_weights_and_what_does_not_apply() -> None:
     assert only.mean == 0.5
     nothing = grade([lambda **_: [None] * 3], [1.0], ROWS, COMPLETIONS)
     assert nothing.mean is None
-
-
-@pytest.mark.parametrize("bad", [math.inf, -1e308, 10**400])
-def test_scores_that_are_no_numbers_fail_the_member(bad: float, caplog: pytest.LogCaptureFixture) -> None:
-    grades = grade([lambda **_: [1.0, bad, 1.0]], [1.0], ROWS, COMPLETIONS)
-    assert grades.mean is None
-    assert "'x'" in caplog.text
 
 
 def test_nan_does_not_apply(caplog: pytest.LogCaptureFixture) -> None:
@@ -144,50 +123,6 @@ def test_no_call_sees_what_another_changed_of_other_kinds() -> None:
             assert grading.grade(rows, COMPLETIONS).scores == {"takes": [6.0] * 3, "takes_again": [6.0] * 3}
 
 
-@pytest.mark.parametrize(
-    ("returned", "complaint"),
-    [
-        (
-            {"a": 1.0, "b": 2.0, "c": 3.0},
-            r"{'a': 1.0, 'b': 2.0, 'c': 3.0} \(dict\), not a list of numbers",
-        ),
-        ("123", r"'123' \(str\)"),
-        (b"123", r"b'123' \(bytes\)"),
-        ({1.0, 2.0, 3.0}, r"\(set\)"),
-        (None, r"None \(NoneType\)"),
-        (1.0, r"1.0 \(float\)"),
-        (["1", "2", "3"], r"'1' \(str\) for completion 0, not a number or None"),
-        ([1.0, b"2", 3.0], r"b'2' \(bytes\) for completion 1"),
-        ([1.0, 2.0, {"score": 1}], r"{'score': 1} \(dict\) for completion 2"),
-        ([1.0, [2.0], 3.0], r"\[2.0\] \(list\) for completion 1"),
-        ([1.0, 1j, 3.0], r"\(complex\) for completion 1"),
-        (memoryview(b"123"), r"\(memoryview\), not a list"),
-        (np.array(1.0), r"array\(1\.\) \(ndarray\), not a list"),
-        (np.ones((3, 1)), r"array\(\[1\.\]\) \(ndarray\) for completion 0"),
-        (np.ones(3, complex), r"\(complex128\) for completion 0"),
-        (torch.tensor(1.0), r"tensor\(1\.\) \(Tensor\), not a list"),
-        (torch.ones(3, 1), r"tensor\(\[1\.\]\) \(Tensor\) for completion 0"),
-        (torch.ones(3, device="meta"), r"\(Tensor\) for completion 0"),
-    ],
-)
-def test_what_is_no_list_of_numbers_is_refused(returned: Any, complaint: str) -> None:
-    def reward(**_: Any) -> Any:
-        return returned
-
-    with pytest.raises(EstuneError, match=f"reward reward returned .*{complaint}"):
-        grade([reward], [1.0], ROWS, COMPLETIONS)
-
-
-def test_mistakes_are_one_line() -> None:
-    def broken(**_: Any) -> list[float]:
-        raise KeyError("numbers")
-
-    with pytest.raises(EstuneError, match="reward broken raised KeyError: 'numbers'"):
-        grade([broken], [1.0], ROWS, COMPLETIONS)
-    with pytest.raises(EstuneError, match="returned 2 values for 3 completions"):
-        grade([lambda **_: [1.0, 2.0]], [1.0], ROWS, COMPLETIONS)
-
-
 def test_everything_trl_passes_is_passed() -> None:
     seen: dict[str, Any] = {}
     state = TrainerState(global_step=3, max_steps=10, epoch=0.5)
@@ -259,116 +194,6 @@ def test_partials_go_by_the_name_they_wrap() -> None:
     assert grade([bound], [1.0], ROWS, COMPLETIONS).scores == {"right": [1.0, 0.0, 1.0]}
 
 
-def task_of(functions: list[Any], **more: Any) -> Task:
-    rows = [{**row, "kind": "odd" if row["answer"] % 2 else "even"} for row in ROWS]
-    evaluation = [{**row, "prompt": row["prompt"] + "?"} for row in rows]
-    weights = [1.0] * len(functions)
-    return Task("sum", rows, evaluation, functions, weights, functions[0].__name__, **more)
-
-
-def test_what_functions_log_goes_to_records_and_metrics(tmp_path: Path) -> None:
-    def logs(completions: list[str], log_extra: Any, log_metric: Any, **_: Any) -> list[float]:
-        log_extra("extracted", [text if text.isdigit() else 7 for text in completions])
-        log_metric("depth", 1.0)
-        log_metric("depth", 2.0)
-        return [1.0] * len(completions)
-
-    task = task_of([logs])
-    graded = grade_completions(task, task.train, COMPLETIONS)
-    assert graded.metrics()["depth"] == 1.5
-    write_completions(tmp_path / "some.parquet", graded.records(step=1))
-    table = pyarrow.parquet.read_table(tmp_path / "some.parquet").to_pydict()
-    assert table["extracted"] == ["1", "7", "3"]  # values of two types: a text each
-    assert table["step"] == [1, 1, 1]
-
-
-def test_numbers_that_cannot_be_added_up_count_as_infinite() -> None:
-    def huge(log_metric: Any, **_: Any) -> list[float]:
-        log_metric("depth", 1e308)
-        log_metric("depth", 2.0)
-        return [1e308, -1e308, 1e100]
-
-    task = task_of([huge])
-    graded = grade_completions(task, task.train, COMPLETIONS)
-    assert graded.grades.scores == {"huge": [math.inf, -math.inf, 1e100]}
-    assert (graded.grades.mean, graded.metrics()["depth"]) == (None, 2.0)
-    assert math.isnan(weighted([1.0, 1.0], [1e308, 1e308]) or 0.0)
-
-
-@pytest.mark.parametrize("value", [{}, [{}], 10**20, "\ud800", {"a": {}}, "\x00"])
-def test_whatever_is_logged_can_be_written(value: Any, tmp_path: Path) -> None:
-    write_completions(tmp_path / "some.parquet", [{"step": 1, "note": value}, {"step": 1, "note": value}])
-    table = pyarrow.parquet.read_table(tmp_path / "some.parquet").to_pydict()
-    assert table == {"step": [1, 1], "note": [str(value).replace("\ud800", "?")] * 2}
-
-
-def test_names_of_what_is_logged_move_no_cursor() -> None:
-    log = Log(1)
-    log.extra("a\x1b[2J", [1])
-    log.metric("b\x1b[2J", 1)
-    assert (log.extras, log.metrics) == ({"a?[2J": [1]}, {"b?[2J": [1.0]})
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda extra, metric: extra("note", [1]), "1 values for 3 completions"),
-        (lambda extra, metric: extra("reward", [1] * 3), "a column of estune's own"),
-        (lambda extra, metric: metric("reward", 1.0), "estune's own metrics"),
-        (lambda extra, metric: metric("eval_depth", 1.0), "estune's own metrics"),
-        (lambda extra, metric: metric("depth", "deep"), "could not convert string to float"),
-    ],
-)
-def test_bad_logging_is_refused(call: Any, message: str) -> None:
-    def logs(log_extra: Any, log_metric: Any, **_: Any) -> list[float]:
-        call(log_extra, log_metric)
-        return [1.0] * 3
-
-    with pytest.raises(EstuneError, match=message):
-        grade([logs], [1.0], ROWS, COMPLETIONS)
-
-
-def fails_on_two(answer: list[int], **_: Any) -> list[float]:
-    return [1 / (a - 2) for a in answer]
-
-
-def test_an_error_names_the_row() -> None:
-    with pytest.raises(
-        EstuneError, match=r"raised ZeroDivisionError: division by zero \(\S*test_convention.py:\d+\) on row 1, 'x'"
-    ):
-        grade([fails_on_two], [1.0], ROWS, COMPLETIONS)
-
-
-def test_a_batch_that_fails_can_be_left_out_as_a_whole(caplog: pytest.LogCaptureFixture) -> None:
-    """Not one by one: a function that compares completions would give other scores then. None counts, none is zero."""
-    with Grading([right, fails_on_two], errors="exclude", max_errors=2) as grading:
-        grades = grading.grade(ROWS, COMPLETIONS)
-        assert grades.total == [None] * 3
-        assert grades.mean is None
-        assert grades.failures == {"fails_on_two": {"errors": 3}}
-        assert "left out" in caplog.text
-        assert grading.grade(ROWS[:1], COMPLETIONS[:1]).total == [0.0]
-        grading.grade(ROWS, COMPLETIONS)  # a failed call counts once, however many completions it was to grade
-        with pytest.raises(
-            EstuneError, match=r"3 calls of rewards failed, more than max_reward_errors, 2.*accept_changes=T"
-        ):
-            grading.grade(ROWS, COMPLETIONS)
-
-
-def test_failures_of_a_step_are_added_up() -> None:
-    task = task_of([right, fails_on_two])
-    with Grading(task.reward_funcs, errors="exclude") as grading:
-        members = [
-            grade_completions(task, task.train[:1], COMPLETIONS[:1], grading),
-            grade_completions(task, task.train, COMPLETIONS, grading),
-            grade_completions(task, task.train, COMPLETIONS, grading),
-        ]
-    metrics = step_metrics(members)
-    assert metrics["rewards/fails_on_two/errors"] == 6
-    assert metrics["rewards/right/mean"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
-    assert metrics["failed_members"] == 2
-
-
 def test_accuracy_of_an_evaluation_by_group() -> None:
     task = task_of([right], group="kind")
     metrics = evaluation_metrics(task, grade_completions(task, task.evaluation, COMPLETIONS))
@@ -399,7 +224,7 @@ def test_preflight_grades_gold_answers() -> None:
 
 def test_rewards_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_reward(right) is right
-    assert load_reward("tests.grading.test_convention.right") is not None
+    assert load_reward("tests.grading.functions.right") is not None
     (tmp_path / "mine.py").write_text("def good(completions, **_):\n    return [1.0] * len(completions)\n")
     by_path: Any = load_reward(f"{tmp_path}/mine.py:good")
     assert by_path(completions=[1, 2]) == [1.0, 1.0]
@@ -420,58 +245,3 @@ def test_rewards_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             load_reward(name)
     with pytest.raises(EstuneError, match="a reward is int"):
         load_reward(3)
-
-
-def test_an_exception_in_the_place_of_a_score_is_that_completions_error() -> None:
-    """Others of its batch keep their scores, whatever kind the function is."""
-
-    def some(completions: list[str], **_: Any) -> list[float | Exception | None]:
-        return [ValueError("no x") if text == "x" else 1.0 for text in completions]
-
-    async def asked(completions: list[str], **_: Any) -> list[float | Exception | None]:
-        return some(completions)
-
-    for function in (some, asked, functools.partial(some)):
-        with pytest.raises(EstuneError, match=r"reward \w+ raised ValueError: no x on row 1, 'x'; nothing is lost"):
-            grade([function], [1.0], ROWS, COMPLETIONS)
-        with Grading([right, function], errors="exclude", max_errors=1) as grading:
-            grades = grading.grade(ROWS, COMPLETIONS)
-            assert grades.total == [2.0, None, 2.0]
-            assert list(grades.failures.values()) == [{"errors": 1}]
-            with pytest.raises(EstuneError, match="2 calls of rewards failed, more than max_reward_errors, 1"):
-                grading.grade(ROWS, COMPLETIONS)
-
-
-def test_totals_are_added_up_over_a_batch_and_a_step() -> None:
-    def paid(completions: list[str], log_metric: Any, **_: Any) -> list[float]:
-        for text in completions:
-            log_metric("tokens", len(text), total=True)
-            log_metric("length", len(text))
-        return [0.0] * len(completions)
-
-    members = [[*COMPLETIONS[:2], Completion(text, [1], True)] for text in ("four", "five5")]
-    task = task_of([paid])
-    graded = [grade_completions(task, ROWS, member) for member in members]
-    assert [g.metrics()["rewards/paid/tokens"] for g in graded] == [6, 7]
-    metrics = step_metrics(graded)
-    assert metrics["rewards/paid/tokens"] == 13
-    assert metrics["length"] == pytest.approx(13 / 6)
-
-    def taken(log_metric: Any, **_: Any) -> list[float]:
-        log_metric("errors", 1, total=True)
-        return [0.0] * 3
-
-    with pytest.raises(EstuneError, match="estune's own metrics are called so"):
-        grade([taken], [1.0], ROWS, COMPLETIONS)
-
-
-def test_a_function_is_prepared_before_it_grades() -> None:
-    class Unready:
-        def prepare(self) -> None:
-            raise EstuneError("no disk")
-
-        def __call__(self, **_: Any) -> list[float]:
-            return [0.0] * 3
-
-    with pytest.raises(EstuneError, match="no disk"):
-        Grading([Unready()])

@@ -19,7 +19,7 @@ from estune.journal.journal import Journal
 from estune.run.evaluate import evaluate_model
 from estune.run.graded import Graded, evaluation_metrics, step_metrics
 from estune.run.trainer import Trainer
-from estune.study.compare.run import _check_task
+from estune.study.compare.run import check_task
 from estune.study.probe import probe
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
@@ -192,7 +192,7 @@ def test_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
         probe(make_config(tmp_path, model), task=sets(right, rank))
     for function in (f1, rank):
         with pytest.raises(EstuneError, match="compare: reward .* TRL rewards each completion by itself"):
-            _check_task(sets(right, function))
+            check_task(sets(right, function))
 
 
 @corpus_level

@@ -17,7 +17,7 @@ import pytest
 from estune.cli.signals import terminable
 from estune.errors import EstuneError
 from estune.grading.grading import MOST_NOTES, Grading, grade
-from tests.grading.test_convention import COMPLETIONS, ROWS
+from tests.grading.functions import COMPLETIONS, ROWS
 
 HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)

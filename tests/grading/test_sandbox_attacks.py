@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from estune.grading.sandbox import Limits, run_code
-from tests.grading.test_sandbox import available
 from tests.hostile_programs import DOUBLES, FORGERIES, KEEPER, MEMORY
+from tests.sandboxes import available
 
 pytestmark = [
     pytest.mark.usefixtures("sandboxes_alone"),

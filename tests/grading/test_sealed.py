@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from estune.grading.sandbox import Limits, run_code
 from estune.grading.sealed import Broken, Sealed, literal, seal, values_of
-from tests.grading.test_sandbox import available
+from tests.sandboxes import available
 
 PROGRAM = """
 import collections, fractions, math, re

@@ -105,7 +105,13 @@ def test_perturbed_weights_are_base_plus_the_outer_product_of_the_specification(
     assert np.array_equal(live.cpu().numpy(), expected)
 
 
-def test_vectors_that_runs_share_are_drawn_once() -> None:
+def test_vectors_that_runs_share_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw_one = gpu_rank1.Vectors.draw_one
+    monkeypatch.setattr(
+        gpu_rank1.Vectors, "draw_one", lambda vectors, seed: drawn.append(vectors.size) or draw_one(vectors, seed)
+    )
     whole = torch.zeros(64, device=DEVICE)
     batch = gpu_rank1.Batch([Run(part, part, 1, KEY, 8 * i, columns=8) for i, part in enumerate(whole.split(8))])
-    assert [taken.vectors.size for taken in batch._taken] == [8 + 8 * 4]  # b, and one element of a for each, padded
+    batch.perturb(SEED, 0.5)
+    assert drawn == [8 + 8 * 4]  # b, and one element of a for each, padded

@@ -30,7 +30,7 @@ SEEDS = [5, 2**63 + 12345, 2**64 - 1]
 RUNS = [(0, 100), (3, 25000 if ON_GPU else 250), (2**34 - 8, 50), (2**34 - 8, 24), (8, 3), (1, 1), (0, 0)]
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 SEEDED = [*((SEEDS[0], *run) for run in RUNS), *((seed, *RUNS[3]) for seed in SEEDS[1:])]
-TYPES = [(FLOAT, FLOAT), (FLOAT, BRAIN), (BRAIN, BRAIN), (FLOAT, HALF), (HALF, HALF)]
+TYPES = [(FLOAT, FLOAT), (FLOAT, BRAIN), (BRAIN, BRAIN), (FLOAT, HALF), (HALF, HALF)]  # of bases and live weights
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_fingerprint(start: int, size: int) -> None:
 def test_runs_of_all_kinds_in_one_batch() -> None:
     """Of one pass they take as many launches as there are kinds, however many there are."""
     runs = []
-    for number, ((live, base), (start, size)) in enumerate(
+    for number, ((base, live), (start, size)) in enumerate(
         itertools.product(TYPES, [(0, 40), (4, 8), (3, 9), (8, 70)])
     ):
         runs.append(Run(weights(size, live), weights(size, base), number, KEY + number, start, counted=number % 3 > 0))
@@ -111,9 +111,7 @@ def test_runs_of_all_kinds_in_one_batch() -> None:
 
 def test_launches_grow_with_kinds_and_not_with_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
-    monkeypatch.setattr(
-        gpu._Launch, "start", lambda launch, kernel, *rest, **types: launched.append(kernel.fn.__name__)
-    )
+    monkeypatch.setattr(gpu.Launch, "start", lambda launch, kernel, *rest, **types: launched.append(kernel.fn.__name__))
     tensors = [torch.ones(1 + number % 5, dtype=BRAIN, device=DEVICE) for number in range(290)]
     batch = gpu.Batch([Run(tensor, tensor, number, number) for number, tensor in enumerate(tensors)])
     batch.perturb(5, 0.01)
@@ -122,7 +120,7 @@ def test_launches_grow_with_kinds_and_not_with_tensors(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("size", [0, 3, 1030, cpu.SQUARES_BLOCK + 1])
 def test_squares(size: int) -> None:
-    for base_type, stored_type in [*TYPES, (FLOAT, BRAIN)]:
+    for base_type, stored_type in TYPES:
         base, then = weights(size, base_type), weights(size + 1, stored_type)[1:]
         sums = gpu.squares(base.to(DEVICE), then.to(DEVICE))
         assert np.array_equal(sums.cpu().numpy(), cpu.squares(array(base), array(then)))

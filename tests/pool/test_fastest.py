@@ -50,7 +50,7 @@ def test_work_that_takes_longer_is_found_slower(own: bool, monkeypatch: pytest.M
     monkeypatch.setattr(module, "MOST_OF_ONE", 1 << 14)
     one, more = Way("float32", 1, 1), Way("float32", 2, 1)
     speeds = {one: 100.0, more: 96.0}
-    monkeypatch.setattr(module, "_speed", lambda way, *rest, **own: speeds[way])
+    monkeypatch.setattr(module, "speed_of", lambda way, *rest, **own: speeds[way])
     assert fastest([(64, 32)], 3, [more, one], own=own) == more  # as good as alike, and the first
     speeds[more] = 94.0
     assert fastest([(64, 32)], 3, [more, one], own=own) == one
@@ -66,7 +66,7 @@ def test_prompts_that_cost_little_are_advised(
 ) -> None:
     (way,) = ways(["float32"], 1, 1, replicas=None, threads=1)
     each = {24: 100.0, 48: 160.0, 96: 170.0}
-    monkeypatch.setattr(module, "_speed", lambda way, shapes, rows, **named: each[rows])
+    monkeypatch.setattr(module, "speed_of", lambda way, shapes, rows, **named: each[rows])
     fastest([(64, 32)], 24, [way], own=True)
     assert "prompts_per_step=48 would cost 1.2 times what 24 do" in caplog.text
     caplog.clear()

@@ -68,7 +68,7 @@ def test_a_process_that_was_launched_ahead_is_taken_with_its_memory(
     try:
         assert memory is not None
         assert memory_ahead() is None
-        assert worker._inherited == (memory,)
+        assert worker.inherited == (memory,)
         assert pool.apply(UPDATE) == LocalPool(alone).apply(UPDATE)
         assert worker.process.pid == taken
     finally:
@@ -126,14 +126,13 @@ def test_processes_that_are_lost_again_and_again_end_the_run(
 ) -> None:
     pool = open_local_pool(make_config(tmp_path / "run", model, threads=1, replicas=2))
     worker: Any = pool.replicas[1]
-    call = worker._call
+    apply = worker.apply
 
-    def kill_first(*arguments: Any) -> Any:
-        if arguments[0] == "apply":
-            worker.process.kill()
-        return call(*arguments)
+    def kill_first(update: Update) -> Any:
+        worker.process.kill()
+        return apply(update)
 
-    monkeypatch.setattr(worker, "_call", kill_first)
+    monkeypatch.setattr(worker, "apply", kill_first)
     with pytest.raises(EstuneError, match=r"the replica of process \d+ was lost, the last of 3 .*code -9.*resume"):
         pool.apply(UPDATE)
     pool.close()

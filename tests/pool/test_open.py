@@ -15,12 +15,12 @@ from estune.run.trainer import Trainer
 from tests.runs import make_config, make_task
 
 NO_VLLM = ("no-such-package-as-this",)
-PACKAGES = "estune.engines.vllm.internals._PACKAGES"
+PACKAGES = "estune.engines.vllm.internals.PACKAGES"
 
 
 def with_vllm(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     """A machine on which this version of vLLM is installed, as far as asking for it goes."""
-    monkeypatch.setattr("estune.engines.vllm.internals._version", lambda package: version)
+    monkeypatch.setattr("estune.engines.vllm.internals.installed", lambda package: version)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_workers_do_what_a_replica_does(pool: RayPool, alone: LocalPool, monkeyp
 def test_workers_take_some_members_at_once(pool: RayPool, alone: LocalPool, monkeypatch: pytest.MonkeyPatch) -> None:
     members = [Member(seed, sign) for seed in range(3) for sign in (1, -1)] + [Member(7)]
     before = pool.progress().tokens
-    monkeypatch.setattr(pool, "_at_once", lambda: 3)
+    monkeypatch.setattr(pool, "members_at_once", lambda: 3)
     found = dict(pool.evaluate(members, 0.02, PROMPTS, SAMPLING))
     expected = dict(alone.evaluate(members, 0.02, PROMPTS, SAMPLING))
     assert sorted(found) == list(range(7))

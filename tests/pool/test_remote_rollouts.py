@@ -24,7 +24,7 @@ from estune.pool.local import LocalPool
 from estune.pool.remote.handle import RemoteHandle
 from estune.pool.remote.pool import RemotePool, Servers
 from estune.pool.remote.service import Failed, Service
-from estune.pool.remote.turns import Held, _FarRows
+from estune.pool.remote.turns import FarRows, Held
 from estune.pool.remote.wire import LEASE_SECONDS, Terms
 from estune.pool.replica import Replica
 from estune.run.held_out import token_ids
@@ -106,7 +106,7 @@ def test_a_server_that_is_killed_between_turns(
     training = Trainer(remote(tmp_path / "far", model, *(server.url for server in servers), steps=2), task=played())
     ready(training)
     turns: list[str] = []
-    post = RemoteHandle._post
+    post = RemoteHandle.post
 
     def killing(self: RemoteHandle, kind: str, *arguments: Any) -> Any:
         if kind == "turns" and self.url == servers[0].url:
@@ -116,7 +116,7 @@ def test_a_server_that_is_killed_between_turns(
                 threading.Timer(0.2, servers[0].again).start()
         return post(self, kind, *arguments)
 
-    monkeypatch.setattr(RemoteHandle, "_post", killing)
+    monkeypatch.setattr(RemoteHandle, "post", killing)
     training.train()
     assert len(turns) >= 3
     assert_same_run(tmp_path / "near", tmp_path / "far")
@@ -148,18 +148,18 @@ def test_what_is_held_is_lost_with_another_call_of_the_run_alone(
     one.open()
     one.call("rebuild", [], None)
     sampling = Sampling(4)
-    assert one._post("hold", [0, "mine", Member(1), 0.02], 30) >= 0
+    assert one.post("hold", [0, "mine", Member(1), 0.02], 30) >= 0
     with pytest.raises(EstuneError, match="at work for another run"):
         another.open()
     ended: list[Any] = []
     asked = [(number, [10, 20 + number], sampling) for number in range(3)]
     while len(ended) < 2:  # of which nobody waits for the third
-        ended = one._post("turns", ["mine", asked, [2]], 30)
+        ended = one.post("turns", ["mine", asked, [2]], 30)
         asked = []
     assert sorted(number for number, _ in ended) == [0, 1]
     one.call("generate", 0, [[1, 2]], sampling)
     with pytest.raises(Lost, match="it holds other weights"):
-        one._post("turns", ["mine", [], []], 30)
+        one.post("turns", ["mine", [], []], 30)
     one.end()
     another.end()
 
@@ -193,10 +193,10 @@ def test_turns_keep_the_server_for_as_long_as_a_member_is_played(model: Path, mo
 def test_rollouts_that_compute_for_long_keep_the_server_or_learn_that_it_is_gone(
     lost: bool, servers: list[Served], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_FarRows, "most_idle", 0.02)
+    monkeypatch.setattr(FarRows, "most_idle", 0.02)
     go_on = threading.Event()
     idle: list[Any] = []
-    post = RemoteHandle._post
+    post = RemoteHandle.post
 
     class Thinks(Talk):
         def step(self, completion: str) -> Any:
@@ -206,13 +206,13 @@ def test_rollouts_that_compute_for_long_keep_the_server_or_learn_that_it_is_gone
     def counting(self: RemoteHandle, kind: str, arguments: Any, *others: Any) -> Any:
         if kind == "turns" and not arguments[1]:
             idle.append(arguments)
-            if len(idle) == 40:
+            if len(idle) == 12:
                 if lost:
                     raise Lost("gone")
                 go_on.set()
         return post(self, kind, arguments, *others)
 
-    monkeypatch.setattr(RemoteHandle, "_post", counting)
+    monkeypatch.setattr(RemoteHandle, "post", counting)
     config = remote(Path("unused"), model, servers[1].url)
     handle = Servers(config).hire(0, Deadlines(30.0))
     task = played(target=Thinks)
@@ -251,7 +251,7 @@ def test_turns_asked_for_twice_are_made_once(model: Path) -> None:
 
 @pytest.mark.parametrize("ids", [[1], [1, 2, 3, 4, 5], [9, 1]], ids=["too few", "too many", "after its end"])
 def test_turns_of_another_length_than_was_asked_for_are_refused(ids: list[int]) -> None:
-    rows = _FarRows(lambda joined, left: [(number, ids) for number, *_ in joined], [9])
+    rows = FarRows(lambda joined, left: [(number, ids) for number, *_ in joined], [9])
     rows.join(Request([10], Sampling(4)))
     with pytest.raises(EstuneError, match=f"turn 0 has {len(ids)} tokens, neither 4 nor an end"):
         rows.step()

@@ -37,7 +37,7 @@ def problem(name: str, index: int = 0) -> tuple[GymReward, dict[str, list[Any]]]
 
 
 def columns_of(name: str, entry: dict[str, Any]) -> dict[str, list[Any]]:
-    row = GymConfig(name=f"gym:{name}")._row(entry)
+    row = GymConfig(name=f"gym:{name}").row(entry)
     return {key: [row[key]] for key in ("question", "answer", "metadata")}
 
 

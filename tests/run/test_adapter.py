@@ -82,10 +82,8 @@ def test_a_new_adapter_is_noise_by_pefts_names_and_changes_nothing(model: Path) 
 
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 @pytest.mark.parametrize("target", ["q_proj,down_proj", "all-linear"])  # some of the projections of one input, or all
-def test_peft_loads_what_was_trained_and_says_the_same(
-    kind: str, target: str, fused_model: Path, tmp_path: Path
-) -> None:
-    base = fused_model if kind == "fused" else save_model(tmp_path / "base", hidden_act="gelu")  # no kernel has it
+def test_peft_loads_what_was_trained_and_says_the_same(kind: str, target: str, model: Path, tmp_path: Path) -> None:
+    base = model if kind == "fused" else save_model(tmp_path / "base", hidden_act="gelu")  # no kernel has it
     before = (base / "model.safetensors").read_bytes()
     folder = run(adapted(tmp_path / "run", base, adapter={"target": target}))
     assert (base / "model.safetensors").read_bytes() == before
@@ -116,9 +114,9 @@ def test_a_step_is_the_papers_over_the_adapters_tensors(model: Path, tmp_path: P
         np.testing.assert_allclose(final[name], tensor, rtol=0, atol=1e-5)
 
 
-def test_replicas_resuming_and_replay_give_the_same_bits(fused_model: Path, tmp_path: Path) -> None:
-    one = run(adapted(tmp_path / "one", fused_model))
-    two = run(adapted(tmp_path / "two", fused_model, replicas=2, steps=2, save_steps=1))
+def test_replicas_resuming_and_replay_give_the_same_bits(model: Path, tmp_path: Path) -> None:
+    one = run(adapted(tmp_path / "one", model))
+    two = run(adapted(tmp_path / "two", model, replicas=2, steps=2, save_steps=1))
     Trainer.resume(two, steps=4, task=make_task(), monitors=[]).train()
     a, b = Journal.read(one), Journal.read(two)
     assert [substance(r) for r in a.steps] == [substance(r) for r in b.steps]

@@ -18,9 +18,9 @@ from tests.runs import assert_same_run, make_config, make_task
 
 
 @pytest.fixture(scope="module")
-def run(fused_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    Trainer(make_config(folder, fused_model, steps=3), task=make_task(), monitors=[]).train()
+    Trainer(make_config(folder, model, steps=3), task=make_task(), monitors=[]).train()
     return folder
 
 
@@ -38,8 +38,8 @@ def test_a_branch_begins_with_the_weights_of_its_step(run: Path, tmp_path: Path)
     assert verify(tmp_path / "b").steps == 3
 
 
-def test_a_branch_is_what_start_from_and_start_step_give(run: Path, fused_model: Path, tmp_path: Path) -> None:
-    config = make_config(tmp_path / "a", fused_model, steps=2, start_from=run, start_step=2)
+def test_a_branch_is_what_start_from_and_start_step_give(run: Path, model: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path / "a", model, steps=2, start_from=run, start_step=2)
     Trainer(config, task=make_task(), monitors=[]).train()
     pack(run, tmp_path / "run.estune")
     changed = {"steps": 2, "output_dir": tmp_path / "b"}
@@ -63,13 +63,13 @@ def test_a_branch_of_all_steps_goes_to_a_folder_of_its_own(
 
 
 def test_relative_paths_of_the_run_are_found_from_elsewhere(
-    fused_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(__file__).parents[2] / "examples" / "sums.py"
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "sums.py").write_text(source.read_text())
     monkeypatch.chdir(tmp_path / "there")
-    config = Config(**{**make_config(tmp_path / "a", fused_model, steps=1).model_dump(), "task": "sums.py"})
+    config = Config(**{**make_config(tmp_path / "a", model, steps=1).model_dump(), "task": "sums.py"})
     Trainer(config, monitors=[]).train()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -82,11 +82,11 @@ def test_relative_paths_of_the_run_are_found_from_elsewhere(
     assert os.getcwd() == str(tmp_path / "here")
 
 
-def test_what_cannot_be_branched(run: Path, fused_model: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_branched(run: Path, model: Path, tmp_path: Path) -> None:
     with pytest.raises(EstuneError, match="run has 3 steps, not 4"):
         branch(run, 4, task=make_task())
     with pytest.raises(EstuneError, match="was run with weights=master, found copy"):
         branch(run, 2, task=make_task(), weights="copy", output_dir=tmp_path / "b")
     with pytest.raises(EstuneError, match="start_step is 2, and no start_from says of which run"):
-        Trainer(make_config(tmp_path / "b", fused_model, start_step=2), task=make_task(), monitors=[])
+        Trainer(make_config(tmp_path / "b", model, start_step=2), task=make_task(), monitors=[])
     assert not (tmp_path / "b").exists()

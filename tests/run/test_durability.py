@@ -26,7 +26,7 @@ from estune.run.branch import branch
 from estune.run.trainer import Trainer
 from tests.disks import Disk
 from tests.kills import broken_promises, differences, killed_at, power_cut_at
-from tests.models import save_model
+from tests.models import FUSABLE, save_model
 from tests.runs import make_config, make_task, substance
 
 
@@ -37,7 +37,7 @@ def config(output: Path, model: Path) -> Config:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whose later evaluation is the best again: `best` is replaced."""
-    return save_model(tmp_path_factory.mktemp("models") / "base")
+    return save_model(tmp_path_factory.mktemp("models") / "base", seed=2, **FUSABLE)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from estune.run.graded import Graded
 from estune.run.held_out import pass_metrics, solved
 from estune.run.trainer import Trainer
 from estune.tasks.base import Task
-from tests.cli.test_commands import SMALL, estune
+from tests.command_line import SMALL, estune
 from tests.runs import PROMPTS, make_config, make_task, substance, variety
 
 SAMPLED: dict[str, Any] = {"eval_samples": 4, "eval_temperature": 1.0}

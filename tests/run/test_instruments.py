@@ -286,7 +286,7 @@ class Watching(Monitor):
 
     def on_member_end(self, done: int, population: int) -> None:
         assert self.trainer is not None
-        for grading in (self.trainer.grading, *(w._grading for w in self.trainer.evaluations.watched.values())):
+        for grading in (self.trainer.grading, *(w.grading for w in self.trainer.evaluations.watched.values())):
             if grading.pool is not None:
                 self.graders |= set(grading.pool.pids())
 

@@ -1,12 +1,10 @@
-"""Whole runs: against an independent implementation of the paper, replayed, made longer, and fed bad input."""
+"""Whole runs: against an independent implementation of the paper, replayed, evaluated, and fed bad input."""
 
 from __future__ import annotations
 
 import json
-import math
 import platform
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +15,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from estune.config import Config
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
 from estune.journal.records import StepRecord
 from estune.journal.replay import replay
 from estune.noise import reference
-from estune.run.monitors.base import Monitor, Summary
+from estune.run.monitors.base import Monitor
 from estune.run.order import RowOrder
 from estune.run.trainer import Trainer
-from estune.weights.device import training_device
 from tests.models import FUSABLE, save_model
-from tests.runs import assert_same_run, make_config, make_task, substance, variety, variety_by_generate
-
-
-def run(config: Config, *rewards: Any) -> Summary:
-    return Trainer(config, task=make_task(*rewards), monitors=[]).train()
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+from tests.runs import assert_same_run, make_config, make_task, metrics, run, substance, variety, variety_by_generate
 
 
 def test_a_run_is_the_papers_algorithm(model: Path, tmp_path: Path) -> None:
@@ -142,7 +130,7 @@ def test_replay_gives_the_trained_weights(model: Path, tmp_path: Path, settings:
 
 @pytest.mark.parametrize("asked", ["auto", "float32"])
 def test_best_and_final_are_stored_as_the_base_or_as_asked(tmp_path: Path, asked: str) -> None:
-    base = save_model(tmp_path / "base")
+    base = save_model(tmp_path / "base", **FUSABLE)
     AutoModelForCausalLM.from_pretrained(base).bfloat16().save_pretrained(base)
     config = make_config(tmp_path / "run", base, steps=1, dtype="float32", save_dtype=asked, device="cpu")
     run(config)
@@ -252,174 +240,11 @@ def test_early_stopping(model: Path, tmp_path: Path) -> None:
     assert all(set(r.update.coefficients) == {0.0} for r in Journal.read(tmp_path / "run").steps)
 
 
-def test_a_finished_run_can_be_made_longer(model: Path, tmp_path: Path) -> None:
-    run(make_config(tmp_path / "long", model, steps=6))
-    run(make_config(tmp_path / "short", model, steps=4))
-    Trainer.resume(tmp_path / "short", steps=6, task=make_task(), monitors=[]).close()
-    summary = Trainer.resume(tmp_path / "short", task=make_task(), monitors=[]).train()  # which knows the new length
-    assert summary.steps == 6
-    assert_same_run(tmp_path / "long", tmp_path / "short")
-
-
-def test_a_used_directory_is_refused_with_the_remedies(model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run(make_config(folder, model, steps=1))
-    before = (folder / "journal.jsonl").read_bytes()
-    with pytest.raises(
-        EstuneError,
-        match=r"already holds a run: go on with `Trainer.resume\('.*/run', task=...\)`, give another --output-dir",
-    ):
-        run(make_config(folder, model, steps=1))
-    assert (folder / "journal.jsonl").read_bytes() == before
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(EstuneError, match="exists and is not empty"):
-        run(make_config(tmp_path / "other", model, steps=1))
-
-
-def test_resume_refuses_another_base_or_other_data(tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base")
-    run(make_config(tmp_path / "run", base, steps=2))
-    with pytest.raises(EstuneError, match="the data of task variety are not those"):
-        Trainer.resume(tmp_path / "run", steps=4, task=make_task(evaluation=5), monitors=[])
-    with pytest.raises(EstuneError, match="was trained on the task variety, not countdown: .* Trainer.resume"):
-        Trainer.resume(tmp_path / "run", steps=4, monitors=[])
-    save_model(base, seed=6)
-    with pytest.raises(EstuneError, match="give the original with --model"):
-        Trainer.resume(tmp_path / "run", steps=4, task=make_task(), monitors=[])
-    with pytest.raises(EstuneError, match="this is no run"):
-        Trainer.resume(base)
-
-
-def test_resume_refuses_another_type_of_live_weights(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "run"
-    run(make_config(folder, model, steps=2))
-    assert Journal.read(folder).settings["device"] == str(training_device("auto"))
-    original = Journal.resume
-
-    def resume(path: Path) -> Journal:
-        journal = original(path)
-        journal.settings |= changed
-        return journal
-
-    monkeypatch.setattr(Journal, "resume", resume)
-    changed = {"device": "auto"}  # as journals said before
-    Trainer.resume(folder, steps=3, task=make_task(), monitors=[]).train()
-    changed = {"dtype": "bfloat16"}
-    with pytest.raises(EstuneError, match="generates with float32 weights, which here, .* are loaded as bfloat16"):
-        Trainer.resume(folder, steps=4, task=make_task(), monitors=[])
-
-
-def test_members_with_infinite_rewards_are_left_out(model: Path, tmp_path: Path) -> None:
-    calls = iter(range(1000))
-
-    def sometimes_infinite(completions: list[str], **_: Any) -> list[float]:
-        scores = variety(completions)
-        return [math.inf, *scores[1:]] if next(calls) == 2 else scores  # call 0 is the first evaluation
-
-    run(make_config(tmp_path / "run", model, steps=1), sometimes_infinite)
-    (record,) = Journal.read(tmp_path / "run").steps
-    assert [r is None for r in record.rewards].count(True) == 1
-    assert record.update.coefficients[record.rewards.index(None)] == 0.0
-
-
-def failing(kind: str) -> Any:
-    def reward(completions: list[str], **_: Any) -> list[float]:
-        match kind:
-            case "raises":
-                raise ZeroDivisionError("by zero")
-            case "too few":
-                return [1.0]
-            case "text":
-                return ["good"] * len(completions)  # type: ignore[list-item]
-            case _:
-                return [math.nan] * len(completions)
-
-    return reward
-
-
-resumed = partial(Trainer.resume, monitors=[], accept_changes=True)  # another reward is what these change
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (
-            "raises",
-            "reward reward raised ZeroDivisionError: by zero .*test_trainer.py:[0-9]+. on row 0, .*; nothing is lost",
-        ),
-        ("too few", "reward reward returned 1 values for"),
-        ("text", "reward reward returned 'good' .str. for completion 0, not a number or None"),
-        ("nan", "no member has a reward"),
-    ],
-)
-def test_a_reward_that_fails_stops_the_run_and_loses_nothing(
-    model: Path, tmp_path: Path, kind: str, message: str
-) -> None:
-    run(make_config(tmp_path / "run", model, steps=2))
-    with pytest.raises(EstuneError, match=message):
-        resumed(tmp_path / "run", steps=4, task=make_task(failing(kind))).train()
-    resumed(tmp_path / "run", steps=4, task=make_task()).train()
-    run(make_config(tmp_path / "whole", model, steps=4))
-    assert substance(Journal.read(tmp_path / "run").steps[3]) == substance(Journal.read(tmp_path / "whole").steps[3])
-
-
-@pytest.mark.parametrize("score", [math.inf, -math.inf])
-def test_an_evaluation_that_cannot_be_compared_stops_with_one_line(model: Path, tmp_path: Path, score: float) -> None:
-    def broken(completions: list[str], **_: Any) -> list[float]:
-        return [score, *([1.0] * (len(completions) - 1))]
-
-    with pytest.raises(EstuneError, match="on the evaluation set the reward is not finite"):
-        run(make_config(tmp_path / "run", model), broken)
-
-
-def test_a_reward_that_never_applies_changes_nothing(model: Path, tmp_path: Path) -> None:
-    def never(completions: list[str], **_: Any) -> list[None]:
-        return [None] * len(completions)
-
-    run(make_config(tmp_path / "with", model), variety, never)
-    run(make_config(tmp_path / "without", model))
-    with_it, without = Journal.read(tmp_path / "with"), Journal.read(tmp_path / "without")
-    assert [substance(r) for r in with_it.steps] == [substance(r) for r in without.steps]
-    assert not any("never" in key for e in with_it.evaluations for key in e.metrics)
-
-
 def test_inplace_reports_its_drift(model: Path, tmp_path: Path) -> None:
     run(make_config(tmp_path / "run", model, weights="inplace", dtype="bfloat16"))
     for record in Journal.read(tmp_path / "run").steps:
         assert record.metrics["weights/drift_changed"] > 0.01
         assert record.metrics["weights/drift_rms"] > 0
-
-
-def test_lost_metrics_come_back_on_resume(model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    Trainer(make_config(folder, model), task=make_task()).train()
-    before = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text("".join(before.splitlines(keepends=True)[:2]) + '{"step": 2, "rew')
-    Trainer.resume(folder, steps=5, task=make_task()).train()
-    assert (folder / "metrics.jsonl").read_text().startswith(before)
-    assert [line["step"] for line in metrics(folder)] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"), [({"steps": -1}, "steps: .*found -1"), ({"steps": 3}, "all 4 steps"), ({}, "all 4")]
-)
-def test_lengths_that_leave_nothing_to_do_are_refused(model: Path, tmp_path: Path, changed: Any, message: str) -> None:
-    run(make_config(tmp_path / "run", model))
-    with pytest.raises(EstuneError, match=message):
-        Trainer.resume(tmp_path / "run", **changed, task=make_task(), monitors=[])
-    assert Trainer.resume(tmp_path / "run", steps=5, task=make_task(), monitors=[]).train().steps == 5
-
-
-def test_a_run_stopped_early_has_new_patience_when_resumed(model: Path, tmp_path: Path) -> None:
-    def constant(completions: list[str], **_: Any) -> list[float]:
-        return [0.5] * len(completions)
-
-    run(make_config(tmp_path / "run", model, steps=9, eval_steps=1, early_stopping_patience=2), constant)
-    summary = Trainer.resume(tmp_path / "run", steps=20, task=make_task(constant), monitors=[]).train()
-    assert (summary.ended, summary.steps) == ("stopped early", 4)
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_anything_is_written(model: Path, tmp_path: Path) -> None:
@@ -430,16 +255,6 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_is_written(model: 
             Trainer(make_config(tmp_path / "run", model, steps=9), task=task, monitors=[])
         rows[2]["prompt"] = kept  # type: ignore[index]
     assert not (tmp_path / "run").exists()
-
-
-def test_tasks_that_cannot_be_graded_are_refused() -> None:
-    task = make_task()
-    with pytest.raises(EstuneError, match="two reward functions are called variety"):
-        make_task(variety, variety)
-    with pytest.raises(EstuneError, match="training row 0 has no column prompt, only text"):
-        replace(task, train=[{"text": "a"}])
-    with pytest.raises(EstuneError, match="training row 1 has the columns prompt, row 0 has prompt, answer"):
-        replace(task, train=[{"prompt": "a", "answer": 1}, {"prompt": "b"}])
 
 
 def test_rows_are_drawn_without_replacement() -> None:

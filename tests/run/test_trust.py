@@ -17,8 +17,8 @@ from estune.journal.journal import Journal
 from estune.run.dry_run import describe_rest
 from estune.run.evaluate import evaluate_model
 from estune.run.trainer import Trainer
-from tests.cli.test_commands import estune, refused
-from tests.models import save_model, save_own_code
+from tests.command_line import estune, refused
+from tests.models import FUSABLE, save_model, save_own_code
 from tests.runs import make_config, make_task
 
 CODE = """
@@ -60,7 +60,7 @@ def foreign(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tu
     if request.param == "watch":
         del task["chat"]
     monkeypatch.chdir(tmp_path)
-    model = save_model(tmp_path / "model", max_position_embeddings=1024)
+    model = save_model(tmp_path / "model", max_position_embeddings=1024, **FUSABLE)
     settings = {"task": task, "steps": 1, "watch": [str(source)] if request.param == "watch" else []}
     state(tmp_path / "theirs", monkeypatch)
     Trainer(parse({**make_config(run, model).model_dump(), **settings}), monitors=[]).train()
@@ -104,7 +104,7 @@ def describe_or_error(run: Path) -> str:
 def test_what_the_user_names_himself_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker, source = tmp_path / "was-run", tmp_path / "own_and_named.py"
     source.write_text(CODE.format(marker=str(marker)))
-    model = save_model(tmp_path / "model")
+    model = save_model(tmp_path / "model", **FUSABLE)
     config = {**make_config(tmp_path / "run", model).model_dump(), "task": str(source), "steps": 1}
     Trainer(parse(config), monitors=[]).train()
     Trainer.resume(tmp_path / "run", steps=2, monitors=[]).train()
@@ -117,7 +117,7 @@ def test_one_place_known_does_not_make_another_known(tmp_path: Path, monkeypatch
     """The same content elsewhere, and other content at the same place, are asked about."""
     marker, source = tmp_path / "was-run", tmp_path / "own_and_moved.py"
     source.write_text(CODE.format(marker=str(marker)))
-    model = save_model(tmp_path / "model")
+    model = save_model(tmp_path / "model", **FUSABLE)
     config = {**make_config(tmp_path / "run", model).model_dump(), "task": str(source), "steps": 1}
     Trainer(parse(config), monitors=[]).train()
     (tmp_path / "mail").mkdir()

@@ -30,7 +30,7 @@ from estune.study.compare.run import compare, record, run_job
 from estune.study.compare.train import TaskReward, run, trl_arguments
 from estune.study.jobs import LOCK
 from estune.weights.locate import locate
-from tests.models import save_model, save_own_code
+from tests.models import FUSABLE, save_model, save_own_code
 from tests.runs import make_config, make_task
 
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL")
@@ -165,7 +165,7 @@ def test_a_checkpoint_is_measured_against_its_base(tmp_path: Path, model: Path) 
     made = engine.generate(engine.encode([row["prompt"] for row in task.evaluation]), make_sampling(config))
     assert same["length"] == sum(len(c.token_ids) for c in made) / len(made)
     assert same["accuracy"] == pytest.approx(sum(len(set(c.text)) / 10 for c in made) / len(made))
-    other = measure(save_model(tmp_path / "other", seed=1), model, config, task, 3)
+    other = measure(save_model(tmp_path / "other", **FUSABLE), model, config, task, 3)
     assert other["kl"] > 0.1
     assert other["base_accuracy"] == same["accuracy"] != other["accuracy"]
     assert other["short_tokens"] == 3

@@ -17,7 +17,7 @@ from estune.study.estimate.machines import as_device, find_gpu
 from estune.study.estimate.needs import total
 from estune.study.estimate.run import estimate_run
 from estune.study.estimate.shapes import read_shape
-from tests.cli.test_commands import estune, refused
+from tests.command_line import estune, refused
 from tests.sizes import FAST, LLAMA_70B, QWEN_7B, QWEN_HALF_B, ROUND, amounts, make_work, write_config
 
 
@@ -233,7 +233,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_config(tmp_path / "model", {**QWEN_HALF_B, "num_hidden_layers": 2})
     (tmp_path / "empty").mkdir()
-    broken = write_config(tmp_path / "broken", {**QWEN_HALF_B, "num_attention_heads": 13})
+    broken = write_config(tmp_path / "broken", {**QWEN_HALF_B, "num_hidden_layers": 2, "num_attention_heads": 13})
     garbled = write_config(tmp_path / "garbled", {})
     (garbled / "config.json").write_text("{not json")
     encoder = write_config(tmp_path / "t5", {"model_type": "t5"})

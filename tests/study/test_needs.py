@@ -17,7 +17,9 @@ from estune.pool.replica import Replica
 from estune.study.estimate.estimate import choices
 from estune.study.estimate.needs import fitting_rows, memory, memory_of_all, total
 from estune.study.estimate.shapes import read_shape
+from estune.weights.checkpoint import RUN_LENGTH
 from estune.weights.locate import EMBEDDED
+from estune.weights.split import SplitBase
 from estune.weights.weights import Weights
 from tests.sizes import FAST, ROUND, amounts, make_work
 
@@ -50,7 +52,8 @@ def test_halves_and_patches_take_what_is_counted_for_them_at_most() -> None:
     estimated = amounts(memory(read_shape("tiny"), make_work(policy="split_master"), FAST, 1024))
     counted = estimated["base (weights=split_master)"]
     assert counted == 2 * weights.elements + 2 * weights.elements // 8
-    assert weights.storage.patch_bytes < counted - sum(base.lower.nbytes for base in weights._base) < counted / 8
+    lower = sum(SplitBase.of(p.tensor.view(-1), RUN_LENGTH).lower.nbytes for p in weights.parameters)
+    assert weights.storage.patch_bytes < counted - lower < counted / 8
 
 
 def test_halves_are_offered_where_weights_generate_in_bfloat16() -> None:

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from estune.config import Config, parse
 from estune.engines.transformers import TransformersEngine
 from estune.engines.vllm import internals, lora
 from estune.engines.vllm.adapted import AdapterWeights
-from estune.engines.vllm.adapter import AdapterShard
 from estune.engines.vllm.engine import VllmEngine, slots_for
 from estune.engines.vllm.open import open_vllm
 from estune.errors import EstuneError
@@ -197,10 +195,7 @@ def test_a_slot_holds_what_vllm_makes_of_a_file(dtype: torch.dtype) -> None:
 
     a, b = torch.randn(3, 96), torch.randn(64, 3)
     stacked = torch.full((2, 1, 8, 96), 7.0, dtype=dtype), torch.full((2, 1, 64, 8), 7.0, dtype=dtype)
-    shard = AdapterShard(SimpleNamespace(rank=0))
-    shard._slots = [1, 0]
-    shard._places = [lora.Place(stacked[0], a, 1.0), lora.Place(stacked[1], b, 1.4)]
-    shard._write(1)
+    lora.write([lora.Place(stacked[0], a, 1.0), lora.Place(stacked[1], b, 1.4)], 0)
     theirs = LoRALayerWeights("m", 3, 4, a.to(dtype), b.to(dtype), scaling=1.4).optimize()
     assert torch.equal(stacked[0][0, 0, :3], theirs.lora_a)
     assert torch.equal(stacked[1][0, 0, :, :3], theirs.lora_b)

@@ -150,7 +150,7 @@ def test_a_length_without_room_is_refused_by_the_name_of_its_setting(
     from estune.engines.vllm.engine import VllmEngine
 
     path = saved("llama")
-    monkeypatch.setattr(VllmEngine, "_cache_bytes", lambda *arguments: 1 << 17)
+    monkeypatch.setattr(VllmEngine, "cache_bytes", lambda *arguments: 1 << 17)
     with pytest.raises(EstuneError, match="vLLM cannot run model .* lower vllm_max_model_length"):
         VllmEngine(Checkpoint(path), Config(model=str(path), engine="vllm"))
 
@@ -204,10 +204,10 @@ def test_a_gpu_that_others_use_is_no_reason_for_another_engine(saved: Any, monke
 
 def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, saved: Any, engines: Any) -> None:
     assert internals.check_version()
-    monkeypatch.setattr(internals, "_version", lambda package: "0.40.1" if package == "vllm" else None)
+    monkeypatch.setattr(internals, "installed", lambda package: "0.40.1" if package == "vllm" else None)
     with pytest.raises(EstuneError, match=r"vLLM 0.40.1 is installed, estune knows 0.25 up to, not including, 0.34"):
         internals.check_version()
-    monkeypatch.setattr(internals, "_version", lambda package: None)
+    monkeypatch.setattr(internals, "installed", lambda package: None)
     with pytest.raises(EstuneError, match=r"vLLM is not installed; pip install 'estune\[vllm\]'"):
         internals.check_version()
 

@@ -213,7 +213,7 @@ def test_on_a_gpu_another_thread_generates_what_the_one_that_started_it_does(tin
             for _ in range(4):
                 assert others.submit(use).result() == expected
         (same,) = engine.llm.collective_rpc(
-            lambda worker: getattr(worker.model_runner, "main_stream", engine._stream) == engine._stream
+            lambda worker: getattr(worker.model_runner, "main_stream", engine.stream) == engine.stream
         )
         assert same
     finally:

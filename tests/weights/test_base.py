@@ -26,7 +26,7 @@ from estune.weights.base import Share, open_memory, share_of
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.weights import Weights
-from tests.models import build_model
+from tests.models import FUSABLE, build_model
 from tests.runs import assert_same_run, make_config, make_task
 
 UPDATE = Update(0, (Member(3), Member(4, -1)), (0.25, -0.5), decay=-0.125, rounding_seed=7)
@@ -83,9 +83,10 @@ def test_a_shared_base_has_the_bits_of_one_alone(policy: Any, dtype: torch.dtype
 
 def test_a_saved_checkpoint_is_loaded_by_the_first_alone(model: Path, memory: int) -> None:
     checkpoint = Checkpoint(model)
+    models = [build_model("qwen2", seed=9, **FUSABLE) for _ in range(2)]
     first, second = (
-        Weights(trained_parameters(build_model("qwen2", seed=9), checkpoint.tensors), share=Share(memory, i, 2))
-        for i in range(2)
+        Weights(trained_parameters(built, checkpoint.tensors), share=Share(memory, i, 2))
+        for i, built in enumerate(models)
     )
     before = first.fingerprint()
     second.load(checkpoint)

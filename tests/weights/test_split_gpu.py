@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from estune.es.strategy import Member
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.device_storage import SplitStorage
 from estune.weights.parameters import Parameter
-from estune.weights.storage import SplitStorage
 from estune.weights.weights import Weights
 
 pytest.importorskip("triton")
@@ -23,7 +27,7 @@ from tests.weights.test_weights_gpu import DEVICE, ON_GPU, SHAPES, base_bits, bi
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("estune.weights.storage.STREAMED_LENGTH", 41)
+    monkeypatch.setattr("estune.weights.device_storage.STREAMED_LENGTH", 41)
     if not ON_GPU:
         monkeypatch.setattr("estune.weights.weights.open_storage", lambda runs, threads: SplitStorage(runs))
         monkeypatch.setattr(gpu, "BLOCK", 32)
@@ -48,8 +52,9 @@ def opened(policy: Any, device: str, **options: Any) -> Weights:
 
             patch.setattr("estune.weights.weights.open_storage", open_storage)
         weights = Weights([replace(p, tensor=p.tensor.bfloat16().to(device)) for p in wholes], policy=policy, **options)
-    for base, p in zip(weights._base, wholes, strict=True):
-        base.copy_(p.tensor.view(-1).to(device))
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({p.name: p.tensor for p in wholes}, Path(folder) / "model.safetensors")
+        weights.load(Checkpoint(Path(folder)))
     weights.restore()
     return weights
 

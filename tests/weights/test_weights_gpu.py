@@ -26,8 +26,8 @@ from estune.noise import reference
 from estune.weights.base import keeps_base_on_host, make_base
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.checkpoint import Tensor as StoredTensor
+from estune.weights.device_storage import BUFFERS, STREAMED_LENGTH, DeviceStorage, StreamedStorage
 from estune.weights.parameters import Parameter, trained_parameters
-from estune.weights.storage import BUFFERS, STREAMED_LENGTH, DeviceStorage, StreamedStorage
 from estune.weights.weights import Weights
 from tests.models import build_model, save_model
 
@@ -48,7 +48,7 @@ SHAPES = {"a.weight": (5, 15), "a.bias": (3,), "b": (1,)}
 def kind_of_storage(kind: str, length: int = 64) -> Iterator[None]:
     """Within this, weights on `DEVICE` are stored in this manner, and streamed `length` elements at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("estune.weights.storage.STREAMED_LENGTH", length)
+        patch.setattr("estune.weights.device_storage.STREAMED_LENGTH", length)
         if not ON_GPU:
             patch.setattr("estune.weights.weights.open_storage", lambda runs, threads: KINDS[kind](runs))
             patch.setattr(gpu, "BLOCK", 32)
@@ -102,7 +102,7 @@ operations = st.lists(st.one_of(members, updates, st.none()), min_size=1, max_si
     st.sampled_from(["iid", "correlated", "rank1"]),
     st.sampled_from([30, 41, 1000]),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_any_history_gives_the_bits_of_the_cpu(
     kind: str, history: Any, dtype: torch.dtype, policy: Any, rounding: Any, noise: Any, length: int
 ) -> None:

@@ -87,7 +87,8 @@ class TransformersEngine(PromptEncoder):
         vision = open_vision(path, self.model.config, trust_remote_code=trust_remote_code)
         super().__init__(str(model), tokenizer, self.model.config, vision=vision)
         weights: int = sum(parameter.nbytes for parameter in self.model.parameters())
-        self._batch_memory = (total_memory(self.device) // sharers - weights) // MEMORY_SHARE
+        self.batch_memory = (total_memory(self.device) // sharers - weights) // MEMORY_SHARE
+        """Bytes that a batch may take."""
         if self.device.type == "cpu":
             keep_freed_memory()
         self.end_ids = end_tokens(self.model, self.tokenizer)
@@ -149,7 +150,7 @@ class TransformersEngine(PromptEncoder):
         rows = self.batch_size or self.fitting_rows(slots)
         most = rows // prompts
         if isinstance(together, RowsTogether):
-            most = min(most, self._batch_memory // together.member_bytes)
+            most = min(most, self.batch_memory // together.member_bytes)
         return max(1, most)
 
     def generate_each(
@@ -236,7 +237,7 @@ class TransformersEngine(PromptEncoder):
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats) of every token of every completion under the live weights."""
-        logits = self._batch_memory // (4 * SCORE_COPIES)
+        logits = self.batch_memory // (4 * SCORE_COPIES)
         with memory_for("the logits of a batch", "lower max_new_tokens"):
             if not isinstance(self.decoder, FusedDecoder):
                 return log_probabilities(self.model, prompt_ids, completion_ids, logits, self.vision)
@@ -278,4 +279,4 @@ class TransformersEngine(PromptEncoder):
         config = self.model.config.get_text_config(decoder=True)
         cache = cached_elements(config) * slots * self.model.dtype.itemsize
         most = MAX_ROWS.get(self.device.type, MAX_ROWS_ELSEWHERE)
-        return fitting_rows(self._batch_memory, cache=cache, vocabulary=config.vocab_size, most=most)
+        return fitting_rows(self.batch_memory, cache=cache, vocabulary=config.vocab_size, most=most)

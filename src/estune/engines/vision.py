@@ -28,7 +28,11 @@ class Vision:
         self._open = open_processor
         self._processor: Any = None
         self._kept: dict[tuple[str, tuple[Picture, ...]], Inputs] = {}
-        self._size = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much is kept of what was made of pictures."""
+        return sum(map(_bytes, self._kept.values()))
 
     def token_ids(self, text: str, pictures: Sequence[Picture], where: str) -> list[int]:
         """Token ids of a rendered prompt, with as many for each picture as the model sees it in.
@@ -70,11 +74,8 @@ class Vision:
         key = text, pictures
         if key not in self._kept:
             made = self._processed(text, pictures, where)
-            size = sum(value.nbytes for value in made.values())
-            if self._size + size > KEPT_BYTES:
+            if self.kept_bytes + _bytes(made) > KEPT_BYTES:
                 self._kept.clear()
-                self._size = 0
-            self._size += size
             self._kept[key] = made
         return self._kept[key]
 
@@ -98,6 +99,10 @@ class Vision:
                 "each picture"
             ) from error
         return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+
+def _bytes(inputs: Inputs) -> int:
+    return sum(value.nbytes for value in inputs.values())
 
 
 def pictured(prompt: Prompt) -> list[Picture]:

@@ -36,7 +36,7 @@ Status = Literal["passed", "failed", "timeout", "memory", "crash", "refused"]
 _JAIL = Path(__file__).with_name("jail.py")
 _GRACE_SECONDS = 10  # for the keeper to start and to tell the outcome
 _FOLDER = "estune-sandbox-"
-_SETTLED_SECONDS = 60  # a folder that is younger may not be locked yet
+SETTLED_SECONDS = 60  # a folder that is younger may not be locked yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +282,7 @@ def clear_leftovers() -> None:
     for path in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
         with suppress(OSError):
             found = path.lstat()
-            if found.st_uid != os.getuid() or time.time() - found.st_mtime < _SETTLED_SECONDS:
+            if found.st_uid != os.getuid() or time.time() - found.st_mtime < SETTLED_SECONDS:
                 continue
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

@@ -238,7 +238,8 @@ def _normal(out, seed, tensor, start):
         last = min(stop, 4 * (block + CHUNK))
         n = (last + 3) // 4 - block
         normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
-        out[first - start : last - start] = flat[first - 4 * block : last - 4 * block]
+        for i in range(last - first):  # not by slices: what their assignment raises takes Numba seconds to compile
+            out[first - start + i] = flat[first - 4 * block + i]
 
 
 @jit

@@ -200,7 +200,8 @@ def _perturb(live, lower, seed, tensor, start, sigma, width, pitch, skip, done, 
         codes[noise.size : noise.size + GROUP] = 0
         for i in range(0, noise.size, PATCHED):
             used = _write(codes[i : i + PATCHED], weights[i : i + PATCHED], words, used)
-        weights[:] = perturbed[: noise.size]
+        for i in range(noise.size):  # not `weights[:] = ...`: what that raises takes Numba seconds to compile
+            weights[i] = perturbed[i]
         done += noise.size
     return done, used, 0
 
@@ -226,7 +227,8 @@ def _restore(live, lower, seed, tensor, start, sigma, width, pitch, skip, words)
             restored[i] = _guess(weights[i], sigma * noise[i], weights, low, i)
         for i in range(0, noise.size, PATCHED):
             used = _patch(restored[i : i + PATCHED], words, used)
-        weights[:] = restored[: noise.size]
+        for i in range(noise.size):
+            weights[i] = restored[i]
         done += noise.size
 
 

@@ -297,7 +297,7 @@ def _folded(lanes, LANES: tl.constexpr):
 
 
 @dataclass(frozen=True)
-class _Launch:
+class Launch:
     """Runs of one kind: their table and, for each program, the number of its run, both on the device."""
 
     runs: Sequence[Run]
@@ -308,6 +308,7 @@ class _Launch:
     flags: dict[str, Any]
 
     def start(self, kernel: Any, *arguments: Any, **types: Any) -> None:
+        """Have the device run a kernel on all of them."""
         options = {"num_warps": WARPS, "enable_fp_fusion": False}
         kernel[(len(self.owners),)](self.table, self.owners, *arguments, **types, **self.flags, **options)
 
@@ -335,7 +336,7 @@ class Batch:
 
     def _launch(
         self, live: torch.dtype, base: torch.dtype, pitched: bool, aligned: bool, runs: Sequence[Run]
-    ) -> _Launch:
+    ) -> Launch:
         programs = np.array([_programs(run) for run in runs])
         first = np.cumsum(programs) - programs
         table = np.array([[*_row(run), int(f)] for run, f in zip(runs, first, strict=True)], np.uint64)
@@ -343,7 +344,7 @@ class Batch:
         device = runs[0].live.device
         flags = {"PITCHED": pitched, "ALIGNED": aligned, "COUNT": BLOCK, "STEPS": STEPS}
         rows = torch.from_numpy(table.view(np.int64)).to(device)
-        return _Launch(runs, rows, torch.from_numpy(owners).to(device), live, base, flags)
+        return Launch(runs, rows, torch.from_numpy(owners).to(device), live, base, flags)
 
     def perturb(self, seed: int, sigma: float) -> None:
         """As `cpu.perturb`, for all runs."""

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from estune.noise import cpu_inplace as cpu
 from estune.noise import cpu_split
-from estune.noise.gpu import _TYPES, BASE, LIVE, Batch, _kernel, _Launch, _narrow, _normals, _places, _pointer, _run
+from estune.noise.gpu import _TYPES, BASE, LIVE, Batch, Launch, _kernel, _narrow, _normals, _places, _pointer, _run
 from estune.noise.gpu import NOISE as NOISE_KEY
 
 SHIFT = tl.constexpr(cpu.PLACE_SHIFT)
@@ -201,7 +201,7 @@ class Reversible:
         return torch.empty(max(words, 1), dtype=torch.uint16, device=self._device)
 
 
-def _types(launch: _Launch) -> dict[str, Any]:
+def _types(launch: Launch) -> dict[str, Any]:
     return {"TYPE": _TYPES[launch.live], "SPLIT": launch.base == torch.int16}
 
 

@@ -83,7 +83,7 @@ class CrewPool:
         def count(done: Evaluated) -> None:
             self._count(prompt_ids, done.completions, sampling, done.generate_time)
 
-        size = min(self._at_once(), math.ceil(len(members) / self.engines))
+        size = min(self.members_at_once(), math.ceil(len(members) / self.engines))
         if size == 1:
             return CrewEvaluation(self.crew.run("evaluate", [(m, sigma, prompts, sampling) for m in members]), count)
         groups = [members[first : first + size] for first in range(0, len(members), size)]
@@ -170,7 +170,7 @@ class CrewPool:
         """The prompts of a step as workers are given them."""
         return prompt_ids
 
-    def _at_once(self) -> int:
+    def members_at_once(self) -> int:
         """How many members a worker is given at once."""
         return 1
 

@@ -89,13 +89,13 @@ def fastest(shapes: Sequence[tuple[int, int]], rows: int, choices: Sequence[Way]
     speeds = dict.fromkeys(choices, 0.0)
     with told_while(TRYING, share=lambda: done / (len(choices) * TURNS * ROUNDS)):
         for way in [*choices] * TURNS:
-            speeds[way] = max(speeds[way], _speed(way, shapes, rows, own=own, tick=tick))
+            speeds[way] = max(speeds[way], speed_of(way, shapes, rows, own=own, tick=tick))
     each = 2 * sum(map(math.prod, shapes))  # operations a token
     found = ", ".join(f"{way} {speed / each:,.0f}" for way, speed in speeds.items())
     log.info("tokens a second, by their matrix products alone: %s", found)
     chosen = next(way for way in choices if speeds[way] >= ALIKE * max(speeds.values()))
     if rows < FEW_ROWS:
-        said = more_prompts(rows, speeds[chosen], _speed(chosen, shapes, 2 * rows, own=own, tick=tick))
+        said = more_prompts(rows, speeds[chosen], speed_of(chosen, shapes, 2 * rows, own=own, tick=tick))
         if said:
             log.warning("%s", said)
     return chosen
@@ -118,7 +118,7 @@ def more_prompts(rows: int, speed: float, doubled: float) -> str | None:
     )
 
 
-def _speed(way: Way, shapes: Sequence[tuple[int, int]], rows: int, *, own: bool, tick: Callable[[], None]) -> float:
+def speed_of(way: Way, shapes: Sequence[tuple[int, int]], rows: int, *, own: bool, tick: Callable[[], None]) -> float:
     """Operations a second of all engines together."""
     some = list(_some(shapes, min(MOST_OF_ONE, MOST_TRIED // way.replicas)))
     dtype: torch.dtype = getattr(torch, way.dtype)

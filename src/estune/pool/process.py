@@ -62,7 +62,8 @@ class GeneratorProcess:
     def __init__(self, config: Config, *, deadlines: Deadlines | None = None, inherited: Sequence[int] = ()) -> None:
         self._config = config
         self._deadlines = deadlines or Deadlines(config.worker_timeout)
-        self._inherited = inherited
+        self.inherited = inherited
+        """Descriptors of memory that its processes are given."""
         self._lock = threading.Lock()
         self._closed = False
         self._launched: Launched | None = None
@@ -125,7 +126,7 @@ class GeneratorProcess:
             if self._closed:
                 raise Lost("the run has ended")
             self._late = None
-            self._launched = launch(self._inherited)
+            self._launched = launch(self.inherited)
             self._earlier = self.progress()
             self._counts.map(self._launched.folder / COUNTS)
             return _Manager(str(self._launched.socket), self._launched.key)

@@ -47,7 +47,8 @@ class HeldOut:
         self._count = config.eval_samples
         telling = (function for function in task.reward_funcs if reward_name(function) in task.accuracies)
         self._of_corpus = "corpus" in map(level_of, telling)  # then no completion is right or wrong by itself
-        self._grading = grading or make_grading(config, task)
+        self.grading = grading or make_grading(config, task)
+        """What grades completions."""
         self.sampling = evaluation_sampling(config)
         """How completions are drawn."""
         self.prompt_ids = encode_rows(encoder, task, dict(enumerate(task.evaluation)), "evaluation row", self.sampling)
@@ -82,7 +83,7 @@ class HeldOut:
         prompt_ids = self._each(self.prompt_ids)
         if not self.sampling.temperature:  # all of a prompt would be alike
             completions = self._each(completions)
-        graded = Graded(rows, completions, self._grading.grade(rows, completions))
+        graded = Graded(rows, completions, self.grading.grade(rows, completions))
         metrics = evaluation_metrics(self.task, graded)
         if self._count > 1 and not self._of_corpus:
             metrics |= pass_metrics(solved(self.task, graded), self._count)
@@ -99,7 +100,7 @@ class HeldOut:
 
     def close(self) -> None:
         """End what grades."""
-        self._grading.close()
+        self.grading.close()
 
 
 def refuse_unreachable(task: Task, config: Config) -> None:

@@ -168,7 +168,7 @@ class GymConfig(PromptOptions):
                 failures = failures + 1 if question in known else 0
                 if not failures:
                     known.add(question)
-                    rows.append(self._row(entry))
+                    rows.append(self.row(entry))
             if failures > _MOST_FAILURES or seed - first_seed >= SPAN:
                 raise EstuneError(
                     f"task {self.name}: {size} problems wanted, but only {len(rows)} new ones found; ask for fewer, or "
@@ -176,7 +176,8 @@ class GymConfig(PromptOptions):
                 )
         return rows
 
-    def _row(self, entry: dict[str, Any]) -> Row:
+    def row(self, entry: dict[str, Any]) -> Row:
+        """What a problem of the generator is to the task."""
         question = str(entry["question"])
         prompt = f"{question}\n\n{self.instruction}" if self.tags and self.instruction else question
         return {

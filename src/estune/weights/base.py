@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from estune.noise.rows import Run
-from estune.weights.storage import STREAMED_LENGTH
+from estune.weights.device_storage import STREAMED_LENGTH
 
 
 @dataclass(frozen=True, slots=True)

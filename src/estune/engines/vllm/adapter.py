@@ -79,13 +79,8 @@ class AdapterShard(Shard):
         self._write(lora.FIRST)
 
     def _write(self, number: int) -> None:
-        """Write the live adapter into a slot, as vLLM does: rounded to its type, then scaled."""
-        slot = self._slots[number]
-        targets = [place.target(slot) for place in self._places]
-        torch._foreach_copy_(targets, [place.source for place in self._places])
-        for target, place in zip(targets, self._places, strict=True):
-            if place.scale != 1.0:
-                target.mul_(place.scale)  # not `_foreach_mul_`, which on a CPU rounds the factor to the tensor's type
+        """Write the live adapter into a slot."""
+        lora.write(self._places, self._slots[number])
 
     def _check_addresses(self) -> None:
         super()._check_addresses()

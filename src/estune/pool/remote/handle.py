@@ -171,7 +171,7 @@ class RemoteHandle:
         until = time.monotonic() + LEASE_SECONDS + SPARE_SECONDS
         while True:
             try:
-                opened = self._post("open", [self._terms], self._deadlines.of("open"))
+                opened = self.post("open", [self._terms], self._deadlines.of("open"))
                 self._held = True
                 refuse_other_base(self.url, opened.description, self._base)
                 return opened.description, opened.done
@@ -192,11 +192,11 @@ class RemoteHandle:
             if is_played(prompts.ids):
                 return self._play(kind, said, prompts.ids)
         try:
-            found = self._post(kind, said, limit)
+            found = self.post(kind, said, limit)
         except _UnknownPrompts:
             assert prompts is not None
-            self._post("prompts", [prompts.name, prompts.ids], limit)
-            found = self._post(kind, said, limit)
+            self.post("prompts", [prompts.name, prompts.ids], limit)
+            found = self.post(kind, said, limit)
         self._deadlines.took(kind, time.monotonic() - began)
         if prompts is None or kind == "compare":
             return found
@@ -209,12 +209,12 @@ class RemoteHandle:
         """Play rollouts here, whose turns the server completes with the weights that it holds meanwhile."""
         done, member, sigma = said[:3] if kind == "evaluate" else (said[0], None, 0.0)
         play = secrets.token_hex(8)
-        perturbed = self._post("hold", [done, play, member, sigma], self._deadlines.of("hold"))
+        perturbed = self.post("hold", [done, play, member, sigma], self._deadlines.of("hold"))
         began = time.perf_counter()
 
         def turns(joined: Sequence[Joined], left: Sequence[int]) -> list[Ended]:
             asked = time.monotonic()
-            found: list[Ended] = self._post("turns", [play, joined, left], self._deadlines.of("turns"))
+            found: list[Ended] = self.post("turns", [play, joined, left], self._deadlines.of("turns"))
             self._deadlines.took("turns", time.monotonic() - asked)
             return found
 
@@ -244,7 +244,7 @@ class RemoteHandle:
                 self._held = False
                 # It may be gone.
                 with suppress(Lost, StaleWeights, EstuneError), self._connected() as client:
-                    self._post("release", [], RELEASE_SECONDS, client)
+                    self.post("release", [], RELEASE_SECONDS, client)
 
     def _connected(self) -> httpx.Client:
         return httpx.Client(
@@ -254,7 +254,7 @@ class RemoteHandle:
             limits=httpx.Limits(keepalive_expiry=KEPT_SECONDS),
         )
 
-    def _post(self, kind: str, arguments: Sequence[Any], limit: float, client: httpx.Client | None = None) -> Any:
+    def post(self, kind: str, arguments: Sequence[Any], limit: float, client: httpx.Client | None = None) -> Any:
         """Make a call, and return its result.
 
         Raises:

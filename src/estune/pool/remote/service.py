@@ -283,13 +283,15 @@ def add_routes(app: Any, service: Callable[[Any], Service]) -> None:
             return Response(status_code=400)  # which nobody reads
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             return JSONResponse({"failure": "failed", "why": first_line(error)}, 400)
-        return StreamingResponse(_lines(service(request), kind, lease, arguments), media_type="application/x-ndjson")
+        return StreamingResponse(
+            answer_lines(service(request), kind, lease, arguments), media_type="application/x-ndjson"
+        )
 
     app.add_route(PATH, greet, methods=["GET"])
     app.add_route(PATH + "/{kind}", call, methods=["POST"])
 
 
-async def _lines(service: Service, kind: str, lease: str, arguments: Any) -> AsyncIterator[bytes]:
+async def answer_lines(service: Service, kind: str, lease: str, arguments: Any) -> AsyncIterator[bytes]:
     """The answer to a call, with a sign of life now and then until it is there."""
     asked = Asked()
     task = asyncio.ensure_future(asyncio.to_thread(service.run, kind, lease, arguments, asked))

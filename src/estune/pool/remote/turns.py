@@ -114,10 +114,10 @@ class _Far:
         self._encoder.check(prompt_ids, sampling)
 
     def open_rows(self) -> Rows:
-        return _FarRows(self.turns, self.end_ids)
+        return FarRows(self.turns, self.end_ids)
 
 
-class _FarRows:
+class FarRows:
     """As `Rows`, of a batch that is elsewhere. A row gains all of its tokens when it ends there."""
 
     # A server that nothing is asked of, as all rollouts compute, is neither lost to others nor lost unnoticed.
@@ -132,12 +132,18 @@ class _FarRows:
         self._left: list[int] = []
 
     def join(self, request: Request) -> int:
+        """As `Rows.join`."""
         row = next(self._numbers)
         self._active[row] = request.sampling.max_new_tokens
         self._joined.append((row, list(request.prompt_ids), request.sampling))
         return row
 
     def step(self) -> list[tuple[int, list[int]]]:
+        """As `Rows.step`.
+
+        Raises:
+            EstuneError: a turn has ended at another length than was asked for.
+        """
         joined = self._joined
         left = self._left
         self._joined = []
@@ -152,5 +158,6 @@ class _FarRows:
         return found
 
     def leave(self, row: int) -> None:
+        """As `Rows.leave`."""
         self._active.pop(row, None)
         self._left.append(row)

@@ -60,7 +60,7 @@ def compare(
     config = with_resources(config.model_copy(update={"dtype": comparable_dtype(config)}))
     config = _with_one_training_set(config)
     task = config.task.build(config.seed)
-    _check_task(task)
+    check_task(task)
     with make_grading(config, task) as grading:
         preflight(task, grading)
     for text in plan.large_steps(config, len(task.train)):
@@ -101,7 +101,7 @@ def _with_one_training_set(config: Config) -> Config:
     return config.model_copy(update={"task": config.task.model_copy(update={"seed": config.seed})})
 
 
-def _check_task(task: Task) -> None:
+def check_task(task: Task) -> None:
     """Refuse tasks that TRL's trainers would treat differently from ES."""
     if task.stages:
         raise EstuneError(f"task {task.name}: it has stages, which TRL does not know; compare on the task of one stage")
