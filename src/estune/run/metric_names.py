@@ -21,6 +21,7 @@ COMPARED = ("kl", "weights/change", "weights/relative_change")
 """What `Pool.compare` tells, as far as it can."""
 COMPLETIONS = ("mean_length", "clipped_ratio", "distinct")
 NEAREST = 3
+ALIKE = 0.75  # of `difflib`
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Names:
         """
         if name in self.known or self._may_be_logged(name):
             return
-        near = difflib.get_close_matches(name, self.known, NEAREST)
+        near = difflib.get_close_matches(name, self.known, NEAREST, ALIKE)
         hint = f"did you mean {' or '.join(near)}? There are" if near else "there are"
         raise EstuneError(f"{what}: no metric can be called {name!r}; {hint} {', '.join(sorted(self.known))}")
 

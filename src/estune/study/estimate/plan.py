@@ -168,7 +168,7 @@ class Plan:
         )
         shared = ", shared out over all replicas" if shares_base(work, times.device) else ""
         shared = f", on each of {work.replicas} replicas" if work.replicas > 1 and times.device.is_gpu else shared
-        trained = f"{trained_elements(times.shape, work):,}"
+        trained = f"{times.shape.vectors if work.rank1 else trained_elements(times.shape, work):,}"
         way = "read the base, draw {} numbers, write live weights"
         if not POLICIES[work.policy].keeps_base:
             way = "take back the member before and perturb the base: draw 2 x {} numbers, read and write twice"

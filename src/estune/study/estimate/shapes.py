@@ -92,7 +92,9 @@ def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = 
     if method in KEPT:
         shape = replace(shape, stored=_stored(model), own=False)
     added = adapter_elements(shape.matrix_shapes, adapter)
-    return replace(shape, trained=added, parameters=shape.parameters + added, joins=False)
+    return replace(
+        shape, trained=added, parameters=shape.parameters + added, vectors=min(shape.vectors, added), joins=False
+    )
 
 
 @functools.lru_cache(maxsize=32)
