@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+Key = TypeVar("Key")  # of a piece of work
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("estune", "torch", "transformers", "numba", "numpy")
@@ -50,9 +52,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def in_turns(work: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
+def in_turns(work: Mapping[Key, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[Key, list[float]]:
     """Seconds of each piece of work, taken in turns, so that a busy moment slows all of them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    seconds: dict[Key, list[float]] = {name: [] for name in work}
     for repeat in range(warm_up + repeats):
         for name, run in work.items():
             start = time.perf_counter()
@@ -62,7 +64,7 @@ def in_turns(work: Mapping[str, Callable[[], object]], repeats: int, warm_up: in
     return seconds
 
 
-def medians(work: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[str, float]:
+def medians(work: Mapping[Key, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[Key, float]:
     """Median seconds of each piece of work, taken in turns."""
     return {name: statistics.median(values) for name, values in in_turns(work, repeats, warm_up).items()}
 
@@ -84,10 +86,17 @@ def rounded(value: Any, digits: int = 4) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
+def _script() -> str:
+    """The name by which the script was started as a module."""
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None
+    return spec.name
+
+
 def write_result(name: str, figures: Mapping[str, Any], results: Path = RESULTS) -> Path:
     """Write figures with machine, date and command to `NAME-DATE.json` in the folder `results`, and print them."""
     now = datetime.now(UTC)
-    command = " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
+    command = " ".join(["python -m", _script(), *sys.argv[1:]])
     result = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": machine(), **figures}
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}-{now:%Y-%m-%d}.json"

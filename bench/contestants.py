@@ -158,7 +158,8 @@ class Ours:
 
     def save(self, path: Path) -> None:
         """Write the live weights for `PlainScript.load`."""
-        torch.save(self.replica.engine.model.state_dict(), path)
+        engine: Any = self.replica.engine
+        torch.save(engine.model.state_dict(), path)
 
     def close(self) -> None:
         """End its processes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -20,7 +20,7 @@ PARTS = (OURS, PALE, "#c4562b", "#e0a34a", "#7a9a4e", "#8d6bb0", "#4fa3a5", "#b5
 mpl.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "svg.hashsalt": "estune"})
 
 
-def tidy(axes: Axes, along: str = "y") -> None:
+def tidy(axes: Axes, along: Literal["both", "x", "y"] = "y") -> None:
     """Two spines, a faint grid along the values, and grey labels."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")

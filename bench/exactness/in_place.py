@@ -35,6 +35,7 @@ from estune.weights.parameters import Parameter, own_parameters
 from estune.weights.policies import PolicyName, Rounding
 from estune.weights.weights import Weights
 
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
 SIGMAS = (0.0005, 0.001, 0.004)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SPREAD, ELEMENTS, POPULATION = 0.02, 1 << 17, 30
@@ -158,7 +159,7 @@ def main() -> None:
         f"{'one direction' if same else 'random directions'}, learning rate x {rate}, {rounding}": arrives(
             rounding, rate, same=same
         )
-        for same, rate, rounding in itertools.product((False, True), (1, 0.1), ("nearest", "stochastic"))
+        for same, rate, rounding in itertools.product((False, True), (1, 0.1), ROUNDINGS)
     }
     write_result("in-place", rounded(figures), args.results)
 

@@ -108,7 +108,8 @@ def drive(args: argparse.Namespace) -> None:
         watch = Watch(args.kill, args.steps // 2)
         trainer = Trainer(config(args, args.drive, workers_at=[near, proxy.url]), monitors=[watch])
         trainer.pool.wait_for_workers(SECONDS)  # type: ignore[attr-defined]
-        time_calls(proxy.url, calls := [])
+        calls: list[Any] = []
+        time_calls(proxy.url, calls)
         trainer.train()
         print(json.dumps({"steps": watch.steps, "calls": calls, "lost": proxy.stalls, "stalled": proxy.stalled}))
 

@@ -62,7 +62,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         run = trainer(wild, args.steps, workers=args.workers, worker_timeout=TIMEOUT)
         assert isinstance(run.pool, RayPool)
-        done, log = threading.Event(), []
+        done = threading.Event()
+        log: list[Any] = []
         killer = threading.Thread(target=disturb, args=(run.pool, args, done, log))
         killer.start()
         try:

@@ -73,7 +73,8 @@ def _steps(run: Path) -> int:
 
 def _finish(process: subprocess.Popen[bytes]) -> None:
     if process.wait():
-        raise EstuneError(f"{' '.join(map(str, process.args))} ended with {process.returncode}")
+        command: Any = process.args
+        raise EstuneError(f"{' '.join(map(str, command))} ended with {process.returncode}")
 
 
 def main() -> None:

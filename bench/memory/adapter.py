@@ -43,7 +43,8 @@ class Way:
         self._tokens = 0
 
     def describe(self) -> dict[str, Any]:
-        decoder = type(self._replica.engine.decoder).__name__
+        engine: Any = self._replica.engine
+        decoder = type(engine.decoder).__name__
         return {"elements": self._replica.weights.elements, "decoder": decoder, "tokens": self._tokens}
 
     def turn(self) -> dict[str, float]:

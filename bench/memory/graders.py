@@ -72,6 +72,7 @@ def peak(way: str, limit: int) -> int:
     ended = threading.Event()
     with Grading([isolate(take, Isolation(memory=limit, deadline=20))], processes=1) as grading:
         grading.grade([{"prompt": ""}], [completion("")])
+        assert grading.pool is not None
         (pid,) = grading.pool.pids()
         idle = held(pid)
 

@@ -24,7 +24,7 @@ from bench.common import medians, options, write_result
 
 from estune.noise import cpu
 from estune.weights.checkpoint import RUN_LENGTH
-from estune.weights.weights import as_array
+from estune.weights.storage import as_array
 
 SIZES = {"256 K elements": 1 << 18, "1 M elements": 1 << 20, "16 M elements": 1 << 24}
 PIECE = 1 << 15
@@ -57,7 +57,12 @@ def torch_ways(live: torch.Tensor) -> dict[str, Callable[[int, float], None]]:
         for start in range(0, size, PIECE):
             live[start : start + PIECE].add_(part.normal_(generator=generator), alpha=scale)
 
-    ways = {"randn": randn, "randn, out": randn_out, "normal_": normal, "normal_, pieces": pieces}
+    ways: dict[str, Callable[[int, float], None]] = {
+        "randn": randn,
+        "randn, out": randn_out,
+        "normal_": normal,
+        "normal_, pieces": pieces,
+    }
     if dtype != torch.float32:
         ways["normal_, float32"] = lambda seed, scale: pieces(seed, scale, wide)
     return ways

@@ -32,6 +32,7 @@ import numpy as np
 from bench.common import in_turns, options, settings, write_result
 from bench.memory.peak import peak_memory
 
+from estune.children import cores
 from estune.es.evolution import EvolutionStrategy
 from estune.journal import compact
 from estune.journal.journal import Journal
@@ -42,7 +43,7 @@ from estune.noise import cpu
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import EMBEDDED
 from estune.weights.policies import Rule
-from estune.weights.rebuild import Steps, cores
+from estune.weights.rebuild import Steps
 
 SHARD = 500_000_000  # weights
 BLOCK = 1 << 20  # elements that the kernel alone works on at a time, as replay does

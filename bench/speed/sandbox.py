@@ -121,7 +121,9 @@ def own_solutions(file: str) -> dict[str, int]:
     rows = [*task.train, *task.evaluation]
     unsealed, tests = unsealed_tests(rows)
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    scores = unit_tests(prompts=rows, completions=[block(row["solution"]) for row in rows], **columns)
+    scores = unit_tests(
+        prompts=[row["prompt"] for row in rows], completions=[block(row["solution"]) for row in rows], **columns
+    )
     return {"tests": tests, "sealed": tests - unsealed, "solutions": len(rows), "passed": scores.count(1.0)}
 
 

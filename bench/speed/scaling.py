@@ -77,7 +77,8 @@ def by_parameters(sizes: list[str], prompts: int, repeats: int) -> dict[str, Any
     seconds = medians(
         {size: lambda size=size: step(ours[size], members, asked[size]) for size in sizes}, repeats, warm_up=1
     )
-    x = [parameters(each.replica.engine.model) for each in ours.values()]
+    engines: list[Any] = [each.replica.engine for each in ours.values()]
+    x = [parameters(engine.model) for engine in engines]
     for each in ours.values():
         each.close()
     return {"population": members, "prompts": prompts, "sizes": sizes, **curve("parameters", x, seconds)}

@@ -194,7 +194,8 @@ class Case:
         return time.perf_counter() - start, parts["tokens"]
 
     def close(self) -> None:
-        for contestant in (*self.scripts.values(), *self.compiled.values(), *self.ours.values()):
+        contestants: list[Any] = [*self.scripts.values(), *self.compiled.values(), *self.ours.values()]
+        for contestant in contestants:
             contestant.close()
 
 
@@ -245,7 +246,8 @@ def main() -> None:
         for name, model in models.items():
             print(f"{args.model}, {name}", flush=True)
             case = Case(model, prompts, args)
-            count = parameters(case.ours["float32"].replica.engine.model)
+            engine: Any = case.ours["float32"].replica.engine
+            count = parameters(engine.model)
             cases[name] = case.measure(try_compiled=args.compile and not cases)
             case.close()
     figures = {"model": args.model, "parameters": count, "settings": settings(args), "cases": rounded(cases)}

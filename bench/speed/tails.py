@@ -84,8 +84,9 @@ def main(arguments: argparse.Namespace) -> None:
     sizes = shape()
     whole = plan(sizes, arguments.gpu, arguments.new_tokens, arguments.prompts, arguments.population)
     halves = plan(sizes, arguments.gpu, arguments.new_tokens, arguments.prompts // 2, 2 * arguments.population)
-    members = whole.members
-    usual = np.minimum(members, whole.times.perturb() + whole.times.read(whole.work.prompts) + whole.generated)
+    jobs = whole.jobs(1)
+    members = jobs.seconds
+    usual = np.minimum(members, jobs.taken + jobs.read + jobs.generated)
     print(f"a member: {members.mean():.3g} s, standard deviation {usual.std():.2g} s without stragglers")
     found = {}
     for workers in WORKERS:
@@ -93,7 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
         seconds = {
             "as they come": makespan(members, workers).mean(),
             "longest first": makespan(np.sort(members)[:, ::-1], workers).mean(),
-            "in halves": makespan(halves.members, workers).mean(),
+            "in halves": makespan(halves.jobs(1).seconds, workers).mean(),
             "second copies": np.mean([second_copies(m, u, workers) for m, u in zip(members, usual, strict=True)]),
             "least possible": np.maximum(members.max(axis=1), members.sum(axis=1) / workers).mean(),
             "every fourth half as fast": np.mean([unlike(m, speeds, wait=False) for m in members]),

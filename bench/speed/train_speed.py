@@ -51,10 +51,11 @@ class Stopwatch:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.replicas = len(trainer.pool.replicas)
+        pool: Any = trainer.pool
+        self.replicas = len(pool.replicas)
         self.seconds: Parts = {}
         self.evaluate = trainer.pool.evaluate
-        trainer.pool.evaluate = self._evaluate
+        pool.evaluate = self._evaluate
         trainer.pool.apply = self._timed("update and fingerprint", trainer.pool.apply)
         trainer.journal.append_step = self._timed("journal", trainer.journal.append_step)
 
@@ -114,7 +115,8 @@ class Stopwatch:
 
         shares = [members[i :: self.replicas] for i in range(self.replicas)]
         with ThreadPoolExecutor(self.replicas) as threads:
-            return sum(threads.map(rate, trainer.pool.replicas, shares))
+            pool: Any = trainer.pool
+            return sum(threads.map(rate, pool.replicas, shares))
 
 
 class Alternation(Monitor):
@@ -163,7 +165,7 @@ def measure(steps: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     return {
         "population": config.population,
         "prompts per step": config.prompts_per_step,
-        "replicas and threads": [len(trainer.pool.replicas), trainer.config.threads],
+        "replicas and threads": [trainer.config.replicas, trainer.config.threads],
         "mean completion length": statistics.mean(s["tokens"] for s in taken)
         / (config.population * config.prompts_per_step),
         "tokens per second": {

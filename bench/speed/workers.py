@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             n: lambda pool=pool: list(pool.evaluate(members, SIGMA, prompts, Sampling(NEW_TOKENS)))
             for n, pool in pools.items()
         }
-        seconds = in_turns(work, args.repeats)  # type: ignore[type-var]
+        seconds = in_turns(work, args.repeats)
     finally:
         for pool in pools.values():
             pool.crew.close()

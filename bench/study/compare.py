@@ -64,6 +64,7 @@ def pretrain(name: str, output: Path, skill: Path | None) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    schedule: Any
     architecture, sizes, schedule = MODELS[name]
     if skill is not None:
         words = transformers.AutoTokenizer.from_pretrained(skill)

@@ -54,7 +54,7 @@ def accuracies(checkpoint: Path, experiment: str) -> dict[str, float]:
     for name in (experiment, *WATCHED[experiment]):
         other = config if name == experiment else settings(name).model_copy(update={"eval_temperature": 0.0})
         held_out = HeldOut(other.task.build(0), other, open_encoder(other))
-        metrics, _ = held_out.evaluate(engine)
+        metrics, _ = held_out.judge(engine.generate(held_out.asked, held_out.sampling))
         held_out.close()
         if name == experiment:
             found |= {key: value for key, value in metrics.items() if "@" in key}

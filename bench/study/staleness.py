@@ -78,7 +78,7 @@ def wait_for_those_ahead(trainer: Trainer) -> None:
         given[-1].wait()
         return apply(update)
 
-    trainer.pool.evaluate = remember  # type: ignore[method-assign]
+    trainer.pool.evaluate = remember  # type: ignore[assignment]
     trainer.pool.apply = late  # type: ignore[method-assign]
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    runs = []
+    runs: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         for stale in (False, True):
             found, share = accuracies(seed, arguments.steps, stale=stale)

@@ -71,6 +71,7 @@ def test_prompts_that_cost_little_are_advised(
     assert "prompts_per_step=48 would cost 1.2 times what 24 do" in caplog.text
     caplog.clear()
     fastest([(64, 32)], 48, [way], own=True)
+    fastest([(64, 32)], 24, [way], own=True, together=True)  # rows of several members
     assert not caplog.text
 
 
@@ -82,10 +83,10 @@ def test_without_matrices_the_first_way_is_taken() -> None:
 def test_a_run_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[Way], bool]] = []
 
-    def last(shapes: Any, rows: int, choices: list[Way], *, own: bool) -> Way:
+    def last(shapes: Any, rows: int, choices: list[Way], *, own: bool, together: bool) -> Way:
         asked.append((choices, own))
         assert (48, 96) in shapes
-        assert rows == 5
+        assert rows == (5 * 2 if together else 5)  # of two of four members, on each of two cores
         return choices[-1]
 
     monkeypatch.setattr(opening, "LEAST_TRIED", 1)
@@ -109,6 +110,7 @@ def test_a_run_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (one.dtype, one.replicas, one.threads, len(asked)) == ("float32", 1, 1, 2)  # nothing is left to try
     alone = with_resources(config.model_copy(update={"weights": "inplace"}))
     assert (alone.replicas, alone.threads) == (1, 2)
+    with_resources(config.model_copy(update={"noise": "rank1", "dtype": "bfloat16"}))
     build_model("llama").save_pretrained(tmp_path / "float32")
     exact = with_resources(config.model_copy(update={"model": str(tmp_path / "float32")}))
     assert (exact.dtype, {way.dtype for way in asked[-1][0]}) == ("float32", {"float32"})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
+import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,50 @@ def test_a_picture_may_be_given_as(given: str, tmp_path: Path) -> None:
 def test_what_is_no_picture_is_told(value: Any, message: str) -> None:
     with pytest.raises(EstuneError, match=f"task t: training row 1: {message}"):
         make({"prompt": "a", "image": DATA}, {"prompt": "b", "image": value})
+
+
+def header(width: int, height: int) -> bytes:
+    """A PNG file of a header and no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"")
+
+
+@pytest.mark.parametrize("width", [10_000, 1_000_000])  # of which Pillow itself would warn, and refuse
+@pytest.mark.parametrize("given", ["path", "bytes", "data"])
+def test_a_picture_too_large_to_show_is_refused_by_its_header(given: str, width: int, tmp_path: Path) -> None:
+    data = header(width, 9000)
+    file = tmp_path / "a.png"
+    file.write_bytes(data)
+    value = {"path": str(file), "bytes": data, "data": "data:image/png;base64," + base64.b64encode(data).decode()}
+    with pytest.raises(EstuneError, match=r"^row 0: .*a picture of more than 89,478,485 pixels"):
+        as_picture(value[given], "row 0")
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"", "has 1,099,511,627,776 bytes, more than 268,435,456; save it smaller"),
+        (header(10_000, 9000), "has 1,099,511,627,776 bytes"),
+    ],
+)
+def test_a_huge_file_is_not_read(start: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    with file.open("wb") as opened:
+        opened.write(start)
+        opened.truncate(1 << 40)  # which takes no room on the disk, and more than there is in memory
+    with pytest.raises(EstuneError, match=message):
+        as_picture(file, "row 0")
+
+
+def test_a_file_that_is_no_picture_is_refused_by_its_beginning(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    file.write_text("no picture")
+    with pytest.raises(EstuneError, match=r"^row 0: .*a\.png: not a picture that Pillow can read; save it again$"):
+        as_picture(file, "row 0")
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "F", "I", "RGBA", "1"])

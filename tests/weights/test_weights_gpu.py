@@ -130,7 +130,7 @@ def test_any_history_gives_the_bits_of_the_cpu(
 def test_an_outer_product_is_not_taken_back_from_patches() -> None:
     with kind_of_storage("device"):
         weights = on_device(parameters(), "device", policy="exact_inplace", noise="rank1")
-        with pytest.raises(EstuneError, match="weights=exact_inplace can take noise=rank1 where members are decoded"):
+        with pytest.raises(EstuneError, match="weights=exact_inplace can take noise=rank1 on a GPU where members are"):
             weights.perturb(Member(1), 0.01)
 
 

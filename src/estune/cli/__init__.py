@@ -79,7 +79,8 @@ def main() -> None:
     What the user can mend ends in one line, with exit code 1, or 2 where it is the command line itself.
     """
     _open_streams()
-    handler = RichHandler(show_path=False)
+    # Where JSON is asked for, nothing else may come to standard output.
+    handler = RichHandler(console=Console(stderr="--json" in sys.argv), show_path=False)
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     _log_once()

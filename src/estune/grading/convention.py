@@ -139,7 +139,7 @@ class Log:
             self.count(name, value)
             return
         name = printable(name)
-        if name == "reward" or name.startswith((*_OUR_METRICS, "reward_", "eval_")):
+        if is_ours(name):
             raise EstuneError(f"log_metric({name!r}): estune's own metrics are called so; choose another name")
         self.metrics.setdefault(name, []).append(bounded(value))
 
@@ -151,6 +151,11 @@ class Log:
                 f"log_metric({name!r}, total=True): estune's own metrics are called so; choose another name"
             )
         self.counts[name] = bounded(self.counts.get(name, 0) + value)
+
+
+def is_ours(name: str) -> bool:
+    """Whether estune keeps the name of a metric for itself, so that no function can log under it."""
+    return name == "reward" or name.startswith((*_OUR_METRICS, "reward_", "eval_"))
 
 
 class Batch:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from numba import types
 from numba.extending import overload
 
+from estune.noise import rank1
 from estune.noise.cpu import CHUNK, Weights, jit, narrow, normals, stored, stretch, widen
 from estune.noise.cpu_split import HALFWAY, Halves
 from estune.noise.rows import Rows
@@ -175,7 +176,35 @@ def _patch(weights, words, used):
 
 
 @jit
-def _perturb(live, lower, seed, tensor, start, sigma, width, pitch, skip, done, used, words):
+def _drawn(seed, tensor, a, b, top, first, length, scratch, planes, flat):
+    """The noise of at most `length` elements from `first` on, in `flat`: a product of `a` and `b`, or drawn for each.
+
+    `a` begins with row `top`, and `b` is empty where each element has noise of its own.
+    """
+    if b.size:
+        found = flat[: min(length, flat.size)]
+        done = 0
+        row = first // b.size - top
+        column = first % b.size
+        while done < found.size:
+            n = min(b.size - column, found.size - done)
+            part = found[done : done + n]
+            factors = b[column : column + n]
+            factor = a[row]
+            for i in range(n):
+                part[i] = factor * factors[i]
+            done += n
+            row += 1
+            column = 0
+        return found
+    block = first // 4
+    n = min((first + length + 3) // 4 - block, CHUNK)
+    normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
+    return flat[first - 4 * block : min(first + length - 4 * block, 4 * n)]
+
+
+@jit
+def _perturb(live, lower, seed, tensor, a, b, top, start, sigma, width, pitch, skip, done, used, words):
     """Perturb from element `done` on, with `used` words written, until all is done or the next words have no room.
 
     Returns:
@@ -189,10 +218,7 @@ def _perturb(live, lower, seed, tensor, start, sigma, width, pitch, skip, done, 
     while done < live.size:
         offset, length = stretch(done, live.size, width, pitch, skip)
         first = start + offset
-        block = first // 4
-        n = min((first + length + 3) // 4 - block, CHUNK)
-        normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
-        noise = flat[first - 4 * block : min(first + length - 4 * block, 4 * n)]
+        noise = _drawn(seed, tensor, a, b, top, first, length, scratch, planes, flat)
         weights = live[done : done + noise.size]
         needed = _add(weights, _part(lower, done, done + noise.size), noise, sigma, perturbed, codes) + 1
         if used + needed > words.size:
@@ -207,7 +233,7 @@ def _perturb(live, lower, seed, tensor, start, sigma, width, pitch, skip, done, 
 
 
 @jit
-def _restore(live, lower, seed, tensor, start, sigma, width, pitch, skip, words):
+def _restore(live, lower, seed, tensor, a, b, top, start, sigma, width, pitch, skip, words):
     scratch = np.empty((4, CHUNK), np.uint32)
     planes = np.empty((5, CHUNK), np.float32)
     flat = np.empty(4 * CHUNK, np.float32)
@@ -217,10 +243,7 @@ def _restore(live, lower, seed, tensor, start, sigma, width, pitch, skip, words)
     while done < live.size:
         offset, length = stretch(done, live.size, width, pitch, skip)
         first = start + offset
-        block = first // 4
-        n = min((first + length + 3) // 4 - block, CHUNK)
-        normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
-        noise = flat[first - 4 * block : min(first + length - 4 * block, 4 * n)]
+        noise = _drawn(seed, tensor, a, b, top, first, length, scratch, planes, flat)
         weights = live[done : done + noise.size]
         low = _part(lower, done, done + noise.size)
         for i in range(noise.size):
@@ -253,6 +276,7 @@ def perturb(
     sigma: float,
     rows: Rows | None = None,
     lower: Halves | None = None,
+    columns: int = 0,
 ) -> None:
     """Add `sigma * noise(seed)` to one run, as `cpu.perturb` in place does, and note what `restore` needs.
 
@@ -262,9 +286,10 @@ def perturb(
         seed, tensor, start, sigma, rows: as `cpu.perturb` takes them.
         lower: the lower halves, `[elements]`, of float32 weights that bfloat16 ones in `live` are the upper halves of,
             one more where the lower half is more than 0x8000; the perturbed weights are then these, rounded once.
+        columns: of a matrix whose noise is of rank one (`rank1.py`); 0 where each element has noise of its own.
     """
     weights = stored(live)
-    key = _key(live, seed, tensor, start, sigma, rows)
+    key = _key(live, seed, tensor, start, sigma, rows, columns)
     done, used, needed = _perturb(weights, lower, *key, 0, 0, patches.words)
     while needed:
         # Room for all, if the rest is like the beginning; where that was too little, it is asked for again.
@@ -284,11 +309,21 @@ def restore(
     sigma: float,
     rows: Rows | None = None,
     lower: Halves | None = None,
+    columns: int = 0,
 ) -> None:
     """Take back the `perturb` of these arguments: every weight of the run has the bits that it had before."""
-    _restore(stored(live), lower, *_key(live, seed, tensor, start, sigma, rows), patches.words)
+    _restore(stored(live), lower, *_key(live, seed, tensor, start, sigma, rows, columns), patches.words)
 
 
-def _key(live: Weights, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None) -> tuple[Any, ...]:
+def _key(
+    live: Weights, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None, columns: int
+) -> tuple[Any, ...]:
     """The arguments as kernels take them: a run that is one stretch of its tensor is one row."""
-    return (np.uint64(seed), np.uint64(tensor), start, np.float32(sigma), *(rows or Rows(live.size, live.size)))
+    width, pitch, skip = rows or Rows(live.size, live.size)
+    top = 0
+    drawn = rank1.Factors(np.empty(0, np.float32), np.empty(0, np.float32))
+    if columns and live.size:
+        first, last = (start + i // width * pitch + i % width for i in (skip, skip + live.size - 1))
+        top = first // columns
+        drawn = rank1.factors(seed, tensor, columns, top, last // columns + 1 - top)
+    return (np.uint64(seed), np.uint64(tensor), *drawn, top, start, np.float32(sigma), width, pitch, skip)

@@ -69,7 +69,9 @@ def ways(dtypes: Sequence[str], cores: int, most: int, *, replicas: int | None, 
     return [Way(dtype, *split) for dtype in dtypes for split in zip(counts, shares, strict=True)]
 
 
-def fastest(shapes: Sequence[tuple[int, int]], rows: int, choices: Sequence[Way], *, own: bool) -> Way:
+def fastest(
+    shapes: Sequence[tuple[int, int]], rows: int, choices: Sequence[Way], *, own: bool, together: bool = False
+) -> Way:
     """The first of those ways that are about as fast as the fastest.
 
     Args:
@@ -77,6 +79,7 @@ def fastest(shapes: Sequence[tuple[int, int]], rows: int, choices: Sequence[Way]
         rows: decoded together.
         choices: to compare.
         own: products are those of our own kernel, not PyTorch's.
+        together: the rows are those of several members, so that more prompts of each have nothing to gain.
     """
     if not shapes:
         return choices[0]
@@ -94,7 +97,7 @@ def fastest(shapes: Sequence[tuple[int, int]], rows: int, choices: Sequence[Way]
     found = ", ".join(f"{way} {speed / each:,.0f}" for way, speed in speeds.items())
     log.info("tokens a second, by their matrix products alone: %s", found)
     chosen = next(way for way in choices if speeds[way] >= ALIKE * max(speeds.values()))
-    if rows < FEW_ROWS:
+    if rows < FEW_ROWS and not together:
         said = more_prompts(rows, speeds[chosen], speed_of(chosen, shapes, 2 * rows, own=own, tick=tick))
         if said:
             log.warning("%s", said)

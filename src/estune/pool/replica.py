@@ -253,7 +253,7 @@ class Replica(Trained):
             drawer = None if weights.rule.how.drifts else engine.together(drawn(weights))
             self._together = None if drawer is None else RankOne(engine, drawer)
             if self._together is None:
-                weights.rule.how.refuse_rank1()
+                weights.refuse_rank1()
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights a member's."""

@@ -14,6 +14,7 @@ from estune.grading.convention import Batch, Row
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import RunDirectory, default_path, refuse_used
+from estune.run.metric_names import refuse_unknown_constraint
 from estune.run.order import StagedOrder
 from estune.run.remarks import before
 from estune.run.resume import RESUME_FROM_PYTHON, resumed, task_of
@@ -45,6 +46,7 @@ def describe(config: Config) -> str:
     elements = sum(t.elements for t in checkpoint.tensors.values())
     engine = _check_engine(config)
     task = config.task.build(config.seed)
+    refuse_unknown_constraint(config, task)
     refuse_unfitting(config.train_parameters, checkpoint.tensors)
     example = _try_prompts(config, task)
     order = StagedOrder(len(task.train), task.stages, config.prompts_of_step, config.seed)

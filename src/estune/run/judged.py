@@ -12,6 +12,12 @@ from estune.es.objective import Objective
 from estune.run.graded import Graded
 
 
+def parts_of(constraint: str) -> tuple[str, str, str]:
+    """Metric, `<=` or `>=`, and bound of a constraint."""
+    metric, sign, bound = re.split("(<=|>=)", constraint)
+    return metric, sign, bound
+
+
 class Judge:
     """Gives each member of a step its fitness.
 
@@ -27,7 +33,7 @@ class Judge:
         )
         self._constraint: Constraint | None = None
         if config.constraint is not None:
-            self._metric, sign, bound = re.split("(<=|>=)", config.constraint)
+            self._metric, sign, bound = parts_of(config.constraint)
             self._constraint = Constraint(float(bound), sign == "<=", config.constraint_rate)
             self._constraint.multiplier = state.get("penalty", 0.0)
 

@@ -38,6 +38,7 @@ from estune.run.interrupt import interruptible
 from estune.run.judged import Judge
 from estune.run.machine import machine
 from estune.run.make import make_grading, make_header, make_sampling, make_strategy
+from estune.run.metric_names import of_evaluation, refuse_unknown_best, refuse_unknown_constraint
 from estune.run.monitors import Monitors, check_trackers, default_monitors
 from estune.run.monitors.base import Monitor, Plan, Summary, Work
 from estune.run.monitors.files import rewrite_metrics
@@ -106,7 +107,7 @@ class Trainer:
             self.state = TrainerState(self._began_at, config.steps, rendering=config.rendering)
             self._said: set[str] = set()
             remarks.log_before(config, task, self.order)
-            self._open_all(opened, past)
+            self._open_all(opened, past, best_by)
             self.base = open_checkpoint(config.model, config.adapter) if past is None else past.base
             self.config = config = self._settled(past)
             if past is None:
@@ -199,13 +200,14 @@ class Trainer:
         """Release processes, threads and files. `train` does so itself."""
         self._opened.close()
 
-    def _open_all(self, opened: ExitStack, past: Past | None) -> None:
+    def _open_all(self, opened: ExitStack, past: Past | None, best_by: Sequence[str]) -> None:
         """See that everything the run will generate can be generated, and load the model."""
         clear_temporary()
         config = self.config
         task = self.task
         refuse_unreachable(task, config)
-        if task.rollout is not None and config.noise == "rank1":
+        refuse_unknown_constraint(config, task)
+        if task.rollout is not None and config.noise == "rank1" and not config.device.startswith("cpu"):
             POLICIES[config.weights].refuse_rank1()
         if config.prompt_groups > 1:
             refuse_level(task.reward_funcs, "prompt_groups", "groups of members have other prompts", "population")
@@ -219,6 +221,9 @@ class Trainer:
         folder = Path.cwd() if past is None else past.folder
         self.evaluations = Evaluations(task, config, self.encoder, self.grading, folder)
         opened.callback(self.evaluations.close)
+        if past is None and task.evaluation:
+            watched = {name: each.task for name, each in self.evaluations.watched.items()}
+            refuse_unknown_best(best_by, of_evaluation(task, config, watched))
         self._prompts_hash = hash_of_prompts(first, self.evaluations.own.prompt_ids)
         if past is not None:
             self._accepted_prompts = refuse_changed_prompts(

@@ -161,6 +161,7 @@ def sweep(
     if day := _date_of(folder):
         settings.setdefault("template_date", day)
     runner = _Runner(folder, settings, told or (lambda _: None))
+    _refuse_unknown_metric(runner, space, metric)
     if search is not None:
         return _search(runner, space, jobs, trials or 0, metric)
     points = space.points()
@@ -168,6 +169,22 @@ def sweep(
         runner.config(point)
     with _claimed(folder, {"settings": settings, "grid": space.grid}):
         return runner.jobs.each(lambda point: runner.run(name_of(point), point), points, jobs)
+
+
+def _refuse_unknown_metric(runner: _Runner, space: Space, metric: str) -> None:
+    """Refuse a metric that no evaluation of the first trial can have.
+
+    Raises:
+        EstuneError: with the names most like it.
+    """
+    if metric in METRICS:
+        return
+    from estune.run.metric_names import of_evaluation
+
+    lows = {name: str(low) for name, (low, _) in space.ranges.items()}
+    config = runner.config(next(iter(Space(space.grid, {}).points())) | lows)
+    watched = {task.name: task for task in (options.build(config.seed) for options in config.watch)}
+    of_evaluation(config.task.build(config.seed), config, watched).refuse_unknown(metric, "--metric")
 
 
 def name_of(values: Values) -> str:

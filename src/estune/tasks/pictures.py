@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +16,8 @@ Row = dict[str, Any]
 
 COLUMNS = ("images", "image")
 """Columns of pictures: a list of them, or one."""
+MOST_BYTES = 256 << 20
+"""Of a picture's file; more than a picture of as many pixels as Pillow takes has, saved as pictures are."""
 KINDS = ("image", "image_url")
 """Types of the parts of a message that are pictures."""
 
@@ -136,7 +139,7 @@ def as_picture(value: Any, where: str, folder: Path | None = None) -> Picture:
         if isinstance(value, Image.Image):
             return Picture(_as_png(value))
         data = value if isinstance(value, bytes) else _read(value, where, folder)
-        with Image.open(BytesIO(data)) as image:
+        with _opened(BytesIO(data), where) as image:
             image.verify()
     except ImportError as error:
         raise EstuneError(f"{where}: pictures need Pillow; pip install 'estune[vision]'") from error
@@ -147,6 +150,28 @@ def as_picture(value: Any, where: str, folder: Path | None = None) -> Picture:
             f"{where}: not a picture that Pillow can read ({first_line(error)}); save it again"
         ) from error
     return Picture(data)
+
+
+def _opened(file: Any, where: str) -> Any:
+    """A picture of which the header alone has been read, and which is not too large to be shown to a model.
+
+    Raises:
+        EstuneError: it has more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`, which is there against files that are
+            small until they are unpacked; or it is no picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return Image.open(file)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise EstuneError(
+                f"{where}: a picture of more than {Image.MAX_IMAGE_PIXELS:,} pixels, which nothing is shown; save it "
+                "smaller"
+            ) from error
+        except UnidentifiedImageError as error:
+            raise EstuneError(f"{where}: not a picture that Pillow can read; save it again") from error
 
 
 def _as_png(image: Any) -> bytes:
@@ -179,7 +204,14 @@ def _read(value: Any, where: str, folder: Path | None) -> bytes:
             path = folder / path
         if not path.is_file():  # such as a device, whose bytes have no end
             raise OSError("no such file")
-        return path.read_bytes()
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise EstuneError(f"{where}: {text:.80} has {size:,} bytes, more than {MOST_BYTES:,}; save it smaller")
+        with path.open("rb") as file:
+            _opened(file, f"{where}: {text:.80}")  # by its header, before all of it is read
+            file.seek(0)
+            return file.read()
+    except EstuneError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise EstuneError(f"{where}: {text:.80} cannot be read ({first_line(error)}); give a picture's path") from error
 

@@ -25,6 +25,8 @@ BUFFERS = 2  # one is filled while the other is worked on
 class DeviceStorage:
     """On a device, all runs in a few launches, in order with all else that is launched there."""
 
+    reverses_rank1 = False
+
     def __init__(self, runs: Sequence[Run]) -> None:
         self._device: torch.device = runs[0].live.device
         self._runs = list(runs)

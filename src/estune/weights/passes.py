@@ -70,7 +70,7 @@ def fingerprint(run: Run) -> int:
 def _key(run: Run, seed: int, sigma: float) -> tuple[Any, ...]:
     """What the kernels that perturb in place know a run's noise by, and its lower halves."""
     lower = run.base.lower_bits if _is_split(run) else None
-    return seed, run.noise, run.start, sigma * run.scale, run.rows, lower
+    return seed, run.noise, run.start, sigma * run.scale, run.rows, lower, run.columns
 
 
 def _with_array(run: Run) -> Run:

@@ -85,15 +85,15 @@ class Policy:
         return None
 
     def refuse_rank1(self) -> None:
-        """Refuse to perturb by noise of rank one where it could not be taken back to the bit.
+        """Refuse to perturb by noise of rank one on a device, for whose patches there are no kernels there.
 
         Raises:
             EstuneError: always, where the policy takes members back.
         """
         if self.twin is not None:
             raise EstuneError(
-                f"weights={self.name} can take noise=rank1 where members are decoded together, which this model or "
-                f"device, or rollouts of several turns, do not permit: set weights={self.twin} or noise=iid"
+                f"weights={self.name} can take noise=rank1 on a GPU where members are decoded together, which this "
+                f"model, or rollouts of several turns, do not permit: set weights={self.twin} or noise=iid"
             )
 
     def grid(self, group_size: int, carry_steps: int) -> Grid | None:

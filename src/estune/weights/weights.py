@@ -130,10 +130,14 @@ class Weights:
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights base + sign * sigma * noise(seed). Needs no restore between members."""
         self._settle()
-        if any(run.columns for run in self._runs):
-            self._policy.refuse_rank1()
+        self.refuse_rank1()
         self._policy.perturb(self.storage, (member, sigma))
         self._perturbed = member, sigma
+
+    def refuse_rank1(self) -> None:
+        """Refuse members of rank one, where these weights could not take them back to the bit."""
+        if not self.storage.reverses_rank1 and any(run.columns for run in self._runs):
+            self._policy.refuse_rank1()
 
     def restore(self) -> None:
         """Make the live weights the base again: exactly, unless the policy drifts."""

@@ -19,6 +19,7 @@ from estune.study.estimate.needs import (
     Item,
     Place,
     Work,
+    base_bytes,
     memory,
     memory_of_all,
     process_memory,
@@ -107,9 +108,9 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
     as_set = (work.policy, work.base)
     found = []
     for policy, base in [as_set, *(way for way in ways if way != as_set)]:
-        one = replace(work, policy=policy, base=base, moments=work.moments and policy == work.policy)
+        one = work.held_by(policy, base)
         needed = memory_of_all(shape, one, device, prefill_tokens)
-        each = POLICIES[policy].base_bytes(shape.trained, work.dtype)
+        each = base_bytes(shape, one)
         kept = work.places * one.replicas * each if base == "host" else 0
         fits = needed <= one.share * device.memory + 1  # a byte, as sums are rounded
         found.append(

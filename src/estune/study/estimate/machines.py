@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ TERA = 10**12
 # Shares of a data sheet's peak that this arithmetic counts on.
 BANDWIDTH_SHARE = 0.75  # of memory bandwidth: streaming kernels reach 0.8 to 0.9, strided keys and values less
 COMPUTE_SHARE = 0.5  # of FLOP/s, with everything between products: well-tuned training reports 0.4 to 0.6
+OUTER_OPERATIONS = 3  # per element of an outer product: the product, its coefficient, the sum
 NOISE_OPERATIONS = 100  # per element: ten rounds of Philox for four, a logarithm, a root and sine or cosine for two
 PCIE = 25 * GB  # bytes a second to pinned host memory: version 4, 16 lanes, 32 GB/s in theory
 # A GPU stands still between two kernels even where a CUDA graph starts them: 1.3 us on an H100 ("Look Ma, No Bubbles!",
@@ -28,6 +30,7 @@ KERNEL_GAP = 1.3e-6
 KERNEL_ISSUE = 6e-6
 
 CPU_NOISE = 0.8e9  # elements a second and core, of perturbing and of updating alike (bench/speed/noise.py)
+CPU_OUTER = 2.5e9  # and of products of two vectors' elements, half as many where rows have vectors of their own
 CPU_PER_LAYER = 0.15e-3  # seconds of Python and dispatch in a decoder layer, on one core
 MEASURED_ROWS = 256  # at most, and matrices of at most 2048 x 2048: larger products are no faster
 
@@ -83,6 +86,7 @@ class Device:
     how: str  # where the figures come from
     gap: float = 0  # seconds between two kernels, in which nothing is computed
     issue: float = 0  # seconds of the host for each kernel, beside what is computed
+    outer: float = math.inf  # elements of outer products a second
 
 
 def find_gpu(name: str) -> GPU:
@@ -154,6 +158,7 @@ def as_device(gpu: GPU, dtype: str, memory: int | None = None) -> Device:
         prefill=peak * COMPUTE_SHARE,
         decode=peak * COMPUTE_SHARE,
         noise=gpu.float32 * TERA / 2 / NOISE_OPERATIONS,  # data sheets count a multiply-add as two
+        outer=gpu.float32 * TERA / 2 / OUTER_OPERATIONS,
         per_layer=0,
         is_gpu=True,
         gap=KERNEL_GAP,
@@ -195,6 +200,7 @@ def measure_cpu(shape: Shape, rows: int, dtype: str, threads: int) -> Device:
         prefill=prefill,
         decode=decode,
         noise=CPU_NOISE * threads,
+        outer=CPU_OUTER * threads,
         per_layer=CPU_PER_LAYER,
         is_gpu=False,
         how=(

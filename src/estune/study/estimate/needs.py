@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from estune.engines.memory import GPU_CONTEXT, LOGITS_BYTES
@@ -21,6 +21,9 @@ WIDENED = 2  # matrices of integers that are widened at once, as those of one in
 CPU_PROCESS = 4 * GB // 10  # Python, torch and compiled kernels, each replica anew
 
 Place = Literal["device", "host"]
+Way = Literal["one by one", "fused", "forward", "slots"]
+"""How an engine decodes members: those of rank one together, by the kernels for the CPU or by the model's own forward
+(`engines/together.py`), and those of an adapter in vLLM's slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,33 @@ class Work:
     keeps_error: bool = False  # what updates of integer weights carry on
     drawn: int = 1  # members whose noise is drawn to perturb by one
     again: int = 0  # members of earlier steps whose noise an update draws again
+    rank1: bool = False  # noise of a matrix is an outer product
+    way: Way = "one by one"
+    together: int = 1  # members that an engine decodes in one batch, at most
 
     @property
     def longest(self) -> int:
         """Tokens of a prompt and its longest completion."""
         return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def over_base(self) -> bool:
+        """Whether members are added to what the base computes, and no weights are perturbed."""
+        return self.way in {"fused", "forward"}
+
+    def members_of_job(self, engines: int) -> int:
+        """Members that an engine is given at a time, with so many engines.
+
+        No more than each one's part, but where those who are together are the same with any number of engines.
+        """
+        return self.together if self.way == "forward" else min(self.together, math.ceil(self.population / engines))
+
+    def held_by(self, policy: PolicyName, base: Place) -> Work:
+        """The same with weights held in another way, over which members of rank one may have to be decoded alone."""
+        how = POLICIES[policy]
+        alone = self.over_base and (how.drifts or bool(how.bits))
+        found = replace(self, policy=policy, base=base, moments=self.moments and policy == self.policy)
+        return replace(found, way="one by one", together=1) if alone else found
 
     @property
     def grid(self) -> Grid | None:
@@ -103,6 +128,15 @@ class Work:
 def trained(shape: Shape, work: Work) -> int:
     """Elements that are trained: of integer weights matrices alone."""
     return shape.trained if work.grid is None else shape.integers
+
+
+def base_bytes(shape: Shape, work: Work) -> int:
+    """Bytes of an engine's base, or of what is kept in its place."""
+    policy = POLICIES[work.policy]
+    found = policy.base_bytes(shape.trained, work.dtype)
+    if policy.twin is not None and work.over_base:  # no member is taken back, and there are no patches
+        found -= int(shape.trained * BYTES[work.dtype] * PATCHED)
+    return found
 
 
 def trained_bytes(shape: Shape, work: Work) -> int:
@@ -147,14 +181,15 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     parallel = work.parallel
     split = f" / {parallel} GPUs" if parallel > 1 else ""
     policy = POLICIES[work.policy]
-    base = policy.base_bytes(shape.trained, work.dtype)
+    base = base_bytes(shape, work)
     tokens = min(prefill_tokens, rows * work.prompt_tokens)
     dtype = policy.dtype(work.dtype)
     held = f"{shape.trained:,} x {BYTES[dtype]} B ({dtype})"
     if not policy.keeps_base:
         held = f"no base; patches for up to {PATCHED:.1%} of {held}" if base else "nothing is kept"
     if policy.splits_base:
-        held = f"the lower halves of {shape.trained:,} float32 weights, and patches for up to {PATCHED:.1%} of them"
+        held = f"the lower halves of {shape.trained:,} float32 weights"
+        held += "" if work.over_base else f", and patches for up to {PATCHED:.1%} of them"
     if base and work.base == "host":
         held = f"{held} in pinned host memory"
         base = 0
@@ -184,7 +219,7 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
             else []
         ),
         *_beside_integers(shape, work),
-        Item("noise", 0, "made in registers as it is added, never stored"),
+        _noise(shape, work),
     ]
     rest = [
         Item(
@@ -207,6 +242,20 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
             cache = max(left, row)
             cached = f"what is left for {cached}"
     return [*weights, Item("key and value cache", cache, cached), *rest]
+
+
+def _noise(shape: Shape, work: Work) -> Item:
+    """Memory of the members that are decoded together."""
+    count = work.together
+    if work.way == "slots":
+        bytes_ = BYTES[work.dtype]
+        how = f"{count} slots of {shape.trained:,} x {bytes_} B, and the adapter that is perturbed, x 4 B (float32)"
+        return Item("members' adapters", count * shape.trained * bytes_ / work.parallel + 4 * shape.trained, how)
+    if work.over_base:
+        bytes_ = 4 if work.way == "fused" else BYTES[work.dtype]
+        how = f"vectors of {count} members, which are decoded together, x {shape.vectors:,} x {bytes_} B"
+        return Item("noise", count * shape.vectors * bytes_, how)
+    return Item("noise", 0, "made in registers as it is added, never stored")
 
 
 def _integers_live(shape: Shape, work: Work, grid: Grid) -> tuple[int, str]:
@@ -235,7 +284,7 @@ def memory_of_all(shape: Shape, work: Work, device: Device, prefill_tokens: int)
     The arguments are those of `memory`.
     """
     replicas = work.replicas
-    shared = POLICIES[work.policy].base_bytes(shape.trained, work.dtype) if shares_base(work, device) else 0
+    shared = base_bytes(shape, work) if shares_base(work, device) else 0
     return replicas * total(memory(shape, work, device, prefill_tokens)) - (replicas - 1) * shared
 
 

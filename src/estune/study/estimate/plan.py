@@ -55,6 +55,35 @@ class Speed:
     days: float
 
 
+class Jobs:
+    """What workers take: a member, or as many as one of them decodes together.
+
+    Attributes:
+        taken, read: seconds to make ready and to read the prompts, `[jobs]`.
+        generated: seconds of all further tokens, `[steps, jobs]`.
+        seconds: all of that, and of some twice as much, `[steps, jobs]`.
+    """
+
+    def __init__(self, times: Times, drawn: npt.NDArray[Any], slower: npt.NDArray[Any], size: int) -> None:
+        """Members of a step in jobs of `size`, the last one of what is left.
+
+        Args:
+            drawn: lengths, `[steps, members, prompts]`.
+            slower: a factor of each member's time, `[steps, members]`; a job's is that of its first.
+        """
+        steps, members, prompts = drawn.shape
+        firsts = range(0, members, size)
+        sizes = [min(size, members - first) for first in firsts]
+        self.taken = np.array([times.perturb(count) for count in sizes])
+        self.read = np.array([times.read(count * prompts) for count in sizes])
+        full = members // size
+        whole = times.generate(drawn[:, : full * size].reshape(steps * full, size * prompts)).reshape(steps, full)
+        rest = drawn[:, full * size :].reshape(steps, -1)
+        left = times.generate(rest)[:, None] if rest.size else np.zeros((steps, 0))
+        self.generated = np.concatenate([whole, left], axis=1)
+        self.seconds = (self.taken + self.read + self.generated) * slower[:, ::size]
+
+
 class Plan:
     """A run's steps, simulated.
 
@@ -69,11 +98,17 @@ class Plan:
         self._mean = float(lengths.mean())
         draw = np.random.default_rng(0)
         steps = int(np.clip(DRAWS // (work.population * work.prompts), 1, STEPS))
-        drawn = draw.choice(lengths, (steps * work.population, work.prompts))
-        self.generated = times.generate(drawn).reshape(steps, work.population)
-        slower = 1 + (draw.random(self.generated.shape) < STRAGGLERS)
-        self.members = (times.perturb() + times.read(work.prompts) + self.generated) * slower
+        self._drawn = draw.choice(lengths, (steps, work.population, work.prompts))
+        self._slower = 1 + (draw.random(self._drawn.shape[:2]) < STRAGGLERS)
+        self._by_size: dict[int, Jobs] = {}
         self._batches = self._evaluation(draw, lengths)
+
+    def jobs(self, workers: int) -> Jobs:
+        """What this many workers take."""
+        size = self.work.members_of_job(workers)
+        if size not in self._by_size:
+            self._by_size[size] = Jobs(self.times, self._drawn, self._slower, size)
+        return self._by_size[size]
 
     @property
     def own(self) -> int:
@@ -82,7 +117,8 @@ class Plan:
 
     def step(self, workers: int) -> float:
         """Mean seconds of a step with this many workers side by side."""
-        return float(makespan(self.members, workers).mean()) + self.times.update()
+        members = float(makespan(self.jobs(workers).seconds, workers).mean())
+        return self.times.restore() + members + self.times.update()
 
     def days(self, workers: int) -> float:
         """Days of all steps and evaluations with this many workers."""
@@ -98,7 +134,8 @@ class Plan:
     def speed(self) -> Speed:
         """The run with its own workers."""
         work = self.work
-        rows = min(work.rows, work.prompts)
+        jobs = self.jobs(self.own)
+        rows = min(work.rows, work.prompts * work.members_of_job(self.own))
         token, limit = self.times.token(rows, self._mean / 2)
         step = self.step(self.own)
         return Speed(
@@ -106,7 +143,7 @@ class Plan:
             work.rows,
             token,
             limit,
-            float(self.members.mean()),
+            float(jobs.seconds.sum(axis=1).mean()) / work.population,
             step,
             self._tokens / step,
             self.days(self.own),
@@ -116,42 +153,48 @@ class Plan:
         """Seconds of a step's parts, one after another."""
         work = self.work
         times = self.times
-        each = work.population / self.own
-        batches = times.batches(work.prompts)
+        jobs = self.jobs(self.own)
+        size = work.members_of_job(self.own)
+        batches = times.batches(work.prompts * size)
         of = f" of {batches} batches" if batches > 1 else ""
         on = f" on {self.own} {'GPUs' if times.device.is_gpu else 'engines'}" if self.own > 1 else ""
         if work.parallel > 1:
             on = f" on {self.own} x {work.parallel} GPUs"
-        members = f"{work.population} members{on}"
-        alive = work.prompts / batches
+        members = f"{work.population} members{f', {size} in a batch,' if size > 1 else ''}{on}"
+        alive = work.prompts * size / batches
         token, limit = times.token(min(alive, work.rows), self._mean / 2)
-        busy = each * float(times.perturb() + times.read(work.prompts) + self.generated.mean())
+        taken, read, generated = (
+            float(part.sum()) / self.own for part in (jobs.taken, jobs.read, jobs.generated.mean(0))
+        )
         shared = ", shared out over all replicas" if shares_base(work, times.device) else ""
         shared = f", on each of {work.replicas} replicas" if work.replicas > 1 and times.device.is_gpu else shared
-        trained = f"{trained_elements(times.shape, work):,}"
+        trained = f"{times.shape.vectors if work.rank1 else trained_elements(times.shape, work):,}"
         way = "read the base, draw {} numbers, write live weights"
         if not POLICIES[work.policy].keeps_base:
             way = "take back the member before and perturb the base: draw 2 x {} numbers, read and write twice"
+        if work.over_base:
+            restored = "restore the base once, " if POLICIES[work.policy].keeps_base else ""
+            way = f"{restored}draw {times.shape.vectors:,} numbers of each"
         return [
             Item(
                 "perturb",
-                each * times.perturb(),
+                times.restore() + taken,
                 f"{members}: {way.format(f'{work.drawn} x {trained}' if work.drawn > 1 else trained)}",
             ),
             Item(
                 "read the prompts",
-                each * times.read(work.prompts),
+                read,
                 f"{members}{of} of {alive:.0f} x {work.prompt_tokens} tokens",
             ),
             Item(
                 "generate",
-                each * float(self.generated.mean()),
+                generated,
                 f"{members}{of}, until the longest ends, {self._mean:,.0f} tokens on average; {1e3 * token:.3g} ms a "
                 f"token of {min(alive, work.rows):.0f} rows, mostly {limit}",
             ),
             Item(
                 "wait for the last",
-                max(0.0, self.step(self.own) - times.update() - busy),
+                max(0.0, self.step(self.own) - times.restore() - times.update() - taken - read - generated),
                 f"workers without a member; {STRAGGLERS:.0%} of members take twice as long",
             ),
             Item(
@@ -184,4 +227,5 @@ class Plan:
             return np.zeros(0)
         batches = math.ceil(prompts / EVALUATION_BATCH)
         each = math.ceil(prompts / batches)
-        return self.times.read(each) + self.times.generate(draw.choice(lengths, (batches, each)))
+        alone = self.times.alone()
+        return alone.read(each) + alone.generate(draw.choice(lengths, (batches, each)))

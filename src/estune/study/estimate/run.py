@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from estune.config import Config, load
 from estune.errors import EstuneError
@@ -66,8 +66,8 @@ def estimate_run(
         )
     chosen = (find_gpu(gpu), None) if gpu is not None else this_gpu(config.device)
     placed = _on_this_cpu(config, work, shape) if chosen is None else _on_gpus(config, work, shape, *chosen)
-    work = replace(placed.work, rows=_rows(config, placed, shape))
-    engines = _by_engine(config, work, placed.device, shape)
+    work = _decoded(config, placed, shape)
+    engines = _by_engine(config, placed, shape)
     if work.engine == "vllm" and placed.device.is_gpu:
         work = _held_by_vllm(config, work, placed.device, shape)
     return make_estimate(config.model, shape, work, placed.device, placed.prefill_tokens, drawn, engines)
@@ -77,10 +77,14 @@ def estimate_run(
 class _Placed:
     """What a step does, now that it is known where."""
 
-    work: Work  # but for its rows
+    work: Work  # but for its rows, and the members that are decoded together
     device: Device
-    most_rows: int  # that an engine decodes at once there
     prefill_tokens: int  # in one forward of prompts
+
+    @property
+    def memory(self) -> int:
+        """Bytes that an engine reckons with."""
+        return self.device.memory // self.work.at_once if self.device.is_gpu else self.device.memory
 
 
 def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -> Work:
@@ -110,6 +114,7 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         moments=config.adam,
         drawn=1 + (config.guided_window * config.population if config.guided_share else 0),
         again=_again(config),
+        rank1=config.noise == "rank1",
         evaluated=(config.task.eval_size or GENERATED_SIZE) * config.eval_samples,
     )
 
@@ -127,18 +132,76 @@ def _evaluations(config: Config) -> int:
     return config.eval_on_start + math.ceil(config.steps / every)
 
 
-def _by_engine(config: Config, work: Work, device: Device, shape: Shape) -> list[Work]:
+def _decoded(config: Config, placed: _Placed, shape: Shape) -> Work:
+    """The work with the members that are decoded together, and the rows of the largest batch.
+
+    The engine makes batches of equal size, and an evaluation's can exceed a step's.
+    """
+    from estune.tasks.countdown import GENERATED_SIZE
+
+    work = _together(config, placed.work, shape, placed.memory, on_cpu=not placed.device.is_gpu)
+    most = _most_rows(config, work, shape, placed.memory, on_cpu=not placed.device.is_gpu)
+    sizes = (work.prompts * work.together, config.task.eval_size or GENERATED_SIZE)
+    return replace(work, rows=max(math.ceil(size / math.ceil(size / most)) for size in sizes))
+
+
+def _together(config: Config, work: Work, shape: Shape, memory: int, *, on_cpu: bool) -> Work:
+    """The work with as many members in a batch as the engine decodes together.
+
+    What is not seen here: a task of rollouts, which are played one member at a time, and weights that a model's own
+    forward turns out to use in ways of its own.
+
+    Args:
+        config, work, shape: the run.
+        memory: bytes that an engine reckons with.
+        on_cpu: where it decodes.
+    """
+    from estune.engines.transformers import MEMORY_SHARE
+    from estune.engines.vllm.engine import slots_for
+
+    if work.engine == "vllm":
+        if config.adapter is None:
+            return work
+        return replace(work, way="slots", together=slots_for(config, on_cpu=on_cpu))
+    perturbed = work.workers is not None or POLICIES[work.policy].drifts or work.grid is not None
+    if not work.rank1 or not shape.joins or perturbed:
+        return work
+    most = _most_rows(config, work, shape, memory, on_cpu=on_cpu) // work.prompts
+    if on_cpu and shape.own:
+        share = math.ceil(work.population / work.engines)
+        return replace(work, way="fused", together=max(1, min(most, share)))
+    bytes_ = BYTES[work.dtype]
+    room = (memory - shape.parameters * bytes_) // MEMORY_SHARE
+    most = min(most, room // (shape.vectors * bytes_), work.population)
+    return replace(work, way="forward", together=max(1, most))
+
+
+def _most_rows(config: Config, work: Work, shape: Shape, memory: int, *, on_cpu: bool) -> int:
+    """Rows that the engine takes at once, at most. The arguments are those of `_together`."""
+    from estune.engines.transformers import MAX_ROWS, MAX_ROWS_ELSEWHERE, MEMORY_SHARE
+    from estune.study.estimate.needs import fitting_rows
+
+    most = MAX_ROWS["cpu"] if on_cpu else MAX_ROWS_ELSEWHERE
+    return config.batch_size or fitting_rows(shape, work, memory, share=MEMORY_SHARE, most=most)
+
+
+def _by_engine(config: Config, placed: _Placed, shape: Shape) -> list[Work]:
     """The work as the run's engine does it and, on a GPU, as the other engine would, if it can.
 
     On a CPU rates are measured, but not those of vLLM.
     """
+    device = placed.device
     if not device.is_gpu:
-        return [work]
-    work = replace(work, captured=config.cuda_graphs)
-    vllm = replace(work, engine="vllm", rows=_vllm_rows(config, work, device, shape))
-    if work.engine == "vllm":
-        return [vllm] if work.parallel > 1 or config.workers_at else [vllm, replace(work, engine="transformers")]
-    return [work, vllm]
+        return [_decoded(config, placed, shape)]
+
+    def by(engine: Literal["transformers", "vllm"]) -> Work:
+        work = replace(placed.work, engine=engine, captured=config.cuda_graphs)
+        decoded = _decoded(config, replace(placed, work=work), shape)
+        return replace(decoded, rows=_vllm_rows(config, decoded, device, shape)) if engine == "vllm" else decoded
+
+    if placed.work.engine != "vllm":
+        return [by("transformers"), by("vllm")]
+    return [by("vllm")] if placed.work.parallel > 1 or config.workers_at else [by("vllm"), by("transformers")]
 
 
 def _vllm_rows(config: Config, work: Work, device: Device, shape: Shape) -> int:
@@ -161,7 +224,7 @@ def _held_by_vllm(config: Config, work: Work, device: Device, shape: Shape) -> W
         share = min(1.0, work.at_once * (config.vllm_gpu_memory_utilization + base / device.memory))
     return replace(
         work,
-        rows=rows_at_once(config, on_cpu=False),
+        rows=rows_at_once(config, on_cpu=False, members=work.together),
         slots=with_length(config, work.prompt_tokens).vllm_max_model_length or work.slots,
         share=share,
     )
@@ -173,7 +236,10 @@ def _base(work: Work, shape: Shape) -> int:
 
 
 def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
-    from estune.engines import decode, transformers
+    import torch
+
+    from estune.engines import decode
+    from estune.engines.memory import total_memory
     from estune.pool.open import share_cores, with_resources
     from estune.study.estimate.machines import measure_cpu
     from estune.weights.locate import is_here
@@ -187,8 +253,9 @@ def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
         dtype = dtype if found.dtype == "auto" else found.dtype
     here = 1 if config.workers_at else config.workers or replicas  # a server is counted as a machine like this one
     work = replace(work, dtype=dtype, at_once=here, slots=work.longest)
-    device = measure_cpu(shape, config.batch_size or work.prompts, work.dtype, threads)
-    return _Placed(work, device, transformers.MAX_ROWS["cpu"], decode.PREFILL_TOKENS["cpu"])
+    together = _together(config, work, shape, total_memory(torch.device("cpu")), on_cpu=True).together
+    device = measure_cpu(shape, config.batch_size or work.prompts * together, work.dtype, threads)
+    return _Placed(work, device, decode.PREFILL_TOKENS["cpu"])
 
 
 def _on_gpus(config: Config, work: Work, shape: Shape, sheet: GPU, size: int | None) -> _Placed:
@@ -223,21 +290,7 @@ def _on_gpus(config: Config, work: Work, shape: Shape, sheet: GPU, size: int | N
         work = replace(work, at_once=min(config.workers or count, count))
     on_host = base > 0 and keeps_on_host(device.memory // work.at_once)
     work = replace(work, dtype=dtype, slots=slots, parallel=parallel, base="host" if on_host else "device")
-    return _Placed(work, device, transformers.MAX_ROWS_ELSEWHERE, decode.PREFILL_TOKENS_ELSEWHERE)
-
-
-def _rows(config: Config, placed: _Placed, shape: Shape) -> int:
-    """Rows of the largest batch: the engine makes batches of equal size, and an evaluation's can exceed a step's."""
-    from estune.engines.transformers import MEMORY_SHARE
-    from estune.study.estimate.needs import fitting_rows
-    from estune.tasks.countdown import GENERATED_SIZE
-
-    work = placed.work
-    device = placed.device
-    memory = device.memory // work.at_once if device.is_gpu else device.memory
-    most = config.batch_size or fitting_rows(shape, work, memory, share=MEMORY_SHARE, most=placed.most_rows)
-    sizes = (work.prompts, config.task.eval_size or GENERATED_SIZE)
-    return max(math.ceil(size / math.ceil(size / most)) for size in sizes)
+    return _Placed(work, device, decode.PREFILL_TOKENS_ELSEWHERE)
 
 
 def _check_counts(work: Work) -> None:

@@ -42,6 +42,9 @@ class Shape:
     own: bool = False  # a CPU multiplies its matrices by our kernels, not PyTorch's
     integers: int = 0  # elements of trained matrices that can be integers
     stored: int | None = None  # bytes of the checkpoint's weights, where they are quantised and stay so
+    tensors: int = 0  # that are trained
+    vectors: int = 0  # elements of a member of rank one: rows and columns of these
+    joins: bool = False  # members of rank one can be decoded together, as far as config.json tells
 
     def splits_over(self, gpus: int) -> bool:
         """Whether vLLM can give each GPU equally many query heads, and key and value heads, which it may repeat."""
@@ -89,7 +92,9 @@ def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = 
     if method in KEPT:
         shape = replace(shape, stored=_stored(model), own=False)
     added = adapter_elements(shape.matrix_shapes, adapter)
-    return replace(shape, trained=added, parameters=shape.parameters + added)
+    return replace(
+        shape, trained=added, parameters=shape.parameters + added, vectors=min(shape.vectors, added), joins=False
+    )
 
 
 @functools.lru_cache(maxsize=32)
@@ -98,13 +103,15 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
     import torch
 
     from estune.engines.cpu.fused import has_own_products
+    from estune.engines.decode import unsupported
 
     config = kind.from_dict(json.loads(values))
     dtype = _dtype(config)  # building changes it
     built, cached, kernels = _built(config)
     text = built.config.get_text_config(decoder=True)
     parameters = dict(built.named_parameters())
-    trained = sum(p.numel() for name, p in parameters.items() if fits(name, pattern))
+    chosen = [p for name, p in parameters.items() if fits(name, pattern)]
+    trained = sum(p.numel() for p in chosen)
     if not trained:
         raise EstuneError(
             f"train_parameters: no parameter's name fits {pattern!r}; names look like {next(iter(parameters))}"
@@ -136,6 +143,9 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
         heads=heads,
         integers=sum(p.numel() for name, p in parameters.items() if p.ndim == 2 and fits(name, pattern)),
         matrix_shapes={name: tuple(p.shape) for name, p in matrices.items()},
+        tensors=len(chosen),
+        vectors=sum(p.numel() if p.ndim < 2 else p.numel() // p.shape[-1] + p.shape[-1] for p in chosen),
+        joins=not unsupported(built),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from estune.study.estimate.machines import PCIE, Device
-from estune.study.estimate.needs import Work, shares_base, trained, trained_bytes
+from estune.study.estimate.needs import Way, Work, base_bytes, shares_base, trained, trained_bytes
 from estune.study.estimate.schedule import finish
 from estune.study.estimate.shapes import Shape
 from estune.weights.moments import BYTES as MOMENTS
@@ -34,6 +34,11 @@ VLLM_STEP = 0.3e-3
 # all-reduce of some 100 kB takes over NVLink.
 EXCHANGE = 10e-6
 
+# Kernels beside a model's own where members are decoded together: of each tensor two vectors are looked up, multiplied
+# and added (`engines/together.py`); of vLLM's four kinds of products in a layer there are two each.
+ADDED_KERNELS: dict[Way, int] = {"one by one": 0, "fused": 0, "forward": 4, "slots": 8}
+CPU_PER_TENSOR = 7e-6  # seconds of Python, on one core, for a member's vectors of one tensor
+
 
 class Times:
     """Seconds of the parts of one run.
@@ -48,27 +53,44 @@ class Times:
     def __init__(self, shape: Shape, work: Work, device: Device) -> None:
         self.shape = shape
         self.work = work
+        self._given = device
         self.device = replace(
             device,
             bandwidth=device.bandwidth * work.parallel,
             prefill=device.prefill * work.parallel,
             decode=device.decode * work.parallel,
             noise=device.noise * work.parallel,
+            outer=device.outer * work.parallel,
         )
         self._bytes = BYTES[work.dtype]
         policy = POLICIES[work.policy]
+        self._keeps_base = policy.keeps_base
         self._live = trained_bytes(shape, work)
         beside = 2 if policy.splits_base else 1  # the other half
-        self._base = policy.base_bytes(shape.trained, work.dtype) if policy.keeps_base else beside * self._live
+        self._base = base_bytes(shape, work) if policy.keeps_base else beside * self._live
         self._passes = 1 if policy.keeps_base else 2  # where nothing is kept, the member before is taken back first
         # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
         self._reading = PCIE * work.parallel if work.base == "host" else self.device.bandwidth
         self._kernels = VLLM_KERNELS * shape.layers if work.engine == "vllm" else shape.kernels + CHOICE_KERNELS
+        self._kernels += ADDED_KERNELS[work.way] * (shape.layers if work.way == "slots" else shape.tensors)
 
-    def perturb(self) -> float:
-        """Seconds to perturb the weights by one member."""
+    def alone(self) -> Times:
+        """Those of what the base generates, as in an evaluation."""
+        return Times(self.shape, replace(self.work, way="one by one", together=1), self._given)
+
+    def restore(self) -> float:
+        """Seconds to make the weights the base again, which members that are added to it ask for once a step."""
+        if not self.work.over_base or not self._keeps_base:
+            return 0.0
+        return self._base / self._reading + self._live / self.device.bandwidth
+
+    def perturb(self, members: int = 1) -> float:
+        """Seconds to make ready to decode so many members together: to perturb the weights, as a rule by one."""
+        if self.work.over_base:
+            drawn = members * self.shape.vectors / self.device.noise
+            return drawn + members * self.shape.tensors * (0 if self.device.is_gpu else CPU_PER_TENSOR)
         writing = self._live / self.device.bandwidth
-        return self._passes * max(self._base / self._reading + writing, self.work.drawn * self._drawing)
+        return members * self._passes * max(self._base / self._reading + writing, self.work.drawn * self._drawing)
 
     def update(self) -> float:
         """Seconds to update the base, or all bases on one device."""
@@ -119,7 +141,11 @@ class Times:
 
     @property
     def _drawing(self) -> float:
-        return trained(self.shape, self.work) / self.device.noise
+        """Seconds to make a member's noise of all that is trained."""
+        elements = trained(self.shape, self.work)
+        if self.work.rank1:
+            return self.shape.vectors / self.device.noise + elements / self.device.outer
+        return elements / self.device.noise
 
     def _decode(self, ends: Array, longest: float) -> Array:
         """Seconds to decode rows that end after these tokens, rising, `[members, rows]`; `[members]`.
@@ -162,7 +188,13 @@ class Times:
         used = np.minimum(shape.matrices, shape.active * rows * tokens)
         read = self._bytes * (used + shape.output + rows * context * shape.cached)
         flops = 2 * rows * (shape.active * tokens + shape.output + tokens * context * shape.cached * shape.grouped)
-        waiting = self._kernels * device.gap + device.per_layer * shape.layers
+        # Of each member what it adds is read once at least; a CPU, row by row, is not held up by that alone.
+        added = shape.trained if self.work.way == "slots" else shape.vectors if self.work.over_base else 0
+        read = read + self._bytes * np.minimum(rows, self.work.together) * added
+        flops = flops + 2 * rows * tokens * added
+        waiting: Any = self._kernels * device.gap + device.per_layer * shape.layers
+        if self.work.over_base and not device.is_gpu:
+            waiting = waiting + 2 * rows * tokens * added / device.outer
         if self.work.parallel > 1:
             waiting += 2 * EXCHANGE * shape.layers
         return read / device.bandwidth, flops / rate, waiting, 0 if captured else self._kernels * device.issue
