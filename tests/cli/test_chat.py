@@ -97,7 +97,8 @@ def test_a_model_without_template_goes_on_with_each_text(tmp_path: Path) -> None
         open_chats(str(plain), NEW, "Be brief.")
 
 
-def test_the_terminal_shows_answers_and_nothing_that_moves_its_cursor(model: Path) -> None:
+def test_the_terminal_shows_answers_and_nothing_that_moves_its_cursor(tmp_path: Path) -> None:
+    model = save_model(tmp_path)
     chats = open_chats(str(model), NEW)
     out = shown(chats, "2 + 2", KeyboardInterrupt, "  ", "/clear", "2 + 2", "/exit", "2 + 2")
     answer = expected(model, [say("user", "2 + 2")])
