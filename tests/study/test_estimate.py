@@ -224,7 +224,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     names = ["perturb", "read the prompts", "generate", "wait for the last", "update"]
     assert [item["name"] for item in found["time"]] == names
     assert all(np.isfinite(item["amount"]) and item["amount"] >= 0 for item in found["time"])
-    assert [speed["engine"] for speed in found["speeds"]] == ["transformers"]  # vLLM's rates here are not known
+    engines = [speed["engine"] for speed in found["speeds"]]
+    assert engines == ["transformers", "transformers, noise=rank1"]  # vLLM's rates here are not known
     assert found["scales"] == []
     assert set(found["reinforcement_learning"]) == {"GRPO", "PPO"}
     assert found["advice"].startswith("weights=master fits")

@@ -15,7 +15,6 @@ from estune.engines.together import RowsTogether
 from estune.engines.vllm.engine import slots_for
 from estune.es.strategy import Member
 from estune.pool.replica import Replica, drawn
-from estune.pool.together import RankOne
 from estune.study.estimate.estimate import choices
 from estune.study.estimate.needs import memory
 from estune.study.estimate.plan import Plan
@@ -32,14 +31,13 @@ SHAPE = replace(ROUND, vectors=10**6, tensors=10, joins=True)
 
 def test_members_and_their_vectors_are_those_of_the_real_objects() -> None:
     replica = Replica(load(None, RANK1))
-    together = replica._together
-    assert isinstance(together, RankOne)
+    assert isinstance(replica.weights, Weights)
+    drawer = replica.engine.together(drawn(replica.weights))  # type: ignore[attr-defined]
     for prompts, population in ((20, 20), (1, 30), (3, 1000), (300, 4)):
         found = estimate_run(None, [*RANK1, f"population={population}", f"prompts_per_step={prompts}"])
         assert found.work.way == "fused"
         assert found.work.together == replica.at_once([[1] * 9] * prompts, Sampling(40), population)
-    together.take([Member(seed) for seed in range(7)], 0.01)
-    held = together._members
+    held = drawer.of([Member(seed) for seed in range(7)], 0.01)
     assert isinstance(held, Members)
     arrays = [a for parts in held.matrices.values() for part in parts for a in (part.a, part.b)]
     arrays += [*held.biases.values(), *held.norms.values()]
@@ -54,6 +52,15 @@ def test_vectors_of_a_models_own_forward_are_those_that_it_holds() -> None:
     shape = read_shape("tiny")
     assert rows.member_bytes == 4 * (shape.vectors + 2)  # of four numbers each: the table's 614 rows take 616
     assert shape.tensors == len(replica.weights.parameters)
+
+
+def test_noise_that_lets_members_be_decoded_together_is_shown_beside() -> None:
+    few = ["device=cpu", "replicas=1", "population=64", "prompts_per_step=4"]
+    own, together = estimate_run(None, few).speeds  # by the same rates of this machine
+    assert (own.engine, together.engine) == ("transformers", "transformers, noise=rank1")
+    assert together.step < own.step
+    assert len(estimate_run(None, [*few, "prompts_per_step=300"]).speeds) == 1  # a member's prompts fill a batch
+    assert len(estimate_run(None, [*few, "weights=int8"]).speeds) == 1  # which takes no other noise
 
 
 def test_a_step_of_members_together_by_hand() -> None:

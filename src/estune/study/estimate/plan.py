@@ -139,7 +139,7 @@ class Plan:
         token, limit = self.times.token(rows, self._mean / 2)
         step = self.step(self.own)
         return Speed(
-            work.engine,
+            work.engine + ", noise=rank1" * work.rank1,
             work.rows,
             token,
             limit,

@@ -51,6 +51,7 @@ def estimate_run(
     from estune.study.estimate.machines import find_gpu, this_gpu
     from estune.study.estimate.shapes import read_shape
 
+    overrides = list(overrides)
     config = load(file, overrides)
     if lengths is not None and new_tokens is not None:
         raise EstuneError("--lengths and --new-tokens both say how long completions are: give one")
@@ -68,6 +69,8 @@ def estimate_run(
     placed = _on_this_cpu(config, work, shape) if chosen is None else _on_gpus(config, work, shape, *chosen)
     work = _decoded(config, placed, shape)
     engines = _by_engine(config, placed, shape)
+    if not placed.device.is_gpu and not work.rank1:
+        engines += _by_rank_one(file, [*overrides, "noise=rank1"], placed, shape)
     if work.engine == "vllm" and placed.device.is_gpu:
         work = _held_by_vllm(config, work, placed.device, shape)
     return make_estimate(config.model, shape, work, placed.device, placed.prefill_tokens, drawn, engines)
@@ -202,6 +205,16 @@ def _by_engine(config: Config, placed: _Placed, shape: Shape) -> list[Work]:
     if placed.work.engine != "vllm":
         return [by("transformers"), by("vllm")]
     return [by("vllm")] if placed.work.parallel > 1 or config.workers_at else [by("vllm"), by("transformers")]
+
+
+def _by_rank_one(file: Path | None, overrides: list[str], placed: _Placed, shape: Shape) -> list[Work]:
+    """The work with noise of rank one, where that lets members be decoded together on this CPU."""
+    try:
+        config = load(file, overrides)
+    except EstuneError:  # something that is set takes another noise
+        return []
+    work = _decoded(config, replace(placed, work=replace(placed.work, rank1=True)), shape)
+    return [work] if work.together > 1 else []
 
 
 def _vllm_rows(config: Config, work: Work, device: Device, shape: Shape) -> int:
