@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,9 @@ from estune.config import Config, parse
 from estune.engines.transformers import TransformersEngine
 from estune.engines.vllm import internals, lora
 from estune.engines.vllm.adapted import AdapterWeights
-from estune.engines.vllm.adapter import AdapterShard
 from estune.engines.vllm.engine import VllmEngine, slots_for
 from estune.engines.vllm.open import open_vllm
+from estune.engines.vllm.slots import Slots
 from estune.errors import EstuneError
 from estune.es.strategy import Member
 from estune.noise.reference import normal_by_id, tensor_id
@@ -191,16 +190,16 @@ def test_products_by_slot_are_vllms() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_slot_holds_what_vllm_makes_of_a_file(dtype: torch.dtype) -> None:
+def test_a_slot_holds_what_vllm_makes_of_a_file(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a factor that the type does not hold."""
     from vllm.lora.lora_weights import LoRALayerWeights
 
     a, b = torch.randn(3, 96), torch.randn(64, 3)
     stacked = torch.full((2, 1, 8, 96), 7.0, dtype=dtype), torch.full((2, 1, 64, 8), 7.0, dtype=dtype)
-    shard = AdapterShard(SimpleNamespace(rank=0))
-    shard._slots = [1, 0]
-    shard._places = [lora.Place(stacked[0], a, 1.0), lora.Place(stacked[1], b, 1.4)]
-    shard._write(1)
+    monkeypatch.setattr(lora, "indices", lambda worker: [1, 0])
+    found = [lora.Place(stacked[0], a, 1.0), lora.Place(stacked[1], b, 1.4)]
+    monkeypatch.setattr(lora, "places", lambda worker, adapter, tensors: found)
+    Slots(None, Path(), {}).write(1)
     theirs = LoRALayerWeights("m", 3, 4, a.to(dtype), b.to(dtype), scaling=1.4).optimize()
     assert torch.equal(stacked[0][0, 0, :3], theirs.lora_a)
     assert torch.equal(stacked[1][0, 0, :, :3], theirs.lora_b)

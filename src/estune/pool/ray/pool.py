@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from estune.pool.ray.cluster import connect, disconnect, lost, needs
 from estune.pool.ray.handle import RayHandle
 from estune.pool.slots import Slot
 from estune.weights.adapters import PREFIX
-from estune.weights.locate import EMBEDDED
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import EMBEDDED, locate
 
 
 def open_ray_pool(config: Config) -> RayPool:
@@ -45,12 +47,21 @@ class RayPool(CrewPool):
         return ray.put(prompt_ids)  # sent to a node once a step, not once a member
 
     def _at_once(self) -> int:
-        adapted = next(iter(self.describe().tensors)).startswith(PREFIX)
-        if not adapted or self._config.engine != "vllm":
+        return self._slots
+
+    @cached_property
+    def _slots(self) -> int:
+        """How many members vLLM takes at once. One that turned out to have no slots takes as many one by one."""
+        if self._config.engine != "vllm":
             return 1
         from estune.engines.vllm.engine import slots_for
+        from estune.engines.vllm.rank_one import outer_matrices
 
-        return slots_for(self._config, on_cpu=self._config.device == "cpu")
+        config = self._config
+        on_cpu = config.device == "cpu"
+        adapted = next(iter(self.describe().tensors)).startswith(PREFIX)
+        in_slots = adapted or outer_matrices(Checkpoint(locate(config.model)), config, on_cpu=on_cpu)
+        return slots_for(config, on_cpu=on_cpu) if in_slots else 1
 
     def _is_near(self, slot: Slot) -> bool:
         here = ray.get_runtime_context().get_node_id()
