@@ -81,6 +81,16 @@ def test_slots_complete_as_weights_with_the_noise_added(opened: tuple[VllmEngine
     assert engine.generate(PROMPTS, GREEDY) == TransformersEngine(tiny, dtype="float32").generate(PROMPTS, GREEDY)
 
 
+def test_of_a_model_in_two_processes_each_has_its_slice(tiny: Path, started: dict[Any, Any]) -> None:
+    engine, weights = open_vllm(Checkpoint(tiny), settings(tiny, gpus_per_worker=2, vllm_max_loras=2))
+    started[tiny, "in slots", 2] = engine
+    assert isinstance(weights, RankOneWeights)
+    weights.take(MEMBERS[1:], SIGMA)
+    found = engine.generate_each(2, PROMPTS, GREEDY)
+    assert found == [perturbed(tiny, member).generate(PROMPTS, GREEDY) for member in MEMBERS[1:]]
+    assert engine.generate(PROMPTS, GREEDY) == TransformersEngine(tiny, dtype="float32").generate(PROMPTS, GREEDY)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_member_is_its_own_whoever_is_beside_it(
     opened: tuple[VllmEngine, RankOneWeights], temperature: float
@@ -195,6 +205,9 @@ def test_what_has_no_slots_is_said_with_what_to_set(
         "*.query_key_value.weight",
     ]
     assert len(matrices(other, train_parameters=instead)) == 8
+    assert matrices(saved("qwen3_moe")) == []
+    assert "trains model.layers.0.mlp.experts.0.down_proj.weight too" in caplog.text
+    assert caplog.text.rstrip().endswith("*.v_proj.weight")
     for silent in ({"noise": "iid"}, {"weights": "inplace"}, {"vllm_max_loras": 1}):
         assert matrices(tiny, **silent) == []
         assert not caplog.records
@@ -203,3 +216,4 @@ def test_what_has_no_slots_is_said_with_what_to_set(
 def test_groups_of_members_have_slots_for_one(tiny: Path) -> None:
     given: dict[str, Any] = {"batch_size": None, "vllm_max_loras": None, "population": 12, "prompts_per_step": 2}
     assert slots_for(settings(tiny, **given, prompt_groups=2), on_cpu=True) == 6
+    assert slots_for(settings(tiny, **given, evaluate_base=True), on_cpu=True) == 13

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, StableLmConfig
 
 from estune.completion import Sampling
 from estune.engines.vllm.open import open_vllm
@@ -18,18 +18,19 @@ from estune.journal.replay import replay
 from estune.pool.local import LocalPool
 from estune.run.trainer import Trainer
 from estune.weights.checkpoint import Checkpoint
+from tests.models import build_tokenizer
 from tests.run.test_search import cut
 from tests.runs import assert_same_run, make_config, make_task, substance
+from tests.vllm.conftest import SHAPE
 from tests.vllm.pairs import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("alone_here")
 
 
 def trainer(output: Path, model: Path, **changes: Any) -> Trainer:
-    given = {"engine": "vllm", "replicas": None, "batch_size": 24, "steps": 2, "device": "cpu", "threads": 1}
+    given = {"engine": "vllm", "replicas": None, "batch_size": 32, "steps": 2, "device": "cpu", "threads": 1}
     noise = {"noise": "rank1", "train_parameters": "*_proj.weight", "sigma": 0.1, "learning_rate": 0.05}
-    # The base is one more member, and the two members of a group have prompts of their own.
-    search = {"evaluate_base": True, "prompt_groups": 2, "mirrored": True}
+    search = {"evaluate_base": True, "mirrored": True}  # the base is one more member
     return Trainer(make_config(output, model, **{**noise, **search, **given, **changes}), task=make_task(), monitors=[])
 
 
@@ -43,14 +44,14 @@ def run(tiny: Path, alone_here: None, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("in slots") / "run"
     training = trainer(folder, tiny)
     assert isinstance(training.pool, LocalPool)
-    assert training.pool.own.at_once(PROMPTS, Sampling(8)) == 2  # a group
+    assert training.pool.own.at_once(PROMPTS, Sampling(8)) == 5  # the population and the base
     training.train()
     return folder
 
 
 def test_replay_gives_the_trained_weights(run: Path, tmp_path: Path) -> None:
     journal = Journal.read(run)
-    assert all(max(record.rewards) > min(record.rewards) for record in journal.steps)
+    assert all(len(set(record.rewards)) > 1 for record in journal.steps)
     assert replay(run, tmp_path / "replayed") == journal.fingerprint()
 
 
@@ -69,14 +70,18 @@ def test_resumed_it_is_the_undisturbed_run(run: Path, tmp_path: Path) -> None:
 
 
 def test_where_vllm_turns_out_to_have_no_slots_members_are_one_by_one(
-    saved: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = saved("qwen3_moe")
+    path = tmp_path / "model"
+    shape = {**SHAPE, "hidden_size": 128, "intermediate_size": 96, "max_position_embeddings": 256}
+    del shape["head_dim"]
+    AutoModelForCausalLM.from_config(StableLmConfig(**shape)).save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
     config = make_config(tmp_path, path, noise="rank1", train_parameters="*_proj.weight", engine="vllm", device="cpu")
-    with caplog.at_level(logging.WARNING):
-        engine, weights = open_vllm(Checkpoint(path), config)
+    engine, weights = open_vllm(Checkpoint(path), config)
     try:
-        assert "noise=rank1: members are decoded one by one, as vLLM" in caplog.text
+        assert "noise=rank1: members are decoded one by one, as vLLM cannot run model" in caplog.text
+        assert "does not support LoRA" in caplog.text
         assert not isinstance(weights, RankOneWeights)
         assert not engine.slots
         weights.perturb(Member(1), 0.1)

@@ -302,7 +302,7 @@ def slots_for(config: Config, *, on_cpu: bool) -> int:
     engines = config.workers or 1
     rows = config.batch_size or (CPU_ROWS if on_cpu else GPU_ROWS[1])
     fitting = max(1, min(rows // config.rows_of_member, MOST_SLOTS))
-    members = config.population / config.prompt_groups  # with the same prompts
+    members = config.members / config.prompt_groups  # with the same prompts
     return config.vllm_max_loras or min(fitting, math.ceil(members / engines))
 
 

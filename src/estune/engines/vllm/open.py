@@ -13,7 +13,7 @@ from estune.engines.vllm.adapted import AdapterWeights
 from estune.engines.vllm.engine import VllmEngine, live_dtype, slots_for
 from estune.engines.vllm.rank_one import ALONE, Matrices, RankOneWeights, log, outer_matrices
 from estune.engines.vllm.weights import VllmWeights
-from estune.errors import EstuneError
+from estune.errors import EstuneError, first_line
 from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import chosen_device
@@ -35,8 +35,8 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
         return _open(checkpoint, config, {})
     try:
         return _open(checkpoint, config, outer)
-    except EstuneError as error:
-        why = str(error)
+    except Exception as error:  # of any kind, from layers that do not fit the model
+        why = first_line(error)
     gc.collect()  # what vLLM has loaded hung on the error
     torch.cuda.empty_cache()
     opened = _open(checkpoint, config, {})

@@ -34,6 +34,7 @@ from estune.weights.policies import POLICIES
 log = logging.getLogger(__name__)
 
 Matrices = Mapping[str, tuple[int, ...]]
+EXPERTS = "*.experts.*"
 ALONE = "noise=rank1: members are decoded one by one, as %s"
 
 
@@ -46,7 +47,8 @@ def outer_matrices(checkpoint: Checkpoint, config: Config, *, on_cpu: bool) -> M
     if config.noise != "rank1" or slots < 2 or checkpoint.under is not None or POLICIES[config.weights].drifts:
         return {}
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    matrices = {f"{module}.weight": shape for module, shape in adapted_shapes(shapes, Adapter()).items()}
+    linear = {f"{module}.weight": shape for module, shape in adapted_shapes(shapes, Adapter()).items()}
+    matrices = {name: shape for name, shape in linear.items() if not fits(name, EXPERTS)}
     trained = [name for name in shapes if fits(name, config.train_parameters)]
     other = next((name for name in trained if name not in matrices), None)
     if other is None:
@@ -55,17 +57,18 @@ def outer_matrices(checkpoint: Checkpoint, config: Config, *, on_cpu: bool) -> M
     log.warning(
         ALONE,
         f"train_parameters={config.train_parameters} trains {other} too, and vLLM's LoRA layers take matrices of the "
-        f"layers alone: to decode many in one batch set train_parameters={instead}",
+        f"layers alone, but experts': to decode many in one batch set train_parameters={instead}",
     )
     return {}
 
 
 def _pattern(names: Matrices, matrices: Matrices) -> str:
     """What `train_parameters` is for these matrices of a checkpoint, and no other tensor: as short as may be."""
-    common = "*_proj.weight"
-    if [name for name in names if fits(name, common)] == list(matrices):
-        return common
-    return ",".join(dict.fromkeys(f"*.{name.rsplit('.', 2)[1]}.weight" for name in matrices))
+    ends = ",".join(dict.fromkeys(f"*.{name.rsplit('.', 2)[1]}.weight" for name in matrices))
+    return next(
+        (p for p in ("*_proj.weight", ends) if [name for name in names if fits(name, p)] == list(matrices)),
+        f"{ends},!{EXPERTS}",
+    )
 
 
 class RankOneWeights(SlotWeights):
