@@ -49,7 +49,8 @@ class AdapterWeights(SlotWeights):
         with tempfile.TemporaryDirectory(prefix="estune-") as folder:
             probe = Path(folder) / "adapter"
             checkpoint.write(probe, self.runs(), self.rule.dtype)
-            self._engine.fill(Checkpoint(probe), FIRST)
+            with refusing(checkpoint.path):
+                self._engine.fill(Checkpoint(probe), FIRST)
         if self._engine.call("digests") != ours:
             raise EstuneError(
                 "engine=vllm cannot train this adapter: vLLM makes something else of the same values in a file; use "

@@ -33,11 +33,8 @@ class VllmCalls(PromptEncoder):
         """Log-probabilities (nats) of each row's tokens but the first."""
 
     @abstractmethod
-    def _likely(self, prompt_ids: Sequence[Sequence[int]], tokens: int, slot: int | None = None) -> Digest:
-        """The few most likely tokens at each step of greedy decoding, with their log-probabilities (nats).
-
-        By the live weights, or by what is in a slot.
-        """
+    def _likely(self, prompt_ids: Sequence[Sequence[int]], tokens: int) -> Digest:
+        """The few most likely tokens at each step of greedy decoding, with their log-probabilities (nats)."""
 
     @abstractmethod
     def _call(self, method: str, *args: Any) -> list[Any]:
@@ -101,14 +98,13 @@ class VllmCalls(PromptEncoder):
         if not self._reset():
             raise EstuneError("vLLM keeps keys and values of other weights: prompts are still under way; start again")
 
-    def digest(self, slot: int | None = None) -> Digest:
-        """Likely tokens and their log-probabilities for a few prompts, which differ for other weights.
-
-        Args:
-            slot: which is looked at in place of the live weights.
-        """
-        size = self.config.get_text_config(decoder=True).vocab_size
-        length = max(1, min(8, (self.positions or 8) - 2))
-        prompts = [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]
+    def digest(self) -> Digest:
+        """Likely tokens and their log-probabilities for a few prompts, which differ for other weights."""
         self.forget()
-        return self._likely(prompts, 2 if (self.positions or 8) > 2 else 1, slot)
+        return self._likely(self.probes(8), 2 if (self.positions or 8) > 2 else 1)
+
+    def probes(self, tokens: int) -> list[list[int]]:
+        """A few prompts of so many tokens, or as many as leave room for two."""
+        size = self.config.get_text_config(decoder=True).vocab_size
+        length = max(1, min(tokens, (self.positions or tokens + 2) - 2))
+        return [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]

@@ -27,7 +27,6 @@ from estune.engines.vllm.calls import Digest, VllmCalls
 from estune.errors import EstuneError
 from estune.weights.checkpoint import DTYPES, Checkpoint
 from estune.weights.device import chosen_device
-from estune.weights.parameters import layer_of
 from estune.weights.policies import BYTES
 from estune.weights.storage import type_name
 
@@ -82,16 +81,15 @@ class VllmEngine(VllmCalls):
         tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
         super().__init__(str(path), tokenizer, model, config.vllm_max_model_length)
         self.dtype = live_dtype(whole or checkpoint, config, model)
+        self._slot_elements = sum(map(sum, outer.values()))
         options: dict[str, Any] = {}
         if self.slots:
             lora.refuse_type(self.dtype, self.device)
         if whole is not None:
-            options = lora.options_of(checkpoint, slots)
             self._slot_elements = sum(t.elements for t in checkpoint.tensors.values())
-        else:
-            self._slot_elements = sum(map(sum, outer.values()))
-            if outer:
-                options = lora.options({layer_of(name)[1].rpartition(".")[2] for name in outer}, 1, slots)
+            options = lora.options_of(checkpoint, slots)
+        elif outer:
+            options = lora.options({lora.module_of(name) for name in outer}, 1, slots)
         self.end_ids = end_tokens(
             SimpleNamespace(config=model, generation_config=generation_config(path, model)), self.tokenizer
         )
@@ -220,10 +218,14 @@ class VllmEngine(VllmCalls):
         with self.here() as llm:
             return internals.score(llm, rows, self.live)
 
-    def _likely(self, prompt_ids: Sequence[Sequence[int]], tokens: int, slot: int | None = None) -> Digest:
+    def scores_in(self, slot: int, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities (nats) of each row's tokens but the first, by what is in a slot."""
         with self.here() as llm:
-            by = self.live if slot is None else self.slot(slot)
-            return internals.log_probabilities(llm, prompt_ids, tokens, by)
+            return internals.score(llm, rows, self.slot(slot))
+
+    def _likely(self, prompt_ids: Sequence[Sequence[int]], tokens: int) -> Digest:
+        with self.here() as llm:
+            return internals.log_probabilities(llm, prompt_ids, tokens, self.live)
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         with self.here() as llm:

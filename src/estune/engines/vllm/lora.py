@@ -99,6 +99,11 @@ def options_of(adapter: Checkpoint, slots: int) -> dict[str, Any]:
         return found
 
 
+def module_of(matrix: str) -> str:
+    """The end of the name of the module that a matrix of a checkpoint is the weight of."""
+    return matrix.rsplit(".", 2)[-2]
+
+
 @dataclass(frozen=True)
 class _Legal:
     """What vLLM's check of an adapter's settings reads of its own."""

@@ -11,7 +11,7 @@ from estune.engines.loading import load_config
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.vllm.adapted import AdapterWeights
 from estune.engines.vllm.engine import VllmEngine, live_dtype, slots_for
-from estune.engines.vllm.rank_one import ALONE, Matrices, RankOneWeights, log, outer_matrices
+from estune.engines.vllm.rank_one import Matrices, RankOneWeights, outer_matrices, say_alone
 from estune.engines.vllm.weights import VllmWeights
 from estune.errors import EstuneError, first_line
 from estune.weights.base import keeps_base_on_host
@@ -40,7 +40,7 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
     gc.collect()  # what vLLM has loaded hung on the error
     torch.cuda.empty_cache()
     opened = _open(checkpoint, config, {})
-    log.warning(ALONE, why)
+    say_alone(why)
     return opened
 
 

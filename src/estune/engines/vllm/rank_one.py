@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from estune.config import Config
-from estune.engines.vllm.calls import Digest
 from estune.engines.vllm.engine import slots_for
+from estune.engines.vllm.lora import module_of
 from estune.engines.vllm.shard import SHAKEN
 from estune.engines.vllm.slots import names_of
 from estune.engines.vllm.weights import PROBE, STRONG, SlotWeights
@@ -34,8 +33,9 @@ from estune.weights.policies import POLICIES
 log = logging.getLogger(__name__)
 
 Matrices = Mapping[str, tuple[int, ...]]
+Scores = Sequence[Sequence[float]]
+PROBED = 16  # tokens of the texts whose scores are compared
 EXPERTS = "*.experts.*"
-ALONE = "noise=rank1: members are decoded one by one, as %s"
 
 
 def outer_matrices(checkpoint: Checkpoint, config: Config, *, on_cpu: bool) -> Matrices:
@@ -54,17 +54,21 @@ def outer_matrices(checkpoint: Checkpoint, config: Config, *, on_cpu: bool) -> M
     if other is None:
         return {name: matrices[name] for name in trained}
     instead = _pattern(shapes, matrices)
-    log.warning(
-        ALONE,
+    say_alone(
         f"train_parameters={config.train_parameters} trains {other} too, and vLLM's LoRA layers take matrices of the "
-        f"layers alone, but experts': to decode many in one batch set train_parameters={instead}",
+        f"layers alone, experts' left out: to decode many in one batch set train_parameters={instead}",
     )
     return {}
 
 
+def say_alone(why: str) -> None:
+    """Say that members are decoded one by one."""
+    log.warning("noise=rank1: members are decoded one by one, as %s", why)
+
+
 def _pattern(names: Matrices, matrices: Matrices) -> str:
     """What `train_parameters` is for these matrices of a checkpoint, and no other tensor: as short as may be."""
-    ends = ",".join(dict.fromkeys(f"*.{name.rsplit('.', 2)[1]}.weight" for name in matrices))
+    ends = ",".join(dict.fromkeys(f"*.{module_of(name)}.weight" for name in matrices))
     return next(
         (p for p in ("*_proj.weight", ends) if [name for name in names if fits(name, p)] == list(matrices)),
         f"{ends},!{EXPERTS}",
@@ -101,12 +105,14 @@ class RankOneWeights(SlotWeights):
         with self._filled(member):
             if engine.call("slot_digests") != ours:
                 raise EstuneError("vLLM makes something else of the same values in a file")
-        base, in_slot = engine.digest(), engine.digest(engine.slots - 1)
+        rows = engine.probes(PROBED)
+        texts = [row[:1] for row in rows], [row[1:] for row in rows]
+        base, in_slot = engine.score(*texts), engine.scores_in(engine.slots - 1, rows)
         self._probe(STRONG)
-        perturbed = engine.digest()
+        perturbed = engine.score(*texts)
         self._undo(checkpoint)
         if not _distance(in_slot, perturbed) < _distance(base, perturbed) / 2:
-            raise EstuneError("completions by members in slots are not those by perturbed weights")
+            raise EstuneError("scores by members in slots are not those by perturbed weights")
 
     @contextmanager
     def _filled(self, member: Member) -> Iterator[Path]:
@@ -129,13 +135,11 @@ class RankOneWeights(SlotWeights):
             tensors[first] = normal_by_id(member.seed, key, COLUMNS_AT, columns)[None, :]
             tensors[second] = (factor * normal_by_id(member.seed, key, 0, rows))[:, None]
         save_file(tensors, folder / WEIGHTS)
-        modules = sorted({name.rsplit(".", 2)[1] for name in self.tensors})
+        modules = sorted({module_of(name) for name in self.tensors})
         said = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "bias": "none", "target_modules": modules}
         (folder / CONFIG).write_text(json.dumps(said))
 
 
-def _distance(one: Digest, other: Digest) -> float:
-    """Mean difference of log-probabilities (nats) of the tokens that both have, over each prompt's first step."""
-    steps = len(one) // 3
-    pairs = [(x[token], y[token]) for x, y in zip(one[::steps], other[::steps], strict=True) for token in x.keys() & y]
-    return sum(abs(a - b) for a, b in pairs) / len(pairs) if pairs else math.inf
+def _distance(one: Scores, other: Scores) -> float:
+    """Mean difference of log-probabilities (nats)."""
+    return float(np.mean([abs(a - b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)]))

@@ -83,8 +83,7 @@ class ServedEngine(VllmCalls):
     def _scores(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
         return self._server.score(rows)
 
-    def _likely(self, prompt_ids: Sequence[Sequence[int]], tokens: int, slot: int | None = None) -> Digest:
-        assert slot is None
+    def _likely(self, prompt_ids: Sequence[Sequence[int]], tokens: int) -> Digest:
         return self._server.log_probabilities(prompt_ids, tokens)
 
     def _call(self, method: str, *args: Any) -> list[Any]:
