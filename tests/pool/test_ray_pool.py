@@ -103,6 +103,22 @@ def test_workers_take_some_members_at_once(pool: RayPool, alone: LocalPool, monk
     assert pool.progress().tokens - before == written
 
 
+def test_workers_of_vllm_are_given_as_many_members_as_have_slots(
+    pool: RayPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"engine": "vllm", "vllm_max_loras": 3, "noise": "rank1"}
+    for changes, expected in (
+        ({"train_parameters": "*_proj.weight"}, 3),
+        ({"train_parameters": "*"}, 1),
+        ({"train_parameters": "*_proj.weight", "noise": "iid"}, 1),
+        ({"train_parameters": "*_proj.weight", "engine": "transformers"}, 1),
+    ):
+        monkeypatch.setattr(pool, "_config", pool._config.model_copy(update={**given, **changes}))
+        pool.__dict__.pop("_slots", None)
+        assert pool._at_once() == expected
+    pool.__dict__.pop("_slots", None)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_nothing(
     cluster: Any,
