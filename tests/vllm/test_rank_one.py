@@ -79,16 +79,6 @@ def test_slots_complete_as_weights_with_the_noise_added(opened: tuple[VllmEngine
     assert engine.generate(PROMPTS, GREEDY) == TransformersEngine(tiny, dtype="float32").generate(PROMPTS, GREEDY)
 
 
-def test_of_a_model_in_two_processes_each_has_its_slice(tiny: Path, started: dict[Any, Any]) -> None:
-    engine, weights = open_vllm(Checkpoint(tiny), settings(tiny, gpus_per_worker=2, vllm_max_loras=2))
-    started[tiny, "in slots", 2] = engine
-    assert isinstance(weights, RankOneWeights)
-    weights.take(MEMBERS[1:], SIGMA)
-    found = engine.generate_each(2, PROMPTS, GREEDY)
-    assert found == [perturbed(tiny, member).generate(PROMPTS, GREEDY) for member in MEMBERS[1:]]
-    assert engine.generate(PROMPTS, GREEDY) == TransformersEngine(tiny, dtype="float32").generate(PROMPTS, GREEDY)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_member_is_its_own_whoever_is_beside_it(
     opened: tuple[VllmEngine, RankOneWeights], temperature: float
@@ -141,6 +131,22 @@ def test_no_base_need_be_kept_beside_the_live_weights(opened: tuple[VllmEngine, 
     with pytest.raises(EstuneError, match="weights=exact_inplace can take noise=rank1 where members are decoded"):
         VllmWeights(engine, Checkpoint(tiny), changed, base_on_host=False)
     RankOneWeights(engine, Checkpoint(tiny), settings(tiny), base_on_host=False)
+
+
+def test_the_loader_sees_the_model_without_its_lora_layers(opened: tuple[VllmEngine, RankOneWeights]) -> None:
+    """As loaders of some models, and of most before vLLM 0.32, look for parameters by their whole names."""
+
+    def names(worker: Any) -> list[list[str]]:
+        model = worker.model_runner.get_model()
+        before = [name for name, _ in model.named_parameters()]
+        with lora.unwrapped(worker):
+            within = [name for name, _ in model.named_parameters()]
+        return [before, within, [name for name, _ in model.named_parameters()]]
+
+    ((before, within, after),) = opened[0].llm.collective_rpc(names)
+    assert after == before
+    assert within == [name.replace(".base_layer", "") for name in before]
+    assert "model.layers.0.self_attn.qkv_proj.weight" in set(within) - set(before)
 
 
 def test_slots_that_hold_or_mean_something_else_are_found(
