@@ -1,10 +1,11 @@
-"""Members of an adapter in one batch of vLLM's, against members one by one: a step's evaluation, and its update.
+"""Members in one batch of vLLM's, a slot each, against members one by one: a step's evaluation, and its update.
 
-    python -m bench.speed.vllm_slots [--cases tiny:8:20 smollm2:8:8] [--repeats 3]
+    python -m bench.speed.vllm_slots [--cases tiny:8:20 smollm2:8:8] [--repeats 3] [--noise rank1]
 
-In an environment that has vLLM. One engine; `one by one` puts each member into the slot of the live weights and
-completes its prompts, `in one batch` takes all members at once. `plain` is as many completions of the model without an
-adapter, in batches of a member's prompts and in one, so that what LoRA layers cost is seen. All take turns, and medians
+In an environment that has vLLM. One engine; `in one batch` takes all members at once. They are those of an adapter,
+where `one by one` puts each into the slot of the live weights and completes its prompts; or, with `--noise rank1`, of
+all matrices of the model's own, where it perturbs these in place. `plain` is as many completions of the model without
+LoRA layers, in batches of a member's prompts and in one, so that what these cost is seen. All take turns, and medians
 are compared; the machine's load is in the result. Completions of the two ways should agree in float32.
 """
 
@@ -33,13 +34,15 @@ TASKS = {
     "tiny": ["task.name=countdown", "dtype=float32"],
     "smollm2": ["task.name=examples/capitals.py", "max_new_tokens=16", "dtype=bfloat16"],
 }
-SIGMA = 0.02
+SIGMA = {"iid": 0.02, "rank1": 0.002}
 
 
-def measure(model: str, members: int, prompts: int, repeats: int, rank: int) -> dict[str, Any]:
+def measure(model: str, members: int, prompts: int, repeats: int, rank: int, noise: str) -> dict[str, Any]:
     """Seconds of all members' evaluation and of their update."""
+    sigma = SIGMA[noise]
+    trained = [f"adapter.rank={rank}"] if noise == "iid" else ["noise=rank1", "train_parameters=*_proj.weight"]
     given = [f"model={model}", "threads=1", "engine=vllm", "device=cpu", f"vllm_max_loras={members}", *TASKS[model]]
-    config = load(None, [*given, f"adapter.rank={rank}", f"batch_size={members * prompts}"])
+    config = load(None, [*given, *trained, f"batch_size={members * prompts}"])
     task = config.task.build(0)
     ids = token_ids(open_encoder(config), task, [task.train[i] for i in range(prompts)])
     config = with_length(config, max(map(len, ids)) + 1)
@@ -50,10 +53,14 @@ def measure(model: str, members: int, prompts: int, repeats: int, rank: int) -> 
     update = Update(0, tuple(asked), tuple([1e-6] * members), 0.0, 1)
 
     def one_by_one() -> list[Any]:
-        return [replica.evaluate(member, SIGMA, ids, sampling).completions for member in asked]
+        found = []
+        for member in asked:
+            replica.perturb(member, sigma)
+            found.append(replica.complete(ids, sampling))
+        return found
 
     def in_one_batch() -> list[Any]:
-        replica.take(asked, SIGMA)
+        replica.take(asked, sigma)
         return replica.complete_each(ids, sampling)
 
     pairs = [
@@ -62,12 +69,15 @@ def measure(model: str, members: int, prompts: int, repeats: int, rank: int) -> 
         for a, b in zip(x, y, strict=True)
     ]
     seconds = medians({"one by one": one_by_one, "in one batch": in_one_batch}, repeats, 0)
-    writing = medians({"take": lambda: replica.take(asked, SIGMA), "apply": lambda: replica.apply(update)}, repeats, 1)
+    writing = medians({"take": lambda: replica.take(asked, sigma), "apply": lambda: replica.apply(update)}, repeats, 1)
     replica.engine.close()
     return {
         "tokens": sum(len(a) for a, _ in pairs),
+        "tokens one by one": sum(len(b) for _, b in pairs),
         "completions alike": sum(a == b for a, b in pairs) / len(pairs),
         "seconds": seconds,
+        "tokens a second in one batch": sum(len(a) for a, _ in pairs) / seconds["in one batch"],
+        "tokens a second one by one": sum(len(b) for _, b in pairs) / seconds["one by one"],
         "times as fast as one by one": seconds["one by one"] / seconds["in one batch"],
         "seconds to write the slots of all members": writing["take"],
         "seconds of the update": writing["apply"],
@@ -99,17 +109,18 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--cases", nargs="+", default=["tiny:8:20", "smollm2:8:8"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=8, help="of the adapter")
+    parser.add_argument("--noise", choices=list(SIGMA), default="iid", help="rank1: of the model's own matrices")
     arguments: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
     for case in arguments.cases:
         model, members, prompts = case.split(":")
         name = f"{model}, {members} members x {prompts} prompts"
-        found[name] = measure(model, int(members), int(prompts), arguments.repeats, arguments.rank)
+        found[name] = measure(model, int(members), int(prompts), arguments.repeats, arguments.rank, arguments.noise)
         print(name, found[name], flush=True)
     write_result(
-        "vllm-slots",
+        "vllm-slots" if arguments.noise == "iid" else "vllm-slots-rank1",
         {"settings": settings(arguments), "vllm": check_version(), **rounded(found)},
         arguments.results,
     )

@@ -17,6 +17,7 @@ pytest.importorskip("ray")
 import ray
 
 from estune.completion import Completion, Sampling
+from estune.config import Config
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.journal.journal import Journal
@@ -26,7 +27,7 @@ from estune.pool.crewed import minority
 from estune.pool.deadlines import Deadlines
 from estune.pool.local import LocalPool
 from estune.pool.ray.cluster import cluster_device, connect, join
-from estune.pool.ray.pool import RayPool
+from estune.pool.ray.pool import RayPool, slots_of_worker
 from estune.pool.ray.worker import RayWorker
 from estune.pool.replica import Replica
 from estune.pool.slots import compare
@@ -101,6 +102,24 @@ def test_workers_take_some_members_at_once(pool: RayPool, alone: LocalPool, monk
     assert all(each.updates == len(pool.crew.weights.history) for each in found.values())
     written = sum(len(c.token_ids) for each in found.values() for c in each.completions)
     assert pool.progress().tokens - before == written
+
+
+@pytest.mark.parametrize(
+    ("changes", "adapted", "members"),
+    [
+        ({}, False, 3),
+        ({"noise": "iid"}, False, 1),
+        ({"noise": "iid"}, True, 3),
+        ({"train_parameters": "*"}, False, 1),
+        ({"engine": "transformers"}, False, 1),
+    ],
+)
+def test_workers_of_vllm_are_given_as_many_members_as_have_slots(
+    model: Path, changes: dict[str, Any], adapted: bool, members: int
+) -> None:
+    config = Config(model=str(model), device="cpu", engine="vllm", noise="rank1", train_parameters="*_proj.weight")
+    changed = config.model_copy(update={"vllm_max_loras": 3, **changes})
+    assert slots_of_worker(changed, adapted=adapted) == members
 
 
 @pytest.mark.parametrize("workers", [1, 3])

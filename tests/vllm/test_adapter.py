@@ -167,22 +167,23 @@ def test_a_map_that_is_wrong_is_found(
     AdapterWeights(engine, open_checkpoint(tiny, ADAPTER), settings(tiny), base_on_host=False)
 
 
-def test_products_by_slot_are_vllms() -> None:
+@pytest.mark.parametrize("rank", [4, 1])
+def test_products_by_slot_are_vllms(rank: int) -> None:
     """Of rows in any order, some of them without a slot, to which vLLM's reference adds the last one's."""
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     from estune.engines.vllm.cpu_lora import BySlot
 
-    a = tuple(torch.randn(3, 1, 4, 10) for _ in range(2))
-    b = tuple(torch.randn(3, 1, outputs, 4) for outputs in (6, 5))
+    a = tuple(torch.randn(3, 1, rank, 10) for _ in range(2))
+    b = tuple(torch.randn(3, 1, outputs, rank) for outputs in (6, 5))
     for rows in ([1, 1, 2, 2, 3, 3], [2, 2, 3, 1, 3, 3, 1], [3, 3], [2, 0, 1, 0], [0, 0]):
         x, y = torch.randn(len(rows), 10), torch.randn(len(rows), 11)
         found, expected = y.clone(), y.clone()
         for kind, out in ((BySlot, found), (PunicaWrapperCPU, expected)):
             wrapper = kind(64, 16, "cpu")
             wrapper.update_metadata(LoRAMapping(tuple(rows), tuple(rows), is_prefill=True), [1, 2, 3], 4, 330)
-            wrapper.add_lora_linear(out, x, a, b, 1.0, (6, 5))
+            wrapper.add_lora_linear(out, x, a, b, 0.5, (6, 5))
         has = torch.tensor(rows) > 0
         torch.testing.assert_close(found[has], expected[has])
         assert torch.equal(found[~has], y[~has])

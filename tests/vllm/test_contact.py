@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -206,9 +206,11 @@ def test_a_server_s_engine_is_called_as_we_do() -> None:
 
 def test_adapters_are_taken_and_held_as_we_know() -> None:
     from vllm import LLM
+    from vllm.config.lora import MaxLoRARanks
     from vllm.engine.arg_utils import EngineArgs
     from vllm.lora import model_manager
     from vllm.lora.layers import (
+        BaseLayerWithLoRA,
         ColumnParallelLinearWithLoRA,
         MergedColumnParallelLinearWithLoRA,
         MergedQKVParallelLinearWithLoRA,
@@ -226,6 +228,7 @@ def test_adapters_are_taken_and_held_as_we_know() -> None:
     assert parameters(LLMEngine.add_lora) == ["self", "lora_request"]
     assert "lora_request" in parameters(LLMEngine.add_request)
     assert "lora_request" in parameters(LLM.generate)
+    assert 1 in get_args(MaxLoRARanks)
     assert {"lora_name", "lora_int_id", "lora_path", "load_inplace"} <= set(LoRARequest.__struct_fields__)
     assert parameters(PEFTHelper.from_local_dir) == ["lora_path", "max_position_embeddings"]
     assert parameters(PEFTHelper.get_rank_and_scaling) == ["self", "module_name"]
@@ -243,6 +246,8 @@ def test_adapters_are_taken_and_held_as_we_know() -> None:
         ReplicatedLinearWithLoRA,
         RowParallelLinearWithLoRA,
     ):
+        assert issubclass(layer, BaseLayerWithLoRA)
+        assert any("self.base_layer = base_layer" in inspect.getsource(kind) for kind in layer.__mro__[:-2])
         assert parameters(layer.slice_lora_a) == ["self", "lora_a"]
         assert parameters(layer.slice_lora_b) == ["self", "lora_b"]
         made = inspect.getsource(layer.create_lora_weights)

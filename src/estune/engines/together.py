@@ -25,12 +25,9 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from estune.engines.cpu.members import Drawn
+from estune.engines.vectors import Vector, Vectors, of_columns, of_rows
 from estune.es.strategy import Member
-from estune.noise import cpu
-from estune.noise.reference import COLUMNS_AT
 
-Vector = tuple[int, int, int]
-"""Key, start and count of a stretch of noise."""
 TRIAL = (2, 3)
 """Rows and tokens of the trial."""
 
@@ -74,10 +71,9 @@ class _Served:
 
     def __post_init__(self) -> None:
         for name, drawn in self.parameters.items():
-            size = drawn.shape[0]
-            self.vectors[name] = (drawn.noise, 0, size)
+            self.vectors[name] = of_rows(drawn)
             if len(drawn.shape) == 2:
-                self.vectors[name + ".b"] = (drawn.noise, COLUMNS_AT, drawn.shape[1])
+                self.vectors[name + ".b"] = of_columns(drawn)
 
     def of(self, name: str, owners: Tensor) -> Tensor | None:
         """A vector by row, `[rows, elements]`; None where it is not trained."""
@@ -97,19 +93,10 @@ class RowsTogether:
         self.served = list(_served(model, tensors))
         self._device: torch.device = next(model.parameters()).device
         self._dtype = next(model.parameters()).dtype
-        self._places: dict[Vector, int] = {}
-        self.size = 0
-        for vector in (v for one in self.served for v in one.vectors.values()):
-            if vector not in self._places:
-                self._places[vector] = self.size
-                self.size += -(-vector[2] // 4) * 4
-        scales = {drawn.noise: drawn.scale for one in self.served for drawn in one.parameters.values()}
-        self._scales = torch.zeros(self.size, dtype=torch.float64, device=self._device)  # 0 for what sigma leaves alone
-        for (key, start, count), place in self._places.items():
-            self._scales[place : place + count] = 0.0 if start == COLUMNS_AT else scales[key]
+        self._vectors = Vectors((d for one in self.served for d in one.parameters.values()), self._device)
+        self.size = self._vectors.size
         self.storage = torch.zeros(0, self.size, dtype=self._dtype, device=self._device)
         self._rows = Rows(torch.zeros(0, dtype=torch.int64, device=self._device))
-        self._kernels: Any = None
 
     @property
     def member_bytes(self) -> int:
@@ -122,29 +109,13 @@ class RowsTogether:
             self.storage = torch.zeros(len(members), self.size, dtype=self._dtype, device=self._device)
             self._show()
         for row, member in zip(self.storage, members, strict=False):
-            factors = (self._scales * (member.sign * sigma)).float()
-            row.copy_(self._draw(member.seed) * torch.where(self._scales == 0, 1.0, factors))
+            row.copy_(self._vectors.draw(member, sigma))
         return RowMembers(len(members), self._rows.owners, self._rows, self)
-
-    def _draw(self, seed: int) -> Tensor:
-        if self._device.type == "cuda":
-            from estune.noise import gpu_rank1
-
-            self._kernels = self._kernels or gpu_rank1.Vectors(self._places, self._device)
-            drawn: Tensor = self._kernels.draw_one(seed)[0]
-            return drawn
-        found = torch.zeros(self.size)
-        for (key, start, count), place in self._places.items():
-            found[place : place + count] = torch.from_numpy(cpu.normal(seed, key, start, count))
-        return found.to(self._device)
 
     def _show(self) -> None:
         """Let the modules see the vectors where they are now."""
         for one in self.served:
-            one.views = {
-                name: self.storage[:, self._places[vector] : self._places[vector] + vector[2]]
-                for name, vector in one.vectors.items()
-            }
+            one.views = {name: self._vectors.part(self.storage, vector) for name, vector in one.vectors.items()}
 
     @contextmanager
     def added(self) -> Iterator[None]:

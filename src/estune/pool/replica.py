@@ -234,12 +234,12 @@ class Replica(Trained):
         weights: TrainedWeights
         together: Together | None = None
         if self._vllm:
-            from estune.engines.vllm.adapted import AdapterWeights
             from estune.engines.vllm.open import open_vllm
+            from estune.engines.vllm.weights import SlotWeights
 
             with in_turn(gpus_of(config)):
                 engine, weights = open_vllm(checkpoint, config)
-            if isinstance(weights, AdapterWeights):
+            if isinstance(weights, SlotWeights):
                 together = Slots(engine, weights)
         else:
             engine = open_transformers(checkpoint, config, self._device)

@@ -13,8 +13,8 @@ from estune.engines.transformers import TransformersEngine
 from estune.es.strategy import Member
 
 if TYPE_CHECKING:
-    from estune.engines.vllm.adapted import AdapterWeights
     from estune.engines.vllm.engine import VllmEngine
+    from estune.engines.vllm.weights import SlotWeights
 
 
 class Together(Protocol):
@@ -71,17 +71,17 @@ class RankOne:
 
 
 class Slots:
-    """As `Together`: an adapter of each member in a slot of vLLM's (`engines/vllm/adapted.py`).
+    """As `Together`: members in slots of vLLM's, each an adapter or, with noise of rank one, what it adds to the base.
 
     Args:
         engine: vLLM's.
-        weights: its adapter.
+        weights: whose members they are.
     """
 
-    over_base = False
     apart = True  # as far as vLLM's own batches keep to it
 
-    def __init__(self, engine: VllmEngine, weights: AdapterWeights) -> None:
+    def __init__(self, engine: VllmEngine, weights: SlotWeights) -> None:
+        self.over_base = weights.over_base
         self._engine = engine
         self._weights = weights
         self._taken = 0

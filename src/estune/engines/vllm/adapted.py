@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from estune.engines.vllm.engine import VllmEngine
-from estune.engines.vllm.lora import FIRST
-from estune.engines.vllm.weights import PROBE, STRONG, VllmWeights, same
+from estune.engines.vllm.lora import FIRST, refusing
+from estune.engines.vllm.weights import PROBE, STRONG, SlotWeights, same
 from estune.errors import EstuneError
-from estune.es.strategy import Member, Update
+from estune.es.strategy import Update
 from estune.weights.checkpoint import Checkpoint
 
 
-class AdapterWeights(VllmWeights):
+class AdapterWeights(SlotWeights):
     """The trained parameters of an adapter, as `TrainedWeights`: those of the transformers engine to the bit.
 
     The live weights are those of the first slot. Arguments as of `VllmWeights`, the engine being in this process.
@@ -23,22 +21,18 @@ class AdapterWeights(VllmWeights):
         EstuneError: vLLM has no place for the adapter, or its completions do not follow it.
     """
 
-    _engine: VllmEngine
+    over_base = False
 
     @property
     def _live_dtype(self) -> str:
         return "float32"  # as PEFT holds an adapter, whatever the model's type
 
     def _draw(self, checkpoint: Checkpoint) -> tuple[dict[str, list[str]], dict[int, list[bool]]]:
-        for slot in range(self._engine.slots):
-            self._engine.fill(checkpoint, slot)
-        self._engine.call("draw", checkpoint.path)
+        with refusing(checkpoint.path):
+            for slot in range(self._engine.slots):
+                self._engine.fill(checkpoint, slot)
+            self._engine.call("draw", checkpoint.path)
         return {name: [] for name in checkpoint.tensors}, {}
-
-    def take(self, members: Sequence[Member], sigma: float) -> None:
-        """Make the first slots these members', as many as the engine has at most."""
-        self._engine.call("take", members, sigma)
-        self._engine.forget()
 
     def _check(self, checkpoint: Checkpoint) -> None:
         """Check that slots hold what vLLM makes of a file with the same values, and that it is they that generate."""
@@ -55,7 +49,8 @@ class AdapterWeights(VllmWeights):
         with tempfile.TemporaryDirectory(prefix="estune-") as folder:
             probe = Path(folder) / "adapter"
             checkpoint.write(probe, self.runs(), self.rule.dtype)
-            self._engine.fill(Checkpoint(probe), FIRST)
+            with refusing(checkpoint.path):
+                self._engine.fill(Checkpoint(probe), FIRST)
         if self._engine.call("digests") != ours:
             raise EstuneError(
                 "engine=vllm cannot train this adapter: vLLM makes something else of the same values in a file; use "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from estune.engines.vllm import lora
 from estune.engines.vllm.shard import Opening, Shard
-from estune.errors import EstuneError
+from estune.engines.vllm.slots import Slots
 from estune.es.strategy import Member
 from estune.weights.checkpoint import Checkpoint, widen
 from estune.weights.parameters import Parameter
@@ -30,8 +30,7 @@ class AdapterShard(Shard):
     def __init__(self, worker: Any) -> None:
         super().__init__(worker)
         self._adapter: dict[str, Tensor] = {}  # by PEFT's names, float32
-        self._places: list[lora.Place] = []
-        self._slots: list[int] = []  # where each lies in vLLM's tensors
+        self._slots: Slots | None = None
 
     def held(self) -> dict[str, Tensor]:
         """The tensors of all slots."""
@@ -44,13 +43,12 @@ class AdapterShard(Shard):
             EstuneError: layers that the adapter is for have no such place.
         """
         self._hold()
-        self._slots = lora.indices(self._worker)
         device = next(iter(self._tensors.values())).device
         self._adapter = {
             name: torch.from_numpy(widen(tensor.stored(0, tensor.elements))).view(tensor.shape).to(device, copy=True)
             for name, tensor in Checkpoint(path).tensors.items()
         }
-        self._places = lora.places(self._worker, path, self._adapter)
+        self._slots = Slots(self._worker, path, self._adapter)
 
     def parameters(self, opening: Opening) -> list[Parameter]:
         """The chosen tensors of the adapter."""
@@ -80,9 +78,10 @@ class AdapterShard(Shard):
 
     def _write(self, number: int) -> None:
         """Write the live adapter into a slot."""
-        lora.write(self._places, self._slots[number])
+        assert self._slots is not None
+        self._slots.write(number)
 
     def _check_addresses(self) -> None:
         super()._check_addresses()
-        if lora.indices(self._worker) != self._slots:
-            raise EstuneError("vLLM has moved its adapters to other slots since the start: start the run again")
+        assert self._slots is not None
+        self._slots.check()

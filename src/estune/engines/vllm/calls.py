@@ -100,8 +100,11 @@ class VllmCalls(PromptEncoder):
 
     def digest(self) -> Digest:
         """Likely tokens and their log-probabilities for a few prompts, which differ for other weights."""
-        size = self.config.get_text_config(decoder=True).vocab_size
-        length = max(1, min(8, (self.positions or 8) - 2))
-        prompts = [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]
         self.forget()
-        return self._likely(prompts, 2 if (self.positions or 8) > 2 else 1)
+        return self._likely(self.probes(8), 2 if (self.positions or 8) > 2 else 1)
+
+    def probes(self, tokens: int) -> list[list[int]]:
+        """A few prompts of so many tokens, or as many as leave room for two."""
+        size = self.config.get_text_config(decoder=True).vocab_size
+        length = max(1, min(tokens, (self.positions or tokens + 2) - 2))
+        return [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]

@@ -35,6 +35,9 @@ class BySlot(PunicaWrapperCPU):  # type: ignore[misc]
         # Rows that stand so already need not be copied, nor the slots if all have rows.
         self._in_order = groups * self._most == len(slots) and bool((self._rows == torch.arange(total)).all())
         self._first_ones = bool((self._held == torch.arange(groups)).all())
+        # If all rows have a slot: where each stands among the padded ones.
+        self._all = total == len(slots)
+        self._where = torch.empty_like(self._padded).index_copy_(0, self._rows, self._padded) if self._all else None
 
     def add_lora_linear(
         self,
@@ -55,13 +58,23 @@ class BySlot(PunicaWrapperCPU):  # type: ignore[misc]
         first = 0
         for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
             low = torch.bmm(grouped, self._slots(a).transpose(1, 2))
-            added = torch.bmm(low, self._slots(b).transpose(1, 2)).view(-1, size)
             part = y[:, first : first + size]
-            if self._in_order:
-                part.add_(added, alpha=scale)
+            if self._all and b.shape[-1] == 1:
+                self._add_outer(part, low, b, scale)
             else:
-                part.index_add_(0, self._rows, added[self._padded], alpha=scale)
+                added = torch.bmm(low, self._slots(b).transpose(1, 2)).view(-1, size)
+                if self._in_order:
+                    part.add_(added, alpha=scale)
+                else:
+                    part.index_add_(0, self._rows, added[self._padded], alpha=scale)
             first += size
+
+    def _add_outer(self, part: Tensor, low: Tensor, b: Tensor, scale: float) -> None:
+        """Add `low` `[groups, most, 1]` times `b`, of rank one, in one pass: a product of matrices would be a copy."""
+        if self._in_order:
+            part.view(*low.shape[:2], -1).addcmul_(low, self._slots(b).transpose(1, 2), value=scale)
+        else:
+            part.addcmul_(low.view(-1, 1)[self._where], b[self.token_lora_indices, 0, :, 0], value=scale)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """The rows by slot, `[groups, most, inputs]`."""

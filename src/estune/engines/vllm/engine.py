@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ CPU_ROWS = 256  # sequences decoded at once on a CPU; beyond, caches lose more t
 CPU_MEMORY_SHARE = 4  # of a CPU's memory beside weights and base, keys and values take at most one part in so many
 BLOCK = 32  # tokens of a block of keys and values; prompts share whole blocks, and a CPU wants multiples of 32
 GPU_ROWS = (256, 1024)  # sequences decoded at once on a GPU: as many as a step has prompts, within these
-MOST_SLOTS = 32  # members of an adapter that are decoded at once, if the settings do not say: their products are small
+MOST_SLOTS = 32  # members in slots that are decoded at once, if the settings do not say: their products are small
+OUTER = Path("outer products")  # the path of adapters that slots hold without any file
 GPU_SHARE = 0.9  # of a GPU's memory, for weights, base, keys and values
 REMEDIES = {  # by what vLLM says
     "free memory on device": "end what else uses the GPU or lower vllm_gpu_memory_utilization",
@@ -51,10 +53,18 @@ class VllmEngine(VllmCalls):
         checkpoint: the model's.
         config: the settings.
         base: bytes of the base that lies beside the live weights on their device, in all processes together.
-        slots: of an adapter: how many of its shape there can be at once.
+        slots: members that can be generated with at once, where the checkpoint is an adapter's or matrices are given.
+        outer: shapes of the matrices, by the checkpoint's names, to which members in slots add products of two vectors.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: Config, base: int = 0, slots: int = 1) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        base: int = 0,
+        slots: int = 1,
+        outer: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> None:
         internals.check_version()
         self.device = chosen_device(config.device)
         if self.device.index:
@@ -63,23 +73,28 @@ class VllmEngine(VllmCalls):
             )
         self.parallel = config.gpus_per_worker
         whole = checkpoint.under
-        self._adapter = None if whole is None else checkpoint
-        self.slots = 0 if whole is None else slots
-        """How many members can be generated with at once; 0 where vLLM has no adapter."""
+        self._adapter = None if whole is None else checkpoint.path  # whose slot is the live weights
+        self.slots = 0 if whole is None and not outer else slots
+        """How many members can be generated with at once; 0 where vLLM has no slots for them."""
         path = checkpoint.path
         model = load_config(path, trust_remote_code=config.trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
         super().__init__(str(path), tokenizer, model, config.vllm_max_model_length)
         self.dtype = live_dtype(whole or checkpoint, config, model)
-        adapted: dict[str, Any] = {}
-        if whole is not None:
+        self._slot_elements = sum(map(sum, outer.values()))
+        options: dict[str, Any] = {}
+        if self.slots:
             lora.refuse_type(self.dtype, self.device)
-            adapted = lora.options(checkpoint, slots)
+        if whole is not None:
+            self._slot_elements = sum(t.elements for t in checkpoint.tensors.values())
+            options = lora.options_of(checkpoint, slots)
+        elif outer:
+            options = lora.options({lora.module_of(name) for name in outer}, 1, slots)
         self.end_ids = end_tokens(
             SimpleNamespace(config=model, generation_config=generation_config(path, model)), self.tokenizer
         )
         self._threads = config.threads or 1
-        self.llm = self._start(whole or checkpoint, config, base, adapted)
+        self.llm = self._start(whole or checkpoint, config, base, options)
         # With several processes, each has one thread that does everything, and this process does nothing on the device.
         module = torch.get_device_module(self.device)
         self.stream = module.current_stream() if self.parallel == 1 else None
@@ -97,7 +112,7 @@ class VllmEngine(VllmCalls):
         with torch.get_device_module(self.device).stream(self.stream):
             yield self.llm
 
-    def _start(self, checkpoint: Checkpoint, config: Config, base: int, adapted: dict[str, Any]) -> Any:
+    def _start(self, checkpoint: Checkpoint, config: Config, base: int, options: dict[str, Any]) -> Any:
         on_cpu = self.device.type == "cpu"
         rows = rows_at_once(config, on_cpu=on_cpu, members=self.slots or 1)
         share = None if on_cpu else self._utilization(config, base)
@@ -116,7 +131,7 @@ class VllmEngine(VllmCalls):
                     block_size=BLOCK if on_cpu else None,
                     kv_cache_memory_bytes=self.cache_bytes(checkpoint, rows, base, share),
                     gpu_memory_utilization=share,
-                    **adapted,
+                    **options,
                 )
         except EstuneError:
             raise
@@ -152,8 +167,7 @@ class VllmEngine(VllmCalls):
         token = cached_elements(self.config, self.parallel) * size
         length = math.ceil((self.positions or 2048) / BLOCK) * BLOCK + BLOCK
         weights = sum(t.elements for t in checkpoint.tensors.values()) * size
-        if self._adapter is not None:
-            weights += self.slots * sum(t.elements for t in self._adapter.tensors.values()) * size
+        weights += self.slots * self._slot_elements * size
         memory = total_memory(self.device)
         if share is not None:
             plain = attends_everywhere(self.config)
@@ -161,13 +175,18 @@ class VllmEngine(VllmCalls):
         room = (memory - weights - base) // CPU_MEMORY_SHARE // self.parallel
         return int(max(min(rows * length * token, room), BLOCK * token))
 
-    def slot(self, number: int = lora.FIRST) -> Any:
-        """What a prompt carries to be completed by a slot's adapter; None where there is no adapter."""
-        return None if self._adapter is None else lora.request(self._adapter.path, number)
+    def slot(self, number: int) -> Any:
+        """What a prompt carries to be completed by a slot, which is filled."""
+        return lora.request(self._adapter or OUTER, number)
+
+    @property
+    def live(self) -> Any:
+        """What a prompt carries to be completed by the live weights."""
+        return None if self._adapter is None else self.slot(lora.FIRST)
 
     def _tokens(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         with self.here() as llm:
-            return internals.generate(llm, prompt_ids, sampling, self.end_ids, [self.slot()])
+            return internals.generate(llm, prompt_ids, sampling, self.end_ids, [self.live])
 
     def generate_each(
         self, count: int, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
@@ -198,11 +217,16 @@ class VllmEngine(VllmCalls):
 
     def _scores(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
         with self.here() as llm:
-            return internals.score(llm, rows, self.slot())
+            return internals.score(llm, rows, self.live)
+
+    def scores_in(self, slot: int, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities (nats) of each row's tokens but the first, by what is in a slot."""
+        with self.here() as llm:
+            return internals.score(llm, rows, self.slot(slot))
 
     def _likely(self, prompt_ids: Sequence[Sequence[int]], tokens: int) -> Digest:
         with self.here() as llm:
-            return internals.log_probabilities(llm, prompt_ids, tokens, self.slot())
+            return internals.log_probabilities(llm, prompt_ids, tokens, self.live)
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         with self.here() as llm:
@@ -241,7 +265,7 @@ class VllmRows:
         if not self._active:
             self._meter = Meter()  # nobody waited for anything
         with self._engine.here() as llm:
-            adapter = self._engine.slot()
+            adapter = self._engine.live
             internals.add(llm, str(row), request.prompt_ids, request.sampling, self._engine.end_ids, adapter)
         self._active.add(row)
         self._unread[row] = len(request.prompt_ids)
@@ -277,11 +301,12 @@ def rows_at_once(config: Config, *, on_cpu: bool, members: int = 1) -> int:
 
 
 def slots_for(config: Config, *, on_cpu: bool) -> int:
-    """How many members of an adapter vLLM is set up to decode at once."""
+    """How many members vLLM is set up to decode at once, each in a slot."""
     engines = config.workers or 1
     rows = config.batch_size or (CPU_ROWS if on_cpu else GPU_ROWS[1])
     fitting = max(1, min(rows // config.rows_of_member, MOST_SLOTS))
-    return config.vllm_max_loras or min(fitting, math.ceil(config.population / engines))
+    members = config.members / config.prompt_groups  # with the same prompts
+    return config.vllm_max_loras or min(fitting, math.ceil(members / engines))
 
 
 def live_dtype(checkpoint: Checkpoint, config: Config, model: Any) -> str:

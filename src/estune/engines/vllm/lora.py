@@ -8,7 +8,8 @@ vLLM is imported by the functions that need it: importing this module does witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +22,7 @@ from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import Checkpoint
 
 FIRST = 0
-"""The slot of the live weights, by which all is generated that is no batch of members."""
+"""The first slot: of an adapter, that of the live weights, by which all is generated that is no batch of members."""
 
 _PARTS = (".lora_A.weight", ".lora_B.weight")
 
@@ -55,35 +56,25 @@ def write(places: Sequence[Place], slot: int) -> None:
             target.mul_(place.scale)  # not `_foreach_mul_`, which on a CPU rounds the factor to the tensor's type
 
 
-def options(adapter: Checkpoint, slots: int) -> dict[str, Any]:
-    """What vLLM is told about an adapter, as `vllm.LLM` takes it.
+def options(modules: Collection[str], rank: int, slots: int) -> dict[str, Any]:
+    """What vLLM is told about adapters, as `vllm.LLM` takes it.
 
-    Only the adapter's own modules become LoRA layers: the head's would multiply by the whole vocabulary for each row.
+    Only these modules become LoRA layers: the head's would multiply by the whole vocabulary for each row.
 
     Args:
-        adapter: its checkpoint.
-        slots: how many adapters of its shape there can be at once.
+        modules: the ends of the modules' names.
+        rank: of the adapters.
+        slots: how many of them there can be at once.
 
     Raises:
-        EstuneError: vLLM cannot run such an adapter.
+        EstuneError: vLLM has no such rank.
     """
     internals.prepare()
     from vllm.config.lora import MaxLoRARanks
-    from vllm.lora.peft_helper import PEFTHelper
 
-    other = next((name for name in adapter.tensors if not name.endswith(_PARTS)), None)
-    if other is not None:
-        raise _refused(adapter.path, f"vLLM's LoRA has no place for {other}")
-    rank = max(tensor.shape[0] for name, tensor in adapter.tensors.items() if name.endswith(_PARTS[0]))
     most = next((known for known in sorted(get_args(MaxLoRARanks)) if known >= rank), None)
     if most is None:
-        raise _refused(adapter.path, f"vLLM's LoRA has no rank {rank}, the most is {max(get_args(MaxLoRARanks))}")
-    modules = {name.removesuffix(_PARTS[0]).rpartition(".")[2] for name in adapter.tensors if name.endswith(_PARTS[0])}
-    try:
-        helper = PEFTHelper.from_local_dir(str(adapter.path), None)
-        helper.validate_legal(_Legal(most))
-    except (ValueError, TypeError, KeyError) as error:
-        raise _refused(adapter.path, first_line(error)) from error
+        raise EstuneError(f"vLLM's LoRA has no rank {rank}, the most is {max(get_args(MaxLoRARanks))}")
     return {
         "enable_lora": True,
         "max_loras": slots,
@@ -93,6 +84,35 @@ def options(adapter: Checkpoint, slots: int) -> dict[str, Any]:
     }
 
 
+def options_of(adapter: Checkpoint, slots: int) -> dict[str, Any]:
+    """As `options`, for adapters like the one in a checkpoint.
+
+    Raises:
+        EstuneError: vLLM cannot run such an adapter.
+    """
+    internals.prepare()
+    from vllm.lora.peft_helper import PEFTHelper
+
+    with refusing(adapter.path):
+        other = next((name for name in adapter.tensors if not name.endswith(_PARTS)), None)
+        if other is not None:
+            raise EstuneError(f"vLLM's LoRA has no place for {other}")
+        first = {name.removesuffix(_PARTS[0]): t for name, t in adapter.tensors.items() if name.endswith(_PARTS[0])}
+        modules = {name.rpartition(".")[2] for name in first}
+        found = options(modules, max(tensor.shape[0] for tensor in first.values()), slots)
+        try:
+            helper = PEFTHelper.from_local_dir(str(adapter.path), None)
+            helper.validate_legal(_Legal(found["max_lora_rank"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise EstuneError(first_line(error)) from error
+        return found
+
+
+def module_of(matrix: str) -> str:
+    """The end of the name of the module that a matrix of a checkpoint is the weight of."""
+    return matrix.rsplit(".", 2)[-2]
+
+
 @dataclass(frozen=True)
 class _Legal:
     """What vLLM's check of an adapter's settings reads of its own."""
@@ -100,8 +120,13 @@ class _Legal:
     max_lora_rank: int
 
 
-def _refused(adapter: Path, why: str) -> EstuneError:
-    return EstuneError(f"engine=vllm cannot run adapter {adapter}: {why}; use engine=transformers")
+@contextmanager
+def refusing(adapter: Path) -> Iterator[None]:
+    """Within this, what vLLM has no way for is said of an adapter that is trained."""
+    try:
+        yield
+    except EstuneError as error:
+        raise EstuneError(f"engine=vllm cannot run adapter {adapter}: {error}; use engine=transformers") from error
 
 
 def request(adapter: Path, slot: int, *, anew: bool = False) -> Any:
@@ -126,12 +151,35 @@ def fill(llm: Any, adapter: Path, slot: int) -> None:
     try:
         llm.llm_engine.add_lora(request(adapter, slot, anew=True))
     except Exception as error:  # of any kind, for an adapter that it cannot place
-        raise _refused(adapter, first_line(error)) from error
+        raise EstuneError(first_line(error)) from error
 
 
 def has_slots(worker: Any) -> bool:
     """Whether a worker has LoRA layers."""
     return worker.vllm_config.lora_config is not None
+
+
+@contextmanager
+def unwrapped(worker: Any) -> Iterator[None]:
+    """Within this, the model has its own layers in place of LoRA's: its loader knows its parameters by their names."""
+    if not has_slots(worker):
+        yield
+        return
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    wrapped = [
+        (module, name, child)
+        for module in worker.model_runner.get_model().modules()
+        for name, child in module.named_children()
+        if isinstance(child, BaseLayerWithLoRA)
+    ]
+    for module, name, child in wrapped:
+        setattr(module, name, child.base_layer)
+    try:
+        yield
+    finally:
+        for module, name, child in wrapped:
+            setattr(module, name, child)
 
 
 def stacked(worker: Any) -> dict[str, Tensor]:
@@ -179,13 +227,13 @@ def places(worker: Any, adapter: Path, tensors: Mapping[str, Tensor]) -> list[Pl
         modules = manager.packed_modules.get(name, [name])
         held = [(scales.get(module, 1.0), parts.pop(module, {})) for module in modules]
         if any(pair for _, pair in held):
-            found += _of_layer(adapter, name, layer, held)
+            found += _of_layer(name, layer, held)
     if parts:
-        raise _refused(adapter, f"vLLM has no LoRA layer for {min(parts)}")
+        raise EstuneError(f"vLLM has no LoRA layer for {min(parts)}")
     return found
 
 
-def _of_layer(adapter: Path, name: str, layer: Any, held: list[tuple[float, dict[str, Tensor]]]) -> list[Place]:
+def _of_layer(name: str, layer: Any, held: list[tuple[float, dict[str, Tensor]]]) -> list[Place]:
     """The places of one layer, which is made of some modules, each with its scale and its tensors, if it has any."""
     a = [pair.get("A") for _, pair in held]
     b = [pair.get("B") for _, pair in held]
@@ -197,7 +245,7 @@ def _of_layer(adapter: Path, name: str, layer: Any, held: list[tuple[float, dict
         b = [layer.slice_lora_b(b[0])] if alone else layer.slice_lora_b(b)
     mine = {t.untyped_storage().data_ptr() for _, pair in held for t in pair.values()}
     if not plain or any(t is not None and t.untyped_storage().data_ptr() not in mine for t in [*a, *b]):
-        raise _refused(adapter, f"vLLM lays out the adapter of {name} in a way of its own")
+        raise EstuneError(f"vLLM lays out the adapter of {name} in a way of its own")
     return [
         Place(stack, source, scale)
         for stacks, sources, scaled in ((layer.lora_a_stacked, a, False), (layer.lora_b_stacked, b, True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from estune.config import Config
@@ -9,8 +11,9 @@ from estune.engines.loading import load_config
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.vllm.adapted import AdapterWeights
 from estune.engines.vllm.engine import VllmEngine, live_dtype, slots_for
+from estune.engines.vllm.rank_one import Matrices, RankOneWeights, outer_matrices, say_alone
 from estune.engines.vllm.weights import VllmWeights
-from estune.errors import EstuneError
+from estune.errors import EstuneError, first_line
 from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import chosen_device
@@ -22,9 +25,27 @@ from estune.weights.quantized import quantized_by
 def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmWeights]:
     """An engine over vLLM, with room for a base, and its weights. To generate alone, `VllmEngine` is enough.
 
+    Members of rank-one noise are in slots where vLLM can; where it turns out that it cannot, it is started again.
+
     Raises:
         EstuneError: vLLM is missing or of an unknown version, or cannot run the model or train it.
     """
+    outer = outer_matrices(checkpoint, config, on_cpu=chosen_device(config.device).type == "cpu")
+    if not outer:
+        return _open(checkpoint, config, {})
+    try:
+        return _open(checkpoint, config, outer)
+    except Exception as error:  # of any kind, from layers that do not fit the model
+        why = first_line(error)
+    gc.collect()  # what vLLM has loaded hung on the error
+    torch.cuda.empty_cache()
+    opened = _open(checkpoint, config, {})
+    say_alone(why)
+    return opened
+
+
+def _open(checkpoint: Checkpoint, config: Config, outer: Matrices) -> tuple[VllmEngine, VllmWeights]:
+    """As `open_vllm`, with slots for members that add to these matrices, if there are any."""
     device = chosen_device(config.device)
     whole = checkpoint.under
     if whole is not None and (method := quantized_by(whole.path)) is not None:
@@ -51,8 +72,8 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
         )
     )
     slots = slots_for(config, on_cpu=device.type == "cpu")
-    engine = VllmEngine(checkpoint, config, 0 if on_host else beside, slots)
-    kind = VllmWeights if whole is None else AdapterWeights
+    engine = VllmEngine(checkpoint, config, 0 if on_host else beside, slots, outer)
+    kind = AdapterWeights if whole is not None else RankOneWeights if outer else VllmWeights
     try:
         with memory_for("the base that is kept beside the live weights", "set base_device=host or weights=copy"):
             return engine, kind(engine, checkpoint, config, base_on_host=on_host)

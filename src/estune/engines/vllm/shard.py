@@ -130,8 +130,7 @@ class Shard(ABC):
 
     def digests(self) -> dict[str, int]:
         """A hash of the bits of each live tensor, padding included, by vLLM's name."""
-        runs = {name: flat(tensor) for name, tensor in self._tensors.items()}
-        return {name: open_storage([Run(t, t, tensor_id(name), 0)], 1).fingerprint() for name, t in runs.items()}
+        return digests(self._tensors)
 
     def _hold(self) -> None:
         """Remember where what is written to lies."""
@@ -157,3 +156,9 @@ class Shard(ABC):
             raise EstuneError(
                 f"vLLM has moved its weights ({moved or 'new ones'}) since the start: start the run again"
             )
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """A hash of the bits of each tensor."""
+    runs = {name: flat(tensor) for name, tensor in tensors.items()}
+    return {name: open_storage([Run(t, t, tensor_id(name), 0)], 1).fingerprint() for name, t in runs.items()}

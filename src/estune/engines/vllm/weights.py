@@ -11,6 +11,7 @@ import numpy as np
 
 from estune.config import Config
 from estune.engines.vllm.calls import Digest, VllmCalls
+from estune.engines.vllm.engine import VllmEngine
 from estune.engines.vllm.parameter_map import count_once, tied_names
 from estune.engines.vllm.shard import Opening
 from estune.errors import EstuneError
@@ -178,10 +179,10 @@ class VllmWeights:
         """Check that the live weights are what they should be, and that it is they that generate."""
         engine = self._engine
         before = self._engine.digest()
-        self.perturb(*PROBE)
+        self._probe(PROBE[1])
         samples = list(itertools.chain.from_iterable(engine.call("samples")))
         self._check_samples(checkpoint, samples)
-        self.perturb(PROBE[0], STRONG)
+        self._probe(STRONG)
         answers = engine.digest() != before
         self._undo(checkpoint)
         for name in engine.call("matrices")[0] if answers else ():
@@ -197,13 +198,22 @@ class VllmWeights:
             found = "do not come back with the weights" if answers else "do not answer to changes of the weights"
             raise EstuneError(f"engine=vllm cannot train this model: completions {found}; use engine=transformers")
 
+    def _probe(self, sigma: float) -> None:
+        """Perturb the live weights, to be looked at; `_undo` brings them back."""
+        self.perturb(PROBE[0], sigma)
+
+    @property
+    def _probed_dtype(self) -> str:
+        """Type of what `_probe` perturbs around."""
+        return self.rule.dtype
+
     def _check_samples(self, checkpoint: Checkpoint, samples: Sequence[Any]) -> None:
         member, sigma = PROBE
         for sample in samples:
             count = len(sample.values)
             live = DTYPES[sample.dtype.removeprefix("torch.")]
             stored = checkpoint.tensors[sample.name].stored(sample.start, count)
-            base = widen(convert(stored, DTYPES[self.rule.dtype]))
+            base = widen(convert(stored, DTYPES[self._probed_dtype]))
             columns = self.rule.noise_columns(checkpoint.tensors[sample.name].columns)
             where = sample.start, count
             key = self.rule.noise_key(sample.name)
@@ -222,6 +232,23 @@ class VllmWeights:
         self.restore()
         if not self.rule.how.keeps_base:
             self.load(checkpoint)  # what rounding has left of the checks
+
+
+class SlotWeights(VllmWeights):
+    """Weights of which members can be in slots of vLLM's LoRA layers, so that many are generated with at once.
+
+    Arguments as of `VllmWeights`, the engine being in this process.
+    """
+
+    _engine: VllmEngine
+
+    over_base: bool
+    """Whether members in slots are added to the live weights; otherwise the first slot is these."""
+
+    def take(self, members: Sequence[Member], sigma: float) -> None:
+        """Make the first slots these members', as many as the engine has at most."""
+        self._engine.call("take", members, sigma)
+        self._engine.forget()
 
 
 def same(a: Digest, b: Digest) -> bool:

@@ -5,20 +5,23 @@ vLLM imports this module in each worker before it builds the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
+from estune.engines.cpu.members import Drawn
 from estune.engines.vllm import internals, lora
 from estune.engines.vllm.adapter import AdapterShard
 from estune.engines.vllm.parameter_map import Place, by_rows, draw_map
-from estune.engines.vllm.shard import SHAKEN, Opening, Shard
+from estune.engines.vllm.shard import SHAKEN, Opening, Shard, digests
+from estune.engines.vllm.slots import OuterProducts
 from estune.errors import EstuneError
+from estune.es.strategy import Member
+from estune.weights.adapters import is_adapter
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import Parameter
 from estune.weights.storage import Array, Storage, as_array
@@ -43,9 +46,9 @@ class WorkerExtension:
     """What vLLM adds to its workers."""
 
     def estune(self, method: str, *args: Any) -> Any:
-        """Call a method of this worker's `Shard`."""
+        """Call a method of this worker's `Shard`: first of all `draw`, with the directory of what is trained."""
         if not hasattr(self, "_estune_shard"):
-            self._estune_shard = AdapterShard(self) if lora.has_slots(self) else ModelShard(self)
+            self._estune_shard = AdapterShard(self) if is_adapter(args[0]) else ModelShard(self)
         return self._estune_shard.call(method, *args)
 
 
@@ -55,6 +58,8 @@ class ModelShard(Shard):
     def __init__(self, worker: Any) -> None:
         super().__init__(worker)
         self._places: list[Place] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of the checkpoint's tensors
+        self._members: OuterProducts | None = None
 
     def held(self) -> dict[str, Tensor]:
         """The model's parameters by vLLM's names."""
@@ -78,17 +83,40 @@ class ModelShard(Shard):
         if why is not None:
             raise EstuneError(f"engine=vllm cannot train this model: {why}; use engine=transformers")
         checkpoint = Checkpoint(path)
-        load = partial(internals.load, self._worker)
         if self.weights is not None:  # they are drawn again, in a server that a run has left
             self.weights = None
-            load(_stored(checkpoint))
+            self._load(_stored(checkpoint))
         self._hold()
         before = self.digests()
-        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-        self._places = draw_map(self._tensors, shapes, load)
-        load(_stored(checkpoint))
+        self._shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        self._places = draw_map(self._tensors, self._shapes, self._load)
+        self._load(_stored(checkpoint))
         self._compare(before, "reloading the checkpoint")
         return self._rank, self._places
+
+    def place_members(self, adapter: Path) -> None:
+        """Find where members of rank-one noise go. vLLM must have filled all slots with this adapter of rank one.
+
+        Raises:
+            EstuneError: a matrix that is trained has no such place.
+        """
+        assert self.weights is not None
+        rule = self.weights.rule
+        drawn = {
+            p.name: Drawn(rule.noise_key(p.name), self._shapes[p.name], rule.scales.get(p.name, 1.0))
+            for p in self.weights.parameters
+        }
+        self._members = OuterProducts(self._worker, adapter, drawn, next(iter(self._tensors.values())).device)
+
+    def take(self, members: Sequence[Member], sigma: float) -> None:
+        """Make each slot, from the first on, a member's: what it adds to the live weights."""
+        assert self._members is not None
+        self._members.take(members, sigma)
+        self._wait()
+
+    def slot_digests(self) -> dict[str, int]:
+        """As `digests`, of the tensors of all slots."""
+        return digests(lora.stacked(self._worker))
 
     def samples(self) -> list[Sample]:
         """The first, a middle and the last stretch of each part of a trained tensor, from the layers themselves."""
@@ -124,6 +152,11 @@ class ModelShard(Shard):
             held[place.tensor] = held.get(place.tensor, True) and place.name in trained
         return [name for name, whole in held.items() if whole and self._tensors[name].ndim == 2]
 
+    def shake_all(self, member: Member, sigma: float) -> None:
+        """Perturb all that is trained, around the base or, without one, from where it is."""
+        assert self.weights is not None
+        self.weights.storage.perturb(member.seed, member.sign * sigma)
+
     def shake(self, name: str, sigma: float) -> None:
         """Perturb one of vLLM's tensors alone, around the base or, without one, from where it is."""
         self._alone(name).perturb(SHAKEN, sigma)
@@ -135,6 +168,15 @@ class ModelShard(Shard):
             self._alone(name).restore()
         else:
             self.load(path)
+
+    def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        with lora.unwrapped(self._worker):
+            internals.load(self._worker, tensors)
+
+    def _check_addresses(self) -> None:
+        super()._check_addresses()
+        if self._members is not None:
+            self._members.check()
 
     def _alone(self, name: str) -> Storage:
         assert self.weights is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from estune.pool.ray.cluster import connect, disconnect, lost, needs
 from estune.pool.ray.handle import RayHandle
 from estune.pool.slots import Slot
 from estune.weights.adapters import PREFIX
-from estune.weights.locate import EMBEDDED
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import EMBEDDED, locate
 
 
 def open_ray_pool(config: Config) -> RayPool:
@@ -46,16 +48,32 @@ class RayPool(CrewPool):
 
     def members_at_once(self) -> int:
         """As `CrewedPool.members_at_once`."""
-        adapted = next(iter(self.describe().tensors)).startswith(PREFIX)
-        if not adapted or self._config.engine != "vllm":
-            return 1
-        from estune.engines.vllm.engine import slots_for
+        return self._slots
 
-        return slots_for(self._config, on_cpu=self._config.device == "cpu")
+    @cached_property
+    def _slots(self) -> int:
+        return slots_of_worker(self._config, adapted=next(iter(self.describe().tensors)).startswith(PREFIX))
 
     def _is_near(self, slot: Slot) -> bool:
         here = ray.get_runtime_context().get_node_id()
         return slot.handle is not None and slot.handle.place is not None and slot.handle.place.node == here
+
+
+def slots_of_worker(config: Config, *, adapted: bool) -> int:
+    """How many members a worker takes at once. One whose vLLM turned out to have no slots takes as many one by one.
+
+    Args:
+        config: the settings that workers are given.
+        adapted: whether an adapter is trained.
+    """
+    if config.engine != "vllm":
+        return 1
+    from estune.engines.vllm.engine import slots_for
+    from estune.engines.vllm.rank_one import outer_matrices
+
+    on_cpu = config.device == "cpu"
+    in_slots = adapted or outer_matrices(Checkpoint(locate(config.model)), config, on_cpu=on_cpu)
+    return slots_for(config, on_cpu=on_cpu) if in_slots else 1
 
 
 class Cluster:

@@ -1,0 +1,226 @@
+"""Members of rank-one noise in vLLM's slots, over all of a model's matrices: against weights with the noise added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from estune.completion import Sampling
+from estune.config import Config
+from estune.engines.transformers import TransformersEngine
+from estune.engines.vectors import Vectors
+from estune.engines.vllm import lora
+from estune.engines.vllm.engine import VllmEngine, slots_for
+from estune.engines.vllm.open import open_vllm
+from estune.engines.vllm.rank_one import RankOneWeights, outer_matrices
+from estune.engines.vllm.slots import OuterProducts
+from estune.engines.vllm.weights import VllmWeights
+from estune.errors import EstuneError
+from estune.es.strategy import Member
+from estune.noise.reference import COLUMNS_AT, normal_by_id, tensor_id
+from estune.weights.checkpoint import Checkpoint
+from tests.vllm.pairs import PROMPTS, UPDATE, open_reference
+
+SIGMA = 0.1
+GREEDY = Sampling(10)
+MEMBERS = [Member(1), Member(2, -1), Member(2**64 - 5)]
+MATRICES = "*_proj.weight"
+SCALES = {"*.down_proj.weight": 0.25}
+OPTIONS: dict[str, Any] = {"noise": "rank1", "train_parameters": MATRICES, "sigma_scale": SCALES}
+
+
+def settings(path: Path, **changes: Any) -> Config:
+    given = {"engine": "vllm", "device": "cpu", "dtype": "float32", "batch_size": 32, "vllm_max_loras": 4}
+    return Config(model=str(path), max_new_tokens=64, **{**given, **OPTIONS, **changes})
+
+
+@pytest.fixture(scope="module")
+def tiny(saved: Callable[..., Path]) -> Path:
+    return saved("qwen2")
+
+
+@pytest.fixture(scope="module")
+def opened(tiny: Path, started: dict[Any, Any]) -> tuple[VllmEngine, RankOneWeights]:
+    engine, weights = open_vllm(Checkpoint(tiny), settings(tiny))
+    started[tiny, "in slots", 1] = engine
+    assert isinstance(weights, RankOneWeights)
+    return engine, weights
+
+
+def perturbed(path: Path, member: Member, sigma: float = SIGMA) -> TransformersEngine:
+    """The model in transformers, sigma a b^T added to its matrices by NumPy."""
+    engine = TransformersEngine(path, dtype="float32")
+    for name, tensor in engine.model.named_parameters():
+        if name.endswith("_proj.weight"):
+            rows, columns = tensor.shape
+            a = normal_by_id(member.seed, tensor_id(name), 0, rows)
+            b = normal_by_id(member.seed, tensor_id(name), COLUMNS_AT, columns)
+            factor = member.sign * sigma * (SCALES["*.down_proj.weight"] if "down_proj" in name else 1.0)
+            tensor += torch.from_numpy(np.float32(factor) * np.outer(a, b))
+    return engine
+
+
+def test_slots_complete_as_weights_with_the_noise_added(opened: tuple[VllmEngine, RankOneWeights], tiny: Path) -> None:
+    engine, weights = opened
+    weights.take(MEMBERS, SIGMA)
+    found = engine.generate_each(3, PROMPTS, GREEDY)
+    for number, member in enumerate(MEMBERS):
+        theirs = perturbed(tiny, member)
+        assert theirs.generate(PROMPTS, GREEDY) == found[number]
+        scores = theirs.score([row[:1] for row in PROMPTS], [row[1:] for row in PROMPTS])
+        for ours, expected in zip(engine.scores_in(number, PROMPTS), scores, strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
+    assert len({each.text for member in found for each in member}) > len(PROMPTS)
+    assert engine.generate(PROMPTS, GREEDY) == TransformersEngine(tiny, dtype="float32").generate(PROMPTS, GREEDY)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_member_is_its_own_whoever_is_beside_it(
+    opened: tuple[VllmEngine, RankOneWeights], temperature: float
+) -> None:
+    """And the one that perturbed weights are."""
+    engine, weights = opened
+    sampling = Sampling(8, temperature=temperature, seed=3)
+    weights.take([*MEMBERS, Member(9)], SIGMA)
+    found = engine.generate_each(4, PROMPTS, sampling)
+    weights.take([Member(77), MEMBERS[0]], 3 * SIGMA)
+    engine.generate_each(2, PROMPTS, sampling)
+    weights.take([Member(9), MEMBERS[2]], SIGMA)
+    assert engine.generate_each(2, PROMPTS, sampling) == [found[3], found[2]]
+    weights.perturb(MEMBERS[1], SIGMA)
+    assert engine.generate(PROMPTS, sampling) == found[1]
+    weights.restore()
+    assert engine.generate_each(2, [], sampling) == [[], []]
+
+
+def test_members_are_around_the_base_as_it_is_after_an_update(
+    opened: tuple[VllmEngine, RankOneWeights], tiny: Path, tmp_path: Path
+) -> None:
+    engine, weights = opened
+    _, theirs = open_reference(tiny, "float32", noise="rank1", train_parameters=MATRICES, scales=weights.rule.scales)
+    assert weights.tensors == theirs.tensors
+    start = weights.fingerprint()
+    assert start == theirs.fingerprint()
+    weights.apply(UPDATE)
+    theirs.apply(UPDATE)
+    assert weights.fingerprint() == theirs.fingerprint() != start
+    weights.restore()
+    Checkpoint(tiny).write(tmp_path / "after", weights.runs(), "float32")
+    weights.take(MEMBERS[:2], SIGMA)
+    found = engine.generate_each(2, PROMPTS, GREEDY)
+    assert found == [perturbed(tmp_path / "after", member).generate(PROMPTS, GREEDY) for member in MEMBERS[:2]]
+    weights.load(Checkpoint(tiny))
+    weights.restore()
+    assert weights.fingerprint() == start
+
+
+def test_no_base_need_be_kept_beside_the_live_weights(opened: tuple[VllmEngine, RankOneWeights], tiny: Path) -> None:
+    """As slots leave these alone. Where there are none, patches take such members back to the bit."""
+    engine, _ = opened
+    before = engine.call("digests")
+    changed = settings(tiny, weights="exact_inplace")
+    weights = RankOneWeights(engine, Checkpoint(tiny), changed, base_on_host=False)
+    assert engine.call("digests") == before
+    weights.take(MEMBERS[:1], SIGMA)
+    assert engine.generate_each(1, PROMPTS, GREEDY) == [perturbed(tiny, MEMBERS[0]).generate(PROMPTS, GREEDY)]
+    alone = VllmWeights(engine, Checkpoint(tiny), changed, base_on_host=False)
+    alone.perturb(MEMBERS[0], SIGMA)
+    assert engine.call("digests") != before
+    alone.restore()
+    assert engine.call("digests") == before
+    RankOneWeights(engine, Checkpoint(tiny), settings(tiny), base_on_host=False)
+
+
+def test_the_loader_sees_the_model_without_its_lora_layers(opened: tuple[VllmEngine, RankOneWeights]) -> None:
+    """As loaders of some models, and of most before vLLM 0.32, look for parameters by their whole names."""
+
+    def names(worker: Any) -> list[list[str]]:
+        model = worker.model_runner.get_model()
+        before = [name for name, _ in model.named_parameters()]
+        with lora.unwrapped(worker):
+            within = [name for name, _ in model.named_parameters()]
+        return [before, within, [name for name, _ in model.named_parameters()]]
+
+    ((before, within, after),) = opened[0].llm.collective_rpc(names)
+    assert after == before
+    assert within == [name.replace(".base_layer", "") for name in before]
+    assert "model.layers.0.self_attn.qkv_proj.weight" in set(within) - set(before)
+
+
+def test_slots_that_hold_or_mean_something_else_are_found(
+    opened: tuple[VllmEngine, RankOneWeights], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what vLLM makes of a file, and by completions of perturbed weights."""
+    engine, _ = opened
+
+    def scaled(self: Vectors, member: Member, sigma: float) -> torch.Tensor:
+        return draw(self, member, 1.01 * sigma)
+
+    def one_lacks(worker: Any, adapter: Path, tensors: dict[str, torch.Tensor]) -> list[lora.Place]:
+        return places(worker, adapter, tensors)[:-1]
+
+    def inverted(self: RankOneWeights, folder: Path, member: Member, sigma: float) -> None:
+        save(self, folder, Member(member.seed, -member.sign), sigma)
+
+    def inverted_too(self: OuterProducts, members: list[Member], sigma: float) -> None:
+        take(self, [Member(member.seed, -member.sign) for member in members], sigma)
+
+    draw, places, save, take = Vectors.draw, lora.places, RankOneWeights._save, OuterProducts.take
+    other = "vLLM makes something else of the same values in a file"
+    wrong: list[tuple[list[tuple[Any, str, Any]], str]] = [
+        ([(Vectors, "draw", scaled)], other),
+        ([(lora, "places", one_lacks)], other),
+        ([(RankOneWeights, "_save", inverted), (OuterProducts, "take", inverted_too)], "are not those by perturbed"),
+    ]
+    for changes, why in wrong:
+        with monkeypatch.context() as patch:
+            for change in changes:
+                patch.setattr(*change)
+            with pytest.raises(EstuneError, match=why):
+                RankOneWeights(engine, Checkpoint(tiny), settings(tiny), base_on_host=False)
+    RankOneWeights(engine, Checkpoint(tiny), settings(tiny), base_on_host=False)
+
+
+def test_what_has_no_slots_is_said_with_what_to_set(
+    saved: Callable[..., Path], tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def matrices(path: Path, **changes: Any) -> list[str]:
+        caplog.clear()
+        config = settings(path, **changes)
+        return [n for n, shape in outer_matrices(Checkpoint(path), config, on_cpu=True).items() if len(shape) == 2]
+
+    assert len(matrices(tiny)) == 14
+    assert len(matrices(tiny, train_parameters="*.q_proj.weight")) == 2
+    assert not caplog.records
+    assert matrices(tiny, train_parameters="auto", sigma_scale={}) == []
+    assert "trains model.embed_tokens.weight too, and vLLM's LoRA" in caplog.text
+    assert caplog.text.rstrip().endswith("in one batch set train_parameters=*_proj.weight")
+    assert matrices(tiny, train_parameters="*_proj.*") == []  # biases
+    assert "q_proj.bias too" in caplog.text or "k_proj.bias too" in caplog.text or "v_proj.bias too" in caplog.text
+    other = saved("gpt_neox")
+    assert matrices(other, train_parameters="*") == []
+    instead = caplog.text.rstrip().rpartition("train_parameters=")[2]
+    assert sorted(instead.split(",")) == [
+        "*.dense.weight",
+        "*.dense_4h_to_h.weight",
+        "*.dense_h_to_4h.weight",
+        "*.query_key_value.weight",
+    ]
+    assert len(matrices(other, train_parameters=instead)) == 8
+    assert matrices(saved("qwen3_moe")) == []
+    assert "trains model.layers.0.mlp.experts.0.down_proj.weight too" in caplog.text
+    assert caplog.text.rstrip().endswith("*.v_proj.weight")
+    for silent in ({"noise": "iid"}, {"weights": "inplace"}, {"vllm_max_loras": 1}):
+        assert matrices(tiny, **silent) == []
+        assert not caplog.records
+
+
+def test_groups_of_members_have_slots_for_one(tiny: Path) -> None:
+    given: dict[str, Any] = {"batch_size": None, "vllm_max_loras": None, "population": 12, "prompts_per_step": 2}
+    assert slots_for(settings(tiny, **given, prompt_groups=2), on_cpu=True) == 6
+    assert slots_for(settings(tiny, **given, evaluate_base=True), on_cpu=True) == 13
