@@ -14,16 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS, machine
 
+from estune.charts.table import markdown, spread
 from estune.config import Config, load
 from estune.engines.loading import open_encoder
 from estune.engines.transformers import TransformersEngine
 from estune.run.held_out import HeldOut
 from estune.study.compare.plan import Job, Plan, read_results
+from estune.study.compare.report import NAMES
 from estune.study.compare.run import compare
 from estune.weights.locate import locate
 
@@ -100,6 +103,59 @@ def collect(experiment: str, results: Path) -> None:
     with (results / f"real-{experiment}.jsonl").open("w") as file:
         common = {"experiment": experiment, "budget": EXPERIMENTS[experiment], "machine": machine()}
         file.writelines(f"{json.dumps(common | line)}\n" for line in lines)
+
+
+def section(results: Path) -> list[str]:
+    """The page's part about it: a table a task, as far as its runs have come."""
+    found = [
+        "## A real model",
+        "SmolLM2-135M-Instruct (`bench.study.real`), means over seeds. Sampled accuracy and pass@k are of 16\n"
+        "completions at temperature 1; seconds are a processor's, of training alone, memory is the process's peak.\n"
+        "The last columns are tasks that nobody was trained for. Runs that chose a learning rate are left out.",
+    ]
+    for experiment, budget in EXPERIMENTS.items():
+        path = results / f"real-{experiment}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        if lines:
+            found += [f"### {experiment}, {budget:,} tokens a run", markdown(_table(lines, WATCHED[experiment]))]
+    return found
+
+
+def _table(lines: Sequence[Mapping[str, Any]], watched: Sequence[str]) -> list[list[str]]:
+    """A row for the model itself and one for each method and rate."""
+    columns = {  # by what is shown: the figure, its factor and its digits
+        "greedy %": ("accuracy", 100, 1),
+        "sampled %": (f"eval_mean@{SAMPLES}", 100, 1),
+        f"pass@{SAMPLES} %": (f"eval_pass@{SAMPLES}", 100, 1),
+        "length": ("length", 1, 1),
+        "KL": ("kl", 1, 3),
+        "seconds": ("cpu_seconds", 1, 0),
+        "GB": ("memory", 1e-9, 1),
+        **{f"{task} %": (f"watch/{task}", 100, 1) for task in watched},
+    }
+    ended = [line for line in lines if not line["job"].get("trial") and "error" not in line]
+    before = next((line["base_accuracy"] for line in ended if "base_accuracy" in line), None)
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for line in ended:
+        rate = line["job"].get("rate")
+        name = "before" if line["job"]["method"] == "base" else NAMES[line["job"]["method"]]
+        rows.setdefault(name + (f", {rate:g}" if rate else ""), []).append(
+            line | ({"accuracy": before} if name == "before" and before is not None else {})
+        )
+    return [
+        ["", "runs", *columns],
+        *(
+            [
+                name,
+                "" if name == "before" else str(len(of)),
+                *(
+                    spread([factor * run[key] for run in of if key in run], digits)
+                    for key, factor, digits in columns.values()
+                ),
+            ]
+            for name, of in rows.items()
+        ),
+    ]
 
 
 def main() -> None:

@@ -70,7 +70,8 @@ def test_a_sweep_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     assert "eval_reward" in out
     assert "sigma=0.01:" not in out  # nothing ran again
-    assert "no run has it; there are eval_accuracy, " in refused(capsys, "sweep", *options, "--metric", "eval_pass@9")
+    unknown = refused(capsys, "sweep", *options, "--metric", "eval_pass@9")
+    assert "no metric can be called 'eval_pass@9'; there are eval_accuracy, " in unknown
 
 
 def test_a_sweep_with_failed_runs_ends_with_one(

@@ -170,12 +170,12 @@ def test_slots_that_hold_or_mean_something_else_are_found(
     def inverted_too(self: OuterProducts, members: list[Member], sigma: float) -> None:
         take(self, [Member(member.seed, -member.sign) for member in members], sigma)
 
-    draw, places, save, take = Vectors.draw, lora.places, RankOneWeights._save, OuterProducts.take
-    other = "vLLM makes something else of the same values in a file"
+    draw, places, save, take = Vectors.draw, lora.places, RankOneWeights.write_member, OuterProducts.take
+    other, meaning = "vLLM makes something else of the same values in a file", "are not those by perturbed"
     wrong: list[tuple[list[tuple[Any, str, Any]], str]] = [
         ([(Vectors, "draw", scaled)], other),
         ([(lora, "places", one_lacks)], other),
-        ([(RankOneWeights, "_save", inverted), (OuterProducts, "take", inverted_too)], "are not those by perturbed"),
+        ([(RankOneWeights, "write_member", inverted), (OuterProducts, "take", inverted_too)], meaning),
     ]
     for changes, why in wrong:
         with monkeypatch.context() as patch:

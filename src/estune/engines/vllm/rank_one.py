@@ -119,12 +119,12 @@ class RankOneWeights(SlotWeights):
         """Have vLLM itself fill all slots with a member from a file; give the directory, which is there meanwhile."""
         with tempfile.TemporaryDirectory(prefix="estune-") as folder:
             path = Path(folder)
-            self._save(path, member, STRONG)
+            self.write_member(path, member, STRONG)
             for slot in range(self._engine.slots):
                 self._engine.fill(Checkpoint(path), slot)
             yield path
 
-    def _save(self, folder: Path, member: Member, sigma: float) -> None:
+    def write_member(self, folder: Path, member: Member, sigma: float) -> None:
         """Write a member as an adapter in PEFT's format, by NumPy."""
         tensors = {}
         for name in self.tensors:
