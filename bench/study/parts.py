@@ -224,6 +224,8 @@ def longer(results: Path) -> list[list[str]]:
         learning = [line for line in _lines(results / f"parts-{model}.jsonl") if line["job"]["method"] != "es"]
         for name, of in (runs | by_name(learning)).items() if runs else ():
             timed = [run for run in of if run.get("cpu_seconds")]
+            if not timed:
+                continue
             means = [statistics.fmean(run[what] for run in timed) for what in ("tokens", "cpu_seconds")]
             end = spread([100 * run["accuracy"] for run in timed], 1)
             rows.append([model, name, str(len(timed)), f"{means[0] / 1000:.0f}", f"{means[1]:.0f}", end])
