@@ -27,6 +27,7 @@ from estune.noise.reference import normal_by_id, tensor_id
 from estune.weights.adapted import open_checkpoint
 from estune.weights.adapters import CONFIG, PREFIX, WEIGHTS, Adapter
 from estune.weights.checkpoint import Checkpoint
+from tests.vllm.in_slots import MEMBERS, assert_members_are_their_own
 from tests.vllm.pairs import PROMPTS, UPDATE
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -34,7 +35,6 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 ADAPTER = Adapter(rank=3, target=["q_proj", "v_proj", "gate_proj", "down_proj"], alpha=12)
 SCALE, SIGMA = 4.0, 0.2
 GREEDY = Sampling(10)
-MEMBERS = [Member(1), Member(2, -1), Member(2**64 - 5)]
 
 
 def settings(path: Path, **changes: Any) -> Config:
@@ -107,17 +107,7 @@ def test_slots_complete_as_files_that_vllm_loads_and_as_merged_weights(
 def test_a_member_is_its_own_whoever_is_beside_it(
     opened: tuple[VllmEngine, AdapterWeights], temperature: float
 ) -> None:
-    engine, weights = opened
-    sampling = Sampling(8, temperature=temperature, seed=3)
-    weights.take([*MEMBERS, Member(9)], SIGMA)
-    found = engine.generate_each(4, PROMPTS, sampling)
-    weights.take([Member(77), MEMBERS[0]], 3 * SIGMA)
-    engine.generate_each(2, PROMPTS, sampling)
-    weights.take([Member(9), MEMBERS[2]], SIGMA)
-    assert engine.generate_each(2, PROMPTS, sampling) == [found[3], found[2]]
-    weights.perturb(MEMBERS[1], SIGMA)
-    assert engine.generate(PROMPTS, sampling) == found[1]
-    assert engine.generate_each(2, [], sampling) == [[], []]
+    assert_members_are_their_own(*opened, SIGMA, temperature=temperature)
 
 
 def test_an_update_is_the_papers_over_the_adapters_tensors(

@@ -24,11 +24,11 @@ from estune.errors import EstuneError
 from estune.es.strategy import Member
 from estune.noise.reference import COLUMNS_AT, normal_by_id, tensor_id
 from estune.weights.checkpoint import Checkpoint
+from tests.vllm.in_slots import MEMBERS, assert_members_are_their_own
 from tests.vllm.pairs import PROMPTS, UPDATE, open_reference
 
 SIGMA = 0.1
 GREEDY = Sampling(10)
-MEMBERS = [Member(1), Member(2, -1), Member(2**64 - 5)]
 MATRICES = "*_proj.weight"
 SCALES = {"*.down_proj.weight": 0.25}
 OPTIONS: dict[str, Any] = {"noise": "rank1", "train_parameters": MATRICES, "sigma_scale": SCALES}
@@ -83,19 +83,7 @@ def test_slots_complete_as_weights_with_the_noise_added(opened: tuple[VllmEngine
 def test_a_member_is_its_own_whoever_is_beside_it(
     opened: tuple[VllmEngine, RankOneWeights], temperature: float
 ) -> None:
-    """And the one that perturbed weights are."""
-    engine, weights = opened
-    sampling = Sampling(8, temperature=temperature, seed=3)
-    weights.take([*MEMBERS, Member(9)], SIGMA)
-    found = engine.generate_each(4, PROMPTS, sampling)
-    weights.take([Member(77), MEMBERS[0]], 3 * SIGMA)
-    engine.generate_each(2, PROMPTS, sampling)
-    weights.take([Member(9), MEMBERS[2]], SIGMA)
-    assert engine.generate_each(2, PROMPTS, sampling) == [found[3], found[2]]
-    weights.perturb(MEMBERS[1], SIGMA)
-    assert engine.generate(PROMPTS, sampling) == found[1]
-    weights.restore()
-    assert engine.generate_each(2, [], sampling) == [[], []]
+    assert_members_are_their_own(*opened, SIGMA, temperature=temperature)
 
 
 def test_members_are_around_the_base_as_it_is_after_an_update(
