@@ -151,8 +151,8 @@ def _decoded(config: Config, placed: _Placed, shape: Shape) -> Work:
 def _together(config: Config, work: Work, shape: Shape, memory: int, *, on_cpu: bool) -> Work:
     """The work with as many members in a batch as the engine decodes together.
 
-    What is not seen here: a task of rollouts, which are played one member at a time, and weights that a model's own
-    forward turns out to use in ways of its own.
+    What is not seen here: a task of rollouts, which are played one member at a time; weights that a model's own forward
+    turns out to use in ways of its own; and members of rank-one noise in vLLM's slots, counted one by one.
 
     Args:
         config, work, shape: the run.
