@@ -140,7 +140,7 @@ def _table(lines: Sequence[Mapping[str, Any]], watched: Sequence[str]) -> list[l
         rate = line["job"].get("rate")
         name = "before" if line["job"]["method"] == "base" else NAMES[line["job"]["method"]]
         rows.setdefault(name + (f", {rate:g}" if rate else ""), []).append(
-            line | ({"accuracy": before} if name == "before" and before is not None else {})
+            {"accuracy": before, **line} if name == "before" and before is not None else line
         )
     return [
         ["", "runs", *columns],
