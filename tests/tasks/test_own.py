@@ -156,7 +156,11 @@ def test_a_function_makes_a_task_under_the_files_name(tmp_path: Path) -> None:
     [
         ("x = 1", {}, r"own_\d+\.py: no train; the file needs a function task\(seed\), or the names train and rewards"),
         (NAMES, {}, r"\.py: no rewards;"),
-        ("def right(completions, **_): return []", {}, r"a file of rewards alone is a part of .* by task\.rewards"),
+        (
+            "def right(completions, **_): return []",
+            {},
+            r"rewards alone go to task\.rewards: .* --task\.rewards .*\.py:FUNCTION",
+        ),
         (NAMES + "rewards = []", {}, r"\.py: rewards is empty"),
         (NAMES + "rewards = [right]\naccuracy = 'wrong'", {}, r"\.py: accuracy is 'wrong'; choose one of right"),
         (NAMES + "rewards = [right]", {"options": {"a": 1}}, r"\.py: task.options are for a function"),

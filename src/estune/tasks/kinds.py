@@ -69,10 +69,11 @@ def named(value: Any, known: Mapping[str, Any] = KINDS) -> Any:
         value = {"name": value}
     name = value.get("name", DEFAULT) if isinstance(value, Mapping) else None
     if name is not None and (not isinstance(name, str) or kind_of(name) not in known):
-        near = difflib.get_close_matches(str(name), known, 1, 0.6)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         if str(name).endswith(SUFFIXES):
             hint = f"rows go to task.data: --task custom --task.data {name} --task.rewards FILE.py:FUNCTION"
+        else:
+            near = difflib.get_close_matches(str(name), known, 1, 0.6)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise ValueError(f"no task is called {name!r}; {hint}")
     return value
 

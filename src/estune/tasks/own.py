@@ -101,8 +101,8 @@ class OwnConfig(TaskOptions):
         if missing is not None:
             raise EstuneError(
                 f"task {self.name}: no {missing}; the file needs a function task(seed), or the names train and "
-                "rewards, rollout or Environment (a file of rewards alone is a part of another task, by "
-                "task.rewards)"
+                "rewards, rollout or Environment; rewards alone go to task.rewards: --task custom --task.data FILE "
+                f"--task.rewards {self.name}:FUNCTION"
             )
         if self.options:
             raise EstuneError(f"task {self.name}: task.options are for a function task(seed, ...), which it lacks")
