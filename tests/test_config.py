@@ -106,7 +106,7 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
     ("overrides", "message"),
     [
         (["sigmas=1"], "unknown setting sigmas; did you mean sigma?"),
-        (["task=rows.jsonl"], r"rows go to task\.data: --task custom --task\.data rows\.jsonl"),
+        (["task=rows.jsonl"], r"--task\.data rows\.jsonl --task\.rewards FILE\.py:FUNCTION$"),
         (["task.eval_sise=1"], r"unknown setting task\.eval_sise; did you mean task\.eval_size\?"),
         (["zzz=1"], "unknown setting zzz; see"),
         (["sigma=0"], "sigma: Input should be greater than 0, found '0'"),

@@ -273,7 +273,9 @@ def _complaint(error: Any, source: str) -> str:
     given = error["input"]
     if error["type"] != "extra_forbidden":
         found = f", found {given!r}" if where and not isinstance(given, dict) else ""
-        if isinstance(given, dict) and len(path) == 1 and given:
+        if (
+            isinstance(given, dict) and len(path) == 1 and given and error["type"] != "value_error"
+        ):  # says what it found
             found = f", found a section, {where}.{next(iter(given))}"
         return f"{source}: {where + ': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{found}"
     tried = parts[-2].strip("<>") if len(parts) > 1 else ""
