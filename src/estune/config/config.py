@@ -272,10 +272,9 @@ def _complaint(error: Any, source: str) -> str:
     where = ".".join(path)
     given = error["input"]
     if error["type"] != "extra_forbidden":
+        ours = error["type"] == "value_error"  # which says of a section what is wrong in it
         found = f", found {given!r}" if where and not isinstance(given, dict) else ""
-        if (
-            isinstance(given, dict) and len(path) == 1 and given and error["type"] != "value_error"
-        ):  # says what it found
+        if isinstance(given, dict) and len(path) == 1 and given and not ours:
             found = f", found a section, {where}.{next(iter(given))}"
         return f"{source}: {where + ': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{found}"
     tried = parts[-2].strip("<>") if len(parts) > 1 else ""
