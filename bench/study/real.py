@@ -1,12 +1,13 @@
 """A real pretrained model, SmolLM2-135M-Instruct: ES against reinforcement learning on two tasks.
 
     python -m bench.study.real [--experiments capitals,conciseness] [--methods es,grpo,dr_grpo,rloo] [--seeds 3]
+        [--rates 3e-6,1e-5,3e-5]
 
 ES has the settings of `examples/capitals.yaml` and `recipes/conciseness-smollm2.yaml`; each method of reinforcement
-learning the best of three learning rates, tried on a seed of its own. Every run may generate the same number of tokens.
-What is measured of a trained model beside a comparison's figures: accuracy and pass@k of 16 samples a prompt, and the
-accuracy on tasks that it was not trained for. It takes hours; what is there is not run again. Results are
-`real-EXPERIMENT.jsonl`, a line a run, `base` for the model itself.
+learning the best of some learning rates, tried on a seed of its own if there is more than one. Every run may generate
+the same number of tokens. What is measured of a trained model beside a comparison's figures: accuracy and pass@k of 16
+samples a prompt, and the accuracy on tasks that it was not trained for. It takes hours; what is among the results is
+not run again. They are `real-EXPERIMENT.jsonl`, a line a run, `base` for the model itself.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from estune.charts.table import markdown, spread
 from estune.config import Config, load
 from estune.engines.loading import open_encoder
 from estune.engines.transformers import TransformersEngine
+from estune.files import write_text
 from estune.run.held_out import HeldOut
-from estune.study.compare.plan import Job, Plan, read_results
+from estune.study.compare.plan import Job, Plan
 from estune.study.compare.report import NAMES
-from estune.study.compare.run import compare
+from estune.study.compare.run import compare, record
 from estune.weights.locate import locate
 
 FOLDER = Path("runs/study/real")
@@ -42,6 +44,8 @@ TASKS = {
 EXPERIMENTS = {"capitals": 40_000, "conciseness": 80_000}  # and the tokens that a run may generate
 WATCHED = {"capitals": ("conciseness", "additions"), "conciseness": ("capitals", "additions")}
 SAMPLES, POINTS = 16, 4
+COMMON = ("experiment", "budget", "machine")  # of every line
+BASE = {"method": "base"}  # the job that is none
 
 
 def settings(experiment: str) -> Config:
@@ -66,13 +70,16 @@ def accuracies(checkpoint: Path, experiment: str) -> dict[str, float]:
     return found
 
 
-def run(experiment: str, method: str, seeds: int, results: Path) -> None:
+def run(experiment: str, method: str, seeds: int, rates: Sequence[float], results: Path) -> None:
     """A method's runs that are not there yet, and the file of the experiment's results so far."""
     folder = FOLDER / experiment
     plan = Plan(
-        methods=[method], budget=EXPERIMENTS[experiment], seeds=list(range(seeds)), rates=list(RATES), batch=96,
+        methods=[method], budget=EXPERIMENTS[experiment], seeds=list(range(seeds)), rates=list(rates), batch=96,
         points=POINTS,
     )  # fmt: skip
+    for line in _lines(results, experiment):
+        if line["job"] != BASE and line["job"]["rate"] in (None, *rates):
+            record(folder, {key: value for key, value in line.items() if key not in COMMON})
 
     def told(result: dict[str, Any]) -> None:
         job = result["job"]
@@ -80,29 +87,31 @@ def run(experiment: str, method: str, seeds: int, results: Path) -> None:
         there = folder / Job(**job).name
         final = there / ("run/final" if method == "es" else "final")
         if not job["trial"] and final.is_dir():
-            (there / "more.json").write_text(json.dumps(accuracies(final, experiment)))
+            result |= accuracies(final, experiment)
         for weights in (final, there / "trl"):
             shutil.rmtree(weights, ignore_errors=True)  # half a gigabyte a run
-        collect(experiment, results)
+        put(result, experiment, results)
 
     compare(plan, settings(experiment), folder, told)
-    collect(experiment, results)
 
 
-def collect(experiment: str, results: Path) -> None:
-    """Put all runs so far into the results."""
-    folder = FOLDER / experiment
-    base = folder / "base.json"
-    if not base.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        base.write_text(json.dumps(accuracies(locate(settings(experiment).model), experiment)))
-    lines = [{"job": {"method": "base"}, **json.loads(base.read_text())}]
-    for result in read_results(folder):
-        more = folder / Job(**result["job"]).name / "more.json"
-        lines.append(result | (json.loads(more.read_text()) if more.is_file() else {}))
-    with (results / f"real-{experiment}.jsonl").open("w") as file:
-        common = {"experiment": experiment, "budget": EXPERIMENTS[experiment], "machine": machine()}
-        file.writelines(f"{json.dumps(common | line)}\n" for line in lines)
+def put(result: Mapping[str, Any], experiment: str, results: Path) -> None:
+    """Put a run into the results, in place of an earlier one of the same job."""
+    lines = _lines(results, experiment)
+    if not any(line["job"] == BASE for line in lines):
+        base = {"job": BASE, **accuracies(locate(settings(experiment).model), experiment)}
+        lines.insert(0, _common(experiment) | base)
+    lines = [*(line for line in lines if line["job"] != result["job"]), {**_common(experiment), **result}]
+    write_text(results / f"real-{experiment}.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def _common(experiment: str) -> dict[str, Any]:
+    return dict(zip(COMMON, (experiment, EXPERIMENTS[experiment], machine()), strict=True))
+
+
+def _lines(results: Path, experiment: str) -> list[dict[str, Any]]:
+    path = results / f"real-{experiment}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def section(results: Path) -> list[str]:
@@ -114,8 +123,7 @@ def section(results: Path) -> list[str]:
         "The last columns are tasks that nobody was trained for. Runs that chose a learning rate are left out.",
     ]
     for experiment, budget in EXPERIMENTS.items():
-        path = results / f"real-{experiment}.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = _lines(results, experiment)
         if lines:
             found += [f"### {experiment}, {budget:,} tokens a run", markdown(_table(lines, WATCHED[experiment]))]
     return found
@@ -164,12 +172,14 @@ def main() -> None:
     parser.add_argument("--experiments", default=",".join(EXPERIMENTS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", default=",".join(map(str, RATES)), help="RL learning rates to try")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args()
+    rates = [float(rate) for rate in arguments.rates.split(",")]
     for seeds in range(1, arguments.seeds + 1):
         for experiment in arguments.experiments.split(","):
             for method in arguments.methods.split(","):
-                run(experiment, method, seeds, arguments.results)
+                run(experiment, method, seeds, rates, arguments.results)
 
 
 if __name__ == "__main__":
