@@ -29,7 +29,7 @@ from estune.files import write_text
 from estune.run.held_out import HeldOut
 from estune.study.compare.plan import Job, Plan
 from estune.study.compare.report import NAMES
-from estune.study.compare.run import compare, record
+from estune.study.compare.run import compare
 from estune.weights.locate import locate
 
 FOLDER = Path("runs/study/real")
@@ -45,7 +45,7 @@ EXPERIMENTS = {"capitals": 40_000, "conciseness": 80_000}  # and the tokens that
 WATCHED = {"capitals": ("conciseness", "additions"), "conciseness": ("capitals", "additions")}
 SAMPLES, POINTS = 16, 4
 COMMON = ("experiment", "budget", "machine")  # of every line
-BASE = {"method": "base"}  # the job that is none
+BASE = "base"  # in the place of a method
 
 
 def settings(experiment: str) -> Config:
@@ -72,14 +72,14 @@ def accuracies(checkpoint: Path, experiment: str) -> dict[str, float]:
 
 def run(experiment: str, method: str, seeds: int, rates: Sequence[float], results: Path) -> None:
     """A method's runs that are not there yet, and the file of the experiment's results so far."""
+    there = [line["job"] for line in _lines(results, experiment)]
+    left = [seed for seed in range(seeds) if not any(_is(job, method, seed, rates) for job in there)]
+    if not left:
+        return
     folder = FOLDER / experiment
     plan = Plan(
-        methods=[method], budget=EXPERIMENTS[experiment], seeds=list(range(seeds)), rates=list(rates), batch=96,
-        points=POINTS,
-    )  # fmt: skip
-    for line in _lines(results, experiment):
-        if line["job"] != BASE and line["job"]["rate"] in (None, *rates):
-            record(folder, {key: value for key, value in line.items() if key not in COMMON})
+        methods=[method], budget=EXPERIMENTS[experiment], seeds=left, rates=list(rates), batch=96, points=POINTS
+    )
 
     def told(result: dict[str, Any]) -> None:
         job = result["job"]
@@ -95,11 +95,16 @@ def run(experiment: str, method: str, seeds: int, rates: Sequence[float], result
     compare(plan, settings(experiment), folder, told)
 
 
+def _is(job: Mapping[str, Any], method: str, seed: int, rates: Sequence[float]) -> bool:
+    """Whether a job is a method's run with the seed, at one of the rates."""
+    return job["method"] == method and job["seed"] == seed and not job["trial"] and job["rate"] in (None, *rates)
+
+
 def put(result: Mapping[str, Any], experiment: str, results: Path) -> None:
     """Put a run into the results, in place of an earlier one of the same job."""
     lines = _lines(results, experiment)
-    if not any(line["job"] == BASE for line in lines):
-        base = {"job": BASE, **accuracies(locate(settings(experiment).model), experiment)}
+    if not any(line["job"]["method"] == BASE for line in lines):
+        base = {"job": {"method": BASE}, **accuracies(locate(settings(experiment).model), experiment)}
         lines.insert(0, _common(experiment) | base)
     lines = [*(line for line in lines if line["job"] != result["job"]), {**_common(experiment), **result}]
     write_text(results / f"real-{experiment}.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
