@@ -151,7 +151,7 @@ def _table(lines: Sequence[Mapping[str, Any]], watched: Sequence[str]) -> list[l
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for line in ended:
         rate = line["job"].get("rate")
-        name = "before" if line["job"]["method"] == "base" else NAMES[line["job"]["method"]]
+        name = "before" if line["job"]["method"] == BASE else NAMES[line["job"]["method"]]
         rows.setdefault(name + (f", {rate:g}" if rate else ""), []).append(
             {"accuracy": before, **line} if name == "before" and before is not None else line
         )
