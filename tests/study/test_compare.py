@@ -74,6 +74,7 @@ def test_rates_are_chosen_by_trials_and_runs_use_the_best() -> None:
         ({"seeds": [1, 1]}, [], "given twice"),
         ({"seeds": [1000]}, [], "chooses the learning rates"),
         ({}, ["workers=2"], "one process"),
+        ({}, ["adapter.rank=4"], "leave out adapter"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
@@ -237,6 +238,7 @@ def test_trl_gets_the_rewards_that_es_gets() -> None:
 @needs_trl
 def test_a_comparison_runs_both_kinds_and_goes_on_where_it_was(tmp_path: Path) -> None:
     plan, config = small(methods=["es", "grpo"], seeds=[0], rates=[1e-3], points=2)
+    config = config.model_copy(update={"train_parameters": "*embed*, *.mlp.*"})
     folder, told = tmp_path / "out", []
     first = compare(plan, config, folder, told.append)
     assert [r["job"]["method"] for r in first] == ["es", "grpo"]
@@ -253,9 +255,13 @@ def test_a_comparison_runs_both_kinds_and_goes_on_where_it_was(tmp_path: Path) -
         assert sorted(seconds) == seconds
         assert seconds[-1] <= result["seconds"]
     assert not list(folder.glob("*/point*"))
-    trained = AutoModelForCausalLM.from_pretrained(folder / "grpo-0.001-seed0" / "final")
-    base = AutoModelForCausalLM.from_pretrained(locate("tiny"))
-    assert not torch.equal(trained.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    before = AutoModelForCausalLM.from_pretrained(locate("tiny")).state_dict()
+    for final in ("es-seed0/run/final", "grpo-0.001-seed0/final"):  # both leave what they are told to leave
+        after = AutoModelForCausalLM.from_pretrained(folder / final).state_dict()
+        changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+        assert {name.split(".")[-2] for name in changed} == {
+            "embed_tokens", "lm_head", "gate_proj", "up_proj", "down_proj",
+        }  # fmt: skip
 
     told.clear()
     assert compare(plan, config, folder, told.append) == first  # nothing is left to do

@@ -80,6 +80,8 @@ class Plan(BaseModel):
             raise EstuneError(f"seed {self.trial_seed} chooses the learning rates: compare on others, or change it")
         if config.engine == "vllm" or config.workers:
             raise EstuneError("compare runs each method in one process: leave out engine and workers")
+        if config.adapter is not None:
+            raise EstuneError("compare trains the weights themselves: leave out adapter")
         if config.start_from is not None:
             raise EstuneError("compare begins with a model: export the run of start_from, and give that as the model")
 

@@ -200,9 +200,32 @@ def _reinforce(
             processing_class=tokenizer,
             callbacks=[Spent()],
         )
+        freeze_others(trainer.model, path, config.train_parameters)
         trainer.train()
     trainer.save_model(str(folder / "final"))
     return folder / "final", reward.tokens, trainer.state.global_step
+
+
+def freeze_others(model: Any, checkpoint: Path, pattern: str) -> None:
+    """Leave what ES leaves as it is to gradients, too.
+
+    Experts that a model merges into one tensor are trained all, where the pattern names any of them.
+
+    Args:
+        model: a transformers model.
+        checkpoint: that it was loaded from.
+        pattern: `train_parameters`.
+
+    Raises:
+        EstuneError: the pattern leaves no parameter.
+    """
+    from estune.weights.checkpoint import Checkpoint
+    from estune.weights.parameters import trained_parameters
+
+    chosen = trained_parameters(model, Checkpoint(checkpoint).tensors, pattern)
+    trained = {parameter.tensor.untyped_storage().data_ptr() for parameter in chosen}
+    for own in model.parameters():
+        own.requires_grad_(own.untyped_storage().data_ptr() in trained)
 
 
 def trl_arguments(plan: Plan, job: Job, config: Config, folder: Path) -> tuple[Any, Callable[..., Any]]:
