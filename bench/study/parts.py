@@ -33,8 +33,14 @@ from estune.study.compare.run import compare
 
 FOLDER = Path("runs/study/parts")
 BUDGET, POINTS, TOKENS = 200_000, 20, 18.5  # to generate, and of a completion, about
-FASTER = ("1e-4", "3e-4")  # rates larger than the best at the end, which may get most of the gain with fewer tokens
+EMBEDDINGS = {"train_parameters": "*embed_tokens*"}  # the output matrix too: the models have one for both
+FASTER = (
+    "1e-4",
+    "3e-4",
+    "1e-3",
+)  # rates larger than the best at the end, which may get most of the gain with fewer tokens
 LONGER = 500_000  # what ES generates in the processor seconds in which reinforcement learning generates the budget
+ALONE = "-embeddings-alone"  # at the end of a method's name
 METHODS = ("grpo", "dr_grpo", "dapo", "rloo")
 PAPER = {"population": 20, "prompts_per_step": 20, "sigma": 0.024, "learning_rate": 0.012}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -72,6 +78,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
         "sigma": 0.014, "learning_rate": 0.08, "anchor_decay": 1.0, "lr_scheduler_type": "cosine",
     },
+    "128 members, 1 prompt, embeddings alone": {
+        "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
+        "learning_rate": 0.08, "anchor_decay": 1.0, "lr_scheduler_type": "cosine", **EMBEDDINGS,
+    },
+    "128 members, 1 prompt, embeddings alone, smaller sigma": {
+        "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
+        "sigma": 0.018, "learning_rate": 0.08, "anchor_decay": 1.0, "lr_scheduler_type": "cosine", **EMBEDDINGS,
+    },
+    "embeddings alone": EMBEDDINGS,
     "128 members, 1 prompt, small sigma, for conciseness": {
         "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
         "sigma": 0.012, "learning_rate": 0.06, "anchor_decay": 0.3, "lr_scheduler_type": "cosine",
@@ -153,7 +168,12 @@ def area(curve: Sequence[Mapping[str, float]]) -> float:
 def by_name(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """Runs that came to their end, by the name of their settings or method."""
     names = {_folder(name): name for name in SETTINGS} | NAMES | {"ppo": "PPO"}
-    faster = {f"{method}@{rate}": f"{NAMES[method]}, {rate}" for method in METHODS for rate in FASTER}
+    faster = {
+        f"{method}@{rate}{part}": f"{NAMES[method]}, {rate}{', embeddings alone' * bool(part)}"
+        for method in METHODS
+        for rate in FASTER
+        for part in ("", ALONE)
+    }
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         if "curve" in result and not result["job"]["trial"]:
@@ -248,7 +268,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(COUNTDOWN))
     parser.add_argument("--settings", default=";".join(SETTINGS), help="of ES, with semicolons between")
-    parser.add_argument("--methods", default="", help="of reinforcement learning; grpo@1e-4 at that rate")
+    parser.add_argument(
+        "--methods", default="", help=f"of reinforcement learning; grpo@1e-4 at that rate, and grpo@1e-4{ALONE}"
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--budget", type=int, default=BUDGET, help=f"{LONGER} beside RL's {BUDGET}: of about its time")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
@@ -260,9 +282,9 @@ def main() -> None:
             plan = Plan(methods=["es"], **common)
             run(model, name, SETTINGS[name], plan, arguments.results)
         for method in filter(None, arguments.methods.split(",")):
-            name, _, rate = method.partition("@")
+            name, _, rate = method.removesuffix(ALONE).partition("@")
             plan = Plan(methods=[name], rates=[float(rate or rates(model, arguments.results)[name])], **common)
-            run(model, method, {}, plan, arguments.results)
+            run(model, method, EMBEDDINGS if method.endswith(ALONE) else {}, plan, arguments.results)
 
 
 if __name__ == "__main__":
