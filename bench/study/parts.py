@@ -38,7 +38,7 @@ FASTER = (
     "1e-4",
     "3e-4",
     "1e-3",
-)  # rates larger than the best at the end, which may get most of the gain with fewer tokens
+)  # larger rates than the best at the end, which may be faster at first
 LONGER = 500_000  # what ES generates in the processor seconds in which reinforcement learning generates the budget
 ALONE = "-embeddings-alone"  # at the end of a method's name
 METHODS = ("grpo", "dr_grpo", "dapo", "rloo")
