@@ -34,6 +34,16 @@ from estune.weights.locate import locate
 
 FOLDER = Path("runs/study/real")
 METHODS = ("es", "grpo", "dr_grpo", "rloo")
+MANY = (
+    "noise=rank1", "population=96", "prompts_per_step=4", "prompt_groups=4", "per_prompt=center", "learning_rate=0.02",
+    "anchor_decay=0.3",
+)  # fmt: skip
+# ES with other settings, `es:NAME` among the methods. Sigma is what `estune probe` keeps most of the base at.
+OTHERS = {
+    "": (),
+    "96 members": (*MANY, "sigma=0.004"),
+    "96 members of embeddings": (*MANY, "sigma=0.01", "train_parameters=*embed_tokens*"),
+}
 RATES = (3e-6, 1e-5, 3e-5)
 ES = ("model=smollm2", "population=16", "prompts_per_step=24", "sigma=0.004", "dtype=bfloat16", "threads=1")
 TASKS = {
@@ -48,9 +58,9 @@ COMMON = ("experiment", "budget", "machine")  # of every line
 BASE = "base"  # in the place of a method
 
 
-def settings(experiment: str) -> Config:
-    """Of an experiment's ES."""
-    return load(None, [*ES, *TASKS[experiment]])
+def settings(experiment: str, other: str = "") -> Config:
+    """Of an experiment's ES, or of `OTHERS`."""
+    return load(None, [*ES, *TASKS[experiment], *OTHERS[other]])
 
 
 def accuracies(checkpoint: Path, experiment: str) -> dict[str, float]:
@@ -72,11 +82,12 @@ def accuracies(checkpoint: Path, experiment: str) -> dict[str, float]:
 
 def run(experiment: str, method: str, seeds: int, rates: Sequence[float], results: Path) -> None:
     """A method's runs that are not there yet, and the file of the experiment's results so far."""
-    there = [line["job"] for line in _lines(results, experiment)]
+    method, _, other = method.partition(":")
+    there = [line["job"] for line in _lines(results, experiment) if line.get("settings", "") == other]
     left = [seed for seed in range(seeds) if not any(_is(job, method, seed, rates) for job in there)]
     if not left:
         return
-    folder = FOLDER / experiment
+    folder = FOLDER / " ".join([experiment, other]).strip().replace(" ", "-")
     plan = Plan(
         methods=[method], budget=EXPERIMENTS[experiment], seeds=left, rates=list(rates), batch=96, points=POINTS
     )
@@ -90,9 +101,9 @@ def run(experiment: str, method: str, seeds: int, rates: Sequence[float], result
             result |= accuracies(final, experiment)
         for weights in (final, there / "trl"):
             shutil.rmtree(weights, ignore_errors=True)  # half a gigabyte a run
-        put(result, experiment, results)
+        put(result | ({"settings": other} if other else {}), experiment, results)
 
-    compare(plan, settings(experiment), folder, told)
+    compare(plan, settings(experiment, other), folder, told)
 
 
 def _is(job: Mapping[str, Any], method: str, seed: int, rates: Sequence[float]) -> bool:
@@ -106,7 +117,8 @@ def put(result: Mapping[str, Any], experiment: str, results: Path) -> None:
     if not any(line["job"]["method"] == BASE for line in lines):
         base = {"job": {"method": BASE}, **accuracies(locate(settings(experiment).model), experiment)}
         lines.insert(0, _common(experiment) | base)
-    lines = [*(line for line in lines if line["job"] != result["job"]), {**_common(experiment), **result}]
+    same = [line for line in lines if all(line.get(key) == result.get(key) for key in ("job", "settings"))]
+    lines = [*(line for line in lines if line not in same), {**_common(experiment), **result}]
     write_text(results / f"real-{experiment}.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
@@ -152,7 +164,8 @@ def _table(lines: Sequence[Mapping[str, Any]], watched: Sequence[str]) -> list[l
     for line in ended:
         rate = line["job"].get("rate")
         name = "before" if line["job"]["method"] == BASE else NAMES[line["job"]["method"]]
-        rows.setdefault(name + (f", {rate:g}" if rate else ""), []).append(
+        note = f"{rate:g}" if rate else line.get("settings", "")
+        rows.setdefault(f"{name}, {note}" if note else name, []).append(
             {"accuracy": before, **line} if name == "before" and before is not None else line
         )
     return [
