@@ -48,11 +48,26 @@ def test_probe_says_what_it_recommends_and_warns_of(
     assert asked == {"members": 8, "prompts": 100, "sigmas": None, "sigma": 0.5}
 
 
+def test_probe_of_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*QUICK, "--members", 2, "--prompts", 4, "--sigmas", "0.02", "--parts", "*embed* ; *.mlp.*"]
+    assert estune("probe", *options) == 0
+    out = capsys.readouterr().out
+    titles = ["--train_parameters '*embed*'", "--train_parameters '*.mlp.*'"]
+    assert [line for line in out.splitlines() if line.startswith("--train")] == titles
+    summary = [line.split()[:2] for line in out[out.index("\npart ") :].strip().splitlines()[:3]]
+    assert summary[0] == ["part", "sigma"]
+    assert [name for name, _ in summary[1:]] == ["*embed*", "*.mlp.*"]
+    assert estune("probe", *options, "--json") == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["*embed*", "*.mlp.*"]
+
+
 def test_mistakes_of_a_probe_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--sigmas 'a,b': give numbers" in refused(capsys, "probe", "--sigmas", "a,b")
     assert "give numbers above 0" in refused(capsys, "probe", "--sigmas", "0")
     assert "give numbers above 0" in refused(capsys, "probe", "--sigmas", ",")
     assert "1 members" in refused(capsys, "probe", "--members", 1)
+    assert "--parts ' ;': give patterns" in refused(capsys, "probe", "--parts", " ;")
+    assert "fits the pattern '*head*'" in refused(capsys, "probe", "--parts", "*; *head*")
     assert "did you mean sigma?" in refused(capsys, "probe", "--sigm", 1)
     assert "--members" in usage(capsys, "probe", "--members", "few")
 

@@ -18,7 +18,7 @@ from estune.errors import EstuneError
 from estune.es.strategy import Member, mean_and_std
 from estune.grading.grading import Grading
 from estune.pool.local import LocalPool, open_local_pool
-from estune.study.probe import Level, Probe, probe, recommend
+from estune.study.probe import Level, Probe, best_part, probe, probe_parts, recommend, rows_of_parts
 from estune.tasks.base import Stage
 from tests.runs import make_config, make_task
 
@@ -75,6 +75,38 @@ def test_it_measures_what_perturbations_do(config: Config, tmp_path: Path) -> No
     assert len(found.lengths) == found.prompts
     assert min(found.lengths) >= 1
     assert [row[0] for row in found.rows()] == ["sigma", "1e-07", "0.02", "0.3"]
+
+
+def test_parts_of_a_model_are_probed_one_by_one(config: Config) -> None:
+    arguments: dict[str, Any] = {"task": make_task(vowels), "sigmas": [0.02, 0.1], "members": 3}
+    found = probe_parts(config, ["*embed*", "*.mlp.*"], **arguments)
+    for part in ("*embed*", "*.mlp.*"):
+        alone = probe(config.model_copy(update={"train_parameters": part}), **arguments)
+        assert found[part].levels == alone.levels
+    assert found["*embed*"].levels != found["*.mlp.*"].levels
+    assert found["*embed*"].base == found["*.mlp.*"].base
+    with pytest.raises(EstuneError, match=r"no parameter's name fits the pattern '\*elsewhere\*'"):
+        probe_parts(config, ["*.mlp.*", "*elsewhere*"], task=make_task(unreachable), sigmas=[0.02])
+
+
+def unreachable(completions: list[str], **_: Any) -> list[float]:
+    raise AssertionError
+
+
+def found_of(best: float, *, sigma: float | None = 0.02, noise: float = 0.0) -> Probe:
+    """A probe of a base that earns 0.5, with one size."""
+    return Probe("m", "t", 4, 2, 0.5, noise, [level(0.02, best - 0.1, 0.1)], sigma, "", [])
+
+
+def test_the_best_part_is_that_of_the_member_that_earns_most() -> None:
+    found = {"a": found_of(0.6), "b": found_of(0.9), "c": found_of(1.0, sigma=None)}  # none of c's sizes will do
+    assert best_part(found) == "b"
+    assert best_part({"a": found_of(0.6, noise=0.06)}) is None  # within chance
+    assert best_part({"a": found_of(0.5)}) is None
+    assert best_part({"c": found["c"]}) is None
+    table = rows_of_parts(found)
+    assert [row[:2] for row in table] == [["part", "sigma"], ["a", "0.02"], ["b", "0.02"], ["c", "none"]]
+    assert {len(row) for row in table} == {9}
 
 
 def test_what_is_no_longer_right_is_lost_whatever_it_earns(config: Config) -> None:

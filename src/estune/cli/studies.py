@@ -14,7 +14,10 @@ from estune.cli.output import opening, say, say_table
 from estune.errors import EstuneError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from estune.study.compare.plan import Plan
+    from estune.study.probe import Probe
     from estune.study.sweep import Trial
 
 Folder = Annotated[Path, typer.Option("--output-dir", "--output_dir", help="directory for all of it")]
@@ -39,22 +42,45 @@ def probe(
     sigmas: Annotated[
         str | None, typer.Option(help="sizes to try, with commas between; an eighth to eight times sigma by default")
     ] = None,
+    parts: Annotated[
+        str | None,
+        typer.Option(help="parts of the model to try, one by one: patterns of train_parameters, with ; between"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
 ) -> None:
     """Try perturbations of several sizes and say which sigma to train with. Settings are given as to `estune train`."""
     from estune.config import load
     from estune.study.probe import probe as try_sizes
+    from estune.study.probe import probe_parts
 
     settings = load(config, overrides_of(context.args))
     try:
         sizes = None if sigmas is None else [float(size) for size in listed(sigmas) or ()]
     except ValueError as error:
         raise EstuneError(f"--sigmas {sigmas!r}: give numbers with commas between; {error}") from error
+    tried = None if parts is None else [p for part in parts.split(";") if (p := part.strip())]
+    if tried == []:
+        raise EstuneError(f"--parts {parts!r}: give patterns of parameters' names, with semicolons between")
+    arguments: dict[str, Any] = {"members": members, "prompts": prompts, "sigmas": sizes}
     with nullcontext() if as_json else opening(f"probe {settings.model} on {settings.task.name}"):
-        found = try_sizes(settings, members=members, prompts=prompts, sigmas=sizes)
+        if tried is None:
+            found = try_sizes(settings, **arguments)
+        else:
+            by_part = probe_parts(settings, tried, **arguments)
     if as_json:
-        print(json.dumps(found.as_json(), indent=2))
-        return
+        said = found.as_json() if tried is None else {part: one.as_json() for part, one in by_part.items()}
+        print(json.dumps(said, indent=2))
+    elif tried is None:
+        _say_probe(found)
+    else:
+        for part, one in by_part.items():
+            say(f"--train_parameters '{part}'")
+            _say_probe(one)
+            say("")
+        _say_parts(by_part)
+
+
+def _say_probe(found: Probe) -> None:
     say(
         f"{found.task} with {found.model}: {found.members} members a sigma on {found.prompts} prompts; "
         f"the base model's reward is {found.base:.4f}, its noise floor {found.noise:.2g}\n"
@@ -62,6 +88,22 @@ def probe(
     say_table(found.rows())
     advice = "no sigma to recommend" if found.sigma is None else f"recommended: --sigma {found.sigma:g}"
     say("\n".join(["", f"{advice}: {found.reason}", *(f"warning: {text}" for text in found.warnings)]))
+
+
+def _say_parts(found: Mapping[str, Probe]) -> None:
+    from estune.study.probe import best_part, rows_of_parts
+
+    say_table(rows_of_parts(found))
+    best = best_part(found)
+    if best is None:
+        say("\nno member of any part earns more than the base: more members may find one that does")
+        return
+    level = found[best].recommended
+    assert level is not None
+    say(
+        f"\nbest member: --train_parameters '{best}' --sigma {level.sigma:g}: it earns {level.best:.3g} where the base "
+        f"earns {found[best].base:.3g}"
+    )
 
 
 def sweep(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,7 +27,9 @@ from estune.run.asked import UNREACHED, first_prompts
 from estune.run.graded import Graded, grade_completions
 from estune.run.make import make_grading, make_sampling
 from estune.tasks.base import Task
-from estune.weights.locate import check_name
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import check_name, locate
+from estune.weights.parameters import refuse_unfitting
 
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 # The mean over members has to keep this share of the base's reward above the worst that any member fell to.
@@ -119,6 +121,11 @@ class Probe:
         """Whether members differ by more than chance, as they must for a step to learn."""
         return _tells(level, self.noise)
 
+    @property
+    def recommended(self) -> Level | None:
+        """The size to train with."""
+        return next((level for level in self.levels if level.sigma == self.sigma), None)
+
 
 def probe(
     config: Config,
@@ -168,6 +175,45 @@ def probe(
     finally:
         if opened is not None:
             opened.close()
+
+
+def probe_parts(config: Config, parts: Sequence[str], **arguments: Any) -> dict[str, Probe]:
+    """Probe parts of a model, one after the other, on the same prompts.
+
+    Args:
+        config: the settings of the run to come.
+        parts: patterns, as `train_parameters` takes them.
+        arguments: those of `probe`.
+
+    Returns:
+        What was found of each part.
+
+    Raises:
+        EstuneError: as of `probe`; a pattern that leaves nothing to train is refused before anything is tried.
+    """
+    if config.adapter is None:
+        names = Checkpoint(locate(config.model)).tensors
+        for part in parts:
+            refuse_unfitting(part, names)
+    return {part: probe(config.model_copy(update={"train_parameters": part}), **arguments) for part in parts}
+
+
+def best_part(parts: Mapping[str, Probe]) -> str | None:
+    """The part whose best member, at the size to train with, earns most; None where none earns more than the base."""
+    best = {part: level.best for part, found in parts.items() if (level := found.recommended) is not None}
+    part = max(best, key=best.__getitem__, default=None)
+    return None if part is None or best[part] <= parts[part].base + ABOVE_NOISE * parts[part].noise else part
+
+
+def rows_of_parts(parts: Mapping[str, Probe]) -> list[list[str]]:
+    """Rows of a table: a heading, then the size to train with of each part."""
+    head, *_ = next(iter(parts.values())).rows()
+    rows = []
+    for part, found in parts.items():
+        level = found.recommended
+        cells = ["none"] if level is None else _cells(level, share=found.share)
+        rows.append([part, *cells, *[""] * (len(head) - 1 - len(cells))])
+    return [["part", *head[:-1]], *rows]
 
 
 class _Probing:
