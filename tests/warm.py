@@ -63,6 +63,7 @@ _CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())  # the system ca
 _LONGEST = 1 << 20  # bytes of a request: arguments and environment
 execute_cold = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 _spawn = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
+_unfreeze = gc.unfreeze
 
 POSSIBLE = sys.platform == "linux" and _CLONE is not None
 
@@ -81,7 +82,7 @@ def start(*more: str) -> None:
     compile_once()
     _run_once()
     gc.freeze()  # collections need not look at all that has been imported, here and in every child
-    atexit.register(gc.unfreeze)
+    atexit.register(_unfreeze)
     subprocess.Popen._execute_child = execute  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
     Warm.start()
