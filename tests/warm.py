@@ -76,12 +76,15 @@ def start(*more: str) -> None:
     if not POSSIBLE or Warm.is_there():
         return
     Warm.modules = (*MODULES, *more)
+    gc.disable()  # what is imported stays, and would be gone through again and again
     with _without_ray():
         for module in Warm.modules:
             importlib.import_module(module)
     compile_once()
     _run_once()
+    gc.collect()
     gc.freeze()  # collections need not look at all that has been imported, here and in every child
+    gc.enable()
     atexit.register(_unfreeze)
     subprocess.Popen._execute_child = execute  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
