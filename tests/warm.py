@@ -63,6 +63,7 @@ _CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())  # the system ca
 _LONGEST = 1 << 20  # bytes of a request: arguments and environment
 execute_cold = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 _spawn = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
+_unfreeze = gc.unfreeze
 
 POSSIBLE = sys.platform == "linux" and _CLONE is not None
 
@@ -75,13 +76,16 @@ def start(*more: str) -> None:
     if not POSSIBLE or Warm.is_there():
         return
     Warm.modules = (*MODULES, *more)
+    gc.disable()  # what is imported stays, and would be gone through again and again
     with _without_ray():
         for module in Warm.modules:
             importlib.import_module(module)
     compile_once()
     _run_once()
+    gc.collect()
     gc.freeze()  # collections need not look at all that has been imported, here and in every child
-    atexit.register(gc.unfreeze)
+    gc.enable()
+    atexit.register(_unfreeze)
     subprocess.Popen._execute_child = execute  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = spawn  # type: ignore[attr-defined]
     Warm.start()

@@ -42,7 +42,8 @@ elif POSSIBLE:
     def pytest_configure() -> None:
         from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
-        SpinCondition.__init__.__defaults__ = (0.2,)  # seconds that a process computes while it waits: a whole one
+        SpinCondition.__init__.__defaults__ = (0.02,)  # seconds that a process computes while it waits: a whole one
+        gc.unfreeze = lambda: None  # an engine that ends would go through all that has been imported, twice
         start(*WARM)
 
 
@@ -55,12 +56,6 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "num_hidden_layers": 2,
 }
-
-
-@pytest.fixture(autouse=True)
-def _as_quick_collections() -> None:
-    """An engine that ends has undone what `start` did."""
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

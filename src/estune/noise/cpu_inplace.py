@@ -239,7 +239,7 @@ def _restore(live, lower, seed, tensor, a, b, top, start, sigma, width, pitch, s
     flat = np.empty(4 * CHUNK, np.float32)
     restored = np.empty(4 * CHUNK, live.dtype)  # a loop that might read what it writes would not vectorise
     done = 0
-    used = 0
+    used = np.int64(0)  # for a mere 0 Numba would compile `_patch` once more
     while done < live.size:
         offset, length = stretch(done, live.size, width, pitch, skip)
         first = start + offset

@@ -273,7 +273,7 @@ def _attend(
             cache = (rows[t] * heads + head) * slots * dim
             prefix = head * shared * dim
             # 2. Their scores with all keys: the prefix', then the row's own, which begin at a multiple of sixteen.
-            _score(q, group, dim, prefix_keys, prefix, shared, scores, 0)
+            _score(q, group, dim, prefix_keys, prefix, shared, scores, np.int64(0))  # a mere 0 is a kernel of its own
             _score(q, group, dim, keys, cache, own, scores, shared)
             for g in range(group):
                 # 3. Softmax, its division left to the end, and the values mixed by it.
