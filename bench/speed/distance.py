@@ -19,8 +19,9 @@ from bench.common import medians, options, rounded, settings, write_result
 from bench.models import QWEN_SHAPES, SHAPES, save_random_model
 from transformers import AutoModelForCausalLM
 
-from estune.weights.checkpoint import RUN_LENGTH, Checkpoint
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import trained_parameters
+from estune.weights.tensors import RUN_LENGTH
 from estune.weights.weights import Weights
 
 

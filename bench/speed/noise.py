@@ -23,8 +23,8 @@ import torch
 from bench.common import medians, options, write_result
 
 from estune.noise import cpu
-from estune.weights.checkpoint import RUN_LENGTH
 from estune.weights.storage import as_array
+from estune.weights.tensors import RUN_LENGTH
 
 SIZES = {"256 K elements": 1 << 18, "1 M elements": 1 << 20, "16 M elements": 1 << 24}
 PIECE = 1 << 15

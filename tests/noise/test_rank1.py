@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from estune.noise import rank1, reference
-from estune.weights.checkpoint import narrow, widen
+from estune.weights.tensors import narrow, widen
 
 KEY = reference.tensor_id("model.layers.0.mlp.up_proj.weight")
 SEEDS = np.array([3, 2**63 + 5, 77], np.uint64)

@@ -17,9 +17,9 @@ from estune.pool.replica import Replica
 from estune.study.estimate.estimate import choices
 from estune.study.estimate.needs import fitting_rows, memory, memory_of_all, total
 from estune.study.estimate.shapes import read_shape
-from estune.weights.checkpoint import RUN_LENGTH
 from estune.weights.locate import EMBEDDED
 from estune.weights.split import SplitBase
+from estune.weights.tensors import RUN_LENGTH
 from estune.weights.weights import Weights
 from tests.sizes import FAST, ROUND, amounts, make_work
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from estune.errors import EstuneError
 from estune.es.strategy import Member
-from estune.weights.checkpoint import Checkpoint, widen
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.tensors import widen
 from tests.vllm.pairs import UPDATE, gathered, live, open_reference, open_weights
 
 # Architecture, changes to its shape, type, processes. One key and value head for two processes is held by both.

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from estune.errors import EstuneError
 from estune.files import replacing
-from estune.weights.checkpoint import Checkpoint, narrow, widen
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import INDEX, locate
+from estune.weights.tensors import narrow, widen
 from tests.models import save_model
 
 

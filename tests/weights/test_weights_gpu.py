@@ -25,9 +25,9 @@ from estune.es.strategy import Member, Moments, Update
 from estune.noise import reference
 from estune.weights.base import keeps_base_on_host, make_base
 from estune.weights.checkpoint import Checkpoint
-from estune.weights.checkpoint import Tensor as StoredTensor
 from estune.weights.device_storage import BUFFERS, STREAMED_LENGTH, DeviceStorage, StreamedStorage
 from estune.weights.parameters import Parameter, trained_parameters
+from estune.weights.tensors import Tensor as StoredTensor
 from estune.weights.weights import Weights
 from tests.models import build_model, save_model
 

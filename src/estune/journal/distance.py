@@ -11,9 +11,9 @@ import numpy.typing as npt
 from estune.errors import EstuneError
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import steps_of
-from estune.weights.checkpoint import widen
 from estune.weights.parameters import layer_of
 from estune.weights.rebuild import Told, in_order, pieces_of, unheard
+from estune.weights.tensors import widen
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 from estune.errors import EstuneError
 from estune.journal.identity import changed_settings, model_files, refuse_changes
 from estune.journal.journal import Journal, base_checkpoint
-from estune.weights.checkpoint import DTYPES, Checkpoint, narrow, widen
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.rebuild import Steps, Told, unheard
+from estune.weights.tensors import DTYPES, narrow, widen
 
 PROBED_TENSORS = 16  # about so many, of
 PROBED_ELEMENTS = 256  # elements, tell one step's checkpoint from another's

@@ -9,9 +9,10 @@ from pathlib import Path
 from estune.errors import EstuneError
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import steps_of
-from estune.weights.checkpoint import DTYPES, Checkpoint, Tensor, convert
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import is_checkpoint
 from estune.weights.rebuild import Told, unheard
+from estune.weights.tensors import DTYPES, Tensor, convert
 from estune.weights.trained import Array
 
 

@@ -16,12 +16,12 @@ from estune.es.update import as_fingerprint
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import refuse_changed_model, steps_of
 from estune.noise.reference import tensor_id
-from estune.weights.checkpoint import DTYPES, convert
 from estune.weights.device import pick_device
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.places import check_places, stretches
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.rebuild import Told, in_order, unheard
+from estune.weights.tensors import DTYPES, convert
 from estune.weights.trained import Array
 
 

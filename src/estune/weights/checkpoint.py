@@ -9,7 +9,6 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections import Counter
@@ -20,84 +19,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from estune.errors import EstuneError
 from estune.files import replacing
 from estune.weights import adapters
 from estune.weights.locate import INDEX, SINGLE, companions, locate, weight_files
-
-RUN_LENGTH = 1 << 20  # elements read, changed and written at a time
-_STORAGE: dict[str, Any] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
-}
-"""Bytes of an element, by safetensors' name of a type. Types of less than a byte are left out."""
-
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """Where one tensor of a checkpoint lies."""
-
-    name: str
-    file: Path
-    dtype: str  # safetensors' name: F32, BF16, F16, I64, ...
-    shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
-    size: int  # in bytes
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def columns(self) -> int:
-        """Its last dimension, where it has more than one: all others count rows."""
-        return self.shape[-1] if len(self.shape) > 1 else 1
-
-    def read(self, start: int = 0, count: int | None = None) -> npt.NDArray[np.float32]:
-        """Elements `start .. start + count - 1`, row-major, widened to float32 (exact), `[count]`.
-
-        Raises:
-            EstuneError: as `stored`.
-        """
-        return widen(self.stored(start, count))
-
-    def stored(self, start: int = 0, count: int | None = None) -> Array:
-        """The same elements in the type that they are stored in, `[count]`; bfloat16 comes as its bits in uint16.
-
-        Raises:
-            EstuneError: for a type other than float32, bfloat16 and float16.
-        """
-        if self.dtype not in _STORAGE:
-            raise EstuneError(
-                f"{self.file}: tensor {self.name} is stored as {self.dtype}, not as one of {', '.join(_STORAGE)}; "
-                "load the model with dtype=torch.float32 and save it with save_pretrained"
-            )
-        stored = _STORAGE[self.dtype]
-        count = self.elements - start if count is None else count
-        found: Array = np.fromfile(self.file, stored, count, offset=self.offset + start * stored.itemsize)
-        return found
-
-    def raw(self) -> Iterator[bytes]:
-        """The stored bytes, a few MiB at a time."""
-        with self.file.open("rb") as f:
-            f.seek(self.offset)
-            left = self.size
-            while left:
-                block = f.read(min(left, 4 * RUN_LENGTH))
-                if not block:
-                    raise EstuneError(f"{self.file}: the file ends inside tensor {self.name}; copy it again")
-                left -= len(block)
-                yield block
+from estune.weights.tensors import DTYPES, STORAGE, Array, Tensor, convert, read_header
 
 
 @dataclass(frozen=True)
@@ -109,7 +35,7 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
-        by_file = {file: _read_header(file) for file in weight_files(self.path)}
+        by_file = {file: read_header(file) for file in weight_files(self.path)}
         return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
 
     @property
@@ -232,83 +158,6 @@ def _is_copy(file: Path, copy: Path) -> bool:
     return filecmp.cmp(file, copy, shallow=False)
 
 
-def widen(stored: Array) -> npt.NDArray[np.float32]:
-    """Stored elements `[...]` as float32 `[...]`. bfloat16 comes as its bits in uint16."""
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored.astype(np.float32, copy=False)
-
-
-def narrow(values: npt.NDArray[np.float32], dtype: str) -> Array:
-    """float32 values as stored elements, rounded to nearest, ties to even.
-
-    Args:
-        values: `[...]`, C-contiguous.
-        dtype: safetensors' name of the type: F32, F16, or BF16, whose bits come as uint16.
-    """
-    if dtype == "BF16":
-        bits = values.view(np.uint32)
-        parity = (bits >> np.uint32(16)) & np.uint32(1)
-        return ((bits + np.uint32(0x7FFF) + parity) >> np.uint32(16)).astype(np.uint16)
-    stored: Array = values.astype(_STORAGE[dtype], copy=False)
-    return stored
-
-
-def convert(stored: Array, dtype: str) -> Array:
-    """Stored elements in another type, rounded to nearest; in their own type, the same bits.
-
-    Args:
-        stored: `[...]`, C-contiguous; bfloat16 as its bits in uint16.
-        dtype: as `narrow` takes it.
-    """
-    return stored if stored.dtype == _STORAGE[dtype] else narrow(widen(stored), dtype)
-
-
-def _read_header(file: Path) -> dict[str, Tensor]:
-    try:
-        with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(length)) if 0 < length < 1 << 28 else None
-        entries = {k: v for k, v in header.items() if k != "__metadata__"}  # type: ignore[union-attr]
-        tensors = {name: _tensor(name, file, entry, 8 + length) for name, entry in entries.items()}
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise EstuneError(
-            f"{file} is not a safetensors file: its header cannot be read; copy or save it again"
-        ) from error
-    _check_extents(file, 8 + length, tensors.values())
-    return tensors
-
-
-def _tensor(name: str, file: Path, entry: dict[str, Any], data: int) -> Tensor:
-    """A tensor by its entry in a header; data begin at byte `data` of the file. Raises what a bad entry leads to."""
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    dtype = entry["dtype"]
-    if not all(isinstance(n, int) and n >= 0 for n in (begin, end - begin, *shape)) or not isinstance(dtype, str):
-        raise ValueError
-    if dtype in _BYTES and end - begin != math.prod(shape) * _BYTES[dtype]:
-        raise ValueError
-    return Tensor(name, file, dtype, shape, data + begin, end - begin)
-
-
-def _check_extents(file: Path, data: int, tensors: Iterable[Tensor]) -> None:
-    """Check that tensors fill a file from byte `data` to its end: one after another, without gap or overlap.
-
-    Raises:
-        EstuneError: they do not, as in a file that was cut short.
-    """
-    position = data
-    for tensor in sorted(tensors, key=lambda t: (t.offset, t.size)):
-        if tensor.offset != position:
-            how = "overlaps the one before" if tensor.offset < position else "leaves a gap"
-            raise EstuneError(f"{file}: tensor {tensor.name} {how} in the file; copy or save it again")
-        position += tensor.size
-    size = file.stat().st_size
-    if size != position:
-        how = "was cut short" if size < position else "holds more than its header tells"
-        raise EstuneError(f"{file} {how}: it has {size:,} bytes, by its header {position:,}; copy it again")
-
-
 def _write_file(
     file: Path, tensors: list[Tensor], trained: dict[str, Callable[[], Iterator[Array]]], dtype: str
 ) -> int:
@@ -316,7 +165,7 @@ def _write_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for t in tensors:
-        size = t.elements * _STORAGE[dtype].itemsize if t.name in trained else t.size
+        size = t.elements * STORAGE[dtype].itemsize if t.name in trained else t.size
         stored = dtype if t.name in trained else t.dtype
         header[t.name] = {"dtype": stored, "shape": t.shape, "data_offsets": [position, position + size]}
         position += size

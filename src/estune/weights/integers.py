@@ -25,9 +25,10 @@ from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
 from estune.noise.integers import Codes, Floats, Steps
 from estune.noise.reference import tensor_id
-from estune.weights.checkpoint import RUN_LENGTH, Checkpoint
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.grid import Grid
 from estune.weights.policies import PolicyName, Rounding, Rule
+from estune.weights.tensors import RUN_LENGTH
 from estune.weights.trained import Array, Drift, Runs, as_norms
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from estune.errors import EstuneError
-from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import Parameter, Rectangle
 from estune.weights.rebuild import in_order
 from estune.weights.split import SplitBase, whole
 from estune.weights.storage import as_array, flat, type_name
+from estune.weights.tensors import DTYPES, RUN_LENGTH, convert
 from estune.weights.trained import Array
 
 if TYPE_CHECKING:

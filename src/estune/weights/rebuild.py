@@ -20,9 +20,10 @@ from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint, terms
 from estune.noise.reference import tensor_id
 from estune.noise.rows import Run
-from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, Tensor, convert
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.moments import has_moments, scaled_step
 from estune.weights.policies import Rule
+from estune.weights.tensors import DTYPES, RUN_LENGTH, Tensor, convert
 from estune.weights.trained import Array
 
 T = TypeVar("T")

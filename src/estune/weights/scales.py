@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from estune.errors import EstuneError
-from estune.weights.checkpoint import RUN_LENGTH, Checkpoint
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.tensors import RUN_LENGTH
 
 Scale = float | Literal["rms"]
 

@@ -27,11 +27,11 @@ from estune.errors import EstuneError
 from estune.es.strategy import Update
 from estune.es.update import Terms, terms
 from estune.noise.rows import Run
-from estune.weights.checkpoint import RUN_LENGTH, narrow
 from estune.weights.device import device_kernels
 from estune.weights.device_storage import DeviceStorage, SplitStorage, StreamedStorage
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.split import SplitBase
+from estune.weights.tensors import RUN_LENGTH, narrow
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")

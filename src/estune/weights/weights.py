@@ -21,7 +21,7 @@ from estune.es.update import as_fingerprint
 from estune.noise.reference import tensor_id
 from estune.noise.rows import Run
 from estune.weights.base import Share, make_base, share_of
-from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, widen
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import on_this_stream
 from estune.weights.moments import MomentTensors
 from estune.weights.parameters import Parameter, own_parameters
@@ -29,6 +29,7 @@ from estune.weights.places import put_together, stretches
 from estune.weights.policies import POLICIES, NoiseMode, Perturbation, PolicyName, Rounding, Rule
 from estune.weights.split import SplitBase, whole
 from estune.weights.storage import CpuStorage, Storage, as_array, flat, open_storage, sums_of_squares, type_name
+from estune.weights.tensors import DTYPES, RUN_LENGTH, convert, widen
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
 if TYPE_CHECKING:

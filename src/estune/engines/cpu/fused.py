@@ -33,7 +33,7 @@ from estune.engines.memory import aligned_empty, memory_for
 from estune.engines.progress import Meter
 from estune.engines.sampling import choose
 from estune.engines.tree import Places, PromptTree, common_prefix
-from estune.weights.checkpoint import widen
+from estune.weights.tensors import widen
 
 ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 PREFILL_TOKENS = decode.PREFILL_TOKENS["cpu"]

@@ -21,7 +21,7 @@ from estune.engines.cpu.layers import Linear
 from estune.engines.cpu.products import Array, Products
 from estune.es.strategy import Member
 from estune.noise import cpu, rank1
-from estune.weights.checkpoint import widen
+from estune.weights.tensors import widen
 
 SHARED_OUT = 1 << 18
 """Elements of a product from which on threads share what members add to it."""

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from estune.engines.cpu import amx, kernels
 from estune.engines.memory import aligned_empty
 from estune.noise import cpu_integers
-from estune.weights.checkpoint import widen
+from estune.weights.tensors import widen
 
 MANY = 48
 """Rows from which on a processor's own products of bfloat16 are faster than ours of float32, as far as is known."""

@@ -17,8 +17,9 @@ from estune.engines.vllm import lora
 from estune.engines.vllm.shard import Opening, Shard
 from estune.engines.vllm.slots import Slots
 from estune.es.strategy import Member
-from estune.weights.checkpoint import Checkpoint, widen
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import Parameter
+from estune.weights.tensors import widen
 
 
 class AdapterShard(Shard):

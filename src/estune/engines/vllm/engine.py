@@ -25,10 +25,11 @@ from estune.engines.progress import Meter
 from estune.engines.vllm import internals, lora
 from estune.engines.vllm.calls import Digest, VllmCalls
 from estune.errors import EstuneError
-from estune.weights.checkpoint import DTYPES, Checkpoint
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import chosen_device
 from estune.weights.policies import BYTES
 from estune.weights.storage import type_name
+from estune.weights.tensors import DTYPES
 
 CPU_ROWS = 256  # sequences decoded at once on a CPU; beyond, caches lose more than larger products win
 CPU_MEMORY_SHARE = 4  # of a CPU's memory beside weights and base, keys and values take at most one part in so many

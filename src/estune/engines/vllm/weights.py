@@ -18,10 +18,11 @@ from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
 from estune.noise.reference import normal_by_id, rank_one_by_id
-from estune.weights.checkpoint import DTYPES, RUN_LENGTH, Checkpoint, convert, narrow, widen
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import fits, refuse_unfitting
 from estune.weights.policies import POLICIES, Rule
 from estune.weights.scales import scales_of
+from estune.weights.tensors import DTYPES, RUN_LENGTH, convert, narrow, widen
 from estune.weights.trained import Array, Drift, Runs, as_drift, as_norms
 
 PROBE = Member(0xC0FFEE), 0.01  # what live weights are compared under

@@ -12,12 +12,13 @@ from typing import Any
 from estune.errors import EstuneError, first_line
 from estune.weights.adapted import adapter_elements
 from estune.weights.adapters import Adapter
-from estune.weights.checkpoint import DTYPES, Checkpoint
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.gguf import is_gguf
 from estune.weights.locate import EMBEDDED, KNOWN, hub_name, locate
 from estune.weights.parameters import fits
 from estune.weights.quantized import KEPT, method_of, untrainable
 from estune.weights.sizes import EXPERTS, check_sizes
+from estune.weights.tensors import DTYPES
 
 
 @dataclass(frozen=True, slots=True)

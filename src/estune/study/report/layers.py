@@ -12,10 +12,11 @@ from estune.errors import EstuneError
 from estune.journal.journal import base_checkpoint
 from estune.journal.records import Header
 from estune.study.report.runs import Run
-from estune.weights.checkpoint import RUN_LENGTH, Checkpoint, Tensor
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.gguf import is_gguf
 from estune.weights.locate import EMBEDDED, hub_name
 from estune.weights.parameters import layer_of
+from estune.weights.tensors import RUN_LENGTH, Tensor
 
 
 @dataclass(frozen=True)
