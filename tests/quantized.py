@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,76 @@ def packed_int4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix `[rows, columns]` by its integers, zero points and scales, of each group one, `[rows, groups]`."""
+
+    codes: torch.Tensor  # from 0 to 2^bits - 1, int64 `[rows, columns]`
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    bits: int
+
+    @property
+    def values(self) -> torch.Tensor:
+        group = self.codes.shape[1] // self.scales.shape[1]
+        zeros, scales = (t.repeat_interleave(group, 1) for t in (self.zeros, self.scales.float()))
+        return (self.codes - zeros) * scales
+
+
+def quantised(
+    weight: torch.Tensor, bits: int = 4, group: int = GROUP, *, symmetric: bool = True, dtype: Any = torch.float16
+) -> Quantised:
+    """A matrix' nearest integers; its scales are of `dtype`."""
+    rows, columns = weight.shape
+    groups = weight.double().view(rows, columns // group, group)
+    most = 2**bits - 1
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = (groups.abs().amax(-1) / (most / 2) if symmetric else (high - low) / most).clamp(min=1e-6).to(dtype)
+    zeros = torch.full_like(low, 2 ** (bits - 1)) if symmetric else (-low / scales.double()).round().clamp(0, most)
+    codes = (groups / scales.double()[..., None] + zeros[..., None]).round().clamp(0, most)
+    return Quantised(codes.view(rows, columns).long(), zeros.long(), scales, bits)
+
+
+def words(codes: torch.Tensor, bits: int, order: Sequence[int] | None = None) -> torch.Tensor:
+    """Integers `[rows, columns]` in int32 `[rows, columns * bits / 32]`: by `order` from the lowest bits on."""
+    each = 32 // bits
+    parts = codes.view(len(codes), -1, each)[..., list(order or range(each))]
+    whole = sum(parts[..., place] << (bits * place) for place in range(each))
+    return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).to(torch.int32)
+
+
+def compressed(q: Quantised, *, symmetric: bool = True) -> dict[str, torch.Tensor]:
+    """compressed-tensors' "pack-quantized"."""
+    packed = {
+        "weight_packed": words(q.codes, q.bits),
+        "weight_scale": q.scales,
+        "weight_shape": torch.tensor(q.codes.shape),
+    }
+    return packed if symmetric else {**packed, "weight_zero_point": words(q.zeros.T, q.bits).T.contiguous()}
+
+
+def gptq(q: Quantised, order: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """GPTQ's first format, whose zero points are less by one; `order` of columns, where the groups are those of it."""
+    columns = q.codes.shape[1]
+    plain = torch.arange(columns) // (columns // q.scales.shape[1])
+    return {
+        "qweight": words(q.codes, q.bits).T.contiguous(),
+        "qzeros": words(q.zeros.T - 1, q.bits),
+        "scales": q.scales.T.contiguous(),
+        "g_idx": (plain if order is None else plain[order]).to(torch.int32),
+    }
+
+
+def awq(q: Quantised) -> dict[str, torch.Tensor]:
+    """AWQ's "gemm"."""
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    return {
+        "qweight": words(q.codes.T, 4, order),
+        "qzeros": words(q.zeros.T, 4, order),
+        "scales": q.scales.T.contiguous(),
+    }
+
+
 def blocks_fp8(weight: torch.Tensor, block: int = 64) -> dict[str, torch.Tensor]:
     """DeepSeek's fine-grained FP8: E4M3 with a scale per square block."""
     rows, columns = weight.shape
@@ -57,6 +128,8 @@ INT4 = {
         }
     },
 }
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
 FP8 = {
     "quant_method": "fp8",
     "activation_scheme": "dynamic",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from estune.noise import cpu_integers, reference
 from estune.noise.integers import Levels, Steps
-from estune.weights.grid import Grid
+from estune.weights.grid import FULL, Grid
 from tests.grids import RANGES, Latent, moves
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -53,6 +53,28 @@ def test_a_shift_is_the_rounded_noise_and_goes_back(bits: int, seed: int, groups
         np.testing.assert_array_equal(unpacked(codes), expected)
         cpu_integers.shift(codes, scales, seed, KEY, first * group, 0.02, -sign, levels)
         np.testing.assert_array_equal(codes, before)
+
+
+@bits
+@given(st.integers(0, 2**64 - 1), st.integers(1, 300), st.sampled_from(GROUPS), st.sampled_from([0.02, 0.5, 1e6]))
+@settings(deadline=None, max_examples=30)
+def test_codes_end_where_their_type_does_and_go_back(bits: int, seed: int, groups: int, group: int, sigma: Any) -> None:
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    random = np.random.default_rng(groups)
+    before = random.choice([least, least + 1, 0, most], groups * group).astype(np.int8)
+    scales = (random.uniform(0.01, 0.05, groups) * random.choice([-1, 1], groups)).astype(np.float32)
+    codes = Grid(bits, group, 1).pack(before.copy())
+    kept = codes.copy()
+    levels = FULL[bits]
+    for sign in (1, -1):
+        cuts = cpu_integers.shift(codes, scales, seed, KEY, 0, sigma, sign, levels)
+        wanted = before + sign * moves(seed, KEY, 0, scales, group, sigma, bits).astype(int)
+        np.testing.assert_array_equal(unpacked(codes), wanted.clip(least, most))
+        assert len(cuts) == np.count_nonzero((wanted < least) | (wanted > most))
+        none = cpu_integers.shift(codes, scales, seed, KEY, 0, sigma, -sign, levels)
+        assert not none.size
+        cpu_integers.give_back(codes, cuts)
+        np.testing.assert_array_equal(codes, kept)
 
 
 @bits

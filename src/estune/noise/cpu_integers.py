@@ -4,7 +4,8 @@ A weight is a code, an integer, times the scale of its group; a group is `group`
 moves each code by a whole number of steps: its noise over the scale, rounded up with a probability equal to the part
 cut off, so that it is the noise on average. Which way is decided by words of the member's own seed, keyed by another
 tensor, so that the steps are as pure a function of (seed, tensor, position) as the noise is. At most `reach` steps are
-taken: codes of the base leave that much room on both sides, so that a shift back restores each of them.
+taken, and none beyond the codes that the type has: where codes of the base do not leave that much room on both sides,
+what is cut off is noted, so that a shift back and `give_back` restore each of them.
 
 Codes are int8, `[elements]`, or, packed, two of 4 bits in a byte, uint8 `[elements / 2]`, the first in the lower half.
 A run begins and ends with a group, whose size is a multiple of 4 and divides 4,096.
@@ -18,12 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from estune.noise.cpu import CHUNK, jit, narrow, normals, random_words, stored
-from estune.noise.integers import ROUNDING, Codes, Floats, Levels, Steps
+from estune.noise.integers import ROUNDING, Codes, Cuts, Floats, Levels, Steps
 
 _ELEMENTS = 4 * CHUNK
 _ROUNDING = np.uint64(ROUNDING)
 _SCALE = np.float32(2.0**-24)
 _HALF = np.float32(0.5)
+_CUT = 256
+"""A cut is the position of a code times this, plus the steps that it was not moved by: fewer than half of it."""
 
 
 @jit
@@ -98,18 +101,47 @@ def _room():
 
 
 @jit
-def _shift(codes, packed, scales, group, seed, tensor, start, sigma, sign, reach):
+def _shift(codes, packed, scales, group, seed, tensor, start, sigma, sign, reach, cuts):
+    """Shift the codes, write what is cut off to `cuts`, and return how many there are."""
     words, planes, moves, uniform, code = _room()
     count = scales.size * group
+    least = np.int32(-8 if packed else -128)
+    most = np.int32(7 if packed else 127)
+    found = 0
     for at in range(0, count, _ELEMENTS):
         n = min(_ELEMENTS, count - at)
         here = scales[at // group : (at + n) // group]
         block = np.uint64((start + at) // 4)
         _moves(seed, tensor, block, here, group, sigma, reach, words, planes, uniform[:n], moves[:n])
         _unpack(codes, packed, at, code[:n])
+        beyond = np.int32(0)
         for i in range(n):
             code[i] += sign * np.int32(moves[i])
+            beyond |= (code[i] - least) | (most - code[i])
+        if beyond < 0:  # one is
+            for i in range(n):
+                wanted = code[i]
+                code[i] = min(max(wanted, least), most)
+                if wanted != code[i]:
+                    cuts[found] = (at + i) * _CUT + (wanted - code[i])
+                    found += 1
         _pack(code[:n], packed, at, codes)
+    return found
+
+
+@jit
+def _give_back(codes, packed, cuts):
+    code = np.empty(2, np.int32)
+    for cut in cuts:
+        place = (cut + _CUT // 2) // _CUT
+        steps = np.int32(cut - place * _CUT)
+        if packed:
+            at = place - place % 2
+            _unpack(codes, packed, at, code)
+            code[place - at] += steps
+            _pack(code, packed, at, codes)
+        else:
+            codes[place] += steps
 
 
 @jit
@@ -169,8 +201,10 @@ def _values(codes, packed, scales, group, out):
 
 def shift(
     codes: Codes, scales: Floats, seed: int, tensor: int, start: int, sigma: float, sign: int, levels: Levels
-) -> None:
+) -> Cuts:
     """Move the codes of one run by `sign` times the steps of a member, in place; the other sign takes it back.
+
+    No code goes beyond those that its type has. What that cuts off is for `give_back`, after the way back.
 
     Args:
         codes: `[elements]`, or packed.
@@ -179,10 +213,21 @@ def shift(
         sigma: factor of the noise, without sign.
         sign: 1 or -1.
         levels: what codes there are.
+
+    Returns:
+        What was cut off, `[codes that would have gone beyond]`.
     """
     held, packed, group = _layout(codes, scales)
+    cuts = np.empty(scales.size * group, np.int64)  # takes memory only as far as it is written
     run = (held, packed, scales, group, np.uint64(seed), np.uint64(tensor), start)
-    _shift(*run, np.float32(sigma), sign, np.float32(levels.reach))
+    count = _shift(*run, np.float32(sigma), sign, np.float32(levels.reach), cuts)
+    return cuts[:count].copy()
+
+
+def give_back(codes: Codes, cuts: Cuts) -> None:
+    """Move codes that were shifted there and back by what was cut off on the way there, in place."""
+    if cuts.size:
+        _give_back(codes.view(np.int8), codes.dtype == np.uint8, cuts)
 
 
 def advance(

@@ -13,10 +13,15 @@ ROUNDING = 0x9E3779B97F4A7C15
 
 Codes = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Cuts = npt.NDArray[np.int64]
+"""By how many steps codes were not moved, where their type ends, as `cpu_integers.shift` notes it."""
 
 
 class Levels(NamedTuple):
-    """The codes that there are: of the base from `low` to `high`, and of members `reach` steps beyond."""
+    """The codes that there are: of the base from `low` to `high`, and of members `reach` steps beyond.
+
+    No code is beyond what the type has, -128 to 127, or -8 to 7.
+    """
 
     low: int
     high: int

@@ -22,7 +22,9 @@ from typing import Any
 from estune.errors import EstuneError
 from estune.files import replacing
 from estune.weights import adapters
+from estune.weights.coded import widened
 from estune.weights.locate import INDEX, SINGLE, companions, locate, weight_files
+from estune.weights.quantized import how_quantized
 from estune.weights.tensors import DTYPES, STORAGE, Array, Tensor, convert, read_header
 
 
@@ -34,7 +36,12 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
+        """All tensors by name. A matrix that is quantised is one, where its integers can be read (`coded.py`)."""
+        return widened(self.stored, how_quantized(self.path))
+
+    @cached_property
+    def stored(self) -> dict[str, Tensor]:
+        """All tensors by name, as the files hold them."""
         by_file = {file: read_header(file) for file in weight_files(self.path)}
         return {name: tensor for tensors in by_file.values() for name, tensor in tensors.items()}
 
@@ -60,7 +67,7 @@ class Checkpoint:
         return next((dtype for dtype, stored in DTYPES.items() if stored == most), None)
 
     def content_hash(self) -> str:
-        """A BLAKE2b hash of names, types, shapes and bytes of all tensors, however they are spread over files.
+        """A BLAKE2b hash of names, types, shapes and bytes of all stored tensors, however they are spread over files.
 
         An adapter's holds that of the model under it.
         """
@@ -71,7 +78,7 @@ class Checkpoint:
                 h.update(block)
             return h.digest()
 
-        tensors = [self.tensors[name] for name in sorted(self.tensors)]
+        tensors = [self.stored[name] for name in sorted(self.stored)]
         total = hashlib.blake2b(digest_size=16)
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
             for tensor, d in zip(tensors, threads.map(digest, tensors), strict=True):

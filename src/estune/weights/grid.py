@@ -16,6 +16,8 @@ from estune.noise.integers import Codes, Floats, Levels
 
 LEVELS = {8: Levels(-100, 99, 28), 4: Levels(-7, 6, 1)}
 """Codes by bits. With what members add they fill the type: -128 to 127, and -8 to 7."""
+FULL = {8: Levels(-128, 127, 28), 4: Levels(-8, 7, 1)}
+"""As `LEVELS`, of a checkpoint's own codes, which fill the type already: members end where it does."""
 GroupSize = Literal[16, 32, 64, 128, 256]
 """Elements of a group: so many that groups fill what kernels compute at a time, and half a byte is never left over."""
 SCALE_BYTES = 4

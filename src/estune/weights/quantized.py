@@ -29,20 +29,41 @@ def method_of(values: Mapping[str, Any]) -> str | None:
     Args:
         values: what its config.json holds.
     """
-    for section in (values, *(value for value in values.values() if isinstance(value, Mapping))):
-        for how in filter(None, map(section.get, _SECTIONS)):
-            kind = how.get("quant_method") if isinstance(how, Mapping) else None
-            return str(kind or "unknown")[:40]
-    return None
+    found = _section(values)
+    return None if found is None else _method(found)
 
 
 def quantized_by(folder: Path) -> str | None:
     """As `method_of`, of a model's directory; None where it holds no config.json that can be read."""
+    found = how_quantized(folder)
+    return None if found is None else _method(found)
+
+
+def how_quantized(folder: Path) -> Mapping[str, Any] | None:
+    """How the weights in a model's directory are quantised, by its config.json; None if they are not."""
     try:
         values = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError):
         return None
-    return method_of(values) if isinstance(values, dict) else None
+    return _section(values) if isinstance(values, dict) else None
+
+
+def without(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json holds, without how weights are quantised."""
+    kept = {key: value for key, value in values.items() if key not in _SECTIONS}
+    return {key: without(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
+def _section(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The part of a config.json that tells how weights are quantised."""
+    for section in (values, *(value for value in values.values() if isinstance(value, Mapping))):
+        for how in filter(None, map(section.get, _SECTIONS)):
+            return how if isinstance(how, Mapping) else {}
+    return None
+
+
+def _method(how: Mapping[str, Any]) -> str:
+    return str(how.get("quant_method") or "unknown")[:40]
 
 
 def prepare(config: Any, method: str | None) -> None:

@@ -1,0 +1,262 @@
+"""Quantised checkpoints whose matrices are integers times scales, read as such and without their formats' packages.
+
+Each matrix lies in several tensors: words that hold some integers each, scales, and zero points where there are any.
+Here it is one again, under the name that it has where the model is not quantised: to all others its elements are
+float32, integer times scale, and to `grid.py` integers and scales. Formats that round what is multiplied, too, or whose
+weights are no integers, are not read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from estune.weights.tensors import RUN_LENGTH, STORAGE, Array, Tensor, widen
+
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word of AWQ's the first, second, ... integer is
+_PARTS = {
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    "gptq": ("qweight", "scales", "qzeros", "g_idx"),
+    "awq": ("qweight", "scales", "qzeros"),
+}
+"""What a matrix is made of, by the method's name: its integers, scales, and what else there may be."""
+
+Integers = npt.NDArray[np.int16]
+Floats = npt.NDArray[np.float32]
+Words = npt.NDArray[np.uint32]
+
+
+class Rows(NamedTuple):
+    """Rows of a matrix: integers `[rows, columns]`, and scales `[rows, groups]`, by which they are multiplied."""
+
+    codes: Integers
+    scales: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class CodedTensor(Tensor):
+    """A matrix that a checkpoint holds as integers: to who reads its elements, float32. `file` is its integers'.
+
+    Attributes:
+        group_size: neighbours in a row that share a scale; 1 where those that do are no neighbours.
+        low, high: between which its integers are.
+        rows: reads rows, from one to before another.
+    """
+
+    group_size: int
+    low: int
+    high: int
+    rows: Callable[[int, int], Rows]
+
+    def coded(self, start: int, count: int, group_size: int) -> tuple[Integers, Floats]:
+        """Integers `[count]` and scales `[count // group_size]` of elements of whole groups.
+
+        Args:
+            start, count: which elements.
+            group_size: neighbours that are to share a scale, which divides the tensor's own.
+        """
+        (codes, scales), skip = self._around(start, count)
+        scales = np.repeat(scales, self.group_size // group_size, axis=1).reshape(-1)
+        return codes.reshape(-1)[skip : skip + count], scales[skip // group_size : (skip + count) // group_size]
+
+    def stored(self, start: int = 0, count: int | None = None) -> Array:
+        """Elements `start .. start + count - 1`, integer times scale, float32 `[count]`."""
+        count = self.elements - start if count is None else count
+        (codes, scales), skip = self._around(start, count)
+        values: Array = codes.astype(np.float32) * np.repeat(scales, self.group_size, axis=1)
+        return values.reshape(-1)[skip : skip + count]
+
+    def raw(self) -> Iterator[bytes]:
+        """The elements' bytes, a few MiB at a time."""
+        for start in range(0, self.elements, RUN_LENGTH):
+            yield self.stored(start, min(RUN_LENGTH, self.elements - start)).tobytes()
+
+    def _around(self, start: int, count: int) -> tuple[Rows, int]:
+        """The rows that some elements are in, and the place of the first there."""
+        first = start // self.columns
+        end = -(-(start + count) // self.columns)
+        return self.rows(first, end), start - first * self.columns
+
+
+def widened(stored: Mapping[str, Tensor], how: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """A checkpoint's tensors by the names that they have where the model is not quantised.
+
+    Args:
+        stored: as the files hold them.
+        how: the `quantization_config` of its config.json, if it has one.
+
+    Returns:
+        The tensors, with a `CodedTensor` for each matrix that is quantised; or `stored`, where one of them cannot be
+        read.
+    """
+    try:
+        found = None if how is None else _joined(stored, how)
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):  # by a damaged file
+        found = None
+    return dict(stored) if found is None else found
+
+
+def _joined(stored: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """As `widened`; None where a matrix cannot be read."""
+    read = _reader(how)
+    if read is None:
+        return None
+    parts = _PARTS[how["quant_method"]]
+    found: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        stem, _, last = name.rpartition(".")
+        if last == parts[0]:
+            matrix = read(f"{stem}.weight", {part: stored.get(f"{stem}.{part}") for part in parts})
+            if matrix is None:
+                return None
+            found[matrix.name] = matrix
+        elif f"{stem}.{parts[0]}" not in stored or last == "bias":
+            found[name] = tensor
+        elif last not in parts:
+            return None
+    # Beside them others can be quantised in another way.
+    left = any(tensor.dtype not in STORAGE or name.endswith("_scale") for name, tensor in found.items())
+    return None if left else found
+
+
+_Read = Callable[[str, Mapping[str, Tensor | None]], CodedTensor | None]
+
+
+def _reader(how: Mapping[str, Any]) -> _Read | None:
+    """What reads the matrices of a checkpoint that is quantised so; None where there is no such."""
+    method = how.get("quant_method")
+    if method == "compressed-tensors":
+        rounds = any(group.get("input_activations") for group in how["config_groups"].values())
+        return None if rounds or how.get("format") != "pack-quantized" else _compressed
+    if method == "gptq":
+        form = how.get("checkpoint_format") or "gptq"
+        bits = how.get("bits")
+        if form not in {"gptq", "gptq_v2"} or bits not in {4, 8} or how.get("pack_dtype") not in {None, "int32"}:
+            return None
+        return lambda name, parts: _gptq(name, parts, bits, added=1 if form == "gptq" else 0)
+    if method == "awq" and how.get("bits") == 4 and str(how.get("version", "gemm")).lower() == "gemm":
+        return _awq
+    return None
+
+
+def _compressed(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | None:
+    """A matrix of compressed-tensors' "pack-quantized": words along rows, with half of the range added.
+
+    Zero points, with half of the range added as well, lie in words along columns.
+    """
+    packed = parts["weight_packed"]
+    scale = parts["weight_scale"]
+    shape = parts["weight_shape"]
+    zero = parts["weight_zero_point"]
+    if packed is None or scale is None or shape is None or packed.dtype != "I32" or len(packed.shape) != 2:
+        return None
+    rows, columns = (int(size) for size in mapped(shape).reshape(-1))
+    bits = packed.shape[1] * 32 // max(columns, 1)
+    fits = packed.shape == (rows, -(-columns * bits // 32)) and scale.dtype in STORAGE
+    groups = scale.shape[1] if len(scale.shape) == 2 else 1
+    if bits not in {4, 8} or not fits or scale.elements not in {rows * groups, 1} or not groups or columns % groups:
+        return None
+    half = 1 << (bits - 1)
+    zeros = None if zero is None else unpacked(mapped_words(zero).T, bits).T[:rows].astype(np.int16) - half
+
+    def read(first: int, end: int) -> Rows:
+        codes = unpacked(mapped_words(packed)[first:end], bits)[:, :columns].astype(np.int16) - half
+        if zeros is not None:
+            codes -= np.repeat(zeros[first:end], columns // groups, axis=1)
+        scales = widen(mapped(scale)).reshape(-1, groups)
+        return Rows(codes, scales[first:end] if len(scales) > 1 else np.repeat(scales, end - first, axis=0))
+
+    low, high = (0, 0) if zeros is None else (int(zeros.max()), int(zeros.min()))
+    return _coded(name, packed, (rows, columns), columns // groups, (-half - low, half - 1 - high), read)
+
+
+def _gptq(name: str, parts: Mapping[str, Tensor | None], bits: int, *, added: int) -> CodedTensor | None:
+    """A matrix of GPTQ's, turned: words along its columns, of which rows are made here; `added` to each zero point."""
+    packed = parts["qweight"]
+    scale = parts["scales"]
+    zero = parts["qzeros"]
+    order = parts["g_idx"]
+    if packed is None or scale is None or zero is None or scale.dtype not in STORAGE or len(scale.shape) != 2:
+        return None
+    groups, rows = scale.shape
+    columns = packed.shape[0] * 32 // bits
+    if packed.shape != (columns * bits // 32, rows) or zero.shape[0] != groups or not groups or columns % groups:
+        return None
+    plain = np.arange(columns) // (columns // groups)
+    group_of = plain if order is None else mapped(order).astype(np.int64)
+    if group_of.shape != plain.shape or group_of.min() < 0 or group_of.max() >= groups:
+        return None
+    neighbours = np.array_equal(group_of, plain)
+
+    def zeros() -> Integers:
+        return unpacked(mapped_words(zero), bits)[:, :rows].astype(np.int16) + np.int16(added)
+
+    def read(first: int, end: int) -> Rows:
+        codes = unpacked(mapped_words(packed)[:, first:end].T, bits).astype(np.int16)
+        codes -= zeros()[group_of, first:end].T
+        scales = widen(mapped(scale)[:, first:end].T.copy())
+        return Rows(codes, scales if neighbours else scales[:, group_of])
+
+    bounds = -int(zeros().max()), (1 << bits) - 1 - int(zeros().min())
+    return _coded(name, packed, (rows, columns), columns // groups if neighbours else 1, bounds, read)
+
+
+def _awq(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | None:
+    """A matrix of AWQ's "gemm", turned: words along its rows, in an order of their own, with zero points."""
+    packed = parts["qweight"]
+    scale = parts["scales"]
+    zero = parts["qzeros"]
+    if packed is None or scale is None or zero is None or scale.dtype not in STORAGE or len(scale.shape) != 2:
+        return None
+    groups, rows = scale.shape
+    columns = packed.shape[0]
+    if packed.shape[1] * 8 != rows or zero.shape != (groups, rows // 8) or not groups or columns % groups:
+        return None
+
+    def between(words: Tensor, first: int, end: int) -> Integers:
+        part = unpacked(mapped_words(words)[:, first // 8 : -(-end // 8)], 4)
+        ordered = part.reshape(len(part), -1, 8)[:, :, _AWQ_ORDER].reshape(len(part), -1)
+        return ordered[:, first % 8 :][:, : end - first].astype(np.int16)
+
+    def read(first: int, end: int) -> Rows:
+        codes = between(packed, first, end) - np.repeat(between(zero, first, end), columns // groups, axis=0)
+        return Rows(codes.T, widen(mapped(scale)[:, first:end].T.copy()))
+
+    zeros = between(zero, 0, rows)
+    return _coded(name, packed, (rows, columns), columns // groups, (-int(zeros.max()), 15 - int(zeros.min())), read)
+
+
+def _coded(
+    name: str,
+    codes: Tensor,
+    shape: tuple[int, int],
+    group_size: int,
+    bounds: tuple[int, int],
+    read: Callable[[int, int], Rows],
+) -> CodedTensor:
+    size = math.prod(shape) * STORAGE["F32"].itemsize
+    return CodedTensor(name, codes.file, "F32", shape, 0, size, group_size, *bounds, read)
+
+
+def mapped(tensor: Tensor) -> Array:
+    """A tensor as it lies in its file; bfloat16 as its bits in uint16."""
+    types = {**STORAGE, "I32": "<i4", "I64": "<i8"}
+    return np.memmap(tensor.file, types[tensor.dtype], "r", tensor.offset, tensor.shape)
+
+
+def mapped_words(tensor: Tensor) -> Words:
+    """A matrix of words as it lies in its file."""
+    words: Words = mapped(tensor).view(np.uint32)
+    return words
+
+
+def unpacked(words: Words, bits: int) -> npt.NDArray[np.uint8]:
+    """The integers, `[rows, words * 32 / bits]`, that words `[rows, words]` hold, the first in the lowest bits."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    found = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
+    return found.astype(np.uint8).reshape(len(words), -1)

@@ -1,0 +1,149 @@
+"""Quantised checkpoints read as integers times scales: every bit, by each format's own definition and its library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.coded import CodedTensor
+from tests.quantized import AWQ, GPTQ, GROUP, INT4, Quantised, awq, compressed, gptq, quantised
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+NORM = "model.norm.weight"
+
+
+def saved(folder: Path, tensors: Mapping[str, torch.Tensor], how: Mapping[str, Any], **others: torch.Tensor) -> Any:
+    """A checkpoint of a quantised matrix and a norm; returns the matrix as it is read."""
+    folder.mkdir(exist_ok=True)
+    parts = {NAME.removesuffix("weight") + key: value.contiguous() for key, value in tensors.items()}
+    save_file({NORM: torch.ones(4), **parts, **others}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": how}))
+    return Checkpoint(folder).tensors.get(NAME)
+
+
+def drawn(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+FORMATS: dict[str, Any] = {
+    "compressed-tensors": (INT4, 4, True, compressed),
+    "compressed-tensors, 8 bits": (INT4, 8, True, compressed),
+    "compressed-tensors, zero points": (INT4, 4, False, lambda q: compressed(q, symmetric=False)),
+    "gptq": (GPTQ, 4, True, gptq),
+    "gptq, 8 bits, zero points": ({**GPTQ, "bits": 8}, 8, False, gptq),
+    "awq": (AWQ, 4, False, awq),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_integers_and_scales_are_the_files(kind: str, dtype: Any, tmp_path: Path) -> None:
+    how, bits, symmetric, write = FORMATS[kind]
+    q = quantised(drawn(24, 96), bits, symmetric=symmetric, dtype=dtype)
+    found = saved(tmp_path, write(q), how)
+    codes, scales = found.coded(0, found.elements, GROUP)
+    integers = q.codes - q.zeros.repeat_interleave(GROUP, 1)
+    assert found.shape == (24, 96)
+    np.testing.assert_array_equal(codes, integers.flatten().numpy())
+    np.testing.assert_array_equal(scales, q.scales.float().flatten().numpy())
+    assert found.read().tobytes() == q.values.numpy().tobytes()
+    assert b"".join(found.raw()) == q.values.numpy().tobytes()
+    assert found.low <= integers.min()
+    assert found.high >= integers.max()
+    if symmetric:
+        assert (found.low, found.high) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_any_part_of_it(kind: str, data: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    how, bits, symmetric, write = FORMATS[kind]
+    rows = 8 * data.draw(st.integers(1, 4))
+    columns = GROUP * data.draw(st.integers(1, 3))
+    q = quantised(drawn(rows, columns, data.draw(st.integers(0, 99))), bits, symmetric=symmetric)
+    found = saved(tmp_path_factory.mktemp("part"), write(q), how)
+    start = data.draw(st.integers(0, found.elements - 1))
+    count = data.draw(st.integers(1, found.elements - start))
+    values = q.values.flatten().numpy()
+    assert found.stored(start, count).tobytes() == values[start : start + count].tobytes()
+    group = data.draw(st.sampled_from([16, 32]))
+    start = start // group * group
+    count = -(-count // group) * group
+    codes, scales = found.coded(start, count, group)
+    assert (codes * np.repeat(scales, group)).astype(np.float32).tobytes() == values[start : start + count].tobytes()
+
+
+def test_a_scale_of_a_row_and_of_all(tmp_path: Path) -> None:
+    q = quantised(drawn(8, 64), 8, 64)
+    assert saved(tmp_path, compressed(q), INT4).group_size == 64
+    one = Quantised(q.codes, q.zeros, torch.full_like(q.scales, 0.125), 8)
+    found = saved(tmp_path, {**compressed(one), "weight_scale": torch.tensor([0.125])}, INT4)
+    assert found.read().tobytes() == one.values.numpy().tobytes()
+
+
+def test_groups_that_are_no_neighbours(tmp_path: Path) -> None:
+    """GPTQ's "act order": which group a column belongs to, the file says."""
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    q = quantised(drawn(8, 64))
+    mixed = Quantised(q.codes[:, order], q.zeros, q.scales, 4)
+    found = saved(tmp_path, gptq(mixed, order), GPTQ)
+    assert found.group_size == 1
+    assert found.read().tobytes() == q.values[:, order].contiguous().numpy().tobytes()
+
+
+def test_against_the_formats_own_library(tmp_path: Path) -> None:
+    library = pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import PackedQuantizationCompressor as Compressor
+
+    for bits, symmetric in ((4, True), (8, True), (4, False)):
+        scheme = library.quantization.QuantizationScheme(
+            targets=["Linear"],
+            weights={"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": GROUP},
+        )
+        q = quantised(drawn(24, 96), bits, symmetric=symmetric, dtype=torch.float32)
+        half = 2 ** (bits - 1)
+        given = {"weight": q.values, "weight_scale": q.scales, "weight_zero_point": (q.zeros - half).to(torch.int8)}
+        packed = Compressor.compress(given, scheme)
+        found = saved(tmp_path, packed, INT4)
+        assert found.read().tobytes() == q.values.numpy().tobytes()
+        assert Compressor.decompress(packed, scheme)["weight"].numpy().tobytes() == q.values.numpy().tobytes()
+
+
+def test_what_cannot_be_read_stays_as_it_is_stored(tmp_path: Path) -> None:
+    q = quantised(drawn(8, 64))
+    rounding = {**INT4, "config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}}
+    for tensors, how in (
+        (compressed(q), {**INT4, "format": "float-quantized"}),
+        (compressed(q), rounding),
+        ({**compressed(q), "weight_shape": torch.tensor([8, 63])}, INT4),
+        ({**compressed(q), "weight_g_idx": torch.zeros(64, dtype=torch.int32)}, INT4),
+        (gptq(q), {**GPTQ, "bits": 3}),
+        (gptq(q), {**GPTQ, "checkpoint_format": "marlin"}),
+        ({**gptq(q), "g_idx": torch.full((64,), 9, dtype=torch.int32)}, GPTQ),
+        (awq(q), {**AWQ, "version": "gemv"}),
+        (awq(q), {"quant_method": ["awq"]}),
+        (compressed(q), {**INT4, "config_groups": 3}),
+    ):
+        assert saved(tmp_path, tensors, how) is None
+        read = Checkpoint(tmp_path)
+        assert read.tensors == read.stored
+    assert saved(tmp_path, compressed(q), INT4, **{"lm_head.weight": torch.ones(2, dtype=torch.int8)}) is None
+
+
+def test_others_are_left_alone(tmp_path: Path) -> None:
+    saved(tmp_path, compressed(quantised(drawn(8, 64))), INT4)
+    checkpoint = Checkpoint(tmp_path)
+    assert set(checkpoint.tensors) == {NAME, NORM}
+    assert type(checkpoint.tensors[NORM]) is not CodedTensor
+    assert len(checkpoint.stored) == 4
