@@ -44,19 +44,24 @@ def on_grid(weights: Any, group: int, bits: int) -> tuple[Any, Any]:
 class Latent:
     """A tensor's integer weights, and what is carried on."""
 
-    def __init__(self, weights: Any, name: str, group: int, bits: int, window: int, *, stochastic: bool) -> None:
-        self.codes, self.scales = on_grid(weights, group, bits)
+    def __init__(
+        self, weights: Any, name: str, group: int, bits: int, window: int, *, stochastic: bool, coded: Any = None
+    ) -> None:
+        """`coded` are integers and scales of a quantised checkpoint, which fill their type."""
+        self.type = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.range = RANGES[bits][:2] if coded is None else self.type
+        self.codes, self.scales = on_grid(weights, group, bits) if coded is None else coded
         self.key = reference.tensor_id(name)
         self.group = group
         self.bits = bits
         self.window = window
         self.stochastic = stochastic
-        self.error = np.zeros(len(weights), F)
+        self.error = np.zeros(len(self.codes), F)
         self.done = 0
 
     def member(self, seed: int, sign: int, sigma: float) -> Any:
         """The weights of a member."""
-        return self.values(self.codes + sign * self.moves(seed, sigma).astype(int))
+        return self.values((self.codes + sign * self.moves(seed, sigma).astype(int)).clip(*self.type))
 
     def moves(self, seed: int, sigma: float) -> Any:
         return moves(seed, self.key, 0, self.scales, self.group, sigma, self.bits)
@@ -72,7 +77,7 @@ class Latent:
         wanted = self.error + wanted
         whole = np.floor(wanted + F(0.5))
         self.error = wanted - whole
-        self.codes = np.clip(self.codes + whole.astype(int), *RANGES[self.bits][:2])
+        self.codes = np.clip(self.codes + whole.astype(int), *self.range)
         self.done += 1
 
     def take(self, update: Update) -> None:

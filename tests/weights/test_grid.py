@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from estune.weights.grid import Grid
+from estune.weights.grid import LEVELS, Grid
 from tests.grids import on_grid
 
 floats = st.floats(-1e4, 1e4, width=32)
@@ -22,15 +22,15 @@ floats = st.floats(-1e4, 1e4, width=32)
 def test_any_weights(bits: int, weights: Any) -> None:
     grid = Grid(bits, 16, 1)
     scales = grid.scales(weights)
-    codes = grid.codes(weights, scales)
+    codes = grid.codes(weights, scales, LEVELS[bits])
     values = grid.values(codes, scales)
     assert np.all(scales != 0)
-    assert np.all((codes >= grid.levels.low) & (codes <= grid.levels.high))
+    assert np.all((codes >= LEVELS[bits].low) & (codes <= LEVELS[bits].high))
     # Half a step, or one for what lies opposite to the largest weight, where the range ends one code sooner.
     assert np.all(np.abs(values - weights).reshape(-1, 16) <= 1.0001 * np.abs(scales)[:, None])
-    inside = (codes < grid.levels.high).reshape(-1, 16)
+    inside = (codes < LEVELS[bits].high).reshape(-1, 16)
     assert np.all((np.abs(values - weights).reshape(-1, 16) <= 0.5001 * np.abs(scales)[:, None])[inside])
-    np.testing.assert_array_equal(grid.codes(values, scales), codes)
+    np.testing.assert_array_equal(grid.codes(values, scales, LEVELS[bits]), codes)
     np.testing.assert_array_equal(grid.values(grid.pack(codes), scales), values)
 
 
@@ -41,13 +41,13 @@ def test_as_it_is_documented(bits: int) -> None:
     grid = Grid(bits, 64, 1)
     codes, scales = on_grid(weights, 64, bits)
     np.testing.assert_array_equal(grid.scales(weights), scales)
-    np.testing.assert_array_equal(grid.codes(weights, scales), codes)
+    np.testing.assert_array_equal(grid.codes(weights, scales, LEVELS[bits]), codes)
     assert np.all(codes[:64] == 0)
 
 
 def test_the_codes_of_members_fill_the_type() -> None:
     for bits, least, most in ((8, -128, 127), (4, -8, 7)):
-        low, high, reach = Grid(bits, 64, 1).levels
+        low, high, reach = LEVELS[bits]
         assert (low - reach, high + reach) == (least, most)
 
 

@@ -164,7 +164,7 @@ def test_quantised_weights(hostile: Path, change: dict[str, Any]) -> None:
     config = json.loads((hostile / "config.json").read_text())
     (hostile / "config.json").write_text(json.dumps({**config, **change}))
     kind = next(iter(change.values()))["quant_method"]
-    assert f"its weights are quantised ({kind})" in one_line(refuse_quantized, hostile)
+    assert f"its weights are quantised ({kind})" in one_line(lambda: refuse_quantized(Checkpoint(hostile), 4))
 
 
 class Trap:

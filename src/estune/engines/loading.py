@@ -34,8 +34,9 @@ from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import locate
 from estune.weights.merged import no_bars
 from estune.weights.policies import TYPE_NAMES
-from estune.weights.quantized import KEPT, prepare, quantized_by
+from estune.weights.quantized import KEPT, prepare, quantized_by, without
 from estune.weights.sizes import check_sizes
+from estune.weights.tensors import Tensor
 
 if TYPE_CHECKING:
     from estune.engines.prompts import PromptEncoder
@@ -96,7 +97,9 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, trust_remote_code: bool = False) -> Any:
+def load_model(
+    path: Path, dtype: str | torch.dtype, device: torch.device, *, trust_remote_code: bool = False, plain: bool = False
+) -> Any:
     """A causal language model in evaluation mode, its parameters without gradients.
 
     Args:
@@ -105,6 +108,7 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
         dtype: as `pick_dtype` takes it.
         device: where to put it.
         trust_remote_code: as for `load_config`.
+        plain: quantised matrices are widened by what `Checkpoint.tensors` reads, without their format's package.
 
     Raises:
         EstuneError: it cannot be read, it is not a causal language model, or weights are missing.
@@ -114,16 +118,21 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
         return with_adapter(model, path)
     config = load_config(path, trust_remote_code=trust_remote_code)
     kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
-    method = quantized_by(path)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path, "trust_remote_code": trust_remote_code}
+    if plain and quantized_by(path) is not None:
+        config = type(config).from_dict(without(config.to_dict()))
+        with torch.device("meta"):  # the class itself, as the automatic one takes no tensors
+            kind = type(kind.from_config(config, trust_remote_code=trust_remote_code))
+        source = {"pretrained_model_name_or_path": None, "state_dict": _read_by_name(Checkpoint(path))}
+    method = None if plain else quantized_by(path)
     prepare(config, method)
     try:
         with memory_for(_WEIGHTS, _LESS), no_bars():
             loaded, info = kind.from_pretrained(
-                path,
+                **source,
                 config=config,
                 dtype=pick_dtype(dtype, device),
                 output_loading_info=True,
-                trust_remote_code=trust_remote_code,
                 # Quantised weights are laid out for the device that they are loaded on.
                 **({"device_map": {"": device}} if method and device.type != "cpu" else {}),
             )
@@ -138,6 +147,8 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
             f"such as {missing[0]!r}; take a complete causal language model"
         )
     loaded.eval().requires_grad_(False)
+    if "state_dict" in source:
+        loaded.generation_config = generation_config(path, config)
     if hasattr(loaded.config, "rescale_every"):
         loaded.config.rescale_every = 0  # RWKV would halve weights in its first forward, for the sake of float16
     with memory_for(_WEIGHTS, _LESS):
@@ -149,6 +160,21 @@ def load_model(path: Path, dtype: str | torch.dtype, device: torch.device, *, tr
             # Loaded weights can be the file itself, mapped: they must outlive what becomes of the file.
             parameter.data = parameter.data.to(device, copy=True)
         return loaded.to(device)
+
+
+class _Unread:
+    """A tensor of a checkpoint that transformers reads when it comes to it, by a slice."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, part: Any) -> torch.Tensor:
+        found: torch.Tensor = torch.from_numpy(self._tensor.read()).view(self._tensor.shape)[part]
+        return found
+
+
+def _read_by_name(checkpoint: Checkpoint) -> dict[str, _Unread]:
+    return {name: _Unread(tensor) for name, tensor in checkpoint.tensors.items()}
 
 
 def _settled(model: Any, method: str, dtype: str | torch.dtype) -> Any:

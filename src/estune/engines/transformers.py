@@ -55,6 +55,7 @@ class TransformersEngine(PromptEncoder):
         cuda_graphs: on CUDA, capture decoding steps as CUDA graphs and replay them, where the model permits it.
         sharers: engines that share the device's memory, this one included.
         trust_remote_code: run the code that the model brings, if it does.
+        plain: as `load_model` takes it.
 
     Greedy completions are the model's own: the largest logit, no repetition penalty or other processor that a
     checkpoint's generation config may ask for. Same prompts and weights give the same completions, whatever was
@@ -74,6 +75,7 @@ class TransformersEngine(PromptEncoder):
         cuda_graphs: bool = True,
         sharers: int = 1,
         trust_remote_code: bool = False,
+        plain: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise EstuneError(
@@ -82,7 +84,7 @@ class TransformersEngine(PromptEncoder):
         self.batch_size = batch_size
         self.device = pick_device(device)
         path = locate(model)
-        self.model: Any = load_model(path, dtype, self.device, trust_remote_code=trust_remote_code)
+        self.model: Any = load_model(path, dtype, self.device, trust_remote_code=trust_remote_code, plain=plain)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         vision = open_vision(path, self.model.config, trust_remote_code=trust_remote_code)
         super().__init__(str(model), tokenizer, self.model.config, vision=vision)

@@ -18,6 +18,7 @@ from estune.pool.turns import gpus_of, in_turn
 from estune.weights.adapted import open_checkpoint
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import chosen_device
+from estune.weights.policies import POLICIES
 
 if TYPE_CHECKING:
     from estune.agents.play import Players
@@ -101,6 +102,7 @@ def open_transformers(checkpoint: Checkpoint, config: Config, device: torch.devi
         cuda_graphs=config.cuda_graphs,
         sharers=sharers(config, device),
         trust_remote_code=config.trust_remote_code,
+        plain=bool(POLICIES[config.weights].bits),
     )
 
 

@@ -115,7 +115,7 @@ def _share_processor(config: Config, live_dtype: str | None) -> dict[str, Any]:
     Small models need no trial. If `replicas` is given, threads are as `share_cores` says.
     """
     checkpoint = Checkpoint(locate(config.model))
-    tensors = checkpoint.tensors.values()
+    tensors = checkpoint.stored.values()
     size = sum(t.size for t in tensors)
     replicas, threads = share_cores(config, size)
     found: dict[str, Any] = {"replicas": replicas, "threads": threads}

@@ -29,12 +29,12 @@ from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import device_kind, synchronize, training_device
 from estune.weights.grid import Grid
-from estune.weights.integers import IntegerWeights, in_window
+from estune.weights.integers import IntegerWeights, in_window, quantised, say_what_is_anew
 from estune.weights.moments import has_moments
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.places import check_places
 from estune.weights.policies import POLICIES
-from estune.weights.quantized import refuse_quantized
+from estune.weights.quantized import quantized_by, refuse_quantized
 from estune.weights.rebuild import Steps, is_anchored
 from estune.weights.scales import scales_of
 from estune.weights.storage import flat, type_name
@@ -227,7 +227,7 @@ class Replica(Trained):
     def __init__(self, config: Config, share: Share | None = None) -> None:
         set_up_process(config)
         checkpoint = open_checkpoint(config.model, config.adapter)
-        refuse_quantized(checkpoint.path)
+        refuse_quantized(checkpoint, POLICIES[config.weights].bits)
         self._device = training_device(config.device)
         self._vllm = config.engine == "vllm"
         engine: Engine
@@ -321,9 +321,11 @@ def open_integers(
         raise EstuneError(
             f"weights={config.weights} has kernels for the CPU alone, not for {engine.device.type}: set device=cpu"
         )
+    if quantized_by(checkpoint.path) is not None:
+        parameters = quantised(parameters, checkpoint, grid)
     matrices = put_integers(engine.model, parameters, grid)
     engine.decoder = engine.make_decoder(config.cuda_graphs)  # which moves weights: only then they lie where they stay
-    return IntegerWeights(
+    weights = IntegerWeights(
         matrices,
         checkpoint,
         policy=config.weights,
@@ -333,6 +335,8 @@ def open_integers(
         threads=config.threads or 1,
         keep_error=config.carry == "keep",
     )
+    say_what_is_anew(weights, checkpoint, config.model)
+    return weights
 
 
 def wants_base_on_host(engine: TransformersEngine, config: Config, parameters: Sequence[Parameter]) -> bool:

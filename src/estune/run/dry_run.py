@@ -21,6 +21,7 @@ from estune.run.resume import RESUME_FROM_PYTHON, resumed, task_of
 from estune.tasks.base import Task
 from estune.weights.adapted import open_checkpoint
 from estune.weights.parameters import refuse_unfitting
+from estune.weights.policies import POLICIES
 from estune.weights.quantized import refuse_quantized
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def describe(config: Config) -> str:
     refuse_used(output)
     check_trackers(config)
     checkpoint = open_checkpoint(config.model, config.adapter)
-    refuse_quantized(checkpoint.path)
+    refuse_quantized(checkpoint, POLICIES[config.weights].bits)
     elements = sum(t.elements for t in checkpoint.tensors.values())
     engine = _check_engine(config)
     task = config.task.build(config.seed)

@@ -61,7 +61,8 @@ def load(
         raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(TYPE_NAMES)}")
     base = base_checkpoint(header, model or journal.base_model())
     refuse_changed_model(journal, base.path, accept=accept_changes)
-    loaded: Any = load_model(base.path, dtype, pick_device("cpu"), trust_remote_code=trust_remote_code)
+    integers = header.rule.grid is not None
+    loaded: Any = load_model(base.path, dtype, pick_device("cpu"), trust_remote_code=trust_remote_code, plain=integers)
     parameters = [p for p in trained_parameters(loaded, base.tensors) if p.name in header.tensors]
     missing = next((name for name in header.tensors if name not in {p.name for p in parameters}), None)
     if missing is not None:

@@ -24,7 +24,7 @@ from estune.files import replacing
 from estune.weights import adapters
 from estune.weights.coded import widened
 from estune.weights.locate import INDEX, SINGLE, companions, locate, weight_files
-from estune.weights.quantized import how_quantized
+from estune.weights.quantized import how_quantized, without
 from estune.weights.tensors import DTYPES, STORAGE, Array, Tensor, convert, read_header
 
 
@@ -131,7 +131,7 @@ class Checkpoint:
         try:
             found = Checkpoint(target).tensors
             ends: dict[Path, int] = {}
-            for tensor in found.values():
+            for tensor in Checkpoint(target).stored.values():
                 ends[tensor.file] = max(ends.get(tensor.file, 0), tensor.offset + tensor.size)
             stored = {
                 name: (t.file.name, DTYPES[dtype] if name in trained else t.dtype, t.shape)
@@ -152,7 +152,7 @@ class Checkpoint:
 
     def _config(self, dtype: str) -> str:
         """Text of `config.json` of a checkpoint that is stored as `dtype`."""
-        config = json.loads((self.path / "config.json").read_text())
+        config = without(json.loads((self.path / "config.json").read_text()))
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
         return json.dumps(config, indent=2) + "\n"

@@ -25,6 +25,8 @@ _PARTS = {
     "awq": ("qweight", "scales", "qzeros"),
 }
 """What a matrix is made of, by the method's name: its integers, scales, and what else there may be."""
+READ = frozenset(_PARTS)
+"""The methods, as a config.json calls them, of which matrices can be read."""
 
 Integers = npt.NDArray[np.int16]
 Floats = npt.NDArray[np.float32]

@@ -14,26 +14,32 @@ updates want on average, however small these are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import numpy as np
 
+from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
-from estune.noise.integers import Codes, Floats, Steps
+from estune.noise.integers import Codes, Cuts, Floats, Levels, Steps
 from estune.noise.reference import tensor_id
 from estune.weights.checkpoint import Checkpoint
-from estune.weights.grid import Grid
+from estune.weights.coded import CodedTensor
+from estune.weights.grid import Grid, GroupSize
 from estune.weights.policies import PolicyName, Rounding, Rule
-from estune.weights.tensors import RUN_LENGTH
+from estune.weights.tensors import RUN_LENGTH, Tensor
 from estune.weights.trained import Array, Drift, Runs, as_norms
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
+    from estune.weights.parameters import Parameter
+
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -48,8 +54,8 @@ class Matrix:
     """
 
     name: str
-    codes: Tensor
-    scales: Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
     aliases: tuple[str, ...] = ()
 
 
@@ -62,6 +68,7 @@ class Stretch:
     start: int
     codes: Codes
     scales: Floats
+    levels: Levels
     factor: float  # of the noise
 
 
@@ -94,11 +101,16 @@ class IntegerWeights:
         self.matrices = list(matrices)
         self.grid = grid
         self.rule = Rule(policy, rounding, "iid", "float32", scales or {}, grid)
-        self._stretches = [stretch for matrix in matrices for stretch in self._split(matrix)]
+        self._stretches = [
+            stretch
+            for matrix in matrices
+            for stretch in self._split(matrix, grid.levels_of(checkpoint.tensors[matrix.name]))
+        ]
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
         self._errors = [np.empty(self._elements(s) if keep_error else 0, np.float32) for s in self._stretches]
         self._window: list[Update] = []  # updates since it began
         self._perturbed: tuple[Member, float] | None = None
+        self._cuts: list[Cuts] = []  # of the member, by stretch
         self._each(lambda stretch, _: self._measure(stretch, checkpoint))
 
     @property
@@ -114,13 +126,17 @@ class IntegerWeights:
     def perturb(self, member: Member, sigma: float) -> None:
         """Move the codes by a member's steps. Needs no restore between members."""
         self.restore()
-        self._shift(member, sigma, 1)
+        self._cuts = self._shift(member, sigma, 1)
         self._perturbed = member, sigma
 
     def restore(self) -> None:
         """Take back the member that the codes are moved by, if there is one: exactly."""
+        from estune.noise import cpu_integers
+
         if self._perturbed is not None:
             self._shift(*self._perturbed, -1)
+            for stretch, cuts in zip(self._stretches, self._cuts, strict=True):
+                cpu_integers.give_back(stretch.codes, cuts)
         self._perturbed = None
 
     def apply(self, update: Update) -> None:
@@ -203,7 +219,7 @@ class IntegerWeights:
 
         return {name: reader(held[m.name]) for m in self.matrices for name in (m.name, *m.aliases)}
 
-    def _split(self, matrix: Matrix) -> Iterator[Stretch]:
+    def _split(self, matrix: Matrix, levels: Levels) -> Iterator[Stretch]:
         """A matrix in stretches of some `RUN_LENGTH` elements, views of its codes and scales."""
         codes = matrix.codes.detach().view(-1).numpy()
         scales = matrix.scales.detach().view(-1).numpy()
@@ -213,29 +229,30 @@ class IntegerWeights:
         of_codes = RUN_LENGTH * codes.size // (scales.size * self.grid.group_size)
         for i in range(-(-scales.size // groups)):
             part = codes[i * of_codes : (i + 1) * of_codes]
-            yield Stretch(matrix.name, key, i * RUN_LENGTH, part, scales[i * groups : (i + 1) * groups], factor)
+            of_part = scales[i * groups : (i + 1) * groups]
+            yield Stretch(matrix.name, key, i * RUN_LENGTH, part, of_part, levels, factor)
 
     def _elements(self, stretch: Stretch) -> int:
         return stretch.scales.size * self.grid.group_size
 
     def _measure(self, stretch: Stretch, checkpoint: Checkpoint) -> None:
         """Fill scales and codes by the checkpoint's weights."""
-        weights = checkpoint.tensors[stretch.name].read(stretch.start, self._elements(stretch))
-        stretch.scales[:] = self.grid.scales(weights)
-        stretch.codes[:] = self.grid.pack(self.grid.codes(weights, stretch.scales))
+        laid = self.grid.laid(checkpoint.tensors[stretch.name], stretch.start, self._elements(stretch))
+        stretch.scales[:] = laid.scales
+        stretch.codes[:] = self.grid.pack(laid.codes)
 
     def _codes_of(self, stretch: Stretch, checkpoint: Checkpoint) -> Any:
         weights = checkpoint.tensors[stretch.name].read(stretch.start, self._elements(stretch))
-        return self.grid.codes(weights, stretch.scales)
+        return self.grid.codes(weights, stretch.scales, stretch.levels)
 
-    def _shift(self, member: Member, sigma: float, way: int) -> None:
+    def _shift(self, member: Member, sigma: float, way: int) -> list[Cuts]:
         from estune.noise import cpu_integers
 
-        def shift(s: Stretch, _: Floats) -> None:
+        def shift(s: Stretch, _: Floats) -> Cuts:
             sign = member.sign * way
-            cpu_integers.shift(s.codes, s.scales, member.seed, s.key, s.start, sigma * s.factor, sign, self.grid.levels)
+            return cpu_integers.shift(s.codes, s.scales, member.seed, s.key, s.start, sigma * s.factor, sign, s.levels)
 
-        self._each(shift)
+        return self._each(shift)
 
     def _each(self, work: Callable[[Stretch, Floats], T]) -> list[T]:
         """Do work on each stretch and its error, spread over the threads; return the results, in order."""
@@ -247,34 +264,84 @@ def make(updates: Sequence[Update], rule: Rule, on: Stretch, error: Floats | Non
     """Make the last of some updates to codes; arguments as of `cpu_integers.advance`."""
     from estune.noise import cpu_integers
 
-    assert rule.grid is not None
     steps = Steps.of([(update.pairs, update.sigma) for update in updates], on.factor)
     dither = updates[0].rounding_seed if rule.rounding == "stochastic" else None
-    levels = rule.grid.levels
     cpu_integers.advance(
-        on.codes, on.scales, steps, on.key, on.start, levels, error=error, fresh=fresh, dither_seed=dither
+        on.codes, on.scales, steps, on.key, on.start, on.levels, error=error, fresh=fresh, dither_seed=dither
     )
 
 
+def quantised(parameters: Sequence[Parameter], checkpoint: Checkpoint, grid: Grid) -> list[Parameter]:
+    """The parameters that a quantised checkpoint holds as integers; its others are left as they are.
+
+    Raises:
+        EstuneError: the grid's groups do not divide those of the checkpoint.
+    """
+    found = []
+    for parameter in parameters:
+        tensor = checkpoint.tensors[parameter.name]
+        if isinstance(tensor, CodedTensor):
+            sizes = [size for size in get_args(GroupSize) if tensor.group_size % size == 0]
+            if sizes and tensor.group_size % grid.group_size:
+                raise EstuneError(
+                    f"model {checkpoint.path}: {tensor.group_size} neighbours share a scale, which weights_group_size "
+                    f"{grid.group_size} does not divide: set weights_group_size={sizes[-1]}"
+                )
+            found.append(parameter)
+    return found
+
+
+def say_what_is_anew(weights: IntegerWeights, checkpoint: Checkpoint, model: str) -> None:
+    """Log a warning of matrices that a checkpoint holds as integers of another kind, with how far they changed."""
+    found = _laid_anew(weights, checkpoint)
+    if found:
+        log.warning(
+            "model %s: %d of %d quantised matrices are no integers of %s times one scale for each %d neighbours, so "
+            "that new ones were made: they change by %.2g%% of their norm in the mean, and %.2g%% at most",
+            model,
+            len(found),
+            len(weights.matrices),
+            weights.rule.policy,
+            weights.grid.group_size,
+            100 * sum(found.values()) / len(found),
+            100 * max(found.values()),
+        )
+
+
+def _laid_anew(weights: IntegerWeights, checkpoint: Checkpoint) -> dict[str, float]:
+    """The norm of each such matrix' change over its own."""
+    found = {}
+    for name, read in weights.runs().items():
+        tensor = checkpoint.tensors[name]
+        if isinstance(tensor, CodedTensor) and not weights.grid.has(tensor):
+            sums = np.zeros(2)
+            start = 0
+            for now in read():
+                then = tensor.read(start, now.size).astype(np.float64)
+                sums += np.sum((now - then) ** 2), np.sum(then**2)
+                start += now.size
+            found[name] = float(np.sqrt(sums[0] / sums[1])) if sums[1] else 0.0
+    return found
+
+
 def rebuilt(
-    weights: Floats, name: str, start: int, updates: Sequence[Update], rule: Rule, seen: Callable[[int, Floats], object]
+    tensor: Tensor, start: int, count: int, updates: Sequence[Update], rule: Rule, seen: Callable[[int, Floats], object]
 ) -> Floats:
     """Some of a checkpoint's weights after updates, as `IntegerWeights` has them, whole groups of one matrix.
 
     Args:
-        weights: the base model's, float32 `[elements]`.
-        name: the matrix'.
-        start: position of the first element.
+        tensor: the base model's matrix.
+        start, count: which of its elements.
         updates: all since the base model.
         rule: how weights are integers.
         seen: called as in `Steps.rebuilt`.
     """
     grid = rule.grid
     assert grid is not None
-    scales = grid.scales(weights)
-    codes = grid.codes(weights, scales)
-    error = np.empty(weights.size, np.float32)
-    on = Stretch(name, tensor_id(name), start, codes, scales, rule.scales.get(name, 1.0))
+    name = tensor.name
+    codes, scales = grid.laid(tensor, start, count)
+    error = np.empty(count, np.float32)
+    on = Stretch(name, tensor_id(name), start, codes, scales, grid.levels_of(tensor), rule.scales.get(name, 1.0))
     found = grid.values(codes, scales)
     seen(0, found)
     for number, update in enumerate(updates):

@@ -1,8 +1,8 @@
-"""Quantised checkpoints: a base that stays as it is, to be trained under an adapter alone.
+"""Quantised checkpoints: a base that stays as it is under an adapter, or integers that are trained themselves.
 
-Which methods there are, and how their weights are loaded and multiplied, is transformers' and its integrations' to say.
-Here is what settings and files tell: by which method, of which matrices, and that the weights themselves are not
-trained.
+Which methods there are, and how weights under an adapter are loaded and multiplied, is transformers' and its
+integrations' to say. Here is what settings and files tell: by which method, of which matrices, and which weights
+themselves are not trained.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from estune.errors import EstuneError
+from estune.weights.coded import CodedTensor
+
+if TYPE_CHECKING:
+    from estune.weights.checkpoint import Checkpoint
 
 _SECTIONS = ("quantization_config", "compression_config")
 KEPT = {"bitsandbytes", "gptq", "awq", "torchao"}
@@ -77,24 +81,34 @@ def prepare(config: Any, method: str | None) -> None:
         config.quantization_config["dequantize"] = True
 
 
-def refuse_quantized(folder: Path) -> None:
-    """Refuse to train quantised weights themselves.
+def refuse_quantized(checkpoint: Checkpoint, bits: int) -> None:
+    """Refuse to train quantised weights that are no integers, or to train integers as anything else.
 
     Args:
-        folder: of the checkpoint that would be trained; an adapter over such weights is no such checkpoint.
+        checkpoint: that would be trained; an adapter over such weights is none of these.
+        bits: of the integers that are trained; 0 where other weights are.
 
     Raises:
-        EstuneError: they are quantised.
+        EstuneError: they cannot be trained so.
     """
-    if (method := quantized_by(folder)) is not None:
-        raise untrainable(folder, method)
+    method = quantized_by(checkpoint.path)
+    coded = any(isinstance(tensor, CodedTensor) for tensor in checkpoint.tensors.values())
+    if method is not None and not (bits and coded):
+        raise untrainable(checkpoint.path, method, coded=coded)
 
 
-def untrainable(model: str | Path, method: str) -> EstuneError:
-    """What is said of a model that is quantised by a method where its weights would be trained."""
+def untrainable(model: str | Path, method: str, *, coded: bool = False) -> EstuneError:
+    """What is said of a model that is quantised by a method where its weights would be trained.
+
+    Args:
+        model: what the user calls it.
+        method: as `method_of` tells it.
+        coded: whether it can be trained as integers.
+    """
+    integers = "; train them as the integers that they are (weights=int4 or weights=int8)," if coded else "; train"
     return EstuneError(
-        f"model {model}: its weights are quantised ({method}), which cannot be perturbed; train an adapter over them "
-        "(adapter.rank=8), or take the model that it was made of, in bfloat16, float16 or float32"
+        f"model {model}: its weights are quantised ({method}), which cannot be perturbed{integers} an adapter over "
+        "them (adapter.rank=8), or take the model that it was made of, in bfloat16, float16 or float32"
     )
 
 

@@ -83,8 +83,7 @@ class Steps:
         from estune.weights import integers, passes
 
         if self._rule.grid is not None:
-            stored = tensor.read(start, count)
-            return integers.rebuilt(stored, tensor.name, start, self._updates, self._rule, seen or _unseen)
+            return integers.rebuilt(tensor, start, count, self._updates, self._rule, seen or _unseen)
         weights = convert(tensor.stored(start, count), DTYPES[self._rule.dtype])
         origin = weights.copy() if any(map(is_anchored, self._updates)) else weights
         columns = self._rule.noise_columns(tensor.columns)

@@ -167,7 +167,7 @@ class VllmEngine(VllmCalls):
         size = BYTES[self.dtype]
         token = cached_elements(self.config, self.parallel) * size
         length = math.ceil((self.positions or 2048) / BLOCK) * BLOCK + BLOCK
-        weights = sum(t.elements for t in checkpoint.tensors.values()) * size
+        weights = sum(t.elements for t in checkpoint.stored.values()) * size
         weights += self.slots * self._slot_elements * size
         memory = total_memory(self.device)
         if share is not None:
@@ -318,4 +318,4 @@ def live_dtype(checkpoint: Checkpoint, config: Config, model: Any) -> str:
     if model.dtype is not None:
         return type_name(model.dtype) if isinstance(model.dtype, torch.dtype) else str(model.dtype)
     stored = {safetensors: name for name, safetensors in DTYPES.items()}
-    return next((stored[t.dtype] for t in checkpoint.tensors.values() if t.dtype in stored), "float32")
+    return next((stored[t.dtype] for t in checkpoint.stored.values() if t.dtype in stored), "float32")

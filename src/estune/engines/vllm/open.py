@@ -55,7 +55,7 @@ def _open(checkpoint: Checkpoint, config: Config, outer: Matrices) -> tuple[Vllm
     model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
     dtype = live_dtype(whole or checkpoint, config, model)
     elements = sum(t.elements for name, t in checkpoint.tensors.items() if fits(name, config.train_parameters))
-    live = sum(t.elements for t in (whole or checkpoint).tensors.values()) * getattr(torch, dtype).itemsize
+    live = sum(t.elements for t in (whole or checkpoint).stored.values()) * getattr(torch, dtype).itemsize
     policy = POLICIES[config.weights]
     if whole is None:
         beside = policy.base_bytes(elements, dtype)

@@ -59,7 +59,8 @@ def estimate_run(
     work = _work(config, prompt_tokens, new_tokens if found is None else float(found.mean()))
     _check_counts(work)
     drawn = spread_lengths(work.new_tokens, work.max_new_tokens) if found is None else found
-    shape = read_shape(config.model, config.train_parameters, config.adapter)
+    bits = POLICIES[config.weights].bits
+    shape = read_shape(config.model, config.train_parameters, config.adapter, bits=bits)
     if not shape.splits_over(config.gpus_per_worker):
         raise EstuneError(
             f"gpus_per_worker {config.gpus_per_worker}: vLLM gives every GPU as many of a layer's {shape.heads} heads "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from estune.errors import EstuneError, first_line
 from estune.weights.adapted import adapter_elements
 from estune.weights.adapters import Adapter
 from estune.weights.checkpoint import Checkpoint
+from estune.weights.coded import READ
 from estune.weights.gguf import is_gguf
 from estune.weights.locate import EMBEDDED, KNOWN, hub_name, locate
 from estune.weights.parameters import fits
@@ -53,7 +55,7 @@ class Shape:
         return not self.heads or (self.heads % gpus == 0 and (pairs % gpus == 0 or gpus % pairs == 0))
 
 
-def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = None) -> Shape:
+def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = None, *, bits: int = 0) -> Shape:
     """Sizes of a model given as an embedded name, a directory with `config.json` or a hub id.
 
     The model is built on torch's `meta` device, which has shapes but no memory, and reads two and then three tokens
@@ -64,15 +66,16 @@ def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = 
         model: as `--model`. For a hub id only the configuration is downloaded.
         pattern: `train_parameters`.
         adapter: that is trained in place of the model's own parameters.
+        bits: of the integers that are trained; 0 where other weights are.
 
     Raises:
         EstuneError: there is no configuration, it is not of a causal language model, the pattern fits no name, or the
-            weights are quantised and no adapter is trained over them.
+            weights are quantised, and neither they are trained as integers nor an adapter over them.
     """
     config = _read_config(model)
     method = method_of(config.to_dict())
-    if method is not None and adapter is None:
-        raise untrainable(model, method)
+    if method is not None and adapter is None and not (bits and method in READ):
+        raise untrainable(model, method, coded=method in READ)
     dtype = _dtype(config)
     if dtype not in {None, *DTYPES}:
         raise EstuneError(f"model {model}: its weights are {dtype}; take one whose are one of {', '.join(DTYPES)}")
@@ -88,6 +91,9 @@ def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = 
             f"model {model}: no causal language model can be laid out from its config.json ({why}); take one such as "
             "Qwen2ForCausalLM"
         ) from error
+    if adapter is None and method is not None:  # the layers' matrices are integers, and no others
+        integers = sum(math.prod(each) for name, each in shape.matrix_shapes.items() if fits(name, pattern))
+        return replace(shape, trained=integers, integers=integers)
     if adapter is None:
         return shape
     if method in KEPT:
@@ -176,7 +182,7 @@ def _built(config: Any) -> tuple[Any, int, int]:
 def _stored(model: str | Path) -> int | None:
     """Bytes of a checkpoint's tensors, where its files are here."""
     path = Path(model)
-    return sum(t.size for t in Checkpoint(path).tensors.values()) if any(path.glob("*.safetensors")) else None
+    return sum(t.size for t in Checkpoint(path).stored.values()) if any(path.glob("*.safetensors")) else None
 
 
 def _dtype(config: Any) -> str | None:

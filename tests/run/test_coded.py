@@ -1,0 +1,181 @@
+"""Runs that train the integers of a quantised checkpoint: they begin at its very weights, and are replayed from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from estune.config import Config
+from estune.errors import EstuneError
+from estune.journal.journal import Journal
+from estune.journal.replay import replay
+from estune.journal.verify import verify
+from estune.pool.replica import Replica
+from estune.run.dry_run import describe
+from estune.run.load import load
+from estune.run.trainer import Trainer
+from estune.study.estimate.run import estimate_run
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.coded import CodedTensor
+from tests.grids import Latent
+from tests.models import save_model
+from tests.quantized import AWQ, GPTQ, GROUP, INT4, WIDTHS, awq, compressed, gptq, quantised, rewritten
+from tests.runs import assert_same_run, make_config, make_task, substance, variety_by_generate
+
+FORMATS: dict[str, Any] = {
+    "compressed-tensors": (INT4, lambda w: compressed(quantised(w, dtype=torch.bfloat16))),
+    "gptq": (GPTQ, lambda w: gptq(quantised(w))),
+    "awq": (AWQ, lambda w: awq(quantised(w, symmetric=False))),
+}
+formats = pytest.mark.parametrize("method", FORMATS)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("quantised")
+    wide = save_model(folder / "wide", "llama", num_hidden_layers=2, **WIDTHS)
+    for method, (how, write) in FORMATS.items():
+        rewritten(wide, folder / method, write, how)
+    return {method: folder / method for method in ("wide", *FORMATS)}
+
+
+def bits_for(method: str) -> str:
+    """Integers that hold those of a method, which have a zero point added or not."""
+    return "int8" if method == "awq" else "int4"
+
+
+def config(output: Path, model: Path, **changes: Any) -> Config:
+    given = {"weights": "int4", "weights_group_size": GROUP, "carry_steps": 3, "steps": 2, "dtype": "float32"}
+    return make_config(output, model, **{**given, **changes})
+
+
+def run(config: Config) -> Path:
+    Trainer(config, task=make_task(), monitors=[]).train()
+    assert config.output_dir is not None
+    return config.output_dir
+
+
+def coded(base: Path) -> dict[str, CodedTensor]:
+    return {n: t for n, t in Checkpoint(base).tensors.items() if isinstance(t, CodedTensor)}
+
+
+@formats
+def test_a_run_is_what_is_documented(method: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """From the checkpoint's own integers on, by `generate` with a member's weights, and the update, in NumPy."""
+    base = bases[method]
+    options: Any = {"weights": bits_for(method), "sigma": 0.05, "learning_rate": 0.3, "prompts_per_step": 3}
+    place = run(config(tmp_path / "run", base, carry_steps=1, **options))
+    journal = Journal.read(place)
+    tensors = coded(base)
+    assert set(journal.header.tensors) == set(tensors)
+    assert len(tensors) == 14
+    bits = int(bits_for(method)[3:])
+    latents = {
+        n: Latent(None, n, GROUP, bits, 1, stochastic=True, coded=t.coded(0, t.elements, GROUP))
+        for n, t in tensors.items()
+    }
+    net: Any = AutoModelForCausalLM.from_pretrained(bases["wide"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    task = make_task()
+    for record in journal.steps:
+        rewards = []
+        for m in record.update.members:
+            members = {n: each.member(m.seed, m.sign, 0.05) for n, each in latents.items()}
+            net.load_state_dict({n: torch.from_numpy(v).view(tensors[n].shape) for n, v in members.items()}, False)
+            prompts = [task.train[i]["prompt"] for i in record.prompts]
+            rewards.append(variety_by_generate(net, tokenizer, prompts))
+        assert rewards == pytest.approx(record.rewards)
+        assert np.std(rewards) > 0
+        for each in latents.values():
+            each.apply(record.update.pairs, 0.05, record.update.rounding_seed)
+    assert any(np.any(each.codes != tensors[n].coded(0, tensors[n].elements, GROUP)[0]) for n, each in latents.items())
+    final = load_file(place / "final" / "model.safetensors")
+    for name, each in latents.items():
+        np.testing.assert_array_equal(final[name].numpy().ravel(), each.values())
+    loaded: Any = AutoModelForCausalLM.from_pretrained(place / "final")
+    assert loaded.dtype == torch.float32
+    assert "quantization_config" not in json.loads((place / "final" / "config.json").read_text())
+
+
+@formats
+def test_replayed_resumed_and_gone_on_from(method: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    options: Any = {"weights": bits_for(method), "carry_steps": 2}
+    whole = run(config(tmp_path / "whole", bases[method], steps=4, save_steps=2, **options))
+    assert verify(whole).steps == 4
+    assert replay(whole, tmp_path / "replayed") == Journal.read(whole).fingerprint()
+    final = (whole / "final" / "model.safetensors").read_bytes()
+    assert (tmp_path / "replayed" / "model.safetensors").read_bytes() == final
+    part = run(config(tmp_path / "part", bases[method], steps=2, save_steps=2, carry="keep", **options))
+    further = run(config(tmp_path / "further", bases[method], steps=2, start_from=part, **options))
+    assert verify(further).steps == 4
+    Trainer.resume(part, steps=4, task=make_task(), monitors=[]).train()
+    a, b = Journal.read(whole), Journal.read(part)
+    assert [substance(r) for r in a.steps] == [substance(r) for r in b.steps]
+    assert_same_run(run(config(tmp_path / "two", bases[method], steps=4, replicas=2, **options)), whole)
+    loaded = load(whole).state_dict()
+    for name, tensor in load_file(whole / "final" / "model.safetensors").items():
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_the_start_is_what_the_formats_library_makes_of_it(bases: dict[str, Path], tmp_path: Path) -> None:
+    """transformers with packed weights, whose scales it widens; those it widens itself are rounded to bfloat16."""
+    pytest.importorskip("compressed_tensors")
+    base = bases["compressed-tensors"]
+    replica = Replica(config(tmp_path / "run", base))
+    model: Any = replica.engine.model  # type: ignore[attr-defined]
+    net: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        expected = net(ids).logits  # which unpacks them
+        assert torch.equal(model(ids).logits, expected)
+    found = {name: np.concatenate(list(read())) for name, read in replica.weights.runs().items()}
+    assert len(found) == 14
+    for name, values in found.items():
+        assert net.get_parameter(name).detach().numpy().tobytes() == values.tobytes()
+    settings = AutoConfig.from_pretrained(base)
+    settings.quantization_config["dequantize"] = True
+    rounded: Any = AutoModelForCausalLM.from_pretrained(base, config=settings, dtype=torch.float32)
+    for name, values in found.items():
+        exact = torch.from_numpy(values).view(net.get_parameter(name).shape)
+        assert torch.equal(rounded.get_parameter(name), exact.bfloat16().float())
+
+
+def test_what_is_on_no_such_grid_is_laid_on_one_and_said(
+    bases: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        Replica(config(tmp_path / "1", bases["awq"], weights="int8"))
+        assert not caplog.messages
+        place = run(config(tmp_path / "run", bases["awq"]))
+    assert verify(place).steps == 2
+    (said,) = {line for line in caplog.messages if "quantised matrices" in line}
+    assert "14 of 14 quantised matrices are no integers of int4" in said
+    mean, most = (float(word.removesuffix("%")) for word in said.split() if word.endswith("%"))
+    assert 1 < mean <= most < 20
+
+
+def test_groups_that_do_not_divide_are_told_the_size_that_does(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(EstuneError, match="32 neighbours share a scale.*set weights_group_size=32"):
+        run(config(tmp_path / "run", bases["gptq"], weights_group_size=64))
+
+
+def test_other_weights_than_integers_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", bases["gptq"], weights="master", weights_group_size=64, carry_steps=50)
+    for act in (lambda: run(settings), lambda: describe(settings)):
+        with pytest.raises(EstuneError, match=r"quantised \(gptq\), .* train them as the integers that they are"):
+            act()
+    with pytest.raises(EstuneError, match="go beyond the 256 positions"):  # all before is well
+        describe(config(tmp_path / "run", bases["gptq"]))
+
+
+def test_an_estimate_counts_the_layers_matrices(bases: dict[str, Path]) -> None:
+    found = estimate_run(overrides=[f"model={bases['gptq']}", "device=cpu", "weights=int4", "replicas=1", "threads=1"])
+    assert found.shape.integers == sum(t.elements for t in coded(bases["gptq"]).values())
