@@ -97,12 +97,12 @@ def test_a_run_is_what_is_documented(method: str, bases: dict[str, Path], tmp_pa
         for each in latents.values():
             each.apply(record.update.pairs, 0.05, record.update.rounding_seed)
     assert any(np.any(each.codes != tensors[n].coded(0, tensors[n].elements, GROUP)[0]) for n, each in latents.items())
-    final = load_file(place / "final" / "model.safetensors")
+    final = Checkpoint(place / "final")
     for name, each in latents.items():
-        np.testing.assert_array_equal(final[name].numpy().ravel(), each.values())
-    loaded: Any = AutoModelForCausalLM.from_pretrained(place / "final")
-    assert loaded.dtype == torch.float32
-    assert "quantization_config" not in json.loads((place / "final" / "config.json").read_text())
+        np.testing.assert_array_equal(final.tensors[name].read(), each.values())
+        codes, scales = final.tensors[name].coded(0, len(each.codes), GROUP)  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(codes, each.codes)
+        np.testing.assert_array_equal(scales, each.scales)
 
 
 @formats
@@ -121,8 +121,12 @@ def test_replayed_resumed_and_gone_on_from(method: str, bases: dict[str, Path], 
     assert [substance(r) for r in a.steps] == [substance(r) for r in b.steps]
     assert_same_run(run(config(tmp_path / "two", bases[method], steps=4, replicas=2, **options)), whole)
     loaded = load(whole).state_dict()
-    for name, tensor in load_file(whole / "final" / "model.safetensors").items():
-        assert torch.equal(loaded[name], tensor)
+    for name, tensor in Checkpoint(whole / "final").tensors.items():
+        assert loaded[name].numpy().tobytes() == tensor.read().tobytes()
+    replay(whole, tmp_path / "plain", dtype="float32")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
+    assert all(torch.equal(plain[name], loaded[name]) for name in plain)
 
 
 def test_the_start_is_what_the_formats_library_makes_of_it(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -146,6 +150,36 @@ def test_the_start_is_what_the_formats_library_makes_of_it(bases: dict[str, Path
     for name, values in found.items():
         exact = torch.from_numpy(values).view(net.get_parameter(name).shape)
         assert torch.equal(rounded.get_parameter(name), exact.bfloat16().float())
+
+
+@pytest.mark.parametrize(("weights", "method"), [("int4", "gptq"), ("int8", "awq"), ("int4", "wide"), ("int8", "wide")])
+def test_transformers_loads_the_integers_that_were_trained(
+    bases: dict[str, Path], tmp_path: Path, weights: str, method: str
+) -> None:
+    """Of what was quantised and what was not; packed while it multiplies, and widened as it is loaded."""
+    pytest.importorskip("compressed_tensors")
+    options: Any = {"weights": weights, "save_dtype": "packed", "learning_rate": 0.3}
+    place = run(config(tmp_path / "run", bases[method], **options))
+    proof = verify(place)
+    assert "final" in proof.checkpoints
+    exact = replay(place, tmp_path / "exact", dtype="float32")
+    assert exact == Journal.read(place).fingerprint()
+    expected: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "exact").eval()
+    layers = [name for name in expected.state_dict() if name.endswith("_proj.weight")]
+    stored = load_file(place / "final" / "model.safetensors")
+    assert len(layers) == sum(name.endswith("_packed") for name in stored) == 14
+    tokenizer = AutoTokenizer.from_pretrained(place / "final")
+    prompts = [row["prompt"] for row in make_task().train[:6]]
+    for dequantize in (False, True):
+        settings = AutoConfig.from_pretrained(place / "final")
+        settings.quantization_config["dequantize"] = dequantize
+        net: Any = AutoModelForCausalLM.from_pretrained(place / "final", config=settings, dtype=torch.float32).eval()
+        assert variety_by_generate(net, tokenizer, prompts) == variety_by_generate(expected, tokenizer, prompts)
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(net.get_parameter(name), tensor)
+    begun = Replica(config(tmp_path / "again", place / "final", weights=weights)).weights
+    for name, read in begun.runs().items():
+        assert np.concatenate(list(read())).tobytes() == expected.state_dict()[name].numpy().tobytes()
 
 
 def test_what_is_on_no_such_grid_is_laid_on_one_and_said(

@@ -170,7 +170,10 @@ def replay(
     output: Annotated[Path, typer.Option("--output", "-o", help="directory to write the checkpoint to")],
     step: Annotated[int | None, typer.Option(help="after how many steps; all by default")] = None,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; that of `best` by default")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16 or packed; that of `best` by default"),
+    ] = None,
     accept_changes: AcceptChanges = False,
 ) -> None:
     """Rebuild the checkpoint of any step from base model and journal, bit for bit, without an engine."""

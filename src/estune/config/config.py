@@ -92,6 +92,8 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
     @model_validator(mode="after")
     def _check_integer_weights(self) -> Config:
         if not POLICIES[self.weights].bits:
+            if self.save_dtype == "packed":
+                raise ValueError("save_dtype=packed packs integer weights: set weights=int8 or weights=int4")
             return self
         if self.engine == "vllm" or self._about_vllm or self.gpus_per_worker > 1 or self.workers_at:
             raise ValueError(

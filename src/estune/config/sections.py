@@ -291,9 +291,10 @@ class Logging(Section):
     """What is kept, and who is told."""
 
     save_steps: int = Field(0, ge=0, description="steps between checkpoints, which make resuming faster; 0 saves none")
-    save_dtype: Literal["auto", DType] = Field(
+    save_dtype: Literal["auto", "packed", DType] = Field(
         "auto",
-        description="type of the checkpoints `best` and `final`; auto is the base checkpoint's, float32 loses nothing",
+        description="type of the checkpoints `best` and `final`; auto is the base checkpoint's, float32 loses nothing; "
+        "packed is for int8 and int4: as these integers (compressed-tensors)",
     )
     log_completions: int = Field(1, ge=0, description="members whose completions are kept each step, as parquet")
     report_to: Trackers = Field(

@@ -118,7 +118,7 @@ def load_model(
         return with_adapter(model, path)
     config = load_config(path, trust_remote_code=trust_remote_code)
     kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
-    source: dict[str, Any] = {"pretrained_model_name_or_path": path, "trust_remote_code": trust_remote_code}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
     if plain and quantized_by(path) is not None:
         config = type(config).from_dict(without(config.to_dict()))
         with torch.device("meta"):  # the class itself, as the automatic one takes no tensors
@@ -133,6 +133,7 @@ def load_model(
                 config=config,
                 dtype=pick_dtype(dtype, device),
                 output_loading_info=True,
+                trust_remote_code=trust_remote_code,
                 # Quantised weights are laid out for the device that they are loaded on.
                 **({"device_map": {"": device}} if method and device.type != "cpu" else {}),
             )

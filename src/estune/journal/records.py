@@ -11,6 +11,7 @@ from estune.es.earlier import scaled
 from estune.es.strategy import Member, Moments, Update
 from estune.noise.reference import NOISE_VERSION
 from estune.weights.policies import POLICIES, TYPE_NAMES, NoiseMode, PolicyName, Rounding, Rule
+from estune.weights.tensors import PACKED
 
 FORMAT = 2
 BEST_BY = ("eval_accuracy", "eval_reward")
@@ -60,9 +61,9 @@ class Header:
 
     @property
     def save_dtype(self) -> str:
-        """Type of the run's `best` and `final`; in a journal that does not say it, that of the live weights."""
+        """Type of the run's `best` and `final`, or `packed`; where no journal says it, that of the live weights."""
         said = self.config.get("save_dtype")
-        return said if said in TYPE_NAMES else self.live_dtype
+        return said if said in (*TYPE_NAMES, PACKED) else self.live_dtype
 
     @property
     def rule(self) -> Rule:

@@ -14,7 +14,7 @@ from estune.journal.journal import Journal, base_checkpoint
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.rebuild import Steps, Told, unheard
-from estune.weights.tensors import DTYPES, narrow, widen
+from estune.weights.tensors import PACKED, narrow, stored_type, widen
 
 PROBED_TENSORS = 16  # about so many, of
 PROBED_ELEMENTS = 256  # elements, tell one step's checkpoint from another's
@@ -37,7 +37,7 @@ def replay(
         output: directory to make; refused if there is one already.
         step: how many of the run's steps to take, all by default; 0 gives the weights that it started from.
         model: the base model, where it now lies elsewhere than the journal says.
-        dtype: type to store, by default that of the run's `best` and `final`.
+        dtype: type to store, or `packed`, for integer weights; by default that of the run's `best` and `final`.
         accept_changes: take the base model's configuration and tokenizer as they are now.
         told: hears what share is done, 0 to 1.
 
@@ -52,8 +52,9 @@ def replay(
     header = journal.header
     step = len(journal.steps)
     dtype = dtype or header.save_dtype
-    if dtype not in TYPE_NAMES:
-        raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(TYPE_NAMES)}")
+    known = (*TYPE_NAMES, *((PACKED,) if header.rule.grid else ()))
+    if dtype not in known:
+        raise EstuneError(f"dtype: {dtype!r} is no type of this run's checkpoints; give one of {', '.join(known)}")
     if output.exists():
         raise EstuneError(f"{output} exists already: give another directory or remove it")
     base = base_checkpoint(header, model or journal.base_model())
@@ -85,7 +86,7 @@ def holds(folder: Path, base: Checkpoint, journal: Journal, dtype: str, step: in
     """
     header = journal.header
     trained = {name: primary for primary, aliases in header.tensors.items() for name in (primary, *aliases)}
-    if not base.wrote(folder, trained, dtype):
+    if not base.wrote(folder, trained, dtype, header.rule.grid):
         return False
     if step is None:
         return True
@@ -95,7 +96,7 @@ def holds(folder: Path, base: Checkpoint, journal: Journal, dtype: str, step: in
     for name in names[:: max(1, len(names) // PROBED_TENSORS)]:
         tensor = base.tensors[trained[name]]
         count = min(PROBED_ELEMENTS, tensor.elements)
-        expected = narrow(widen(steps.rebuilt(tensor, 0, count)), DTYPES[dtype])
+        expected = narrow(widen(steps.rebuilt(tensor, 0, count)), stored_type(dtype))
         if found[name].read(0, count).tobytes() != widen(expected).tobytes():
             return False
     return True

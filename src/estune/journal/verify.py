@@ -12,7 +12,7 @@ from estune.journal.replay import steps_of
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import is_checkpoint
 from estune.weights.rebuild import Told, unheard
-from estune.weights.tensors import DTYPES, Tensor, convert
+from estune.weights.tensors import Tensor, convert, stored_type
 from estune.weights.trained import Array
 
 
@@ -96,10 +96,10 @@ class _Copy:
         self._likeliest = max(steps)
         self._only = len(steps) == 1
         self._last = ""  # the tensor that was found to be another last
-        self._dtype = DTYPES[dtype]
+        self._dtype = stored_type(dtype)
         self._tied = journal.header.tensors
         trained = {name for primary, aliases in self._tied.items() for name in (primary, *aliases)}
-        self._whole = base.wrote(folder, trained, dtype)
+        self._whole = base.wrote(folder, trained, dtype, journal.header.rule.grid)
         self._tensors = Checkpoint(folder).tensors if self._whole else {}
         others = [name for name in self._tensors if name not in trained]
         self._other = [n for n in others if any(a != b for a, b in _raw(self._tensors[n], base.tensors[n]))]

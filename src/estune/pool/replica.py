@@ -172,7 +172,7 @@ class Trained(Generator):
 
     def save(self, path: Path, dtype: str) -> None:
         """Write the base weights as a checkpoint of this type."""
-        self.checkpoint.write(path, self.weights.runs(), dtype)
+        self.checkpoint.write(path, self.weights.runs(), dtype, grid=self.weights.rule.grid)
 
     def describe(self) -> Description:
         """What it trains. This reads the base checkpoint, to hash it."""

@@ -17,6 +17,7 @@ from estune.run.directory import RunDirectory
 from estune.run.recipe import own_task, train_command
 from estune.weights.gguf import is_gguf
 from estune.weights.locate import EMBEDDED, hub_name
+from estune.weights.tensors import PACKED
 
 CARD = "README.md"
 PICTURE = "learning-curve.svg"
@@ -186,7 +187,12 @@ def _evaluation(journal: Journal, before: EvaluationRecord, after: EvaluationRec
     if journal.best is not None and after.step == journal.best.step and len(journal.evaluations) > 1:
         remarks.append("Of the run's evaluations this one is the best: on other problems expect somewhat less.")
     header = journal.header
-    if header.save_dtype != header.live_dtype:
+    if header.save_dtype == PACKED:
+        remarks.append(
+            f"The layers' matrices are stored as integers of {header.group_size} neighbours to a scale, as they were "
+            "trained (compressed-tensors, pack-quantized)."
+        )
+    elif header.save_dtype != header.live_dtype:
         remarks.append(
             f"What was evaluated are {header.live_dtype} weights; they are stored here as {header.save_dtype}."
         )

@@ -21,7 +21,7 @@ from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.places import check_places, stretches
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.rebuild import Told, in_order, unheard
-from estune.weights.tensors import DTYPES, convert
+from estune.weights.tensors import DTYPES, PACKED, convert
 from estune.weights.trained import Array
 
 
@@ -44,7 +44,7 @@ def load(
         run: the run's directory, or its journal in the compact form.
         step: after how many steps; all by default; 0 gives the weights that the run started from.
         model: the base model, where it now lies elsewhere than the journal says.
-        dtype: float32, bfloat16 or float16; by default that of the run's `best` and `final`.
+        dtype: float32, bfloat16 or float16; by default that of the run's `best` and `final`, float32 of packed ones.
         device: where it is to be, as torch names it.
         accept_changes: take the base model's configuration and tokenizer as they are now.
         trust_remote_code: run the code that the base model brings with it.
@@ -56,7 +56,7 @@ def load(
     """
     journal = Journal.read(Path(run), step)
     header = journal.header
-    dtype = dtype or header.save_dtype
+    dtype = dtype or ("float32" if header.save_dtype == PACKED else header.save_dtype)
     if dtype not in TYPE_NAMES:
         raise EstuneError(f"dtype: {dtype!r} is unknown; give one of {', '.join(TYPE_NAMES)}")
     base = base_checkpoint(header, model or journal.base_model())

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,10 +22,12 @@ from typing import Any
 from estune.errors import EstuneError
 from estune.files import replacing
 from estune.weights import adapters
-from estune.weights.coded import widened
+from estune.weights.coded import CodedTensor, widened
+from estune.weights.grid import Grid
 from estune.weights.locate import INDEX, SINGLE, companions, locate, weight_files
+from estune.weights.packed import Entry, packed, packs, settings
 from estune.weights.quantized import how_quantized, without
-from estune.weights.tensors import DTYPES, STORAGE, Array, Tensor, convert, read_header
+from estune.weights.tensors import DTYPES, PACKED, STORAGE, Array, Tensor, convert, read_header, stored_type
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,11 @@ class Checkpoint:
         """The type that most elements of these tensors are stored in; None if `write` does not take it."""
         elements: Counter[str] = Counter()
         for name in names:
-            elements[self.tensors[name].dtype] += self.tensors[name].elements
+            tensor = self.tensors[name]
+            elements[PACKED if isinstance(tensor, CodedTensor) else tensor.dtype] += tensor.elements
         ((most, _),) = elements.most_common(1)
+        if most == PACKED:
+            return PACKED
         return next((dtype for dtype, stored in DTYPES.items() if stored == most), None)
 
     def content_hash(self) -> str:
@@ -90,9 +95,11 @@ class Checkpoint:
     def write(
         self,
         target: Path,
-        trained: dict[str, Callable[[], Iterator[Array]]],
+        trained: Mapping[str, Callable[[], Iterator[Array]]],
         dtype: str,
         verify: Callable[[], None] = lambda: None,
+        *,
+        grid: Grid | None = None,
     ) -> None:
         """Write a checkpoint like this one, with `trained` tensors replaced and stored as `dtype`.
 
@@ -102,45 +109,58 @@ class Checkpoint:
             target: directory to make; it appears only when it is complete. An existing one is replaced.
             trained: for each replaced tensor, a function that gives its elements in row-major runs, `[elements]` each:
                 float32, float16 or bfloat16's bits (uint16).
-            dtype: float32, bfloat16 or float16.
+            dtype: float32, bfloat16 or float16, or `PACKED`, for elements that are on the grid.
             verify: called when all is written; if it raises, nothing appears.
+            grid: of integer weights.
         """
         with replacing(target) as folder:
             folder.mkdir()
-            by_file: dict[str, list[Tensor]] = {}
+            by_file: dict[str, list[Entry]] = {}
             for tensor in self.tensors.values():
-                by_file.setdefault(tensor.file.name, []).append(tensor)
-            size = sum(_write_file(folder / f, ts, trained, DTYPES[dtype]) for f, ts in by_file.items())
+                written = _entries(tensor, trained.get(tensor.name), dtype, grid)
+                by_file.setdefault(tensor.file.name, []).extend(written)
+            for file, entries in by_file.items():
+                _write_file(folder / file, entries)
             if set(by_file) not in ({SINGLE}, {adapters.WEIGHTS}):
-                weight_map = {tensor.name: file for file, tensors in by_file.items() for tensor in tensors}
+                size = sum(entry.size for entries in by_file.values() for entry in entries)
+                weight_map = {entry.name: file for file, entries in by_file.items() for entry in entries}
                 index = {"metadata": {"total_size": size}, "weight_map": weight_map}
                 (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-            for file in self._companions():
-                shutil.copy(file, folder / file.name)
+            for companion in self._companions():
+                shutil.copy(companion, folder / companion.name)
             if not adapters.is_adapter(self.path):  # with it, transformers would look for a whole model there
-                (folder / "config.json").write_text(self._config(dtype))
+                (folder / "config.json").write_text(self._config(trained, dtype, grid))
             verify()
 
-    def wrote(self, target: Path, trained: Collection[str], dtype: str) -> bool:
+    def wrote(self, target: Path, trained: Collection[str], dtype: str, grid: Grid | None = None) -> bool:
         """Whether a directory holds all that `write` puts there; the values of tensors are not compared.
 
         Args:
-            target, dtype: as for `write`.
+            target, dtype, grid: as for `write`.
             trained: names of the tensors that were replaced.
         """
         try:
-            found = Checkpoint(target).tensors
+            written = Checkpoint(target)
             ends: dict[Path, int] = {}
-            for tensor in Checkpoint(target).stored.values():
+            for tensor in written.stored.values():
                 ends[tensor.file] = max(ends.get(tensor.file, 0), tensor.offset + tensor.size)
             stored = {
-                name: (t.file.name, DTYPES[dtype] if name in trained else t.dtype, t.shape)
+                name: (t.file.name, stored_type(dtype) if name in trained else t.dtype, t.shape)
                 for name, t in self.tensors.items()
             }
+            coded = {
+                name
+                for name, t in self.tensors.items()
+                if dtype == PACKED and grid is not None and packs(t, grid, trained=name in trained)
+            }
             return (
-                {name: (t.file.name, t.dtype, t.shape) for name, t in found.items()} == stored
+                {name: (t.file.name, t.dtype, t.shape) for name, t in written.tensors.items()} == stored
+                and {name for name, t in written.tensors.items() if isinstance(t, CodedTensor)} == coded
                 and all(file.stat().st_size == end for file, end in ends.items())
-                and (adapters.is_adapter(self.path) or (target / "config.json").read_text() == self._config(dtype))
+                and (
+                    adapters.is_adapter(self.path)
+                    or (target / "config.json").read_text() == self._config(trained, dtype, grid)
+                )
                 and all(_is_copy(file, target / file.name) for file in self._companions())
             )
         except (OSError, ValueError):  # EstuneError is a ValueError
@@ -150,11 +170,15 @@ class Checkpoint:
         """The files that are copied as they are: all companions but `config.json`."""
         return [file for file in companions(self.path) if file.name != "config.json"]
 
-    def _config(self, dtype: str) -> str:
-        """Text of `config.json` of a checkpoint that is stored as `dtype`."""
+    def _config(self, trained: Collection[str], dtype: str, grid: Grid | None) -> str:
+        """Text of `config.json` of a checkpoint that is stored as `dtype`; packed, it is computed with as before."""
         config = without(json.loads((self.path / "config.json").read_text()))
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
+        if dtype == PACKED:
+            assert grid is not None
+            config["quantization_config"] = settings(self.tensors, trained, grid)
+        else:
+            config.pop("torch_dtype", None)
+            config["dtype"] = dtype
         return json.dumps(config, indent=2) + "\n"
 
 
@@ -165,25 +189,32 @@ def _is_copy(file: Path, copy: Path) -> bool:
     return filecmp.cmp(file, copy, shallow=False)
 
 
-def _write_file(
-    file: Path, tensors: list[Tensor], trained: dict[str, Callable[[], Iterator[Array]]], dtype: str
-) -> int:
-    """Write one safetensors file; return the bytes of its tensors."""
+def _entries(
+    tensor: Tensor, run: Callable[[], Iterator[Array]] | None, dtype: str, grid: Grid | None
+) -> Iterator[Entry]:
+    """What a tensor is written as, with other elements by `run`, or with its own; arguments as of `write`."""
+    if dtype == PACKED and grid is not None and packs(tensor, grid, trained=run is not None):
+        return packed(tensor, run or tensor.runs, grid)
+    if run is None:
+        return iter([Entry(tensor.name, tensor.dtype, tensor.shape, tensor.size, tensor.raw)])
+    stored = stored_type(dtype)
+    size = tensor.elements * STORAGE[stored].itemsize
+    return iter(
+        [Entry(tensor.name, stored, tensor.shape, size, lambda: (convert(part, stored).tobytes() for part in run()))]
+    )
+
+
+def _write_file(file: Path, entries: Sequence[Entry]) -> None:
+    """Write one safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for t in tensors:
-        size = t.elements * STORAGE[dtype].itemsize if t.name in trained else t.size
-        stored = dtype if t.name in trained else t.dtype
-        header[t.name] = {"dtype": stored, "shape": t.shape, "data_offsets": [position, position + size]}
-        position += size
+    for entry in entries:
+        end = position + entry.size
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [position, end]}
+        position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors:
-            if t.name not in trained:
-                f.writelines(t.raw())
-                continue
-            for run in trained[t.name]():
-                f.write(convert(run, dtype).tobytes())
-    return position
+        for entry in entries:
+            f.writelines(entry.raw())

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from estune.weights.tensors import RUN_LENGTH, STORAGE, Array, Tensor, widen
+from estune.weights.tensors import STORAGE, Array, Tensor, widen
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word of AWQ's the first, second, ... integer is
 _PARTS = {
@@ -75,8 +75,7 @@ class CodedTensor(Tensor):
 
     def raw(self) -> Iterator[bytes]:
         """The elements' bytes, a few MiB at a time."""
-        for start in range(0, self.elements, RUN_LENGTH):
-            yield self.stored(start, min(RUN_LENGTH, self.elements - start)).tobytes()
+        return (part.tobytes() for part in self.runs())
 
     def _around(self, start: int, count: int) -> tuple[Rows, int]:
         """The rows that some elements are in, and the place of the first there."""

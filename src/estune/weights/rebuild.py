@@ -186,7 +186,7 @@ class Steps:
             for primary, aliases in trained.items()
             for name in (primary, *aliases)
         }
-        base.write(target, tensors, dtype, lambda: verify(as_fingerprint(sum(sums.values()))))
+        base.write(target, tensors, dtype, lambda: verify(as_fingerprint(sum(sums.values()))), grid=self._rule.grid)
 
     def _reader(
         self, tensor: Tensor, sums: dict[str, int], count: Callable[[int], None]

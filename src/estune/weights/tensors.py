@@ -21,6 +21,8 @@ from estune.errors import EstuneError
 RUN_LENGTH = 1 << 20  # elements read, changed and written at a time
 STORAGE: dict[str, Any] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+PACKED = "packed"
+"""In the place of a type: integers and their scales, whose values are float32 to who reads them."""
 _BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
@@ -77,6 +79,11 @@ class Tensor:
         found: Array = np.fromfile(self.file, stored, count, offset=self.offset + start * stored.itemsize)
         return found
 
+    def runs(self) -> Iterator[Array]:
+        """All elements as `stored` gives them, a few MiB at a time."""
+        for start in range(0, self.elements, RUN_LENGTH):
+            yield self.stored(start, min(RUN_LENGTH, self.elements - start))
+
     def raw(self) -> Iterator[bytes]:
         """The stored bytes, a few MiB at a time."""
         with self.file.open("rb") as f:
@@ -110,6 +117,11 @@ def narrow(values: npt.NDArray[np.float32], dtype: str) -> Array:
         return ((bits + np.uint32(0x7FFF) + parity) >> np.uint32(16)).astype(np.uint16)
     stored: Array = values.astype(STORAGE[dtype], copy=False)
     return stored
+
+
+def stored_type(dtype: str) -> str:
+    """safetensors' name of the type in which elements that are stored as `dtype`, a name or `PACKED`, are read."""
+    return "F32" if dtype == PACKED else DTYPES[dtype]
 
 
 def convert(stored: Array, dtype: str) -> Array:
