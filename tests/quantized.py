@@ -83,13 +83,13 @@ def compressed(q: Quantised, *, symmetric: bool = True) -> dict[str, torch.Tenso
     return packed if symmetric else {**packed, "weight_zero_point": words(q.zeros.T, q.bits).T.contiguous()}
 
 
-def gptq(q: Quantised, order: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """GPTQ's first format, whose zero points are less by one; `order` of columns, where the groups are those of it."""
+def gptq(q: Quantised, order: torch.Tensor | None = None, *, less: int = 1) -> dict[str, torch.Tensor]:
+    """GPTQ's first format, whose zero points are `less` by one; in `order` groups are no neighbours."""
     columns = q.codes.shape[1]
     plain = torch.arange(columns) // (columns // q.scales.shape[1])
     return {
         "qweight": words(q.codes, q.bits).T.contiguous(),
-        "qzeros": words(q.zeros.T - 1, q.bits),
+        "qzeros": words(q.zeros.T - less, q.bits),
         "scales": q.scales.T.contiguous(),
         "g_idx": (plain if order is None else plain[order]).to(torch.int32),
     }

@@ -41,6 +41,7 @@ FORMATS: dict[str, Any] = {
     "compressed-tensors, zero points": (INT4, 4, False, lambda q: compressed(q, symmetric=False)),
     "gptq": (GPTQ, 4, True, gptq),
     "gptq, 8 bits, zero points": ({**GPTQ, "bits": 8}, 8, False, gptq),
+    "gptq, second format": ({**GPTQ, "checkpoint_format": "gptq_v2"}, 4, True, lambda q: gptq(q, less=0)),
     "awq": (AWQ, 4, False, awq),
 }
 

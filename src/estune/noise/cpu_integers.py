@@ -27,6 +27,8 @@ _SCALE = np.float32(2.0**-24)
 _HALF = np.float32(0.5)
 _CUT = 256
 """A cut is the position of a code times this, plus the steps that it was not moved by: fewer than half of it."""
+MOST = 2**23
+"""Elements of a run that is shifted, so that a cut fits."""
 
 
 @jit
@@ -101,8 +103,8 @@ def _room():
 
 
 @jit
-def _shift(codes, packed, scales, group, seed, tensor, start, sigma, sign, reach, cuts):
-    """Shift the codes, write what is cut off to `cuts`, and return how many there are."""
+def _shift(codes, packed, scales, group, seed, tensor, start, sigma, sign, reach, ends, cuts):
+    """Shift the codes and return how many are cut off, written to `cuts`; without `ends` none can be."""
     words, planes, moves, uniform, code = _room()
     count = scales.size * group
     least = np.int32(-8 if packed else -128)
@@ -114,11 +116,9 @@ def _shift(codes, packed, scales, group, seed, tensor, start, sigma, sign, reach
         block = np.uint64((start + at) // 4)
         _moves(seed, tensor, block, here, group, sigma, reach, words, planes, uniform[:n], moves[:n])
         _unpack(codes, packed, at, code[:n])
-        beyond = np.int32(0)
         for i in range(n):
             code[i] += sign * np.int32(moves[i])
-            beyond |= (code[i] - least) | (most - code[i])
-        if beyond < 0:  # one is
+        if ends:
             for i in range(n):
                 wanted = code[i]
                 code[i] = min(max(wanted, least), most)
@@ -133,7 +133,7 @@ def _shift(codes, packed, scales, group, seed, tensor, start, sigma, sign, reach
 def _give_back(codes, packed, cuts):
     code = np.empty(2, np.int32)
     for cut in cuts:
-        place = (cut + _CUT // 2) // _CUT
+        place = (np.int64(cut) + _CUT // 2) // _CUT
         steps = np.int32(cut - place * _CUT)
         if packed:
             at = place - place % 2
@@ -218,9 +218,12 @@ def shift(
         What was cut off, `[codes that would have gone beyond]`.
     """
     held, packed, group = _layout(codes, scales)
-    cuts = np.empty(scales.size * group, np.int64)  # takes memory only as far as it is written
+    assert scales.size * group <= MOST
+    cuts = np.empty(scales.size * group, np.int32)  # takes memory only as far as it is written
     run = (held, packed, scales, group, np.uint64(seed), np.uint64(tensor), start)
-    count = _shift(*run, np.float32(sigma), sign, np.float32(levels.reach), cuts)
+    half = 8 if packed else 128
+    ends = levels.low - levels.reach < -half or levels.high + levels.reach >= half
+    count = _shift(*run, np.float32(sigma), sign, np.float32(levels.reach), ends, cuts)
     return cuts[:count].copy()
 
 

@@ -13,7 +13,7 @@ ROUNDING = 0x9E3779B97F4A7C15
 
 Codes = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-Cuts = npt.NDArray[np.int64]
+Cuts = npt.NDArray[np.int32]
 """By how many steps codes were not moved, where their type ends, as `cpu_integers.shift` notes it."""
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of integer weights as they are trained: integers and scales, in compressed-tensors' "pack-quantized".
 
-transformers and vLLM load this format. Packed are matrices of layers; embeddings and the output matrix, for which
-loaders have no such, are stored as the values that their integers stand for.
+Packed are matrices of layers; embeddings and the output matrix, for which not all that load this format have a place,
+are stored as the values that their integers stand for.
 """
 
 from __future__ import annotations
