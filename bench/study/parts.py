@@ -86,6 +86,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
         "sigma": 0.018, "learning_rate": 0.08, "anchor_decay": 1.0, "lr_scheduler_type": "cosine", **EMBEDDINGS,
     },
+    "128 members, 1 prompt, matrices of layers alone": {
+        "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
+        "learning_rate": 0.08, "anchor_decay": 1.0, "lr_scheduler_type": "cosine",
+        "train_parameters": "*_proj.weight",
+    },
     "embeddings alone": EMBEDDINGS,
     "128 members, 1 prompt, small sigma, for conciseness": {
         "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
