@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from estune.config import Config
@@ -206,6 +207,20 @@ def test_other_weights_than_integers_are_refused(bases: dict[str, Path], tmp_pat
     for act in (lambda: run(settings), lambda: describe(settings)):
         with pytest.raises(EstuneError, match=r"quantised \(gptq\), .* train them as the integers that they are"):
             act()
+    for what, changes, lacking in (
+        ("bits", {"bits": 3}, "quantization_config in config.json is damaged"),
+        ("scales", {}, r"matrix model.layers.0.mlp.down_proj.weight is damaged"),
+    ):
+        damaged = shutil.copytree(bases["gptq"], tmp_path / what)
+        settings_of = json.loads((damaged / "config.json").read_text())
+        settings_of["quantization_config"].update(changes)
+        (damaged / "config.json").write_text(json.dumps(settings_of))
+        if not changes:
+            tensors = load_file(damaged / "model.safetensors")
+            del tensors["model.layers.0.mlp.down_proj.scales"]
+            save_file(tensors, damaged / "model.safetensors")
+        with pytest.raises(EstuneError, match=f"nor read as integers, as {lacking}"):
+            describe(config(tmp_path / "run", damaged))
     with pytest.raises(EstuneError, match="go beyond the 256 positions"):  # all before is well
         describe(config(tmp_path / "run", bases["gptq"]))
 

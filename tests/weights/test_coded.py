@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from estune.errors import EstuneError
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.coded import CodedTensor
 from tests.quantized import AWQ, GPTQ, GROUP, INT4, Quantised, awq, compressed, gptq, quantised
@@ -103,6 +104,31 @@ def test_groups_that_are_no_neighbours(tmp_path: Path) -> None:
     assert found.read().tobytes() == q.values[:, order].contiguous().numpy().tobytes()
 
 
+def test_a_zero_point_of_zero_borrows_from_the_next(tmp_path: Path) -> None:
+    """GPTQ's first format has 1 taken from whole words, so that what is below 0 is taken from the next zero point."""
+    for bits in (4, 8):
+        q = quantised(drawn(16, 64), bits)
+        zeros = q.zeros.clone()
+        zeros[::3] = 0
+        zeros[1::3] = 2**bits - 1
+        expected = Quantised(q.codes, zeros, q.scales, bits)
+        found = saved(tmp_path, gptq(expected), {**GPTQ, "bits": bits})
+        assert found.read().tobytes() == expected.values.numpy().tobytes()
+        assert found.low == 1 - 2**bits
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("scale", [float("nan"), float("-inf")])
+def test_a_scale_that_is_no_finite_number(kind: str, scale: float, tmp_path: Path) -> None:
+    how, bits, symmetric, write = FORMATS[kind]
+    q = quantised(drawn(8, 64), bits, symmetric=symmetric)
+    q.scales[2, 1] = scale
+    found = saved(tmp_path, write(q), how)
+    for read in (found.read, lambda: found.coded(0, found.elements, GROUP)):
+        with pytest.raises(EstuneError, match=rf"model.safetensors: {NAME} has a scale .* quantise it again"):
+            read()
+
+
 def test_against_the_formats_own_library(tmp_path: Path) -> None:
     library = pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import PackedQuantizationCompressor as Compressor
@@ -129,10 +155,15 @@ def test_what_cannot_be_read_stays_as_it_is_stored(tmp_path: Path) -> None:
         (compressed(q), rounding),
         ({**compressed(q), "weight_shape": torch.tensor([8, 63])}, INT4),
         ({**compressed(q), "weight_g_idx": torch.zeros(64, dtype=torch.int32)}, INT4),
+        ({**compressed(q), "weight_packed": compressed(q)["weight_packed"].view(torch.float32)}, INT4),
+        ({**compressed(q, symmetric=False), "weight_zero_point": torch.zeros(1, 1, dtype=torch.int32)}, INT4),
         (gptq(q), {**GPTQ, "bits": 3}),
+        ({**gptq(q), "qweight": gptq(q)["qweight"].float()}, GPTQ),
+        ({**gptq(q), "qzeros": torch.zeros(2, 2, dtype=torch.int32)}, GPTQ),
         (gptq(q), {**GPTQ, "checkpoint_format": "marlin"}),
         ({**gptq(q), "g_idx": torch.full((64,), 9, dtype=torch.int32)}, GPTQ),
         (awq(q), {**AWQ, "version": "gemv"}),
+        ({**awq(q), "qzeros": awq(q)["qzeros"].float()}, AWQ),
         (awq(q), {"quant_method": ["awq"]}),
         (compressed(q), {**INT4, "config_groups": 3}),
     ):

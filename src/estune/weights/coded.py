@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from estune.errors import EstuneError
 from estune.weights.tensors import STORAGE, Array, Tensor, widen
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word of AWQ's the first, second, ... integer is
@@ -27,6 +28,14 @@ _PARTS = {
 """What a matrix is made of, by the method's name: its integers, scales, and what else there may be."""
 READ = frozenset(_PARTS)
 """The methods, as a config.json calls them, of which matrices can be read."""
+_DAMAGED = (
+    ArithmeticError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+)  # what a damaged file leads to
 
 Integers = npt.NDArray[np.int16]
 Floats = npt.NDArray[np.float32]
@@ -61,13 +70,20 @@ class CodedTensor(Tensor):
         Args:
             start, count: which elements.
             group_size: neighbours that are to share a scale, which divides the tensor's own.
+
+        Raises:
+            EstuneError: a scale is not finite.
         """
         (codes, scales), skip = self._around(start, count)
         scales = np.repeat(scales, self.group_size // group_size, axis=1).reshape(-1)
         return codes.reshape(-1)[skip : skip + count], scales[skip // group_size : (skip + count) // group_size]
 
     def stored(self, start: int = 0, count: int | None = None) -> Array:
-        """Elements `start .. start + count - 1`, integer times scale, float32 `[count]`."""
+        """Elements `start .. start + count - 1`, integer times scale, float32 `[count]`.
+
+        Raises:
+            EstuneError: as `coded`.
+        """
         count = self.elements - start if count is None else count
         (codes, scales), skip = self._around(start, count)
         values: Array = codes.astype(np.float32) * np.repeat(scales, self.group_size, axis=1)
@@ -81,7 +97,12 @@ class CodedTensor(Tensor):
         """The rows that some elements are in, and the place of the first there."""
         first = start // self.columns
         end = -(-(start + count) // self.columns)
-        return self.rows(first, end), start - first * self.columns
+        found = self.rows(first, end)
+        if not np.isfinite(found.scales).all():
+            raise EstuneError(
+                f"{self.file}: {self.name} has a scale that is no finite number; copy or quantise it again"
+            )
+        return found, start - first * self.columns
 
 
 def widened(stored: Mapping[str, Tensor], how: Mapping[str, Any] | None) -> dict[str, Tensor]:
@@ -95,34 +116,44 @@ def widened(stored: Mapping[str, Tensor], how: Mapping[str, Any] | None) -> dict
         The tensors, with a `CodedTensor` for each matrix that is quantised; or `stored`, where one of them cannot be
         read.
     """
+    found = None if how is None else _joined(stored, how)
+    return found if isinstance(found, dict) else dict(stored)
+
+
+def unread(stored: Mapping[str, Tensor], how: Mapping[str, Any]) -> str | None:
+    """What of a quantised checkpoint cannot be read; None where all can. Arguments as of `widened`."""
+    found = _joined(stored, how)
+    return found if isinstance(found, str) else None
+
+
+def _joined(stored: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Tensor] | str:
+    """As `widened`; or what cannot be read."""
     try:
-        found = None if how is None else _joined(stored, how)
-    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):  # by a damaged file
-        found = None
-    return dict(stored) if found is None else found
-
-
-def _joined(stored: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """As `widened`; None where a matrix cannot be read."""
-    read = _reader(how)
+        read = _reader(how)
+    except _DAMAGED:
+        read = None
     if read is None:
-        return None
+        return "quantization_config in config.json"
     parts = _PARTS[how["quant_method"]]
     found: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         stem, _, last = name.rpartition(".")
         if last == parts[0]:
-            matrix = read(f"{stem}.weight", {part: stored.get(f"{stem}.{part}") for part in parts})
+            try:
+                matrix = read(f"{stem}.weight", {part: stored.get(f"{stem}.{part}") for part in parts})
+            except _DAMAGED:
+                matrix = None
             if matrix is None:
-                return None
+                return f"matrix {stem}.weight"
             found[matrix.name] = matrix
         elif f"{stem}.{parts[0]}" not in stored or last == "bias":
             found[name] = tensor
         elif last not in parts:
-            return None
+            return f"tensor {name}"
     # Beside them others can be quantised in another way.
-    left = any(tensor.dtype not in STORAGE or name.endswith("_scale") for name, tensor in found.items())
-    return None if left else found
+    left = (name for name, tensor in found.items() if tensor.dtype not in STORAGE or name.endswith("_scale"))
+    other = next(left, None)
+    return found if other is None else f"tensor {other}"
 
 
 _Read = Callable[[str, Mapping[str, Tensor | None]], CodedTensor | None]
@@ -139,7 +170,7 @@ def _reader(how: Mapping[str, Any]) -> _Read | None:
         bits = how.get("bits")
         if form not in {"gptq", "gptq_v2"} or bits not in {4, 8} or how.get("pack_dtype") not in {None, "int32"}:
             return None
-        return lambda name, parts: _gptq(name, parts, bits, added=1 if form == "gptq" else 0)
+        return lambda name, parts: _gptq(name, parts, bits, less=1 if form == "gptq" else 0)
     if method == "awq" and how.get("bits") == 4 and str(how.get("version", "gemm")).lower() == "gemm":
         return _awq
     return None
@@ -154,13 +185,15 @@ def _compressed(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | 
     scale = parts["weight_scale"]
     shape = parts["weight_shape"]
     zero = parts["weight_zero_point"]
-    if packed is None or scale is None or shape is None or packed.dtype != "I32" or len(packed.shape) != 2:
+    if packed is None or scale is None or shape is None or not _are_words(packed, zero):
         return None
     rows, columns = (int(size) for size in mapped(shape).reshape(-1))
     bits = packed.shape[1] * 32 // max(columns, 1)
     fits = packed.shape == (rows, -(-columns * bits // 32)) and scale.dtype in STORAGE
     groups = scale.shape[1] if len(scale.shape) == 2 else 1
     if bits not in {4, 8} or not fits or scale.elements not in {rows * groups, 1} or not groups or columns % groups:
+        return None
+    if zero is not None and zero.shape != (-(-rows * bits // 32), groups):
         return None
     half = 1 << (bits - 1)
     zeros = None if zero is None else unpacked(mapped_words(zero).T, bits).T[:rows].astype(np.int16) - half
@@ -176,26 +209,34 @@ def _compressed(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | 
     return _coded(name, packed, (rows, columns), columns // groups, (-half - low, half - 1 - high), read)
 
 
-def _gptq(name: str, parts: Mapping[str, Tensor | None], bits: int, *, added: int) -> CodedTensor | None:
-    """A matrix of GPTQ's, turned: words along its columns, of which rows are made here; `added` to each zero point."""
+def _gptq(name: str, parts: Mapping[str, Tensor | None], bits: int, *, less: int) -> CodedTensor | None:
+    """A matrix of GPTQ's, turned: words along its columns, of which rows are made here; zero points are `less` by so much.
+
+    What is missing from each is added to whole words, as it was taken from them: a zero point of 0 has borrowed from the
+    next.
+    """
     packed = parts["qweight"]
     scale = parts["scales"]
     zero = parts["qzeros"]
     order = parts["g_idx"]
     if packed is None or scale is None or zero is None or scale.dtype not in STORAGE or len(scale.shape) != 2:
         return None
+    if not _are_words(packed, zero):
+        return None
     groups, rows = scale.shape
     columns = packed.shape[0] * 32 // bits
-    if packed.shape != (columns * bits // 32, rows) or zero.shape[0] != groups or not groups or columns % groups:
+    words = -(-rows * bits // 32)
+    if packed.shape[1] != rows or zero.shape != (groups, words) or not groups or columns % groups:
         return None
     plain = np.arange(columns) // (columns // groups)
     group_of = plain if order is None else mapped(order).astype(np.int64)
     if group_of.shape != plain.shape or group_of.min() < 0 or group_of.max() >= groups:
         return None
     neighbours = np.array_equal(group_of, plain)
+    of_each = np.uint32(less * (0xFFFFFFFF // ((1 << bits) - 1)))
 
     def zeros() -> Integers:
-        return unpacked(mapped_words(zero), bits)[:, :rows].astype(np.int16) + np.int16(added)
+        return unpacked(mapped_words(zero) + of_each, bits)[:, :rows].astype(np.int16)
 
     def read(first: int, end: int) -> Rows:
         codes = unpacked(mapped_words(packed)[:, first:end].T, bits).astype(np.int16)
@@ -213,6 +254,8 @@ def _awq(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | None:
     scale = parts["scales"]
     zero = parts["qzeros"]
     if packed is None or scale is None or zero is None or scale.dtype not in STORAGE or len(scale.shape) != 2:
+        return None
+    if not _are_words(packed, zero):
         return None
     groups, rows = scale.shape
     columns = packed.shape[0]
@@ -242,6 +285,11 @@ def _coded(
 ) -> CodedTensor:
     size = math.prod(shape) * STORAGE["F32"].itemsize
     return CodedTensor(name, codes.file, "F32", shape, 0, size, group_size, *bounds, read)
+
+
+def _are_words(*tensors: Tensor | None) -> bool:
+    """Whether tensors, as far as they are there, are matrices of words."""
+    return all(tensor is None or (tensor.dtype == "I32" and len(tensor.shape) == 2) for tensor in tensors)
 
 
 def mapped(tensor: Tensor) -> Array:

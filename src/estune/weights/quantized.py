@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from estune.errors import EstuneError
-from estune.weights.coded import CodedTensor
+from estune.weights.coded import READ, CodedTensor, unread
 
 if TYPE_CHECKING:
     from estune.weights.checkpoint import Checkpoint
@@ -91,21 +91,27 @@ def refuse_quantized(checkpoint: Checkpoint, bits: int) -> None:
     Raises:
         EstuneError: they cannot be trained so.
     """
-    method = quantized_by(checkpoint.path)
+    how = how_quantized(checkpoint.path)
     coded = any(isinstance(tensor, CodedTensor) for tensor in checkpoint.tensors.values())
-    if method is not None and not (bits and coded):
-        raise untrainable(checkpoint.path, method, coded=coded)
+    if how is None or (bits and coded):
+        return
+    method = _method(how)
+    lacking = unread(checkpoint.stored, how) if bits and method in READ else None
+    raise untrainable(checkpoint.path, method, coded=coded, lacking=lacking)
 
 
-def untrainable(model: str | Path, method: str, *, coded: bool = False) -> EstuneError:
+def untrainable(model: str | Path, method: str, *, coded: bool = False, lacking: str | None = None) -> EstuneError:
     """What is said of a model that is quantised by a method where its weights would be trained.
 
     Args:
         model: what the user calls it.
         method: as `method_of` tells it.
         coded: whether it can be trained as integers.
+        lacking: for want of what it cannot, where that is known.
     """
     integers = "; train them as the integers that they are (weights=int4 or weights=int8)," if coded else "; train"
+    if lacking is not None:
+        integers = f", nor read as integers, as {lacking} is damaged or of a kind that is not read; train"
     return EstuneError(
         f"model {model}: its weights are quantised ({method}), which cannot be perturbed{integers} an adapter over "
         "them (adapter.rank=8), or take the model that it was made of, in bfloat16, float16 or float32"
