@@ -21,6 +21,7 @@ from estune.journal.replay import replay
 from estune.journal.verify import verify
 from estune.pool.replica import Replica
 from estune.run.dry_run import describe
+from estune.run.evaluate import evaluate_model
 from estune.run.load import load
 from estune.run.trainer import Trainer
 from estune.study.estimate.run import estimate_run
@@ -128,6 +129,19 @@ def test_replayed_resumed_and_gone_on_from(method: str, bases: dict[str, Path], 
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
     assert all(torch.equal(plain[name], loaded[name]) for name in plain)
+
+
+def test_a_run_is_evaluated_and_what_else_its_base_is_read_as_is_told(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["gptq"], tmp_path / "base")
+    place = run(config(tmp_path / "run", base))
+    best = Journal.read(place).best
+    assert best is not None
+    assert evaluate_model(str(place), task=make_task())["eval_reward"] == pytest.approx(best.metrics["eval_reward"])
+    settings_of = json.loads((base / "config.json").read_text())
+    settings_of["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (base / "config.json").write_text(json.dumps(settings_of))
+    with pytest.raises(EstuneError, match=r"base: quantization_config has changed since the run began"):
+        replay(place, tmp_path / "again")
 
 
 def test_the_start_is_what_the_formats_library_makes_of_it(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -9,22 +9,27 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from estune.errors import ACCEPT, EstuneError
 from estune.weights import adapters
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import companions
+from estune.weights.quantized import how_quantized, without
 
-# Of config.json, what a checkpoint is stored as: it differs between a base and what is trained from it.
 UNDER = "the model under the adapter"
+QUANTISED = "quantization_config"
+# Of config.json, what a checkpoint is stored as, beside how it is quantised: it differs between a base and what is
+# trained from it.
 STORED_AS = ("dtype", "torch_dtype")
 
 
 def model_files(folder: Path) -> dict[str, str]:
     """Hash of each file beside a model's weights that says what the model does, by name.
 
-    config.json's is of its content, without the type that weights are stored as. Of an adapter it is the
-    model's files that count, and adapter_config.json without the place of that model, whose tensors' hash is `UNDER`.
+    config.json's is of its content, without the type that weights are stored as and how they are quantised, which is
+    `QUANTISED`. Of an adapter it is the model's files that count, and adapter_config.json without the place of that
+    model, whose tensors' hash is `UNDER`.
     """
     found = {}
     files = companions(folder)
@@ -35,6 +40,9 @@ def model_files(folder: Path) -> dict[str, str]:
     for file in sorted(files, key=lambda file: file.name):
         if not file.name.startswith("LICENSE"):
             found[file.name] = hash_of(_content(file))
+    how = how_quantized(folder if under is None else under.path)
+    if how is not None:
+        found[QUANTISED] = hash_of(_text(how))
     return found
 
 
@@ -76,8 +84,8 @@ def changed_settings(folder: Path, copies: Iterable[Path]) -> dict[str, str]:
     """What differs between a model's config.json and its copy in the first of a run's checkpoints that there is."""
     for copy in copies:
         try:
-            before, after = (json.loads((path / "config.json").read_text()) for path in (copy, folder))
-            keys = sorted(key for key in {*before, *after} - {*STORED_AS} if before.get(key) != after.get(key))
+            before, after = (_kept(path / "config.json") for path in (copy, folder))
+            keys = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             continue
         told = ", ".join(f"{key} {before.get(key)!r:.40} -> {after.get(key)!r:.40}" for key in keys[:3])
@@ -102,15 +110,23 @@ def _differences(recorded: Mapping[str, str], now: Mapping[str, str]) -> Iterato
 
 def _content(file: Path) -> bytes:
     if file.name == adapters.CONFIG:
-        return json.dumps(adapters.placeless(file), sort_keys=True).encode()
+        return _text(adapters.placeless(file))
     return _settings(file) if file.name == "config.json" else file.read_bytes()
 
 
 def _settings(file: Path) -> bytes:
     """A config.json's content, however it is laid out."""
     try:
-        content = json.loads(file.read_text())
-        kept = {key: value for key, value in content.items() if key not in STORED_AS}
-        return json.dumps(kept, sort_keys=True).encode()
+        return _text(_kept(file))
     except (ValueError, AttributeError, RecursionError):
         return file.read_bytes()  # whoever loads the model says what is wrong
+
+
+def _kept(file: Path) -> dict[str, Any]:
+    """What a config.json says but for how weights are stored."""
+    content = without(json.loads(file.read_text()))
+    return {key: value for key, value in content.items() if key not in STORED_AS}
+
+
+def _text(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from estune.errors import EstuneError
-from estune.journal.identity import changed_settings, model_files, refuse_changes
+from estune.journal.identity import QUANTISED, changed_settings, model_files, refuse_changes
 from estune.journal.journal import Journal, base_checkpoint
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.policies import TYPE_NAMES
@@ -102,8 +102,14 @@ def holds(folder: Path, base: Checkpoint, journal: Journal, dtype: str, step: in
     return True
 
 
-def refuse_changed_model(journal: Journal, folder: Path, *, accept: bool) -> dict[str, str]:
+def refuse_changed_model(journal: Journal, folder: Path, *, accept: bool, trained: bool = False) -> dict[str, str]:
     """Refuse a base model whose configuration, tokenizer or chat template is not what the run began with.
+
+    Args:
+        journal: the run's.
+        folder: the model's.
+        accept: go on all the same.
+        trained: the folder is a checkpoint of the run, whose integers are stored in a way of their own.
 
     Returns:
         Hashes of the files that are there now, if they are others and the user accepts them; empty otherwise.
@@ -112,10 +118,14 @@ def refuse_changed_model(journal: Journal, folder: Path, *, accept: bool) -> dic
         EstuneError: naming the file.
     """
     run = journal.run
+    apart = {QUANTISED} if trained and journal.header.rule.grid is not None else set()
+    recorded, now = (
+        {k: v for k, v in files.items() if k not in apart} for files in (journal.files, model_files(folder))
+    )
     return refuse_changes(
         f"model {folder}",
-        journal.files,
-        model_files(folder),
+        recorded,
+        now,
         accept=accept,
         details=changed_settings(folder, (run / "best", run / "final")),
     )

@@ -68,7 +68,7 @@ def evaluate_model(
             task = task_for(journal, config, given, accept_changes=accept_changes, trust_task=trust_task)
         else:
             refuse_foreign(model, config, given, has_task=True, trust=trust_task, accept=accept_changes)
-        refuse_changed_model(journal, checkpoint or find_checkpoint(model), accept=accept_changes)
+        refuse_changed_model(journal, checkpoint or find_checkpoint(model), accept=accept_changes, trained=True)
     else:
         check_name(model)
     task = task or config.task.build(config.seed)

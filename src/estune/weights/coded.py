@@ -210,10 +210,10 @@ def _compressed(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | 
 
 
 def _gptq(name: str, parts: Mapping[str, Tensor | None], bits: int, *, less: int) -> CodedTensor | None:
-    """A matrix of GPTQ's, turned: words along its columns, of which rows are made here; zero points are `less` by so much.
+    """A matrix of GPTQ's, turned: words along its columns, of which rows are made here.
 
-    What is missing from each is added to whole words, as it was taken from them: a zero point of 0 has borrowed from the
-    next.
+    Zero points are stored `less` by so much. It is added to whole words, as it was taken from them: a zero point of 0
+    has borrowed from the next.
     """
     packed = parts["qweight"]
     scale = parts["scales"]
