@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from safetensors.torch import save_file
 from estune.errors import EstuneError
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.coded import CodedTensor
+from estune.weights.grid import Grid
+from estune.weights.packed import packs
+from estune.weights.packed import settings as settings_of
+from estune.weights.tensors import PACKED
 from tests.quantized import AWQ, GPTQ, GROUP, INT4, Quantised, awq, compressed, gptq, quantised
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -179,3 +184,46 @@ def test_others_are_left_alone(tmp_path: Path) -> None:
     assert set(checkpoint.tensors) == {NAME, NORM}
     assert type(checkpoint.tensors[NORM]) is not CodedTensor
     assert len(checkpoint.stored) == 4
+
+
+def test_which_grids_a_checkpoint_is_on(tmp_path: Path) -> None:
+    found = saved(tmp_path / "plain", gptq(quantised(drawn(8, 64))), GPTQ)
+    on = {(bits, size): Grid(bits, size, 1).has(found) for bits in (4, 8) for size in (16, 32, 64)}
+    assert on == {key: key[1] <= GROUP for key in on}
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    assert not Grid(4, 32, 1).has(saved(tmp_path / "mixed", gptq(quantised(drawn(8, 64)), order), GPTQ))
+    assert not Grid(4, 32, 1).has(saved(tmp_path / "awq", awq(quantised(drawn(8, 64), symmetric=False)), AWQ))
+
+
+def test_scales_of_zero_become_next_to_nothing(tmp_path: Path) -> None:
+    q = quantised(drawn(8, 64))
+    q.scales[0, 1] = 0
+    codes, scales = Grid(4, GROUP, 1).laid(saved(tmp_path, gptq(q), GPTQ), 0, 64)
+    assert scales.tolist() == [q.scales[0, 0].item(), np.float32(1e-20)]
+    assert not codes[GROUP:].any()
+    assert codes[:GROUP].any()
+
+
+def test_what_is_packed(tmp_path: Path) -> None:
+    """What is trained, in layers or already so; of the rest what was packed on this grid."""
+    grid = Grid(4, GROUP, 1)
+    outer = {f"lm_head.{key}": value.contiguous() for key, value in compressed(quantised(drawn(8, 64))).items()}
+    found = saved(tmp_path / "base", compressed(quantised(drawn(8, 64))), INT4, **outer)
+    base = Checkpoint(tmp_path / "base")
+    assert packs(base.tensors["lm_head.weight"], grid, trained=True)
+    assert packs(found, grid, trained=False)
+    assert not packs(found, Grid(4, 64, 1), trained=False)
+    assert not packs(base.tensors[NORM], grid, trained=True)
+    assert settings_of({NAME: found}, {NAME}, grid)["ignore"] == ["lm_head"]
+    assert settings_of(base.tensors, {NAME}, grid)["ignore"] == []
+
+
+def test_a_packed_checkpoint_with_weights_that_are_not_is_told_apart(tmp_path: Path) -> None:
+    found = saved(tmp_path / "base", compressed(quantised(drawn(8, 64))), INT4)
+    base = Checkpoint(tmp_path / "base")
+    grid = Grid(4, GROUP, 1)
+    for dtype in (PACKED, "float32"):
+        base.write(tmp_path / dtype, {NAME: found.runs}, dtype, grid=grid)
+        assert base.wrote(tmp_path / dtype, [NAME], dtype, grid)
+    shutil.copy(tmp_path / "float32" / "model.safetensors", tmp_path / PACKED)
+    assert not base.wrote(tmp_path / PACKED, [NAME], PACKED, grid)

@@ -162,7 +162,7 @@ def fits(name: str, pattern: str, *, spoken: bool = True) -> bool:
 
 
 def refuse_unfitting(pattern: str, names: Collection[str]) -> None:
-    """Refuse patterns one of which fits no name of a checkpoint's tensors.
+    """Refuse patterns one of which fits no name of a checkpoint's tensors, or that leave none.
 
     Raises:
         EstuneError: naming it.
@@ -173,6 +173,8 @@ def refuse_unfitting(pattern: str, names: Collection[str]) -> None:
             raise EstuneError(
                 f"train_parameters: no parameter's name fits the pattern {part!r}; names look like {next(iter(names))}"
             )
+    if not any(fits(name, pattern) for name in names):
+        raise EstuneError(f"train_parameters: {pattern} leaves no parameter to train")
 
 
 def _parts(pattern: str) -> tuple[list[str], list[str]]:
