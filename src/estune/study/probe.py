@@ -182,8 +182,8 @@ def probe_parts(config: Config, parts: Sequence[str], **arguments: Any) -> dict[
 
     Args:
         config: the settings of the run to come.
-        parts: patterns, as `train_parameters` takes them.
-        arguments: those of `probe`.
+        parts: patterns, as `train_parameters` takes them, one at least.
+        arguments: those of `probe`, but for `pool`: each part has one of its own.
 
     Returns:
         What was found of each part.
