@@ -102,7 +102,9 @@ def test_uses_the_cores_it_is_given(run: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_refuses_a_type_it_cannot_write(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(EstuneError, match="'float12' is no type of this run's checkpoints; give one of float32, bfloat16, "):
+    with pytest.raises(
+        EstuneError, match="'float12' is no type of this run's checkpoints; give one of float32, bfloat16, "
+    ):
         replay(run, tmp_path / "out", dtype="float12")
 
 
