@@ -75,6 +75,7 @@ def test_rates_are_chosen_by_trials_and_runs_use_the_best() -> None:
         ({"seeds": [1000]}, [], "chooses the learning rates"),
         ({}, ["workers=2"], "one process"),
         ({}, ["adapter.rank=4"], "leave out adapter"),
+        ({}, ["train_parameters=*elsewhere*"], "no parameter's name fits"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

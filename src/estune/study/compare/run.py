@@ -19,7 +19,9 @@ from estune.grading.level import refuse_level
 from estune.study.compare.plan import Job, Plan, at_an_end, read_results
 from estune.study.jobs import Jobs, claimed, told_while_running
 from estune.tasks.base import Task
+from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import locate
+from estune.weights.parameters import refuse_unfitting
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def compare(
     plan.check(config)
     if any(method != "es" for method in plan.methods):
         require_trl()
-    locate(config.model)
+    refuse_unfitting(config.train_parameters, Checkpoint(locate(config.model)).tensors)
     from estune.pool.open import comparable_dtype, with_resources
     from estune.run.make import make_grading
     from estune.tasks.preflight import preflight
