@@ -28,18 +28,14 @@ _PARTS = {
 """What a matrix is made of, by the method's name: its integers, scales, and what else there may be."""
 READ = frozenset(_PARTS)
 """The methods, as a config.json calls them, of which matrices can be read."""
-_DAMAGED = (
-    ArithmeticError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    TypeError,
-    ValueError,
-)  # what a damaged file leads to
+# What a damaged file leads to.
+_DAMAGED = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 Integers = npt.NDArray[np.int16]
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
+_Read = Callable[[str, Mapping[str, Tensor | None]], "CodedTensor | None"]
+"""Reads a matrix of a name from its parts; None where it cannot."""
 
 
 class Rows(NamedTuple):
@@ -156,9 +152,6 @@ def _joined(stored: Mapping[str, Tensor], how: Mapping[str, Any]) -> dict[str, T
     return found if other is None else f"tensor {other}"
 
 
-_Read = Callable[[str, Mapping[str, Tensor | None]], CodedTensor | None]
-
-
 def _reader(how: Mapping[str, Any]) -> _Read | None:
     """What reads the matrices of a checkpoint that is quantised so; None where there is no such."""
     method = how.get("quant_method")
@@ -215,14 +208,11 @@ def _gptq(name: str, parts: Mapping[str, Tensor | None], bits: int, *, less: int
     Zero points are stored `less` by so much. It is added to whole words, as it was taken from them: a zero point of 0
     has borrowed from the next.
     """
-    packed = parts["qweight"]
-    scale = parts["scales"]
-    zero = parts["qzeros"]
+    turned = _turned(parts)
+    if turned is None:
+        return None
+    packed, scale, zero = turned
     order = parts["g_idx"]
-    if packed is None or scale is None or zero is None or scale.dtype not in STORAGE or len(scale.shape) != 2:
-        return None
-    if not _are_words(packed, zero):
-        return None
     groups, rows = scale.shape
     columns = packed.shape[0] * 32 // bits
     words = -(-rows * bits // 32)
@@ -250,13 +240,10 @@ def _gptq(name: str, parts: Mapping[str, Tensor | None], bits: int, *, less: int
 
 def _awq(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | None:
     """A matrix of AWQ's "gemm", turned: words along its rows, in an order of their own, with zero points."""
-    packed = parts["qweight"]
-    scale = parts["scales"]
-    zero = parts["qzeros"]
-    if packed is None or scale is None or zero is None or scale.dtype not in STORAGE or len(scale.shape) != 2:
+    turned = _turned(parts)
+    if turned is None:
         return None
-    if not _are_words(packed, zero):
-        return None
+    packed, scale, zero = turned
     groups, rows = scale.shape
     columns = packed.shape[0]
     if packed.shape[1] * 8 != rows or zero.shape != (groups, rows // 8) or not groups or columns % groups:
@@ -273,6 +260,16 @@ def _awq(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | None:
 
     zeros = between(zero, 0, rows)
     return _coded(name, packed, (rows, columns), columns // groups, (-int(zeros.max()), 15 - int(zeros.min())), read)
+
+
+def _turned(parts: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Integers, scales `[groups, rows]` and zero points of a matrix that lies turned; None where one is not so."""
+    packed = parts["qweight"]
+    scale = parts["scales"]
+    zero = parts["qzeros"]
+    if packed is None or scale is None or zero is None or scale.dtype not in STORAGE or len(scale.shape) != 2:
+        return None
+    return (packed, scale, zero) if _are_words(packed, zero) else None
 
 
 def _coded(
