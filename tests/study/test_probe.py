@@ -79,7 +79,9 @@ def test_it_measures_what_perturbations_do(config: Config, tmp_path: Path) -> No
 
 def test_parts_of_a_model_are_probed_one_by_one(config: Config) -> None:
     arguments: dict[str, Any] = {"task": make_task(vowels), "sigmas": [0.02, 0.1], "members": 3}
-    found = probe_parts(config, ["*embed*", "*.mlp.*"], **arguments)
+    told: list[tuple[str, Probe]] = []
+    found = probe_parts(config, ["*embed*", "*.mlp.*"], lambda *part: told.append(part), **arguments)
+    assert told == list(found.items())  # each as it comes, so that none is lost to who does not wait for all
     for part in ("*embed*", "*.mlp.*"):
         alone = probe(config.model_copy(update={"train_parameters": part}), **arguments)
         assert found[part].levels == alone.levels

@@ -66,18 +66,20 @@ def probe(
         if tried is None:
             found = try_sizes(settings, **arguments)
         else:
-            by_part = probe_parts(settings, tried, **arguments)
+            by_part = probe_parts(settings, tried, None if as_json else _say_part, **arguments)
     if as_json:
         said = found.as_json() if tried is None else {part: one.as_json() for part, one in by_part.items()}
         print(json.dumps(said, indent=2))
     elif tried is None:
         _say_probe(found)
     else:
-        for part, one in by_part.items():
-            say(f"--train_parameters '{part}'")
-            _say_probe(one)
-            say("")
         _say_parts(by_part)
+
+
+def _say_part(part: str, found: Probe) -> None:
+    say(f"--train_parameters '{part}'")
+    _say_probe(found)
+    say("")
 
 
 def _say_probe(found: Probe) -> None:

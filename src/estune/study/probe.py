@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -177,12 +177,15 @@ def probe(
             opened.close()
 
 
-def probe_parts(config: Config, parts: Sequence[str], **arguments: Any) -> dict[str, Probe]:
+def probe_parts(
+    config: Config, parts: Sequence[str], told: Callable[[str, Probe], object] | None = None, **arguments: Any
+) -> dict[str, Probe]:
     """Probe parts of a model, one after the other, on the same prompts.
 
     Args:
         config: the settings of the run to come.
         parts: patterns, as `train_parameters` takes them, one at least.
+        told: called with each part and what was found of it as it comes.
         arguments: those of `probe`, but for `pool`: each part has one of its own.
 
     Returns:
@@ -195,7 +198,12 @@ def probe_parts(config: Config, parts: Sequence[str], **arguments: Any) -> dict[
         names = Checkpoint(locate(config.model)).tensors
         for part in parts:
             refuse_unfitting(part, names)
-    return {part: probe(config.model_copy(update={"train_parameters": part}), **arguments) for part in parts}
+    found = {}
+    for part in parts:
+        found[part] = probe(config.model_copy(update={"train_parameters": part}), **arguments)
+        if told is not None:
+            told(part, found[part])
+    return found
 
 
 def best_part(parts: Mapping[str, Probe]) -> str | None:
