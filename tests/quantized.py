@@ -105,6 +105,13 @@ def awq(q: Quantised) -> dict[str, torch.Tensor]:
     }
 
 
+def torchao(q: Quantised, *, symmetric: bool = True) -> dict[str, torch.Tensor]:
+    """torchao's int8, which holds fewer bits as well, as transformers saves it: a byte an integer."""
+    half = 2 ** (q.bits - 1)
+    stored = {"_weight_qdata": (q.codes - half).to(torch.int8), "_weight_scale": q.scales}
+    return stored if symmetric else {**stored, "_weight_zero_point": (q.zeros - half).to(torch.int8)}
+
+
 def blocks_fp8(weight: torch.Tensor, block: int = 64) -> dict[str, torch.Tensor]:
     """DeepSeek's fine-grained FP8: E4M3 with a scale per square block."""
     rows, columns = weight.shape
@@ -130,6 +137,16 @@ INT4 = {
 }
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+TORCHAO = {
+    "quant_method": "torchao",
+    "quant_type": {
+        "default": {
+            "_type": "IntxWeightOnlyConfig",
+            "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": "int4"}},
+        }
+    },
+}
+TORCHAO_INT8 = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}
 FP8 = {
     "quant_method": "fp8",
     "activation_scheme": "dynamic",

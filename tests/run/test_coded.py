@@ -29,13 +29,27 @@ from estune.weights.checkpoint import Checkpoint
 from estune.weights.coded import CodedTensor
 from tests.grids import Latent
 from tests.models import save_model
-from tests.quantized import AWQ, GPTQ, GROUP, INT4, WIDTHS, awq, compressed, gptq, quantised, rewritten
+from tests.quantized import (
+    AWQ,
+    GPTQ,
+    GROUP,
+    INT4,
+    TORCHAO,
+    WIDTHS,
+    awq,
+    compressed,
+    gptq,
+    quantised,
+    rewritten,
+    torchao,
+)
 from tests.runs import assert_same_run, make_config, make_task, substance, variety_by_generate
 
 FORMATS: dict[str, Any] = {
     "compressed-tensors": (INT4, lambda w: compressed(quantised(w, dtype=torch.bfloat16))),
     "gptq": (GPTQ, lambda w: gptq(quantised(w))),
     "awq": (AWQ, lambda w: awq(quantised(w, symmetric=False))),
+    "torchao": (TORCHAO, lambda w: torchao(quantised(w, dtype=torch.bfloat16))),
 }
 formats = pytest.mark.parametrize("method", FORMATS)
 

@@ -22,7 +22,20 @@ from estune.weights.grid import Grid
 from estune.weights.packed import packs
 from estune.weights.packed import settings as settings_of
 from estune.weights.tensors import PACKED
-from tests.quantized import AWQ, GPTQ, GROUP, INT4, Quantised, awq, compressed, gptq, quantised
+from tests.quantized import (
+    AWQ,
+    GPTQ,
+    GROUP,
+    INT4,
+    TORCHAO,
+    TORCHAO_INT8,
+    Quantised,
+    awq,
+    compressed,
+    gptq,
+    quantised,
+    torchao,
+)
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"
@@ -49,6 +62,9 @@ FORMATS: dict[str, Any] = {
     "gptq, 8 bits, zero points": ({**GPTQ, "bits": 8}, 8, False, gptq),
     "gptq, second format": ({**GPTQ, "checkpoint_format": "gptq_v2"}, 4, True, lambda q: gptq(q, less=0)),
     "awq": (AWQ, 4, False, awq),
+    "torchao": (TORCHAO, 4, True, torchao),
+    "torchao, 8 bits": (TORCHAO_INT8, 8, True, torchao),
+    "torchao, zero points": (TORCHAO, 4, False, lambda q: torchao(q, symmetric=False)),
 }
 
 
@@ -95,8 +111,11 @@ def test_a_scale_of_a_row_and_of_all(tmp_path: Path) -> None:
     q = quantised(drawn(8, 64), 8, 64)
     assert saved(tmp_path, compressed(q), INT4).group_size == 64
     one = Quantised(q.codes, q.zeros, torch.full_like(q.scales, 0.125), 8)
-    found = saved(tmp_path, {**compressed(one), "weight_scale": torch.tensor([0.125])}, INT4)
-    assert found.read().tobytes() == one.values.numpy().tobytes()
+    for tensors, how in (
+        ({**compressed(one), "weight_scale": torch.tensor([0.125])}, INT4),
+        ({**torchao(one), "_weight_scale": torch.tensor([[0.125]])}, TORCHAO_INT8),
+    ):
+        assert saved(tmp_path, tensors, how).read().tobytes() == one.values.numpy().tobytes()
 
 
 def test_groups_that_are_no_neighbours(tmp_path: Path) -> None:
@@ -152,6 +171,17 @@ def test_against_the_formats_own_library(tmp_path: Path) -> None:
         assert Compressor.decompress(packed, scheme)["weight"].numpy().tobytes() == q.values.numpy().tobytes()
 
 
+@pytest.mark.parametrize(("kind", "group", "bounds"), [("int8", 64, (-128, 127)), ("int4", 32, (-8, 9))])
+def test_torchao_itself(kind: str, group: int, bounds: tuple[int, int]) -> None:
+    """Matrices that torchao 0.18 has quantised and saved, and what it says that they are, in float32."""
+    tensors = Checkpoint(Path(__file__).parents[1] / "data" / "torchao" / kind).tensors
+    found = tensors["up_proj.weight"]
+    assert isinstance(found, CodedTensor)
+    assert found.group_size == group
+    assert (found.low, found.high) == bounds
+    assert found.read().tobytes() == tensors["dequantized"].read().tobytes()
+
+
 def test_what_cannot_be_read_stays_as_it_is_stored(tmp_path: Path) -> None:
     q = quantised(drawn(8, 64))
     rounding = {**INT4, "config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}}
@@ -170,6 +200,13 @@ def test_what_cannot_be_read_stays_as_it_is_stored(tmp_path: Path) -> None:
         (awq(q), {**AWQ, "version": "gemv"}),
         ({**awq(q), "qzeros": awq(q)["qzeros"].float()}, AWQ),
         (awq(q), {"quant_method": ["awq"]}),
+        (torchao(q), {**TORCHAO, "quant_type": "int4_weight_only"}),
+        (torchao(q), {**TORCHAO, "quant_type": {"default": {"_type": "Int8DynamicActivationIntxWeightConfig"}}}),
+        (torchao(q), {**TORCHAO, "quant_type": {**TORCHAO_INT8["quant_type"], "lm_head": None}}),
+        ({**torchao(q), "_weight_act_pre_scale": torch.ones(64)}, TORCHAO),
+        ({**torchao(q), "_weight_zero_point": torch.zeros(8, 2)}, TORCHAO),
+        ({**torchao(q), "_weight_scale": torch.ones(2, 8)}, TORCHAO),
+        ({**torchao(q), "_weight_qdata": torchao(q)["_weight_qdata"].view(torch.uint8)}, TORCHAO),
         (compressed(q), {**INT4, "config_groups": 3}),
     ):
         assert saved(tmp_path, tensors, how) is None

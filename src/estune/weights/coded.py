@@ -19,11 +19,17 @@ import numpy.typing as npt
 from estune.errors import EstuneError
 from estune.weights.tensors import STORAGE, Array, Tensor, widen
 
+# Bits of torchao's integers, by the settings that round weights alone.
+_TORCHAO: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "Int8WeightOnlyConfig": lambda _: 8,
+    "IntxWeightOnlyConfig": lambda data: int(data["weight_dtype"]["_data"].removeprefix("int")),
+}
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word of AWQ's the first, second, ... integer is
 _PARTS = {
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
     "gptq": ("qweight", "scales", "qzeros", "g_idx"),
     "awq": ("qweight", "scales", "qzeros"),
+    "torchao": ("_weight_qdata", "_weight_scale", "_weight_zero_point"),
 }
 """What a matrix is made of, by the method's name: its integers, scales, and what else there may be."""
 READ = frozenset(_PARTS)
@@ -164,6 +170,10 @@ def _reader(how: Mapping[str, Any]) -> _Read | None:
         if form not in {"gptq", "gptq_v2"} or bits not in {4, 8} or how.get("pack_dtype") not in {None, "int32"}:
             return None
         return lambda name, parts: _gptq(name, parts, bits, less=1 if form == "gptq" else 0)
+    if method == "torchao":
+        (kind,) = how["quant_type"].values()
+        held = _TORCHAO[kind["_type"]](kind["_data"])
+        return lambda name, parts: _torchao(name, parts, held)
     if method == "awq" and how.get("bits") == 4 and str(how.get("version", "gemm")).lower() == "gemm":
         return _awq
     return None
@@ -182,9 +192,8 @@ def _compressed(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | 
         return None
     rows, columns = (int(size) for size in mapped(shape).reshape(-1))
     bits = packed.shape[1] * 32 // max(columns, 1)
-    fits = packed.shape == (rows, -(-columns * bits // 32)) and scale.dtype in STORAGE
-    groups = scale.shape[1] if len(scale.shape) == 2 else 1
-    if bits not in {4, 8} or not fits or scale.elements not in {rows * groups, 1} or not groups or columns % groups:
+    groups = _groups(scale, rows, columns)
+    if bits not in {4, 8} or packed.shape != (rows, -(-columns * bits // 32)) or not groups:
         return None
     if zero is not None and zero.shape != (-(-rows * bits // 32), groups):
         return None
@@ -195,11 +204,51 @@ def _compressed(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | 
         codes = unpacked(mapped_words(packed)[first:end], bits)[:, :columns].astype(np.int16) - half
         if zeros is not None:
             codes -= np.repeat(zeros[first:end], columns // groups, axis=1)
-        scales = widen(mapped(scale)).reshape(-1, groups)
-        return Rows(codes, scales[first:end] if len(scales) > 1 else np.repeat(scales, end - first, axis=0))
+        return Rows(codes, _of_rows(widen(mapped(scale)), groups, first, end))
 
-    low, high = (0, 0) if zeros is None else (int(zeros.max()), int(zeros.min()))
-    return _coded(name, packed, (rows, columns), columns // groups, (-half - low, half - 1 - high), read)
+    return _coded(name, packed, (rows, columns), columns // groups, _signed(bits, zeros), read)
+
+
+def _torchao(name: str, parts: Mapping[str, Tensor | None], bits: int) -> CodedTensor | None:
+    """A matrix of torchao's: a byte an integer, whatever its bits, and zero points that are integers themselves."""
+    codes = parts["_weight_qdata"]
+    scale = parts["_weight_scale"]
+    zero = parts["_weight_zero_point"]
+    if codes is None or scale is None or codes.dtype != "I8" or not 1 <= bits <= 8:
+        return None
+    rows, columns = codes.shape
+    groups = _groups(scale, rows, columns)
+    if not groups or (zero is not None and (zero.dtype, zero.shape) != ("I8", scale.shape)):
+        return None
+    zeros = None if zero is None else mapped(zero).astype(np.int16)
+
+    def read(first: int, end: int) -> Rows:
+        found = mapped(codes)[first:end].astype(np.int16)
+        if zeros is not None:
+            found -= np.repeat(_of_rows(zeros, groups, first, end), columns // groups, axis=1)
+        return Rows(found, _of_rows(widen(mapped(scale)), groups, first, end))
+
+    return _coded(name, codes, (rows, columns), columns // groups, _signed(bits, zeros), read)
+
+
+def _groups(scale: Tensor, rows: int, columns: int) -> int:
+    """How many groups a row has by its scales, one for each or one for all; 0 where they do not fit."""
+    groups = scale.shape[1] if len(scale.shape) == 2 else 1
+    fits = scale.dtype in STORAGE and scale.elements in {rows * groups, 1} and groups and columns % groups == 0
+    return groups if fits else 0
+
+
+def _of_rows(of_groups: Array, groups: int, first: int, end: int) -> Array:
+    """Scales or zero points `[end - first, groups]` of rows; there may be one for all."""
+    found = of_groups.reshape(-1, groups)
+    return found[first:end] if len(found) > 1 else np.repeat(found, end - first, axis=0)
+
+
+def _signed(bits: int, zeros: Integers | None) -> tuple[int, int]:
+    """Between which integers of so many bits are, less their zero points."""
+    half = 1 << (bits - 1)
+    lowest, highest = (0, 0) if zeros is None else (int(zeros.min()), int(zeros.max()))
+    return -half - highest, half - 1 - lowest
 
 
 def _gptq(name: str, parts: Mapping[str, Tensor | None], bits: int, *, less: int) -> CodedTensor | None:
@@ -291,7 +340,7 @@ def _are_words(*tensors: Tensor | None) -> bool:
 
 def mapped(tensor: Tensor) -> Array:
     """A tensor as it lies in its file; bfloat16 as its bits in uint16."""
-    types = {**STORAGE, "I32": "<i4", "I64": "<i8"}
+    types = {**STORAGE, "I8": "i1", "I32": "<i4", "I64": "<i8"}
     return np.memmap(tensor.file, types[tensor.dtype], "r", tensor.offset, tensor.shape)
 
 
