@@ -378,6 +378,12 @@ def _fingerprint_rows(bits, tensor, start, width, pitch, skip):
     return total
 
 
+@jit
+def _copy(live, base):
+    for i in range(base.size):
+        live[i] = narrow(widen(base[i]), live[i])
+
+
 def normal(seed: int, tensor: int, start: int, count: int) -> npt.NDArray[np.float32]:
     """Noise of elements `start .. start + count - 1` of the tensor whose 64-bit key is `tensor`, `[count]`."""
     out = np.empty(count, np.float32)
@@ -404,6 +410,14 @@ def perturb(
         _perturb(*run)
     else:
         _perturb_rows(*run, *rows)
+
+
+def copy(live: Weights, base: Weights) -> None:
+    """Set `live = base`, both `[elements]`, rounded to live's type."""
+    if live.dtype == base.dtype:
+        live[:] = base
+    else:
+        _copy(stored(live), stored(base))
 
 
 def update(

@@ -1,4 +1,4 @@
-"""The CPU's passes over a run, by the kernels of its noise, times its scale: perturb, update, fingerprint.
+"""The CPU's passes over a run, by the kernels of its noise, times its scale: perturb, restore, update, fingerprint.
 
 The base is an array, or a `SplitBase`, which becomes one for an update and is split again. Perturbing weights that
 are their own base, and taking that back, needs no array in between.
@@ -28,6 +28,17 @@ def perturb(run: Run, seed: int, sigma: float) -> None:
         return
     for part in run.stretches():
         rank1.perturb(part.live, part.base, seed, part.noise, part.start, sigma, part.columns)
+
+
+def perturb_along(run: Run, terms: Terms) -> None:
+    """Set live = base, rounded to the type of live, and then add these terms, rounded once."""
+    restore(run)
+    update(replace(run, base=run.live), terms)
+
+
+def restore(run: Run) -> None:
+    """Set live = base."""
+    cpu.copy(run.live, run.base)
 
 
 def perturb_reversibly(run: Run, patches: Patches, seed: int, sigma: float) -> None:

@@ -31,7 +31,7 @@ from estune.weights.device import device_kernels
 from estune.weights.device_storage import DeviceStorage, SplitStorage, StreamedStorage
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.split import SplitBase
-from estune.weights.tensors import RUN_LENGTH, narrow
+from estune.weights.tensors import RUN_LENGTH
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
@@ -96,11 +96,15 @@ class CpuStorage:
 
     def perturb_along(self, terms: Terms) -> None:
         """As `Storage.perturb_along`."""
-        self.each(lambda run: _perturb_along(run, terms))
+        from estune.weights.passes import perturb_along
+
+        self.each(lambda run: perturb_along(run, terms))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
-        self.each(_copy_base)
+        from estune.weights.passes import restore
+
+        self.each(restore)
 
     def perturb_reversibly(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb_reversibly`."""
@@ -169,11 +173,15 @@ class HostStorage(CpuStorage):
 
     def perturb_along(self, terms: Terms) -> None:
         """As `Storage.perturb_along`."""
-        self._write(lambda run: _perturb_along(run, terms))
+        from estune.weights.passes import perturb_along
+
+        self._write(lambda run: perturb_along(run, terms))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
-        self._write(_copy_base)
+        from estune.weights.passes import restore
+
+        self._write(restore)
 
     def _write(self, work: Callable[[Run], object]) -> None:
         """Let `work` fill the live weights of each run: memory of the CPU, which is then copied to the device."""
@@ -258,15 +266,3 @@ def as_array(tensor: Tensor) -> Array:
 def type_name(dtype: torch.dtype) -> str:
     """A type as settings and journals name it."""
     return str(dtype).removeprefix("torch.")
-
-
-def _copy_base(run: Run) -> None:
-    halves = run.live.dtype == np.uint16 and run.base.dtype == np.float32
-    run.live[:] = narrow(run.base, "BF16") if halves else run.base
-
-
-def _perturb_along(run: Run, terms: Terms) -> None:
-    from estune.weights import passes
-
-    _copy_base(run)
-    passes.update(replace(run, base=run.live), terms)
