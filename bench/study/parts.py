@@ -33,6 +33,7 @@ from estune.study.compare.run import compare
 
 FOLDER = Path("runs/study/parts")
 BUDGET, POINTS, TOKENS = 200_000, 20, 18.5  # to generate, and of a completion, about
+SHORTER = {"cosine": 15.0}  # tokens of a completion by these settings, which make a schedule come to its end
 EMBEDDINGS = {"train_parameters": "*embed_tokens*"}  # the output matrix too: the models have one for both
 FASTER = (
     "1e-4",
@@ -119,7 +120,7 @@ def run(model: str, name: str, changes: dict[str, Any], plan: Plan, results: Pat
     """One comparison of a single method, and its results so far in the file of the model."""
     settings = {**PAPER, **changes}
     if "lr_scheduler_type" in settings:
-        per_step = settings["population"] * settings["prompts_per_step"] * TOKENS
+        per_step = settings["population"] * settings["prompts_per_step"] * SHORTER.get(name, TOKENS)
         plan = plan.model_copy(update={"es_steps": round(plan.budget / per_step)})
     given = [f"{key}={value}" for key, value in settings.items() if value is not None]
     parent = FOLDER if plan.budget == BUDGET else FOLDER.with_name(f"{FOLDER.name}-{plan.budget}")
