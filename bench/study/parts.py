@@ -39,10 +39,15 @@ FASTER = (
     "1e-4",
     "3e-4",
     "1e-3",
+    "3e-3",
 )  # larger rates than the best at the end, which may be faster at first
 LONGER = 500_000  # what ES generates in the processor seconds in which reinforcement learning generates the budget
 ALONE = "-embeddings-alone"  # at the end of a method's name
 METHODS = ("grpo", "dr_grpo", "dapo", "rloo")
+TOGETHER: dict[str, Any] = {
+    "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
+    "learning_rate": 0.08, "anchor_decay": 1.0, "lr_scheduler_type": "cosine", **EMBEDDINGS,
+}  # fmt: skip
 PAPER = {"population": 20, "prompts_per_step": 20, "sigma": 0.024, "learning_rate": 0.012}
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -55,6 +60,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.5},
     "reuse": {"momentum": 0.5, "momentum_window": 1},
     "anchor": {"anchor_decay": 2.0},
+    "anchor by L1": {"anchor_l1": 0.02},
+    "weight decay": {"weight_decay": 0.5},
     "one fifth": {"adapt_sigma": True, "learning_rate": None},
     "cosine": {"lr_scheduler_type": "cosine"},
     "double alpha": {"learning_rate": 0.024},
@@ -79,19 +86,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
         "sigma": 0.014, "learning_rate": 0.08, "anchor_decay": 1.0, "lr_scheduler_type": "cosine",
     },
-    "128 members, 1 prompt, embeddings alone": {
-        "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
-        "learning_rate": 0.08, "anchor_decay": 1.0, "lr_scheduler_type": "cosine", **EMBEDDINGS,
-    },
-    "128 members, 1 prompt, embeddings alone, smaller sigma": {
-        "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
-        "sigma": 0.018, "learning_rate": 0.08, "anchor_decay": 1.0, "lr_scheduler_type": "cosine", **EMBEDDINGS,
-    },
-    "128 members, 1 prompt, matrices of layers alone": {
-        "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
-        "learning_rate": 0.08, "anchor_decay": 1.0, "lr_scheduler_type": "cosine",
-        "train_parameters": "*_proj.weight",
-    },
+    "128 members, 1 prompt, embeddings alone": TOGETHER,
+    "128 members, 1 prompt, embeddings alone, smaller sigma": {**TOGETHER, "sigma": 0.018},
+    "128 members, 1 prompt, matrices of layers alone": {**TOGETHER, "train_parameters": "*_proj.weight"},
+    "together, one group": {**TOGETHER, "prompt_groups": 1},
+    "together, not centred": {**TOGETHER, "per_prompt": "none"},
+    "together, no anchor": {**TOGETHER, "anchor_decay": 0.0},
+    "together, constant rate": {**TOGETHER, "lr_scheduler_type": "constant"},
+    "together, 32 members of 4 prompts": {**TOGETHER, "population": 32, "prompts_per_step": 4, "learning_rate": 0.04},
+    "together, full noise": {**TOGETHER, "noise": "iid"},
     "embeddings alone": EMBEDDINGS,
     "128 members, 1 prompt, small sigma, for conciseness": {
         "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
