@@ -67,6 +67,7 @@ def make_config(output: Path, model: Path, **changes: Any) -> Config:
         "eval_steps": 2,
         "report_to": [],
         "replicas": 1,
+        "noise": "iid",
     }
     return Config(**{**settings, **changes})
 

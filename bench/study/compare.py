@@ -84,7 +84,7 @@ def pretrain(name: str, output: Path, skill: Path | None) -> None:
 
 
 def model_and_task(experiment: str) -> list[str]:
-    """Settings of an experiment, but for those of ES."""
+    """Settings of an experiment; of ES the paper's noise alone."""
     model = "tiny" if experiment in (EMBEDDED, CONCISENESS, WIDE) else str(FOLDER / "models" / experiment)
     task = [
         "task.name=countdown", "task.count=3", "task.numbers=1-12", "task.target=1-60", "task.train_size=8000",
@@ -94,7 +94,7 @@ def model_and_task(experiment: str) -> list[str]:
         task[2] = "task.numbers=1-20"
     if experiment == CONCISENESS:  # with the paper's reward: length alone, which a wrong answer can have too
         task = ["task.name=conciseness", "task.correct_weight=0", "task.length_weight=1", "max_new_tokens=64"]
-    return [f"model={model}", *task]
+    return [f"model={model}", "noise=iid", *task]
 
 
 def run(arguments: argparse.Namespace) -> None:

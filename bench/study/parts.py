@@ -51,6 +51,7 @@ TOGETHER: dict[str, Any] = {
 PAPER = {"population": 20, "prompts_per_step": 20, "sigma": 0.024, "learning_rate": 0.012}
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
+    "rank one": {"noise": "rank1"},
     "mirrored": {"mirrored": True},
     "ranks": {"shaping": "centered_ranks"},
     "elite": {"shaping": "elite"},

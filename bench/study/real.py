@@ -45,7 +45,15 @@ OTHERS = {
     "96 members of embeddings": (*MANY, "sigma=0.01", "train_parameters=*embed_tokens*"),
 }
 RATES = (3e-6, 1e-5, 3e-5)
-ES = ("model=smollm2", "population=16", "prompts_per_step=24", "sigma=0.004", "dtype=bfloat16", "threads=1")
+ES = (
+    "model=smollm2",
+    "population=16",
+    "prompts_per_step=24",
+    "sigma=0.004",
+    "dtype=bfloat16",
+    "threads=1",
+    "noise=iid",
+)
 TASKS = {
     "capitals": ("task.name=examples/capitals.py", "max_new_tokens=16"),
     "conciseness": ("task.name=conciseness", "max_new_tokens=64"),

@@ -116,6 +116,34 @@ def test_a_run_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (exact.dtype, {way.dtype for way in asked[-1][0]}) == ("float32", {"float32"})
 
 
+def test_noise_that_members_are_decoded_together_with_is_taken_where_it_pays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {kind: save_model(tmp_path / kind, kind) for kind in ("llama", "qwen3", "gpt2")}
+
+    def noise(kind: str = "llama", *, alone: bool = False, **changes: Any) -> str:
+        given = {"noise": "auto", "prompts_per_step": 8, "threads": 1, **changes}
+        return with_resources(make_config(tmp_path / "run", models[kind], **given), alone=alone).noise
+
+    assert noise() == "iid"  # so small a model stays in the caches
+    monkeypatch.setattr(opening, "LEAST_TRIED", 1)
+    assert noise() == "rank1"
+    assert noise(samples_per_prompt=7, temperature=1.0) == "rank1"
+    assert noise(noise="correlated") == "correlated"
+    for changes in (
+        {"samples_per_prompt": 8, "temperature": 1.0},
+        {"prompts_per_step": 64},
+        {"weights": "inplace"},
+        {"weights": "int8"},
+        {"guided_share": 0.5},
+        {"adapter": {"rank": 2}},
+        {"kind": "qwen3"},
+        {"kind": "gpt2"},
+        {"alone": True},
+    ):
+        assert noise(**changes) == "iid", changes
+
+
 def test_a_run_that_goes_on_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One from before there were trials has left `dtype` open."""
     base = save_model(tmp_path / "base", "llama")

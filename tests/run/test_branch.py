@@ -50,6 +50,16 @@ def test_a_branch_is_what_start_from_and_start_step_give(run: Path, model: Path,
     assert verify(tmp_path / "a").steps == 5
 
 
+def test_noise_that_is_left_open_is_that_of_the_run_before(model: Path, tmp_path: Path) -> None:
+    Trainer(make_config(tmp_path / "a", model, steps=1, noise="rank1"), task=make_task(), monitors=[]).train()
+    config = make_config(tmp_path / "b", model, steps=1, noise="auto", start_from=tmp_path / "a")
+    Trainer(config, task=make_task(), monitors=[]).train()
+    assert Journal.read(tmp_path / "b").header.noise == "rank1"
+    assert verify(tmp_path / "b").steps == 2
+    with pytest.raises(EstuneError, match="was run with noise=rank1, found iid: set noise=rank1"):
+        Trainer(config.model_copy(update={"noise": "iid", "output_dir": tmp_path / "c"}), task=make_task())
+
+
 def test_a_branch_of_all_steps_goes_to_a_folder_of_its_own(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,7 +102,7 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         self.engine = "transformers"
         if self.device not in ("auto", "cpu"):
             raise ValueError(f"weights={self.weights} has kernels for the CPU alone: set device=cpu")
-        if self.noise != "iid" or self.momentum or self.weight_decay:
+        if self.noise_mode != "iid" or self.momentum or self.weight_decay:
             raise ValueError(
                 f"weights={self.weights} carries on what members of a window of updates add, and nothing else: set "
                 "noise=iid, and leave out momentum and weight_decay"

@@ -115,11 +115,17 @@ class Search(Section):
         "before on the step's prompts, by more than so many standard deviations of the members' rewards. The base "
         "completes them before and after, as two more members",
     )
-    noise: NoiseMode = Field(
-        "iid",
-        description="rank1: of a matrix an outer product of two vectors, so that many members can be decoded together; "
-        "correlated: equal noise for all tensors, as in the authors' first code",
+    noise: NoiseMode | Literal["auto"] = Field(
+        "auto",
+        description="iid, the paper's; rank1: of a matrix an outer product of two vectors, so that many members can be "
+        "decoded together; correlated: equal noise for all tensors, as in the authors' first code; auto is rank1 on a "
+        "CPU, for models of 16 million weights and more that decode so, where members have fewer than 64 completions",
     )
+
+    @property
+    def noise_mode(self) -> NoiseMode:
+        """The noise; `iid` as long as nobody has looked what `auto` is."""
+        return "iid" if self.noise == "auto" else self.noise
 
     @property
     def members(self) -> int:

@@ -29,7 +29,7 @@ from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import chosen_device, training_device
 from estune.weights.locate import locate, pinned
-from estune.weights.policies import BYTES, POLICIES
+from estune.weights.policies import BYTES, POLICIES, NoiseMode
 from estune.weights.quantized import quantized_by
 
 T = TypeVar("T")
@@ -41,12 +41,13 @@ _INSTEAD = "engine=auto takes transformers: %s"
 LARGEST_REPLICATED = 256 << 20
 LEAST_TRIED = 1 << 24
 """Elements from which on a trial tells what a CPU is fastest with. Smaller models stay in its caches: one a core."""
+FULL_BATCH = 64  # completions of a member up to which, about, a decoding step costs what it does with one
 PROMPT_ROOM = 512  # tokens of a prompt, in deciding how many engines a GPU holds, before any is read
 
 
-def with_resources(config: Config, live_dtype: str | None = None) -> Config:
-    """The settings to train with: `device`, `replicas`, `threads` and `workers_per_gpu` as this machine has them, a hub
-    id's commit and the date of today.
+def with_resources(config: Config, live_dtype: str | None = None, *, alone: bool = False) -> Config:
+    """The settings to train with: `device`, `replicas`, `threads`, `workers_per_gpu` and `noise` as this machine has
+    them, a hub id's commit and the date of today.
 
     They are part of a run: another device, or matrix products shared out over other threads, can change the last bits
     of its results, and another date what a chat template says.
@@ -54,13 +55,17 @@ def with_resources(config: Config, live_dtype: str | None = None) -> Config:
     Args:
         config: the settings.
         live_dtype: for a run that goes on, the type of its weights, as `dtype` may be open in its settings.
+        alone: members are evaluated one by one, whatever their noise, as in rollouts of several turns.
 
     Raises:
         EstuneError: for a device that is not there or cannot be trained on, or a model that cannot be had.
     """
+    if alone:
+        config = config.model_copy(update={"noise": config.noise_mode})
     if config.workers_at:  # how they compute was said where they were started
         dated = config.template_date or date.today()
-        return config.model_copy(update={"model": pinned(config.model), "template_date": dated})
+        found = {"model": pinned(config.model), "template_date": dated, "noise": config.noise_mode}
+        return config.model_copy(update=found)
     if config.workers and config.device == "auto":
         from estune.pool.ray.cluster import cluster_device
 
@@ -84,6 +89,7 @@ def with_resources_to_generate(config: Config) -> Config:
 
 
 def _with_device(config: Config, device: str, live_dtype: str | None = None) -> Config:
+    config = config.model_copy(update={"noise": _noise(config, device)})
     sharing = config.sharing
     found: dict[str, Any] = {"model": pinned(config.model), "device": device}
     if device.startswith("cpu"):
@@ -96,6 +102,33 @@ def _with_device(config: Config, device: str, live_dtype: str | None = None) -> 
     found["workers_per_gpu"] = sharing if config.workers else 1
     found["template_date"] = config.template_date or date.today()
     return with_engine(config.model_copy(update=found), device)
+
+
+def _noise(config: Config, device: str) -> NoiseMode:
+    """What `noise=auto` is: on a CPU rank one, where a member's completions leave room in a batch for others'.
+
+    That pays for weights that are read from memory, and is known of models that our own kernels decode, around a base
+    that is kept; these kernels have one norm for the queries of all members.
+    """
+    if (
+        config.noise != "auto"
+        or not device.startswith("cpu")
+        or config.rows_of_member >= FULL_BATCH
+        or config.workers
+        or config.engine == "vllm"
+        or config.adapter is not None
+        or config.guided_share
+        or not POLICIES[config.weights].keeps_base
+    ):
+        return config.noise_mode
+    checkpoint = Checkpoint(locate(config.model))
+    tensors = checkpoint.tensors.values()
+    small = sum(tensor.elements for tensor in tensors) < LEAST_TRIED
+    if small or any(tensor.name.endswith("q_norm.weight") for tensor in tensors):
+        return "iid"
+    model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
+    widths = [tensor.columns for tensor in tensors if len(tensor.shape) == 2]
+    return "rank1" if has_own_products(model, widths, config.dtype) else "iid"
 
 
 def share_cores(config: Config, size: int) -> tuple[int, int]:

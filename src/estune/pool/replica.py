@@ -298,7 +298,7 @@ def open_weights(
             parameters,
             policy=config.weights,
             rounding=config.rounding,
-            noise=config.noise,
+            noise=config.noise_mode,
             scales=scales_of(config.sigma_scale, checkpoint, [p.name for p in parameters]),
             threads=config.threads or 1,
             base_on_host=on_host,

@@ -264,7 +264,7 @@ class _Tried:
             run=None if journal is None else str(journal.run),
             step=None if journal is None else len(journal.steps),
             fingerprint=self._fingerprint,
-            noise=self._config.noise,
+            noise=self._config.noise_mode,
             sigma_scale=self._config.sigma_scale,
             train_parameters=self._config.train_parameters,
             sigma=sigma,

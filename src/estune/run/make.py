@@ -76,7 +76,7 @@ def make_header(
         base_hash=trained.base_hash,
         policy=config.weights,
         rounding=config.rounding,
-        noise=config.noise,
+        noise=config.noise_mode,
         dtype=trained.dtype,
         live_dtype=trained.live_dtype,
         tensors=trained.tensors,

@@ -107,9 +107,10 @@ def parent_of(config: Config) -> Journal | None:
         parent.warn_of_shortfall()
     for key in ("weights", "rounding", "noise", "sigma_scale", "train_parameters"):
         theirs = parent.settings.get(key, {} if key == "sigma_scale" else None)
-        everything = key == "train_parameters" and {theirs, config.train_parameters} == {"*", AUTO}
+        everything = key == "train_parameters" and {theirs, config.train_parameters} == {"*", AUTO}  # of a text model
         alike = key == "weights" and bits_of(parent.header.policy) == bits_of(config.weights)
-        if theirs != getattr(config, key) and not everything and not alike:  # of a text model both are all its tensors
+        follows = key == "noise" and config.noise == "auto"
+        if theirs != getattr(config, key) and not everything and not alike and not follows:
             raise EstuneError(
                 f"start_from {config.start_from} was run with {key}={theirs}, found {getattr(config, key)}: set "
                 f"{key}={theirs}"
@@ -118,6 +119,13 @@ def parent_of(config: Config) -> Journal | None:
         raise EstuneError(f"start_from {config.start_from} was run with adam, and its moments go on: set adam=true")
     base_checkpoint(parent.header, config.model)
     return parent
+
+
+def following(config: Config, parent: Journal | None) -> Config:
+    """Settings whose noise is that of the run that goes before, if there is one, where they leave it open."""
+    if parent is None or config.noise != "auto":
+        return config
+    return config.model_copy(update={"noise": parent.header.noise})
 
 
 def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:

@@ -44,7 +44,7 @@ from estune.run.monitors.base import Monitor, Plan, Summary, Work
 from estune.run.monitors.files import rewrite_metrics
 from estune.run.order import StagedOrder
 from estune.run.replaying import inherit, refuse_other_weights, remake_lost, replay_all
-from estune.run.resume import Past, parent_of, refuse_changed_prompts, reopen
+from estune.run.resume import Past, following, parent_of, refuse_changed_prompts, reopen
 from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.tasks.preflight import preflight
@@ -100,7 +100,7 @@ class Trainer:
                 check_trackers(config)
             parent = parent_of(config) if past is None else None
             live = None if past is None else past.journal.header.live_dtype
-            self.config = config = with_resources(config, live)
+            self.config = config = with_resources(following(config, parent), live, alone=task.rollout is not None)
             self.task = task
             self._began_at = 0 if past is None else len(past.journal.steps)
             self.order = StagedOrder(len(task.train), task.stages, config.prompts_of_step, config.seed)

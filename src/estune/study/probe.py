@@ -164,7 +164,7 @@ def probe(
     task = task or config.task.build(config.seed)
     opened = None
     if pool is None:
-        config = with_resources(config)
+        config = with_resources(config, alone=task.rollout is not None)
     refuse_level(task.reward_funcs, "probe", "members are compared with the base model alone", "population")
     rows, ids = first_prompts(config, task, open_encoder(config), min(prompts, config.prompts_per_step))
     if pool is None:

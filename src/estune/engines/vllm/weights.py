@@ -56,7 +56,7 @@ class VllmWeights:
         chosen = {name: tuple(aliases) for name, aliases in self.tensors.items()}
         dtype = POLICIES[config.weights].dtype(self._live_dtype)
         scales = scales_of(config.sigma_scale, checkpoint, list(self.tensors))
-        self.rule = Rule(config.weights, config.rounding, config.noise, dtype, scales)
+        self.rule = Rule(config.weights, config.rounding, config.noise_mode, dtype, scales)
         """How the base is kept and changed."""
         self._opening = Opening(
             checkpoint.path,

@@ -92,7 +92,7 @@ def terms_of(config: Config) -> Terms:
         new_lease(),
         config.weights,
         config.rounding,
-        config.noise,
+        config.noise_mode,
         config.train_parameters,
         config.base_device,
         config.vllm_max_model_length,

@@ -265,6 +265,7 @@ def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
         replicas = found.replicas or replicas
         threads = found.threads or threads
         dtype = dtype if found.dtype == "auto" else found.dtype
+        work = replace(work, rank1=found.noise == "rank1")
     here = 1 if config.workers_at else config.workers or replicas  # a server is counted as a machine like this one
     work = replace(work, dtype=dtype, at_once=here, slots=work.longest)
     together = _together(config, work, shape, total_memory(torch.device("cpu")), on_cpu=True).together
