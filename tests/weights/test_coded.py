@@ -153,6 +153,15 @@ def test_a_scale_that_is_no_finite_number(kind: str, scale: float, tmp_path: Pat
             read()
 
 
+def test_integers_of_more_bits_than_the_configuration_says(tmp_path: Path) -> None:
+    """torchao has a byte for each, whatever its bits: the largest integer of a row is its eighth bit's here."""
+    q = quantised(drawn(8, 64), 8)
+    found = saved(tmp_path, torchao(q), TORCHAO)
+    for read in (found.read, lambda: Grid(4, GROUP, 1).laid(found, 0, found.elements)):
+        with pytest.raises(EstuneError, match=rf"model.safetensors: {NAME} has integers beyond -8 to 7, .* config.json"):
+            read()
+
+
 def test_against_the_formats_own_library(tmp_path: Path) -> None:
     library = pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import PackedQuantizationCompressor as Compressor

@@ -74,7 +74,7 @@ class CodedTensor(Tensor):
             group_size: neighbours that are to share a scale, which divides the tensor's own.
 
         Raises:
-            EstuneError: a scale is not finite.
+            EstuneError: a scale is not finite, or an integer is not between `low` and `high`.
         """
         (codes, scales), skip = self._around(start, count)
         scales = np.repeat(scales, self.group_size // group_size, axis=1).reshape(-1)
@@ -96,13 +96,18 @@ class CodedTensor(Tensor):
         return (part.tobytes() for part in self.runs())
 
     def _around(self, start: int, count: int) -> tuple[Rows, int]:
-        """The rows that some elements are in, and the place of the first there."""
+        """The rows that some elements are in, and the place of the first there; raises as `coded`."""
         first = start // self.columns
         end = -(-(start + count) // self.columns)
         found = self.rows(first, end)
         if not np.isfinite(found.scales).all():
             raise EstuneError(
                 f"{self.file}: {self.name} has a scale that is no finite number; copy or quantise it again"
+            )
+        if not ((found.codes >= self.low) & (found.codes <= self.high)).all():
+            raise EstuneError(
+                f"{self.file}: {self.name} has integers beyond {self.low} to {self.high}, which are all that there are "
+                "of the bits that quantization_config in config.json says; take the one that belongs to these weights"
             )
         return found, start - first * self.columns
 
