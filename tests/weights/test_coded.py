@@ -33,6 +33,7 @@ from tests.quantized import (
     awq,
     compressed,
     gptq,
+    packed_as,
     quantised,
     torchao,
 )
@@ -56,8 +57,13 @@ def drawn(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 FORMATS: dict[str, Any] = {
     "compressed-tensors": (INT4, 4, True, compressed),
-    "compressed-tensors, 8 bits": (INT4, 8, True, compressed),
-    "compressed-tensors, zero points": (INT4, 4, False, lambda q: compressed(q, symmetric=False)),
+    "compressed-tensors, 8 bits": (packed_as(8), 8, True, compressed),
+    "compressed-tensors, zero points": (
+        packed_as(4, symmetric=False),
+        4,
+        False,
+        lambda q: compressed(q, symmetric=False),
+    ),
     "gptq": (GPTQ, 4, True, gptq),
     "gptq, 8 bits, zero points": ({**GPTQ, "bits": 8}, 8, False, gptq),
     "gptq, second format": ({**GPTQ, "checkpoint_format": "gptq_v2"}, 4, True, lambda q: gptq(q, less=0)),
@@ -109,10 +115,10 @@ def test_any_part_of_it(kind: str, data: Any, tmp_path_factory: pytest.TempPathF
 
 def test_a_scale_of_a_row_and_of_all(tmp_path: Path) -> None:
     q = quantised(drawn(8, 64), 8, 64)
-    assert saved(tmp_path, compressed(q), INT4).group_size == 64
+    assert saved(tmp_path, compressed(q), packed_as(8)).group_size == 64
     one = Quantised(q.codes, q.zeros, torch.full_like(q.scales, 0.125), 8)
     for tensors, how in (
-        ({**compressed(one), "weight_scale": torch.tensor([0.125])}, INT4),
+        ({**compressed(one), "weight_scale": torch.tensor([0.125])}, packed_as(8)),
         ({**torchao(one), "_weight_scale": torch.tensor([[0.125]])}, TORCHAO_INT8),
     ):
         assert saved(tmp_path, tensors, how).read().tobytes() == one.values.numpy().tobytes()
@@ -158,7 +164,9 @@ def test_integers_of_more_bits_than_the_configuration_says(tmp_path: Path) -> No
     q = quantised(drawn(8, 64), 8)
     found = saved(tmp_path, torchao(q), TORCHAO)
     for read in (found.read, lambda: Grid(4, GROUP, 1).laid(found, 0, found.elements)):
-        with pytest.raises(EstuneError, match=rf"model.safetensors: {NAME} has integers beyond -8 to 7, .* config.json"):
+        with pytest.raises(
+            EstuneError, match=rf"model.safetensors: {NAME} has integers beyond -8 to 7, .* config.json"
+        ):
             read()
 
 
@@ -175,7 +183,7 @@ def test_against_the_formats_own_library(tmp_path: Path) -> None:
         half = 2 ** (bits - 1)
         given = {"weight": q.values, "weight_scale": q.scales, "weight_zero_point": (q.zeros - half).to(torch.int8)}
         packed = Compressor.compress(given, scheme)
-        found = saved(tmp_path, packed, INT4)
+        found = saved(tmp_path, packed, packed_as(bits, symmetric=symmetric))
         assert found.read().tobytes() == q.values.numpy().tobytes()
         assert Compressor.decompress(packed, scheme)["weight"].numpy().tobytes() == q.values.numpy().tobytes()
 
@@ -193,14 +201,21 @@ def test_torchao_itself(kind: str, group: int, bounds: tuple[int, int]) -> None:
 
 def test_what_cannot_be_read_stays_as_it_is_stored(tmp_path: Path) -> None:
     q = quantised(drawn(8, 64))
-    rounding = {**INT4, "config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}}
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4}}
+    rounding = {**INT4, "config_groups": {"group_0": {**group, "input_activations": {"num_bits": 8}}}}
+    turning = {**INT4, "transform_config": {"config_groups": {"v": {"type": "hadamard"}}}}
+    zeros = compressed(q, symmetric=False)
     for tensors, how in (
         (compressed(q), {**INT4, "format": "float-quantized"}),
         (compressed(q), rounding),
+        (compressed(q), turning),
+        (compressed(q), packed_as(8)),
+        (compressed(q), packed_as(4, symmetric=False)),
+        (zeros, INT4),
         ({**compressed(q), "weight_shape": torch.tensor([8, 63])}, INT4),
         ({**compressed(q), "weight_g_idx": torch.zeros(64, dtype=torch.int32)}, INT4),
         ({**compressed(q), "weight_packed": compressed(q)["weight_packed"].view(torch.float32)}, INT4),
-        ({**compressed(q, symmetric=False), "weight_zero_point": torch.zeros(1, 1, dtype=torch.int32)}, INT4),
+        ({**zeros, "weight_zero_point": torch.zeros(1, 1, dtype=torch.int32)}, packed_as(4, symmetric=False)),
         (gptq(q), {**GPTQ, "bits": 3}),
         ({**gptq(q), "qweight": gptq(q)["qweight"].float()}, GPTQ),
         ({**gptq(q), "qzeros": torch.zeros(2, 2, dtype=torch.int32)}, GPTQ),
