@@ -19,6 +19,7 @@ from estune.errors import EstuneError
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.coded import CodedTensor
 from estune.weights.grid import Grid
+from estune.weights.integers import refuse_pattern
 from estune.weights.packed import packs
 from estune.weights.packed import settings as settings_of
 from estune.weights.tensors import PACKED
@@ -247,6 +248,20 @@ def test_others_are_left_alone(tmp_path: Path) -> None:
     assert len(checkpoint.stored) == 4
 
 
+def test_patterns_that_leave_no_integers(tmp_path: Path) -> None:
+    """A matrix that the checkpoint does not hold as integers is none."""
+    saved(tmp_path, compressed(quantised(drawn(8, 64))), INT4, **{"lm_head.weight": torch.ones(4, 64)})
+    tensors = Checkpoint(tmp_path).tensors
+    for pattern in ("auto", "*", "*_proj*", "*, !*norm*"):
+        refuse_pattern(pattern, tensors, 4)
+    refuse_pattern("lm_head*", tensors, 0)
+    for pattern in ("lm_head*", "*norm*", "*, !*_proj*"):
+        with pytest.raises(EstuneError, match=rf"leaves no matrix .* only those that .* like {NAME}, can be integers"):
+            refuse_pattern(pattern, tensors, 4)
+    with pytest.raises(EstuneError, match="no parameter's name fits the pattern 'elsewhere'"):
+        refuse_pattern("elsewhere", tensors, 4)
+
+
 def test_which_grids_a_checkpoint_is_on(tmp_path: Path) -> None:
     found = saved(tmp_path / "plain", gptq(quantised(drawn(8, 64))), GPTQ)
     on = {(bits, size): Grid(bits, size, 1).has(found) for bits in (4, 8) for size in (16, 32, 64)}
@@ -266,17 +281,20 @@ def test_scales_of_zero_become_next_to_nothing(tmp_path: Path) -> None:
 
 
 def test_what_is_packed(tmp_path: Path) -> None:
-    """What is trained, in layers or already so; of the rest what was packed on this grid."""
+    """What is trained, in layers, or already so where it is no embedding; of the rest what was so on this grid."""
     grid = Grid(4, GROUP, 1)
-    outer = {f"lm_head.{key}": value.contiguous() for key, value in compressed(quantised(drawn(8, 64))).items()}
+    tensors = compressed(quantised(drawn(8, 64))).items()
+    outer = {f"{name}.{key}": value.clone() for name in ("lm_head", "model.embed_tokens") for key, value in tensors}
     found = saved(tmp_path / "base", compressed(quantised(drawn(8, 64))), INT4, **outer)
     base = Checkpoint(tmp_path / "base")
     assert packs(base.tensors["lm_head.weight"], grid, trained=True)
+    for trained in (True, False):
+        assert not packs(base.tensors["model.embed_tokens.weight"], grid, trained=trained)
     assert packs(found, grid, trained=False)
     assert not packs(found, Grid(4, 64, 1), trained=False)
     assert not packs(base.tensors[NORM], grid, trained=True)
     assert settings_of({NAME: found}, {NAME}, grid)["ignore"] == ["lm_head"]
-    assert settings_of(base.tensors, {NAME}, grid)["ignore"] == []
+    assert settings_of(base.tensors, {NAME}, grid)["ignore"] == ["model.embed_tokens"]
 
 
 def test_a_packed_checkpoint_with_weights_that_are_not_is_told_apart(tmp_path: Path) -> None:
