@@ -241,11 +241,12 @@ def test_what_cannot_be_read_stays_as_it_is_stored(tmp_path: Path) -> None:
 
 
 def test_others_are_left_alone(tmp_path: Path) -> None:
-    saved(tmp_path, compressed(quantised(drawn(8, 64))), INT4)
+    bias = NAME.replace("weight", "bias")
+    saved(tmp_path, compressed(quantised(drawn(8, 64))), INT4, **{bias: torch.ones(8)})
     checkpoint = Checkpoint(tmp_path)
-    assert set(checkpoint.tensors) == {NAME, NORM}
-    assert type(checkpoint.tensors[NORM]) is not CodedTensor
-    assert len(checkpoint.stored) == 4
+    assert set(checkpoint.tensors) == {NAME, NORM, bias}
+    assert {name for name, tensor in checkpoint.tensors.items() if isinstance(tensor, CodedTensor)} == {NAME}
+    assert len(checkpoint.stored) == 5
 
 
 def test_patterns_that_leave_no_integers(tmp_path: Path) -> None:
