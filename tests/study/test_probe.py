@@ -89,6 +89,9 @@ def test_parts_of_a_model_are_probed_one_by_one(config: Config) -> None:
     assert found["*embed*"].base == found["*.mlp.*"].base
     with pytest.raises(EstuneError, match=r"no parameter's name fits the pattern '\*elsewhere\*'"):
         probe_parts(config, ["*.mlp.*", "*elsewhere*"], task=make_task(unreachable), sigmas=[0.02])
+    integers = config.model_copy(update={"weights": "int4", "weights_group_size": 16})
+    with pytest.raises(EstuneError, match=r"\*norm\* leaves no matrix to train, and only matrices can be integers"):
+        probe_parts(integers, ["*.mlp.*", "*norm*"], task=make_task(unreachable), sigmas=[0.02])
 
 
 def unreachable(completions: list[str], **_: Any) -> list[float]:

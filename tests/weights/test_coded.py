@@ -19,6 +19,7 @@ from estune.errors import EstuneError
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.coded import CodedTensor
 from estune.weights.grid import Grid
+from estune.weights.integers import refuse_pattern
 from estune.weights.packed import packs
 from estune.weights.packed import settings as settings_of
 from estune.weights.tensors import PACKED
@@ -33,6 +34,7 @@ from tests.quantized import (
     awq,
     compressed,
     gptq,
+    packed_as,
     quantised,
     torchao,
 )
@@ -56,8 +58,13 @@ def drawn(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 FORMATS: dict[str, Any] = {
     "compressed-tensors": (INT4, 4, True, compressed),
-    "compressed-tensors, 8 bits": (INT4, 8, True, compressed),
-    "compressed-tensors, zero points": (INT4, 4, False, lambda q: compressed(q, symmetric=False)),
+    "compressed-tensors, 8 bits": (packed_as(8), 8, True, compressed),
+    "compressed-tensors, zero points": (
+        packed_as(4, symmetric=False),
+        4,
+        False,
+        lambda q: compressed(q, symmetric=False),
+    ),
     "gptq": (GPTQ, 4, True, gptq),
     "gptq, 8 bits, zero points": ({**GPTQ, "bits": 8}, 8, False, gptq),
     "gptq, second format": ({**GPTQ, "checkpoint_format": "gptq_v2"}, 4, True, lambda q: gptq(q, less=0)),
@@ -109,10 +116,10 @@ def test_any_part_of_it(kind: str, data: Any, tmp_path_factory: pytest.TempPathF
 
 def test_a_scale_of_a_row_and_of_all(tmp_path: Path) -> None:
     q = quantised(drawn(8, 64), 8, 64)
-    assert saved(tmp_path, compressed(q), INT4).group_size == 64
+    assert saved(tmp_path, compressed(q), packed_as(8)).group_size == 64
     one = Quantised(q.codes, q.zeros, torch.full_like(q.scales, 0.125), 8)
     for tensors, how in (
-        ({**compressed(one), "weight_scale": torch.tensor([0.125])}, INT4),
+        ({**compressed(one), "weight_scale": torch.tensor([0.125])}, packed_as(8)),
         ({**torchao(one), "_weight_scale": torch.tensor([[0.125]])}, TORCHAO_INT8),
     ):
         assert saved(tmp_path, tensors, how).read().tobytes() == one.values.numpy().tobytes()
@@ -153,6 +160,17 @@ def test_a_scale_that_is_no_finite_number(kind: str, scale: float, tmp_path: Pat
             read()
 
 
+def test_integers_of_more_bits_than_the_configuration_says(tmp_path: Path) -> None:
+    """torchao has a byte for each, whatever its bits: the largest integer of a row is its eighth bit's here."""
+    q = quantised(drawn(8, 64), 8)
+    found = saved(tmp_path, torchao(q), TORCHAO)
+    for read in (found.read, lambda: Grid(4, GROUP, 1).laid(found, 0, found.elements)):
+        with pytest.raises(
+            EstuneError, match=rf"model.safetensors: {NAME} has integers beyond -8 to 7, .* config.json"
+        ):
+            read()
+
+
 def test_against_the_formats_own_library(tmp_path: Path) -> None:
     library = pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import PackedQuantizationCompressor as Compressor
@@ -166,7 +184,7 @@ def test_against_the_formats_own_library(tmp_path: Path) -> None:
         half = 2 ** (bits - 1)
         given = {"weight": q.values, "weight_scale": q.scales, "weight_zero_point": (q.zeros - half).to(torch.int8)}
         packed = Compressor.compress(given, scheme)
-        found = saved(tmp_path, packed, INT4)
+        found = saved(tmp_path, packed, packed_as(bits, symmetric=symmetric))
         assert found.read().tobytes() == q.values.numpy().tobytes()
         assert Compressor.decompress(packed, scheme)["weight"].numpy().tobytes() == q.values.numpy().tobytes()
 
@@ -184,14 +202,21 @@ def test_torchao_itself(kind: str, group: int, bounds: tuple[int, int]) -> None:
 
 def test_what_cannot_be_read_stays_as_it_is_stored(tmp_path: Path) -> None:
     q = quantised(drawn(8, 64))
-    rounding = {**INT4, "config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}}
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4}}
+    rounding = {**INT4, "config_groups": {"group_0": {**group, "input_activations": {"num_bits": 8}}}}
+    turning = {**INT4, "transform_config": {"config_groups": {"v": {"type": "hadamard"}}}}
+    zeros = compressed(q, symmetric=False)
     for tensors, how in (
         (compressed(q), {**INT4, "format": "float-quantized"}),
         (compressed(q), rounding),
+        (compressed(q), turning),
+        (compressed(q), packed_as(8)),
+        (compressed(q), packed_as(4, symmetric=False)),
+        (zeros, INT4),
         ({**compressed(q), "weight_shape": torch.tensor([8, 63])}, INT4),
         ({**compressed(q), "weight_g_idx": torch.zeros(64, dtype=torch.int32)}, INT4),
         ({**compressed(q), "weight_packed": compressed(q)["weight_packed"].view(torch.float32)}, INT4),
-        ({**compressed(q, symmetric=False), "weight_zero_point": torch.zeros(1, 1, dtype=torch.int32)}, INT4),
+        ({**zeros, "weight_zero_point": torch.zeros(1, 1, dtype=torch.int32)}, packed_as(4, symmetric=False)),
         (gptq(q), {**GPTQ, "bits": 3}),
         ({**gptq(q), "qweight": gptq(q)["qweight"].float()}, GPTQ),
         ({**gptq(q), "qzeros": torch.zeros(2, 2, dtype=torch.int32)}, GPTQ),
@@ -216,11 +241,26 @@ def test_what_cannot_be_read_stays_as_it_is_stored(tmp_path: Path) -> None:
 
 
 def test_others_are_left_alone(tmp_path: Path) -> None:
-    saved(tmp_path, compressed(quantised(drawn(8, 64))), INT4)
+    bias = NAME.replace("weight", "bias")
+    saved(tmp_path, compressed(quantised(drawn(8, 64))), INT4, **{bias: torch.ones(8)})
     checkpoint = Checkpoint(tmp_path)
-    assert set(checkpoint.tensors) == {NAME, NORM}
-    assert type(checkpoint.tensors[NORM]) is not CodedTensor
-    assert len(checkpoint.stored) == 4
+    assert set(checkpoint.tensors) == {NAME, NORM, bias}
+    assert {name for name, tensor in checkpoint.tensors.items() if isinstance(tensor, CodedTensor)} == {NAME}
+    assert len(checkpoint.stored) == 5
+
+
+def test_patterns_that_leave_no_integers(tmp_path: Path) -> None:
+    """A matrix that the checkpoint does not hold as integers is none."""
+    saved(tmp_path, compressed(quantised(drawn(8, 64))), INT4, **{"lm_head.weight": torch.ones(4, 64)})
+    tensors = Checkpoint(tmp_path).tensors
+    for pattern in ("auto", "*", "*_proj*", "*, !*norm*"):
+        refuse_pattern(pattern, tensors, 4)
+    refuse_pattern("lm_head*", tensors, 0)
+    for pattern in ("lm_head*", "*norm*", "*, !*_proj*"):
+        with pytest.raises(EstuneError, match=rf"leaves no matrix .* only those that .* like {NAME}, can be integers"):
+            refuse_pattern(pattern, tensors, 4)
+    with pytest.raises(EstuneError, match="no parameter's name fits the pattern 'elsewhere'"):
+        refuse_pattern("elsewhere", tensors, 4)
 
 
 def test_which_grids_a_checkpoint_is_on(tmp_path: Path) -> None:
@@ -242,17 +282,20 @@ def test_scales_of_zero_become_next_to_nothing(tmp_path: Path) -> None:
 
 
 def test_what_is_packed(tmp_path: Path) -> None:
-    """What is trained, in layers or already so; of the rest what was packed on this grid."""
+    """What is trained, in layers, or already so where it is no embedding; of the rest what was so on this grid."""
     grid = Grid(4, GROUP, 1)
-    outer = {f"lm_head.{key}": value.contiguous() for key, value in compressed(quantised(drawn(8, 64))).items()}
+    tensors = compressed(quantised(drawn(8, 64))).items()
+    outer = {f"{name}.{key}": value.clone() for name in ("lm_head", "model.embed_tokens") for key, value in tensors}
     found = saved(tmp_path / "base", compressed(quantised(drawn(8, 64))), INT4, **outer)
     base = Checkpoint(tmp_path / "base")
     assert packs(base.tensors["lm_head.weight"], grid, trained=True)
+    for trained in (True, False):
+        assert not packs(base.tensors["model.embed_tokens.weight"], grid, trained=trained)
     assert packs(found, grid, trained=False)
     assert not packs(found, Grid(4, 64, 1), trained=False)
     assert not packs(base.tensors[NORM], grid, trained=True)
     assert settings_of({NAME: found}, {NAME}, grid)["ignore"] == ["lm_head"]
-    assert settings_of(base.tensors, {NAME}, grid)["ignore"] == []
+    assert settings_of(base.tensors, {NAME}, grid)["ignore"] == ["model.embed_tokens"]
 
 
 def test_a_packed_checkpoint_with_weights_that_are_not_is_told_apart(tmp_path: Path) -> None:

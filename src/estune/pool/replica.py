@@ -29,7 +29,7 @@ from estune.weights.base import Share, keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import device_kind, synchronize, training_device
 from estune.weights.grid import Grid
-from estune.weights.integers import IntegerWeights, in_window, quantised, say_what_is_anew
+from estune.weights.integers import IntegerWeights, in_window, quantised, refuse_pattern, say_what_is_anew
 from estune.weights.moments import has_moments
 from estune.weights.parameters import Parameter, trained_parameters
 from estune.weights.places import check_places
@@ -321,6 +321,7 @@ def open_integers(
         raise EstuneError(
             f"weights={config.weights} has kernels for the CPU alone, not for {engine.device.type}: set device=cpu"
         )
+    refuse_pattern(config.train_parameters, checkpoint.tensors, grid.bits)
     if quantized_by(checkpoint.path) is not None:
         parameters = quantised(parameters, checkpoint, grid)
     matrices = put_integers(engine.model, parameters, grid)

@@ -20,7 +20,7 @@ from estune.run.remarks import before
 from estune.run.resume import RESUME_FROM_PYTHON, resumed, task_of
 from estune.tasks.base import Task
 from estune.weights.adapted import open_checkpoint
-from estune.weights.parameters import refuse_unfitting
+from estune.weights.integers import refuse_pattern
 from estune.weights.policies import POLICIES
 from estune.weights.quantized import refuse_quantized
 
@@ -48,7 +48,7 @@ def describe(config: Config) -> str:
     engine = _check_engine(config)
     task = config.task.build(config.seed)
     refuse_unknown_constraint(config, task)
-    refuse_unfitting(config.train_parameters, checkpoint.tensors)
+    refuse_pattern(config.train_parameters, checkpoint.tensors, POLICIES[config.weights].bits)
     example = _try_prompts(config, task)
     order = StagedOrder(len(task.train), task.stages, config.prompts_of_step, config.seed)
     notes = "".join(f"note: {remark}\n" for remark in before(config, task, order))

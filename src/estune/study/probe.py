@@ -28,8 +28,9 @@ from estune.run.graded import Graded, grade_completions
 from estune.run.make import make_grading, make_sampling
 from estune.tasks.base import Task
 from estune.weights.checkpoint import Checkpoint
+from estune.weights.integers import refuse_pattern
 from estune.weights.locate import check_name, locate
-from estune.weights.parameters import refuse_unfitting
+from estune.weights.policies import POLICIES
 
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 # The mean over members has to keep this share of the base's reward above the worst that any member fell to.
@@ -195,9 +196,9 @@ def probe_parts(
         EstuneError: as of `probe`; a pattern that leaves nothing to train is refused before anything is tried.
     """
     if config.adapter is None:
-        names = Checkpoint(locate(config.model)).tensors
+        tensors = Checkpoint(locate(config.model)).tensors
         for part in parts:
-            refuse_unfitting(part, names)
+            refuse_pattern(part, tensors, POLICIES[config.weights].bits)
     found = {}
     for part in parts:
         found[part] = probe(config.model_copy(update={"train_parameters": part}), **arguments)

@@ -9,7 +9,7 @@ weights are no integers, are not read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ _TORCHAO: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "Int8WeightOnlyConfig": lambda _: 8,
     "IntxWeightOnlyConfig": lambda data: int(data["weight_dtype"]["_data"].removeprefix("int")),
 }
+_PACKED = {(4, True), (4, False), (8, True), (8, False)}  # bits, and whether symmetric, of compressed-tensors' integers
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word of AWQ's the first, second, ... integer is
 _PARTS = {
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
@@ -74,7 +75,7 @@ class CodedTensor(Tensor):
             group_size: neighbours that are to share a scale, which divides the tensor's own.
 
         Raises:
-            EstuneError: a scale is not finite.
+            EstuneError: a scale is not finite, or an integer is not between `low` and `high`.
         """
         (codes, scales), skip = self._around(start, count)
         scales = np.repeat(scales, self.group_size // group_size, axis=1).reshape(-1)
@@ -96,13 +97,18 @@ class CodedTensor(Tensor):
         return (part.tobytes() for part in self.runs())
 
     def _around(self, start: int, count: int) -> tuple[Rows, int]:
-        """The rows that some elements are in, and the place of the first there."""
+        """The rows that some elements are in, and the place of the first there; raises as `coded`."""
         first = start // self.columns
         end = -(-(start + count) // self.columns)
         found = self.rows(first, end)
         if not np.isfinite(found.scales).all():
             raise EstuneError(
                 f"{self.file}: {self.name} has a scale that is no finite number; copy or quantise it again"
+            )
+        if not ((found.codes >= self.low) & (found.codes <= self.high)).all():
+            raise EstuneError(
+                f"{self.file}: {self.name} has integers beyond {self.low} to {self.high}, which are all that there are "
+                "of the bits that quantization_config in config.json says; take the one that belongs to these weights"
             )
         return found, start - first * self.columns
 
@@ -162,8 +168,11 @@ def _reader(how: Mapping[str, Any]) -> _Read | None:
     """What reads the matrices of a checkpoint that is quantised so; None where there is no such."""
     method = how.get("quant_method")
     if method == "compressed-tensors":
-        rounds = any(group.get("input_activations") for group in how["config_groups"].values())
-        return None if rounds or how.get("format") != "pack-quantized" else _compressed
+        groups = how["config_groups"].values()
+        turned_or_rounded = how.get("transform_config") or any(group.get("input_activations") for group in groups)
+        kinds = {(each["num_bits"], each.get("symmetric", True)) for each in (group["weights"] for group in groups)}
+        plain = how.get("format") == "pack-quantized" and not turned_or_rounded
+        return (lambda name, parts: _compressed(name, parts, kinds & _PACKED)) if plain else None
     if method == "gptq":
         form = how.get("checkpoint_format") or "gptq"
         bits = how.get("bits")
@@ -179,10 +188,11 @@ def _reader(how: Mapping[str, Any]) -> _Read | None:
     return None
 
 
-def _compressed(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | None:
+def _compressed(name: str, parts: Mapping[str, Tensor | None], kinds: Set[tuple[int, bool]]) -> CodedTensor | None:
     """A matrix of compressed-tensors' "pack-quantized": words along rows, with half of the range added.
 
-    Zero points, with half of the range added as well, lie in words along columns.
+    Zero points, with half of the range added as well, lie in words along columns. `kinds` are the bits that there can
+    be, and whether they are symmetric, without zero points.
     """
     packed = parts["weight_packed"]
     scale = parts["weight_scale"]
@@ -193,7 +203,7 @@ def _compressed(name: str, parts: Mapping[str, Tensor | None]) -> CodedTensor | 
     rows, columns = (int(size) for size in mapped(shape).reshape(-1))
     bits = packed.shape[1] * 32 // max(columns, 1)
     groups = _groups(scale, rows, columns)
-    if bits not in {4, 8} or packed.shape != (rows, -(-columns * bits // 32)) or not groups:
+    if (bits, zero is None) not in kinds or packed.shape != (rows, -(-columns * bits // 32)) or not groups:
         return None
     if zero is not None and zero.shape != (-(-rows * bits // 32), groups):
         return None

@@ -30,14 +30,13 @@ from estune.noise.reference import tensor_id
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.coded import CodedTensor
 from estune.weights.grid import Grid, GroupSize
+from estune.weights.parameters import Parameter, fits, refuse_unfitting
 from estune.weights.policies import PolicyName, Rounding, Rule
 from estune.weights.tensors import RUN_LENGTH, Tensor
 from estune.weights.trained import Array, Drift, Runs, as_norms
 
 if TYPE_CHECKING:
     import torch
-
-    from estune.weights.parameters import Parameter
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -269,6 +268,25 @@ def make(updates: Sequence[Update], rule: Rule, on: Stretch, error: Floats | Non
     cpu_integers.advance(
         on.codes, on.scales, steps, on.key, on.start, on.levels, error=error, fresh=fresh, dither_seed=dither
     )
+
+
+def refuse_pattern(pattern: str, tensors: Mapping[str, Tensor], bits: int) -> None:
+    """Refuse what `refuse_unfitting` does, and patterns that leave no matrix where integers are trained.
+
+    Args:
+        pattern: `train_parameters`.
+        tensors: the checkpoint's, by name; where some are integers, others cannot become such.
+        bits: of the integers that are trained; 0 where other weights are.
+
+    Raises:
+        EstuneError: naming it.
+    """
+    refuse_unfitting(pattern, tensors)
+    coded = [name for name, tensor in tensors.items() if isinstance(tensor, CodedTensor)]
+    matrices = coded or [name for name, tensor in tensors.items() if len(tensor.shape) > 1]
+    if bits and not any(fits(name, pattern) for name in matrices):
+        which = f"those that the checkpoint has as such, like {coded[0]}," if coded else "matrices"
+        raise EstuneError(f"train_parameters: {pattern} leaves no matrix to train, and only {which} can be integers")
 
 
 def quantised(parameters: Sequence[Parameter], checkpoint: Checkpoint, grid: Grid) -> list[Parameter]:

@@ -1,7 +1,7 @@
 """Checkpoints of integer weights as they are trained: integers and scales, in compressed-tensors' "pack-quantized".
 
-Packed are matrices of layers; embeddings and the output matrix, for which not all that load this format have a place,
-are stored as the values that their integers stand for.
+Packed are matrices of layers, and an output matrix that was integers before; embeddings and other output matrices, for
+which not all that load this format have a place, are stored as the values that their integers stand for.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ class Entry(NamedTuple):
 
 
 def packs(tensor: Tensor, grid: Grid, *, trained: bool) -> bool:
-    """Whether a tensor of the base checkpoint is packed: it is trained and in a layer, or was packed on this grid."""
-    if not trained:
-        return grid.has(tensor)
-    return isinstance(tensor, CodedTensor) or (len(tensor.shape) == 2 and layer_of(tensor.name)[0].isdigit())
+    """Whether a tensor of the base checkpoint is packed: a layer's matrix, or an output matrix that was integers.
+
+    It is trained, or was integers on this grid.
+    """
+    in_layer = len(tensor.shape) == 2 and layer_of(tensor.name)[0].isdigit()
+    has_place = in_layer or (isinstance(tensor, CodedTensor) and tensor.name == f"{HEAD}.weight")
+    return has_place and (trained or grid.has(tensor))
 
 
 def packed(tensor: Tensor, runs: Callable[[], Iterator[Array]], grid: Grid) -> Iterator[Entry]:

@@ -20,8 +20,9 @@ from estune.study.compare.plan import Job, Plan, at_an_end, read_results
 from estune.study.jobs import Jobs, claimed, told_while_running
 from estune.tasks.base import Task
 from estune.weights.checkpoint import Checkpoint
+from estune.weights.integers import refuse_pattern
 from estune.weights.locate import locate
-from estune.weights.parameters import refuse_unfitting
+from estune.weights.policies import POLICIES
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def compare(
     plan.check(config)
     if any(method != "es" for method in plan.methods):
         require_trl()
-    refuse_unfitting(config.train_parameters, Checkpoint(locate(config.model)).tensors)
+    refuse_pattern(config.train_parameters, Checkpoint(locate(config.model)).tensors, POLICIES[config.weights].bits)
     from estune.pool.open import comparable_dtype, with_resources
     from estune.run.make import make_grading
     from estune.tasks.preflight import preflight
