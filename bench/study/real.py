@@ -43,7 +43,6 @@ OTHERS = {
     "": (),
     "96 members": (*MANY, "sigma=0.004"),
     "96 members of embeddings": (*MANY, "sigma=0.01", "train_parameters=*embed_tokens*"),
-    "adapter": ("adapter.rank=8", "sigma=0.03"),
 }
 RATES = (3e-6, 1e-5, 3e-5)
 ES = (
