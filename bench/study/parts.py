@@ -242,8 +242,8 @@ def section(results: Path) -> str:
         "Of the mean curve of a row's runs, tokens to 50% and 90% of the gain that is to be had, from the base to\n"
         f"the best point of any mean curve of {SETTLED} runs and more, and processor seconds; and the area under the\n"
         "curve of held-out accuracy over tokens. `paper` is 20 members, 20 prompts, sigma 0.024, alpha 0.012; every\n"
-        "other row of ES changes what its name says (`bench.study.parts` has the values); `together` is 128 members of\n"
-        "a prompt with embeddings alone, but for that. Processor seconds are missing where runs are older than\n"
+        "other row of ES changes what its name says (`bench.study.parts` has the values); `together` is 128 members\n"
+        "of a prompt with embeddings alone, but for that. Processor seconds are missing where runs are older than\n"
         "their count. The two smaller models were pretrained anew for this, so that they begin elsewhere than above.",
     ]
     for model in (*COUNTDOWN, WIDE):
