@@ -1,13 +1,14 @@
 """A real pretrained model, SmolLM2-135M-Instruct: ES against reinforcement learning on two tasks.
 
-    python -m bench.study.real [--experiments capitals,conciseness] [--methods es,grpo,dr_grpo,rloo] [--seeds 3]
-        [--rates 3e-6,1e-5,3e-5]
+    python -m bench.study.real [--experiments capitals,conciseness] [--methods 'es,es:96 members,grpo,dr_grpo,rloo']
+        [--seeds 3] [--rates 3e-6,1e-5,3e-5]
 
-ES has the settings of `examples/capitals.yaml` and `recipes/conciseness-smollm2.yaml`; each method of reinforcement
-learning the best of some learning rates, tried on a seed of its own if there is more than one. Every run may generate
-the same number of tokens. What is measured of a trained model beside a comparison's figures: accuracy and pass@k of 16
-samples a prompt, and the accuracy on tasks that it was not trained for. It takes hours; what is among the results is
-not run again. They are `real-EXPERIMENT.jsonl`, a line a run, `base` for the model itself.
+ES has the paper's method with 16 members of 24 prompts, as `recipes/conciseness-smollm2.yaml`, with normal noise;
+`es:96 members` has the settings of `examples/capitals.yaml`, and `OTHERS` is all there are. Each method of reinforcement
+learning has the best of some learning rates, tried on a seed of its own if there is more than one. Every run may
+generate the same number of tokens. What is measured of a trained model beside a comparison's figures: accuracy and
+pass@k of 16 samples a prompt, and the accuracy on tasks that it was not trained for. It takes hours; what is among the
+results is not run again. They are `real-EXPERIMENT.jsonl`, a line a run, `base` for the model itself.
 """
 
 from __future__ import annotations
