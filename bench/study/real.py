@@ -4,7 +4,7 @@
         [--seeds 3] [--rates 3e-6,1e-5,3e-5]
 
 ES has the paper's method with 16 members of 24 prompts, as `recipes/conciseness-smollm2.yaml`, with normal noise;
-`es:96 members` has the settings of `examples/capitals.yaml`, and `OTHERS` is all there are. Each method of reinforcement
+`es:96 members` has the settings of `examples/capitals.yaml`, and `OTHERS` is all of them. Each method of reinforcement
 learning has the best of some learning rates, tried on a seed of its own if there is more than one. Every run may
 generate the same number of tokens. What is measured of a trained model beside a comparison's figures: accuracy and
 pass@k of 16 samples a prompt, and the accuracy on tasks that it was not trained for. It takes hours; what is among the
@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bench.common import RESULTS, machine
 
 from estune.charts.table import markdown, spread
@@ -63,6 +65,15 @@ TASKS = {
 EXPERIMENTS = {"capitals": 40_000, "conciseness": 80_000}  # and the tokens that a run may generate
 WATCHED = {"capitals": ("conciseness", "additions"), "conciseness": ("capitals", "additions")}
 SAMPLES, POINTS = 16, 4
+GREEDY = {  # what is shown, by its heading: the figure, its factor and its digits
+    "greedy %": ("accuracy", 100, 1),
+    "short, wrong %": ("short_but_wrong", 100, 1),
+    "length": ("length", 1, 1),
+    "KL": ("kl", 1, 3),
+    "seconds": ("cpu_seconds", 1, 0),
+    "GB": ("memory", 1e-9, 1),
+}
+SAMPLED = {f"pass@{k} %": (f"eval_pass@{k}", 100, 1) for k in (1, 2, 4, 8, SAMPLES)}
 COMMON = ("experiment", "budget", "machine")  # of every line
 BASE = "base"  # in the place of a method
 
@@ -141,42 +152,50 @@ def _lines(results: Path, experiment: str) -> list[dict[str, Any]]:
 
 
 def section(results: Path) -> list[str]:
-    """The page's part about it: a table a task, as far as its runs have come."""
+    """The page's part about it: three tables a task, as far as its runs have come."""
     found = [
         "## A real model",
-        "SmolLM2-135M-Instruct (`bench.study.real`), means over seeds. Sampled accuracy and pass@k are of 16\n"
-        "completions at temperature 1; seconds are a processor's, of training alone, memory is the process's peak.\n"
-        "The last columns are tasks that nobody was trained for. Runs that chose a learning rate are left out.",
+        "SmolLM2-135M-Instruct (`bench.study.real`), means over seeds; runs that chose a learning rate are left out.\n"
+        "The first table of a task is of greedy completions. `short, wrong` are those of at most half of the base's\n"
+        "mean length that are not right, by which a reward for brevity can be hacked; seconds are a processor's, of\n"
+        "training alone, memory is the process's peak, and the last columns are tasks that nobody was trained for.\n"
+        f"The second is of {SAMPLES} completions at temperature 1: the share of questions that one of k is right for.\n"
+        "The third is greedy accuracy at equal processor seconds, when those of each row of ES are over: learning\n"
+        f"curves, of {POINTS} points, are taken to go evenly between two, and a run that is over sooner has its end's.",
     ]
     for experiment, budget in EXPERIMENTS.items():
         lines = _lines(results, experiment)
         if lines:
-            found += [f"### {experiment}, {budget:,} tokens a run", markdown(_table(lines, WATCHED[experiment]))]
+            rows = _rows(lines)
+            watched = {f"{task} %": (f"watch/{task}", 100, 1) for task in WATCHED[experiment]}
+            found += [
+                f"### {experiment}, {budget:,} tokens a run",
+                markdown(_table(rows, GREEDY | watched)),
+                markdown(_table(rows, SAMPLED)),
+                markdown(at_equal_time(rows)),
+            ]
     return found
 
 
-def _table(lines: Sequence[Mapping[str, Any]], watched: Sequence[str]) -> list[list[str]]:
-    """A row for the model itself and one for each method and rate."""
-    columns = {  # by what is shown: the figure, its factor and its digits
-        "greedy %": ("accuracy", 100, 1),
-        "sampled %": (f"eval_mean@{SAMPLES}", 100, 1),
-        f"pass@{SAMPLES} %": (f"eval_pass@{SAMPLES}", 100, 1),
-        "length": ("length", 1, 1),
-        "KL": ("kl", 1, 3),
-        "seconds": ("cpu_seconds", 1, 0),
-        "GB": ("memory", 1e-9, 1),
-        **{f"{task} %": (f"watch/{task}", 100, 1) for task in watched},
-    }
+def _rows(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The runs that came to their end, by the name of their row: the model itself, or method and rate or settings."""
     ended = [line for line in lines if not line["job"].get("trial") and "error" not in line]
     before = next((line["base_accuracy"] for line in ended if "base_accuracy" in line), None)
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for line in ended:
-        rate = line["job"].get("rate")
-        name = "before" if line["job"]["method"] == BASE else NAMES[line["job"]["method"]]
+        if line["job"]["method"] == BASE:
+            rows["before"] = [line if before is None else {"accuracy": before, **line}]
+            continue
+        rate = line["job"]["rate"]
         note = f"{rate:g}" if rate else line.get("settings", "")
-        rows.setdefault(f"{name}, {note}" if note else name, []).append(
-            {"accuracy": before, **line} if name == "before" and before is not None else line
-        )
+        rows.setdefault(", ".join(filter(None, [NAMES[line["job"]["method"]], note])), []).append(line)
+    return rows
+
+
+def _table(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], columns: Mapping[str, tuple[str, float, int]]
+) -> list[list[str]]:
+    """A row for the model itself and one for each method and rate."""
     return [
         ["", "runs", *columns],
         *(
@@ -191,6 +210,37 @@ def _table(lines: Sequence[Mapping[str, Any]], watched: Sequence[str]) -> list[l
             for name, of in rows.items()
         ),
     ]
+
+
+def at_equal_time(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
+    """Greedy accuracy of each row in percent when the processor seconds of each row of ES are over, and at the end.
+
+    Args:
+        rows: runs by the name of their row; those without a curve are left out.
+    """
+    curves = {name: [run["curve"] for run in of if "curve" in run] for name, of in rows.items()}
+    curves = {name: of for name, of in curves.items() if of}
+    seconds = {name: statistics.fmean(curve[-1]["cpu_seconds"] for curve in of) for name, of in curves.items()}
+    moments = sorted(taken for name, taken in seconds.items() if name.startswith(NAMES["es"]))
+    return [
+        ["", "runs", *(f"after {moment:,.0f} s" for moment in moments), "at the end", "seconds"],
+        *(
+            [
+                name,
+                str(len(of)),
+                *(spread([100 * _accuracy_at(moment, curve) for curve in of], 1) for moment in moments),
+                spread([100 * curve[-1]["accuracy"] for curve in of], 1),
+                f"{seconds[name]:,.0f}",
+            ]
+            for name, of in curves.items()
+        ),
+    ]
+
+
+def _accuracy_at(moment: float, curve: Sequence[Mapping[str, float]]) -> float:
+    """Of a learning curve after so many processor seconds."""
+    times, found = ([point[what] for point in curve] for what in ("cpu_seconds", "accuracy"))
+    return float(np.interp(moment, times, found))
 
 
 def main() -> None:
