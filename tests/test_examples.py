@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -111,6 +112,30 @@ def test_the_run_that_is_shipped_came_to_what_the_pages_say() -> None:
     recipe = load(ROOT / "recipes" / "conciseness-smollm2.yaml").model_dump(mode="json")
     changed = {key for key, value in journal.header.config.items() if recipe[key] != value}
     assert changed <= {"model", "device", "engine", "replicas", "threads", "save_dtype", "report_to", "template_date"}
+
+
+def test_answers_on_the_first_page_are_a_run_s() -> None:
+    """Every row is a question of the results, with both answers and what is said of them."""
+    readme = (ROOT / "README.md").read_text()
+    file = re.search(r"\[all 39\]\((.+?)\)", readme)
+    assert file is not None
+    found = json.loads((ROOT / file[1]).read_text())
+    assert f"{found['right before']} of {found['questions']} were right, {found['right after']} are" in readme
+    lost = [answer for answer in found["answers"] if answer["right before"] and not answer["right after"]]
+    assert len(lost) == 1
+    _, _, *rows = re.search(r"\| the capital of .*?\n\n", readme, re.S)[0].split("\n")[:-2]  # type: ignore[index]
+    said = {
+        "right, and brief": (True, True),
+        "right": (False, True),
+        "still wrong": (False, False),
+        "lost": (True, False),
+    }
+    for row in rows:
+        country, before, after, remark = (cell.strip() for cell in row.strip("|").split("|"))
+        (answer,) = (a for a in found["answers"] if f"capital of {country}?" in a["question"])
+        assert (before, after) == (answer["before"], answer["after"])
+        assert said[remark] == (answer["right before"], answer["right after"])
+    assert len(rows) == 7
 
 
 def python(page: str, part: str) -> str:
