@@ -20,7 +20,8 @@ from estune.weights.locate import locate, pinned
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
-HIDDEN, HEADS, MIDDLE, LAYERS = 32, 2, 64, 1
+HIDDEN, HEADS, LAYERS = 32, 2, 1
+SUPER_BLOCK = 256  # elements that a k-quant packs together
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +29,49 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
+def read_q4_1(packed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """By the format's definition: 32 elements are a scale, a minimum and 16 bytes, low halves before high ones."""
+    blocks = packed.reshape(-1, 20)
+    scale, least = (blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32) for at in (0, 2))
+    halves = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1).astype(np.float32)
+    return (scale * halves + least).reshape(len(packed), -1)
+
+
+def read_q4_k(packed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """By the format's definition: 256 elements have a scale of scales and one of minima, eight of each, and half bytes."""
+    blocks = packed.reshape(-1, 144)
+    scale, least = (blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32) for at in (0, 2))
+    bits = blocks[:, 4:16].astype(np.int32)
+    parts = []
+    for part in range(8):
+        if part < 4:
+            step, lift = bits[:, part] & 63, bits[:, part + 4] & 63
+        else:  # the lower four bits of both are in a byte, the upper two above those of the parts before
+            step = bits[:, part + 4] & 15 | bits[:, part - 4] >> 6 << 4
+            lift = bits[:, part + 4] >> 4 | bits[:, part] >> 6 << 4
+        bytes_ = blocks[:, 16 + part // 2 * 32 :][:, :32]
+        halves = (bytes_ >> 4 if part % 2 else bytes_ & 15).astype(np.float32)
+        parts.append(scale * step[:, None].astype(np.float32) * halves - least * lift[:, None].astype(np.float32))
+    return np.concatenate(parts, axis=1).reshape(len(packed), -1)
+
+
+def pack_q4_k(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Any blocks, as `gguf` writes none: those of the first elements' sizes, with bytes that the others decide."""
+    blocks = values.reshape(-1, SUPER_BLOCK)
+    scales = np.abs(blocks[:, :2]).astype(np.float16).view(np.uint8)
+    return np.concatenate([scales, blocks[:, 2:142].view(np.uint8)[:, ::4]], axis=1).reshape(len(values), -1)
+
+
 def write(path: Path, kind: str = "F32", seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     """A Qwen2 of one layer, whose matrices have this type; what was written, by the names of its checkpoint."""
+    hidden = SUPER_BLOCK if kind.endswith("_K") else HIDDEN
+    middle = 2 * hidden
     tokens = ["<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
     writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_block_count(LAYERS)
     writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(MIDDLE)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(middle)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(1e-6)
@@ -50,20 +86,20 @@ def write(path: Path, kind: str = "F32", seed: int = 0) -> dict[str, np.ndarray[
     writer.add_bos_token_id(1)
     draw = np.random.default_rng(seed)
     shapes = {
-        "token_embd.weight": ("model.embed_tokens.weight", (len(tokens), HIDDEN)),
-        "output_norm.weight": ("model.norm.weight", (HIDDEN,)),
-        "output.weight": ("lm_head.weight", (len(tokens), HIDDEN)),
+        "token_embd.weight": ("model.embed_tokens.weight", (len(tokens), hidden)),
+        "output_norm.weight": ("model.norm.weight", (hidden,)),
+        "output.weight": ("lm_head.weight", (len(tokens), hidden)),
         **{
             f"blk.0.{name}": (f"model.layers.0.{plain}", shape)
             for name, plain, shape in [
-                ("attn_norm.weight", "input_layernorm.weight", (HIDDEN,)),
-                ("ffn_norm.weight", "post_attention_layernorm.weight", (HIDDEN,)),
-                *[(f"attn_{x}.weight", f"self_attn.{x}_proj.weight", (HIDDEN, HIDDEN)) for x in "qkv"],
-                *[(f"attn_{x}.bias", f"self_attn.{x}_proj.bias", (HIDDEN,)) for x in "qkv"],
-                ("attn_output.weight", "self_attn.o_proj.weight", (HIDDEN, HIDDEN)),
-                ("ffn_gate.weight", "mlp.gate_proj.weight", (MIDDLE, HIDDEN)),
-                ("ffn_up.weight", "mlp.up_proj.weight", (MIDDLE, HIDDEN)),
-                ("ffn_down.weight", "mlp.down_proj.weight", (HIDDEN, MIDDLE)),
+                ("attn_norm.weight", "input_layernorm.weight", (hidden,)),
+                ("ffn_norm.weight", "post_attention_layernorm.weight", (hidden,)),
+                *[(f"attn_{x}.weight", f"self_attn.{x}_proj.weight", (hidden, hidden)) for x in "qkv"],
+                *[(f"attn_{x}.bias", f"self_attn.{x}_proj.bias", (hidden,)) for x in "qkv"],
+                ("attn_output.weight", "self_attn.o_proj.weight", (hidden, hidden)),
+                ("ffn_gate.weight", "mlp.gate_proj.weight", (middle, hidden)),
+                ("ffn_up.weight", "mlp.up_proj.weight", (middle, hidden)),
+                ("ffn_down.weight", "mlp.down_proj.weight", (hidden, middle)),
             ]
         },
     }
@@ -71,9 +107,10 @@ def write(path: Path, kind: str = "F32", seed: int = 0) -> dict[str, np.ndarray[
     for name, (plain, shape) in shapes.items():
         values = draw.standard_normal(shape).astype(np.float32)
         stored = gguf.GGMLQuantizationType[kind if len(shape) > 1 else "F32"]
-        packed = gguf.quants.quantize(values, stored)
+        packed = pack_q4_k(values) if stored.name == "Q4_K" else gguf.quants.quantize(values, stored)
         writer.add_tensor(name, packed, raw_dtype=stored)
-        written[plain] = gguf.quants.dequantize(packed, stored)
+        by_definition = {"Q4_1": read_q4_1, "Q4_K": read_q4_k}.get(stored.name)
+        written[plain] = by_definition(packed) if by_definition else gguf.quants.dequantize(packed, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -81,7 +118,10 @@ def write(path: Path, kind: str = "F32", seed: int = 0) -> dict[str, np.ndarray[
     return written
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("Q8_0", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("F32", "float32"), ("F16", "float16"), ("Q8_0", "bfloat16"), ("Q4_1", "bfloat16"), ("Q4_K", "bfloat16")],
+)
 def test_the_copy_has_the_weights_of_the_file(kind: str, dtype: str, tmp_path: Path) -> None:
     """Blocks are widened to bfloat16, other types kept."""
     written = write(tmp_path / "m.gguf", kind)
