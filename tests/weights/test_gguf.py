@@ -38,7 +38,7 @@ def read_q4_1(packed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def read_q4_k(packed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """By the format's definition: 256 elements have a scale of scales and one of minima, eight of each, and half bytes."""
+    """By the format's definition: of 256 elements a scale of scales, one of minima, eight of either, and half bytes."""
     blocks = packed.reshape(-1, 144)
     scale, least = (blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32) for at in (0, 2))
     bits = blocks[:, 4:16].astype(np.int32)
