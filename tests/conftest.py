@@ -53,6 +53,7 @@ SLOWEST = (
     "tests/run/test_instruments.py",
     "tests/weights/test_weights_gpu.py",
     "tests/run/test_search.py",
+    "tests/test_site.py",
     "tests/cli/test_commands.py",
     "tests/engines/test_graph.py",
     "tests/rewards/test_judge.py",
