@@ -17,6 +17,7 @@ from estune import __version__
 from estune.errors import printable, printable_lines
 
 BAR = 16  # characters of a bar: the line is to fit on 80
+BESIDE = BAR + 20  # of what stands beside the words: what turns, the bar, and the time that is left
 
 
 def say(text: str) -> None:
@@ -77,10 +78,13 @@ class _Waiting:
             self._what = wait.what
             self._since = now
         seconds = now - self._since
-        said = Text(f"{printable(wait.what)}{wait.so_far()}  {seconds:.0f} s")
-        if wait.share is None:
-            return said
+        said = Text(printable(wait.what))
+        far = f"{wait.so_far()}  {seconds:.0f} s"
+        said.truncate(max(BAR, get_console().width - len(far) - BESIDE), overflow="ellipsis")
+        said.append(far)
         share = wait.share()
+        if share is None:
+            return said
         left = f"{seconds * (1 - share) / share:.0f} s left" if share else ""
         line = Table.grid(padding=(0, 2))
         line.add_column(no_wrap=True)

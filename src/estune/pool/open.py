@@ -24,7 +24,7 @@ from estune.pool.fastest import fastest, ways
 from estune.pool.generators import Generators, open_generators
 from estune.pool.launch import await_ahead, end_ahead
 from estune.pool.local import open_local_pool
-from estune.pool.waiting import told_while
+from estune.pool.waiting import told_while, told_while_loading
 from estune.weights.base import keeps_base_on_host
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.device import chosen_device, training_device
@@ -323,8 +323,9 @@ def _open(config: Config, longest: int | None, open_as: Callable[[Config], T]) -
     where = f" on {config.workers} Ray workers" if config.workers else ""
     if config.workers_at:
         where = f" at {', '.join(config.workers_at)}"
+    here = config.engine == "transformers" and not where
     try:
-        with told_while(f"loading {config.model} with {config.engine}{where}"):
+        with (told_while_loading if here else told_while)(f"loading {config.model} with {config.engine}{where}"):
             return open_as(with_length(config, longest))
     finally:
         end_ahead()

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from estune.pool.base import Generating
@@ -19,11 +19,11 @@ NEXT_WORD = 60.0
 
 
 class Wait(NamedTuple):
-    """Something that is waited for: how far it has come, in words, and the share that is done, if it is known."""
+    """Something that is waited for: how far it has come, in words, and the share that is done; None: nobody knows."""
 
     what: str
     so_far: Callable[[], str] = str
-    share: Callable[[], float] | None = None
+    share: Callable[[], float | None] = lambda: None
 
 
 _waits: list[Wait] = []
@@ -40,7 +40,7 @@ def told_while(
     first: float = FIRST_WORD,
     then: float = NEXT_WORD,
     so_far: Callable[[], str] = str,
-    share: Callable[[], float] | None = None,
+    share: Callable[[], float | None] = lambda: None,
 ) -> Iterator[None]:
     """Log now and then, as long as this lasts, what is waited for and how long it has taken so far.
 
@@ -48,7 +48,7 @@ def told_while(
         what: what is waited for.
         first, then: seconds until the first message, and between two.
         so_far: says how far it has come, from any thread.
-        share: the same as a number from 0 to 1, for a bar.
+        share: the same as a number from 0 to 1, for a bar; None where nobody knows.
     """
     began = time.monotonic()
     over = threading.Event()
@@ -69,6 +69,50 @@ def told_while(
         _waits.remove(wait)
         over.set()
         thread.join()
+
+
+@contextmanager
+def told_while_loading(what: str) -> Iterator[None]:
+    """`told_while` transformers loads a model, with what it would draw a bar of: how many tensors are read.
+
+    The share is unknown before the first and after the last, as more is made ready than weights.
+
+    Args:
+        what: is done.
+    """
+    from transformers.utils.logging import set_tqdm_hook
+
+    tensors = _Counted()
+    before = set_tqdm_hook(tensors.hear)
+    try:
+        with told_while(what, so_far=tensors.so_far, share=tensors.share):
+            yield
+    finally:
+        set_tqdm_hook(before)
+
+
+class _Counted:
+    """Counts what transformers loads in the place of its bar, whose other bars stay as they are."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._all = 0
+
+    def hear(self, factory: Callable[..., Any], positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return self._each(*positional) if named.get("desc") == "Loading weights" else factory(*positional, **named)
+
+    def _each(self, tensors: Any) -> Iterator[Any]:
+        self._done = 0
+        self._all = len(tensors)
+        for tensor in tensors:
+            yield tensor
+            self._done += 1
+
+    def so_far(self) -> str:
+        return f": {self._done:,} of {self._all:,} tensors" if self._all else ""
+
+    def share(self) -> float | None:
+        return self._done / self._all if self._done < self._all else None
 
 
 @contextmanager
