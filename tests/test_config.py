@@ -7,6 +7,7 @@ import sys
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_defaults_are_the_papers_for_any_model_but_the_embedded_one() -> None:
     config = Config(model="Qwen/Qwen2.5-0.5B-Instruct")
-    assert (config.population, config.sigma, config.learning_rate, config.temperature) == (30, 0.001, None, 0.0)
+    assert (config.population, config.sigma, config.learning_rate, config.temperature) == (30, 0.001, "0.5sigma", 0.0)
     assert (config.prompts_per_step, config.max_new_tokens, config.steps) == (200, 1024, 500)
 
 
@@ -88,11 +89,34 @@ def test_true_is_no_number_for_a_task_either() -> None:
 
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan", float("inf"), float("nan")])
 def test_no_setting_takes_what_is_not_finite(value: str | float) -> None:
-    floats = [name for name, field in Config.model_fields.items() if field.annotation in (float, float | None)]
+    numbers = (float, float | None, float | str | None)
+    floats = [name for name, field in Config.model_fields.items() if field.annotation in numbers]
     assert {"sigma", "learning_rate", "weight_decay", "temperature", "top_p"} <= set(floats)
     for name in floats:
         with pytest.raises(EstuneError, match=f"^settings: {name}: "):
             parse({name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [(0.02, 0.02), ("2e-2", 0.02), ("0.25sigma", "0.25sigma"), ("1 sigma", "1.0sigma"), (None, "0.5sigma"), (0, 0.0)],
+)
+def test_a_learning_rate_is_a_number_or_so_many_sigmas(given: Any, found: float | str) -> None:
+    config = parse({"model": "any", "learning_rate": given})
+    assert config.learning_rate == found
+    assert parse(config.model_dump(mode="json")).learning_rate == found
+
+
+@pytest.mark.parametrize("given", ["sigma", "0.5 sigmas", "-1sigma", "-0.1", "infsigma", "sigma/2", "half", [0.1]])
+def test_what_is_no_learning_rate_is_refused_in_a_line(given: Any) -> None:
+    with pytest.raises(EstuneError, match=r"^settings: learning_rate: write a number from 0 on, .* 0\.5sigma, found"):
+        parse({"learning_rate": given})
+
+
+def test_a_learning_rate_that_is_not_given_follows_the_population() -> None:
+    rates = [parse({"model": "any", "population": n}).learning_rate for n in (2, 15, 30, 60, 270, 4000)]
+    assert rates == ["0.129sigma", "0.354sigma", "0.5sigma", "0.707sigma", "1.5sigma", "1.5sigma"]
+    assert parse({"learning_rate": None, "population": 120}).learning_rate == "1.0sigma"  # not the embedded model's
 
 
 def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,27 @@ def test_a_finished_run_can_be_made_longer(model: Path, tmp_path: Path) -> None:
     summary = Trainer.resume(tmp_path / "short", task=make_task(), monitors=[]).train()  # which knows the new length
     assert summary.steps == 6
     assert_same_run(tmp_path / "long", tmp_path / "short")
+
+
+def test_an_older_run_without_a_learning_rate_goes_on_with_half_of_sigma(model: Path, tmp_path: Path) -> None:
+    """As its journal means it, whatever a new run with as many members would take."""
+    run(make_config(tmp_path / "whole", model))
+    whole = Journal.read(tmp_path / "whole")
+    (tmp_path / "older").mkdir()
+    older = replace(whole.header, config=whole.header.config | {"learning_rate": None})
+    journal = Journal.create(tmp_path / "older", older)
+    for record in whole.steps[:2]:
+        journal.append_step(record)
+    journal.close()
+    Trainer.resume(tmp_path / "older", task=make_task(), monitors=[]).train()
+    resumed = Journal.read(tmp_path / "older")
+    assert [record.fingerprint for record in resumed.steps] == [record.fingerprint for record in whole.steps]
+    assert resumed.settings["learning_rate"] == "0.5sigma"
+
+    run(make_config(tmp_path / "new", model, learning_rate=None))
+    new = Journal.read(tmp_path / "new")
+    assert new.settings["learning_rate"] == new.header.config["learning_rate"] == "0.183sigma"
+    assert {record.learning_rate for record in new.steps} == {0.183 * 0.02}
 
 
 def test_a_used_directory_is_refused_with_the_remedies(model: Path, tmp_path: Path) -> None:

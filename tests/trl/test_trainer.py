@@ -99,7 +99,9 @@ def test_every_name_of_grpo_config_is_known() -> None:
         ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, {"engine": "vllm", "gpus_per_worker": 2}),
         ({"log_completions": True}, {"log_completions": 1}),
         ({"log_completions": False}, {"log_completions": 0}),
-        ({"learning_rate": 1e-6}, {"learning_rate": None}),
+        ({"learning_rate": 1e-6}, {"learning_rate": "0.5sigma"}),
+        ({"learning_rate": "0.2sigma"}, {"learning_rate": "0.2sigma"}),
+        ({"learning_rate": 1e-6, "population": 60}, {"learning_rate": "0.707sigma"}),
         ({"learning_rate": 2e-4}, {"learning_rate": 2e-4}),
         ({"alpha": 1e-6}, {"learning_rate": 1e-6}),
         ({"alpha": 1e-6, "learning_rate": None}, {"learning_rate": 1e-6}),
@@ -281,7 +283,7 @@ def test_the_card_and_a_hub_out_of_reach(model: Path, tmp_path: Path) -> None:
     card = trainer.model_card("me/brief", "me/questions")
     data = ModelCard(card).data
     assert (data.library_name, data.datasets, data.model_name) == ("transformers", "me/questions", "me/brief")
-    assert "1 steps of 4 members on 6 prompts, sigma 0.02, learning rate 0.01" in card
+    assert "1 steps of 4 members on 6 prompts, sigma 0.02, learning rate 0.00366" in card
     with pytest.raises(EstuneError, match="push me/brief: .*nothing is lost"):
         trainer.push_to_hub()
 

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from estune.config.values import Section, bound, scales
+from estune.config.values import Section, bound, rate, scales
 from estune.es.objective import PerPrompt
+from estune.es.rate import Rate
 from estune.es.schedule import Course
 from estune.es.shaping import Shaping
 from estune.weights.policies import NoiseMode
@@ -31,10 +32,10 @@ class Search(Section):
         description="one-fifth rule: sigma grows where more than a fifth of the members beat the base, which completes "
         "the step's prompts too, and shrinks where fewer do",
     )
-    learning_rate: float | None = Field(
+    learning_rate: Annotated[float | str | None, BeforeValidator(rate)] = Field(
         None,
-        ge=0,
-        description="alpha, 1/sigma digested into it; half of sigma, and changing with it, if not given",
+        description="alpha, 1/sigma digested into it; or, as 0.5sigma, a multiple of sigma, changing with it; if not "
+        "given, sqrt(population / 30) / 2 sigmas, 1.5 at most",
     )
     lr_scheduler_type: Course = Field("constant", description="learning rate over the run: constant, or falling")
     min_lr_rate: float = Field(0.0, ge=0, le=1, description="share of the learning rate that a falling one ends at")
@@ -136,6 +137,12 @@ class Search(Section):
     def base_takes_part(self) -> bool:
         """Whether the base completes the prompts of each step, too."""
         return self.evaluate_base or self.adapt_sigma or self.guard is not None
+
+    @model_validator(mode="after")
+    def _with_rate(self) -> Search:
+        if self.learning_rate is None:
+            self.learning_rate = str(Rate.default(self.population))
+        return self
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Search:

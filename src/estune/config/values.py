@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from estune.es.rate import Rate
 from estune.tasks.options import refuse_switch
 
 _NOT_FOR_TEMPLATES = frozenset(
@@ -117,6 +118,14 @@ def count_or_auto(value: Any) -> Any:
 def whole(value: Any) -> Any:
     """A number, where one is written as a text."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def rate(value: Any) -> Any:
+    """A learning rate, as `Rate.read` reads it."""
+    if value is None:
+        return None
+    found = Rate.read(value)
+    return str(found) if found.in_sigmas else found.number
 
 
 def bound(value: Any) -> Any:

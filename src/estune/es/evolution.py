@@ -17,6 +17,7 @@ from estune.es.adam import Adam
 from estune.es.adaptation import OneFifth
 from estune.es.earlier import Momentum, Past
 from estune.es.guided import Guided
+from estune.es.rate import Rate
 from estune.es.schedule import Schedule
 from estune.es.shaping import Shaping, shape
 from estune.es.strategy import Member, Update, alike, float32, member_seed, plain
@@ -33,7 +34,8 @@ class EvolutionStrategy:
         seed: the run's seed; member seeds are a function of (seed, step, index).
         population: members a step (N), 2 or more; even if `mirrored`.
         sigma: standard deviation of the perturbation, above 0.
-        learning_rate: alpha; sigma / 2 if None, and then it follows sigma.
+        learning_rate: alpha, or, as `0.5sigma`, a multiple of sigma, which it then follows; what `Rate.default` says of
+            the population if None.
         steps: length of the run, which the schedules refer to.
         lr_schedule, sigma_schedule: factors over the run.
         shaping: from rewards to weights, see `shape`.
@@ -56,7 +58,7 @@ class EvolutionStrategy:
         seed: int = 0,
         population: int = 30,
         sigma: float = 0.001,
-        learning_rate: float | None = None,
+        learning_rate: float | str | None = None,
         steps: int = 1,
         lr_schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         sigma_schedule: Schedule = Schedule(),  # noqa: B008
@@ -83,7 +85,7 @@ class EvolutionStrategy:
         self.seed = seed
         self.population = population
         self.peak_sigma = sigma
-        self.peak_learning_rate = learning_rate
+        self.peak_learning_rate = Rate.default(population) if learning_rate is None else Rate.read(learning_rate)
         self.steps = steps
         self.lr_schedule = lr_schedule
         self.sigma_schedule = sigma_schedule
@@ -112,7 +114,7 @@ class EvolutionStrategy:
     @property
     def learning_rate(self) -> float:
         """Alpha of the current step."""
-        peak = self.sigma / 2 if self.peak_learning_rate is None else self.peak_learning_rate
+        peak = self.peak_learning_rate.at(self.sigma)
         return peak * self._caution * self.lr_schedule.factor(self.step, self.steps)
 
     def ask(self, step: int | None = None) -> list[Member]:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class Journal:
         self.inherited: list[StepRecord] = []
         self.steps: list[StepRecord] = []
         self.evaluations: list[EvaluationRecord] = []
-        self.settings = dict(header.config)
+        self.settings = _with_rate(header.config)
         self.files = header.files
         self.code = header.code
         self.prompts_hash = header.prompts_hash
@@ -365,6 +366,12 @@ class Journal:
         self.check = check
         self.lines.append(whole_line)
         self.ended = None
+
+
+def _with_rate(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A header's settings; where older ones give no learning rate, it was half of sigma for any population."""
+    given = settings.get("learning_rate", 0)
+    return dict(settings) if given is not None else {**settings, "learning_rate": "0.5sigma"}
 
 
 def _ancestor(run: Path, number: int) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 from estune.config import Config, parse
 from estune.config.names import MEANINGLESS, RENAMED, hint
 from estune.errors import EstuneError
+from estune.es.rate import Rate
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +151,8 @@ class ESConfig:
         """
         values = {**self.settings(), "model": model}
         config = parse(values, "ESConfig")
-        self._warn(config.sigma)
-        if self._usual_rate(config.sigma):
+        self._warn(config)
+        if self._usual_rate(config):
             values.pop("learning_rate")
         epoch = math.ceil(rows / min(rows, config.prompts_per_step))
         if self.max_steps > 0:
@@ -210,20 +211,20 @@ class ESConfig:
             if self._given.get(name) and str(other).removeprefix("torch.") not in ("None", "auto", chosen):
                 raise EstuneError(f"ESConfig: {name}=True is {key}={chosen!r}, and {key} is {other!r}: leave out one")
 
-    def _usual_rate(self, sigma: float) -> bool:
-        """Whether the learning rate that was given is a gradient's, so that sigma / 2 is used instead."""
-        rate = self._given.get("learning_rate")
-        return "alpha" not in self._given and rate is not None and 0 < rate < GRADIENT_RATE * sigma
+    def _usual_rate(self, config: Config) -> bool:
+        """Whether the learning rate that was given is a gradient's, so that the default is used instead."""
+        rate = config.learning_rate
+        return "alpha" not in self._given and isinstance(rate, float) and 0 < rate < GRADIENT_RATE * config.sigma
 
-    def _warn(self, sigma: float) -> None:
+    def _warn(self, config: Config) -> None:
         notes = []
         if unused := [name for name in self._given if name in MEANINGLESS]:
             notes.append(f"{', '.join(unused)}: no meaning for Evolution Strategies, not used")
-        if self._usual_rate(sigma):
-            rate = self._given["learning_rate"]
+        if self._usual_rate(config):
+            rate = config.learning_rate
             notes.append(
-                f"learning_rate {rate:g} is a gradient's, and would train nothing at sigma {sigma:g}: sigma / 2 is "
-                f"used; insist with alpha={rate:g}"
+                f"learning_rate {rate} is a gradient's, and would train nothing at sigma {config.sigma:g}: "
+                f"{Rate.default(config.population)} is used; insist with alpha={rate}"
             )
         if self.temperature:
             notes.append(

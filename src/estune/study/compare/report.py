@@ -105,7 +105,6 @@ def over_budget(results: Sequence[Result], budget: int) -> str:
 
 def described(plan: Plan, config: Config) -> str:
     """What was compared, as a list: model, task, budget and the settings of each kind of method."""
-    rate = "sigma / 2" if config.learning_rate is None else f"{config.learning_rate:g}"
     lines = [
         f"model {config.model}, task {config.task.name}, completions of at most {config.max_new_tokens} tokens",
         f"budget: {plan.budget:,} generated tokens a run; seeds {', '.join(map(str, plan.seeds))}",
@@ -113,7 +112,7 @@ def described(plan: Plan, config: Config) -> str:
     if "es" in plan.methods:
         lines.append(
             f"ES: population {config.population}, {config.prompts_per_step} prompts a step, sigma {config.sigma:g}, "
-            f"learning rate {rate}, temperature {config.temperature:g}, weights {config.weights}"
+            f"learning rate {config.learning_rate}, temperature {config.temperature:g}, weights {config.weights}"
         )
     if plan.methods != ["es"]:
         rates = ", ".join(f"{rate:g}" for rate in plan.rates)
