@@ -34,6 +34,7 @@ BASE = st.fixed_dictionaries(
         "min_lr_rate": st.just(0.2),
         "warmup_steps": st.integers(0, 3),
         "sigma_scheduler_type": st.sampled_from(COURSES),
+        "sigma_warmup_steps": st.integers(0, 3),
         "shaping": st.sampled_from(["zscore", "centered_ranks", "winsorized", "elite", "raw"]),
         "per_prompt": st.sampled_from(["none", "center", "standardize"]),
         "reward_quantile": st.sampled_from([0.0, 0.3]),
@@ -143,6 +144,17 @@ def test_the_parts_give_the_same_bits_on_any_number_of_replicas(
     """And of workers: `tests/pool/test_ray_pool.py`."""
     one = train(tmp_path / "one", model, **ALL | changes)
     assert one == train(tmp_path / "more", model, **ALL | changes | {"replicas": 2})
+
+
+def test_sigma_rises_before_it_falls_and_the_rate_with_it(model: Path, tmp_path: Path) -> None:
+    courses = {"sigma_warmup_steps": 1, "sigma_scheduler_type": "linear", "min_sigma_rate": 0.25, "steps": 5}
+    train(tmp_path / "together", model, learning_rate="2sigma", **courses)
+    train(tmp_path / "apart", model, learning_rate=0.02, warmup_steps=3, **courses)
+    together, apart = (Journal.read(tmp_path / name).steps for name in ("together", "apart"))
+    sigmas = [0.5, 1.0, 0.8125, 0.625, 0.4375]  # times 0.02
+    assert [step.sigma / 0.02 for step in together] == pytest.approx(sigmas)
+    assert [step.learning_rate / 0.04 for step in together] == pytest.approx(sigmas)
+    assert [step.learning_rate / 0.02 for step in apart] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
 
 
 def test_a_run_with_momentum_anchor_and_groups_is_what_the_equations_say(model: Path, tmp_path: Path) -> None:

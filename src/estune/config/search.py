@@ -22,6 +22,7 @@ class Search(Section):
     sigma: float = Field(0.001, gt=0, description="standard deviation of the perturbations")
     sigma_scheduler_type: Course = Field("constant", description="sigma over the run: constant, or falling")
     min_sigma_rate: float = Field(0.1, gt=0, le=1, description="share of sigma that a falling one ends at")
+    sigma_warmup_steps: int = Field(0, ge=0, description="steps in which sigma rises to its full value")
     sigma_scale: Annotated[dict[str, Annotated[float, Field(gt=0)] | Literal["rms"]], BeforeValidator(scales)] = Field(
         {},
         description="factors of sigma by shell pattern of parameters' names, of which the first that fits counts: "
