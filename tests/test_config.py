@@ -356,6 +356,7 @@ def test_settings_are_flat_in_the_order_of_their_sections() -> None:
     [
         "estune",
         "estune.config",
+        "estune.es",
         "estune.cli",
         "estune.journal.journal",
         "estune.journal.replay",

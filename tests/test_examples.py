@@ -82,6 +82,16 @@ def test_a_policy_learns_to_balance_a_pole() -> None:
     assert after > 100
 
 
+def test_the_function_of_cmaes_readme_is_made_small_by_both_and_what_is_not_installed_is_left_out() -> None:
+    told = subprocess.run(
+        [sys.executable, "examples/ask_and_tell.py"], check=True, cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    found = {name: float(value) for name, value in re.findall(r"(\S+) +(\S+) after 960 evaluations", told)}
+    assert found["cmaes"] < 1e-9
+    assert found["estune.es"] < 0.01  # at the start it is 409
+    assert "evosax" in found or "evosax     No module named" in told
+
+
 def test_islands_learn_and_go_on_from_the_better_one(tmp_path: Path) -> None:
     told = subprocess.run(
         [sys.executable, "examples/islands.py", str(tmp_path)], check=True, cwd=ROOT, capture_output=True, text=True
