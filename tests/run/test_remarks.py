@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from estune.es.strategy import Member, Update
+from estune.journal.journal import Journal
 from estune.journal.records import EvaluationRecord, StepRecord
+from estune.journal.replay import replay
 from estune.run.order import StagedOrder
 from estune.run.remarks import before, collapsing, far_from_base, members_alike, never_right
 from estune.run.trainer import Trainer
 from estune.tasks.base import Stage, Task
-from tests.runs import PROMPTS, make_config, make_task
+from tests.runs import PROMPTS, make_config, make_task, variety
 
 ASSISTANT = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
 
@@ -150,3 +152,28 @@ def test_a_run_says_each_once(model: Path, tmp_path: Path, caplog: pytest.LogCap
         "step 3: nothing has been 0 at all 3 evaluations",
     ]
     assert [e.step for e in trainer.journal.evaluations] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_collapses_ends_and_goes_on_where_it_is_told_to(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rewards are all alike from step 3 on, so that step 5 is the third of these."""
+
+    def until(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        return variety(completions) if trainer_state.global_step < 2 else [0.5] * len(completions)
+
+    config = make_config(tmp_path / "run", model, steps=8, save_steps=1, stop_on_collapse=True)
+    summary = Trainer(config, task=make_task(until), monitors=[]).train()
+    journal = Journal.read(tmp_path / "run")
+    assert (summary.ended, summary.steps, journal.ended, len(journal.steps)) == ("stopped early", 5, "stopped early", 5)
+    assert summary.best["step"] <= 4
+    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
+    texts = [record.getMessage() for record in caplog.records if record.name.startswith("estune.run.")]
+    assert texts[-2].startswith("step 5: all members have had one reward (0.5 in this step)")
+    assert texts[-1].startswith("stopped, as it has collapsed; ")
+
+    still = Trainer.resume(tmp_path / "run", task=make_task(until), monitors=[]).train()
+    assert (still.ended, still.steps) == ("stopped early", 5)
+    on = Trainer.resume(tmp_path / "run", task=make_task(until), monitors=[], stop_on_collapse=False).train()
+    assert (on.ended, on.steps) == ("finished", 8)
+    assert replay(tmp_path / "run", tmp_path / "replayed") == Journal.read(tmp_path / "run").fingerprint()

@@ -36,10 +36,10 @@ RESUMABLE = (
     *("steps", "model", "trust_remote_code", "workers", "workers_per_gpu", "ray_address", "worker_timeout"),
     *("workers_at", "max_staleness"),
     *("graders", "reward_timeout", "reward_errors", "max_reward_errors", "report_to"),
-    *("rollout_timeout", "turn_timeout", "rollouts_at_once"),
+    *("rollout_timeout", "turn_timeout", "rollouts_at_once", "stop_on_collapse"),
 )
-"""What a run that is resumed may change: its length, where its weights come from and are, what may fail, and who is
-told."""
+"""What a run that is resumed may change: its length, where its weights come from and are, what may fail, who is told,
+and whether a collapse ends it."""
 _SEE = "see `estune train --help`"
 EMBEDDED_SETTINGS = Path(__file__).parents[1] / "models" / "tiny" / "estune.yaml"
 

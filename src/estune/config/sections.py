@@ -272,6 +272,11 @@ class Evaluation(Section):
     compare_with_base: bool = Field(
         True, description="at evaluations, tell KL divergence from the base model and norm of the change of weights"
     )
+    stop_on_collapse: bool = Field(
+        False,
+        description="stop where a run has collapsed instead of only saying so: all members earn the same, completions "
+        "are four times as long or short or hardly differ any more, or the model is a nat a token from its base",
+    )
     early_stopping_patience: int | None = Field(
         None, ge=1, description="evaluations without a new best before stopping"
     )

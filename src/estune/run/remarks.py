@@ -76,6 +76,16 @@ def of_evaluation(config: Config) -> Iterator[str]:
         )
 
 
+def collapse(steps: Sequence[StepRecord], evaluations: Sequence[EvaluationRecord]) -> dict[str, str]:
+    """What is to be said, by kind, of a run that has collapsed; `steps` and `evaluations` are all so far."""
+    found = {
+        "members": members_alike(steps),
+        "completions": collapsing(steps) if steps else None,
+        "distance": far_from_base(evaluations[-1]) if evaluations else None,
+    }
+    return {kind: remark for kind, remark in found.items() if remark is not None}
+
+
 def members_alike(steps: Sequence[StepRecord]) -> str | None:
     """What is to be said where no member of the last steps did better than another; `steps` are all so far."""
     last = steps[-ALIKE_STEPS:]

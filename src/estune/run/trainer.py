@@ -307,7 +307,7 @@ class Trainer:
                 self._evaluate(step)
             if step >= last:
                 return "finished"
-            if self._patience_is_over() or "stop" in self._requests():
+            if self._patience_is_over() or self._stops_collapsed() or "stop" in self._requests():
                 return "stopped early"
             for monitor in self.monitors:
                 monitor.on_step_begin(step + 1)
@@ -377,8 +377,7 @@ class Trainer:
         self.state.global_step = step + 1
         self.state.epoch = (step + 1) * len(asked.indices) / len(self.task.train)
         self._tell(lambda m: m.on_step_end(metrics, in_order[0].sample()))
-        self._say("members", remarks.members_alike(self.journal.steps))
-        self._say("completions", remarks.collapsing(self.journal.steps))
+        self._has_collapsed()
 
     def _applied(
         self, asked: Asked, in_order: Sequence[Graded], fitness: Sequence[float | None]
@@ -433,7 +432,7 @@ class Trainer:
         self._tell(lambda m: m.on_evaluate(metrics, graded.sample()))
         over = step >= self.config.steps
         self._say("accuracy", remarks.never_right(self.task, self.journal.evaluations, over=over))
-        self._say("distance", remarks.far_from_base(self.journal.evaluations[-1]))
+        self._has_collapsed()
 
     def _begin_evaluation(self, name: str, prompts: Sequence[Sequence[int]]) -> None:
         self._begin_work(name, prompts, math.ceil(len(prompts) / EVALUATION_BATCH))
@@ -457,6 +456,20 @@ class Trainer:
         if remark is not None and what not in self._said:
             self._said.add(what)
             log.warning("%s", remark)
+
+    def _has_collapsed(self) -> bool:
+        """Whether the run has collapsed, of which each sign is said once."""
+        found = remarks.collapse(self.journal.steps, self.journal.evaluations)
+        for kind, remark in found.items():
+            self._say(kind, remark)
+        return bool(found)
+
+    def _stops_collapsed(self) -> bool:
+        """Whether the run is to end, as it has collapsed: by journal and settings alone, so that resuming agrees."""
+        if not self.config.stop_on_collapse or not self._has_collapsed():
+            return False
+        log.warning("stopped, as it has collapsed; to go on all the same, resume with stop_on_collapse=false")
+        return True
 
     def _patience_is_over(self) -> bool:
         """Whether so many evaluations brought no new best. Resuming gives new patience."""
