@@ -82,10 +82,10 @@ def cut(run: Path, copy: Path, steps: int) -> None:
     (copy / "journal.jsonl").write_bytes(b"".join(lines[: of_steps[steps - 1] + 1]))
 
 
-@given(COMBINATIONS, st.integers(1, 3))
+@given(COMBINATIONS, st.integers(1, 3), st.sampled_from([1, 2]))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_combination_replays_and_resumes_to_the_same_bits(
-    model: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], steps: int
+def test_every_combination_replays_resumes_and_spreads_to_the_same_bits(
+    model: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], steps: int, replicas: int
 ) -> None:
     folder = tmp_path_factory.mktemp("runs")
     fingerprints = train(folder / "whole", model, **changes)
@@ -96,6 +96,8 @@ def test_every_combination_replays_and_resumes_to_the_same_bits(
     assert [(r.fingerprint, r.sigma, r.rewards, r.state) for r in resumed] == [
         (r.fingerprint, r.sigma, r.rewards, r.state) for r in whole
     ]
+    if replicas > 1:  # which take seconds to start
+        assert train(folder / "spread", model, **changes, replicas=replicas) == fingerprints
 
 
 ALL = {
