@@ -21,6 +21,9 @@ from tests.models import FUSABLE, save_model
 from tests.runs import make_config, make_task, variety
 
 
+ROOT = Path(__file__).parents[2]
+
+
 def fitting(changes: dict[str, Any]) -> dict[str, Any]:
     """Guided members are of no rank."""
     return changes | {"noise": "iid"} if "guided_share" in changes and changes.get("noise") == "rank1" else changes
@@ -274,6 +277,32 @@ def test_members_of_a_group_share_prompts_and_the_base_shares_all(model: Path, t
 def test_a_constraint_on_an_unknown_metric_names_those_there_are(model: Path, tmp_path: Path) -> None:
     with pytest.raises(EstuneError, match="no metric can be called 'length'; there are completions/clipped_ratio, "):
         train(tmp_path / "run", model, constraint="length<=4")
+
+
+def test_a_second_tasks_reward_is_kept_by_a_mix_whose_steps_may_lack_it(model: Path, tmp_path: Path) -> None:
+    """The model knows no fact, so that each step with one pays, and the next pays more."""
+    facts = {"name": "conciseness", "correct_weight": 0, "length_weight": 0, "train_size": 20, "eval_size": 2}
+    sums = {"name": str(ROOT / "examples" / "sums.py"), "train_size": 20, "eval_size": 2}
+    config = make_config(
+        tmp_path / "run",
+        model,
+        task={"name": "mix", "tasks": {"sums": sums, "facts": facts}, "weights": {"sums": 3}},
+        constraint="rewards/facts/correct_reward/mean>=0.5",
+        prompts_per_step=2,
+        steps=6,
+        learning_rate=0.0,
+    )
+    trainer = Trainer(config, monitors=[])
+    trainer.train()
+    labels = [{trainer.task.train[i]["task"] for i in record.prompts} for record in trainer.journal.steps]
+    assert {"facts" in each for each in labels} == {True, False}
+    penalty = 0.0
+    for record, each in zip(trainer.journal.steps, labels, strict=True):
+        asked = "facts" in each
+        paid = [r - penalty * asked for r in record.rewards if r is not None]
+        assert (record.fitness or record.rewards) == paid  # (0.5 - 0) / 0.5 over the bound
+        penalty += 0.5 * asked
+        assert record.state["penalty"] == penalty
 
 
 @pytest.mark.parametrize(

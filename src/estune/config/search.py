@@ -72,8 +72,8 @@ class Search(Section):
     )
     constraint: Annotated[str | None, BeforeValidator(bound)] = Field(
         None,
-        description="a second objective: METRIC<=BOUND or METRIC>=BOUND, of any metric of a step, as "
-        "completions/mean_length<=20, kept by a penalty that is learned",
+        description="a second objective: METRIC<=BOUND or METRIC>=BOUND, of a metric that each member "
+        "has, as completions/mean_length<=20, kept by a penalty that is learned",
     )
     constraint_rate: float = Field(0.5, gt=0, description="how fast the penalty of the constraint is learned")
     momentum: float = Field(

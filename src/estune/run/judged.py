@@ -48,6 +48,8 @@ class Judge:
             return fitness
         values = [g.metrics().get(self._metric) for g in members]
         if all(value is None for value in values):
+            if any(self._metric == f"rewards/{name}/mean" for name in members[0].grades.scores):
+                return fitness  # the step has no prompt of the task in a mix whose reward this is
             known = ", ".join(sorted(members[0].metrics()))
             raise EstuneError(
                 f"constraint: this step has no metric {self._metric}; there are {known}; give another output_dir"
