@@ -62,7 +62,6 @@ def make_config(output: Path, model: Path, **changes: Any) -> Config:
         "steps": 4,
         "population": 4,
         "sigma": 0.02,
-        "learning_rate": "0.5sigma",
         "prompts_per_step": 6,
         "max_new_tokens": 8,
         "eval_steps": 2,

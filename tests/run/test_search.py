@@ -20,7 +20,6 @@ from estune.run.trainer import Trainer
 from tests.models import FUSABLE, save_model
 from tests.runs import make_config, make_task, variety
 
-
 ROOT = Path(__file__).parents[2]
 
 

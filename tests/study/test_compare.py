@@ -326,7 +326,7 @@ def test_the_report_has_means_deviations_and_trials(tmp_path: Path) -> None:
     for said in (
         "model some/model, task conciseness, completions of at most 1024 tokens",
         "budget: 800,000 generated tokens a run; seeds 0, 1",
-        "ES: population 12, 200 prompts a step, sigma 0.02, learning rate 0.316sigma",
+        "ES: population 12, 200 prompts a step, sigma 0.02, learning rate 0.5sigma",
         "RL: 256 completions a step in groups of 8, temperature 1, weight of the KL penalty 0",
         "RLOO stands in for PPO",
         "over the budget, by the step that spent the last of it: ES 25.0%, GRPO 25.0%",

@@ -36,7 +36,7 @@ class Search(Section):
     learning_rate: Annotated[float | str | None, BeforeValidator(rate)] = Field(
         None,
         description="alpha, 1/sigma digested into it; or, as 0.5sigma, a multiple of sigma, changing with it; if not "
-        "given, sqrt(population / 30) / 2 sigmas, 1.5 at most",
+        "given, half of sigma, and for more than 30 members sqrt(population / 30) times that, 3 times at most",
     )
     lr_scheduler_type: Course = Field("constant", description="learning rate over the run: constant, or falling")
     min_lr_rate: float = Field(0.0, ge=0, le=1, description="share of the learning rate that a falling one ends at")

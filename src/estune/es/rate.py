@@ -41,12 +41,12 @@ class Rate:
 
     @classmethod
     def default(cls, population: int) -> Self:
-        """The rate of so many members where none is given: sqrt(N / 30) / 2 sigmas, 1.5 at most, to three digits.
+        """The rate of so many members where none is given: half of sigma up to 30, then sqrt(N / 30) / 2, at most 1.5.
 
-        An update moves the weights by about alpha sqrt(d / N), most of which is noise: this is the rate at which all
-        populations move them as far as the paper's do, of 30 members at half of sigma (arXiv 2509.24372).
+        An update moves the weights by about alpha sqrt(d / N), most of which is noise: beyond 30 members it is the rate
+        that moves them as far as the paper's 30 at half of sigma do (arXiv 2509.24372). To three digits.
         """
-        return cls(min(round(math.sqrt(population / PAPERS) / 2, 3), LARGEST), in_sigmas=True)
+        return cls(min(round(math.sqrt(max(population, PAPERS) / PAPERS) / 2, 3), LARGEST), in_sigmas=True)
 
     def at(self, sigma: float) -> float:
         """Alpha at this sigma."""
