@@ -69,6 +69,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "double alpha": {"learning_rate": 0.024},
     "40 members": {"population": 40, "prompts_per_step": 10, "learning_rate": 0.024},
     "40 members, 4 prompts": {"population": 40, "prompts_per_step": 4, "learning_rate": 0.012},
+    "15 members, 27 prompts": {"population": 15, "prompts_per_step": 27},
+    "15 members, 27 prompts, alpha by N": {"population": 15, "prompts_per_step": 27, "learning_rate": 0.008485},
+    "60 members, 7 prompts": {"population": 60, "prompts_per_step": 7},
+    "60 members, 7 prompts, alpha by N": {"population": 60, "prompts_per_step": 7, "learning_rate": 0.016971},
     "40 members, 4 prompts, large steps": {
         "population": 40, "prompts_per_step": 4, "learning_rate": 0.03, "lr_scheduler_type": "cosine",
     },

@@ -22,6 +22,8 @@ class Momentum:
 
     What is reused was measured around another base: each step back counts exp(-d^2 / 2) as much, where d is the
     distance that the base has moved since, in sigmas and per element: from coefficients alone d^2 = sum c^2 / sigma^2.
+    This factor is our own. The ratio of two Gaussians' densities, by which samples are properly reused, is a product
+    over all elements, of which a language model has so many that nothing would be left.
     """
 
     beta: float = 0.0  # 0: no step but the last counts

@@ -42,9 +42,11 @@ class EvolutionStrategy:
         shaping_share: of the members, for shapings that treat the best or the outermost otherwise.
         weight_decay: share of the weights taken off a step, times the learning rate; none where rewards are equal.
         anchor_decay: share of the distance from the base model that is taken back a step, times the learning rate; none
-            where rewards are equal.
-        anchor_l1: how far each weight is brought back toward the base model's a step, times the learning rate.
-        mirrored: evaluate each direction with both signs (antithetic sampling).
+            where rewards are equal (L2-SP's penalty, arXiv 1802.01483, decoupled as in arXiv 1711.05101).
+        anchor_l1: how far each weight is brought back toward the base model's a step, times the learning rate (the
+            same paper's L1-SP, as its proximal step).
+        mirrored: evaluate each direction with both signs, theta +- sigma eps (Brockhoff et al. 2010): the update is
+            then alpha / N sum_i (z_i+ - z_i-) eps_i over the N / 2 directions.
         momentum: what earlier steps add.
         adam: scales the update of each weight by its moments, in place of `momentum`.
         guided: perturbs members along the last updates, too, in place of `momentum` and `adam`.
