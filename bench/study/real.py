@@ -46,6 +46,7 @@ OTHERS = {
     "": (),
     "96 members": (*MANY, "sigma=0.004"),
     "96 members of embeddings": (*MANY, "sigma=0.01", "train_parameters=*embed_tokens*"),
+    "rank one": ("noise=rank1",),
 }
 RATES = (3e-6, 1e-5, 3e-5)
 ES = (
