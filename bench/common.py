@@ -96,7 +96,11 @@ def _script() -> str:
 def write_result(name: str, figures: Mapping[str, Any], results: Path = RESULTS) -> Path:
     """Write figures with machine, date and command to `NAME-DATE.json` in the folder `results`, and print them."""
     now = datetime.now(UTC)
-    command = " ".join(["python -m", _script(), *sys.argv[1:]])
+    asked = [*sys.argv[1:]]
+    if "--results" in asked:  # where this is written to is no part of what was measured
+        at = asked.index("--results")
+        del asked[at : at + 2]
+    command = " ".join(["python -m", _script(), *asked])
     result = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": machine(), **figures}
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}-{now:%Y-%m-%d}.json"
