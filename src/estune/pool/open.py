@@ -60,12 +60,11 @@ def with_resources(config: Config, live_dtype: str | None = None, *, alone: bool
     Raises:
         EstuneError: for a device that is not there or cannot be trained on, or a model that cannot be had.
     """
-    if alone:
+    if alone or config.workers_at:
         config = config.model_copy(update={"noise": config.noise_mode})
     if config.workers_at:  # how they compute was said where they were started
         dated = config.template_date or date.today()
-        found = {"model": pinned(config.model), "template_date": dated, "noise": config.noise_mode}
-        return config.model_copy(update=found)
+        return config.model_copy(update={"model": pinned(config.model), "template_date": dated})
     if config.workers and config.device == "auto":
         from estune.pool.ray.cluster import cluster_device
 
