@@ -23,7 +23,7 @@ class Search(Section):
     sigma_scheduler_type: Course = Field("constant", description="sigma over the run: constant, or falling")
     min_sigma_rate: float = Field(0.1, gt=0, le=1, description="share of sigma that a falling one ends at")
     sigma_warmup_steps: int = Field(0, ge=0, description="steps in which sigma rises to its full value")
-    sigma_scale: Annotated[dict[str, Annotated[float, Field(gt=0)] | Literal["rms"]], BeforeValidator(scales)] = Field(
+    sigma_scale: Annotated[dict[str, float | Literal["rms"]], BeforeValidator(scales)] = Field(
         {},
         description="factors of sigma by shell pattern of parameters' names, of which the first that fits counts: "
         '{"*.mlp.*": 0.5}; rms is a parameter\'s root mean square over that of all. Their updates have them too',
@@ -117,7 +117,7 @@ class Search(Section):
         "before on the step's prompts, by more than so many standard deviations of the members' rewards. The base "
         "completes them before and after, as two more members",
     )
-    noise: NoiseMode | Literal["auto"] = Field(
+    noise: Literal[NoiseMode, "auto"] = Field(
         "auto",
         description="iid, the paper's; rank1: of a matrix an outer product of two vectors, so that many members can be "
         "decoded together; correlated: equal noise for all tensors, as in the authors' first code; auto is rank1 on a "

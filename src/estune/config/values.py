@@ -80,8 +80,16 @@ def template_options(value: Any) -> Any:
 
 
 def scales(value: Any) -> Any:
-    """Factors of sigma by pattern, as `_json` reads them."""
-    return _json(value, '{"*.mlp.*": 0.5}')
+    """Factors of sigma by pattern, as `_json` reads them: numbers above 0, or rms.
+
+    Raises:
+        ValueError: another factor, or no mapping.
+    """
+    found = _json(value, '{"*.mlp.*": 0.5}')
+    for pattern, factor in found.items():
+        if factor != "rms" and (isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0):
+            raise ValueError(f"write a number above 0 for {pattern}, or rms")
+    return found
 
 
 def _json(value: Any, example: str) -> Any:
