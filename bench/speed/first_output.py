@@ -30,9 +30,8 @@ TRAIN = ("--model", "smollm2", "--task", "conciseness", "--steps", "1")
 SIZE = {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
 CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 LINE = re.compile(r"\S.*\n")
-MOVED = re.compile(
-    r".*(?:[╸╺]|\b[1-9]\d*%).*"
-)  # rich ends the part that is done, unless that is nothing, with one of them
+# Of a bar that has moved: rich ends the part that is done, unless that is nothing, with one of these.
+MOVED = re.compile(r".*(?:[╸╺]|\b[1-9]\d*%).*")
 SPINNER = "".join(map(chr, range(0x2800, 0x2900)))  # Braille, which turns at the head of a line
 PATIENCE = 300.0  # seconds without what is waited for
 GRACE = 30.0  # seconds to end by Ctrl-C

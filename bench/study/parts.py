@@ -36,12 +36,7 @@ BUDGET, POINTS, TOKENS = 200_000, 20, 18.5  # to generate, and of a completion, 
 SHORTER = {"cosine": 15.0}  # tokens of a completion by these settings, which make a schedule come to its end
 SETTLED = 3  # runs of a row from which on its best point counts as what there is to be had
 EMBEDDINGS = {"train_parameters": "*embed_tokens*"}  # the output matrix too: the models have one for both
-FASTER = (
-    "1e-4",
-    "3e-4",
-    "1e-3",
-    "3e-3",
-)  # larger rates than the best at the end, which may be faster at first
+FASTER = ("1e-4", "3e-4", "1e-3", "3e-3")  # larger rates than the best at the end, which may be faster at first
 LONGER = 500_000  # what ES generates in the processor seconds in which reinforcement learning generates the budget
 ALONE = "-embeddings-alone"  # at the end of a method's name
 METHODS = ("grpo", "dr_grpo", "dapo", "rloo")

@@ -50,14 +50,8 @@ OTHERS = {
 }
 RATES = (3e-6, 1e-5, 3e-5)
 ES = (
-    "model=smollm2",
-    "population=16",
-    "prompts_per_step=24",
-    "sigma=0.004",
-    "dtype=bfloat16",
-    "threads=1",
-    "noise=iid",
-)
+    "model=smollm2", "population=16", "prompts_per_step=24", "sigma=0.004", "dtype=bfloat16", "threads=1", "noise=iid",
+)  # fmt: skip
 TASKS = {
     "capitals": ("task.name=examples/capitals.py", "max_new_tokens=16"),
     "conciseness": ("task.name=conciseness", "max_new_tokens=64"),
