@@ -14,6 +14,7 @@ from estune.config import load
 from estune.errors import EstuneError
 from estune.grading.rollout import Rollout
 from estune.journal.journal import Journal
+from estune.pool import open as opening
 from estune.run.trainer import Trainer
 
 SETTINGS = ("task=countdown-turns", "task.eval_size=16", "population=4", "prompts_per_step=12", "eval_steps=2")
@@ -68,6 +69,16 @@ def test_the_example_of_a_program_is_trained_on(tmp_path: Path) -> None:
     assert (first["eval_accuracy"], first["eval_turns"], first["eval_kl"]) == (1.0, 1.0, 0.0)
     (row, *_) = pq.read_table(tmp_path / "run" / "completions" / "evaluation-00000.parquet").to_pylist()
     assert row["reward"] == pytest.approx(1 - len(row["completion"]) / 200)
+
+
+@pytest.mark.parametrize(("task", "noise"), [("countdown-turns", "iid"), ("countdown", "rank1")])
+def test_members_that_are_played_one_by_one_have_the_papers_noise(
+    task: str, noise: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "LEAST_TRIED", 1)  # or the embedded model would be too small for another
+    given = [f"task={task}", f"output_dir={tmp_path / 'run'}", "prompts_per_step=3", "replicas=1", "threads=1"]
+    Trainer(load(None, given), monitors=[]).close()
+    assert Journal.read(tmp_path / "run").header.noise == noise
 
 
 def test_a_run_whose_rollouts_are_all_late_goes_on(tmp_path: Path) -> None:
