@@ -318,7 +318,7 @@ def test_a_second_tasks_reward_is_kept_by_a_mix_whose_steps_may_lack_it(model: P
         ({"adam": True, "momentum": 0.5}, "momentum 0"),
         ({"guided_share": 0.5, "weights": "exact_inplace"}, "weights must be master or copy"),
         ({"guided_share": 0.5, "noise": "rank1"}, "noise another than rank1"),
-        ({"sigma_scale": {"*": 0}}, "greater than 0"),
+        ({"sigma_scale": {"*": 0}}, "a number above 0 for"),
         ({"sigma_scale": {"*": "root"}}, "sigma_scale"),
     ],
 )
