@@ -214,6 +214,10 @@ def test_trl_is_told_what_the_plan_says(tmp_path: Path, method: Any) -> None:
     assert (arguments.learning_rate, arguments.seed, arguments.temperature, arguments.beta) == (1e-4, 5, 0.9, 0.02)
     assert (arguments.num_generations, arguments.generation_batch_size) == (4, 80)
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (20, 4)
+    less, _ = trl_arguments(
+        plan.model_copy(update={"micro_batch": 6}), Job(method=method, seed=5, rate=1e-4), config, tmp_path
+    )
+    assert (less.per_device_train_batch_size, less.gradient_accumulation_steps) == (5, 16)
     assert arguments.model_init_kwargs == {"dtype": "float32"}
     assert arguments.trust_remote_code == (method == "rloo")
     assert arguments.max_completion_length == config.max_new_tokens

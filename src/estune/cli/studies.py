@@ -182,6 +182,9 @@ def compare(
         typer.Option(help="learning rates that RL chooses from, with commas between; 1e-6,1e-5,1e-4,1e-3 by default"),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="completions of an RL step; 256 by default")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="of them in one backward pass, at most; fewer take less memory; 32 by default")
+    ] = None,
     generations: Annotated[
         int | None, typer.Option(help="completions of a prompt in a group of RL's; 8 by default")
     ] = None,
@@ -210,6 +213,7 @@ def compare(
         seeds=listed(seeds),
         rates=listed(rates),
         batch=batch,
+        micro_batch=micro_batch,
         generations=generations,
         rl_temperature=rl_temperature,
         beta=beta,

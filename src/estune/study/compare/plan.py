@@ -17,7 +17,6 @@ Method = Literal["es", "grpo", "dr_grpo", "dapo", "rloo"]
 METHODS: tuple[Method, ...] = ("es", "grpo", "dr_grpo", "dapo", "rloo")
 # From rates for models of billions of parameters to rates for very small ones.
 RATES = (1e-6, 1e-5, 1e-4, 1e-3)
-MICRO_BATCH = 32
 
 
 class Job(BaseModel):
@@ -57,6 +56,7 @@ class Plan(BaseModel):
     trial_seed: int = 1000  # of the runs that choose a learning rate
     generations: int = Field(8, ge=2)  # completions of a prompt in a group
     batch: int = Field(256, ge=2)  # completions of an RL step
+    micro_batch: int = Field(32, ge=1)  # of them in one backward pass, at most; fewer take less memory, and more time
     rl_temperature: float = Field(1.0, gt=0)
     beta: float = Field(0.0, ge=0)  # weight of the KL penalty
     es_steps: int | None = Field(None, ge=1)  # length of an ES run, for its schedules; without it they are constant
@@ -104,9 +104,9 @@ class Plan(BaseModel):
         ]
 
     @property
-    def micro_batch(self) -> int:
-        """Completions in one backward pass: the largest part of a batch, of at most 32."""
-        return max(size for size in range(1, min(self.batch, MICRO_BATCH) + 1) if self.batch % size == 0)
+    def backward(self) -> int:
+        """Completions in one backward pass: the largest part of a batch, of at most `micro_batch`."""
+        return max(size for size in range(1, min(self.batch, self.micro_batch) + 1) if self.batch % size == 0)
 
     @property
     def learns_rate(self) -> bool:
