@@ -200,6 +200,10 @@ def test_both_engines_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureF
     assert (ours.rows, vllm.rows) == (200, 256)
     assert ours.limit == "launching kernels"  # which fewer of would make faster
     assert vllm.step < ours.step
+    # 30 x 200, also as half, twice and four times as many members: each reads all weights for every token.
+    assert [(split.population, split.prompts) for split in found.splits] == [(15, 400), (30, 200), (60, 100), (120, 50)]
+    assert found.splits[1].step == ours.step
+    assert [split.step for split in found.splits] == sorted({split.step for split in found.splits})
     turned = estimate_run(None, [f"model={folder}", "engine=vllm"], gpu="h100", lengths=tmp_path / "lengths.json")
     assert turned.speeds == [vllm, ours]
     eager = estimate_run(None, [f"model={folder}", "cuda_graphs=false"], gpu="h100", new_tokens=356)

@@ -67,6 +67,8 @@ def _say_estimate(found: Estimate) -> None:
     _say_items("time of a step, estimated", found.time, _duration)
     _say_speeds(found)
     say_outlook(found)
+    if len(found.splits) > 1:
+        _say_splits(found)
     if found.scales:
         _say_scales(found)
     _say_reinforcement_learning(found)
@@ -108,6 +110,15 @@ def say_outlook(found: Estimate) -> None:
     say(outlook(tokens, speed.step, run, most=most, how=f"estimated for {found.device.name}, not measured"))
     if warning := too_long(run):
         say(f"warning: {warning}")
+
+
+def _say_splits(found: Estimate) -> None:
+    """Say how fast a step's completions are as more or fewer members."""
+    rows = [["members x prompts", "a step", "tokens/s"]]
+    for split in found.splits:
+        count = f"{split.population} x {split.prompts}"
+        rows.append([count, _duration(split.step), f"{split.tokens_per_second:,.0f}"])
+    say_table(rows, title="a step of as many completions")
 
 
 def _say_scales(found: Estimate) -> None:

@@ -25,7 +25,7 @@ from estune.study.estimate.needs import (
     process_memory,
     total,
 )
-from estune.study.estimate.plan import Plan, Scale, Speed
+from estune.study.estimate.plan import Plan, Scale, Speed, Split
 from estune.study.estimate.shapes import Shape
 from estune.study.estimate.times import Times
 from estune.weights.policies import POLICIES, PolicyName
@@ -181,6 +181,7 @@ class Estimate:
     memory: list[Item]  # of one engine, on each of its devices
     time: list[Item]  # of one step
     speeds: list[Speed]  # by engine, the run's own first
+    splits: list[Split]  # of a step's completions, from few members to many
     scales: list[Scale]  # by number of workers; on GPUs alone
     reinforcement_learning: dict[str, list[Item]]  # by method
     choices: list[Choice]
@@ -195,6 +196,7 @@ def make_estimate(
     prefill_tokens: int,
     lengths: Lengths,
     engines: Sequence[Work],
+    splits: Sequence[Work],
 ) -> Estimate:
     """All of it, for one run.
 
@@ -203,6 +205,7 @@ def make_estimate(
         shape, work, device, prefill_tokens: as for `memory`.
         lengths: of completions, to draw from.
         engines: the same work as each engine does it, the run's own first.
+        splits: the same completions as other members of other prompts.
     """
     plans = [Plan(Times(shape, each, device), lengths) for each in engines]
     return Estimate(
@@ -213,6 +216,10 @@ def make_estimate(
         memory=memory(shape, work, device, prefill_tokens),
         time=plans[0].items(),
         speeds=[plan.speed() for plan in plans],
+        splits=sorted(
+            (plan.split() for plan in (plans[0], *(Plan(Times(shape, each, device), lengths) for each in splits))),
+            key=lambda split: split.population,
+        ),
         scales=plans[0].scales() if device.is_gpu else [],
         reinforcement_learning={
             "GRPO": reinforcement_learning(shape, work, device, "GRPO"),

@@ -55,6 +55,16 @@ class Speed:
     days: float
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A step's completions as so many members of so many prompts."""
+
+    population: int
+    prompts: int
+    step: float  # seconds
+    tokens_per_second: float
+
+
 class Jobs:
     """What workers take: a member, or as many as one of them decodes together.
 
@@ -149,6 +159,11 @@ class Plan:
             self.days(self.own),
         )
 
+    def split(self) -> Split:
+        """The run's members and prompts, and a step's time."""
+        step = self.step(self.own)
+        return Split(self.work.population, self.work.prompts, step, self._tokens / step)
+
     def items(self) -> list[Item]:
         """Seconds of a step's parts, one after another."""
         work = self.work
@@ -160,7 +175,7 @@ class Plan:
         on = f" on {self.own} {'GPUs' if times.device.is_gpu else 'engines'}" if self.own > 1 else ""
         if work.parallel > 1:
             on = f" on {self.own} x {work.parallel} GPUs"
-        members = f"{work.population} members{f', {size} in a batch,' if size > 1 else ''}{on}"
+        members = f"{work.population} members{f', {size} in a batch' if size > 1 else ''}{on}"
         alive = work.prompts * size / batches
         token, limit = times.token(min(alive, work.rows), self._mean / 2)
         taken, read, generated = (

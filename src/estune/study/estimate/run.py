@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 120  # of a Countdown prompt, about
 TINY_PROMPT_TOKENS = 9  # of the same to the embedded model's tokenizer
+SPLITS = (1 / 4, 1 / 2, 2.0, 4.0)  # of the members, for as many completions
 MOST_COMPLETIONS = 1 << 22  # of a step, or an evaluation, that is played through in memory
 
 
@@ -74,7 +75,8 @@ def estimate_run(
         engines += _by_rank_one(file, [*overrides, "noise=rank1"], placed, shape)
     if work.engine == "vllm" and placed.device.is_gpu:
         work = _held_by_vllm(config, work, placed.device, shape)
-    return make_estimate(config.model, shape, work, placed.device, placed.prefill_tokens, drawn, engines)
+    splits = _splits(config, placed, shape)
+    return make_estimate(config.model, shape, work, placed.device, placed.prefill_tokens, drawn, engines, splits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +208,18 @@ def _by_engine(config: Config, placed: _Placed, shape: Shape) -> list[Work]:
     if placed.work.engine != "vllm":
         return [by("transformers"), by("vllm")]
     return [by("vllm")] if placed.work.parallel > 1 or config.workers_at else [by("vllm"), by("transformers")]
+
+
+def _splits(config: Config, placed: _Placed, shape: Shape) -> list[Work]:
+    """The work of the run's engine with its completions shared out over fewer members, or more."""
+    work = placed.work
+    found = []
+    for times in SPLITS:
+        population, prompts = work.population * times, work.prompts / times
+        if population >= 2 and population.is_integer() and prompts.is_integer():
+            split = replace(work, population=int(population), prompts=int(prompts))
+            found.append(_by_engine(config, replace(placed, work=split), shape)[0])
+    return found
 
 
 def _by_rank_one(file: Path | None, overrides: list[str], placed: _Placed, shape: Shape) -> list[Work]:
