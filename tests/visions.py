@@ -19,7 +19,8 @@ CHAT_TEMPLATE = (
     "<|end|>{%% endif %%}{%% endfor %%}{%% if add_generation_prompt %%}<|assistant|>{%% endif %%}"
 )
 SIDE = 56  # pixels
-_TEXT: dict[str, Any] = {
+_Text = dict[str, Any]
+_TEXT: _Text = {
     "vocab_size": 352,
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -46,20 +47,19 @@ _QWEN_EYE: dict[str, Any] = {
     "num_heads": 2,
     "intermediate_size": 48,
     "patch_size": 14,
-    "out_hidden_size": 48,
+    "hidden_size": 32,
 }
 _QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 _QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
-_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
 PLAIN = ("llava", "idefics3", "gemma3")
 """Those whose processors need no more than Pillow."""
 WITH_TORCHVISION = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
 
 
-def build_vision(family: str) -> tuple[Any, Any]:
-    """A tiny random vision-language model of a family, and its processor."""
+def build_vision(family: str, **text: Any) -> tuple[Any, Any]:
+    """A tiny random vision-language model of a family, its language model's shape changed; and its processor."""
     torch.manual_seed(0)
-    config, processor = globals()[f"_{family}"]()
+    config, processor = globals()[f"_{family}"]({**_TEXT, **text})
     with torch.no_grad():
         model = transformers.AutoModelForImageTextToText.from_config(config)
         for parameter in model.parameters():
@@ -68,9 +68,9 @@ def build_vision(family: str) -> tuple[Any, Any]:
     return model.eval().requires_grad_(False), processor
 
 
-def save_vision(folder: Path, family: str) -> Path:
+def save_vision(folder: Path, family: str, **text: Any) -> Path:
     """Write one; return the directory."""
-    model, processor = build_vision(family)
+    model, processor = build_vision(family, **text)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -110,11 +110,11 @@ def _ids(tokenizer: Any, **tokens: str) -> dict[str, int]:
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
 
 
-def _llava() -> tuple[Any, Any]:
+def _llava(text: _Text) -> tuple[Any, Any]:
     tokenizer = _tokenizer("<image>", mark="<image>")
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**_EYE, projection_dim=16),
-        text_config=transformers.LlamaConfig(**_TEXT),
+        text_config=transformers.LlamaConfig(**text),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
     )
@@ -130,21 +130,22 @@ def _llava() -> tuple[Any, Any]:
     )
 
 
-def _idefics3() -> tuple[Any, Any]:
-    return _idefics(transformers.Idefics3Config, "Idefics3", {})
+def _idefics3(text: _Text) -> tuple[Any, Any]:
+    return _idefics(transformers.Idefics3Config, "Idefics3", text, {})
 
 
-def _smolvlm() -> tuple[Any, Any]:
-    return _idefics(transformers.SmolVLMConfig, "SmolVLM", {"video_processor": transformers.SmolVLMVideoProcessor()})
+def _smolvlm(text: _Text) -> tuple[Any, Any]:
+    frames = {"video_processor": transformers.SmolVLMVideoProcessor()}
+    return _idefics(transformers.SmolVLMConfig, "SmolVLM", text, frames)
 
 
-def _idefics(kind: Any, name: str, more: dict[str, Any]) -> tuple[Any, Any]:
+def _idefics(kind: Any, name: str, text: _Text, more: dict[str, Any]) -> tuple[Any, Any]:
     tokens = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
     tokenizer = _tokenizer(*tokens, mark="<image>")
     eye = getattr(transformers, f"{name}VisionConfig")(**_EYE)
     config = kind(
         vision_config=eye.to_dict(),
-        text_config=transformers.LlamaConfig(**_TEXT).to_dict(),
+        text_config=transformers.LlamaConfig(**text).to_dict(),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=None,
@@ -157,12 +158,12 @@ def _idefics(kind: Any, name: str, more: dict[str, Any]) -> tuple[Any, Any]:
     )
 
 
-def _gemma3() -> tuple[Any, Any]:
+def _gemma3(text: _Text) -> tuple[Any, Any]:
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     tokenizer = _tokenizer(*named.values(), mark="<start_of_image>", **named)
     config = transformers.Gemma3Config(
         vision_config=transformers.SiglipVisionConfig(**_EYE).to_dict(),
-        text_config=transformers.Gemma3TextConfig(**_TEXT, sliding_window=16).to_dict(),
+        text_config=transformers.Gemma3TextConfig(**text, sliding_window=16).to_dict(),
         mm_tokens_per_image=4,
         **_ids(tokenizer, boi_token_index="<start_of_image>", eoi_token_index="<end_of_image>",
                image_token_index="<image_soft_token>"),
@@ -173,25 +174,28 @@ def _gemma3() -> tuple[Any, Any]:
     )
 
 
-def _qwen2_5_vl() -> tuple[Any, Any]:
-    text = {**_TEXT, "rope_parameters": _ROPE}
-    eye = {**_QWEN_EYE, "hidden_size": 32, "fullatt_block_indexes": [1]}
-    return _qwen("Qwen2_5_VL", "Qwen2VL", text, eye)
+def _qwen2_5_vl(text: _Text) -> tuple[Any, Any]:
+    return _qwen("Qwen2_5_VL", "Qwen2VL", text, {"fullatt_block_indexes": [1]})
 
 
-def _qwen3_vl() -> tuple[Any, Any]:
-    eye = {**_QWEN_EYE, "hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    return _qwen("Qwen3VL", "Qwen3VL", {**_TEXT, "rope_parameters": _ROPE}, eye)
+def _qwen3_vl(text: _Text) -> tuple[Any, Any]:
+    eye = {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    return _qwen("Qwen3VL", "Qwen3VL", text, eye)
 
 
-def _qwen3_vl_moe() -> tuple[Any, Any]:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "rope_parameters": _ROPE}
-    eye = {**_QWEN_EYE, "hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    return _qwen("Qwen3VLMoe", "Qwen3VL", {**_TEXT, **experts}, eye)
+def _qwen3_vl_moe(text: _Text) -> tuple[Any, Any]:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    eye = {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    return _qwen("Qwen3VLMoe", "Qwen3VL", {**text, **experts}, eye)
 
 
-def _qwen(name: str, processing: str, text: dict[str, Any], eye: dict[str, Any]) -> tuple[Any, Any]:
+def _qwen(name: str, processing: str, text: _Text, eye: dict[str, Any]) -> tuple[Any, Any]:
     tokenizer = _tokenizer(*_QWEN_TOKENS, mark=_QWEN_MARK)
+    third = text["head_dim"] // 6
+    sections = [text["head_dim"] // 2 - 2 * third, third, third]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    text = {**text, "rope_parameters": rope}
+    eye = {**_QWEN_EYE, "out_hidden_size": text["hidden_size"], **eye}
     ids = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), _QWEN_TOKENS,
                    strict=True))  # fmt: skip
     config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=eye, **_ids(tokenizer, **ids))

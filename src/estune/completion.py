@@ -36,15 +36,21 @@ class Pictured(list[int]):
         ids: the token ids.
         text: the prompt as the chat template renders it, with one mark for each picture.
         pictures: in the order in which they stand there.
+        marked: token ids of the text, with no more than the marks.
     """
 
-    def __init__(self, ids: Sequence[int], text: str, pictures: Sequence[Picture]) -> None:
+    def __init__(self, ids: Sequence[int], text: str, pictures: Sequence[Picture], marked: Sequence[int]) -> None:
         super().__init__(ids)
         self.text = text
         self.pictures = tuple(pictures)
+        self.marked = list(marked)
 
-    def __reduce__(self) -> tuple[type, tuple[list[int], str, tuple[Picture, ...]]]:
-        return Pictured, (list(self), self.text, self.pictures)
+    def then(self, ids: Sequence[int]) -> Pictured:
+        """The same with further tokens after it."""
+        return Pictured([*self, *ids], self.text, self.pictures, self.marked)
+
+    def __reduce__(self) -> tuple[type, tuple[list[int], str, tuple[Picture, ...], list[int]]]:
+        return Pictured, (list(self), self.text, self.pictures, self.marked)
 
 
 Message = dict[str, Any]

@@ -119,7 +119,7 @@ def test_photographs_are_shown_upright(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"format": "TIFF"}  # which keeps every pixel
     picture(3).transpose(Image.Transpose.ROTATE_90).save(sideways, exif=turned, **settings)
     picture(3).save(upright, **settings)
-    shown = [Pictured([1], "<image>", (Picture(file.getvalue()),)) for file in (sideways, upright)]
+    shown = [Pictured([1], "<image>", (Picture(file.getvalue()),), [1]) for file in (sideways, upright)]
     found = [engine.vision.inputs([prompt], 1, torch.zeros(1))["pixel_values"] for prompt in shown]
     assert torch.equal(found[0], found[1])
 

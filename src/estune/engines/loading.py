@@ -33,6 +33,7 @@ from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import locate
 from estune.weights.merged import no_bars
+from estune.weights.parameters import language_names
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.quantized import KEPT, prepare, quantized_by, without
 from estune.weights.sizes import check_sizes
@@ -191,6 +192,24 @@ def _settled(model: Any, method: str, dtype: str | torch.dtype) -> Any:
 def has_vision(config: Any) -> bool:
     """Whether a model is one that transformers loads to be shown pictures and text, and answers with text."""
     return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and hasattr(config, "vision_config")
+
+
+def language_tensors(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> set[str]:
+    """Names of a checkpoint's tensors that `train_parameters=auto` trains, without loading any.
+
+    Args:
+        checkpoint: a model's, or an adapter's, all of which is trained.
+        trust_remote_code: as for `load_config`.
+    """
+    names = set(checkpoint.tensors)
+    if checkpoint.under is not None:
+        return names
+    config = load_config(checkpoint.path, trust_remote_code=trust_remote_code)
+    if not has_vision(config):
+        return names
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    return language_names(model, names)
 
 
 def open_vision(path: Path, config: Any, *, trust_remote_code: bool = False) -> Vision | None:
@@ -365,5 +384,5 @@ def open_encoder(config: Config) -> PromptEncoder:
     settings = load_config(path, trust_remote_code=trust)
     warn_of_rules(config.model, generation_config(path, settings))
     tokenizer = load_tokenizer(path, trust_remote_code=trust)
-    vision = None if config.engine == "vllm" else open_vision(path, settings, trust_remote_code=trust)
+    vision = open_vision(path, settings, trust_remote_code=trust)
     return PromptEncoder(config.model, tokenizer, settings, most, config.rendering, vision)

@@ -76,10 +76,11 @@ class PromptEncoder:
         if self.vision is None:
             raise EstuneError(
                 f"prompt {index}: it has a picture, and {self.name!r} is given text alone; take a vision-language "
-                "model and engine=transformers, or leave the pictures out"
+                "model, or leave the pictures out"
             )
         text = self.render(prompt, index)
-        return Pictured(self.vision.token_ids(text, pictures, f"prompt {index}"), text, pictures)
+        ids = self.vision.token_ids(text, pictures, f"prompt {index}")
+        return Pictured(ids, text, pictures, self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def render(self, prompt: Prompt, index: int = 0, options: Mapping[str, Any] | None = None) -> str:
         """The text that the model is shown.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from io import BytesIO
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,55 @@ from estune.errors import EstuneError, first_line
 KEPT_BYTES = 256 << 20
 """How much of what was made of pictures is kept: a step's members are all shown the same."""
 Inputs = dict[str, Tensor]
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Kept(Generic[K, V]):
+    """What was made, by what it was made of, as long as all of it fits in `KEPT_BYTES`.
+
+    Args:
+        size: bytes of one.
+    """
+
+    def __init__(self, size: Callable[[V], int]) -> None:
+        self._size = size
+        self._all: dict[K, V] = {}
+
+    @property
+    def bytes(self) -> int:
+        """How many all take together."""
+        return sum(map(self._size, self._all.values()))
+
+    def get(self, key: K, make: Callable[[], V]) -> V:
+        """What is kept, or else what `make` gives."""
+        if key not in self._all:
+            made = make()
+            if self.bytes + self._size(made) > KEPT_BYTES:
+                self._all.clear()
+            self._all[key] = made
+        return self._all[key]
+
+
+_images: Kept[Picture, Any] = Kept(lambda image: image.width * image.height * len(image.getbands()))
+
+
+def images_of(pictures: Sequence[Picture]) -> list[Any]:
+    """PIL images of pictures, upright and in RGB; those of the last ones are kept.
+
+    Raises:
+        EstuneError: one cannot be read to its end.
+    """
+    return [_images.get(picture, functools.partial(_image, picture)) for picture in pictures]
+
+
+def _image(picture: Picture) -> Any:
+    from PIL import Image, ImageOps
+
+    try:  # upright, as transformers' own `load_image` has them
+        return ImageOps.exif_transpose(Image.open(BytesIO(picture.data))).convert("RGB")
+    except Exception as error:  # Pillow's readers raise what they come upon
+        raise EstuneError(f"a picture cannot be read to its end ({first_line(error)}); save it again") from error
 
 
 class Vision:
@@ -27,12 +77,12 @@ class Vision:
     def __init__(self, open_processor: Callable[[], Any]) -> None:
         self._open = open_processor
         self._processor: Any = None
-        self._kept: dict[tuple[str, tuple[Picture, ...]], Inputs] = {}
+        self._kept: Kept[tuple[str, tuple[Picture, ...]], Inputs] = Kept(_bytes)
 
     @property
     def kept_bytes(self) -> int:
         """How much is kept of what was made of pictures."""
-        return sum(map(_bytes, self._kept.values()))
+        return self._kept.bytes
 
     def token_ids(self, text: str, pictures: Sequence[Picture], where: str) -> list[int]:
         """Token ids of a rendered prompt, with as many for each picture as the model sees it in.
@@ -71,25 +121,15 @@ class Vision:
         return {name: value for name, value in made.items() if name not in ("input_ids", "attention_mask")}
 
     def _kept_or_made(self, text: str, pictures: tuple[Picture, ...], where: str) -> Inputs:
-        key = text, pictures
-        if key not in self._kept:
-            made = self._processed(text, pictures, where)
-            if self.kept_bytes + _bytes(made) > KEPT_BYTES:
-                self._kept.clear()
-            self._kept[key] = made
-        return self._kept[key]
+        return self._kept.get((text, pictures), lambda: self._processed(text, pictures, where))
 
     def _processed(self, text: str, pictures: Sequence[Picture], where: str) -> Inputs:
-        from PIL import Image, ImageOps
-
         if self._processor is None:
             self._processor = self._open()
-        try:  # upright, as transformers' own `load_image` has them
-            images = [ImageOps.exif_transpose(Image.open(BytesIO(p.data))).convert("RGB") for p in pictures]
-        except Exception as error:  # Pillow's readers raise what they come upon
-            raise EstuneError(
-                f"{where}: a picture cannot be read to its end ({first_line(error)}); save it again"
-            ) from error
+        try:
+            images = [_image(picture) for picture in pictures]
+        except EstuneError as error:
+            raise EstuneError(f"{where}: {error}") from error
         try:
             # A template brings the special tokens; the processor puts in as many for a picture as it has patches.
             made = self._processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")

@@ -15,7 +15,7 @@ import torch
 from estune import children
 from estune.config import Config
 from estune.engines.cpu.fused import has_own_products
-from estune.engines.loading import has_vision, load_config
+from estune.engines.loading import load_config
 from estune.engines.memory import LOGITS_BYTES, cached_elements, fitting_engines, total_memory
 from estune.engines.transformers import MAX_ROWS, MAX_ROWS_ELSEWHERE, MEMORY_SHARE
 from estune.errors import EstuneError
@@ -245,18 +245,7 @@ def with_engine(config: Config, device: str) -> Config:
         except EstuneError as error:
             log.warning(_INSTEAD, str(error))
             tried = False
-    if tried and _sees(config):
-        log.warning(_INSTEAD, "the model sees, and vLLM is not shown pictures here")
-        tried = False
     return config if tried else config.model_copy(update={"engine": "transformers"})
-
-
-def _sees(config: Config) -> bool:
-    """Whether the model is a vision-language model, as far as its configuration can be had."""
-    try:
-        return has_vision(load_config(locate(config.model), trust_remote_code=config.trust_remote_code))
-    except EstuneError:
-        return False  # whoever opens it will say why
 
 
 def with_length(config: Config, longest: int | None) -> Config:

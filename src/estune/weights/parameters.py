@@ -145,6 +145,22 @@ def trained_parameters(model: nn.Module, tensors: Mapping[str, Any], pattern: st
     return chosen
 
 
+def language_names(model: Any, names: Collection[str]) -> set[str]:
+    """Those of a checkpoint's names that fit `auto`: of a vision-language model its language model's, else all.
+
+    Args:
+        model: a transformers model, whose parameters may be on `meta`.
+        names: of the tensors of its checkpoint.
+    """
+    language = _language_part(model)
+    if language is None:
+        return set(names)
+    plain, groups = _checkpoint_names(model, names)
+    sources = {**{target: [name] for target, name in plain.items()}, **groups}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return {name for target, stored in sources.items() if id(own[target]) in language for name in stored}
+
+
 def fits(name: str, pattern: str, *, spoken: bool = True) -> bool:
     """Whether a checkpoint's tensor is to be trained.
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from estune.completion import Completion, Sampling
+from estune.completion import Completion, Picture, Pictured, Sampling
 from estune.engines.progress import Meter
 from estune.engines.prompts import PromptEncoder, completions_of
 from estune.errors import EstuneError
 
 Digest = list[dict[int, float]]
+PROBE_PICTURE = Picture(b"P6 64 64 255 " + bytes((i * i * 7 + i // 192 * 5) % 256 for i in range(3 * 64 * 64)))
+"""A picture of 64 x 64 pixels without a stretch of one colour."""
 
 
 class VllmCalls(PromptEncoder):
@@ -76,9 +77,11 @@ class VllmCalls(PromptEncoder):
 
         To score a row vLLM needs room for a token more.
         """
-        most = (self.positions or math.inf) - 1
-        rows = [[*prompt, *ids] for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
-        found = self._scores([row[: int(min(len(row), most))] for row in rows])
+        rows = []
+        for prompt, ids in zip(prompt_ids, completion_ids, strict=True):
+            room = len(ids) if self.positions is None else max(0, self.positions - 1 - len(prompt))
+            rows.append(prompt.then(ids[:room]) if isinstance(prompt, Pictured) else [*prompt, *ids[:room]])
+        found = self._scores(rows)
         return [row[len(prompt) - 1 :] for prompt, row in zip(prompt_ids, found, strict=True)]
 
     def call(self, method: str, *args: Any) -> list[Any]:
@@ -94,17 +97,25 @@ class VllmCalls(PromptEncoder):
         return answers
 
     def forget(self) -> None:
-        """Forget keys and values of earlier prompts, which other weights have computed."""
+        """Forget keys and values of earlier prompts, and what was made of pictures: other weights have computed it."""
         if not self._reset():
             raise EstuneError("vLLM keeps keys and values of other weights: prompts are still under way; start again")
 
     def digest(self) -> Digest:
         """Likely tokens and their log-probabilities for a few prompts, which differ for other weights."""
         self.forget()
-        return self._likely(self.probes(8), 2 if (self.positions or 8) > 2 else 1)
+        return self._likely([*self.probes(8), *self._picture_probes()], 2 if (self.positions or 8) > 2 else 1)
 
     def probes(self, tokens: int) -> list[list[int]]:
         """A few prompts of so many tokens, or as many as leave room for two."""
         size = self.config.get_text_config(decoder=True).vocab_size
         length = max(1, min(tokens, (self.positions or tokens + 2) - 2))
         return [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]
+
+    def _picture_probes(self) -> list[list[int]]:
+        """A prompt with a picture, for a model that sees; none where there is no room for it or no template for it."""
+        if self.vision is None or not self.has_template:
+            return []
+        parts = [{"type": "image", "image": PROBE_PICTURE}, {"type": "text", "text": "?"}]
+        found = self.encode([[{"role": "user", "content": parts}]])
+        return found if self.positions is None or len(found[0]) + 2 <= self.positions else []

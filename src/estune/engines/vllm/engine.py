@@ -19,7 +19,14 @@ import torch
 from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.continuous import Request, Rows
-from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer, pick_dtype
+from estune.engines.loading import (
+    end_tokens,
+    generation_config,
+    load_config,
+    load_tokenizer,
+    open_vision,
+    pick_dtype,
+)
 from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for, total_memory
 from estune.engines.progress import Meter
 from estune.engines.vllm import internals, lora
@@ -80,7 +87,8 @@ class VllmEngine(VllmCalls):
         path = checkpoint.path
         model = load_config(path, trust_remote_code=config.trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
-        super().__init__(str(path), tokenizer, model, config.vllm_max_model_length)
+        vision = open_vision(path, model, trust_remote_code=config.trust_remote_code)
+        super().__init__(str(path), tokenizer, model, config.vllm_max_model_length, vision=vision)
         self.dtype = live_dtype(whole or checkpoint, config, model)
         self._slot_elements = sum(map(sum, outer.values()))
         options: dict[str, Any] = {}
@@ -123,6 +131,7 @@ class VllmEngine(VllmCalls):
                     checkpoint.path,
                     self.device,
                     self.parallel,
+                    sees=self.vision is not None,
                     dtype=self.dtype,
                     trust_remote_code=config.trust_remote_code,
                     max_model_len=None if config.vllm_max_model_length is None else self.positions,
@@ -235,6 +244,8 @@ class VllmEngine(VllmCalls):
 
     def _reset(self) -> bool:
         with self.here() as llm:
+            if self.vision is not None:
+                internals.reset_encoder_cache(llm)
             return internals.reset_prefix_cache(llm)
 
     def close(self) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from estune.completion import Sampling
+from estune.completion import Pictured, Sampling
+from estune.engines.vision import images_of
 from estune.errors import EstuneError
 from estune.es.strategy import member_seed
 
@@ -77,13 +78,14 @@ def prepare() -> None:
     _hide_llvmlite()
 
 
-def start(path: Path, device: torch.device, parallel: int, **options: Any) -> Any:
+def start(path: Path, device: torch.device, parallel: int, *, sees: bool = False, **options: Any) -> Any:
     """vLLM's engine over a checkpoint, its workers extended by `WorkerExtension`.
 
     Args:
         path: the checkpoint's directory.
         device: cpu or cuda; vLLM is built for one kind.
         parallel: processes that share the model (tensor parallelism).
+        sees: whether it is shown pictures. vLLM's processors of these ask for the tokenizer; nothing else here does.
         options: as `vllm.LLM` takes them; None leaves the choice to it.
     """
     prepare()
@@ -100,7 +102,8 @@ def start(path: Path, device: torch.device, parallel: int, **options: Any) -> An
         return LLM(
             model=str(path),
             tokenizer=str(path),
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=not sees,
+            limit_mm_per_prompt={"video": 0} if sees else {},
             generation_config="vllm",
             tensor_parallel_size=parallel,
             distributed_executor_backend="mp" if parallel > 1 else None,
@@ -161,11 +164,61 @@ def generate(
         adapters: requests of `lora.py`. All prompts are completed by each of them, one after another in what is
             returned; None is the model itself.
     """
-    prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
-    settings = [parameters(sampling, end_ids, row if sampling.temperature else 0) for row in range(len(prompts))]
-    by = [adapter for adapter in adapters for _ in prompts]
-    done = llm.generate(prompts * len(adapters), settings * len(adapters), lora_request=by, use_tqdm=False)
+    settings = [parameters(sampling, end_ids, row if sampling.temperature else 0) for row in range(len(prompt_ids))]
+    by = [adapter for adapter in adapters for _ in prompt_ids]
+    done = _run(llm, [*prompt_ids] * len(adapters), settings * len(adapters), by)
     return [list(found.outputs[0].token_ids) for found in done]
+
+
+def _run(llm: Any, rows: Sequence[Sequence[int]], settings: Sequence[Any], adapters: Sequence[Any]) -> list[Any]:
+    """What comes of all rows, in their order. `LLM.generate` takes none that is read already, as pictures are here."""
+    engine = llm.llm_engine
+    names = [str(number) for number in range(len(rows))]
+    try:
+        for name, row, setting, adapter in zip(names, rows, settings, adapters, strict=True):
+            engine.add_request(name, _given(engine, row), setting, lora_request=adapter)
+    except BaseException:
+        engine.abort_request(names)
+        raise
+    done: dict[str, Any] = {}
+    while engine.has_unfinished_requests():
+        done |= {one.request_id: one for one in engine.step() if one.finished}
+    return [done[name] for name in names]
+
+
+def _given(engine: Any, row: Sequence[int]) -> Any:
+    """A row of tokens as vLLM's engine takes it."""
+    if not isinstance(row, Pictured):
+        return {"prompt_token_ids": list(row)}
+    return continued(row, *engine.renderer.render_cmpl([shown(row)]))
+
+
+def shown(row: Pictured) -> dict[str, Any]:
+    """A prompt with pictures, as vLLM reads it: it puts in itself what stands for each.
+
+    Pictures have names made of their content, by which vLLM keeps what its processor makes of them.
+    """
+    return {
+        "prompt_token_ids": row.marked,
+        "multi_modal_data": {"image": images_of(row.pictures)},
+        "multi_modal_uuids": {"image": [str(picture) for picture in row.pictures]},
+    }
+
+
+def continued(row: Pictured, read: Any) -> Any:
+    """What vLLM has read of a prompt with pictures, with all of the row's tokens.
+
+    Raises:
+        EstuneError: vLLM has others in its place, as where its own processor of a model differs from transformers'.
+    """
+    ids = list(read["prompt_token_ids"])
+    if ids != row[: len(ids)]:
+        raise EstuneError(
+            f"vLLM reads a prompt with pictures as {len(ids)} tokens that are not the model's processor's; use "
+            "engine=transformers"
+        )
+    read["prompt_token_ids"] = list(row)
+    return read
 
 
 def add(
@@ -176,7 +229,7 @@ def add(
 
     settings = parameters(sampling, end_ids, 0)
     settings.output_kind = RequestOutputKind.DELTA
-    llm.llm_engine.add_request(row, {"prompt_token_ids": list(prompt_ids)}, settings, lora_request=adapter)
+    llm.llm_engine.add_request(row, _given(llm.llm_engine, prompt_ids), settings, lora_request=adapter)
 
 
 def step(llm: Any) -> list[tuple[str, list[int], bool]]:
@@ -192,8 +245,10 @@ def drop(llm: Any, row: str) -> None:
 def parameters(sampling: Sampling, end_ids: Sequence[int], row: int) -> Any:
     """vLLM's settings for a row of a batch."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
+        output_kind=RequestOutputKind.FINAL_ONLY,
         max_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -210,15 +265,13 @@ def log_probabilities(
     llm: Any, prompt_ids: Sequence[Sequence[int]], tokens: int, adapter: Any = None
 ) -> list[dict[int, float]]:
     """The few most likely tokens at each step of greedy decoding, with their log-probabilities (nats)."""
-    prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
-    return likely(llm.generate(prompts, looking(tokens), lora_request=adapter, use_tqdm=False))
+    rows = len(prompt_ids)
+    return likely(_run(llm, prompt_ids, [looking(tokens) for _ in range(rows)], [adapter] * rows))
 
 
 def looking(tokens: int) -> Any:
     """vLLM's settings to look at likely tokens."""
-    from vllm import SamplingParams
-
-    return SamplingParams(max_tokens=tokens, temperature=0.0, logprobs=4, ignore_eos=True, detokenize=False)
+    return _plainly(max_tokens=tokens, logprobs=4, ignore_eos=True)
 
 
 def likely(found: Iterable[Any]) -> list[dict[int, float]]:
@@ -230,15 +283,20 @@ def likely(found: Iterable[Any]) -> list[dict[int, float]]:
 
 def score(llm: Any, rows: Sequence[Sequence[int]], adapter: Any = None) -> list[list[float]]:
     """Log-probabilities (nats) of each row's tokens but the first, each given those before it."""
-    prompts = [{"prompt_token_ids": list(row)} for row in rows]
-    return scores(rows, llm.generate(prompts, scoring(), lora_request=adapter, use_tqdm=False))
+    return scores(rows, _run(llm, rows, [scoring() for _ in rows], [adapter] * len(rows)))
 
 
 def scoring() -> Any:
     """vLLM's settings to score texts."""
-    from vllm import SamplingParams
+    return _plainly(max_tokens=1, prompt_logprobs=0)
 
-    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+
+def _plainly(**options: Any) -> Any:
+    """vLLM's settings of greedy decoding, without text."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **options)
 
 
 def scores(rows: Sequence[Sequence[int]], found: Sequence[Any]) -> list[list[float]]:
@@ -252,6 +310,11 @@ def scores(rows: Sequence[Sequence[int]], found: Sequence[Any]) -> list[list[flo
 def reset_prefix_cache(llm: Any) -> bool:
     """Forget the keys and values kept of earlier prompts; False if that could not be done."""
     return bool(llm.reset_prefix_cache())
+
+
+def reset_encoder_cache(llm: Any) -> None:
+    """Forget what a model that sees has made of earlier pictures."""
+    llm.llm_engine.reset_encoder_cache()
 
 
 def call(llm: Any, method: str, *args: Any) -> list[Any]:

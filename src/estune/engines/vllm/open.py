@@ -7,7 +7,7 @@ import gc
 import torch
 
 from estune.config import Config
-from estune.engines.loading import load_config
+from estune.engines.loading import language_tensors, load_config
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.vllm.adapted import AdapterWeights
 from estune.engines.vllm.engine import VllmEngine, live_dtype, slots_for
@@ -54,7 +54,9 @@ def _open(checkpoint: Checkpoint, config: Config, outer: Matrices) -> tuple[Vllm
         )
     model = load_config(checkpoint.path, trust_remote_code=config.trust_remote_code)
     dtype = live_dtype(whole or checkpoint, config, model)
-    elements = sum(t.elements for name, t in checkpoint.tensors.items() if fits(name, config.train_parameters))
+    spoken = language_tensors(checkpoint, trust_remote_code=config.trust_remote_code)
+    pattern = config.train_parameters
+    elements = sum(t.elements for n, t in checkpoint.tensors.items() if fits(n, pattern, spoken=n in spoken))
     live = sum(t.elements for t in (whole or checkpoint).stored.values()) * getattr(torch, dtype).itemsize
     policy = POLICIES[config.weights]
     if whole is None:

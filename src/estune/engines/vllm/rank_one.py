@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from estune.config import Config
+from estune.engines.loading import language_tensors
 from estune.engines.vllm.engine import slots_for
 from estune.engines.vllm.lora import module_of
 from estune.engines.vllm.shard import SHAKEN
@@ -47,9 +48,10 @@ def outer_matrices(checkpoint: Checkpoint, config: Config, *, on_cpu: bool) -> M
     if config.noise != "rank1" or slots < 2 or checkpoint.under is not None or POLICIES[config.weights].drifts:
         return {}
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    spoken = language_tensors(checkpoint, trust_remote_code=config.trust_remote_code)
     linear = {f"{module}.weight": shape for module, shape in adapted_shapes(shapes, Adapter()).items()}
-    matrices = {name: shape for name, shape in linear.items() if not fits(name, EXPERTS)}
-    trained = [name for name in shapes if fits(name, config.train_parameters)]
+    matrices = {name: shape for name, shape in linear.items() if name in spoken and not fits(name, EXPERTS)}
+    trained = [name for name in shapes if fits(name, config.train_parameters, spoken=name in spoken)]
     other = next((name for name in trained if name not in matrices), None)
     if other is None:
         return {name: matrices[name] for name in trained}

@@ -15,7 +15,7 @@ import torch
 
 from estune.completion import Sampling
 from estune.engines.continuous import Request, Rows
-from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer
+from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer, open_vision
 from estune.engines.vllm.calls import Digest, VllmCalls
 from estune.engines.vllm.server import Model, Server
 from estune.weights.locate import locate
@@ -47,7 +47,8 @@ class ServedEngine(VllmCalls):
         self.path = Path(locate(name))
         loaded = load_config(self.path, trust_remote_code=model.trust_remote_code)
         tokenizer = load_tokenizer(self.path, trust_remote_code=model.trust_remote_code)
-        super().__init__(name, tokenizer, loaded, model.max_model_len)
+        vision = open_vision(self.path, loaded, trust_remote_code=model.trust_remote_code)
+        super().__init__(name, tokenizer, loaded, model.max_model_len, vision=vision)
         self.dtype = type_name(model.dtype)
         self.parallel = config.parallel_config.world_size
         self.trusted = bool(model.trust_remote_code)
@@ -92,6 +93,8 @@ class ServedEngine(VllmCalls):
         return self._server.call(method, *args)
 
     def _reset(self) -> bool:
+        if self.vision is not None:
+            self._server.reset_encoder_cache()
         done = self._server.reset_prefix_cache()
         self._server.resume()
         return done

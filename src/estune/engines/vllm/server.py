@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from estune.completion import Sampling
+from estune.completion import Pictured, Sampling
 from estune.engines.vllm import internals
 from estune.errors import EstuneError
 
@@ -95,6 +95,10 @@ class Model:
         """As the function of that name."""
         return internals.reset_prefix_cache(self._llm)
 
+    def reset_encoder_cache(self) -> None:
+        """As the function of that name."""
+        internals.reset_encoder_cache(self._llm)
+
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
     ) -> list[list[int]]:
@@ -151,6 +155,10 @@ class Server:
         """As the function of that name."""
         return bool(self._do(self._client.reset_prefix_cache()))
 
+    def reset_encoder_cache(self) -> None:
+        """As the function of that name."""
+        self._do(self._client.reset_encoder_cache())
+
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, end_ids: Sequence[int]
     ) -> list[list[int]]:
@@ -206,10 +214,10 @@ class Server:
             self._work = None
 
     async def _completed(self, prompt_ids: Sequence[int], settings: Any) -> Any:
-        from vllm.sampling_params import RequestOutputKind
-
-        settings.output_kind = RequestOutputKind.FINAL_ONLY
-        prompt = {"prompt_token_ids": list(prompt_ids)}
+        prompt: Any = {"prompt_token_ids": list(prompt_ids)}
+        if isinstance(prompt_ids, Pictured):
+            read = await self._client.renderer.render_cmpl_async([internals.shown(prompt_ids)])
+            prompt = internals.continued(prompt_ids, *read)
         async for found in self._client.generate(prompt, settings, f"estune-{secrets.token_hex(8)}"):
             last = found
         if last.outputs and last.outputs[0].finish_reason == "abort":  # its owner's doing, such as /pause

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from estune.config import Config
+from estune.engines.loading import language_tensors
 from estune.engines.vllm.calls import Digest, VllmCalls
 from estune.engines.vllm.engine import VllmEngine
 from estune.engines.vllm.parameter_map import count_once, tied_names
@@ -48,11 +49,13 @@ class VllmWeights:
         self._engine = engine
         self._shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
         held, counted = self._draw(checkpoint)
-        self.tensors = {name: aliases for name, aliases in held.items() if fits(name, config.train_parameters)}
+        spoken = language_tensors(checkpoint, trust_remote_code=config.trust_remote_code)
+        pattern = config.train_parameters
+        self.tensors = {name: of for name, of in held.items() if fits(name, pattern, spoken=name in spoken)}
         """The trained tensors by checkpoint name, each with the names tied to it."""
-        refuse_unfitting(config.train_parameters, self._shapes)
+        refuse_unfitting(pattern, self._shapes)
         if not self.tensors:
-            raise EstuneError(f"train_parameters: {config.train_parameters} leaves no parameter to train")
+            raise EstuneError(f"train_parameters: {pattern} leaves no parameter to train")
         chosen = {name: tuple(aliases) for name, aliases in self.tensors.items()}
         dtype = POLICIES[config.weights].dtype(self._live_dtype)
         scales = scales_of(config.sigma_scale, checkpoint, list(self.tensors))

@@ -34,6 +34,7 @@ from estune.pool.remote.wire import (
     Joined,
     Terms,
     name_of,
+    to_send,
 )
 from estune.pool.worker import Place, StaleWeights
 from estune.versions import packages
@@ -195,7 +196,7 @@ class RemoteHandle:
             found = self.post(kind, said, limit)
         except _UnknownPrompts:
             assert prompts is not None
-            self.post("prompts", [prompts.name, prompts.ids], limit)
+            self.post("prompts", [prompts.name, [to_send(ids) for ids in prompts.ids]], limit)
             found = self.post(kind, said, limit)
         self._deadlines.took(kind, time.monotonic() - began)
         if prompts is None or kind == "compare":

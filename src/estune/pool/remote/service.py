@@ -37,8 +37,10 @@ from estune.pool.remote.wire import (
     Ids,
     Joined,
     Opened,
+    Sighted,
     Swapped,
     Terms,
+    as_sent,
 )
 from estune.pool.replica import Trained
 from estune.pool.worker import StaleWeights, Worker, software
@@ -171,7 +173,8 @@ class Service:
         self._worker.replica.weights.restore()
         self._free = True
 
-    def _keep(self, name: str, prompt_ids: Ids) -> None:
+    def _keep(self, name: str, prompts: list[list[int] | Sighted]) -> None:
+        prompt_ids = [as_sent(prompt) for prompt in prompts]
         while len(self._prompts) >= PROMPTS_KEPT:
             del self._prompts[next(iter(self._prompts))]
         self._prompts[name] = prompt_ids

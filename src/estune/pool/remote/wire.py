@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Base64Bytes, Field, TypeAdapter
 
-from estune.completion import Sampling
+from estune.completion import Pictured, Sampling
 from estune.es.strategy import Member, Update
 from estune.pool.base import Description
+from estune.tasks.pictures import as_picture
 from estune.weights.policies import NoiseMode, PolicyName, Rounding
 
 PATH = "/v1/estune"
@@ -103,13 +104,25 @@ class Swapped:
 
 
 Ids = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sighted:
+    """A prompt with pictures, as `Pictured` has it, with the bytes of their files, in base64 on the way."""
+
+    ids: list[int]
+    text: str
+    pictures: list[Base64Bytes]
+    marked: list[int]
+
+
 Joined = tuple[int, list[int], Sampling]
 """A turn of a rollout that is asked for: its number, the token ids of its prompt, and how it is drawn."""
 Ended = tuple[int, Annotated[list[Token], Field(min_length=1)]]
 """A turn that has ended: its number, and the token ids of its completion."""
 ARGUMENTS: dict[str, TypeAdapter[Any]] = {
     "open": TypeAdapter(tuple[Terms]),
-    "prompts": TypeAdapter(tuple[str, Ids]),
+    "prompts": TypeAdapter(tuple[str, list[list[int] | Sighted]]),
     "evaluate": TypeAdapter(tuple[int, Member, float, str, Sampling]),
     "generate": TypeAdapter(tuple[int, str, Sampling]),
     "hold": TypeAdapter(tuple[int, str, Member | None, float]),
@@ -140,4 +153,24 @@ Failure = Literal["refused", "stale", "gone", "taken", "unknown prompts", "faile
 
 def name_of(prompt_ids: Sequence[Sequence[int]]) -> str:
     """The name that prompts go by."""
-    return hashlib.blake2b(json.dumps(prompt_ids).encode(), digest_size=12).hexdigest()
+    seen = [ids.pictures for ids in prompt_ids if isinstance(ids, Pictured)]
+    return hashlib.blake2b(json.dumps([prompt_ids, seen]).encode(), digest_size=12).hexdigest()
+
+
+def to_send(prompt: Sequence[int]) -> Sequence[int] | Sighted:
+    """A prompt as it goes to a server."""
+    if not isinstance(prompt, Pictured):
+        return prompt
+    return Sighted(list(prompt), prompt.text, [picture.data for picture in prompt.pictures], prompt.marked)
+
+
+def as_sent(prompt: list[int] | Sighted) -> list[int]:
+    """A prompt as it came to a server.
+
+    Raises:
+        EstuneError: a picture is none, or too large to be shown.
+    """
+    if not isinstance(prompt, Sighted):
+        return prompt
+    pictures = [as_picture(data, "a prompt") for data in prompt.pictures]
+    return Pictured(prompt.ids, prompt.text, pictures, prompt.marked)
