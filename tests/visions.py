@@ -193,7 +193,9 @@ def _qwen(name: str, processing: str, text: _Text, eye: dict[str, Any]) -> tuple
     tokenizer = _tokenizer(*_QWEN_TOKENS, mark=_QWEN_MARK)
     third = text["head_dim"] // 6
     sections = [text["head_dim"] // 2 - 2 * third, third, third]
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    if name.startswith("Qwen3"):
+        rope["mrope_interleaved"] = True
     text = {**text, "rope_parameters": rope}
     eye = {**_QWEN_EYE, "out_hidden_size": text["hidden_size"], **eye}
     ids = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), _QWEN_TOKENS,

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from estune.completion import Picture, Pictured, Sampling
+from estune.engines.loading import language_tensors
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
@@ -74,6 +75,7 @@ def test_it_is_trained_and_replayed(family: str, tmp_path: Path) -> None:
     train_and_compare(tmp_path, model, rows)
     trained = set(Journal.read(tmp_path / "run").header.tensors)
     assert trained == {name for name in Checkpoint(model).tensors if not _sees(name)}
+    assert trained == language_tensors(Checkpoint(model))
 
 
 def _sees(name: str) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
+from estune.completion import Picture, Pictured
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.journal.journal import Journal
@@ -30,7 +31,7 @@ from estune.pool.local import LocalPool
 from estune.pool.remote.handle import KEY, RemoteHandle
 from estune.pool.remote.pool import RemotePool
 from estune.pool.remote.service import Asked, Failed, Service, answer_lines
-from estune.pool.remote.wire import Terms
+from estune.pool.remote.wire import ARGUMENTS, Sighted, Terms, as_sent, name_of, to_send
 from estune.pool.replica import Replica
 from estune.pool.worker import StaleWeights
 from estune.run.trainer import Trainer
@@ -39,6 +40,7 @@ from tests.pool.far import PROMPTS, SAMPLING, SECRET, handle, remote, trainer
 from tests.rays import until
 from tests.runs import assert_same_run, make_config, make_task, slow_variety
 from tests.servers import Served, serve_replica
+from tests.visions import picture, png
 
 pytestmark = pytest.mark.usefixtures("key")
 
@@ -163,6 +165,19 @@ def test_prompts_are_sent_once(servers: list[Served], model: Path, monkeypatch: 
     assert sent == ["open", "rebuild", "evaluate", "prompts", "evaluate", "evaluate", "evaluate"]
     assert len(ports) == 1  # the same connection
     one.end()
+
+
+def test_pictures_go_with_their_prompts() -> None:
+    first, second = (Pictured([1, 2, 2, 3], "<image>", (Picture(png(picture(count))),), [1, 2, 3]) for count in (3, 4))
+    said = ARGUMENTS["prompts"].dump_json(("name", [to_send(prompt) for prompt in (first, [7])]))
+    found, text = map(as_sent, ARGUMENTS["prompts"].validate_python(json.loads(said))[1])
+    assert isinstance(found, Pictured)
+    assert (found, found.text, found.pictures, found.marked) == (first, first.text, first.pictures, first.marked)
+    assert found.pictures[0].data == first.pictures[0].data
+    assert (text, type(text)) == ([7], list)
+    assert len({name_of([first]), name_of([second]), name_of([[*first]])}) == 3
+    with pytest.raises(EstuneError, match="a prompt: not a picture that Pillow can read"):
+        as_sent(Sighted([1], "<image>", [b"none"], [1]))
 
 
 def test_another_key_is_refused(

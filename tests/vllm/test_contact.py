@@ -42,13 +42,12 @@ def test_the_engine_takes_our_options() -> None:
         "block_size",
         "kv_cache_memory_bytes",
         "gpu_memory_utilization",
+        "limit_mm_per_prompt",
     }
     assert ours <= set(parameters(EngineArgs))
     assert parameters(LLM.reset_prefix_cache) == ["self", "reset_running_requests", "reset_connector"]
     assert inspect.signature(LLM.reset_prefix_cache).return_annotation in (bool, "bool")
     assert parameters(LLM.collective_rpc)[:4] == ["self", "method", "timeout", "args"]
-    assert parameters(LLM.generate)[:3] == ["self", "prompts", "sampling_params"]
-    assert "use_tqdm" in parameters(LLM.generate)
 
 
 def test_the_engine_takes_prompts_one_by_one() -> None:
@@ -58,7 +57,27 @@ def test_the_engine_takes_prompts_one_by_one() -> None:
     assert parameters(LLMEngine.add_request)[:4] == ["self", "request_id", "prompt", "params"]
     assert parameters(LLMEngine.abort_request)[:2] == ["self", "request_ids"]
     assert parameters(LLMEngine.step) == ["self"]
+    assert parameters(LLMEngine.has_unfinished_requests) == ["self"]
     assert RequestOutputKind.DELTA
+    assert RequestOutputKind.FINAL_ONLY
+
+
+def test_the_engine_takes_pictures() -> None:
+    from vllm.inputs import MultiModalInput, TokensPrompt
+    from vllm.renderers.base import BaseRenderer
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    asked = {"prompt_token_ids", "multi_modal_data", "multi_modal_uuids"}
+    assert asked <= TokensPrompt.__required_keys__ | TokensPrompt.__optional_keys__
+    assert {"type", "prompt_token_ids"} <= MultiModalInput.__required_keys__
+    for render in (BaseRenderer.render_cmpl, BaseRenderer.render_cmpl_async):
+        assert parameters(render)[:2] == ["self", "prompts"]
+    assert 'isinstance(prompt, dict) and "type" in prompt' in inspect.getsource(InputProcessor.process_inputs)
+    for engine in (LLMEngine, AsyncLLM):
+        assert parameters(engine.reset_encoder_cache) == ["self"]
+        assert "self.renderer = " in inspect.getsource(engine.__init__)
 
 
 def test_the_stream_of_a_thread_is_remembered_where_we_forget_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +224,6 @@ def test_a_server_s_engine_is_called_as_we_do() -> None:
 
 
 def test_adapters_are_taken_and_held_as_we_know() -> None:
-    from vllm import LLM
     from vllm.config.lora import MaxLoRARanks
     from vllm.engine.arg_utils import EngineArgs
     from vllm.lora import model_manager
@@ -227,7 +245,6 @@ def test_adapters_are_taken_and_held_as_we_know() -> None:
     assert ours <= set(parameters(EngineArgs))
     assert parameters(LLMEngine.add_lora) == ["self", "lora_request"]
     assert "lora_request" in parameters(LLMEngine.add_request)
-    assert "lora_request" in parameters(LLM.generate)
     assert 1 in get_args(MaxLoRARanks)
     assert {"lora_name", "lora_int_id", "lora_path", "load_inplace"} <= set(LoRARequest.__struct_fields__)
     assert parameters(PEFTHelper.from_local_dir) == ["lora_path", "max_position_embeddings"]

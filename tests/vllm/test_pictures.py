@@ -22,13 +22,21 @@ from estune.es.strategy import Member
 from estune.journal.journal import Journal
 from estune.journal.replay import replay
 from estune.run.trainer import Trainer
-from tests.runs import make_config, make_task
+from estune.tasks.base import Task
+from tests.runs import make_config, make_task, substance
 from tests.visions import picture, png, save_vision
 from tests.vllm.conftest import SHAPE
 from tests.vllm.pairs import open_reference
 
 pytestmark = pytest.mark.usefixtures("alone_here")
 GREEDY = Sampling(8)
+SETTINGS: dict[str, Any] = {"train_parameters": "*", "steps": 2, "prompts_per_step": 4, "dtype": "float32"}
+
+
+def make_pictured() -> Task:
+    """A task whose rows have a picture each."""
+    rows = [{"prompt": "How many?", "image": picture(n, n)} for n in range(1, 9)]
+    return replace(make_task(), train=rows[2:], evaluation=rows[:2])
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +48,9 @@ def seer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def training(seer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     """A run of all parameters on pictures, about to begin."""
-    rows = [{"prompt": "How many?", "image": picture(n, n)} for n in range(1, 9)]
-    vllm = {"engine": "vllm", "replicas": None, "batch_size": 16, "device": "cpu", "threads": 1, "dtype": "float32"}
-    config = make_config(
-        tmp_path_factory.mktemp("run") / "run", seer, train_parameters="*", steps=2, prompts_per_step=4, **vllm
-    )
-    found = Trainer(config, task=replace(make_task(), train=rows[2:], evaluation=rows[:2]), monitors=[])
+    vllm = {"engine": "vllm", "replicas": None, "batch_size": 16, "device": "cpu", "threads": 1}
+    config = make_config(tmp_path_factory.mktemp("run") / "run", seer, **SETTINGS, **vllm)
+    found = Trainer(config, task=make_pictured(), monitors=[])
     yield found
     found.close()
 
@@ -151,13 +156,20 @@ def test_a_prompt_that_vllm_reads_otherwise_is_refused(ours: Any) -> None:
     assert engine.generate([ids], GREEDY)
 
 
-def test_a_run_is_replayed_to_the_bit(training: Trainer, tmp_path: Path) -> None:
-    """The last one here, as the engine ends with the run."""
+def test_a_run_is_that_of_the_transformers_engine_and_replayed_to_the_bit(
+    training: Trainer, seer: Path, tmp_path: Path
+) -> None:
+    """The last one here, as the engine ends with the run. In float32 no two tokens are all but equally likely."""
     assert training.train().ended == "finished"
     run = Path(training.config.output_dir)
     journal = Journal.read(run)
     assert any("vision_model" in name for name in journal.header.tensors)
     assert all(max(record.rewards) > min(record.rewards) for record in journal.steps)
+    Trainer(make_config(tmp_path / "run", seer, **SETTINGS), task=make_pictured(), monitors=[]).train()
+    other = Journal.read(tmp_path / "run")
+    assert [substance(record) for record in journal.steps] == [substance(record) for record in other.steps]
+    for record, expected in zip(journal.evaluations, other.evaluations, strict=True):
+        assert record.metrics == pytest.approx(expected.metrics, rel=1e-3, abs=1e-6)
     assert replay(run, tmp_path / "replayed") == journal.fingerprint()
     replayed = (tmp_path / "replayed" / "model.safetensors").read_bytes()
     assert (run / "final" / "model.safetensors").read_bytes() == replayed

@@ -24,6 +24,7 @@ from estune.errors import EstuneError
 from estune.es.strategy import Member
 from estune.noise.reference import COLUMNS_AT, normal_by_id, tensor_id
 from estune.weights.checkpoint import Checkpoint
+from tests.visions import save_vision
 from tests.vllm.in_slots import MEMBERS, assert_members_are_their_own
 from tests.vllm.pairs import PROMPTS, UPDATE, open_reference
 
@@ -175,7 +176,7 @@ def test_slots_that_hold_or_mean_something_else_are_found(
 
 
 def test_what_has_no_slots_is_said_with_what_to_set(
-    saved: Callable[..., Path], tiny: Path, caplog: pytest.LogCaptureFixture
+    saved: Callable[..., Path], tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def matrices(path: Path, **changes: Any) -> list[str]:
         caplog.clear()
@@ -203,6 +204,11 @@ def test_what_has_no_slots_is_said_with_what_to_set(
     assert matrices(saved("qwen3_moe")) == []
     assert "trains model.layers.0.mlp.experts.0.down_proj.weight too" in caplog.text
     assert caplog.text.rstrip().endswith("*.v_proj.weight")
+    seer = save_vision(tmp_path, "idefics3")
+    assert matrices(seer, train_parameters="auto", sigma_scale={}) == []
+    instead = caplog.text.rstrip().rpartition("train_parameters=")[2]
+    assert all("text_model" in name for name in matrices(seer, train_parameters=instead))
+    assert len(matrices(seer, train_parameters=instead)) == 14
     for silent in ({"noise": "iid"}, {"weights": "inplace"}, {"vllm_max_loras": 1}):
         assert matrices(tiny, **silent) == []
         assert not caplog.records

@@ -225,7 +225,7 @@ def open_vision(path: Path, config: Any, *, trust_remote_code: bool = False) -> 
 
     def load_processor() -> Any:
         try:
-            return AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+            return AutoProcessor.from_pretrained(_model_of(path), trust_remote_code=trust_remote_code)
         except ImportError as error:
             raise EstuneError(
                 f"model {path}: its processor of pictures needs another package ({first_line(error)}); pip install "

@@ -113,9 +113,12 @@ class VllmCalls(PromptEncoder):
         return [[(row * 7919 + i * 104729 + 13) % size for i in range(length)] for row in range(3)]
 
     def _picture_probes(self) -> list[list[int]]:
-        """A prompt with a picture, for a model that sees; none where there is no room for it or no template for it."""
-        if self.vision is None or not self.has_template:
+        """A prompt with a picture, where the model can be shown one and there is room for it."""
+        if self.vision is None:
             return []
         parts = [{"type": "image", "image": PROBE_PICTURE}, {"type": "text", "text": "?"}]
-        found = self.encode([[{"role": "user", "content": parts}]])
+        try:
+            found = self.encode([[{"role": "user", "content": parts}]])
+        except EstuneError:  # there is no template or processor for it, which whoever shows one is told
+            return []
         return found if self.positions is None or len(found[0]) + 2 <= self.positions else []

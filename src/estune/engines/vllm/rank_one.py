@@ -71,8 +71,13 @@ def say_alone(why: str) -> None:
 def _pattern(names: Matrices, matrices: Matrices) -> str:
     """What `train_parameters` is for these matrices of a checkpoint, and no other tensor: as short as may be."""
     ends = ",".join(dict.fromkeys(f"*.{module_of(name)}.weight" for name in matrices))
+    begun = next(iter(matrices), "").partition(".layers.")[0]  # where what sees has matrices of these names, too
     return next(
-        (p for p in ("*_proj.weight", ends) if [name for name in names if fits(name, p)] == list(matrices)),
+        (
+            p
+            for p in ("*_proj.weight", ends, f"{begun}.*_proj.weight")
+            if [name for name in names if fits(name, p)] == list(matrices)
+        ),
         f"{ends},!{EXPERTS}",
     )
 
