@@ -1,8 +1,8 @@
 """How many squares are in the picture? For a vision-language model: estune train --task examples/squares.py --model M.
 
 The pictures are drawn here, and each is another. A row has its picture in the column `image`; it could as well be the
-path of a file, its bytes, or parts of the prompt's messages. `python -m bench.study.pictures` makes a model of
-0.2 million parameters that begins to see, and trains it on this.
+path of a file, its bytes, or parts of the prompt's messages. `python -m recipes.squares` makes a model of 0.2 million
+parameters that begins to see, and recipes/squares.yaml trains it on this.
 """
 
 import random

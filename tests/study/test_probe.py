@@ -21,6 +21,7 @@ from estune.pool.local import LocalPool, open_local_pool
 from estune.study.probe import Level, Probe, best_part, probe, probe_parts, recommend, rows_of_parts
 from estune.tasks.base import Stage
 from tests.runs import make_config, make_task
+from tests.visions import picture, save_vision
 
 
 def level(sigma: float, mean: float, spread: float, kept: float = 1.0, *, collapsed: bool = False) -> Level:
@@ -55,6 +56,16 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
 @pytest.fixture
 def config(tmp_path: Path, model: Path) -> Config:
     return make_config(tmp_path / "never", model, prompts_per_step=12, threads=1)
+
+
+def test_members_of_a_model_that_sees_are_shown_pictures(tmp_path: Path) -> None:
+    rows = [{"prompt": "How many?", "image": picture(n, n)} for n in range(1, 9)]
+    task = replace(make_task(), train=rows[2:], evaluation=rows[:2])
+    config = make_config(tmp_path / "never", save_vision(tmp_path / "model", "llava"), prompts_per_step=4, threads=1)
+    found = probe(config, task=task, sigmas=[1e-7, 0.3], members=3)
+    assert [level.spread > 0 for level in found.levels] == [False, True]
+    blind = replace(task, train=[{"prompt": row["prompt"]} for row in rows[2:]])
+    assert probe(config, task=blind, sigmas=[1e-7], members=3).base != found.base
 
 
 def test_it_measures_what_perturbations_do(config: Config, tmp_path: Path) -> None:

@@ -16,7 +16,14 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from estune import ESConfig, ESTrainer, EstuneError
 from estune.config import Config
@@ -25,6 +32,7 @@ from estune.journal.journal import Journal
 from estune.trl.config import MISSING, OWN, TAKEN
 from tests.models import VOCABULARY, build_tokenizer, save_model
 from tests.runs import PROMPTS, assert_same_run, variety
+from tests.visions import picture, png, save_vision
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]
@@ -220,6 +228,41 @@ def test_a_model_in_memory_and_its_tokenizer(model: Path, tmp_path: Path) -> Non
     homeless = make(tmp_path / "other", net)
     with pytest.raises(EstuneError, match="no tokenizer"):
         homeless.train()
+
+
+@pytest.mark.parametrize("given", ["name", "memory", "processor", "other"])
+def test_a_model_that_sees_is_shown_pictures(given: str, tmp_path: Path) -> None:
+    """As `transformers` loads it, with its processor or another one."""
+    model = save_vision(tmp_path / "model", "llava")
+    files = {file.name: file.read_bytes() for file in model.iterdir()}
+    shown: list[Any] = []
+
+    def colours(completions: list[str], image: list[Any], **_: Any) -> list[float]:
+        shown.extend(image)
+        return variety(completions)
+
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    arguments: dict[str, Any] = {"processing_class": processor} if given in ("processor", "other") else {}
+    if given == "other":
+        processor.image_processor.image_mean = [0.0, 0.0, 0.0]
+    net: Any = str(model)
+    if given == "memory":
+        net = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=False)
+    rows = Dataset.from_list([{"prompt": "How many?", "image": picture(n, n)} for n in range(1, 9)])
+    settings = {"max_steps": 2, "prompts_per_step": 3}
+    data = {"train_dataset": rows.select(range(2, 8)), "eval_dataset": rows.select(range(2))}
+    trainer = make(tmp_path / "run", net, colours, settings=settings, **data, **arguments)
+    trainer.train()
+    assert {name: (model / name).read_bytes() for name in files} == files
+    assert {picture.data for picture in shown} <= {png(picture(n, n)) for n in range(1, 9)}
+    journal = Journal.read(tmp_path / "run")
+    assert any(max(record.rewards) > min(record.rewards) for record in journal.steps)
+    assert not any("vision" in name for name in journal.header.tensors)
+    base = tmp_path / "run" / "base"
+    assert base.is_dir() == (given in ("memory", "other"))
+    if given == "other":
+        kept = AutoProcessor.from_pretrained(base, trust_remote_code=False)
+        assert set(kept.image_processor.image_mean) == {0.0}
 
 
 def test_another_tokenizer_is_used(model: Path, tmp_path: Path) -> None:

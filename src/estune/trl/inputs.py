@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from estune.engines.loading import load_tokenizer
+from estune.engines.loading import has_vision, load_tokenizer
 from estune.errors import EstuneError
 from estune.grading.convention import RewardFunction, Row
 from estune.rewards.load import load_reward
@@ -22,6 +22,7 @@ _TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
     *("chat_template*", "additional_chat_templates"),
 )
+_PROCESSOR_FILES = ("*processor_config.json",)
 
 
 def as_rows(dataset: Any, what: str) -> list[Row]:
@@ -84,33 +85,48 @@ def accuracy_name(names: Sequence[str], metric: str) -> str:
 
 
 def has_other_tokenizer(model: Path, tokenizer: Any, *, trust_remote_code: bool) -> bool:
-    """Whether a tokenizer encodes, renders or ends differently from a model's own; padding does not count."""
+    """Whether a tokenizer encodes, renders or ends differently from a model's own; padding does not count.
+
+    A processor is another one if its tokenizer is, or what it makes of pictures.
+    """
+    from transformers import AutoImageProcessor
+
     try:
         own = load_tokenizer(model, trust_remote_code=trust_remote_code)
     except EstuneError:
         return True  # none there
-    return _substance(own) != _substance(tokenizer)
+    if not _is_processor(tokenizer):
+        return _substance(own) != _substance(tokenizer)
+    eye = AutoImageProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return (_substance(own), eye.to_dict()) != (_substance(tokenizer.tokenizer), tokenizer.image_processor.to_dict())
 
 
 def tokenizer_of(model: Any, *, trust_remote_code: bool) -> Any:
-    """The tokenizer that belongs to a model in memory, by the name it was loaded under."""
-    from transformers import AutoTokenizer
+    """The tokenizer that belongs to a model in memory, by the name it was loaded under; the processor, if it sees."""
+    from transformers import AutoProcessor, AutoTokenizer
 
     name = model.config.name_or_path
+    kind: Any = AutoProcessor if has_vision(model.config) else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return kind.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub's, the network's and the loaders' own
         raise EstuneError(
             f"ESTrainer: the model in memory comes with no tokenizer (looked at {name!r}); give processing_class"
         ) from error
 
 
-def link_model(model: Path, folder: Path) -> None:
-    """Make a directory with links to a model's files, all but its tokenizer's."""
+def link_model(model: Path, folder: Path, tokenizer: Any) -> None:
+    """Make a directory with links to a model's files, all but those that a tokenizer, or a processor, will be in."""
+    own = [*_TOKENIZER_FILES, *(_PROCESSOR_FILES if _is_processor(tokenizer) else ())]
     folder.mkdir()
     for file in model.iterdir():
-        if not any(fnmatch(file.name, pattern) for pattern in _TOKENIZER_FILES):
+        if not any(fnmatch(file.name, pattern) for pattern in own):
             os.symlink(file.resolve(), folder / file.name)
+
+
+def _is_processor(tokenizer: Any) -> bool:
+    """Whether it is a processor, of pictures and text."""
+    return hasattr(tokenizer, "image_processor")
 
 
 def _substance(tokenizer: Any) -> tuple[Any, ...]:

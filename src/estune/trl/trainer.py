@@ -69,7 +69,8 @@ class ESTrainer:
         args: the settings.
         train_dataset: a `datasets.Dataset` or rows, with a column `prompt`; the others go to the rewards.
         eval_dataset: the same, or a dict of sets, whose accuracies are `eval_accuracy/NAME`; None for no evaluation.
-        processing_class: the tokenizer, if not the model's own; kept in `OUTPUT_DIR/base` with links to the model.
+        processing_class: the tokenizer, or the processor of a model that sees, if not the model's own; kept in
+            `OUTPUT_DIR/base` with links to the model.
         reward_processing_classes: tokenizers of the reward models among `reward_funcs`, None for the others.
         callbacks: objects or classes with methods of `transformers.TrainerCallback`.
         reward_weights: one for each reward function, by default 1; they are also a setting.
@@ -347,7 +348,7 @@ class ESTrainer:
         tokenizer = tokenizer or tokenizer_of(model, trust_remote_code=trust)
         with replacing(base) as folder:
             if isinstance(model, str):
-                link_model(locate(model), folder)
+                link_model(locate(model), folder, tokenizer)
             else:
                 model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
