@@ -63,12 +63,15 @@ def test_the_engine_takes_prompts_one_by_one() -> None:
 
 
 def test_the_engine_takes_pictures() -> None:
+    from vllm.config import ModelConfig, MultiModalConfig
     from vllm.inputs import MultiModalInput, TokensPrompt
     from vllm.renderers.base import BaseRenderer
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    assert parameters(MultiModalConfig.get_limit_per_prompt) == ["self", "modality"]
+    assert "multimodal_config" in parameters(ModelConfig)
     asked = {"prompt_token_ids", "multi_modal_data", "multi_modal_uuids"}
     assert asked <= TokensPrompt.__required_keys__ | TokensPrompt.__optional_keys__
     assert {"type", "prompt_token_ids"} <= MultiModalInput.__required_keys__

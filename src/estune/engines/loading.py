@@ -200,6 +200,9 @@ def language_tensors(checkpoint: Checkpoint, *, trust_remote_code: bool = False)
     Args:
         checkpoint: a model's, or an adapter's, all of which is trained.
         trust_remote_code: as for `load_config`.
+
+    Raises:
+        EstuneError: for a model that transformers cannot lay out.
     """
     names = set(checkpoint.tensors)
     if checkpoint.under is not None:
@@ -207,8 +210,14 @@ def language_tensors(checkpoint: Checkpoint, *, trust_remote_code: bool = False)
     config = load_config(checkpoint.path, trust_remote_code=trust_remote_code)
     if not has_vision(config):
         return names
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as for the configuration
+        raise EstuneError(
+            f"model {checkpoint.path}: which tensors are its language model's cannot be told ({first_line(error)}); "
+            "install the version of transformers that it is for"
+        ) from error
     return language_names(model, names)
 
 

@@ -271,7 +271,7 @@ def log_probabilities(
 
 def looking(tokens: int) -> Any:
     """vLLM's settings to look at likely tokens."""
-    return _plainly(max_tokens=tokens, logprobs=4, ignore_eos=True)
+    return _greedy(max_tokens=tokens, logprobs=4, ignore_eos=True)
 
 
 def likely(found: Iterable[Any]) -> list[dict[int, float]]:
@@ -288,10 +288,10 @@ def score(llm: Any, rows: Sequence[Sequence[int]], adapter: Any = None) -> list[
 
 def scoring() -> Any:
     """vLLM's settings to score texts."""
-    return _plainly(max_tokens=1, prompt_logprobs=0)
+    return _greedy(max_tokens=1, prompt_logprobs=0)
 
 
-def _plainly(**options: Any) -> Any:
+def _greedy(**options: Any) -> Any:
     """vLLM's settings of greedy decoding, without text."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind

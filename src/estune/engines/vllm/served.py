@@ -47,7 +47,9 @@ class ServedEngine(VllmCalls):
         self.path = Path(locate(name))
         loaded = load_config(self.path, trust_remote_code=model.trust_remote_code)
         tokenizer = load_tokenizer(self.path, trust_remote_code=model.trust_remote_code)
-        vision = open_vision(self.path, loaded, trust_remote_code=model.trust_remote_code)
+        pictures = model.multimodal_config
+        shown = pictures is not None and pictures.get_limit_per_prompt("image") > 0
+        vision = open_vision(self.path, loaded, trust_remote_code=model.trust_remote_code) if shown else None
         super().__init__(name, tokenizer, loaded, model.max_model_len, vision=vision)
         self.dtype = type_name(model.dtype)
         self.parallel = config.parallel_config.world_size
