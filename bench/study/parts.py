@@ -108,6 +108,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adam": {"adam": True},
     "sigma by rms": {"sigma_scale": '{"*": "rms"}', "sigma": 0.032, "learning_rate": 0.016},
     "guided": {"guided_share": 0.5},
+    "sharpness-aware": {"sam_rho": 0.1},
     "mlp at half sigma": {"sigma_scale": '{"*.mlp.*": 0.5}', "learning_rate": 0.016},
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, exact in place": {"dtype": "bfloat16", "weights": "exact_inplace"},

@@ -19,6 +19,7 @@ from estune.es.guided import Guided
 from estune.es.objective import Objective, best_of
 from estune.es.schedule import Schedule
 from estune.es.shaping import quantile, shape
+from estune.es.sharpness import SharpnessAware
 
 REWARDS = [0.5, 2.0, -1.0, 0.5, 7.0, 0.0, 1.0, 3.0]
 rewards_of_8 = st.lists(st.integers(-50, 50).map(float), min_size=8, max_size=8).filter(lambda r: len(set(r)) > 1)
@@ -227,3 +228,39 @@ def test_guided_members_look_as_far_as_others_and_as_much_along_the_past_as_they
     again = EvolutionStrategy(population=200, guided=Guided(0.4, 2))
     again.from_json(strategy.to_json())
     assert again.ask() == members
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_sharpness_aware_step_goes_down_and_then_up_from_where_it_was(mirrored: bool) -> None:
+    parts: dict[str, Any] = {"population": 4, "sigma": 0.5, "learning_rate": 0.1, "mirrored": mirrored}
+    strategy = EvolutionStrategy(**parts, sharpness=SharpnessAware(0.2), weight_decay=0.5, anchor_decay=0.5)
+    rewards = [0.0, 1.0, 5.0, 2.0]
+    down = strategy.tell(rewards)
+    assert strategy.displaced
+    of_noise: dict[int, float] = {}
+    for seed, c in down.pairs:
+        of_noise[seed] = of_noise.get(seed, 0.0) + c
+    assert math.hypot(*of_noise.values()) == pytest.approx(0.2 * 0.5)  # of a weight, as noise of seeds is orthogonal
+    up = strategy.tell(rewards)
+    assert not strategy.displaced
+    assert list(up.earlier) == [(seed, -c) for seed, c in down.pairs]
+    expected = standardized(rewards) * [m.sign for m in up.members]
+    assert up.coefficients == pytest.approx(0.1 / 4 * expected)
+    worse = [m.sign * c for m, c in zip(down.members, down.coefficients, strict=True)]
+    assert np.corrcoef(worse, rewards)[0, 1] == pytest.approx(-1)
+    assert (down.decay, down.anchor, up.decay, up.anchor) == (pytest.approx(-0.05), pytest.approx(0.05), 0.0, 0.0)
+
+
+def test_the_way_down_is_taken_back_where_nothing_is_learned_there() -> None:
+    def strategy() -> EvolutionStrategy:
+        return EvolutionStrategy(population=2, sharpness=SharpnessAware(0.2))
+
+    whole = strategy()
+    down, up = whole.tell([0.0, 1.0]), whole.tell([1.0, 1.0])
+    assert up.pairs == ()
+    assert list(up.earlier) == [(seed, -c) for seed, c in down.pairs]
+    assert [whole.tell([1.0, 1.0]).pairs, whole.tell([1.0, 1.0]).earlier] == [(), ()]
+    again = strategy()
+    again.recall([down], whole.state())
+    assert again.displaced
+    assert again.tell([1.0, 1.0]) == up

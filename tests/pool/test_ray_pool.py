@@ -35,7 +35,7 @@ from estune.pool.worker import StaleWeights
 from estune.run.trainer import Trainer
 from estune.study.probe import probe
 from tests.rays import until, with_workers
-from tests.run.test_search import ALL, assert_harm_is_taken_back, train
+from tests.run.test_search import ALL, SHARPNESS, assert_harm_is_taken_back, train
 from tests.run.test_staleness import assert_rewards_are_those_of_the_bases_named
 from tests.runs import assert_same_run, make_config, make_task, slow_variety, substance
 
@@ -231,8 +231,9 @@ def test_what_a_member_costs_on_the_wire(pool: RayPool) -> None:
 
 
 def test_a_strategys_parts_give_the_bits_of_one_process(cluster: Any, model: Path, tmp_path: Path) -> None:
-    one = train(tmp_path / "one", model, **ALL)
-    assert one == train(tmp_path / "more", model, **ALL | {"replicas": None, "workers": 2})
+    for name, parts in (("all", ALL), ("sharpness", ALL | SHARPNESS)):
+        one = train(tmp_path / name, model, **parts)
+        assert one == train(tmp_path / f"{name} with workers", model, **parts | {"replicas": None, "workers": 2})
 
 
 def test_a_step_that_harms_is_taken_back_by_workers_too(cluster: Any, model: Path, tmp_path: Path) -> None:

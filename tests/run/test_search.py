@@ -16,6 +16,8 @@ from estune.errors import EstuneError
 from estune.journal.journal import Journal
 from estune.journal.replay import replay
 from estune.noise import reference
+from estune.run.directory import RunDirectory
+from estune.run.monitors.base import Metrics, Monitor, Request, Sample
 from estune.run.trainer import Trainer
 from tests.models import FUSABLE, save_model
 from tests.runs import make_config, make_task, variety
@@ -24,7 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def fitting(changes: dict[str, Any]) -> dict[str, Any]:
-    """Guided members are of no rank."""
+    """Guided members are of no rank; and neither guard nor one-fifth rule looks at where sharpness-aware steps go."""
+    if "sam_rho" in changes:
+        changes = {name: value for name, value in changes.items() if name not in ("guard", "adapt_sigma")}
     return changes | {"noise": "iid"} if "guided_share" in changes and changes.get("noise") == "rank1" else changes
 
 
@@ -60,10 +64,11 @@ WITH_ADAM = st.fixed_dictionaries({"adam": st.just(True)}, optional={"adam_beta1
 WITH_GUIDED = st.fixed_dictionaries(
     {"guided_share": st.sampled_from([0.3, 0.9])}, optional={"guided_window": st.just(2)}
 )
+WITH_SHARPNESS = st.fixed_dictionaries({"sam_rho": st.sampled_from([0.1, 1.0])})
 SAMPLED = st.sampled_from([{}, {"samples_per_prompt": 2, "best_of": 2, "temperature": 1.0}])
 COMBINATIONS = st.tuples(
     BASE,
-    st.one_of(WITH_PAST, WITH_ADAM, WITH_GUIDED),
+    st.one_of(WITH_PAST, WITH_ADAM, WITH_GUIDED, WITH_SHARPNESS),
     st.one_of(WITH_BASE, WITH_GROUPS),
     SAMPLED,
     st.sampled_from([0, 1]),
@@ -114,6 +119,7 @@ ALL = {
     "sigma_scale": {"*norm*": 0.25, "*": "rms"},
 }
 GUIDED = {"momentum": 0.0, "guided_share": 0.5, "guided_window": 2, "noise": "iid"}
+SHARPNESS = {"momentum": 0.0, "sam_rho": 0.5}
 MOMENTS = {"momentum": 0.0, "adam": True, "save_steps": 2, "noise": "iid"}
 
 
@@ -141,7 +147,7 @@ def test_rank_one_noise_of_members_one_by_one_is_taken_back_to_the_bit(tmp_path:
     assert rewards[0] == rewards[1]
 
 
-@pytest.mark.parametrize("changes", [{}, MOMENTS, GUIDED], ids=["all", "adam", "guided"])
+@pytest.mark.parametrize("changes", [{}, MOMENTS, GUIDED, SHARPNESS], ids=["all", "adam", "guided", "sharpness"])
 def test_the_parts_give_the_same_bits_on_any_number_of_replicas(
     model: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -241,6 +247,63 @@ def test_a_guided_run_is_what_the_equations_say(model: Path, tmp_path: Path) -> 
         np.testing.assert_allclose(final[name].ravel(), t, rtol=0, atol=2e-6)
 
 
+def test_a_sharpness_aware_run_is_what_the_equations_say(model: Path, tmp_path: Path) -> None:
+    """The weights again in NumPy, from seeds and rewards alone, after both steps of each pair."""
+    train(tmp_path / "run", model, save_dtype="float32", sam_rho=0.5, anchor_decay=0.5)
+    origin = {name: t.astype(np.float64).ravel() for name, t in load_file(model / "model.safetensors").items()}
+    theta = {name: t.copy() for name, t in origin.items()}
+    steps = Journal.read(tmp_path / "run").steps
+    assert [record.prompts for record in steps[::2]] == [record.prompts for record in steps[1::2]]
+    assert steps[0].prompts != steps[2].prompts
+    assert [record.metrics["displaced"] for record in steps] == [1, 0, 1, 0]
+
+    def added(terms: list[tuple[int, float]]) -> dict[str, Any]:
+        noise = reference.normal_by_id
+        places = {name: (reference.tensor_id(name), 0, t.size) for name, t in theta.items()}
+        return {name: sum(c * noise(s, *place).astype(float) for s, c in terms) for name, place in places.items()}
+
+    for number, record in enumerate(steps):
+        rewards = np.array(record.rewards, float)
+        z = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+        seeds = [m.seed for m in record.update.members]
+        if number % 2 == 0:
+            theta = {name: t + 0.5 * 0.02 * (origin[name] - t) for name, t in theta.items()}
+            change = added([(s, -0.5 * 0.02 * w / np.linalg.norm(z)) for s, w in zip(seeds, z, strict=True)])
+        else:
+            change = added([(s, 0.02 / 4 * w) for s, w in zip(seeds, z, strict=True)])
+            theta = {name: t + change[name] for name, t in theta.items()}
+        replay(tmp_path / "run", tmp_path / f"after {number}", step=number + 1)
+        found = load_file(tmp_path / f"after {number}" / "model.safetensors")
+        for name, t in theta.items():
+            expected = t + change[name] if number % 2 == 0 else t
+            np.testing.assert_allclose(found[name].ravel(), expected, rtol=0, atol=2e-6)
+
+
+def test_nobody_looks_at_weights_amid_a_sharpness_aware_step(model: Path, tmp_path: Path) -> None:
+    class Impatient(Monitor):
+        """Asks for everything after each step."""
+
+        step = 0
+
+        def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
+            self.step = int(metrics["step"])
+
+        def requests(self) -> set[Request]:
+            return {"evaluate", "save"} | ({"stop"} if self.step == 3 else set())
+
+    config = make_config(tmp_path / "run", model, steps=8, eval_steps=3, save_steps=3, sam_rho=0.5)
+    trainer = Trainer(config, task=make_task(), monitors=[Impatient()])
+    trainer.train()
+    assert [e.step for e in trainer.journal.evaluations] == [0, 2, 4]
+    assert trainer.run.checkpoints() == [4, 2]
+    train(tmp_path / "patient", model, steps=8, eval_steps=3, save_steps=3, sam_rho=0.5)
+    patient = Journal.read(tmp_path / "patient")
+    assert [e.step for e in patient.evaluations] == [0, 4, 6, 8]
+    assert RunDirectory(tmp_path / "patient").checkpoints() == [6, 4]
+    with pytest.raises(EstuneError, match="amid a sharpness-aware step: give start_step 2"):
+        train(tmp_path / "branch", model, start_from=tmp_path / "patient", start_step=3)
+
+
 def test_moments_go_on_in_a_branch_and_after_a_loss(model: Path, tmp_path: Path) -> None:
     train(tmp_path / "whole", model, adam=True)
     train(tmp_path / "branch", model, adam=True, start_from=tmp_path / "whole", start_step=2, steps=2)
@@ -318,6 +381,10 @@ def test_a_second_tasks_reward_is_kept_by_a_mix_whose_steps_may_lack_it(model: P
         ({"adam": True, "momentum": 0.5}, "momentum 0"),
         ({"guided_share": 0.5, "weights": "exact_inplace"}, "weights must be master or copy"),
         ({"guided_share": 0.5, "noise": "rank1"}, "noise another than rank1"),
+        ({"sam_rho": 0.5, "steps": 5}, "steps 5 would end amid a step of sam_rho"),
+        ({"sam_rho": 0.5, "guard": 0.5}, "leave out guard"),
+        ({"sam_rho": 0.5, "momentum": 0.5}, "leave out momentum"),
+        ({"sam_rho": 0.5, "weights": "int8"}, "leave out momentum, weight_decay and sam_rho"),
         ({"sigma_scale": {"*": 0}}, "a number above 0 for"),
         ({"sigma_scale": {"*": "root"}}, "sigma_scale"),
     ],

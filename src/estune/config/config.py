@@ -102,10 +102,10 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         self.engine = "transformers"
         if self.device not in ("auto", "cpu"):
             raise ValueError(f"weights={self.weights} has kernels for the CPU alone: set device=cpu")
-        if self.noise_mode != "iid" or self.momentum or self.weight_decay:
+        if self.noise_mode != "iid" or self.momentum or self.weight_decay or self.sam_rho:
             raise ValueError(
                 f"weights={self.weights} carries on what members of a window of updates add, and nothing else: set "
-                "noise=iid, and leave out momentum and weight_decay"
+                "noise=iid, and leave out momentum, weight_decay and sam_rho"
             )
         return self
 
@@ -175,6 +175,25 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
                 "guided_share perturbs members along the last updates, around a base that is kept: weights must be "
                 "master or copy, momentum and max_staleness 0, noise another than rank1, and adam left out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sharpness(self) -> Config:
+        if not self.sam_rho:
+            return self
+        given = {
+            "momentum": self.momentum,
+            "adam": self.adam,
+            "guided_share": self.guided_share,
+            "adapt_sigma": self.adapt_sigma,
+            "guard": self.guard is not None,
+            "max_staleness": self.max_staleness,
+        }
+        other = next((name for name, value in given.items() if value), None)
+        if other is not None:
+            raise ValueError(f"sam_rho makes of two steps one, the first of which only looks: leave out {other}")
+        if self.steps % 2:
+            raise ValueError(f"steps {self.steps} would end amid a step of sam_rho, which is two: make it even")
         return self
 
     @model_validator(mode="after")

@@ -97,6 +97,12 @@ class Search(Section):
     )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, with adam")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment, with adam")
+    sam_rho: float = Field(
+        0.0,
+        ge=0,
+        description="makes of every two steps a sharpness-aware one (SAM): the first moves the base down its gradient "
+        "by so many sigmas a weight, and the second takes that back and adds the update that it finds there",
+    )
     weight_decay: float = Field(
         0.0,
         ge=0,
@@ -133,6 +139,11 @@ class Search(Section):
     def members(self) -> int:
         """Members of a step, with the base where it takes part."""
         return self.population + self.base_takes_part
+
+    @property
+    def steps_in_one(self) -> int:
+        """Steps that belong together, with the same prompts."""
+        return 2 if self.sam_rho else 1
 
     @property
     def base_takes_part(self) -> bool:

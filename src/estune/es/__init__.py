@@ -8,6 +8,17 @@ from estune.es.earlier import Momentum
 from estune.es.evolution import EvolutionStrategy
 from estune.es.guided import Guided
 from estune.es.schedule import Schedule
+from estune.es.sharpness import SharpnessAware
 from estune.es.strategy import Member, Strategy, Update
 
-__all__ = ["Adam", "EvolutionStrategy", "Guided", "Member", "Momentum", "Schedule", "Strategy", "Update"]
+__all__ = [
+    "Adam",
+    "EvolutionStrategy",
+    "Guided",
+    "Member",
+    "Momentum",
+    "Schedule",
+    "SharpnessAware",
+    "Strategy",
+    "Update",
+]

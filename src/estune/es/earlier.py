@@ -100,3 +100,11 @@ def scaled(steps: Iterable[Sequence[Pair]], factors: Sequence[float]) -> tuple[P
     """The terms of steps, each step's times its factor."""
     pairs = zip(factors, steps, strict=False)
     return tuple((seed, float32(factor * c)) for factor, step in pairs for seed, c in step)
+
+
+def norm(terms: Iterable[Pair]) -> float:
+    """Of the sum of these terms, for noise of norm 1; a mirrored pair's two are of one seed."""
+    together: dict[int, float] = {}
+    for seed, c in terms:
+        together[seed] = together.get(seed, 0.0) + c
+    return math.sqrt(math.fsum(c * c for c in together.values()))

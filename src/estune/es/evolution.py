@@ -20,6 +20,7 @@ from estune.es.guided import Guided
 from estune.es.rate import Rate
 from estune.es.schedule import Schedule
 from estune.es.shaping import Shaping, shape
+from estune.es.sharpness import SharpnessAware
 from estune.es.strategy import Member, Update, alike, float32, member_seed, plain
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class EvolutionStrategy:
         momentum: what earlier steps add.
         adam: scales the update of each weight by its moments, in place of `momentum`.
         guided: perturbs members along the last updates, too, in place of `momentum` and `adam`.
+        sharpness: makes of every two steps a sharpness-aware one, in place of these three; decay is in the first.
         adapt_sigma: the one-fifth rule, for which the base is evaluated too.
         evaluate_base: evaluate the base as one more member, of sign 0, which comes last.
     """
@@ -73,6 +75,7 @@ class EvolutionStrategy:
         momentum: Momentum = Momentum(),  # noqa: B008
         adam: Adam | None = None,
         guided: Guided | None = None,
+        sharpness: SharpnessAware | None = None,
         adapt_sigma: bool = False,
         evaluate_base: bool = False,
     ) -> None:
@@ -84,6 +87,8 @@ class EvolutionStrategy:
             raise ValueError("adam has a first moment of its own: momentum must be 0")
         if guided is not None and (momentum.beta or adam is not None):
             raise ValueError("guided members have the last updates in them: momentum must be 0, and adam left out")
+        if sharpness is not None and (momentum.beta or adam is not None or guided is not None):
+            raise ValueError("a sharpness-aware step adds no others: momentum must be 0, adam and guided left out")
         self.seed = seed
         self.population = population
         self.peak_sigma = sigma
@@ -102,6 +107,7 @@ class EvolutionStrategy:
         self._momentum = momentum
         self._past = Past(momentum, guided.window if guided else 0)
         self._guided = guided
+        self._sharpness = sharpness
         self._adam = adam
         self._taken_in = 0  # updates that the moments have had
         self._one_fifth = OneFifth() if adapt_sigma else None
@@ -118,6 +124,11 @@ class EvolutionStrategy:
         """Alpha of the current step."""
         peak = self.peak_learning_rate.at(self.sigma)
         return peak * self._caution * self.lr_schedule.factor(self.step, self.steps)
+
+    @property
+    def displaced(self) -> bool:
+        """Whether the base is at the worse point that a sharpness-aware step goes to first, not where the run is."""
+        return self._sharpness is not None and self.step % 2 == 1
 
     def ask(self, step: int | None = None) -> list[Member]:
         """The members of a step, the current one if None: `population` of them in a fixed order, and then the base."""
@@ -166,8 +177,16 @@ class EvolutionStrategy:
         return Update(update.step, update.members, nothing, rounding_seed=update.rounding_seed, sigma=update.sigma)
 
     def _unchanged(self, members: Sequence[Member]) -> Update:
-        nothing = (0.0,) * len(members)
-        return Update(self.step, plain(members), nothing, rounding_seed=self._rounding_seed, sigma=self.sigma)
+        back = (-1.0,) if self.displaced else ()
+        return Update(
+            self.step,
+            plain(members),
+            (0.0,) * len(members),
+            rounding_seed=self._rounding_seed,
+            earlier=self._past.terms(back),
+            factors=back,
+            sigma=self.sigma,
+        )
 
     def _update(self, members: Sequence[Member], at: Sequence[int], rewards: Sequence[float]) -> Update:
         """The update by those members, given by their indices, that have a reward."""
@@ -175,26 +194,33 @@ class EvolutionStrategy:
         scale = alpha if self._adam is None else 1.0  # with moments alpha scales what these make of it
         shaped = shape(rewards, self.shaping, self.shaping_share)
         weights = [scale / len(rewards) * weight for weight in shaped]
-        own = self._guided.own(self._past.steps) if self._guided else self._momentum.own
+        own, factors = self._shares([members[i] for i in at], weights)
+        decay = 0.0 if self.displaced else alpha
         coefficients = [0.0] * len(members)
         for i, weight in zip(at, weights, strict=True):
             coefficients[i] = float32(weight * members[i].sign * own)
-        factors = self._past.factors(self.sigma)
-        if self._guided:
-            factors = self._guided.factors([members[i] for i in at], weights, self._past.steps)
         return Update(
             self.step,
             plain(members),
             tuple(coefficients),
-            float32(-alpha * self.weight_decay),
+            float32(-decay * self.weight_decay),
             self._rounding_seed,
             self._past.terms(factors),
             tuple(factors),
-            float32(alpha * self.anchor_decay),
-            float32(alpha * self.anchor_l1),
+            float32(decay * self.anchor_decay),
+            float32(decay * self.anchor_l1),
             None if self._adam is None else self._adam.moments(alpha, len(rewards), self._taken_in + 1),
             self.sigma,
         )
+
+    def _shares(self, members: Sequence[Member], weights: Sequence[float]) -> tuple[float, list[float]]:
+        """The factors in an update of what these members give by these weights, and of the last steps' terms."""
+        past = self._past.steps
+        if self._sharpness:
+            return (1.0, [-1.0]) if self.displaced else (self._sharpness.down(members, weights, self.sigma), [])
+        if self._guided:
+            return self._guided.own(past), self._guided.factors(members, weights, past)
+        return self._momentum.own, self._past.factors(self.sigma)
 
     @property
     def _rounding_seed(self) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from estune.es.earlier import scaled
+from estune.es.earlier import norm, scaled
 from estune.es.strategy import Member, Pair, float32
 from estune.noise.reference import normal_by_id, tensor_id
 
@@ -71,19 +71,11 @@ class Guided:
 
     def _sizes(self, past: Sequence[Sequence[Pair]]) -> list[float]:
         """sqrt(share / k) / ||c_j|| for each step of the window; 0 for one that moved nothing."""
-        norms = [_norm(terms) for terms in past[: self.window]]
-        count = sum(norm > 0 for norm in norms)
-        return [math.sqrt(self.share / count) / norm if norm else 0.0 for norm in norms]
+        norms = [norm(terms) for terms in past[: self.window]]
+        count = sum(n > 0 for n in norms)
+        return [math.sqrt(self.share / count) / n if n else 0.0 for n in norms]
 
     def _draws(self, member: Member) -> list[float]:
         """Standard normals of a member's seed, one for each step of the window."""
         found: list[float] = normal_by_id(member.seed, _KEY, 0, self.window).tolist()
         return found
-
-
-def _norm(terms: Sequence[Pair]) -> float:
-    """Of the sum of these terms, for noise of norm 1; a mirrored pair's two are of one seed."""
-    together: dict[int, float] = {}
-    for seed, c in terms:
-        together[seed] = together.get(seed, 0.0) + c
-    return math.sqrt(math.fsum(c * c for c in together.values()))

@@ -14,8 +14,8 @@ from estune.grading.convention import Batch, Row
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import RunDirectory, default_path, refuse_used
+from estune.run.make import make_order
 from estune.run.metric_names import refuse_unknown_constraint
-from estune.run.order import StagedOrder
 from estune.run.remarks import before
 from estune.run.resume import RESUME_FROM_PYTHON, resumed, task_of
 from estune.tasks.base import Task
@@ -50,7 +50,7 @@ def describe(config: Config) -> str:
     refuse_unknown_constraint(config, task)
     refuse_pattern(config.train_parameters, checkpoint.tensors, POLICIES[config.weights].bits)
     example = _try_prompts(config, task)
-    order = StagedOrder(len(task.train), task.stages, config.prompts_of_step, config.seed)
+    order = make_order(config, task)
     notes = "".join(f"note: {remark}\n" for remark in before(config, task, order))
     prompts = order.per_step // config.prompt_groups * config.samples_per_prompt
     completions = config.steps * config.members * prompts

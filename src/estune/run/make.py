@@ -14,11 +14,13 @@ from estune.es.earlier import Momentum
 from estune.es.evolution import EvolutionStrategy
 from estune.es.guided import Guided
 from estune.es.schedule import Schedule
+from estune.es.sharpness import SharpnessAware
 from estune.grading.convention import TrainerState
 from estune.grading.grading import Grading
 from estune.journal.journal import Journal
 from estune.journal.records import Header
 from estune.pool.base import Description
+from estune.run.order import StagedOrder
 from estune.tasks.base import Task
 from estune.versions import packages
 
@@ -48,6 +50,7 @@ def make_strategy(config: Config, journal: Journal | None = None) -> EvolutionSt
         momentum=Momentum(config.momentum, config.momentum_window),
         adam=Adam(config.adam_beta1, config.adam_beta2) if config.adam else None,
         guided=Guided(config.guided_share, config.guided_window) if config.guided_share else None,
+        sharpness=SharpnessAware(config.sam_rho) if config.sam_rho else None,
         adapt_sigma=config.adapt_sigma,
         evaluate_base=config.base_takes_part,
     )
@@ -94,6 +97,11 @@ def make_header(
         folder=os.getcwd(),
         **more,
     )
+
+
+def make_order(config: Config, task: Task) -> StagedOrder:
+    """Which training rows each step of a run uses."""
+    return StagedOrder(len(task.train), task.stages, config.prompts_of_step, config.seed, config.steps_in_one)
 
 
 def make_grading(config: Config, task: Task, state: TrainerState | None = None) -> Grading:

@@ -48,12 +48,14 @@ class StagedOrder:
         stages: the task's; none: one without end, of all rows.
         per_step: rows a step, or fewer where a stage has fewer.
         seed: the run's seed.
+        in_one: steps one after another that have the same rows.
     """
 
-    def __init__(self, size: int, stages: Sequence[Stage], per_step: int, seed: int) -> None:
+    def __init__(self, size: int, stages: Sequence[Stage], per_step: int, seed: int, in_one: int = 1) -> None:
         self.stages = list(stages) or [Stage(range(size))]
         self.orders = [RowOrder(len(stage.rows), per_step, seed) for stage in self.stages]
         self.per_step = max(order.per_step for order in self.orders)
+        self.in_one = in_one
 
     def rows(self, step: int, evaluations: Mapping[int, Mapping[str, float]] = MappingProxyType({})) -> list[int]:
         """Indices of the step's rows.
@@ -62,8 +64,9 @@ class StagedOrder:
             step: which step, 0 the first.
             evaluations: metrics by step, of which those up to `step` count.
         """
-        number, began = self.stage(step, evaluations)
-        return [self.stages[number].rows[i] for i in self.orders[number].rows(step - began)]
+        first = step - step % self.in_one
+        number, began = self.stage(first, evaluations)
+        return [self.stages[number].rows[i] for i in self.orders[number].rows((first - began) // self.in_one)]
 
     def used(self, first_step: int, steps: int) -> list[int]:
         """All rows that the steps from `first_step` to `steps` can use; with stages, all rows of all stages."""

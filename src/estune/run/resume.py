@@ -117,6 +117,11 @@ def parent_of(config: Config) -> Journal | None:
             )
     if has_moments(record.update for record in parent.history) and not config.adam:
         raise EstuneError(f"start_from {config.start_from} was run with adam, and its moments go on: set adam=true")
+    if parent.settings.get("sam_rho") and len(parent.steps) % 2:
+        raise EstuneError(
+            f"start_from {config.start_from}: after step {len(parent.steps)} its weights are amid a sharpness-aware "
+            f"step: give start_step {len(parent.steps) - 1}, say"
+        )
     base_checkpoint(parent.header, config.model)
     return parent
 

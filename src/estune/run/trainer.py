@@ -37,12 +37,11 @@ from estune.run.held_out import encode_rows, hash_of_prompts, refuse_unreachable
 from estune.run.interrupt import interruptible
 from estune.run.judged import Judge
 from estune.run.machine import machine
-from estune.run.make import make_grading, make_header, make_sampling, make_strategy
+from estune.run.make import make_grading, make_header, make_order, make_sampling, make_strategy
 from estune.run.metric_names import of_evaluation, refuse_unknown_best, refuse_unknown_constraint
 from estune.run.monitors import Monitors, check_trackers, default_monitors
 from estune.run.monitors.base import Monitor, Plan, Summary, Work
 from estune.run.monitors.files import rewrite_metrics
-from estune.run.order import StagedOrder
 from estune.run.replaying import inherit, refuse_other_weights, remake_lost, replay_all
 from estune.run.resume import Past, following, parent_of, refuse_changed_prompts, reopen
 from estune.run.trust import remember
@@ -103,7 +102,7 @@ class Trainer:
             self.config = config = with_resources(following(config, parent), live, alone=task.rollout is not None)
             self.task = task
             self._began_at = 0 if past is None else len(past.journal.steps)
-            self.order = StagedOrder(len(task.train), task.stages, config.prompts_of_step, config.seed)
+            self.order = make_order(config, task)
             self.state = TrainerState(self._began_at, config.steps, rendering=config.rendering)
             self._said: set[str] = set()
             remarks.log_before(config, task, self.order)
@@ -288,6 +287,8 @@ class Trainer:
 
     def _catch_up(self) -> None:
         """Do what the run was about to do when it was cut off, and make again what it has lost of its checkpoints."""
+        if self.strategy.displaced:
+            self._whole_step()
         run = self.run
         journal = self.journal
         step = self.strategy.step
@@ -298,6 +299,7 @@ class Trainer:
         remake_lost(run, journal, self.base, step)
 
     def _loop(self, interrupted: Callable[[], bool]) -> str:
+        asked_for: set[str] = set()
         while True:
             step = self.strategy.step
             last = self.config.steps
@@ -307,15 +309,25 @@ class Trainer:
                 self._evaluate(step)
             if step >= last:
                 return "finished"
-            if self._patience_is_over() or self._stops_collapsed() or "stop" in self._requests():
+            if self._patience_is_over() or self._stops_collapsed() or "stop" in asked_for | self._requests():
                 return "stopped early"
+            asked_for = self._whole_step()
+            step = self.strategy.step
+            if "evaluate" in asked_for:
+                self._evaluate(step)
+            if self._due(step, self.config.save_steps) or "save" in asked_for | self._requests():
+                self._save_checkpoint(step)
+
+    def _whole_step(self) -> set[str]:
+        """Take a step, or what is left of two that make a sharpness-aware one; give what monitors ask for after it."""
+        asked_for = set()
+        while True:
             for monitor in self.monitors:
-                monitor.on_step_begin(step + 1)
+                monitor.on_step_begin(self.strategy.step + 1)
             self._step()
-            if "evaluate" in self._requests():
-                self._evaluate(step + 1)
-            if self._due(step + 1, self.config.save_steps) or "save" in self._requests():
-                self._save_checkpoint(step + 1)
+            asked_for |= self._requests()
+            if not self.strategy.displaced:
+                return asked_for
 
     def _requests(self) -> set[str]:
         return {request for monitor in self.monitors for request in monitor.requests()}
@@ -325,7 +337,8 @@ class Trainer:
         return step >= config.steps or (self._due(step, config.eval_steps) if step else config.eval_on_start)
 
     def _due(self, step: int, every: int) -> bool:
-        return every > 0 and step % every == 0
+        """Whether a multiple of so many steps has come, which may be amid those that belong together."""
+        return every > 0 and step // every > (step - self.config.steps_in_one) // every
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -352,6 +365,8 @@ class Trainer:
         if look is not None:
             metrics |= look.metrics(taken_back=not any(update.coefficients))
             metrics["num_tokens"] += look.tokens
+        if config.sam_rho:
+            metrics["displaced"] = float(self.strategy.displaced)
         metrics["learning_rate"] = rate
         metrics["step_time"] = time.perf_counter() - began
         metrics["tokens_per_second"] = sum(g.tokens for g in in_order) / metrics["step_time"]

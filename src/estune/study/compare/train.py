@@ -135,7 +135,8 @@ class _Budget(Monitor):
     def on_step_end(self, metrics: Metrics, sample: Sample) -> None:
         self.tokens = metrics["num_tokens"]
         self.steps = int(metrics["step"])
-        self.progress.at(self.tokens, self.save)
+        if not metrics.get("displaced"):
+            self.progress.at(self.tokens, self.save)
 
     def requests(self) -> Collection[Request]:
         asked: list[Request] = ["stop"] if self.tokens >= self.budget else []
@@ -149,7 +150,9 @@ def _evolve(
 
     prompts = min(config.rows_of_member, len(task.train))
     most = math.ceil(plan.budget / (config.members * prompts))  # every completion has a token at least
-    changes: dict[str, Any] = {"seed": job.seed, "output_dir": folder / "run", "steps": plan.es_steps or most}
+    steps = plan.es_steps or most
+    steps += -steps % config.steps_in_one
+    changes: dict[str, Any] = {"seed": job.seed, "output_dir": folder / "run", "steps": steps}
     if plan.es_steps is None:  # schedules have to know the run's length
         changes |= {"lr_scheduler_type": "constant", "sigma_scheduler_type": "constant"}
     changes |= {"eval_steps": 0, "save_steps": 0, "log_completions": 0, "report_to": []}

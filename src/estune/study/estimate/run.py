@@ -129,6 +129,8 @@ def _again(config: Config) -> int:
     """Members of earlier steps whose noise an update draws again."""
     from estune.es.earlier import Momentum
 
+    if config.sam_rho:
+        return config.population // 2  # every second update
     steps = config.guided_window if config.guided_share else Momentum(config.momentum, config.momentum_window).steps
     return steps * config.population
 
