@@ -122,14 +122,15 @@ def test_a_rate_that_is_none_is_refused() -> None:
 
 def test_the_one_fifth_rule() -> None:
     rule = OneFifth(rate=0.5)
-    rule.tell([1.0, 0.0, 0.0, 0.0, 0.0], 0.5)
+    rule.tell([0.5, -0.5, -0.5, -0.5, -0.5])
     assert rule.factor == 1.0  # a fifth is better
-    rule.tell([0.0, 0.0], 0.5)
+    rule.tell([-0.5, -0.5])
     assert rule.factor == pytest.approx(math.exp(-0.1))
-    rule.tell([0.5, 0.5], 0.5)  # as good counts half
+    rule.tell([0.0, 0.0])  # as good counts half
+    rule.tell([])
     assert rule.factor == pytest.approx(math.exp(-0.1 + 0.15))
     for _ in range(99):
-        rule.tell([1.0], 0.0)
+        rule.tell([1.0])
     assert rule.factor == 16.0
 
     strategy = EvolutionStrategy(population=2, sigma=0.1, adapt_sigma=True)
@@ -139,6 +140,18 @@ def test_the_one_fifth_rule() -> None:
     again = EvolutionStrategy(population=2, sigma=0.1, adapt_sigma=True)
     again.recall([], strategy.state())
     assert again.sigma == strategy.sigma
+
+
+def test_each_group_is_compared_with_the_base_on_its_own_prompts() -> None:
+    strategy = EvolutionStrategy(population=4, sigma=0.1, adapt_sigma=True, groups=2)
+    assert [m.sign for m in strategy.ask()] == [1, 1, 0, 1, 1, 0]
+    assert len({m.seed for m in strategy.ask()}) == 4 + 1
+    update = strategy.tell([1.0, 2.0, 1.5, 11.0, 12.0, 10.0])  # one of two is better, and both
+    assert strategy.sigma == pytest.approx(0.1 * math.exp(0.5 * (3 / 4 - 1 / 5)))
+    z = standardized([1.0, 2.0, 11.0, 12.0]) * 0.05 / 4
+    assert update.coefficients == pytest.approx([z[0], z[1], 0, z[2], z[3], 0])
+    strategy.tell([1.0, 2.0, None, 11.0, 12.0, 11.5])  # of the first group nothing is known
+    assert strategy.sigma == pytest.approx(0.1 * math.exp(0.5 * (3 / 4 - 1 / 5 + 1 / 2 - 1 / 5)))
 
 
 def test_a_constraint_is_paid_for_only_while_it_is_broken() -> None:
@@ -260,6 +273,8 @@ def test_the_way_down_is_taken_back_where_nothing_is_learned_there() -> None:
     assert up.pairs == ()
     assert list(up.earlier) == [(seed, -c) for seed, c in down.pairs]
     assert [whole.tell([1.0, 1.0]).pairs, whole.tell([1.0, 1.0]).earlier] == [(), ()]
+    even = EvolutionStrategy(population=4, mirrored=True, sharpness=SharpnessAware(0.2))
+    assert even.tell([0.0, 0.0, 1.0, 1.0]).pairs == ()  # both signs are as good: there is no way down
     again = strategy()
     again.recall([down], whole.state())
     assert again.displaced

@@ -114,14 +114,14 @@ class Search(Section):
     )
     mirrored: bool = Field(False, description="evaluate each perturbation with both signs")
     evaluate_base: bool = Field(
-        False, description="the base completes each step's prompts too, as one more member: reward_base"
+        False, description="the base completes each step's prompts too, as one more member a group: reward_base"
     )
     guard: float | None = Field(
         None,
         ge=0,
         description="take a step back, and halve the learning rate from there on, where the base then earns less than "
         "before on the step's prompts, by more than so many standard deviations of the members' rewards. The base "
-        "completes them before and after, as two more members",
+        "completes them before and after, as two more members of each group",
     )
     noise: Literal[NoiseMode, "auto"] = Field(
         "auto",
@@ -137,8 +137,8 @@ class Search(Section):
 
     @property
     def members(self) -> int:
-        """Members of a step, with the base where it takes part."""
-        return self.population + self.base_takes_part
+        """Members of a step, with the base where it takes part, in each group."""
+        return self.population + self.base_takes_part * self.prompt_groups
 
     @property
     def steps_in_one(self) -> int:
@@ -170,11 +170,6 @@ class Search(Section):
             raise ValueError(
                 f"population {self.population} makes no {self.prompt_groups} prompt_groups of equal size, of two "
                 f"members or more{pairs}"
-            )
-        if self.prompt_groups > 1 and self.base_takes_part:
-            raise ValueError(
-                "evaluate_base, adapt_sigma and guard compare the base with members on the same prompts: prompt_groups "
-                "must be 1"
             )
         return self
 

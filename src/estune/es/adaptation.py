@@ -14,7 +14,7 @@ class OneFifth:
     """The one-fifth success rule: sigma grows where more than a fifth of the members are better than the base.
 
     sigma <- sigma * exp(rate * (p - 1/5)), where p is the share of members that score above the base on the same
-    prompts, and half of those that score as much (Rechenberg 1973; in this form Kern et al. 2004). Beyond `LARGEST`
+    prompts, with half of those that score as much (Rechenberg 1973; in this form Kern et al. 2004). Beyond `LARGEST`
     times its first value, or below that part of it, sigma does not go.
     """
 
@@ -23,10 +23,12 @@ class OneFifth:
 
     LARGEST = 16.0
 
-    def tell(self, rewards: Sequence[float], base: float) -> None:
-        """Take in a step's members and its base."""
-        better = sum(r > base for r in rewards) + sum(r == base for r in rewards) / 2
-        changed = self.factor * math.exp(self.rate * (better / len(rewards) - GOAL))
+    def tell(self, margins: Sequence[float]) -> None:
+        """Take in a step: by how much each member scores above the base; none where nothing is known."""
+        if not margins:
+            return
+        better = sum(m > 0 for m in margins) + sum(m == 0 for m in margins) / 2
+        changed = self.factor * math.exp(self.rate * (better / len(margins) - GOAL))
         self.factor = min(max(changed, 1 / self.LARGEST), self.LARGEST)
 
 

@@ -54,6 +54,8 @@ class EvolutionStrategy:
         sharpness: makes of every two steps a sharpness-aware one, in place of these three; decay is in the first.
         adapt_sigma: the one-fifth rule, for which the base is evaluated too.
         evaluate_base: evaluate the base as one more member, of sign 0, which comes last.
+        groups: of members, one after another and of equal size, that have tasks of their own; the base takes part in
+            each, as its last.
     """
 
     def __init__(
@@ -78,11 +80,14 @@ class EvolutionStrategy:
         sharpness: SharpnessAware | None = None,
         adapt_sigma: bool = False,
         evaluate_base: bool = False,
+        groups: int = 1,
     ) -> None:
         if not sigma > 0 or not math.isfinite(sigma):
             raise ValueError(f"sigma is {sigma}: it must be above 0")
         if population < 2 or (mirrored and population % 2):
             raise ValueError(f"population is {population}: it must be 2 or more, and even when mirrored")
+        if population % groups:
+            raise ValueError(f"population {population} makes no {groups} groups of equal size")
         if adam is not None and momentum.beta:
             raise ValueError("adam has a first moment of its own: momentum must be 0")
         if guided is not None and (momentum.beta or adam is not None):
@@ -103,6 +108,7 @@ class EvolutionStrategy:
         self.anchor_l1 = anchor_l1
         self.mirrored = mirrored
         self.evaluate_base = evaluate_base or adapt_sigma
+        self.groups = groups
         self.step = 0
         self._momentum = momentum
         self._past = Past(momentum, guided.window if guided else 0)
@@ -131,7 +137,7 @@ class EvolutionStrategy:
         return self._sharpness is not None and self.step % 2 == 1
 
     def ask(self, step: int | None = None) -> list[Member]:
-        """The members of a step, the current one if None: `population` of them in a fixed order, and then the base."""
+        """The members of a step, the current one if None, in a fixed order; the base as the last of each group."""
         step = self.step if step is None else step
         if self.mirrored:
             seeds = [member_seed(self.seed, step, i) for i in range(self.population // 2)]
@@ -140,7 +146,11 @@ class EvolutionStrategy:
             members = [Member(member_seed(self.seed, step, i)) for i in range(self.population)]
         if self._guided:
             members = self._guided.members(members, self._past.steps)
-        return [*members, Member(member_seed(self.seed, step, _BASE), 0)] if self.evaluate_base else members
+        if not self.evaluate_base:
+            return members
+        base = Member(member_seed(self.seed, step, _BASE), 0)
+        size = self.population // self.groups
+        return [m for first in range(0, self.population, size) for m in (*members[first : first + size], base)]
 
     def tell(self, rewards: Sequence[float | None]) -> Update:
         """Shape the rewards and turn them into coefficients.
@@ -151,9 +161,9 @@ class EvolutionStrategy:
         members = self.ask()
         if len(rewards) != len(members):
             raise ValueError(f"{len(rewards)} rewards for {len(members)} members")
-        of_members = rewards[: self.population]
-        at = [i for i, r in enumerate(of_members) if r is not None and math.isfinite(r)]
-        valid = [r for r in of_members if r is not None and math.isfinite(r)]
+        known = {i: r for i, r in enumerate(rewards) if r is not None and math.isfinite(r)}
+        at = [i for i in known if members[i].sign]
+        valid = [known[i] for i in at]
         if len(valid) < self.population:
             failed = self.population - len(valid)
             log.warning("step %d: %d of %d members failed", self.step + 1, failed, self.population)
@@ -162,9 +172,10 @@ class EvolutionStrategy:
         update = self._unchanged(members) if alike(valid) else self._update(members, at, valid)
         self._past.add(update.pairs, (*update.pairs, *update.earlier))
         self._taken_in += update.moments is not None
-        base = rewards[-1]
-        if self._one_fifth and valid and base is not None and math.isfinite(base):
-            self._one_fifth.tell(valid, base)
+        if self._one_fifth:
+            size = len(members) // self.groups
+            bases = [i - i % size + size - 1 for i in at]  # of the same group
+            self._one_fifth.tell([known[i] - known[base] for i, base in zip(at, bases, strict=True) if base in known])
         self.step += 1
         return update
 
@@ -173,8 +184,7 @@ class EvolutionStrategy:
         self._caution /= 2
         self._taken_in -= update.moments is not None
         self._past.add((), (), instead=True)
-        nothing = (0.0,) * len(update.members)
-        return Update(update.step, update.members, nothing, rounding_seed=update.rounding_seed, sigma=update.sigma)
+        return update.undone()
 
     def _unchanged(self, members: Sequence[Member]) -> Update:
         back = (-1.0,) if self.displaced else ()
@@ -235,6 +245,7 @@ class EvolutionStrategy:
 
     def recall(self, updates: Sequence[Update], state: dict[str, Any]) -> None:
         """Go on after these updates, the last of which left this state."""
+        self._past.recall([])
         for update in updates:
             self._past.add(update.pairs, (*update.pairs, *update.earlier))
         self.step = updates[-1].step + 1 if updates else 0

@@ -75,6 +75,11 @@ class Update:
         """What its own members add."""
         return tuple((m.seed, c) for m, c in zip(self.members, self.coefficients, strict=True) if c != 0.0)
 
+    def undone(self) -> Update:
+        """The step once it is taken back: one that changes nothing."""
+        nothing = (0.0,) * len(self.members)
+        return Update(self.step, self.members, nothing, rounding_seed=self.rounding_seed, sigma=self.sigma)
+
 
 class Strategy(Protocol):
     """What a trainer needs of a search method."""

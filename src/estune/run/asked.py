@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.prompts import PromptEncoder
-from estune.es.strategy import Strategy, member_seed
+from estune.es.strategy import Member, Strategy, member_seed
 from estune.grading.convention import Row
 from estune.grading.grading import Grading, Pending
 from estune.journal.journal import Journal
@@ -21,6 +21,8 @@ from estune.run.held_out import token_ids
 from estune.run.make import make_sampling
 from estune.run.order import StagedOrder
 from estune.tasks.base import Task
+
+T = TypeVar("T")
 
 UNREACHED = 1 << 39
 """A step that no run reaches: its members' seeds are free for what is tried beside runs."""
@@ -34,7 +36,7 @@ class Asked:
         sigma: of the perturbations.
         indices: of the rows, in the training set, group after group.
         groups: what each group of members answers: rows, and their prompts as token ids.
-        members: how many there are, group after group.
+        members: who they are, group after group, the base as the last of each where it takes part.
         updates: that a base has had which is not stale.
         evaluations: give what each group answers.
         sampling: how completions are drawn.
@@ -43,7 +45,7 @@ class Asked:
     sigma: float
     indices: list[int]
     groups: Sequence[tuple[Sequence[dict[str, Any]], Sequence[Sequence[int]]]]
-    members: int
+    members: Sequence[Member]
     updates: int
     evaluations: Sequence[Evaluation]
     sampling: Sampling
@@ -51,7 +53,15 @@ class Asked:
     @property
     def size(self) -> int:
         """Members of a group."""
-        return self.members // len(self.groups)
+        return len(self.members) // len(self.groups)
+
+    def of_perturbed(self, of_each: Sequence[T]) -> list[T]:
+        """Of what each member came to, in their order, that of those who are perturbed."""
+        return [each for member, each in zip(self.members, of_each, strict=True) if member.sign]
+
+    def of_base(self, of_each: Sequence[T]) -> list[T]:
+        """And that of the base, group after group; none where it takes no part."""
+        return [each for member, each in zip(self.members, of_each, strict=True) if not member.sign]
 
     def rows(self, member: int) -> Sequence[dict[str, Any]]:
         """The rows that a member answers, as often as it does."""
@@ -78,7 +88,7 @@ class Asked:
             heard: called with the number of members that have answered, after each.
         """
         pending: dict[int, tuple[list[Completion], Pending]] = {}
-        staleness = [0] * self.members
+        staleness = [0] * len(self.members)
         times = {"perturb": 0.0, "generate": 0.0, "grade": 0.0}
         for index, done in self.results():
             start = time.perf_counter()
@@ -89,7 +99,7 @@ class Asked:
             times["generate"] += done.generate_time
             heard(len(pending))
         start = time.perf_counter()
-        completions, waiting = zip(*(pending[i] for i in range(self.members)), strict=True)
+        completions, waiting = zip(*(pending[i] for i in range(len(self.members))), strict=True)
         grades = grading.results(waiting)
         in_order = [Graded(self.rows(i), *each) for i, each in enumerate(zip(completions, grades, strict=True))]
         times["grade"] += time.perf_counter() - start
@@ -168,7 +178,7 @@ class Asking:
             of_group = members[group * size : (group + 1) * size]
             evaluations.append(self._pool.evaluate(of_group, sigma, prompt_ids, sampling))
         updates = len(self._journal.inherited) + step
-        return Asked(sigma, indices, asked, len(members), updates, evaluations, sampling)
+        return Asked(sigma, indices, asked, members, updates, evaluations, sampling)
 
 
 def first_prompts(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
-from estune.es.strategy import Update, mean_and_std
+from estune.es.strategy import mean_and_std
 from estune.grading.grading import Grading
 from estune.pool.base import Pool
 from estune.run.asked import Asked
@@ -18,8 +19,8 @@ class Look:
     """What the base earned before a step and after it, on the same prompts and with the same draws.
 
     Attributes:
-        before, after: its mean reward; None where there is none after it.
-        spread: standard deviation of the members' rewards.
+        before, after: its mean reward over all groups' prompts; None where there is none after it.
+        spread: standard deviation of the members' rewards, within groups.
         tokens: generated for `after`.
     """
 
@@ -29,24 +30,27 @@ class Look:
     tokens: int
 
     @classmethod
-    def at(
-        cls, asked: Asked, members: Sequence[Graded], before: float, update: Update, pool: Pool, grading: Grading
-    ) -> Self:
-        """Have the base that is new complete what the old one did, as one more member.
+    def at(cls, asked: Asked, in_order: Sequence[Graded], before: float, pool: Pool, grading: Grading) -> Self:
+        """Have the base that is new complete what the old one did, as one more member of each group.
 
         Args:
             asked: of the step.
-            members: what they came to.
+            in_order: what each member came to.
             before: what the base earned before the update.
-            update: which the pool has made.
-            pool: evaluates.
+            pool: evaluates; it has made the update.
             grading: grades.
         """
-        (rows, prompt_ids), *_ = asked.groups
-        (_, done), *_ = pool.evaluate(update.members[-1:], asked.sigma, prompt_ids, asked.sampling)
-        after = Graded(rows, done.completions, grading.grade(rows, done.completions))
-        known = [reward for member in members if (reward := member.grades.mean) is not None]
-        return cls(before, after.grades.mean, mean_and_std(known)[1], after.tokens)
+        bases = asked.of_base(asked.members)
+        evaluations = [
+            pool.evaluate([base], asked.sigma, prompt_ids, asked.sampling)
+            for base, (_, prompt_ids) in zip(bases, asked.groups, strict=True)
+        ]
+        again, _, _ = replace(asked, members=bases, evaluations=evaluations).graded(grading, lambda done: None)
+        members = asked.of_perturbed(in_order)
+        size = len(members) // len(bases)
+        spreads = [mean_and_std(_known(members[i : i + size]))[1] for i in range(0, len(members), size)]
+        spread = math.hypot(*spreads) / math.sqrt(len(spreads))
+        return cls(before, mean_reward(again), spread, sum(each.tokens for each in again))
 
     def harmed(self, guard: float) -> bool:
         """Whether the base earns less than before by more than `guard` times the spread, or nothing at all."""
@@ -60,3 +64,13 @@ class Look:
     def __str__(self) -> str:
         after = "nothing that can be told" if self.after is None else f"{self.after:.4g}"
         return f"the base earned {self.before:.4g} before it, {after} after"
+
+
+def mean_reward(bases: Sequence[Graded]) -> float | None:
+    """The mean reward of the base over the groups; None where it has none in one of them, or takes no part."""
+    known = _known(bases)
+    return mean_and_std(known)[0] if known and len(known) == len(bases) else None
+
+
+def _known(graded: Sequence[Graded]) -> list[float]:
+    return [reward for each in graded if (reward := each.grades.mean) is not None]

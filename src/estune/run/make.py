@@ -53,6 +53,7 @@ def make_strategy(config: Config, journal: Journal | None = None) -> EvolutionSt
         sharpness=SharpnessAware(config.sam_rho) if config.sam_rho else None,
         adapt_sigma=config.adapt_sigma,
         evaluate_base=config.base_takes_part,
+        groups=config.prompt_groups,
     )
     if journal is not None:
         begun = sum(record.update.moments is not None for record in journal.inherited)

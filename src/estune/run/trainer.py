@@ -32,7 +32,7 @@ from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, how_to_go_on, refuse_used
 from estune.run.evaluations import Evaluations
 from estune.run.graded import Graded, step_metrics, write_completions
-from estune.run.guard import Look
+from estune.run.guard import Look, mean_reward
 from estune.run.held_out import encode_rows, hash_of_prompts, refuse_unreachable, token_ids
 from estune.run.interrupt import interruptible
 from estune.run.judged import Judge
@@ -346,10 +346,10 @@ class Trainer:
         step = self.strategy.step
         rate = self.strategy.learning_rate
         asked = self.asking.ask()
-        self._begin_work("members", asked.prompt_ids, asked.members, asked.size)
+        self._begin_work("members", asked.prompt_ids, len(asked.members), asked.size)
         if config.max_staleness and not self._pauses(step + 1):
             self.asking.ask_ahead()
-        in_order, staleness, times = asked.graded(self.grading, partial(self._heard, asked.members))
+        in_order, staleness, times = asked.graded(self.grading, partial(self._heard, len(asked.members)))
         rewards = [g.grades.mean for g in in_order]
         fitness = self.judge.fitness(in_order)
         if all(r is None for r in rewards):
@@ -402,10 +402,10 @@ class Trainer:
         update = replace(self.strategy.tell(fitness), sigma=asked.sigma)
         fingerprint = self.pool.apply(update)
         guard = self.config.guard
-        before = in_order[-1].grades.mean
+        before = mean_reward(asked.of_base(in_order))
         if guard is None or before is None or not any(update.coefficients):
             return update, fingerprint, None
-        look = Look.at(asked, in_order[: self.config.population], before, update, self.pool, self.grading)
+        look = Look.at(asked, in_order, before, self.pool, self.grading)
         if not look.harmed(guard):
             return update, fingerprint, look
         log.warning("step %d: %s: taken back", update.step + 1, look)
@@ -415,11 +415,9 @@ class Trainer:
 
     def _metrics(self, step: int, asked: Asked, in_order: Sequence[Graded], drift: Drift | None) -> dict[str, float]:
         """What members came to in a step, the base apart."""
-        members = in_order[: self.config.population]
-        metrics = {"step": step, **step_metrics(members), "sigma": asked.sigma}
-        for base in in_order[len(members) :]:
-            if (reward := base.grades.mean) is not None:
-                metrics["reward_base"] = reward
+        metrics = {"step": step, **step_metrics(asked.of_perturbed(in_order)), "sigma": asked.sigma}
+        if (reward := mean_reward(asked.of_base(in_order))) is not None:
+            metrics["reward_base"] = reward
         if drift is not None:
             metrics |= {"weights/drift_changed": drift.changed, "weights/drift_rms": drift.rms}
         return metrics | {"num_tokens": self._tokens() + sum(g.tokens for g in in_order)}
