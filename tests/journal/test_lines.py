@@ -108,6 +108,7 @@ def test_every_field_of_another_type_is_refused_by_name_or_does_no_harm(tmp_path
         (2, "sigma", 0.0, "sigma: Input should be greater than 0, found 0.0"),
         (2, "extra", 1, "extra: Extra inputs are not permitted, found 1"),
         (1, "step", 9, "step is 9, after 0 steps"),
+        (1, "back", 0, "back is 0, which is not before step 0"),
         (1, "metrics", {"x": 1.0}, "metrics have no eval_accuracy"),
         (1, "metrics", {"eval_accuracy": "1"}, "metrics.eval_accuracy: Input should be a valid number, found '1'"),
     ],

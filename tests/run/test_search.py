@@ -16,8 +16,11 @@ from safetensors.numpy import load_file
 
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
+from estune.journal.log import log
 from estune.journal.replay import replay
+from estune.journal.verify import verify
 from estune.noise import reference
+from estune.run.branch import branch
 from estune.run.directory import RunDirectory
 from estune.run.monitors.base import Metrics, Monitor, Request, Sample
 from estune.run.trainer import Trainer
@@ -75,6 +78,7 @@ COMBINATIONS = st.tuples(
     WITH_GROUPS,
     SAMPLED,
     st.fixed_dictionaries({"save_steps": st.sampled_from([0, 1])}),
+    st.sampled_from([{}, {"back_to_best": 0.0, "eval_steps": 1}]),
 ).map(lambda parts: fitting(functools.reduce(operator.or_, parts)))
 
 
@@ -394,6 +398,8 @@ def test_a_second_tasks_reward_is_kept_by_a_mix_whose_steps_may_lack_it(model: P
         ({"adam": True, "momentum": 0.5}, "momentum 0"),
         ({"guided_share": 0.5, "weights": "exact_inplace"}, "weights must be master or copy"),
         ({"guided_share": 0.5, "noise": "rank1"}, "noise another than rank1"),
+        ({"guard": 0.5, "weights": "inplace"}, "guard and back_to_best take steps back exactly"),
+        ({"back_to_best": 0.05, "eval_steps": 0}, "eval_steps 0 makes none on the way"),
         ({"sam_rho": 0.5, "steps": 5}, "steps 5 would end amid a step of sam_rho"),
         ({"sam_rho": 0.5, "guard": 0.5}, "leave out guard"),
         ({"sam_rho": 0.5, "momentum": 0.5}, "leave out momentum"),
@@ -448,3 +454,44 @@ def test_tokens_of_the_guards_second_look_count(model: Path, tmp_path: Path) -> 
     (record,) = Journal.read(tmp_path / "run").steps
     assert record.metrics["completions/clipped_ratio"] == 1.0
     assert record.metrics["num_tokens"] == (4 + 1 + 1) * 3 * 2
+
+
+@pytest.mark.parametrize("where", [{}, {"replicas": 2}, {"adam": True}], ids=["one", "replicas", "adam"])
+def test_a_run_goes_back_to_its_best_to_the_bit(model: Path, tmp_path: Path, where: dict[str, Any]) -> None:
+    """Steps so large that some evaluations are worse than the best before."""
+    changes = {"back_to_best": 0.0, "learning_rate": 0.1, "save_steps": 1, "steps": 10, **where}
+    run = tmp_path / "run"
+    train(run, model, **changes)
+    journal = Journal.read(run)
+    back = [e for e in journal.evaluations if e.back is not None]
+    assert back
+    assert back[-1].step < 10  # at the end there is nothing to go on with
+    for e in back:
+        best = max(o.metrics["eval_accuracy"] for o in journal.evaluations if o.step < e.step)
+        assert e.metrics["eval_accuracy"] < best
+        assert best == next(o for o in journal.evaluations if o.step == e.back).metrics["eval_accuracy"]
+        assert journal.fingerprint(e.step) == journal.fingerprint(e.back)
+        after = journal.steps[e.step]
+        assert after.learning_rate == journal.steps[e.step - 1].learning_rate / 2
+        earlier = Journal.read(run, e.step - 1)  # before it was taken back
+        assert earlier.fingerprint() != journal.fingerprint(e.step)
+        assert replay(run, tmp_path / f"step {e.step - 1}", step=e.step - 1) == earlier.fingerprint()
+    assert replay(run, tmp_path / "replayed") == journal.fingerprint()
+    assert set(RunDirectory(run).checkpoints()) == set(range(1, 11)) - {i + 1 for i in journal.undone}
+    assert verify(run).steps == 10
+    rows = {(row["kind"], row["step"]): row for row in log(run)}
+    assert {i for i in range(10) if rows["step", i + 1].get("undone")} == journal.undone
+    assert rows["evaluation", back[0].step]["back"] == back[0].back
+    if "replicas" in where:
+        assert train(tmp_path / "one", model, **changes | {"replicas": 1}) == [r.fingerprint for r in journal.steps]
+        return
+    for steps in (back[0].step - 1, back[0].step, back[0].step + 1):
+        cut(run, tmp_path / f"cut {steps}", steps)
+        Trainer.resume(tmp_path / f"cut {steps}", task=make_task(), monitors=[]).train()
+        found = Journal.read(tmp_path / f"cut {steps}")
+        assert [r.fingerprint for r in found.steps] == [r.fingerprint for r in journal.steps]
+        assert [(e.step, e.back, e.state) for e in found.evaluations] == [
+            (e.step, e.back, e.state) for e in journal.evaluations
+        ]
+    branch(run, back[0].step, task=make_task(), monitors=[], steps=2, output_dir=tmp_path / "branch").train()
+    assert verify(tmp_path / "branch").steps == back[0].step + 2

@@ -123,10 +123,6 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
             raise ValueError(
                 f"weights={self.weights} has no base to change while members generate: max_staleness must be 0"
             )
-        if self.guard is not None and (POLICIES[self.weights].drifts or self.max_staleness):
-            raise ValueError(
-                "guard takes steps back exactly: max_staleness must be 0, and weights another than inplace"
-            )
         if (self.workers or self.engine == "vllm") and (self.replicas or 1) > 1:
             raise ValueError("replicas are processes of this machine's transformers engine: give workers instead")
         if self.device.startswith("mps") and (self.workers or self.engine == "vllm"):
@@ -144,6 +140,16 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
                 f"vllm_max_model_length {self.vllm_max_model_length} is to hold a prompt and max_new_tokens "
                 f"{self.max_new_tokens}: raise it, lower max_new_tokens, or leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_going_back(self) -> Config:
+        if self.guard is not None and self.max_staleness:
+            raise ValueError("guard looks at the weights after each step: max_staleness must be 0")
+        if self.back_to_best is not None and not self.eval_steps:
+            raise ValueError("back_to_best looks at evaluations, and eval_steps 0 makes none on the way")
+        if POLICIES[self.weights].drifts and (self.guard is not None or self.back_to_best is not None):
+            raise ValueError("guard and back_to_best take steps back exactly: weights must be another than inplace")
         return self
 
     @model_validator(mode="after")

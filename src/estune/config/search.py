@@ -123,6 +123,12 @@ class Search(Section):
         "before on the step's prompts, by more than so many standard deviations of the members' rewards. The base "
         "completes them before and after, as two more members of each group",
     )
+    back_to_best: float | None = Field(
+        None,
+        ge=0,
+        description="go back to the weights of the best evaluation, and halve the learning rate from there on, where "
+        "one falls below it by more than this, in accuracy (or whatever tells the best): 0.05 is 5 points of percent",
+    )
     noise: Literal[NoiseMode, "auto"] = Field(
         "auto",
         description="iid, the paper's; rank1: of a matrix an outer product of two vectors, so that many members can be "

@@ -24,7 +24,16 @@ from estune.errors import EstuneError, first_line
 from estune.files import locked, replacing, sync
 from estune.journal import compact
 from estune.journal.lines import fault
-from estune.journal.records import SEARCH, EvaluationRecord, Header, StepRecord, decoded, encoded, rank
+from estune.journal.records import (
+    SEARCH,
+    EvaluationRecord,
+    Header,
+    StepRecord,
+    decoded,
+    encoded,
+    encoded_evaluation,
+    rank,
+)
 from estune.noise.reference import NOISE_VERSION
 from estune.weights.adapted import open_checkpoint
 from estune.weights.adapters import Adapter
@@ -59,6 +68,8 @@ def is_run(place: str | Path) -> bool:
 
 class Journal:
     """An open journal. `steps` and `evaluations` hold what it records so far.
+
+    Steps that an evaluation has taken back are in `steps` as ones that change nothing; their lines are as they were.
 
     `settings`, `files`, `code` and `prompts_hash` are those of the run by now: the header's, with what has changed
     since.
@@ -211,7 +222,7 @@ class Journal:
             case "step":
                 self.steps.append(decoded(payload, self.steps))
             case "evaluation":
-                self.evaluations.append(EvaluationRecord(**payload))
+                self._take_evaluation(EvaluationRecord(**payload))
             case "settings":
                 self.settings |= payload
             case "accepted":
@@ -220,6 +231,11 @@ class Journal:
                 self.prompts_hash = payload.get("prompts_hash", self.prompts_hash)
             case "end":
                 self.ended = payload["ended"]
+
+    def _take_evaluation(self, record: EvaluationRecord) -> None:
+        self.evaluations.append(record)
+        for i in record.undone:
+            self.steps[i] = self.steps[i].undone(self.fingerprint(record.back), record.state)
 
     @classmethod
     def resume(cls, run: Path) -> Journal:
@@ -248,8 +264,8 @@ class Journal:
 
     def append_evaluation(self, record: EvaluationRecord) -> None:
         """Write an evaluation; when this returns it is on disk."""
-        self.write("evaluation", {"step": record.step, "metrics": record.metrics})
-        self.evaluations.append(record)
+        self.write("evaluation", encoded_evaluation(record))
+        self._take_evaluation(record)
 
     def append_settings(self, changed: dict[str, Any]) -> None:
         """Write settings that are no longer the header's, such as a new length of the run."""
@@ -297,6 +313,11 @@ class Journal:
         return max(self.evaluations, key=lambda e: rank(e.metrics, self.header.best_by), default=None)
 
     @property
+    def undone(self) -> set[int]:
+        """Indices of its own steps that an evaluation has taken back."""
+        return {i for evaluation in self.evaluations for i in evaluation.undone}
+
+    @property
     def state(self) -> dict[str, float]:
         """Of the strategy after the last step, as far as seeds do not tell it."""
         return self.steps[-1].state if self.steps else {}
@@ -334,9 +355,10 @@ class Journal:
         if missing := self.shortfall():
             log.warning("%s: %s", self.run, missing)
 
-    def fingerprint(self) -> str:
-        """Fingerprint of the weights after the last step."""
-        return self.steps[-1].fingerprint if self.steps else self.header.fingerprint
+    def fingerprint(self, step: int | None = None) -> str:
+        """Fingerprint of the weights after so many steps, all by default."""
+        step = len(self.steps) if step is None else step
+        return self.steps[step - 1].fingerprint if step else self.header.fingerprint
 
     def close(self) -> None:
         """Close the file and let other processes have it."""

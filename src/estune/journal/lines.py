@@ -114,6 +114,14 @@ class EvaluationLine(Line):
 
     step: Count
     metrics: dict[str, float]
+    back: Count | None = None
+    state: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _goes_back(self) -> Self:
+        if self.back is not None and self.back >= self.step:
+            raise ValueError(f"back is {self.back}, which is not before step {self.step}")
+        return self
 
     @model_validator(mode="after")
     def _has_accuracy(self) -> Self:

@@ -21,18 +21,23 @@ def log(run: str | Path) -> list[dict[str, Any]]:
         Of each a row: its `kind`, `step` or `evaluation`; its `step`, counted from 1, or the number of steps before the
         evaluation; and all its metrics. A step's row has `members`, `sigma`, `learning_rate` and the `fingerprint` of
         the weights after it; of the members' rewards `reward` (their mean), `reward_std` and `reward_max`, which are
-        None where no member has one; and `failed_members`, those that have none. The base is not one of them.
+        None where no member has one; and `failed_members`, those that have none. The base is not one of them. An
+        evaluation that took the run back has `back`, the number of steps left, and those that it took back `undone`.
 
     Raises:
         EstuneError: there is no journal, or it is damaged.
     """
     rows = []
-    for event in Journal.read(Path(run)).chronicle():
+    journal = Journal.read(Path(run))
+    undone = journal.undone
+    for event in journal.chronicle():
         metrics = {key: value for key, value in event.metrics.items() if key != "step"}
         if isinstance(event, StepRecord):
-            rows.append({"kind": "step", "step": event.step + 1, **metrics, **_of_step(event)})
+            taken_back = {"undone": True} if event.step in undone else {}
+            rows.append({"kind": "step", "step": event.step + 1, **metrics, **_of_step(event), **taken_back})
         else:
-            rows.append({"kind": "evaluation", "step": event.step, **metrics})
+            back = {} if event.back is None else {"back": event.back}
+            rows.append({"kind": "evaluation", "step": event.step, **metrics, **back})
     return rows
 
 

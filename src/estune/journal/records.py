@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 from estune.es.earlier import scaled
@@ -96,6 +96,10 @@ class StepRecord:
         """By which its members were perturbed."""
         return self.update.sigma
 
+    def undone(self, fingerprint: str, state: dict[str, float]) -> StepRecord:
+        """The step once it is taken back: it changes nothing of the weights, and leaves the strategy in this state."""
+        return replace(self, update=self.update.undone(), fingerprint=fingerprint, state=state)
+
     @property
     def of_members(self) -> list[float | None]:
         """The rewards without the base's, which may take part as a member of sign 0."""
@@ -108,6 +112,19 @@ class EvaluationRecord:
 
     step: int
     metrics: dict[str, float]
+    back: int | None = None  # after how many steps the weights are once more that the run goes on with
+    state: dict[str, float] = field(default_factory=dict)  # of the strategy then
+
+    @property
+    def undone(self) -> range:
+        """Indices of the steps that it takes back."""
+        return range(self.step if self.back is None else self.back, self.step)
+
+
+def encoded_evaluation(record: EvaluationRecord) -> dict[str, Any]:
+    """The fields of an evaluation's line."""
+    back = {} if record.back is None else {"back": record.back, "state": record.state}
+    return {"step": record.step, "metrics": record.metrics, **back}
 
 
 def encoded(record: StepRecord) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def rebuild(journal: Journal, base: Checkpoint, output: Path, step: int, dtype: 
     """As `replay`, of a journal that is open, over a base checkpoint that is known to be its own."""
     header = journal.header
     run = journal.run
-    expected = journal.steps[step - 1].fingerprint if step else header.fingerprint
+    expected = journal.fingerprint(step)
 
     def verify(found: str) -> None:
         if found != expected:

@@ -96,7 +96,8 @@ def model_card(
     """
     trained = "All weights of" if journal.settings.get("adapter") is None else "A low-rank adapter (LoRA) of"
     before = journal.evaluations[0] if journal.evaluations else None
-    after = next((e for e in reversed(journal.evaluations) if e.step <= step), None)
+    kept = [e for e in journal.evaluations if e.step <= step and e.step - 1 not in journal.undone]
+    after = kept[-1] if kept else None
     parts = [
         f"---\n{_metadata(journal, name, after, dataset)}---",
         f"# {name}",

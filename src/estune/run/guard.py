@@ -1,4 +1,4 @@
-"""Whether a step has harmed the base: what it earns on the step's prompts, before and after."""
+"""Whether a run is to go back: what the base earns on a step's prompts before and after it, and in evaluations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Self
 
 from estune.es.strategy import mean_and_std
 from estune.grading.grading import Grading
+from estune.journal.records import EvaluationRecord, rank
 from estune.pool.base import Pool
 from estune.run.asked import Asked
 from estune.run.graded import Graded
@@ -64,6 +65,12 @@ class Look:
     def __str__(self) -> str:
         after = "nothing that can be told" if self.after is None else f"{self.after:.4g}"
         return f"the base earned {self.before:.4g} before it, {after} after"
+
+
+def falls_short(now: EvaluationRecord, best: EvaluationRecord, best_by: Sequence[str], most: float) -> bool:
+    """Whether an evaluation is worse than the best one so far by more than `most`, in the metric that tells first."""
+    (of_now,), (of_best,) = (rank(each.metrics, best_by[:1]) for each in (now, best))
+    return of_now < of_best - most
 
 
 def mean_reward(bases: Sequence[Graded]) -> float | None:

@@ -56,10 +56,21 @@ def make_strategy(config: Config, journal: Journal | None = None) -> EvolutionSt
         groups=config.prompt_groups,
     )
     if journal is not None:
-        begun = sum(record.update.moments is not None for record in journal.inherited)
-        state = journal.state if journal.steps else {"adam_steps": float(begun)}  # moments go on from an ancestor's
-        strategy.recall([record.update for record in journal.steps], state)
+        recall(strategy, journal)
     return strategy
+
+
+def recall(strategy: EvolutionStrategy, journal: Journal) -> None:
+    """Make a strategy what it is where a run's journal ends."""
+    strategy.recall([record.update for record in journal.steps], state_after(journal, len(journal.steps)))
+
+
+def state_after(journal: Journal, step: int) -> dict[str, float]:
+    """A strategy's state after so many of a run's steps."""
+    if step:
+        return journal.steps[step - 1].state
+    begun = sum(record.update.moments is not None for record in journal.inherited)
+    return {"adam_steps": float(begun)} if begun else {}  # moments go on from an ancestor's
 
 
 def make_header(

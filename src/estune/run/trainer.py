@@ -32,12 +32,20 @@ from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, how_to_go_on, refuse_used
 from estune.run.evaluations import Evaluations
 from estune.run.graded import Graded, step_metrics, write_completions
-from estune.run.guard import Look, mean_reward
+from estune.run.guard import Look, falls_short, mean_reward
 from estune.run.held_out import encode_rows, hash_of_prompts, refuse_unreachable, token_ids
 from estune.run.interrupt import interruptible
 from estune.run.judged import Judge
 from estune.run.machine import machine
-from estune.run.make import make_grading, make_header, make_order, make_sampling, make_strategy
+from estune.run.make import (
+    make_grading,
+    make_header,
+    make_order,
+    make_sampling,
+    make_strategy,
+    recall,
+    state_after,
+)
 from estune.run.metric_names import of_evaluation, refuse_unknown_best, refuse_unknown_constraint
 from estune.run.monitors import Monitors, check_trackers, default_monitors
 from estune.run.monitors.base import Monitor, Plan, Summary, Work
@@ -441,11 +449,29 @@ class Trainer:
         if best is None or rank(metrics, best_by) > rank(best.metrics, best_by):
             self._save(self.run.best)
         write_completions(self.run.completions(f"evaluation-{step:05d}"), graded.records(step=step))
-        self.journal.append_evaluation(EvaluationRecord(step, metrics))
+        record = EvaluationRecord(step, metrics)
+        most = self.config.back_to_best if step < self.config.steps else None
+        if best is not None and most is not None and falls_short(record, best, best_by, most):
+            self._go_back(record, best.step)
+        else:
+            self.journal.append_evaluation(record)
         self._tell(lambda m: m.on_evaluate(metrics, graded.sample()))
         over = step >= self.config.steps
         self._say("accuracy", remarks.never_right(self.task, self.journal.evaluations, over=over))
         self._has_collapsed()
+
+    def _go_back(self, record: EvaluationRecord, step: int) -> None:
+        """Go on from the weights after an earlier step, with half the learning rate."""
+        log.warning("step %d: worse than after step %d: back to the weights there", record.step, step)
+        for number in self.run.checkpoints():
+            if number > step:
+                remove(self.run.checkpoint(number))
+        caution = self.strategy.state().get("caution", 1.0) / 2
+        state = state_after(self.journal, step) | {"caution": caution}
+        self.journal.append_evaluation(replace(record, back=step, state=state))
+        replay_all(self.pool, self.run, self.journal, self.base, anew=True)
+        recall(self.strategy, self.journal)
+        self.judge = Judge(self.config, self.journal.state)
 
     def _begin_evaluation(self, name: str, prompts: Sequence[Sequence[int]]) -> None:
         self._begin_work(name, prompts, math.ceil(len(prompts) / EVALUATION_BATCH))

@@ -77,6 +77,7 @@ def learning(run: Run) -> list[Chart]:
     accuracy = _evaluated(run, "eval_accuracy", "held-out accuracy", f"{owner}a", 1)
     if accuracy:
         sure = " Upright lines are 95% intervals over the prompts." if len(accuracy) > 1 else ""
+        went_back = [f" From step {e.step} the run went back to {e.back}." for e in run.journal.evaluations if e.undone]
         percent = _percent([run], "accuracy")
         charts.append(
             Chart(
@@ -84,7 +85,7 @@ def learning(run: Run) -> list[Chart]:
                 "Held-out accuracy",
                 accuracy,
                 _accuracy_axis(percent),
-                note=f"The weights themselves, unperturbed.{sure}",
+                note=f"The weights themselves, unperturbed.{sure}{''.join(went_back)}",
                 percent=percent,
                 from_zero=percent,
             )
