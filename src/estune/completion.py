@@ -119,17 +119,19 @@ class Completion:
 
     `token_ids` holds what was generated, the end token included; `text` is the same without special tokens;
     `finished` is False if `max_new_tokens` cut it off. For a rollout they are all tokens that were generated, the last
-    answer, and whether no answer was cut off; `played` is what became of it.
+    answer, and whether no answer was cut off; `played` is what became of it. `kl` is the divergence of the weights that
+    generated it from the base model, in nats a token over these tokens, where a run asks for it.
     """
 
     text: str
     token_ids: list[int]
     finished: bool
     played: Played | None = None
+    kl: float | None = None
 
-    def __reduce__(self) -> tuple[type, tuple[str, list[int], bool, Played | None]]:
+    def __reduce__(self) -> tuple[type, tuple[str, list[int], bool, Played | None, float | None]]:
         """Pickle it in half the time that a frozen dataclass takes by itself."""
-        return Completion, (self.text, self.token_ids, self.finished, self.played)
+        return Completion, (self.text, self.token_ids, self.finished, self.played, self.kl)
 
 
 class Engine(Protocol):

@@ -23,6 +23,7 @@ from estune.journal.replay import replay
 from estune.pool.local import open_local_pool
 from estune.pool.replica import Replica
 from estune.render import RENDERER
+from estune.run.graded import grade_completions
 from estune.run.monitors.base import Monitor, Request
 from estune.run.trainer import Trainer
 from estune.weights.checkpoint import Checkpoint
@@ -101,6 +102,35 @@ def test_distance_from_the_base_is_what_two_models_say(model: Path, tmp_path: Pa
     assert kl > 0.1
     assert found.pop("kl") == pytest.approx(kl, rel=1e-4 if dtype == "float32" else 0.05)
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", ["iid", "rank1"])
+def test_divergence_of_members_is_what_two_models_say(model: Path, tmp_path: Path, noise: Any) -> None:
+    members = [Member(5), Member(6, -1)]
+    sampling = Sampling(8, temperature=1.0, seed=2)
+    replica, plain, twin = (
+        open_replica(model, noise=noise, constraint=constraint) for constraint in ("kl<=0.1", None, None)
+    )
+    for each in (replica, plain, twin):
+        each.apply(UPDATE)
+    before = answers(replica)
+    count = replica.at_once(PROMPTS, sampling)
+    assert (count > 1) == (noise == "rank1")
+    jobs = [members] if count > 1 else [[member] for member in members]
+    found = [each for job in jobs for each in replica.evaluate_each(job, 0.05, PROMPTS, sampling)]
+    without = [each for job in jobs for each in plain.evaluate_each(job, 0.05, PROMPTS, sampling)]
+    assert [[c.token_ids for c in each.completions] for each in found] == [
+        [c.token_ids for c in each.completions] for each in without
+    ]
+    for number, (member, each) in enumerate(zip(members, found, strict=True)):
+        twin.perturb(member, 0.05)
+        twin.engine.model.save_pretrained(tmp_path / f"member {number}")
+        ids = [completion.token_ids for completion in each.completions]
+        now, base = (log_probabilities(at, "float32", ids) for at in (tmp_path / f"member {number}", model))
+        logs = np.subtract(base, now)
+        graded = grade_completions(make_task(), [{"prompt": ""}] * len(ids), each.completions)
+        assert graded.metrics()["kl"] == pytest.approx(float(np.mean(np.exp(logs) - 1 - logs)), rel=1e-3)
+    assert answers(replica) == before
 
 
 @pytest.mark.parametrize(("weights", "dtype"), KINDS)

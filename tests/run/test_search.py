@@ -49,7 +49,7 @@ BASE = st.fixed_dictionaries(
         "shaping": st.sampled_from(["zscore", "centered_ranks", "winsorized", "elite", "raw"]),
         "per_prompt": st.sampled_from(["none", "center", "standardize"]),
         "reward_quantile": st.sampled_from([0.0, 0.3]),
-        "constraint": st.sampled_from(["completions/mean_length<=4", "rewards/variety/mean>=0.9"]),
+        "constraint": st.sampled_from(["completions/mean_length<=4", "rewards/variety/mean>=0.9", "kl<=0.001"]),
         "sigma_scale": st.sampled_from([{"*.mlp.*": 0.5}, {"*norm*": 0.25, "*": "rms"}]),
         "weight_decay": st.just(0.1),
         "anchor_decay": st.just(0.3),
@@ -385,6 +385,19 @@ def test_a_second_tasks_reward_is_kept_by_a_mix_whose_steps_may_lack_it(model: P
         assert record.state["penalty"] == penalty
 
 
+def test_members_that_are_far_from_the_base_model_pay_for_it(model: Path, tmp_path: Path) -> None:
+    """How far they are, is in `test_instruments.py`."""
+    train(tmp_path / "run", model, constraint="kl<=0.001", constraint_rate=0.25, evaluate_base=True)
+    penalty = 0.0
+    for record in Journal.read(tmp_path / "run").steps:
+        if record.step:
+            over = (np.array(record.rewards, float) - np.array(record.fitness, float)) / penalty
+            assert record.metrics["kl"] == pytest.approx(0.001 + 0.001 * over[:-1].mean())  # the base comes last
+            assert record.state["penalty"] == pytest.approx(max(0.0, penalty + 0.25 * over.mean()))
+        penalty = record.state["penalty"]
+        assert penalty > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -398,6 +411,8 @@ def test_a_second_tasks_reward_is_kept_by_a_mix_whose_steps_may_lack_it(model: P
         ({"adam": True, "momentum": 0.5}, "momentum 0"),
         ({"guided_share": 0.5, "weights": "exact_inplace"}, "weights must be master or copy"),
         ({"guided_share": 0.5, "noise": "rank1"}, "noise another than rank1"),
+        ({"constraint": "kl<=0.1", "weights": "exact_inplace"}, "weights master or copy"),
+        ({"constraint": "kl<=0.1", "engine": "vllm"}, "engine must be transformers"),
         ({"guard": 0.5, "weights": "inplace"}, "guard and back_to_best take steps back exactly"),
         ({"back_to_best": 0.05, "eval_steps": 0}, "eval_steps 0 makes none on the way"),
         ({"sam_rho": 0.5, "steps": 5}, "steps 5 would end amid a step of sam_rho"),

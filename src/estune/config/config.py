@@ -203,6 +203,16 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         return self
 
     @model_validator(mode="after")
+    def _check_divergence(self) -> Config:
+        elsewhere = self.engine == "vllm" or self.workers_at
+        if self.constrains_kl and (elsewhere or self.max_staleness or not POLICIES[self.weights].keeps_base):
+            raise ValueError(
+                "a constraint on kl puts the base model where a member was, and a kept base back: engine must be "
+                "transformers, weights master or copy, max_staleness 0, and workers_at empty"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_stages(self) -> Config:
         stages = getattr(self.task, "stages", [])
         if not self.eval_steps and any(s.until_accuracy and s.until_step is None for s in stages[:-1]):

@@ -73,7 +73,7 @@ class Search(Section):
     constraint: Annotated[str | None, BeforeValidator(bound)] = Field(
         None,
         description="a second objective: METRIC<=BOUND or METRIC>=BOUND, of a metric that each member "
-        "has, as completions/mean_length<=20, kept by a penalty that is learned",
+        "has, as completions/mean_length<=20, or kl, from the base model; kept by a penalty that is learned",
     )
     constraint_rate: float = Field(0.5, gt=0, description="how fast the penalty of the constraint is learned")
     momentum: float = Field(
@@ -150,6 +150,11 @@ class Search(Section):
     def steps_in_one(self) -> int:
         """Steps that belong together, with the same prompts."""
         return 2 if self.sam_rho else 1
+
+    @property
+    def constrains_kl(self) -> bool:
+        """Whether the second objective is the members' divergence from the base model."""
+        return (self.constraint or "").startswith(("kl<", "kl>"))
 
     @property
     def base_takes_part(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ class Trained(Generator):
         self._kind = kind
         self._together: Together | None = None  # generates with many members at once
         self._taken = False  # it has members
+        self._members: tuple[Sequence[Member], float] = ((), 0.0)  # that were taken last, and their sigma
         self._restored = False  # the live weights are the base
 
     def evaluate(
@@ -103,6 +105,7 @@ class Trained(Generator):
             played: prompts will open rollouts.
         """
         self._taken = self._together is not None and not played
+        self._members = members, sigma
         if self._together is None or played:
             (member,) = members
             self.perturb(member, sigma)
@@ -116,8 +119,29 @@ class Trained(Generator):
     def complete_each(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """Generate with the weights of each member that was taken, `[members][prompts]`."""
         if self._together is None or not self._taken:
-            return [self.complete(prompt_ids, sampling)]
-        return self._together.complete(prompt_ids, sampling)
+            found = [self.complete(prompt_ids, sampling)]
+        else:
+            found = self._together.complete(prompt_ids, sampling)
+        return self._with_divergence(prompt_ids, found) if self._config.constrains_kl else found
+
+    def _with_divergence(
+        self, prompt_ids: Sequence[Sequence[int]], each: list[list[Completion]]
+    ) -> list[list[Completion]]:
+        """What members completed, with their divergence from the base model, whose weights are then the live ones."""
+        members, sigma = self._members
+        ids = [[completion.token_ids for completion in completions] for completions in each]
+        now = []
+        for member, of_member in zip(members, ids, strict=True):
+            if self._taken:  # otherwise the live weights are its own
+                self.perturb(member, sigma)
+            now.append(self.engine.score(prompt_ids, of_member))
+        self.weights.show(self.checkpoint)
+        self._restored = False
+        base = [self.engine.score(prompt_ids, of_member) for of_member in ids]
+        return [
+            [replace(c, kl=divergence([ours], [theirs])) for c, ours, theirs in zip(*of_member, strict=True)]
+            for of_member in zip(each, now, base, strict=True)
+        ]
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights a member's."""
@@ -230,6 +254,8 @@ class Replica(Trained):
         refuse_quantized(checkpoint, POLICIES[config.weights].bits)
         self._device = training_device(config.device)
         self._vllm = config.engine == "vllm"
+        if self._vllm and config.constrains_kl:
+            raise EstuneError("constraint: kl is told by transformers' engine alone: set engine=transformers")
         engine: Engine
         weights: TrainedWeights
         together: Together | None = None

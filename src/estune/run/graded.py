@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,14 @@ class Graded:
         """Tokens generated, end tokens included."""
         return sum(len(c.token_ids) for c in self.completions)
 
+    @property
+    def kl(self) -> float | None:
+        """Divergence from the base model in nats a token, over all tokens; None if not asked for, or not finite."""
+        known = [(c.kl, len(c.token_ids)) for c in self.completions if c.kl is not None and c.token_ids]
+        if not known or not all(math.isfinite(kl) for kl, _ in known):
+            return None
+        return math.fsum(kl * tokens for kl, tokens in known) / sum(tokens for _, tokens in known)
+
     def metrics(self) -> dict[str, float]:
         """Reward (if there is one), each function's mean, and the shape of the completions, under TRL's names.
 
@@ -38,6 +47,7 @@ class Graded:
         """
         count = len(self.completions)
         mean = self.grades.mean
+        kl = self.kl
         return {
             **({} if mean is None else {"reward": mean}),
             **{f"rewards/{name}/mean": value for name, value in self.grades.means().items()},
@@ -46,6 +56,7 @@ class Graded:
             "completions/mean_length": self.tokens / count,
             "completions/clipped_ratio": sum(not c.finished for c in self.completions) / count,
             "completions/distinct": len({c.text for c in self.completions}) / count,
+            **({} if kl is None else {"kl": kl}),
         }
 
     def counts(self) -> dict[str, float]:

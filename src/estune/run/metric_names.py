@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from estune.config import Config
 from estune.errors import EstuneError
@@ -73,9 +73,13 @@ def refuse_unknown_constraint(config: Config, task: Task) -> None:
     Raises:
         EstuneError: with the names most like it.
     """
-    if config.constraint is not None:
-        metric, _, _ = parts_of(config.constraint)
-        of_member(task).refuse_unknown(metric, "constraint")
+    if config.constraint is None:
+        return
+    if config.constrains_kl and task.rollout is not None:
+        raise EstuneError("constraint: kl is told of completions, and not of rollouts; constrain something else")
+    metric, _, _ = parts_of(config.constraint)
+    names = of_member(task)
+    replace(names, known=names.known | {"kl"}).refuse_unknown(metric, "constraint")
 
 
 def refuse_unknown_best(best_by: Sequence[str], names: Names) -> None:
