@@ -231,7 +231,8 @@ def test_what_a_member_costs_on_the_wire(pool: RayPool) -> None:
 
 
 def test_a_strategys_parts_give_the_bits_of_one_process(cluster: Any, model: Path, tmp_path: Path) -> None:
-    for name, parts in (("all", ALL), ("sharpness", ALL | SHARPNESS)):
+    bounded = {"constraint": "kl<=0.001", "back_to_best": 0.0, "eval_steps": 1}
+    for name, parts in (("all", ALL), ("sharpness", ALL | SHARPNESS), ("bounded", ALL | bounded)):
         one = train(tmp_path / name, model, **parts)
         assert one == train(tmp_path / f"{name} with workers", model, **parts | {"replicas": None, "workers": 2})
 
