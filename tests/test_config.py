@@ -196,7 +196,7 @@ def test_exact_in_place_rounds_stochastically_unless_told() -> None:
         ("max_steps=8", "here it is steps"),
         ("num_train_epochs=1", "set steps: each draws"),
         ("torch_dtype=float16", "here it is dtype"),
-        ("beta=0.1", "there is no KL penalty"),
+        ("beta=0.1", "set constraint, as kl<=0.3, whose penalty is learned"),
         ("logging_steps=1", "every step is logged: leave it out"),
         ("lora_rank=8", "set adapter.rank"),
         ("gradient_accumulation_steps=8", "no meaning for Evolution Strategies: leave it out"),

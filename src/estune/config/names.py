@@ -149,7 +149,7 @@ _ANSWERS = {
         "reward_normalization scale_rewards normalize_rewards standardize standardize_rewards centered_rank "
         "rank_transform advantage_estimator"
     ),
-    "there is no KL penalty: leave it out (compare_with_base tells how far a model has gone)": (
+    "set constraint, as kl<=0.3, whose penalty is learned; compare_with_base tells how far a model has gone": (
         "beta init_kl_coef kl_coef kl_loss_coef kl_penalty use_kl_in_reward use_kl_loss"
     ),
     "estune cannot do it: leave it out": (
