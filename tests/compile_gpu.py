@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from estune.noise import gpu, gpu_inplace, gpu_rank1
+from estune.noise import gpu, gpu_inplace, gpu_low_rank
 
 CAPABILITIES = (80, 90)
 _FLOAT, _BRAIN, _HALF = tl.float32, tl.bfloat16, tl.float16
@@ -74,14 +74,14 @@ KERNELS_IN_PLACE = [
     *_each_kind("_patch", _WORDS, {"BITS": tl.uint16}),
 ]
 _DRAWN = {"takes": "*i64", "drawn": "*fp32"}
-KERNELS_RANK1 = [
-    ("_draw", {"vectors": "*i64", "owners": "*i32", "seeds": "*i64", "out": "*fp32"}, {"COUNT": gpu_rank1.DRAWN}),
-    *_each_kind("_perturb", _DRAWN, {"LIVE_TYPE": _BRAIN, "BASE_TYPE": _FLOAT}),
+KERNELS_LOW_RANK = [
+    ("_draw", {"vectors": "*i64", "owners": "*i32", "seeds": "*i64", "out": "*fp32"}, {"COUNT": gpu_low_rank.DRAWN}),
+    *_each_kind("_perturb", _DRAWN, {"LIVE_TYPE": _BRAIN, "BASE_TYPE": _FLOAT, "RANK": 2, "SHARE": 0.7071067690849304}),
     *_each_kind(
         "_update",
         _DRAWN | {"coefficients": "*fp32"},
-        {"STOCHASTIC": True, "BASE_TYPE": _BRAIN},
-        {"STOCHASTIC": False, "BASE_TYPE": _FLOAT},
+        {"STOCHASTIC": True, "BASE_TYPE": _BRAIN, "RANK": 1, "SHARE": 1.0},
+        {"STOCHASTIC": False, "BASE_TYPE": _FLOAT, "RANK": 2, "SHARE": 0.7071067690849304},
     ),
 ]
 FORBIDDEN = re.compile(r"\bfma\.|\bmad\.\w+\.f32|\.ftz\b|\.approx\b")
@@ -98,7 +98,7 @@ def main() -> None:
         kernels = [(gpu, *k) for k in KERNELS]
         if capability == CAPABILITIES[-1]:
             kernels += [(gpu_inplace, *k) for k in KERNELS_IN_PLACE]
-            kernels += [(gpu_rank1, *k) for k in KERNELS_RANK1]
+            kernels += [(gpu_low_rank, *k) for k in KERNELS_LOW_RANK]
         else:  # the newest device's are compiled in all types
             kernels = [
                 (gpu, *next(k for k in KERNELS if k[0] == name)) for name in dict.fromkeys(k[0] for k in KERNELS)

@@ -73,7 +73,7 @@ SLOWEST = (
     "tests/run/test_trust.py",
     "tests/noise/test_cpu_integers.py",
     "tests/weights/test_merged.py",
-    "tests/noise/test_gpu_rank1.py",
+    "tests/noise/test_gpu_low_rank.py",
     "tests/weights/test_weights_pieces.py",
     "tests/trl/test_trainer.py",
     "tests/grading/test_level.py",

@@ -164,7 +164,7 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
         (["sigma_scale={a: 1}"], r"""write a mapping, such as {"\*.mlp.\*": 0.5}, found '{a: 1}'"""),
         (['sigma_scale={"*": "x"}'], r"^settings: sigma_scale: write a number above 0 for \*, or rms, found '[^;]*$"),
         (['sigma_scale={"*": -1}'], r"^settings: sigma_scale: write a number above 0 for \*, or rms, found '[^;]*$"),
-        (["noise=rank2"], "^settings: noise: Input should be 'iid', 'correlated', 'rank1' or 'auto', found 'rank2'$"),
+        (["noise=rank3"], "^settings: noise: Input should be 'iid', .*'rank4', 'rank8' or 'auto', found 'rank3'$"),
         (["steps=true"], "steps: .*found 'true'"),
         (["report_to=mlflow"], "report_to.*: .*'tensorboard', 'wandb' or 'trackio', found 'mlflow'"),
         (["early_stopping_patience=2", "eval_steps=0"], "early_stopping_patience counts evaluations"),

@@ -37,7 +37,7 @@ TESTS = "tests.xml"
 GPU_TESTS = (
     "tests/noise/test_noise_gpu.py",
     "tests/noise/test_gpu_inplace.py",
-    "tests/noise/test_gpu_rank1.py",
+    "tests/noise/test_gpu_low_rank.py",
     "tests/weights/test_weights_gpu.py",
     "tests/weights/test_weights_pieces.py",
     "tests/engines/test_graph.py",

@@ -48,6 +48,7 @@ PAPER = {"population": 20, "prompts_per_step": 20, "sigma": 0.024, "learning_rat
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
     "rank one": {"noise": "rank1"},
+    "rank four": {"noise": "rank4"},
     "mirrored": {"mirrored": True},
     "ranks": {"shaping": "centered_ranks"},
     "elite": {"shaping": "elite"},

@@ -157,10 +157,10 @@ def test_kernels_compile_for_cuda_and_round_every_operation() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     expected = [7 * ["_perturb"], 3 * ["_restore"], 6 * ["_update"], 4 * ["_fingerprint"], 2 * ["_squares"]]
     in_place = [*5 * ["_perturb"], *4 * ["_subtract"], *3 * ["_patch"]]  # of the last device alone
-    rank1 = ["_draw", *3 * ["_perturb"], *4 * ["_update"]]
+    low_rank = ["_draw", *3 * ["_perturb"], *4 * ["_update"]]
     found = [line.split() for line in done.stdout.splitlines()]
     older = [kind[0] for kind in expected]
-    assert [name for name, _ in found] == [*older, *itertools.chain(*expected), *in_place, *rank1]
+    assert [name for name, _ in found] == [*older, *itertools.chain(*expected), *in_place, *low_rank]
     # Instructions for a normal, by types: memory, rounding and a root's far branches included.
     counts = [float(count) for name, count in found if count != "-"]
     assert len(counts) == 5 + 4

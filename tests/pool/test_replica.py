@@ -173,7 +173,7 @@ def test_only_to_generate_needs_no_weights_that_can_be_perturbed(
         pool.close()
 
 
-def test_members_of_rank_one_are_taken_around_the_base_as_it_is_now(tmp_path: Path) -> None:
+def test_members_of_low_rank_are_taken_around_the_base_as_it_is_now(tmp_path: Path) -> None:
     """After an update, after a member that was alone, and after a rebuild: as by a replica that has seen none of it."""
     model = save_model(tmp_path / "model", **FUSABLE, hidden_size=64)
     config = make_config(tmp_path / "run", model, noise="rank1")

@@ -34,7 +34,8 @@ def fitting(changes: dict[str, Any]) -> dict[str, Any]:
     """Guided members are of no rank; and neither guard nor one-fifth rule looks at where sharpness-aware steps go."""
     if "sam_rho" in changes:
         changes = {name: value for name, value in changes.items() if name not in ("guard", "adapt_sigma")}
-    return changes | {"noise": "iid"} if "guided_share" in changes and changes.get("noise") == "rank1" else changes
+    of_low_rank = changes.get("noise", "").startswith("rank")
+    return changes | {"noise": "iid"} if "guided_share" in changes and of_low_rank else changes
 
 
 COURSES = ["constant", "linear", "cosine"]
@@ -55,7 +56,7 @@ BASE = st.fixed_dictionaries(
         "anchor_decay": st.just(0.3),
         "anchor_l1": st.just(0.01),
         "mirrored": st.booleans(),
-        "noise": st.sampled_from(["iid", "correlated", "rank1"]),
+        "noise": st.sampled_from(["iid", "correlated", "rank1", "rank4"]),
     },
 )
 WITH_BASE = st.fixed_dictionaries(
@@ -122,7 +123,7 @@ ALL = {
     "per_prompt": "standardize",
     "constraint": "completions/mean_length<=4",
     "sigma_scheduler_type": "cosine",
-    "noise": "rank1",
+    "noise": "rank2",
     "sigma_scale": {"*norm*": 0.25, "*": "rms"},
 }
 GUIDED = {"momentum": 0.0, "guided_share": 0.5, "guided_window": 2, "noise": "iid"}
@@ -130,24 +131,30 @@ SHARPNESS = {"momentum": 0.0, "sam_rho": 0.5}
 MOMENTS = {"momentum": 0.0, "adam": True, "save_steps": 2, "noise": "iid"}
 
 
-@pytest.mark.parametrize("weights", ["inplace", "exact_inplace", "split_master"])
-def test_rank_one_noise_of_weights_without_a_base_replays_and_resumes(
-    model: Path, tmp_path: Path, weights: str
+@pytest.mark.parametrize(
+    ("weights", "noise"), [("inplace", "rank4"), ("exact_inplace", "rank1"), ("split_master", "rank8")]
+)
+def test_low_rank_noise_of_weights_without_a_base_replays_and_resumes(
+    model: Path, tmp_path: Path, weights: str, noise: str
 ) -> None:
     """In place, what each member leaves behind is part of the run, and so none may be decoded without perturbing."""
     dtype = "bfloat16" if weights == "split_master" else "auto"
-    fingerprints = train(tmp_path / "run", model, noise="rank1", weights=weights, dtype=dtype)
+    fingerprints = train(tmp_path / "run", model, noise=noise, weights=weights, dtype=dtype)
     assert replay(tmp_path / "run", tmp_path / "replayed") == fingerprints[-1]
     cut(tmp_path / "run", tmp_path / "cut", 2)
     Trainer.resume(tmp_path / "cut", task=make_task(), monitors=[]).train()
     assert [record.fingerprint for record in Journal.read(tmp_path / "cut").steps] == fingerprints
 
 
-@pytest.mark.parametrize(("weights", "twin"), [("exact_inplace", "copy"), ("split_master", "master")])
-def test_rank_one_noise_of_members_one_by_one_is_taken_back_to_the_bit(tmp_path: Path, weights: str, twin: str) -> None:
+@pytest.mark.parametrize(
+    ("weights", "twin", "noise"), [("exact_inplace", "copy", "rank2"), ("split_master", "master", "rank1")]
+)
+def test_low_rank_noise_of_members_one_by_one_is_taken_back_to_the_bit(
+    tmp_path: Path, weights: str, twin: str, noise: str
+) -> None:
     """Norms of queries and keys make members be decoded one by one."""
     base = save_model(tmp_path / "qwen3", "qwen3", **FUSABLE)
-    common: Any = {"noise": "rank1", "dtype": "bfloat16", "rounding": "nearest"}
+    common: Any = {"noise": noise, "dtype": "bfloat16", "rounding": "nearest"}
     found = [train(tmp_path / policy, base, weights=policy, **common) for policy in (weights, twin)]
     assert found[0] == found[1]
     rewards = [[step.rewards for step in Journal.read(tmp_path / policy).steps] for policy in (weights, twin)]
@@ -410,7 +417,7 @@ def test_members_that_are_far_from_the_base_model_pay_for_it(model: Path, tmp_pa
         ({"adam": True, "weights": "copy"}, "weights must be master"),
         ({"adam": True, "momentum": 0.5}, "momentum 0"),
         ({"guided_share": 0.5, "weights": "exact_inplace"}, "weights must be master or copy"),
-        ({"guided_share": 0.5, "noise": "rank1"}, "noise another than rank1"),
+        ({"guided_share": 0.5, "noise": "rank2"}, "noise iid or correlated"),
         ({"constraint": "kl<=0.1", "weights": "exact_inplace"}, "weights master or copy"),
         ({"constraint": "kl<=0.1", "engine": "vllm"}, "engine must be transformers"),
         ({"guard": 0.5, "weights": "inplace"}, "guard and back_to_best take steps back exactly"),

@@ -24,33 +24,35 @@ from estune.study.estimate.times import Times
 from estune.weights.weights import Weights
 from tests.sizes import FAST, QWEN_HALF_B, ROUND, amounts, make_work, write_config
 
-RANK1 = ["noise=rank1", "device=cpu", "replicas=1", "threads=1"]
+ALONE = ["device=cpu", "replicas=1", "threads=1"]
 SMALL = {**QWEN_HALF_B, "num_hidden_layers": 2}
-SHAPE = replace(ROUND, vectors=10**6, tensors=10, joins=True)
+SHAPE = replace(ROUND, sides=9 * 10**5, flat=10**5, tensors=10, joins=True)
 
 
-def test_members_and_their_vectors_are_those_of_the_real_objects() -> None:
-    replica = Replica(load(None, RANK1))
+@pytest.mark.parametrize("rank", [1, 4])
+def test_members_and_their_vectors_are_those_of_the_real_objects(rank: int) -> None:
+    given = [f"noise=rank{rank}", *ALONE]
+    replica = Replica(load(None, given))
     assert isinstance(replica.weights, Weights)
     drawer = replica.engine.together(drawn(replica.weights))  # type: ignore[attr-defined]
     for prompts, population in ((20, 20), (1, 30), (3, 1000), (300, 4)):
-        found = estimate_run(None, [*RANK1, f"population={population}", f"prompts_per_step={prompts}"])
+        found = estimate_run(None, [*given, f"population={population}", f"prompts_per_step={prompts}"])
         assert found.work.way == "fused"
         assert found.work.together == replica.at_once([[1] * 9] * prompts, Sampling(40), population)
     held = drawer.of([Member(seed) for seed in range(7)], 0.01)
     assert isinstance(held, Members)
     arrays = [a for parts in held.matrices.values() for part in parts for a in (part.a, part.b)]
     arrays += [*held.biases.values(), *held.norms.values()]
-    work = make_work(dtype="float32", rank1=True, way="fused", together=7)
+    work = make_work(dtype="float32", rank=rank, way="fused", together=7)
     assert amounts(memory(read_shape("tiny"), work, FAST, 1024))["noise"] == sum(a.nbytes for a in arrays)
 
 
 def test_vectors_of_a_models_own_forward_are_those_that_it_holds() -> None:
-    replica = Replica(load(None, RANK1))
+    replica = Replica(load(None, ["noise=rank2", *ALONE]))
     assert isinstance(replica.weights, Weights)
     rows = RowsTogether(replica.engine.model, drawn(replica.weights))  # type: ignore[attr-defined]
     shape = read_shape("tiny")
-    assert rows.member_bytes == 4 * (shape.vectors + 2)  # of four numbers each: the table's 614 rows take 616
+    assert rows.member_bytes == 4 * (shape.vectors(2) + 2 * 2)  # of four numbers each: the table's 614 rows take 616
     assert shape.tensors == len(replica.weights.parameters)
 
 
@@ -64,7 +66,7 @@ def test_noise_that_lets_members_be_decoded_together_is_shown_beside() -> None:
 
 
 def test_a_step_of_members_together_by_hand() -> None:
-    work = make_work(rank1=True, way="forward", together=4, rows=16)
+    work = make_work(rank=1, way="forward", together=4, rows=16)
     plan = Plan(Times(SHAPE, work, FAST), np.full(1, 101.0))
     found = amounts(plan.items())
     # Of 10 members there are batches of 4, 4 and 2. A token takes 2 ms, in which 2 GB of weights are read.
@@ -91,12 +93,14 @@ def test_no_engine_is_given_more_than_its_part() -> None:
 
 def test_rows_with_vectors_of_their_own_take_time_on_a_cpu() -> None:
     cpu = replace(FAST, is_gpu=False, outer=1e9)
-    work = make_work(rank1=True, way="fused", together=4, rows=16)
+    work = make_work(rank=1, way="fused", together=4, rows=16)
     (alone,), (added,) = (
         Times(SHAPE, each, cpu).generate(np.full((1, 16), 2.0))
         for each in (replace(work, way="one by one", together=1), work)
     )
     assert added - alone == pytest.approx(16 * 2 * 1e6 / 1e9, rel=0.01)
+    of_four = Times(SHAPE, replace(work, rank=4), cpu).generate(np.full((1, 16), 2.0))[0]
+    assert of_four - alone == pytest.approx(16 * 2 * (4 * 9e5 + 1e5) / 1e9, rel=0.01)
 
 
 def test_nothing_is_patched_where_nothing_is_perturbed(tmp_path: Path) -> None:
@@ -106,7 +110,7 @@ def test_nothing_is_patched_where_nothing_is_perturbed(tmp_path: Path) -> None:
     assert amounts(found.memory)["base (weights=exact_inplace)"] == 0
     assert (found.work.way, found.work.together, found.work.rows) == ("forward", 8, 200)  # 200 of an evaluation
     one_by_one = {choice.name: choice.needed for choice in choices(found.shape, found.work, found.device, 1024)}
-    assert one_by_one["weights=inplace"] == one_by_one["weights=exact_inplace"] - 8 * found.shape.vectors * 2
+    assert one_by_one["weights=inplace"] == one_by_one["weights=exact_inplace"] - 8 * found.shape.vectors(1) * 2
 
 
 def test_who_is_decoded_alone(tmp_path: Path) -> None:

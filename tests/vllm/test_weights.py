@@ -51,7 +51,7 @@ def padding(engine: Any) -> list[dict[str, bytes]]:
 
 @pytest.mark.parametrize(
     ("policy", "noise"),
-    [*((policy, "iid") for policy in (*POLICIES, "exact_inplace", "split_master")), ("master", "rank1")],
+    [*((policy, "iid") for policy in (*POLICIES, "exact_inplace", "split_master")), ("master", "rank2")],
 )
 def test_members_updates_and_restores_have_the_bits_of_transformers(model: Any, policy: str, noise: str) -> None:
     engine, path, dtype = model

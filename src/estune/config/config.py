@@ -171,15 +171,11 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
                 "momentum 0, and workers_at empty"
             )
         if self.guided_share and (
-            self.adam
-            or self.momentum
-            or self.max_staleness
-            or self.noise == "rank1"
-            or not POLICIES[self.weights].keeps_base
+            self.adam or self.momentum or self.max_staleness or self.noise_rank or not POLICIES[self.weights].keeps_base
         ):
             raise ValueError(
                 "guided_share perturbs members along the last updates, around a base that is kept: weights must be "
-                "master or copy, momentum and max_staleness 0, noise another than rank1, and adam left out"
+                "master or copy, momentum and max_staleness 0, noise iid or correlated, and adam left out"
             )
         return self
 

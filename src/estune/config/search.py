@@ -11,7 +11,7 @@ from estune.es.objective import PerPrompt
 from estune.es.rate import Rate
 from estune.es.schedule import Course
 from estune.es.shaping import Shaping
-from estune.weights.policies import NoiseMode
+from estune.weights.policies import NoiseMode, rank_of
 
 
 class Search(Section):
@@ -132,14 +132,20 @@ class Search(Section):
     noise: Literal[NoiseMode, "auto"] = Field(
         "auto",
         description="iid, the paper's; rank1: of a matrix an outer product of two vectors, so that many members can be "
-        "decoded together; correlated: equal noise for all tensors, as in the authors' first code; auto is rank1 on a "
-        "CPU, for models of 16 million weights and more that decode so, where members have fewer than 64 completions",
+        "decoded together; rank2, rank4 and rank8: the sum of so many; correlated: equal noise for all tensors, as in "
+        "the authors' first code; auto is rank1 on a CPU, for models of 16 million weights and more that decode so, "
+        "where members have fewer than 64 completions",
     )
 
     @property
     def noise_mode(self) -> NoiseMode:
         """The noise; `iid` as long as nobody has looked what `auto` is."""
         return "iid" if self.noise == "auto" else self.noise
+
+    @property
+    def noise_rank(self) -> int:
+        """Outer products that a matrix' noise is the sum of; 0 where it is of no low rank."""
+        return rank_of(self.noise)
 
     @property
     def members(self) -> int:

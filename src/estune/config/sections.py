@@ -137,8 +137,8 @@ class Workers(Section):
     vllm_max_loras: int | None = Field(
         None,
         ge=1,
-        description="members that vLLM generates with at once, a slot each: of an adapter, or by noise=rank1, where "
-        "1 is one by one; as many as fill its batch, at most 32, if not given",
+        description="members that vLLM generates with at once, a slot each: of an adapter, or by noise of low rank, "
+        "where 1 is one by one; as many as fill its batch, at most 32, if not given",
     )
 
     @property

@@ -1,10 +1,11 @@
-"""Members of rank-one noise in one batch of any model's own forward, over the weights that they have in common.
+"""Members of low-rank noise in one batch of any model's own forward, over the weights that they have in common.
 
-As `cpu/members.py` does it for the fused kernels: a member's matrix is W + a b^T, so that its product is the common one
-plus (x . b) a, and the large product is computed for the rows of all members at once. While a batch is decoded, the
-modules that hold trained parameters add to what they compute, by row; nothing of the model itself is changed. Served
-are linear layers, tables of embeddings and norms, and a trial forward tells whether the model calls them with a row of
-the batch as the first dimension. Where not all that is trained is reached so, members are decoded one by one.
+As `cpu/members.py` does it for the fused kernels: a member's matrix is W + a b^T, of a higher rank with as many such
+products, so that what it gives is the common product plus (x . b) a, and the large product is computed for the rows of
+all members at once. While a batch is decoded, the modules that hold trained parameters add to what they compute, by
+row; nothing of the model itself is changed. Served are linear layers, tables of embeddings and norms, and a trial
+forward tells whether the model calls them with a row of the batch as the first dimension. Where not all that is trained
+is reached so, members are decoded one by one.
 
 All vectors are in one tensor that stays where it is, and so are the rows' owners, so that a captured graph serves any
 members. What is not promised is bits: a matrix library may sum up a row in another order beside more rows.
@@ -25,7 +26,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from estune.engines.cpu.members import Drawn
-from estune.engines.vectors import Vector, Vectors, of_columns, of_rows
+from estune.engines.vectors import Stack, Vectors, of_columns, of_rows
 from estune.es.strategy import Member
 
 TRIAL = (2, 3)
@@ -66,8 +67,8 @@ class _Served:
 
     module: nn.Module
     parameters: dict[str, Drawn]
-    vectors: dict[str, Vector] = field(default_factory=dict)
-    views: dict[str, Tensor] = field(default_factory=dict)  # each `[members, elements]`
+    vectors: dict[str, Stack] = field(default_factory=dict)
+    views: dict[str, Tensor] = field(default_factory=dict)  # each `[members, rank, elements]`
 
     def __post_init__(self) -> None:
         for name, drawn in self.parameters.items():
@@ -76,13 +77,13 @@ class _Served:
                 self.vectors[name + ".b"] = of_columns(drawn)
 
     def of(self, name: str, owners: Tensor) -> Tensor | None:
-        """A vector by row, `[rows, elements]`; None where it is not trained."""
+        """Vectors by row, `[rows, rank, elements]`; None where they are not trained."""
         view = self.views.get(name)
         return None if view is None else view.index_select(0, owners)
 
 
 class RowsTogether:
-    """Draws members of rank-one noise for a model whose forward decodes them together.
+    """Draws members of low-rank noise for a model whose forward decodes them together.
 
     Args:
         model: a transformers causal language model.
@@ -115,7 +116,7 @@ class RowsTogether:
     def _show(self) -> None:
         """Let the modules see the vectors where they are now."""
         for one in self.served:
-            one.views = {name: self._vectors.part(self.storage, vector) for name, vector in one.vectors.items()}
+            one.views = {name: self._vectors.part(self.storage, stack) for name, stack in one.vectors.items()}
 
     @contextmanager
     def added(self) -> Iterator[None]:
@@ -231,14 +232,19 @@ def _turned(one: _Served, original: Callable[[Tensor], Tensor], x: Tensor, owner
 def _product(out: Tensor, x: Tensor, into: Tensor | None, out_of: Tensor | None, bias: Tensor | None) -> Tensor:
     """Add (x . into) out_of and a bias to a product `[rows, tokens, columns]`; the vectors are by row."""
     if into is not None and out_of is not None:
-        out = out.addcmul(torch.bmm(x, into[:, :, None]), out_of[:, None])
-    return out if bias is None else out + bias[:, None]
+        out = _add(out, torch.bmm(x, into.transpose(1, 2)), out_of)
+    return out if bias is None else out + bias
+
+
+def _add(out: Tensor, low: Tensor, out_of: Tensor) -> Tensor:
+    """`out` `[rows, tokens, columns]` and the product of `low` `[rows, tokens, rank]` and `out_of`, in one pass."""
+    return out.addcmul(low, out_of) if low.shape[-1] == 1 else torch.baddbmm(out, low, out_of)
 
 
 def _embedding(one: _Served, original: Callable[[Tensor], Tensor], x: Tensor, owners: Tensor) -> Tensor:
-    a = one.views["weight"][owners[:, None], x][..., None]
-    b = one.views["weight.b"].index_select(0, owners)[:, None]
-    return torch.addcmul(original(x), a, b * getattr(one.module, "embed_scale", 1.0))
+    a = one.views["weight"][owners[:, None], :, x]
+    b = one.views["weight.b"].index_select(0, owners)
+    return _add(original(x), a, b * getattr(one.module, "embed_scale", 1.0))
 
 
 def _norm(one: _Served, original: Callable[[Tensor], Tensor], x: Tensor, owners: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ MAX_ROWS = {"cpu": 256}
 """Rows per batch that still gain from one another: beyond, a CPU's caches lose more than larger products win."""
 MAX_ROWS_ELSEWHERE = 1024
 TOGETHER = {"cpu", "cuda"}
-"""Devices on which members of rank-one noise are decoded together by a model's own forward."""
+"""Devices on which members of low-rank noise are decoded together by a model's own forward."""
 SCORE_COPIES = 4  # copies of a batch's logits in float32 that there are while completions are scored
 MEMORY_SHARE = 4
 """A batch takes at most a fourth of the memory that a device has beyond the model's weights."""
@@ -143,7 +143,7 @@ class TransformersEngine(PromptEncoder):
             return None
         found = rows_together(self.model, tensors)
         if isinstance(found, str):
-            log.warning("noise=rank1: members are decoded one by one, as %s", found)
+            log.warning("members of low-rank noise are decoded one by one, as %s", found)
             return None
         return found
 

@@ -1,7 +1,8 @@
-"""Members of rank-one noise as the vectors that make their matrices, all in one tensor."""
+"""Members of low-rank noise as the vectors that make their matrices, all in one tensor."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,20 +12,31 @@ from torch import Tensor
 from estune.engines.cpu.members import Drawn
 from estune.es.strategy import Member
 from estune.noise import cpu
-from estune.noise.reference import COLUMNS_AT
+from estune.noise.reference import COLUMNS_AT, NEXT_AT
 
 Vector = tuple[int, int, int]
 """Key, start and count of a stretch of noise."""
+Stack = tuple[Vector, ...]
+"""Vectors of one length, which lie side by side."""
 
 
-def of_rows(drawn: Drawn) -> Vector:
-    """The vector a of a matrix' noise a b^T, or the noise of a tensor of one dimension."""
-    return drawn.noise, 0, drawn.shape[0]
+def of_rows(drawn: Drawn) -> Stack:
+    """The vectors a of a matrix' noise, a sum of a b^T; or the noise of a tensor of one dimension."""
+    return tuple((drawn.noise, begin, drawn.shape[0]) for begin in _begins(drawn))
 
 
-def of_columns(drawn: Drawn) -> Vector:
-    """The vector b of a matrix' noise a b^T."""
-    return drawn.noise, COLUMNS_AT, drawn.shape[1]
+def of_columns(drawn: Drawn) -> Stack:
+    """The vectors b of a matrix' noise, a sum of a b^T."""
+    return tuple((drawn.noise, begin + COLUMNS_AT, drawn.shape[1]) for begin in _begins(drawn))
+
+
+def _begins(drawn: Drawn) -> range:
+    """Where the noise of each outer product begins; one for a tensor of one dimension."""
+    return range(0, _rank(drawn) * NEXT_AT, NEXT_AT)
+
+
+def _rank(drawn: Drawn) -> int:
+    return drawn.rank if len(drawn.shape) == 2 else 1
 
 
 class Vectors:
@@ -44,34 +56,41 @@ class Vectors:
         self.places: dict[Vector, int] = {}
         self.size = 0
         for drawn in tensors:
-            for vector in [of_rows(drawn), *([of_columns(drawn)] if len(drawn.shape) == 2 else [])]:
+            for vector in (*of_rows(drawn), *(of_columns(drawn) if len(drawn.shape) == 2 else ())):
                 if vector not in self.places:
                     self.places[vector] = self.size
-                    self.size += -(-vector[2] // 4) * 4
+                    self.size += _padded(vector)
         self._device = device
         self._scales = torch.zeros(self.size, dtype=torch.float64, device=device)  # 0 for what sigma leaves alone
         for drawn in tensors:
-            self.part(self._scales, of_rows(drawn)).fill_(drawn.scale)
+            self.part(self._scales, of_rows(drawn)).fill_(drawn.scale / math.sqrt(_rank(drawn)))
         self._kernels: Any = None
 
-    def part(self, whole: Tensor, vector: Vector) -> Tensor:
-        """Where a vector lies in tensors whose last dimension is `size`."""
-        place = self.places[vector]
-        return whole[..., place : place + vector[2]]
+    def part(self, whole: Tensor, stack: Stack) -> Tensor:
+        """Where vectors lie in tensors whose last dimension is `size`, `[..., vectors, elements]`."""
+        place = self.places[stack[0]]
+        step = _padded(stack[0])
+        rows = whole[..., place : place + len(stack) * step].view(*whole.shape[:-1], len(stack), step)
+        return rows[..., : stack[0][2]]
 
     def draw(self, member: Member, sigma: float) -> Tensor:
-        """A member's vectors, float32, `[size]`: of rows times the factor of their noise, of columns as they are."""
+        """A member's vectors, float32, `[size]`: of rows times sigma and their factors, of columns as drawn."""
         factors = (self._scales * (member.sign * sigma)).float()
         return self._noise(member.seed) * torch.where(self._scales == 0, 1.0, factors)
 
     def _noise(self, seed: int) -> Tensor:
         if self._device.type == "cuda":
-            from estune.noise import gpu_rank1
+            from estune.noise import gpu_low_rank
 
-            self._kernels = self._kernels or gpu_rank1.Vectors(self.places, self._device)
+            self._kernels = self._kernels or gpu_low_rank.Vectors(self.places, self._device)
             drawn: Tensor = self._kernels.draw_one(seed)[0]
             return drawn
         found = torch.zeros(self.size)
         for vector in self.places:
-            self.part(found, vector).copy_(torch.from_numpy(cpu.normal(seed, *vector)))
+            self.part(found, (vector,))[0].copy_(torch.from_numpy(cpu.normal(seed, *vector)))
         return found.to(self._device)
+
+
+def _padded(vector: Vector) -> int:
+    """Elements that a vector takes."""
+    return -(-vector[2] // 4) * 4

@@ -228,7 +228,8 @@ def _narrow_randomly_for(value, like, word):
 
 
 @jit
-def _normal(out, seed, tensor, start):
+def fill(out, seed, tensor, start):
+    """Write the noise of as many elements from `start` on to `out`."""
     words = np.empty((4, CHUNK), np.uint32)
     planes = np.empty((5, CHUNK), np.float32)
     flat = np.empty(4 * CHUNK, np.float32)
@@ -387,7 +388,7 @@ def _copy(live, base):
 def normal(seed: int, tensor: int, start: int, count: int) -> npt.NDArray[np.float32]:
     """Noise of elements `start .. start + count - 1` of the tensor whose 64-bit key is `tensor`, `[count]`."""
     out = np.empty(count, np.float32)
-    _normal(out, np.uint64(seed), np.uint64(tensor), start)
+    fill(out, np.uint64(seed), np.uint64(tensor), start)
     return out
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from numba import types
 from numba.extending import overload
 
-from estune.noise import rank1
+from estune.noise import low_rank
 from estune.noise.cpu import CHUNK, Weights, jit, narrow, normals, stored, stretch, widen
 from estune.noise.cpu_split import HALFWAY, Halves
 from estune.noise.rows import Rows
@@ -177,22 +177,19 @@ def _patch(weights, words, used):
 
 @jit
 def _drawn(seed, tensor, a, b, top, first, length, scratch, planes, flat):
-    """The noise of at most `length` elements from `first` on, in `flat`: a product of `a` and `b`, or drawn for each.
+    """The noise of at most `length` elements from `first` on, in `flat`: products of `a` and `b`, or drawn for each.
 
     `a` begins with row `top`, and `b` is empty where each element has noise of its own.
     """
     if b.size:
+        columns = b.shape[1]
         found = flat[: min(length, flat.size)]
         done = 0
-        row = first // b.size - top
-        column = first % b.size
+        row = first // columns - top
+        column = first % columns
         while done < found.size:
-            n = min(b.size - column, found.size - done)
-            part = found[done : done + n]
-            factors = b[column : column + n]
-            factor = a[row]
-            for i in range(n):
-                part[i] = factor * factors[i]
+            n = min(columns - column, found.size - done)
+            low_rank.multiply(found[done : done + n], a, b, row, column)
             done += n
             row += 1
             column = 0
@@ -277,6 +274,7 @@ def perturb(
     rows: Rows | None = None,
     lower: Halves | None = None,
     columns: int = 0,
+    rank: int = 1,
 ) -> None:
     """Add `sigma * noise(seed)` to one run, as `cpu.perturb` in place does, and note what `restore` needs.
 
@@ -286,10 +284,11 @@ def perturb(
         seed, tensor, start, sigma, rows: as `cpu.perturb` takes them.
         lower: the lower halves, `[elements]`, of float32 weights that bfloat16 ones in `live` are the upper halves of,
             one more where the lower half is more than 0x8000; the perturbed weights are then these, rounded once.
-        columns: of a matrix whose noise is of rank one (`rank1.py`); 0 where each element has noise of its own.
+        columns: of a matrix whose noise is of low rank (`low_rank.py`); 0 where each element has noise of its own.
+        rank: of that noise.
     """
     weights = stored(live)
-    key = _key(live, seed, tensor, start, sigma, rows, columns)
+    key = _key(live, seed, tensor, start, sigma, rows, columns, rank)
     done, used, needed = _perturb(weights, lower, *key, 0, 0, patches.words)
     while needed:
         # Room for all, if the rest is like the beginning; where that was too little, it is asked for again.
@@ -310,20 +309,21 @@ def restore(
     rows: Rows | None = None,
     lower: Halves | None = None,
     columns: int = 0,
+    rank: int = 1,
 ) -> None:
     """Take back the `perturb` of these arguments: every weight of the run has the bits that it had before."""
-    _restore(stored(live), lower, *_key(live, seed, tensor, start, sigma, rows, columns), patches.words)
+    _restore(stored(live), lower, *_key(live, seed, tensor, start, sigma, rows, columns, rank), patches.words)
 
 
 def _key(
-    live: Weights, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None, columns: int
+    live: Weights, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None, columns: int, rank: int
 ) -> tuple[Any, ...]:
     """The arguments as kernels take them: a run that is one stretch of its tensor is one row."""
     width, pitch, skip = rows or Rows(live.size, live.size)
     top = 0
-    drawn = rank1.Factors(np.empty(0, np.float32), np.empty(0, np.float32))
+    drawn = low_rank.Factors(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
     if columns and live.size:
         first, last = (start + i // width * pitch + i % width for i in (skip, skip + live.size - 1))
         top = first // columns
-        drawn = rank1.factors(seed, tensor, columns, top, last // columns + 1 - top)
+        drawn = low_rank.factors(seed, tensor, columns, rank, top, last // columns + 1 - top)
     return (np.uint64(seed), np.uint64(tensor), *drawn, top, start, np.float32(sigma), width, pitch, skip)

@@ -400,7 +400,7 @@ def _aligned(run: Run) -> bool:
 
 
 def _in_rows(run: Run) -> bool:
-    """Whether each row of a run that is columns of its tensor lies in one row of it, as rank one's kernels want it."""
+    """Whether each row of a run that is columns of its tensor lies in one row of it, as low rank's kernels want it."""
     if run.rows is None or not run.columns:
         return True
     return run.rows.pitch % run.columns == 0 and run.start % run.columns + run.rows.width <= run.columns

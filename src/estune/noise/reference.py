@@ -7,7 +7,9 @@ Box-Muller with the polynomials of Cephes' `logf`, `sinf` and `cosf`. Every floa
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,9 @@ import numpy.typing as npt
 NOISE_VERSION = 1
 
 COLUMNS_AT = 1 << 40
-"""Of noise of rank one, the position of `b` in the noise of a matrix."""
+"""Of noise of low rank, how far in the noise of a matrix an outer product's `b` is from its `a`, which begins at 0."""
+NEXT_AT = 1 << 41
+"""And how far the next outer product's `a` is from this one's."""
 
 PHILOX_M0 = 0xD2511F53
 PHILOX_M1 = 0xCD9E8D57
@@ -123,12 +127,23 @@ def box_muller(a: Uint32, b: Uint32) -> tuple[Float32, Float32]:
     return r * cos, r * sin
 
 
-def rank_one_by_id(seed: int, tensor: int, columns: int, start: int, count: int) -> Float32:
-    """Noise of rank one: elements `start .. start + count - 1` of a matrix of so many columns, `[count]`."""
+def root_share(rank: int) -> np.float32:
+    """What vectors `a` are multiplied by in noise of this rank: one over its root, rounded to float32."""
+    return F(1 / math.sqrt(rank))
+
+
+def low_rank_by_id(seed: int, tensor: int, columns: int, rank: int, start: int, count: int) -> Float32:
+    """Noise of low rank: elements `start .. start + count - 1` of a matrix of so many columns, `[count]`."""
     first = start // columns
-    end = (start + count - 1) // columns + 1
-    a = normal_by_id(seed, tensor, first, end - first)
-    flat = np.outer(a, normal_by_id(seed, tensor, COLUMNS_AT, columns)).ravel()
+    rows = (start + count - 1) // columns + 1 - first
+    products = [
+        np.outer(
+            normal_by_id(seed, tensor, begin + first, rows) * root_share(rank),
+            normal_by_id(seed, tensor, begin + COLUMNS_AT, columns),
+        )
+        for begin in range(0, rank * NEXT_AT, NEXT_AT)
+    ]
+    flat: Float32 = functools.reduce(np.add, products).ravel()
     return flat[start - first * columns :][:count]
 
 

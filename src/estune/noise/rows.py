@@ -35,7 +35,8 @@ class Run:
     start: int = 0  # first element's position in the parameter
     rows: Rows | None = None  # where it is columns of the parameter; otherwise one stretch of it
     counted: bool = True  # False for what another run counts in the fingerprint
-    columns: int = 0  # of the parameter, where its noise is of rank one (`rank1.py`)
+    columns: int = 0  # of the parameter, where its noise is of low rank (`low_rank.py`)
+    rank: int = 1  # of that noise
     scale: float = 1.0  # factor of its noise, a float32 value
 
     def part(self, start: int, end: int) -> Run:

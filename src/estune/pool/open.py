@@ -176,7 +176,7 @@ def _share_processor(config: Config, live_dtype: str | None) -> dict[str, Any]:
     if len(choices) > 1:
         shapes = [(t.shape[0], t.shape[1]) for t in tensors if len(t.shape) == 2]
         own = has_own_products(model, [width for _, width in shapes], dtypes[0])
-        together = config.noise == "rank1" and not alone
+        together = config.noise_rank > 0 and not alone
         members = math.ceil(config.population / available_cores()) if together else 1
         rows = min(config.rows_of_member * members, config.batch_size or MAX_ROWS["cpu"])
         await_ahead()

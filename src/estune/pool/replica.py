@@ -23,7 +23,7 @@ from estune.grading.rollout import is_played
 from estune.journal.identity import model_files
 from estune.pool.base import Description, Evaluated
 from estune.pool.generator import Generator, open_transformers, set_up_process, sharers
-from estune.pool.together import RankOne, Slots, Together
+from estune.pool.together import LowRank, Slots, Together
 from estune.pool.turns import gpus_of, in_turn
 from estune.weights.adapted import open_checkpoint
 from estune.weights.base import Share, keeps_base_on_host
@@ -274,12 +274,12 @@ class Replica(Trained):
                 give_back_memory()  # that of the weights as they were loaded
         super().__init__(engine, weights, checkpoint, config, device_kind(self._device))
         self._together = together
-        if config.noise == "rank1" and isinstance(engine, TransformersEngine) and isinstance(weights, Weights):
+        if config.noise_rank and isinstance(engine, TransformersEngine) and isinstance(weights, Weights):
             # Drift is that of members one by one.
             drawer = None if weights.rule.how.drifts else engine.together(drawn(weights))
-            self._together = None if drawer is None else RankOne(engine, drawer)
+            self._together = None if drawer is None else LowRank(engine, drawer)
             if self._together is None:
-                weights.refuse_rank1()
+                weights.refuse_low_rank()
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights a member's."""
@@ -292,7 +292,10 @@ def drawn(weights: Weights) -> dict[int, Drawn]:
     """What members perturb, by the address of its memory."""
     return {
         p.tensor.data_ptr(): Drawn(
-            weights.rule.noise_key(p.name), tuple(p.tensor.shape), weights.rule.scales.get(p.name, 1.0)
+            weights.rule.noise_key(p.name),
+            tuple(p.tensor.shape),
+            weights.rule.scales.get(p.name, 1.0),
+            weights.rule.rank,
         )
         for p in weights.parameters
     }

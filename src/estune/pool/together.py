@@ -39,8 +39,8 @@ class Together(Protocol):
         ...
 
 
-class RankOne:
-    """As `Together`: noise of rank one, by the kernels for the CPU or by a model's own forward (`engines/`).
+class LowRank:
+    """As `Together`: noise of low rank, by the kernels for the CPU or by a model's own forward (`engines/`).
 
     Args:
         engine: that decodes.
@@ -71,7 +71,7 @@ class RankOne:
 
 
 class Slots:
-    """As `Together`: members in slots of vLLM's, each an adapter or, with noise of rank one, what it adds to the base.
+    """As `Together`: members in slots of vLLM's, each an adapter or, with noise of low rank, what it adds to the base.
 
     Args:
         engine: vLLM's.

@@ -214,8 +214,8 @@ class Trainer:
         task = self.task
         refuse_unreachable(task, config)
         refuse_unknown_constraint(config, task)
-        if task.rollout is not None and config.noise == "rank1" and not config.device.startswith("cpu"):
-            POLICIES[config.weights].refuse_rank1()
+        if task.rollout is not None and config.noise_rank and not config.device.startswith("cpu"):
+            POLICIES[config.weights].refuse_low_rank()
         if config.prompt_groups > 1:
             refuse_level(task.reward_funcs, "prompt_groups", "groups of members have other prompts", "population")
         self.encoder = open_encoder(config)

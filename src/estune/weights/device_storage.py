@@ -25,7 +25,7 @@ BUFFERS = 2  # one is filled while the other is worked on
 class DeviceStorage:
     """On a device, all runs in a few launches, in order with all else that is launched there."""
 
-    reverses_rank1 = False
+    reverses_low_rank = False
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._device: torch.device = runs[0].live.device
@@ -184,9 +184,9 @@ def batch_of(runs: Sequence[Run]) -> Any:
     """Runs of one kind of noise, on one device, as a batch for its kernels."""
     if not runs[0].columns:
         return device_kernels().Batch(runs)
-    from estune.noise import gpu_rank1
+    from estune.noise import gpu_low_rank
 
-    return gpu_rank1.Batch(runs)
+    return gpu_low_rank.Batch(runs)
 
 
 def _by_noise(runs: Sequence[Run]) -> list[list[Run]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from estune.es.update import Terms
-from estune.noise import cpu, rank1
+from estune.noise import cpu, low_rank
 from estune.noise.rows import Run
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def perturb(run: Run, seed: int, sigma: float) -> None:
         cpu.perturb(run.live, run.base, seed, run.noise, run.start, sigma, run.rows)
         return
     for part in run.stretches():
-        rank1.perturb(part.live, part.base, seed, part.noise, part.start, sigma, part.columns)
+        low_rank.perturb(part.live, part.base, seed, part.noise, part.start, sigma, part.columns, part.rank)
 
 
 def perturb_along(run: Run, terms: Terms) -> None:
@@ -66,7 +66,7 @@ def update(run: Run, terms: Terms) -> None:
     whole = _with_array(run)
     if run.columns:
         for part in whole.stretches():
-            rank1.update(part.base, *members, part.noise, part.start, *how, part.columns)
+            low_rank.update(part.base, *members, part.noise, part.start, *how, part.columns, part.rank)
     else:
         cpu.update(whole.base, *members, run.noise, run.start, *how, run.rows)
     if whole is not run:
@@ -81,7 +81,7 @@ def fingerprint(run: Run) -> int:
 def _key(run: Run, seed: int, sigma: float) -> tuple[Any, ...]:
     """What the kernels that perturb in place know a run's noise by, and its lower halves."""
     lower = run.base.lower_bits if _is_split(run) else None
-    return seed, run.noise, run.start, sigma * run.scale, run.rows, lower, run.columns
+    return seed, run.noise, run.start, sigma * run.scale, run.rows, lower, run.columns, run.rank
 
 
 def _with_array(run: Run) -> Run:

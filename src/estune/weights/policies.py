@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 PolicyName = Literal["master", "copy", "inplace", "exact_inplace", "split_master", "int8", "int4"]
 Rounding = Literal["nearest", "stochastic"]
-NoiseMode = Literal["iid", "correlated", "rank1"]
+NoiseMode = Literal["iid", "correlated", "rank1", "rank2", "rank4", "rank8"]
 """`correlated` gives equal noise to all tensors, as the authors' first code did; `rank1` makes a matrix' noise an outer
-product of two vectors (EGGROLL)."""
+product of two vectors (EGGROLL), and the others the sum of as many."""
 DType = Literal["float32", "bfloat16", "float16"]
 
 TYPE_NAMES: tuple[DType, ...] = get_args(DType)
@@ -47,6 +47,11 @@ At the paper's sigma, a twentieth of a usual spread, it is about half of that (`
 
 Perturbation = tuple[Member, float]
 """A member and its sigma."""
+
+
+def rank_of(noise: str) -> int:
+    """Outer products that a matrix' noise is the sum of, by a `NoiseMode` or `auto`; 0 where it is of no low rank."""
+    return int(noise.removeprefix("rank")) if noise.startswith("rank") else 0
 
 
 def _all(types: Sequence[str]) -> str:
@@ -84,16 +89,16 @@ class Policy:
             return f"weights={self.name} keeps weights of one type, the model has {_all(types)}; set weights=master"
         return None
 
-    def refuse_rank1(self) -> None:
-        """Refuse to perturb by noise of rank one on a device, for whose patches there are no kernels there.
+    def refuse_low_rank(self) -> None:
+        """Refuse to perturb by noise of low rank on a device, for whose patches there are no kernels there.
 
         Raises:
             EstuneError: always, where the policy takes members back.
         """
         if self.twin is not None:
             raise EstuneError(
-                f"weights={self.name} can take noise=rank1 on a GPU where members are decoded together, which this "
-                f"model, or rollouts of several turns, do not permit: set weights={self.twin} or noise=iid"
+                f"weights={self.name} can take noise of low rank on a GPU where members are decoded together, which "
+                f"this model, or rollouts of several turns, do not permit: set weights={self.twin} or noise=iid"
             )
 
     def grid(self, group_size: int, carry_steps: int) -> Grid | None:
@@ -249,6 +254,11 @@ class Rule:
         """64-bit key of the noise of a checkpoint's tensor."""
         return 0 if self.noise == "correlated" else tensor_id(tensor)
 
+    @property
+    def rank(self) -> int:
+        """Outer products that a matrix' noise is the sum of; 0 where each element has noise of its own."""
+        return rank_of(self.noise)
+
     def noise_columns(self, columns: int) -> int:
-        """The columns of a tensor whose noise is of rank one; 0 where each of its elements has its own."""
-        return columns if self.noise == "rank1" and columns > 1 else 0
+        """The columns of a tensor whose noise is of low rank; 0 where each of its elements has its own."""
+        return columns if self.rank and columns > 1 else 0

@@ -89,7 +89,8 @@ class Steps:
         columns = self._rule.noise_columns(tensor.columns)
         noise = self._rule.noise_key(tensor.name)
         scale = self._rule.scales.get(tensor.name, 1.0)
-        run = Run(weights, weights, tensor_id(tensor.name), noise, start, columns=columns, scale=scale)
+        rank = self._rule.rank
+        run = Run(weights, weights, tensor_id(tensor.name), noise, start, columns=columns, rank=rank, scale=scale)
 
         first, second = (np.zeros_like(weights if has_moments(self._updates) else weights[:0]) for _ in range(2))
 

@@ -40,8 +40,8 @@ T = TypeVar("T")
 class Storage(Protocol):
     """Weights at one place."""
 
-    reverses_rank1: bool
-    """Whether `perturb_reversibly` knows noise of rank one."""
+    reverses_low_rank: bool
+    """Whether `perturb_reversibly` knows noise of low rank."""
 
     def perturb(self, seed: int, sigma: float) -> None:
         """Set live = base + sigma * noise(seed)."""
@@ -80,7 +80,7 @@ class Storage(Protocol):
 class CpuStorage:
     """On the CPU, a million elements at a time, spread over threads."""
 
-    reverses_rank1 = True
+    reverses_low_rank = True
 
     def __init__(self, runs: Sequence[Run], threads: int) -> None:
         arrays = (replace(r, live=self._live(r.live), base=_on_cpu(r.base)) for r in runs)

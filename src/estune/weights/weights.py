@@ -49,7 +49,8 @@ class Weights:
             or `split_master`.
         rounding: of updates, `nearest` or `stochastic`, which matters to bfloat16 bases only.
         noise: `iid`; `correlated`, which gives equal noise to all tensors, as the authors' first code did; or `rank1`,
-            which makes a matrix' noise an outer product (`noise/rank1.py`).
+            `rank2`, `rank4` or `rank8`, which make a matrix' noise a sum of so many outer products
+            (`noise/low_rank.py`).
         scales: factors of tensors' noise, in perturbations and updates, by checkpoint name, float32 values; others
             have 1.
         threads: CPU threads to spread the work over.
@@ -107,7 +108,8 @@ class Weights:
         columns = self.rule.noise_columns(parameter.columns or part.pitch)
         scale = self.rule.scales.get(parameter.name, 1.0)
         key = tensor_id(parameter.name)
-        return Run(live, base, key, noise, part.start, part.layout, parameter.counted, columns, scale)
+        rank = self.rule.rank
+        return Run(live, base, key, noise, part.start, part.layout, parameter.counted, columns, rank, scale)
 
     @property
     def base(self) -> dict[str, Array]:
@@ -131,14 +133,14 @@ class Weights:
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the live weights base + sign * sigma * noise(seed). Needs no restore between members."""
         self._settle()
-        self.refuse_rank1()
+        self.refuse_low_rank()
         self._policy.perturb(self.storage, (member, sigma))
         self._perturbed = member, sigma
 
-    def refuse_rank1(self) -> None:
-        """Refuse members of rank one, where these weights could not take them back to the bit."""
-        if not self.storage.reverses_rank1 and any(run.columns for run in self._runs):
-            self._policy.refuse_rank1()
+    def refuse_low_rank(self) -> None:
+        """Refuse members of low rank, where these weights could not take them back to the bit."""
+        if not self.storage.reverses_low_rank and any(run.columns for run in self._runs):
+            self._policy.refuse_low_rank()
 
     def restore(self) -> None:
         """Make the live weights the base again: exactly, unless the policy drifts."""

@@ -183,7 +183,7 @@ class FusedDecoder:
         return torch.from_numpy(out)
 
     def together(self, tensors: Mapping[int, Drawn]) -> Together | None:
-        """What draws members whose noise is of rank one; None where they cannot be decoded together.
+        """What draws members whose noise is of low rank; None where they cannot be decoded together.
 
         Args:
             tensors: what members perturb, by the address of its memory.

@@ -1,8 +1,8 @@
-"""Members whose noise is of rank one, decoded together over the weights that they have in common.
+"""Members whose noise is of low rank, decoded together over the weights that they have in common.
 
 A member's matrix is W + a b^T, so that x W^T + (x . b) a is its product: the large one is computed for all members'
-rows at once, and the weights are read once for all of them (EGGROLL, arXiv 2511.16652). Vectors, such as the weights of
-a norm, are added up for each member.
+rows at once, and the weights are read once for all of them (EGGROLL, arXiv 2511.16652). Of a higher rank there are as
+many pairs a, b, added one after another. Vectors, such as the weights of a norm, are added up for each member.
 
 What a row comes to depends on its member and its prompt alone, not on the members beside it.
 """
@@ -20,7 +20,7 @@ from estune.engines.cpu import kernels
 from estune.engines.cpu.layers import Linear
 from estune.engines.cpu.products import Array, Products
 from estune.es.strategy import Member
-from estune.noise import cpu, rank1
+from estune.noise import cpu, low_rank
 from estune.weights.tensors import widen
 
 SHARED_OUT = 1 << 18
@@ -33,6 +33,7 @@ class Drawn(NamedTuple):
     noise: int  # key of its noise
     shape: tuple[int, ...]
     scale: float = 1.0  # factor of its noise
+    rank: int = 1  # of that, where it is a matrix
 
 
 class Outer(NamedTuple):
@@ -112,7 +113,7 @@ def address(array: Array) -> int:
 
 
 class Together:
-    """Draws members of rank-one noise for a decoder.
+    """Draws members of low-rank noise for a decoder.
 
     Args:
         linears: all matrices that it multiplies by.
@@ -133,12 +134,12 @@ class Together:
     def of(self, members: Sequence[Member], sigma: float) -> Members:
         """What these members add, perturbed by `sigma`; of no row yet."""
 
-        def outer(first: int, tensor: Drawn) -> Outer:
+        def outers(first: int, tensor: Drawn) -> list[Outer]:
             rows, columns = tensor.shape
             scales = [np.float32(member.sign * sigma * tensor.scale) for member in members]
-            drawn = [rank1.factors(m.seed, tensor.noise, columns, 0, rows) for m in members]
-            a = np.stack([scale * each.a for scale, each in zip(scales, drawn, strict=True)])
-            return Outer(first, a, np.stack([each.b for each in drawn]))
+            drawn = [low_rank.factors(m.seed, tensor.noise, columns, tensor.rank, 0, rows) for m in members]
+            a = np.stack([scale * each.a for scale, each in zip(scales, drawn, strict=True)], 1)
+            return [Outer(first, *pair) for pair in zip(a, np.stack([each.b for each in drawn], 1), strict=True)]
 
         def vector(tensor: Drawn) -> Array:
             scales = [np.float32(member.sign * sigma * tensor.scale) for member in members]
@@ -153,7 +154,7 @@ class Together:
         return Members(
             count=len(members),
             owners=np.zeros(0, np.int64),
-            matrices={at: [outer(*part) for part in parts] for at, parts in self._matrices.items()},
+            matrices={at: [each for part in parts for each in outers(*part)] for at, parts in self._matrices.items()},
             biases=biases,
             norms={at: widen(norm) + vector(tensor) for at, (norm, tensor) in self._norms.items()},
         )

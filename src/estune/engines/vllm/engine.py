@@ -62,7 +62,7 @@ class VllmEngine(VllmCalls):
         config: the settings.
         base: bytes of the base that lies beside the live weights on their device, in all processes together.
         slots: members that can be generated with at once, where the checkpoint is an adapter's or matrices are given.
-        outer: shapes of the matrices, by the checkpoint's names, to which members in slots add products of two vectors.
+        outer: shapes of the matrices, by the checkpoint's names, to which members in slots add outer products.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class VllmEngine(VllmCalls):
         vision = open_vision(path, model, trust_remote_code=config.trust_remote_code)
         super().__init__(str(path), tokenizer, model, config.vllm_max_model_length, vision=vision)
         self.dtype = live_dtype(whole or checkpoint, config, model)
-        self._slot_elements = sum(map(sum, outer.values()))
+        self._slot_elements = 0
         options: dict[str, Any] = {}
         if self.slots:
             lora.refuse_type(self.dtype, self.device)
@@ -98,7 +98,8 @@ class VllmEngine(VllmCalls):
             self._slot_elements = sum(t.elements for t in checkpoint.tensors.values())
             options = lora.options_of(checkpoint, slots)
         elif outer:
-            options = lora.options({lora.module_of(name) for name in outer}, 1, slots)
+            options = lora.options({lora.module_of(name) for name in outer}, config.noise_rank, slots)
+            self._slot_elements = options["max_lora_rank"] * sum(map(sum, outer.values()))
         self.end_ids = end_tokens(
             SimpleNamespace(config=model, generation_config=generation_config(path, model)), self.tokenizer
         )

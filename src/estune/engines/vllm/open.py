@@ -11,7 +11,7 @@ from estune.engines.loading import language_tensors, load_config
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.vllm.adapted import AdapterWeights
 from estune.engines.vllm.engine import VllmEngine, live_dtype, slots_for
-from estune.engines.vllm.rank_one import Matrices, RankOneWeights, outer_matrices, say_alone
+from estune.engines.vllm.low_rank import LowRankWeights, Matrices, outer_matrices, say_alone
 from estune.engines.vllm.weights import VllmWeights
 from estune.errors import EstuneError, first_line
 from estune.weights.base import keeps_base_on_host
@@ -25,7 +25,7 @@ from estune.weights.quantized import quantized_by
 def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmWeights]:
     """An engine over vLLM, with room for a base, and its weights. To generate alone, `VllmEngine` is enough.
 
-    Members of rank-one noise are in slots where vLLM can; where it turns out that it cannot, it is started again.
+    Members of low-rank noise are in slots where vLLM can; where it turns out that it cannot, it is started again.
 
     Raises:
         EstuneError: vLLM is missing or of an unknown version, or cannot run the model or train it.
@@ -75,7 +75,7 @@ def _open(checkpoint: Checkpoint, config: Config, outer: Matrices) -> tuple[Vllm
     )
     slots = slots_for(config, on_cpu=device.type == "cpu")
     engine = VllmEngine(checkpoint, config, 0 if on_host else beside, slots, outer)
-    kind = AdapterWeights if whole is not None else RankOneWeights if outer else VllmWeights
+    kind = AdapterWeights if whole is not None else LowRankWeights if outer else VllmWeights
     try:
         with memory_for("the base that is kept beside the live weights", "set base_device=host or weights=copy"):
             return engine, kind(engine, checkpoint, config, base_on_host=on_host)

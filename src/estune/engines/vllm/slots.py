@@ -49,11 +49,13 @@ class Slots:
 
 
 class OuterProducts:
-    """Members of rank-one noise in slots: of the noise a b^T of a matrix, A is b^T and B is a, times its factor.
+    """Members of low-rank noise in slots: of the noise a b^T of a matrix, A is b^T and B is a, times its factor.
+
+    Of a higher rank, the vectors of the outer products are the rows of A and the columns of B.
 
     Args:
         worker: vLLM's.
-        adapter: the directory of an adapter of rank one for the same matrices, with which vLLM has filled the slots.
+        adapter: the directory of an adapter of that rank for the same matrices, with which vLLM has filled the slots.
         tensors: the matrices, by the checkpoint's names.
         device: of the worker.
 
@@ -67,8 +69,8 @@ class OuterProducts:
         held = {}
         for name, drawn in tensors.items():
             first, second = names_of(name)
-            held[first] = self._vectors.part(self._one, of_columns(drawn))[None, :]
-            held[second] = self._vectors.part(self._one, of_rows(drawn))[:, None]
+            held[first] = self._vectors.part(self._one, of_columns(drawn))
+            held[second] = self._vectors.part(self._one, of_rows(drawn)).T
         self._slots = Slots(worker, adapter, held)
         self.check = self._slots.check
 

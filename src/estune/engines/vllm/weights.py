@@ -18,7 +18,7 @@ from estune.engines.vllm.shard import Opening
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update
 from estune.es.update import as_fingerprint
-from estune.noise.reference import normal_by_id, rank_one_by_id
+from estune.noise.reference import low_rank_by_id, normal_by_id
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.parameters import fits, refuse_unfitting
 from estune.weights.policies import POLICIES, Rule
@@ -222,7 +222,7 @@ class VllmWeights:
             where = sample.start, count
             key = self.rule.noise_key(sample.name)
             if columns:
-                noise = rank_one_by_id(member.seed, key, columns, *where)
+                noise = low_rank_by_id(member.seed, key, columns, self.rule.rank, *where)
             else:
                 noise = normal_by_id(member.seed, key, *where)
             factor = np.float32(sigma * self.rule.scales.get(sample.name, 1.0))

@@ -95,7 +95,7 @@ class ModelShard(Shard):
         return self._rank, self._places
 
     def place_members(self, adapter: Path) -> None:
-        """Find where members of rank-one noise go. vLLM must have filled all slots with this adapter of rank one.
+        """Find where members of low-rank noise go. vLLM must have filled all slots with this adapter of that rank.
 
         Raises:
             EstuneError: a matrix that is trained has no such place.
@@ -103,7 +103,7 @@ class ModelShard(Shard):
         assert self.weights is not None
         rule = self.weights.rule
         drawn = {
-            p.name: Drawn(rule.noise_key(p.name), self._shapes[p.name], rule.scales.get(p.name, 1.0))
+            p.name: Drawn(rule.noise_key(p.name), self._shapes[p.name], rule.scales.get(p.name, 1.0), rule.rank)
             for p in self.weights.parameters
         }
         self._members = OuterProducts(self._worker, adapter, drawn, next(iter(self._tensors.values())).device)

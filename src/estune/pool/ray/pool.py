@@ -69,7 +69,7 @@ def slots_of_worker(config: Config, *, adapted: bool) -> int:
     if config.engine != "vllm":
         return 1
     from estune.engines.vllm.engine import slots_for
-    from estune.engines.vllm.rank_one import outer_matrices
+    from estune.engines.vllm.low_rank import outer_matrices
 
     on_cpu = config.device == "cpu"
     in_slots = adapted or outer_matrices(Checkpoint(locate(config.model)), config, on_cpu=on_cpu)

@@ -22,7 +22,7 @@ CPU_PROCESS = 4 * GB // 10  # Python, torch and compiled kernels, each replica a
 
 Place = Literal["device", "host"]
 Way = Literal["one by one", "fused", "forward", "slots"]
-"""How an engine decodes members: those of rank one together, by the kernels for the CPU or by the model's own forward
+"""How an engine decodes members: those of low rank together, by the kernels for the CPU or by the model's own forward
 (`engines/together.py`), and those of an adapter in vLLM's slots."""
 
 
@@ -64,7 +64,7 @@ class Work:
     keeps_error: bool = False  # what updates of integer weights carry on
     drawn: int = 1  # members whose noise is drawn to perturb by one
     again: int = 0  # members of earlier steps whose noise an update draws again
-    rank1: bool = False  # noise of a matrix is an outer product
+    rank: int = 0  # outer products that noise of a matrix is the sum of; 0 where it is of no low rank
     way: Way = "one by one"
     together: int = 1  # members that an engine decodes in one batch, at most
 
@@ -86,7 +86,7 @@ class Work:
         return self.together if self.way == "forward" else min(self.together, math.ceil(self.population / engines))
 
     def held_by(self, policy: PolicyName, base: Place) -> Work:
-        """The same with weights held in another way, over which members of rank one may have to be decoded alone."""
+        """The same with weights held in another way, over which members of low rank may have to be decoded alone."""
         how = POLICIES[policy]
         alone = self.over_base and (how.drifts or bool(how.bits))
         found = replace(self, policy=policy, base=base, moments=self.moments and policy == self.policy)
@@ -253,8 +253,9 @@ def _noise(shape: Shape, work: Work) -> Item:
         return Item("members' adapters", count * shape.trained * bytes_ / work.parallel + 4 * shape.trained, how)
     if work.over_base:
         bytes_ = 4 if work.way == "fused" else BYTES[work.dtype]
-        how = f"vectors of {count} members, which are decoded together, x {shape.vectors:,} x {bytes_} B"
-        return Item("noise", count * shape.vectors * bytes_, how)
+        vectors = shape.vectors(work.rank)
+        how = f"vectors of {count} members, which are decoded together, x {vectors:,} x {bytes_} B"
+        return Item("noise", count * vectors * bytes_, how)
     return Item("noise", 0, "made in registers as it is added, never stored")
 
 

@@ -149,7 +149,7 @@ class Plan:
         token, limit = self.times.token(rows, self._mean / 2)
         step = self.step(self.own)
         return Speed(
-            work.engine + ", noise=rank1" * work.rank1,
+            work.engine + (f", noise=rank{work.rank}" if work.rank else ""),
             work.rows,
             token,
             limit,
@@ -183,13 +183,13 @@ class Plan:
         )
         shared = ", shared out over all replicas" if shares_base(work, times.device) else ""
         shared = f", on each of {work.replicas} replicas" if work.replicas > 1 and times.device.is_gpu else shared
-        trained = f"{times.shape.vectors if work.rank1 else trained_elements(times.shape, work):,}"
+        trained = f"{times.shape.vectors(work.rank) if work.rank else trained_elements(times.shape, work):,}"
         way = "read the base, draw {} numbers, write live weights"
         if not POLICIES[work.policy].keeps_base:
             way = "take back the member before and perturb the base: draw 2 x {} numbers, read and write twice"
         if work.over_base:
             restored = "restore the base once, " if POLICIES[work.policy].keeps_base else ""
-            way = f"{restored}draw {times.shape.vectors:,} numbers of each"
+            way = f"{restored}draw {times.shape.vectors(work.rank):,} numbers of each"
         return [
             Item(
                 "perturb",

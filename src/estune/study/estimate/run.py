@@ -71,7 +71,7 @@ def estimate_run(
     placed = _on_this_cpu(config, work, shape) if chosen is None else _on_gpus(config, work, shape, *chosen)
     work = _decoded(config, placed, shape)
     engines = _by_engine(config, placed, shape)
-    if not placed.device.is_gpu and not work.rank1:
+    if not placed.device.is_gpu and not work.rank:
         engines += _by_rank_one(file, [*overrides, "noise=rank1"], placed, shape)
     if work.engine == "vllm" and placed.device.is_gpu:
         work = _held_by_vllm(config, work, placed.device, shape)
@@ -120,7 +120,7 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         moments=config.adam,
         drawn=1 + (config.guided_window * config.population if config.guided_share else 0),
         again=_again(config),
-        rank1=config.noise == "rank1",
+        rank=config.noise_rank,
         evaluated=(config.task.eval_size or GENERATED_SIZE) * config.eval_samples,
     )
 
@@ -157,7 +157,7 @@ def _together(config: Config, work: Work, shape: Shape, memory: int, *, on_cpu: 
     """The work with as many members in a batch as the engine decodes together.
 
     What is not seen here: a task of rollouts, which are played one member at a time; weights that a model's own forward
-    turns out to use in ways of its own; and members of rank-one noise in vLLM's slots, counted one by one.
+    turns out to use in ways of its own; and members of low-rank noise in vLLM's slots, counted one by one.
 
     Args:
         config, work, shape: the run.
@@ -172,7 +172,7 @@ def _together(config: Config, work: Work, shape: Shape, memory: int, *, on_cpu: 
             return work
         return replace(work, way="slots", together=slots_for(config, on_cpu=on_cpu))
     perturbed = work.workers is not None or POLICIES[work.policy].drifts or work.grid is not None
-    if not work.rank1 or not shape.joins or perturbed:
+    if not work.rank or not shape.joins or perturbed:
         return work
     most = _most_rows(config, work, shape, memory, on_cpu=on_cpu) // work.prompts
     if on_cpu and shape.own:
@@ -180,7 +180,7 @@ def _together(config: Config, work: Work, shape: Shape, memory: int, *, on_cpu: 
         return replace(work, way="fused", together=max(1, min(most, share)))
     bytes_ = BYTES[work.dtype]
     room = (memory - shape.parameters * bytes_) // MEMORY_SHARE
-    most = min(most, room // (shape.vectors * bytes_), work.population)
+    most = min(most, room // (shape.vectors(work.rank) * bytes_), work.population)
     return replace(work, way="forward", together=max(1, most))
 
 
@@ -230,7 +230,7 @@ def _by_rank_one(file: Path | None, overrides: list[str], placed: _Placed, shape
         config = load(file, overrides)
     except EstuneError:  # something that is set takes another noise
         return []
-    work = _decoded(config, replace(placed, work=replace(placed.work, rank1=True)), shape)
+    work = _decoded(config, replace(placed, work=replace(placed.work, rank=1)), shape)
     return [work] if work.together > 1 else []
 
 
@@ -281,7 +281,7 @@ def _on_this_cpu(config: Config, work: Work, shape: Shape) -> _Placed:
         replicas = found.replicas or replicas
         threads = found.threads or threads
         dtype = dtype if found.dtype == "auto" else found.dtype
-        work = replace(work, rank1=found.noise == "rank1")
+        work = replace(work, rank=found.noise_rank)
     here = 1 if config.workers_at else config.workers or replicas  # a server is counted as a machine like this one
     work = replace(work, dtype=dtype, at_once=here, slots=work.longest)
     together = _together(config, work, shape, total_memory(torch.device("cpu")), on_cpu=True).together

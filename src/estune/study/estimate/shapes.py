@@ -46,8 +46,13 @@ class Shape:
     integers: int = 0  # elements of trained matrices that can be integers
     stored: int | None = None  # bytes of the checkpoint's weights, where they are quantised and stay so
     tensors: int = 0  # that are trained
-    vectors: int = 0  # elements of a member of rank one: rows and columns of these
-    joins: bool = False  # members of rank one can be decoded together, as far as config.json tells
+    sides: int = 0  # rows and columns of these
+    flat: int = 0  # elements of these where they are of one dimension
+    joins: bool = False  # members of low rank can be decoded together, as far as config.json tells
+
+    def vectors(self, rank: int) -> int:
+        """Elements of a member's vectors, of noise of this rank."""
+        return rank * self.sides + self.flat
 
     def splits_over(self, gpus: int) -> bool:
         """Whether vLLM can give each GPU equally many query heads, and key and value heads, which it may repeat."""
@@ -100,7 +105,7 @@ def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = 
         shape = replace(shape, stored=_stored(model), own=False)
     added = adapter_elements(shape.matrix_shapes, adapter)
     return replace(
-        shape, trained=added, parameters=shape.parameters + added, vectors=min(shape.vectors, added), joins=False
+        shape, trained=added, parameters=shape.parameters + added, sides=min(shape.sides, added), flat=0, joins=False
     )
 
 
@@ -151,7 +156,8 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
         integers=sum(p.numel() for name, p in parameters.items() if p.ndim == 2 and fits(name, pattern)),
         matrix_shapes={name: tuple(p.shape) for name, p in matrices.items()},
         tensors=len(chosen),
-        vectors=sum(p.numel() if p.ndim < 2 else p.numel() // p.shape[-1] + p.shape[-1] for p in chosen),
+        sides=sum(p.numel() // p.shape[-1] + p.shape[-1] for p in chosen if p.ndim > 1),
+        flat=sum(p.numel() for p in chosen if p.ndim < 2),
         joins=not unsupported(built),
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from estune.study.estimate.machines import PCIE, Device
+from estune.study.estimate.machines import OUTER_OPERATIONS, PCIE, Device
 from estune.study.estimate.needs import Way, Work, base_bytes, shares_base, trained, trained_bytes
 from estune.study.estimate.schedule import finish
 from estune.study.estimate.shapes import Shape
@@ -63,6 +63,7 @@ class Times:
             outer=device.outer * work.parallel,
         )
         self._bytes = BYTES[work.dtype]
+        self._vectors = shape.vectors(work.rank)
         policy = POLICIES[work.policy]
         self._keeps_base = policy.keeps_base
         self._live = trained_bytes(shape, work)
@@ -87,7 +88,7 @@ class Times:
     def perturb(self, members: int = 1) -> float:
         """Seconds to make ready to decode so many members together: to perturb the weights, as a rule by one."""
         if self.work.over_base:
-            drawn = members * self.shape.vectors / self.device.noise
+            drawn = members * self._vectors / self.device.noise
             return drawn + members * self.shape.tensors * (0 if self.device.is_gpu else CPU_PER_TENSOR)
         writing = self._live / self.device.bandwidth
         return members * self._passes * max(self._base / self._reading + writing, self.work.drawn * self._drawing)
@@ -143,8 +144,9 @@ class Times:
     def _drawing(self) -> float:
         """Seconds to make a member's noise of all that is trained."""
         elements = trained(self.shape, self.work)
-        if self.work.rank1:
-            return self.shape.vectors / self.device.noise + elements / self.device.outer
+        if rank := self.work.rank:
+            operations = (2 * rank + 1) / OUTER_OPERATIONS  # products and sums, and a coefficient
+            return self._vectors / self.device.noise + operations * elements / self.device.outer
         return elements / self.device.noise
 
     def _decode(self, ends: Array, longest: float) -> Array:
@@ -189,7 +191,7 @@ class Times:
         read = self._bytes * (used + shape.output + rows * context * shape.cached)
         flops = 2 * rows * (shape.active * tokens + shape.output + tokens * context * shape.cached * shape.grouped)
         # Of each member what it adds is read once at least; a CPU, row by row, is not held up by that alone.
-        added = shape.trained if self.work.way == "slots" else shape.vectors if self.work.over_base else 0
+        added = shape.trained if self.work.way == "slots" else self._vectors if self.work.over_base else 0
         read = read + self._bytes * np.minimum(rows, self.work.together) * added
         flops = flops + 2 * rows * tokens * added
         waiting: Any = self._kernels * device.gap + device.per_layer * shape.layers

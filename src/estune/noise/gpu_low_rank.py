@@ -1,13 +1,14 @@
-"""Noise of rank one in Triton, and its passes: perturb and update. See `rank1.py` for what it is.
+"""Noise of low rank in Triton, and its passes: perturb and update. See `low_rank.py` for what it is.
 
 A pass draws the vectors first, members by all vectors of a launch in one, and then reads them from the device's caches
-while it goes over the weights: three operations an element and a member, where noise of an element's own takes seventy
-instructions. Vectors that runs have in common, such as those of the columns, are drawn once.
+while it goes over the weights: of rank one three operations an element and a member, where noise of an element's own
+takes seventy instructions. Vectors that runs have in common, such as those of the columns, are drawn once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from estune.noise.gpu import (
     _run,
     random_words,
 )
-from estune.noise.reference import COLUMNS_AT
+from estune.noise.reference import COLUMNS_AT, NEXT_AT, root_share
 from estune.noise.rows import Run
 
 VECTORS = 1 << 17
@@ -44,8 +45,7 @@ DRAWN = 256  # counters that a program draws
 # Columns of a table of vectors, and of what a run takes from them.
 _KEY, _AT, _COUNT, _OFFSET, _FIRST = (tl.constexpr(i) for i in range(5))
 _VECTOR = tl.constexpr(5)
-_A, _B, _OF_ROW = (tl.constexpr(i) for i in range(3))
-_TAKEN = tl.constexpr(3)
+_OF_ROW, _FACTORS = (tl.constexpr(i) for i in range(2))  # the latter are a and b of each outer product
 
 
 @_kernel
@@ -66,10 +66,16 @@ def _draw(vectors, owners, seeds, out, pitch: tl.int64, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _vectors(run, taken, first, inside, PITCHED: tl.constexpr, ALIGNED: tl.constexpr, COUNT: tl.constexpr):
-    """Where the elements of `COUNT` counters from `first` on find a and b among a member's vectors, and a's mask.
+def _taken_by(owners, takes, RANK: tl.constexpr):
+    """What this program's run takes of vectors: a row of a table."""
+    return takes + tl.load(owners + tl.program_id(0)).to(tl.int64) * (_FACTORS + 2 * RANK)
 
-    `[COUNT, 4]`; where whole counters lie in one row, a and its mask are `[COUNT, 1]`.
+
+@triton.jit
+def _entries(run, taken, first, inside, PITCHED: tl.constexpr, ALIGNED: tl.constexpr, COUNT: tl.constexpr):
+    """Which entries of a and of b the elements of `COUNT` counters from `first` on are products of, and a's mask.
+
+    `[COUNT, 4]`; where whole counters lie in one row, those of a and its mask are `[COUNT, 1]`.
     """
     start = tl.load(run + START)
     columns = tl.load(taken + _OF_ROW)
@@ -93,62 +99,68 @@ def _vectors(run, taken, first, inside, PITCHED: tl.constexpr, ALIGNED: tl.const
         down = at // groups
         column = at - down * groups
         row = above + down
-    a = tl.load(taken + _A) + row
-    b = tl.load(taken + _B)
     if ALIGNED:
-        a = a[:, None]
-        b = tl.multiple_of(b, 4) + (column * 4)[:, None] + tl.arange(0, 4)[None, :]
+        row = row[:, None]
+        column = (column * 4)[:, None] + tl.arange(0, 4)[None, :]
         rows = tl.max(inside.to(tl.int32), 1, keep_dims=True) != 0
     else:
-        b += column
         rows = inside
-    return a, b, rows
+    return row, column, rows
 
 
 @triton.jit
-def _product(member, a, b, rows, inside):
-    """a[i] * b[j] of a member's vectors, `[COUNT, 4]`."""
-    return tl.load(member + a, mask=rows, other=0) * tl.load(member + b, mask=inside, other=0)
+def _noise(member, taken, row, column, rows, inside, RANK: tl.constexpr, SHARE: tl.constexpr):
+    """The sum of a[i] * b[j] over a member's pairs of vectors, a times `SHARE`, `[COUNT, 4]`."""
+    total = 0.0
+    for k in tl.static_range(RANK):
+        a = tl.load(member + tl.load(taken + _FACTORS + 2 * k) + row, mask=rows, other=0)
+        b = tl.load(member + tl.multiple_of(tl.load(taken + _FACTORS + 2 * k + 1), 4) + column, mask=inside, other=0)
+        product = (a if RANK == 1 else a * SHARE) * b
+        total = product if k == 0 else total + product
+    return total
 
 
 @_kernel
 def _perturb(
-    table, owners, takes, drawn, sigma: tl.float32, LIVE_TYPE: tl.constexpr, BASE_TYPE: tl.constexpr,
+    table, owners, takes, drawn, sigma: tl.float32,
+    LIVE_TYPE: tl.constexpr, BASE_TYPE: tl.constexpr, RANK: tl.constexpr, SHARE: tl.constexpr,
     PITCHED: tl.constexpr, ALIGNED: tl.constexpr, COUNT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     run, first, steps = _run(table, owners, COUNT, STEPS, PITCHED)
-    taken = takes + tl.load(owners + tl.program_id(0)).to(tl.int64) * _TAKEN
+    taken = _taken_by(owners, takes, RANK)
     live = _pointer(run, LIVE, LIVE_TYPE, ALIGNED)
     base = _pointer(run, BASE, BASE_TYPE, ALIGNED)
     for step in range(steps):
         _, _, place, at, inside = _places(run, first + step * COUNT, PITCHED, ALIGNED, COUNT)
-        a, b, rows = _vectors(run, taken, first + step * COUNT, inside, PITCHED, ALIGNED, COUNT)
+        row, column, rows = _entries(run, taken, first + step * COUNT, inside, PITCHED, ALIGNED, COUNT)
         weights = tl.load(base + place + at, mask=inside).to(tl.float32)
-        perturbed = weights + _product(drawn, a, b, rows, inside) * sigma
+        perturbed = weights + _noise(drawn, taken, row, column, rows, inside, RANK, SHARE) * sigma
         tl.store(live + place + at, _narrow(perturbed, LIVE_TYPE), mask=inside)
 
 
 @_kernel
 def _update(
     table, owners, takes, drawn, pitch: tl.int64, coefficients, members: tl.int32, decay: tl.float32,
-    rounding_seed: tl.uint64, STOCHASTIC: tl.constexpr, BASE_TYPE: tl.constexpr,
+    rounding_seed: tl.uint64,
+    STOCHASTIC: tl.constexpr, BASE_TYPE: tl.constexpr, RANK: tl.constexpr, SHARE: tl.constexpr,
     PITCHED: tl.constexpr, ALIGNED: tl.constexpr, COUNT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     run, first, steps = _run(table, owners, COUNT, STEPS, PITCHED)
-    taken = takes + tl.load(owners + tl.program_id(0)).to(tl.int64) * _TAKEN
+    taken = _taken_by(owners, takes, RANK)
     base = _pointer(run, BASE, BASE_TYPE, ALIGNED)
     for step in range(steps):
         low, high, place, at, inside = _places(run, first + step * COUNT, PITCHED, ALIGNED, COUNT)
-        a, b, rows = _vectors(run, taken, first + step * COUNT, inside, PITCHED, ALIGNED, COUNT)
+        row, column, rows = _entries(run, taken, first + step * COUNT, inside, PITCHED, ALIGNED, COUNT)
         total = tl.zeros((COUNT, 4), tl.float32)
         for member in range(members):
             mine = drawn + tl.multiple_of(member * pitch, 4)
-            total += _product(mine, a, b, rows, inside) * tl.load(coefficients + member)
+            noise = _noise(mine, taken, row, column, rows, inside, RANK, SHARE)
+            total += noise * tl.load(coefficients + member)
         old = tl.load(base + place + at, mask=inside).to(tl.float32)
         new = old + (old * decay + total)
         if STOCHASTIC:
-            noise = tl.load(run + NOISE).to(tl.uint64, bitcast=True)
-            w0, w1, w2, w3 = random_words(rounding_seed, noise, low, high)
+            key = tl.load(run + NOISE).to(tl.uint64, bitcast=True)
+            w0, w1, w2, w3 = random_words(rounding_seed, key, low, high)
             bits = new.to(tl.uint32, bitcast=True) + (_by_element(w0, w1, w2, w3) & 0xFFFF)
             new = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
         tl.store(base + place + at, _narrow(new, BASE_TYPE), mask=inside)
@@ -197,20 +209,25 @@ class Vectors:
 
 
 class _Taken:
-    """What the runs of a launch take of vectors: `places` are those of a and b and the columns of each, `[runs, 3]`."""
+    """What the runs of a launch take of vectors.
+
+    `places`, `[runs, 1 + 2 * rank]`, are the columns of each and where a and b of each outer product are.
+    """
 
     def __init__(self, runs: Sequence[Run]) -> None:
         device = runs[0].live.device
         self.vectors = Vectors((vector for run in runs for vector in _vectors_of(run)), device)
-        takes = [[*(self.vectors.places[vector] for vector in _vectors_of(run)), run.columns] for run in runs]
+        takes = [[run.columns, *(self.vectors.places[vector] for vector in _vectors_of(run))] for run in runs]
         self.places = torch.tensor(takes, dtype=torch.int64, device=device)
 
 
 class Batch(gpu.Batch):
-    """As `gpu.Batch`, of runs whose noise is of rank one."""
+    """As `gpu.Batch`, of runs whose noise is of one low rank."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         super().__init__(runs)
+        rank = runs[0].rank
+        self._how: dict[str, Any] = {"RANK": rank, "SHARE": float(root_share(rank))}
         self._taken = [_Taken(launch.runs) for launch in self._launches]
 
     def _loads(self, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
@@ -228,15 +245,15 @@ class Batch(gpu.Batch):
         yield load
 
     def perturb(self, seed: int, sigma: float) -> None:
-        """As `rank1.perturb`, for all runs."""
+        """As `low_rank.perturb`, for all runs."""
         for launch, taken in zip(self._launches, self._taken, strict=True):
             types = {"LIVE_TYPE": _TYPES[launch.live], "BASE_TYPE": _TYPES[launch.base]}
-            launch.start(_perturb, taken.places, taken.vectors.draw_one(seed), sigma, **types)
+            launch.start(_perturb, taken.places, taken.vectors.draw_one(seed), sigma, **types, **self._how)
 
     def update(
         self, seeds: torch.Tensor, coefficients: torch.Tensor, decay: float = 0.0, rounding_seed: int | None = None
     ) -> None:
-        """As `gpu.Batch.update`, by the equations of `rank1.update`."""
+        """As `gpu.Batch.update`, by the equations of `low_rank.update`."""
         for launch, taken in zip(self._launches, self._taken, strict=True):
             stochastic = rounding_seed is not None and launch.base == torch.bfloat16
             launch.start(
@@ -250,18 +267,21 @@ class Batch(gpu.Batch):
                 rounding_seed or 0,
                 STOCHASTIC=stochastic,
                 BASE_TYPE=_TYPES[launch.base],
+                **self._how,
             )
 
 
 def _vectors_of(run: Run) -> Iterator[tuple[int, int, int]]:
-    """Key, start and count of a run's vectors: a of the rows that it reaches, and b."""
+    """Key, start and count of a run's vectors: of each outer product a of the rows that it reaches, and b."""
     last = len(run.live) - 1
     if run.rows is not None:
         row, column = divmod(run.rows.skip + last, run.rows.width)
         last = row * run.rows.pitch + column
     first = run.start // run.columns
-    yield run.noise, first, (run.start + last) // run.columns + 1 - first
-    yield run.noise, COLUMNS_AT, run.columns
+    rows = (run.start + last) // run.columns + 1 - first
+    for begin in range(0, run.rank * NEXT_AT, NEXT_AT):
+        yield run.noise, begin + first, rows
+        yield run.noise, begin + COLUMNS_AT, run.columns
 
 
 def _padded(count: int) -> int:

@@ -1,12 +1,15 @@
-"""Members of rank-one noise in slots of vLLM's LoRA layers, over the model's own weights: many in one batch.
+"""Members of low-rank noise in slots of vLLM's LoRA layers, over the model's own weights: many in one batch.
 
-A member's matrix is W + a b^T, which is W with an adapter of rank one. What is trained is W itself, under the layers.
+A member's matrix is W + a b^T, of a higher rank with as many such products, which is W with an adapter of that rank.
+What is trained is W itself, under the layers.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +27,7 @@ from estune.engines.vllm.slots import names_of
 from estune.engines.vllm.weights import PROBE, STRONG, SlotWeights
 from estune.errors import EstuneError
 from estune.es.strategy import Member
-from estune.noise.reference import COLUMNS_AT, normal_by_id
+from estune.noise.reference import COLUMNS_AT, NEXT_AT, normal_by_id
 from estune.weights.adapted import adapted_shapes
 from estune.weights.adapters import CONFIG, WEIGHTS, Adapter
 from estune.weights.checkpoint import Checkpoint
@@ -45,7 +48,7 @@ def outer_matrices(checkpoint: Checkpoint, config: Config, *, on_cpu: bool) -> M
     Where they are for what is trained, a warning says so, and what to train for slots.
     """
     slots = slots_for(config, on_cpu=on_cpu)
-    if config.noise != "rank1" or slots < 2 or checkpoint.under is not None or POLICIES[config.weights].drifts:
+    if not config.noise_rank or slots < 2 or checkpoint.under is not None or POLICIES[config.weights].drifts:
         return {}
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     spoken = language_tensors(checkpoint, trust_remote_code=config.trust_remote_code)
@@ -65,7 +68,7 @@ def outer_matrices(checkpoint: Checkpoint, config: Config, *, on_cpu: bool) -> M
 
 def say_alone(why: str) -> None:
     """Say that members are decoded one by one."""
-    log.warning("noise=rank1: members are decoded one by one, as %s", why)
+    log.warning("members of low-rank noise are decoded one by one, as %s", why)
 
 
 def _pattern(names: Matrices, matrices: Matrices) -> str:
@@ -82,7 +85,7 @@ def _pattern(names: Matrices, matrices: Matrices) -> str:
     )
 
 
-class RankOneWeights(SlotWeights):
+class LowRankWeights(SlotWeights):
     """The model's own weights, as `VllmWeights`, with members in slots: what these hold is added to the live weights.
 
     Raises:
@@ -133,17 +136,19 @@ class RankOneWeights(SlotWeights):
 
     def write_member(self, folder: Path, member: Member, sigma: float) -> None:
         """Write a member as an adapter in PEFT's format, by NumPy."""
+        rank = self.rule.rank
         tensors = {}
         for name in self.tensors:
             rows, columns = self._shapes[name]
-            key = self.rule.noise_key(name)
-            factor = np.float32(member.sign * sigma * self.rule.scales.get(name, 1.0))
+            noise = functools.partial(normal_by_id, member.seed, self.rule.noise_key(name))
+            factor = np.float32(member.sign * sigma * (self.rule.scales.get(name, 1.0) / math.sqrt(rank)))
+            begins = range(0, rank * NEXT_AT, NEXT_AT)
             first, second = names_of(name)
-            tensors[first] = normal_by_id(member.seed, key, COLUMNS_AT, columns)[None, :]
-            tensors[second] = (factor * normal_by_id(member.seed, key, 0, rows))[:, None]
+            tensors[first] = np.stack([noise(begin + COLUMNS_AT, columns) for begin in begins])
+            tensors[second] = np.stack([factor * noise(begin, rows) for begin in begins], 1)
         save_file(tensors, folder / WEIGHTS)
         modules = sorted({module_of(name) for name in self.tensors})
-        said = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "bias": "none", "target_modules": modules}
+        said = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": modules}
         (folder / CONFIG).write_text(json.dumps(said))
 
 

@@ -1,4 +1,4 @@
-"""Runs with members of rank-one noise in vLLM's slots: replayed, resumed, and those of the transformers engine."""
+"""Runs with members of low-rank noise in vLLM's slots: replayed, resumed, and those of the transformers engine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM, StableLmConfig
 
 from estune.completion import Sampling
+from estune.engines.vllm.low_rank import LowRankWeights
 from estune.engines.vllm.open import open_vllm
-from estune.engines.vllm.rank_one import RankOneWeights
 from estune.es.strategy import Member
 from estune.journal.journal import Journal
 from estune.journal.replay import replay
@@ -80,9 +80,9 @@ def test_where_vllm_turns_out_to_have_no_slots_members_are_one_by_one(
     config = make_config(tmp_path, path, noise="rank1", train_parameters="*_proj.weight", engine="vllm", device="cpu")
     engine, weights = open_vllm(Checkpoint(path), config)
     try:
-        assert "noise=rank1: members are decoded one by one, as vLLM cannot run model" in caplog.text
+        assert "members of low-rank noise are decoded one by one, as vLLM cannot run model" in caplog.text
         assert "does not support LoRA" in caplog.text
-        assert not isinstance(weights, RankOneWeights)
+        assert not isinstance(weights, LowRankWeights)
         assert not engine.slots
         weights.perturb(Member(1), 0.1)
     finally:

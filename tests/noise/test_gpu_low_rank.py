@@ -1,4 +1,4 @@
-"""The kernels of rank-one noise against the CPU's, bit for bit, interpreted; on a GPU where there is one."""
+"""The kernels of low-rank noise against the CPU's, bit for bit, interpreted; on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from estune.weights import passes
 
 pytest.importorskip("triton")
 pytest.importorskip("tests.interpreted")
-from estune.noise import gpu, gpu_rank1, reference
+from estune.noise import gpu, gpu_low_rank, reference
 from tests.noise.test_noise_gpu import BRAIN, DEVICE, FLOAT, HALF, KEY, ON_GPU, SEEDS, TYPES, array, weights
 
 SEED = 2**64 - 1
@@ -39,14 +39,14 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
         monkeypatch.setattr(gpu, "BLOCK", 32)
         monkeypatch.setattr(gpu, "STEPS", 2)
-        monkeypatch.setattr(gpu_rank1, "DRAWN", 256)
+        monkeypatch.setattr(gpu_low_rank, "DRAWN", 256)
 
 
-def runs_of(live: torch.dtype, base: torch.dtype) -> list[Run]:
+def runs_of(live: torch.dtype, base: torch.dtype, rank: int) -> list[Run]:
     """Runs of all shapes, of two tensors, some of which share vectors."""
     places = [*((*stretch, None) for stretch in STRETCHES), *RECTANGLES]
     return [
-        Run(weights(size, live), weights(size, base), 1, KEY + number % 2, start, rows, columns=columns)
+        Run(weights(size, live), weights(size, base), 1, KEY + number % 2, start, rows, columns=columns, rank=rank)
         for number, (columns, start, size, rows) in enumerate(places)
     ]
 
@@ -61,12 +61,15 @@ def as_arrays(run: Run) -> Run:
     return replace(run, live=array(run.live), base=array(run.base))
 
 
-@pytest.mark.parametrize(("base", "live", "most"), [(*TYPES[1], gpu_rank1.VECTORS), (*TYPES[4], 40), (*TYPES[0], 40)])
-def test_perturb(base: torch.dtype, live: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_rank1, "VECTORS", most)  # of the second, vectors of many launches
-    expected = runs_of(live, base)
+@pytest.mark.parametrize(
+    ("base", "live", "rank", "most"),
+    [(*TYPES[1], 1, gpu_low_rank.VECTORS), (*TYPES[4], 4, 40), (*TYPES[0], 1, 40)],
+)
+def test_perturb(base: torch.dtype, live: torch.dtype, rank: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_low_rank, "VECTORS", most)  # of the second, vectors of many launches
+    expected = runs_of(live, base, rank)
     runs = on_device(expected, one=False)
-    batch = gpu_rank1.Batch(runs)
+    batch = gpu_low_rank.Batch(runs)
     for run in expected:
         passes.perturb(as_arrays(run), SEED, 0.01)
     batch.perturb(SEED, 0.01)
@@ -75,15 +78,15 @@ def test_perturb(base: torch.dtype, live: torch.dtype, most: int, monkeypatch: p
     assert all(torch.equal(a.live.cpu(), b.base.to(live)) for a, b in zip(runs, expected, strict=True))
 
 
-@pytest.mark.parametrize(("dtype", "rounding_seed"), [(FLOAT, None), (BRAIN, 77), (HALF, None)])
-def test_update(dtype: torch.dtype, rounding_seed: int | None) -> None:
+@pytest.mark.parametrize(("dtype", "rank", "rounding_seed"), [(FLOAT, 1, None), (BRAIN, 2, 77), (HALF, 1, None)])
+def test_update(dtype: torch.dtype, rank: int, rounding_seed: int | None) -> None:
     terms = Terms(np.array(SEEDS, np.uint64), np.array(COEFFICIENTS, np.float32), -0.01, rounding_seed)
-    expected = on_device(runs_of(dtype, dtype), one=True)
+    expected = on_device(runs_of(dtype, dtype, rank), one=True)
     runs = on_device(expected, one=True)
     for run in expected:
         passes.update(as_arrays(replace(run, live=run.live.cpu(), base=run.base.cpu())), terms)
     seeds = torch.from_numpy(terms.seeds.view(np.int64)).to(DEVICE)
-    gpu_rank1.Batch(runs).update(seeds, torch.from_numpy(terms.scaled(1.0)).to(DEVICE), -0.01, rounding_seed)
+    gpu_low_rank.Batch(runs).update(seeds, torch.from_numpy(terms.scaled(1.0)).to(DEVICE), -0.01, rounding_seed)
     assert all(torch.equal(a.base.cpu(), b.base.cpu()) for a, b in zip(runs, expected, strict=True))
 
 
@@ -91,14 +94,14 @@ def test_an_update_of_decay_alone() -> None:
     base = weights(40, FLOAT).to(DEVICE)
     expected = base + base * -0.5
     none = torch.empty(0, dtype=torch.int64, device=DEVICE), torch.empty(0, device=DEVICE)
-    gpu_rank1.Batch([Run(base, base, 1, KEY, columns=8)]).update(*none, -0.5)
+    gpu_low_rank.Batch([Run(base, base, 1, KEY, columns=8)]).update(*none, -0.5)
     assert torch.equal(base, expected)
 
 
 def test_perturbed_weights_are_base_plus_the_outer_product_of_the_specification() -> None:
     base = weights(35, FLOAT)
     live = torch.empty_like(base).to(DEVICE)
-    gpu_rank1.Batch([Run(live, base.to(DEVICE), 1, KEY, columns=7)]).perturb(SEED, -0.25)
+    gpu_low_rank.Batch([Run(live, base.to(DEVICE), 1, KEY, columns=7)]).perturb(SEED, -0.25)
     a = reference.normal_by_id(SEED, KEY, 0, 5)
     b = reference.normal_by_id(SEED, KEY, 2**40, 7)
     expected: Any = base.numpy() + np.outer(a, b).ravel() * np.float32(-0.25)
@@ -107,11 +110,11 @@ def test_perturbed_weights_are_base_plus_the_outer_product_of_the_specification(
 
 def test_vectors_that_runs_share_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    draw_one = gpu_rank1.Vectors.draw_one
+    draw_one = gpu_low_rank.Vectors.draw_one
     monkeypatch.setattr(
-        gpu_rank1.Vectors, "draw_one", lambda vectors, seed: drawn.append(vectors.size) or draw_one(vectors, seed)
+        gpu_low_rank.Vectors, "draw_one", lambda vectors, seed: drawn.append(vectors.size) or draw_one(vectors, seed)
     )
     whole = torch.zeros(64, device=DEVICE)
-    batch = gpu_rank1.Batch([Run(part, part, 1, KEY, 8 * i, columns=8) for i, part in enumerate(whole.split(8))])
+    batch = gpu_low_rank.Batch([Run(part, part, 1, KEY, 8 * i, columns=8) for i, part in enumerate(whole.split(8))])
     batch.perturb(SEED, 0.5)
     assert drawn == [8 + 8 * 4]  # b, and one element of a for each, padded

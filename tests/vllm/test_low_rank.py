@@ -1,4 +1,4 @@
-"""Members of rank-one noise in vLLM's slots, over all of a model's matrices: against weights with the noise added."""
+"""Members of low-rank noise in vLLM's slots, over all of a model's matrices: against weights with the noise added."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from estune.engines.transformers import TransformersEngine
 from estune.engines.vectors import Vectors
 from estune.engines.vllm import lora
 from estune.engines.vllm.engine import VllmEngine, slots_for
+from estune.engines.vllm.low_rank import LowRankWeights, outer_matrices
 from estune.engines.vllm.open import open_vllm
-from estune.engines.vllm.rank_one import RankOneWeights, outer_matrices
 from estune.engines.vllm.slots import OuterProducts
 from estune.engines.vllm.weights import VllmWeights
 from estune.errors import EstuneError
 from estune.es.strategy import Member
-from estune.noise.reference import COLUMNS_AT, normal_by_id, tensor_id
+from estune.noise.reference import low_rank_by_id, tensor_id
 from estune.weights.checkpoint import Checkpoint
 from tests.visions import save_vision
 from tests.vllm.in_slots import MEMBERS, assert_members_are_their_own
@@ -32,7 +32,7 @@ SIGMA = 0.1
 GREEDY = Sampling(10)
 MATRICES = "*_proj.weight"
 SCALES = {"*.down_proj.weight": 0.25}
-OPTIONS: dict[str, Any] = {"noise": "rank1", "train_parameters": MATRICES, "sigma_scale": SCALES}
+OPTIONS: dict[str, Any] = {"noise": "rank4", "train_parameters": MATRICES, "sigma_scale": SCALES}
 
 
 def settings(path: Path, **changes: Any) -> Config:
@@ -46,27 +46,25 @@ def tiny(saved: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(tiny: Path, started: dict[Any, Any]) -> tuple[VllmEngine, RankOneWeights]:
+def opened(tiny: Path, started: dict[Any, Any]) -> tuple[VllmEngine, LowRankWeights]:
     engine, weights = open_vllm(Checkpoint(tiny), settings(tiny))
     started[tiny, "in slots", 1] = engine
-    assert isinstance(weights, RankOneWeights)
+    assert isinstance(weights, LowRankWeights)
     return engine, weights
 
 
 def perturbed(path: Path, member: Member, sigma: float = SIGMA) -> TransformersEngine:
-    """The model in transformers, sigma a b^T added to its matrices by NumPy."""
+    """The model in transformers, with the noise of its matrices added by NumPy."""
     engine = TransformersEngine(path, dtype="float32")
     for name, tensor in engine.model.named_parameters():
         if name.endswith("_proj.weight"):
-            rows, columns = tensor.shape
-            a = normal_by_id(member.seed, tensor_id(name), 0, rows)
-            b = normal_by_id(member.seed, tensor_id(name), COLUMNS_AT, columns)
+            noise = low_rank_by_id(member.seed, tensor_id(name), tensor.shape[1], 4, 0, tensor.numel())
             factor = member.sign * sigma * (SCALES["*.down_proj.weight"] if "down_proj" in name else 1.0)
-            tensor += torch.from_numpy(np.float32(factor) * np.outer(a, b))
+            tensor += torch.from_numpy(np.float32(factor) * noise.reshape(tensor.shape))
     return engine
 
 
-def test_slots_complete_as_weights_with_the_noise_added(opened: tuple[VllmEngine, RankOneWeights], tiny: Path) -> None:
+def test_slots_complete_as_weights_with_the_noise_added(opened: tuple[VllmEngine, LowRankWeights], tiny: Path) -> None:
     engine, weights = opened
     weights.take(MEMBERS, SIGMA)
     found = engine.generate_each(3, PROMPTS, GREEDY)
@@ -82,16 +80,16 @@ def test_slots_complete_as_weights_with_the_noise_added(opened: tuple[VllmEngine
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_member_is_its_own_whoever_is_beside_it(
-    opened: tuple[VllmEngine, RankOneWeights], temperature: float
+    opened: tuple[VllmEngine, LowRankWeights], temperature: float
 ) -> None:
     assert_members_are_their_own(*opened, SIGMA, temperature=temperature)
 
 
 def test_members_are_around_the_base_as_it_is_after_an_update(
-    opened: tuple[VllmEngine, RankOneWeights], tiny: Path, tmp_path: Path
+    opened: tuple[VllmEngine, LowRankWeights], tiny: Path, tmp_path: Path
 ) -> None:
     engine, weights = opened
-    _, theirs = open_reference(tiny, "float32", noise="rank1", train_parameters=MATRICES, scales=weights.rule.scales)
+    _, theirs = open_reference(tiny, "float32", noise="rank4", train_parameters=MATRICES, scales=weights.rule.scales)
     assert weights.tensors == theirs.tensors
     start = weights.fingerprint()
     assert start == theirs.fingerprint()
@@ -108,12 +106,12 @@ def test_members_are_around_the_base_as_it_is_after_an_update(
     assert weights.fingerprint() == start
 
 
-def test_no_base_need_be_kept_beside_the_live_weights(opened: tuple[VllmEngine, RankOneWeights], tiny: Path) -> None:
+def test_no_base_need_be_kept_beside_the_live_weights(opened: tuple[VllmEngine, LowRankWeights], tiny: Path) -> None:
     """As slots leave these alone. Where there are none, patches take such members back to the bit."""
     engine, _ = opened
     before = engine.call("digests")
     changed = settings(tiny, weights="exact_inplace")
-    weights = RankOneWeights(engine, Checkpoint(tiny), changed, base_on_host=False)
+    weights = LowRankWeights(engine, Checkpoint(tiny), changed, base_on_host=False)
     assert engine.call("digests") == before
     weights.take(MEMBERS[:1], SIGMA)
     assert engine.generate_each(1, PROMPTS, GREEDY) == [perturbed(tiny, MEMBERS[0]).generate(PROMPTS, GREEDY)]
@@ -122,10 +120,10 @@ def test_no_base_need_be_kept_beside_the_live_weights(opened: tuple[VllmEngine, 
     assert engine.call("digests") != before
     alone.restore()
     assert engine.call("digests") == before
-    RankOneWeights(engine, Checkpoint(tiny), settings(tiny), base_on_host=False)
+    LowRankWeights(engine, Checkpoint(tiny), settings(tiny), base_on_host=False)
 
 
-def test_the_loader_sees_the_model_without_its_lora_layers(opened: tuple[VllmEngine, RankOneWeights]) -> None:
+def test_the_loader_sees_the_model_without_its_lora_layers(opened: tuple[VllmEngine, LowRankWeights]) -> None:
     """As loaders of some models, and of most before vLLM 0.32, look for parameters by their whole names."""
 
     def names(worker: Any) -> list[list[str]]:
@@ -142,7 +140,7 @@ def test_the_loader_sees_the_model_without_its_lora_layers(opened: tuple[VllmEng
 
 
 def test_slots_that_hold_or_mean_something_else_are_found(
-    opened: tuple[VllmEngine, RankOneWeights], tiny: Path, monkeypatch: pytest.MonkeyPatch
+    opened: tuple[VllmEngine, LowRankWeights], tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what vLLM makes of a file, and by completions of perturbed weights."""
     engine, _ = opened
@@ -153,26 +151,26 @@ def test_slots_that_hold_or_mean_something_else_are_found(
     def one_lacks(worker: Any, adapter: Path, tensors: dict[str, torch.Tensor]) -> list[lora.Place]:
         return places(worker, adapter, tensors)[:-1]
 
-    def inverted(self: RankOneWeights, folder: Path, member: Member, sigma: float) -> None:
+    def inverted(self: LowRankWeights, folder: Path, member: Member, sigma: float) -> None:
         save(self, folder, Member(member.seed, -member.sign), sigma)
 
     def inverted_too(self: OuterProducts, members: list[Member], sigma: float) -> None:
         take(self, [Member(member.seed, -member.sign) for member in members], sigma)
 
-    draw, places, save, take = Vectors.draw, lora.places, RankOneWeights.write_member, OuterProducts.take
+    draw, places, save, take = Vectors.draw, lora.places, LowRankWeights.write_member, OuterProducts.take
     other, meaning = "vLLM makes something else of the same values in a file", "are not those by perturbed"
     wrong: list[tuple[list[tuple[Any, str, Any]], str]] = [
         ([(Vectors, "draw", scaled)], other),
         ([(lora, "places", one_lacks)], other),
-        ([(RankOneWeights, "write_member", inverted), (OuterProducts, "take", inverted_too)], meaning),
+        ([(LowRankWeights, "write_member", inverted), (OuterProducts, "take", inverted_too)], meaning),
     ]
     for changes, why in wrong:
         with monkeypatch.context() as patch:
             for change in changes:
                 patch.setattr(*change)
             with pytest.raises(EstuneError, match=why):
-                RankOneWeights(engine, Checkpoint(tiny), settings(tiny), base_on_host=False)
-    RankOneWeights(engine, Checkpoint(tiny), settings(tiny), base_on_host=False)
+                LowRankWeights(engine, Checkpoint(tiny), settings(tiny), base_on_host=False)
+    LowRankWeights(engine, Checkpoint(tiny), settings(tiny), base_on_host=False)
 
 
 def test_what_has_no_slots_is_said_with_what_to_set(
