@@ -128,10 +128,16 @@ def _perturb(live: Any, base: Any, a: Any, b: Any, start: int, sigma: Any) -> No
         n = min(columns - column, base.size - done)
         target = live[done : done + n]
         source = base[done : done + n]
-        noise = scratch[:n]
-        multiply(noise, a, b, row, column)
-        for i in range(n):
-            target[i] = narrow(widen(source[i]) + sigma * noise[i], target[i])
+        if len(a) == 1:  # in one pass
+            factor = a[0, row]
+            vector = b[0, column : column + n]
+            for i in range(n):
+                target[i] = narrow(widen(source[i]) + sigma * (factor * vector[i]), target[i])
+        else:
+            noise = scratch[:n]
+            multiply(noise, a, b, row, column)
+            for i in range(n):
+                target[i] = narrow(widen(source[i]) + sigma * noise[i], target[i])
         done += n
         column = 0
 

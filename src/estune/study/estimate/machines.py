@@ -19,7 +19,7 @@ TERA = 10**12
 # Shares of a data sheet's peak that this arithmetic counts on.
 BANDWIDTH_SHARE = 0.75  # of memory bandwidth: streaming kernels reach 0.8 to 0.9, strided keys and values less
 COMPUTE_SHARE = 0.5  # of FLOP/s, with everything between products: well-tuned training reports 0.4 to 0.6
-OUTER_OPERATIONS = 3  # per element of an outer product: the product, its coefficient, the sum; 2 for each further one
+OUTER_OPERATIONS = 3  # per element of an outer product: the product, its coefficient, the sum
 NOISE_OPERATIONS = 100  # per element: ten rounds of Philox for four, a logarithm, a root and sine or cosine for two
 PCIE = 25 * GB  # bytes a second to pinned host memory: version 4, 16 lanes, 32 GB/s in theory
 # A GPU stands still between two kernels even where a CUDA graph starts them: 1.3 us on an H100 ("Look Ma, No Bubbles!",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from estune.study.estimate.machines import OUTER_OPERATIONS, PCIE, Device
+from estune.study.estimate.machines import PCIE, Device
 from estune.study.estimate.needs import Way, Work, base_bytes, shares_base, trained, trained_bytes
 from estune.study.estimate.schedule import finish
 from estune.study.estimate.shapes import Shape
@@ -145,8 +145,7 @@ class Times:
         """Seconds to make a member's noise of all that is trained."""
         elements = trained(self.shape, self.work)
         if rank := self.work.rank:
-            operations = (2 * rank + 1) / OUTER_OPERATIONS  # products and sums, and a coefficient
-            return self._vectors / self.device.noise + operations * elements / self.device.outer
+            return self._vectors / self.device.noise + rank * elements / self.device.outer
         return elements / self.device.noise
 
     def _decode(self, ends: Array, longest: float) -> Array:
