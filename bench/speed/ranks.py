@@ -1,6 +1,6 @@
 """What a higher rank of the noise costs: a step's members decoded together, and the passes over a matrix.
 
-    python -m bench.speed.ranks [--cases tiny:64:4 smollm2:16:4] [--shape 1536 576] [--repeats 9]
+    python -m bench.speed.ranks [--cases tiny:64:4] [--shape 1536 576] [--repeats 9]
 
 One engine of one thread. `perturb` and `update` are over one matrix of this shape, the update by 16 members. Of a step,
 `draw` makes all members' vectors and `decode` completes their prompts in one batch; beside them are members one by one
@@ -76,14 +76,15 @@ def of_a_step(model: str, members: int, prompts: int, repeats: int) -> dict[str,
 def main() -> None:
     """Measure, print and write the result."""
     parser = options(__doc__)
-    parser.add_argument("--cases", nargs="+", default=["tiny:64:4", "smollm2:16:4"])
+    parser.add_argument("--cases", nargs="+", default=["tiny:64:4"])
     parser.add_argument("--shape", nargs=2, type=int, default=[1536, 576], help="rows and columns of the matrix")
     parser.add_argument("--repeats", type=int, default=9)
     arguments: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
+    rows, columns = arguments.shape
     for dtype in ("float32", "bfloat16"):
-        found[f"{dtype}, milliseconds"] = over_a_matrix(*arguments.shape, dtype, arguments.repeats)
+        found[f"{dtype}, milliseconds"] = over_a_matrix(rows, columns, dtype, arguments.repeats)
     for case in arguments.cases:
         model, members, prompts = case.split(":")
         name = f"{model}, {members} members x {prompts} prompts, seconds"
