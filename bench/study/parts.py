@@ -63,6 +63,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one fifth": {"adapt_sigma": True, "learning_rate": None},
     "cosine": {"lr_scheduler_type": "cosine"},
     "double alpha": {"learning_rate": 0.024},
+    "double alpha, guarded": {"learning_rate": 0.024, "guard": 0.5},
     "40 members": {"population": 40, "prompts_per_step": 10, "learning_rate": 0.024},
     "40 members, 4 prompts": {"population": 40, "prompts_per_step": 4, "learning_rate": 0.012},
     "15 members, 27 prompts": {"population": 15, "prompts_per_step": 27},
