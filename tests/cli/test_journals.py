@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from estune.journal.journal import Journal
+from estune.journal.records import EvaluationRecord
 from tests.command_line import SMALL, estune, refused
 
 
@@ -39,6 +40,16 @@ def test_log(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = list(csv.DictReader(io.StringIO(said(capsys, "log", runs / "a", "--csv"))))
     assert [row["fingerprint"] for row in table if row["kind"] == "step"] == [r.fingerprint for r in journal.steps]
     assert float(table[1]["reward"]) == rows[1]["reward"]
+
+
+def test_the_log_marks_what_was_taken_back(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "a", tmp_path / "a")
+    journal = Journal.resume(tmp_path / "a")
+    journal.append_evaluation(EvaluationRecord(2, {"eval_accuracy": 0.0}, back=1))
+    journal.close()
+    lines = said(capsys, "log", tmp_path / "a").splitlines()
+    assert [line.split()[:2] for line in lines if line.endswith("taken back")] == [["step", "2"]]
+    assert [line.split()[:2] for line in lines if line.endswith("back to step 1")] == [["evaluation", "2"]]
 
 
 def test_verify_says_what_is_proven_and_what_is_not(

@@ -15,7 +15,7 @@ from estune.journal.journal import Journal
 from estune.journal.records import EvaluationRecord, StepRecord
 from estune.journal.replay import replay
 from estune.run.order import StagedOrder
-from estune.run.remarks import before, collapsing, far_from_base, members_alike, never_right
+from estune.run.remarks import before, collapse, collapsing, far_from_base, members_alike, never_right
 from estune.run.trainer import Trainer
 from estune.tasks.base import Stage, Task
 from tests.runs import PROMPTS, make_config, make_task, variety
@@ -74,6 +74,38 @@ def test_a_model_far_from_its_base() -> None:
     assert far_from_base(EvaluationRecord(4, {"eval_accuracy": 1.0})) is None
     assert far_from_base(EvaluationRecord(4, {"eval_accuracy": 1.0, "eval_kl": 1.0})) is None
     assert "1.5 nats a token" in (far_from_base(EvaluationRecord(4, {"eval_accuracy": 1.0, "eval_kl": 1.5})) or "")
+
+
+def test_what_a_run_has_gone_back_from_is_no_collapse() -> None:
+    far = EvaluationRecord(3, {"eval_accuracy": 0.0, "eval_kl": 1.5})
+    steps = [step(number, 0.5, 0.5) for number in range(3)]
+    assert collapse(steps, [evaluation(0, 1.0), far]).keys() == {"members", "distance"}
+    back = replace(far, back=0)
+    assert not collapse(steps, [evaluation(0, 1.0), back])
+    assert not collapse([*steps, step(3, 0.5, 0.5)], [evaluation(0, 1.0), back])
+    again = [*steps, *(step(number, 0.5, 0.5) for number in (3, 4, 5))]
+    assert collapse(again, [evaluation(0, 1.0), back]).keys() == {"members"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "never"),
+    [
+        ({"steps": 4, "eval_steps": 4}, True),
+        ({"steps": 4, "eval_steps": 3}, False),
+        ({"steps": 4, "eval_steps": 3, "sam_rho": 0.5}, True),
+        ({"steps": 4, "eval_steps": 3, "eval_on_start": False}, True),
+        ({"steps": 7, "eval_steps": 3, "eval_on_start": False}, False),
+    ],
+)
+def test_an_evaluation_that_nothing_is_compared_with(settings: dict[str, Any], never: bool) -> None:
+    remarks = [each for each in said(make_task(), back_to_best=0.05, **settings) if "back_to_best" in each]
+    assert len(remarks) == never
+    assert all("lower eval_steps" in each for each in remarks)
+
+
+def test_going_back_without_held_out_rows() -> None:
+    remarks = said(replace(make_task(), evaluation=[], accuracy=None), back_to_best=0.05, steps=4, eval_steps=1)
+    assert any("has no held-out rows: it will do nothing" in each for each in remarks)
 
 
 def test_fewer_prompts_than_a_step_asks_for() -> None:

@@ -512,6 +512,8 @@ def test_a_run_goes_back_to_its_best_to_the_bit(model: Path, tmp_path: Path, whe
         Trainer.resume(tmp_path / f"cut {steps}", task=make_task(), monitors=[]).train()
         found = Journal.read(tmp_path / f"cut {steps}")
         assert [r.fingerprint for r in found.steps] == [r.fingerprint for r in journal.steps]
+        checkpoints = RunDirectory(tmp_path / f"cut {steps}").checkpoints()
+        assert not {number - 1 for number in checkpoints} & found.undone
         assert [(e.step, e.back, e.state) for e in found.evaluations] == [
             (e.step, e.back, e.state) for e in journal.evaluations
         ]

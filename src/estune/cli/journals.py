@@ -51,7 +51,8 @@ def log(
         "eval_reward",
         "fingerprint",
     ]
-    say_table([heading, *([_cell(row.get(key)) for key in keys] for row in rows)])
+    body = [[*(_cell(row.get(key)) for key in keys), _going_back(row)] for row in rows]
+    say_table([[*heading, ""], *body], remarks=True)
 
 
 def verify(
@@ -260,6 +261,13 @@ def _numbers(text: str | None) -> list[float] | None:
         return None if text is None else [float(part) for part in listed(text) or []]
     except ValueError as error:
         raise EstuneError(f"--weights: {text!r} is no list of numbers; give one for each run, as 1,0.5") from error
+
+
+def _going_back(row: dict[str, Any]) -> str:
+    """What is to be said of a step that was taken back, or of an evaluation that took steps back."""
+    if "back" in row:
+        return f"back to step {row['back']}"
+    return "taken back" if row.get("undone") or row.get("taken_back") else ""
 
 
 def _cell(value: Any) -> str:

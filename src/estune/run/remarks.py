@@ -47,6 +47,21 @@ def before(config: Config, task: Task, order: StagedOrder) -> Iterator[str]:
     yield from _shared(task)
     if task.evaluation:
         yield from of_evaluation(config)
+    if config.back_to_best is not None:
+        yield from _never_back(config, task)
+
+
+def _never_back(config: Config, task: Task) -> Iterator[str]:
+    """Of `back_to_best`, where no evaluation before the last step has an earlier one to be compared with."""
+    if not task.evaluation:
+        yield f"back_to_best looks at evaluations, and task {task.name} has no held-out rows: it will do nothing"
+        return
+    on_the_way = (config.steps - config.steps_in_one) // config.eval_steps
+    if on_the_way < 1 + (not config.eval_on_start):
+        yield (
+            f"back_to_best looks at evaluations before the last step, of which steps {config.steps} and eval_steps "
+            f"{config.eval_steps} make none that could be worse than an earlier one: lower eval_steps"
+        )
 
 
 def _goes_on(prompt: Prompt) -> bool:
@@ -77,11 +92,17 @@ def of_evaluation(config: Config) -> Iterator[str]:
 
 
 def collapse(steps: Sequence[StepRecord], evaluations: Sequence[EvaluationRecord]) -> dict[str, str]:
-    """What is to be said, by kind, of a run that has collapsed; `steps` and `evaluations` are all so far."""
+    """What is to be said, by kind, of a run that has collapsed; `steps` and `evaluations` are all so far.
+
+    What the run has gone back from is no part of where it is.
+    """
+    undone = {i for evaluation in evaluations for i in evaluation.undone}
+    kept = [step for step in steps if step.step not in undone]
+    here = evaluations[-1] if evaluations and evaluations[-1].back is None else None
     found = {
-        "members": members_alike(steps),
-        "completions": collapsing(steps) if steps else None,
-        "distance": far_from_base(evaluations[-1]) if evaluations else None,
+        "members": members_alike(kept),
+        "completions": collapsing(kept) if kept else None,
+        "distance": far_from_base(here) if here else None,
     }
     return {kind: remark for kind, remark in found.items() if remark is not None}
 

@@ -302,7 +302,8 @@ class Trainer:
         step = self.strategy.step
         if self._evaluation_is_due(step):
             self._evaluate(step)
-        if step and self._due(step, self.config.save_steps) and step not in run.checkpoints():
+        undone = step - 1 in journal.undone  # whose checkpoints are removed
+        if step and not undone and self._due(step, self.config.save_steps) and step not in run.checkpoints():
             self._save_checkpoint(step)
         remake_lost(run, journal, self.base, step)
 
@@ -462,7 +463,9 @@ class Trainer:
 
     def _go_back(self, record: EvaluationRecord, step: int) -> None:
         """Go on from the weights after an earlier step, with half the learning rate."""
-        log.warning("step %d: worse than after step %d: back to the weights there", record.step, step)
+        log.warning(
+            "step %d: worse than after step %d: back to the weights there, half the learning rate", record.step, step
+        )
         for number in self.run.checkpoints():
             if number > step:
                 remove(self.run.checkpoint(number))
