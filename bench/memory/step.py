@@ -72,7 +72,7 @@ def main() -> None:
         peak = measure("step", arguments.experiment, other, method, micro_batch)
         result[name] = {"peak, GB": peak / 1e9, "step, GB": (peak - libraries[method]) / 1e9}
         print(name, result[name], flush=True)
-    write_result("step-memory", {"settings": settings(arguments), **rounded(result)}, arguments.results)
+    write_result("micro_batches", {"settings": settings(arguments), **rounded(result)}, arguments.results)
 
 
 if __name__ == "__main__":
