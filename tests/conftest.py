@@ -53,6 +53,7 @@ SLOWEST = (
     "tests/run/test_instruments.py",
     "tests/weights/test_weights_gpu.py",
     "tests/run/test_search.py",
+    "tests/run/test_guard.py",
     "tests/test_site.py",
     "tests/cli/test_commands.py",
     "tests/engines/test_graph.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -75,6 +76,20 @@ def make_config(output: Path, model: Path, **changes: Any) -> Config:
 def run(config: Config, *rewards: Any) -> Summary:
     """Train on a task with these rewards."""
     return Trainer(config, task=make_task(*rewards), monitors=[]).train()
+
+
+def train(output: Path, model: Path, **changes: Any) -> list[str]:
+    """The fingerprints of a run's steps."""
+    Trainer(make_config(output, model, **{"learning_rate": 0.02, **changes}), task=make_task(), monitors=[]).train()
+    return [record.fingerprint for record in Journal.read(output).steps]
+
+
+def cut(run: Path, copy: Path, steps: int) -> None:
+    """A copy of a run as it was when it was killed after so many steps."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("final"))
+    lines = (copy / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    of_steps = [i for i, line in enumerate(lines) if b'"kind":"step"' in line]
+    (copy / "journal.jsonl").write_bytes(b"".join(lines[: of_steps[steps - 1] + 1]))
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -35,9 +35,10 @@ from estune.pool.worker import StaleWeights
 from estune.run.trainer import Trainer
 from estune.study.probe import probe
 from tests.rays import until, with_workers
-from tests.run.test_search import ALL, SHARPNESS, assert_harm_is_taken_back, train
+from tests.run.test_guard import assert_harm_is_taken_back
+from tests.run.test_search import ALL, SHARPNESS
 from tests.run.test_staleness import assert_rewards_are_those_of_the_bases_named
-from tests.runs import assert_same_run, make_config, make_task, slow_variety, substance
+from tests.runs import assert_same_run, make_config, make_task, slow_variety, substance, train
 
 SAMPLING = Sampling(8)
 PROMPTS = [[10, 20, 30], [40, 50], [60, 70, 80, 90]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
-from estune.journal.log import log
 from estune.journal.replay import replay
-from estune.journal.verify import verify
-from estune.noise import reference
-from estune.run.branch import branch
 from estune.run.directory import RunDirectory
 from estune.run.monitors.base import Metrics, Monitor, Request, Sample
 from estune.run.trainer import Trainer
 from tests.models import FUSABLE, save_model
-from tests.runs import make_config, make_task, variety
+from tests.runs import cut, make_config, make_task, train, variety
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,20 +75,6 @@ COMBINATIONS = st.tuples(
     st.fixed_dictionaries({"save_steps": st.sampled_from([0, 1])}),
     st.sampled_from([{}, {"back_to_best": 0.0, "eval_steps": 1}]),
 ).map(lambda parts: fitting(functools.reduce(operator.or_, parts)))
-
-
-def train(output: Path, model: Path, **changes: Any) -> list[str]:
-    """The fingerprints of a run's steps."""
-    Trainer(make_config(output, model, **{"learning_rate": 0.02, **changes}), task=make_task(), monitors=[]).train()
-    return [record.fingerprint for record in Journal.read(output).steps]
-
-
-def cut(run: Path, copy: Path, steps: int) -> None:
-    """A copy of a run as it was when it was killed after so many steps."""
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("final"))
-    lines = (copy / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    of_steps = [i for i, line in enumerate(lines) if b'"kind":"step"' in line]
-    (copy / "journal.jsonl").write_bytes(b"".join(lines[: of_steps[steps - 1] + 1]))
 
 
 @given(COMBINATIONS, st.integers(1, 3), st.sampled_from([1, 2]))
@@ -168,129 +148,6 @@ def test_the_parts_give_the_same_bits_on_any_number_of_replicas(
     """And of workers: `tests/pool/test_ray_pool.py`."""
     one = train(tmp_path / "one", model, **ALL | changes)
     assert one == train(tmp_path / "more", model, **ALL | changes | {"replicas": 2})
-
-
-def test_sigma_rises_before_it_falls_and_the_rate_with_it(model: Path, tmp_path: Path) -> None:
-    courses = {"sigma_warmup_steps": 1, "sigma_scheduler_type": "linear", "min_sigma_rate": 0.25, "steps": 5}
-    train(tmp_path / "together", model, learning_rate="2sigma", **courses)
-    train(tmp_path / "apart", model, learning_rate=0.02, warmup_steps=3, **courses)
-    together, apart = (Journal.read(tmp_path / name).steps for name in ("together", "apart"))
-    sigmas = [0.5, 1.0, 0.8125, 0.625, 0.4375]  # times 0.02
-    assert [step.sigma / 0.02 for step in together] == pytest.approx(sigmas)
-    assert [step.learning_rate / 0.04 for step in together] == pytest.approx(sigmas)
-    assert [step.learning_rate / 0.02 for step in apart] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-
-
-def test_a_run_with_momentum_anchor_and_groups_is_what_the_equations_say(model: Path, tmp_path: Path) -> None:
-    """The weights again in NumPy, from seeds and rewards alone."""
-    changes = {"momentum": 0.5, "momentum_window": 1, "anchor_decay": 0.5, "prompt_groups": 2, "prompts_per_step": 3}
-    train(tmp_path / "run", model, save_dtype="float32", **changes)
-    origin = {name: t.astype(np.float64).ravel() for name, t in load_file(model / "model.safetensors").items()}
-    theta = {name: t.copy() for name, t in origin.items()}
-    last: list[tuple[int, float]] = []
-    moved = 0.0
-    for record in Journal.read(tmp_path / "run").steps:
-        assert len(record.prompts) == 6
-        rewards = np.array(record.rewards, float)
-        z = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
-        own = [(m.seed, 0.5 * 0.02 / 4 * w) for m, w in zip(record.update.members, z, strict=True)]
-        old = [(seed, 0.5 * np.exp(-moved / 0.02**2 / 2) * c) for seed, c in last]
-        for name, t in theta.items():
-            t += 0.5 * 0.02 * (origin[name] - t)
-            key = reference.tensor_id(name)
-            t += sum(c * reference.normal_by_id(seed, key, 0, t.size).astype(float) for seed, c in own + old)
-        last, moved = own, sum(c * c for _, c in own + old)
-    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
-    for name, t in theta.items():
-        np.testing.assert_allclose(final[name].ravel(), t, rtol=0, atol=2e-6)
-
-
-def test_a_run_with_adam_and_scales_is_what_the_equations_say(model: Path, tmp_path: Path) -> None:
-    """The weights again in NumPy, from seeds and rewards alone."""
-    scale = {"model.norm.weight": 0.5}
-    train(tmp_path / "run", model, save_dtype="float32", adam=True, adam_beta2=0.9, weight_decay=0.5, sigma_scale=scale)
-    theta = {name: t.astype(np.float64).ravel() for name, t in load_file(model / "model.safetensors").items()}
-    moments = {name: (np.zeros(t.size), np.zeros(t.size)) for name, t in theta.items()}
-    journal = Journal.read(tmp_path / "run")
-    assert journal.header.scales == scale
-    for number, record in enumerate(journal.steps, 1):
-        rewards = np.array(record.rewards, float)
-        z = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
-        for name, t in theta.items():
-            drawn = [
-                reference.normal_by_id(m.seed, reference.tensor_id(name), 0, t.size) for m in record.update.members
-            ]
-            g = scale.get(name, 1.0) * np.tensordot(z, np.array(drawn, float), 1) / 4
-            first = 0.9 * moments[name][0] + 0.1 * g
-            second = 0.9 * moments[name][1] + 0.1 * g * g
-            moments[name] = first, second
-            size = np.sqrt(second / (1 - 0.9**number)) + 1e-8
-            t += 0.02 / 2 * first / (1 - 0.9**number) / size - 0.02 * 0.5 * t
-    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
-    for name, t in theta.items():
-        np.testing.assert_allclose(final[name].ravel(), t, rtol=0, atol=1e-4)  # where g is next to nothing, so is v
-        assert np.mean(np.abs(final[name].ravel() - t)) < 2e-6
-
-
-def test_a_guided_run_is_what_the_equations_say(model: Path, tmp_path: Path) -> None:
-    """The weights again in NumPy, from seeds and rewards alone, with what each member was perturbed by."""
-    train(tmp_path / "run", model, save_dtype="float32", guided_share=0.4, guided_window=2, mirrored=True)
-    theta = {name: t.astype(np.float64).ravel() for name, t in load_file(model / "model.safetensors").items()}
-    past: list[dict[int, float]] = []  # of each step, the latest first: coefficients of its own members' noise
-    for record in Journal.read(tmp_path / "run").steps:
-        rewards = np.array(record.rewards, float)
-        z = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
-        mixed: dict[int, float] = {}  # coefficients of all noise
-        own: dict[int, float] = {}
-        for member, weight in zip(
-            record.update.members, 0.02 / 4 * z * [m.sign for m in record.update.members], strict=True
-        ):
-            share = 0.4 if past else 0.0
-            own[member.seed] = own.get(member.seed, 0.0) + np.sqrt(1 - share) * weight
-            along = reference.normal_by_id(member.seed, reference.tensor_id("guided directions"), 0, 2)
-            for step, normal in zip(past, along, strict=False):
-                scale = normal * np.sqrt(share / len(past)) / np.linalg.norm(list(step.values()))
-                for seed, c in step.items():
-                    mixed[seed] = mixed.get(seed, 0.0) + weight * scale * c
-        for name, t in theta.items():
-            for seed, c in (own | mixed).items():
-                t += c * reference.normal_by_id(seed, reference.tensor_id(name), 0, t.size).astype(float)
-        past = [own, *past][:2]
-    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
-    for name, t in theta.items():
-        np.testing.assert_allclose(final[name].ravel(), t, rtol=0, atol=2e-6)
-
-
-def test_a_sharpness_aware_run_is_what_the_equations_say(model: Path, tmp_path: Path) -> None:
-    """The weights again in NumPy, from seeds and rewards alone, after both steps of each pair."""
-    train(tmp_path / "run", model, save_dtype="float32", sam_rho=0.5, anchor_decay=0.5)
-    origin = {name: t.astype(np.float64).ravel() for name, t in load_file(model / "model.safetensors").items()}
-    theta = {name: t.copy() for name, t in origin.items()}
-    steps = Journal.read(tmp_path / "run").steps
-    assert [record.prompts for record in steps[::2]] == [record.prompts for record in steps[1::2]]
-    assert steps[0].prompts != steps[2].prompts
-    assert [record.metrics["displaced"] for record in steps] == [1, 0, 1, 0]
-
-    def added(terms: list[tuple[int, float]]) -> dict[str, Any]:
-        noise = reference.normal_by_id
-        places = {name: (reference.tensor_id(name), 0, t.size) for name, t in theta.items()}
-        return {name: sum(c * noise(s, *place).astype(float) for s, c in terms) for name, place in places.items()}
-
-    for number, record in enumerate(steps):
-        rewards = np.array(record.rewards, float)
-        z = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
-        seeds = [m.seed for m in record.update.members]
-        if number % 2 == 0:
-            theta = {name: t + 0.5 * 0.02 * (origin[name] - t) for name, t in theta.items()}
-            change = added([(s, -0.5 * 0.02 * w / np.linalg.norm(z)) for s, w in zip(seeds, z, strict=True)])
-        else:
-            change = added([(s, 0.02 / 4 * w) for s, w in zip(seeds, z, strict=True)])
-            theta = {name: t + change[name] for name, t in theta.items()}
-        replay(tmp_path / "run", tmp_path / f"after {number}", step=number + 1)
-        found = load_file(tmp_path / f"after {number}" / "model.safetensors")
-        for name, t in theta.items():
-            expected = t + change[name] if number % 2 == 0 else t
-            np.testing.assert_allclose(found[name].ravel(), expected, rtol=0, atol=2e-6)
 
 
 def test_nobody_looks_at_weights_amid_a_sharpness_aware_step(model: Path, tmp_path: Path) -> None:
@@ -433,89 +290,3 @@ def test_members_that_are_far_from_the_base_model_pay_for_it(model: Path, tmp_pa
 def test_what_does_not_fit_together_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, tmp_path, **changes)
-
-
-@pytest.mark.parametrize(
-    "where",
-    [{}, {"replicas": 2}, {"prompt_groups": 2, "prompts_per_step": 3, "per_prompt": "center"}],
-    ids=["one", "replicas", "groups"],
-)
-def test_a_step_that_harms_is_taken_back_to_the_bit(model: Path, tmp_path: Path, where: dict[str, Any]) -> None:
-    """And by workers: `tests/pool/test_ray_pool.py`."""
-    assert_harm_is_taken_back(model, tmp_path, where)
-
-
-def assert_harm_is_taken_back(model: Path, tmp_path: Path, where: dict[str, Any]) -> None:
-    """Steps so large that some harm, and that those after them add a share of the steps before."""
-    changes = {"guard": 0.0, "learning_rate": 0.1, "momentum": 0.5, "save_steps": 2, "steps": 5, **where}
-    train(tmp_path / "run", model, **changes)
-    steps = Journal.read(tmp_path / "run").steps
-    taken_back = [record for record in steps if record.metrics["taken_back"]]
-    assert taken_back
-    before = [Journal.read(tmp_path / "run").header.fingerprint, *(record.fingerprint for record in steps)]
-    for record in taken_back:
-        assert record.metrics["reward_after"] < record.metrics["reward_base"]
-        assert record.fingerprint == before[record.step]
-        assert not any(record.update.coefficients)
-    rates = [record.learning_rate for record in steps]
-    assert rates[taken_back[0].step + 1] == rates[taken_back[0].step] / 2
-    assert replay(tmp_path / "run", tmp_path / "replayed") == before[-1]
-    if "replicas" in where:
-        train(tmp_path / "one", model, **changes | {"replicas": 1, "workers": None})
-        assert [r.fingerprint for r in Journal.read(tmp_path / "one").steps] == before[1:]
-    else:
-        cut(tmp_path / "run", tmp_path / "cut", taken_back[0].step + 1)
-        Trainer.resume(tmp_path / "cut", task=make_task(), monitors=[]).train()
-        assert [r.fingerprint for r in Journal.read(tmp_path / "cut").steps] == before[1:]
-
-
-def test_tokens_of_the_guards_second_look_count(model: Path, tmp_path: Path) -> None:
-    """Of completions that all are as long as they may be, by four members and the base, and then the base again."""
-    changes = {"steps": 1, "prompts_per_step": 3, "max_new_tokens": 2}
-    train(tmp_path / "run", model, guard=100.0, **changes)
-    (record,) = Journal.read(tmp_path / "run").steps
-    assert record.metrics["completions/clipped_ratio"] == 1.0
-    assert record.metrics["num_tokens"] == (4 + 1 + 1) * 3 * 2
-
-
-@pytest.mark.parametrize("where", [{}, {"replicas": 2}, {"adam": True}], ids=["one", "replicas", "adam"])
-def test_a_run_goes_back_to_its_best_to_the_bit(model: Path, tmp_path: Path, where: dict[str, Any]) -> None:
-    """Steps so large that some evaluations are worse than the best before."""
-    changes = {"back_to_best": 0.0, "learning_rate": 0.1, "save_steps": 1, "steps": 10, **where}
-    run = tmp_path / "run"
-    train(run, model, **changes)
-    journal = Journal.read(run)
-    back = [e for e in journal.evaluations if e.back is not None]
-    assert back
-    assert back[-1].step < 10  # at the end there is nothing to go on with
-    for e in back:
-        best = max(o.metrics["eval_accuracy"] for o in journal.evaluations if o.step < e.step)
-        assert e.metrics["eval_accuracy"] < best
-        assert best == next(o for o in journal.evaluations if o.step == e.back).metrics["eval_accuracy"]
-        assert journal.fingerprint(e.step) == journal.fingerprint(e.back)
-        after = journal.steps[e.step]
-        assert after.learning_rate == journal.steps[e.step - 1].learning_rate / 2
-        earlier = Journal.read(run, e.step - 1)  # before it was taken back
-        assert earlier.fingerprint() != journal.fingerprint(e.step)
-        assert replay(run, tmp_path / f"step {e.step - 1}", step=e.step - 1) == earlier.fingerprint()
-    assert replay(run, tmp_path / "replayed") == journal.fingerprint()
-    assert set(RunDirectory(run).checkpoints()) == set(range(1, 11)) - {i + 1 for i in journal.undone}
-    assert verify(run).steps == 10
-    rows = {(row["kind"], row["step"]): row for row in log(run)}
-    assert {i for i in range(10) if rows["step", i + 1].get("undone")} == journal.undone
-    assert rows["evaluation", back[0].step]["back"] == back[0].back
-    if "replicas" in where:
-        assert train(tmp_path / "one", model, **changes | {"replicas": 1}) == [r.fingerprint for r in journal.steps]
-        return
-    for steps in (back[0].step - 1, back[0].step, back[0].step + 1):
-        cut(run, tmp_path / f"cut {steps}", steps)
-        Trainer.resume(tmp_path / f"cut {steps}", task=make_task(), monitors=[]).train()
-        found = Journal.read(tmp_path / f"cut {steps}")
-        assert [r.fingerprint for r in found.steps] == [r.fingerprint for r in journal.steps]
-        checkpoints = RunDirectory(tmp_path / f"cut {steps}").checkpoints()
-        assert not {number - 1 for number in checkpoints} & found.undone
-        assert [(e.step, e.back, e.state) for e in found.evaluations] == [
-            (e.step, e.back, e.state) for e in journal.evaluations
-        ]
-    branch(run, back[0].step, task=make_task(), monitors=[], steps=2, output_dir=tmp_path / "branch").train()
-    assert verify(tmp_path / "branch").steps == back[0].step + 2

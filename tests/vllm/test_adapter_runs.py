@@ -14,8 +14,7 @@ from estune.journal.replay import replay
 from estune.pool.local import LocalPool
 from estune.run.trainer import Trainer
 from estune.weights.adapters import WEIGHTS
-from tests.run.test_search import cut
-from tests.runs import make_config, make_task, substance
+from tests.runs import cut, make_config, make_task, substance
 from tests.vllm.pairs import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("alone_here", "own_cache")

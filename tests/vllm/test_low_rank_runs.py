@@ -19,8 +19,7 @@ from estune.pool.local import LocalPool
 from estune.run.trainer import Trainer
 from estune.weights.checkpoint import Checkpoint
 from tests.models import build_tokenizer
-from tests.run.test_search import cut
-from tests.runs import assert_same_run, make_config, make_task, substance
+from tests.runs import assert_same_run, cut, make_config, make_task, substance
 from tests.vllm.conftest import SHAPE
 from tests.vllm.pairs import PROMPTS
 

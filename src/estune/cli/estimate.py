@@ -113,7 +113,7 @@ def say_outlook(found: Estimate) -> None:
 
 
 def _say_splits(found: Estimate) -> None:
-    """Say how fast a step's completions are as more or fewer members."""
+    """Say how long a step takes with its completions shared out over fewer members, or more."""
     rows = [["members x prompts", "a step", "tokens/s"]]
     for split in found.splits:
         count = f"{split.population} x {split.prompts}"
