@@ -378,3 +378,8 @@ def test_options_of_a_task_may_stand_before_its_name() -> None:
     assert (task.name, task.eval_size, task.tries) == ("countdown-turns", 7, 3)  # type: ignore[union-attr]
     with pytest.raises(EstuneError, match="unknown setting task.progam; did you mean task.program?"):
         load(None, ["task.progam=x", "task=custom"])
+
+
+@pytest.mark.parametrize("text", ["kl<=1e-3", "kl <= 1e-3", "rewards/right/mean>=-0.5", "kl<=2e+1"])
+def test_a_bound_is_any_number_that_is_written_down(text: str) -> None:
+    assert load(None, [f"constraint={text}"]).constraint == text.replace(" ", "")

@@ -139,6 +139,6 @@ def rate(value: Any) -> Any:
 def bound(value: Any) -> Any:
     """A constraint, without spaces."""
     text = str(value).replace(" ", "")
-    if value is not None and not re.fullmatch(r"[^<>=]+(<=|>=)-?\d+(\.\d+)?(e-?\d+)?", text):
+    if value is not None and not re.fullmatch(r"[^<>=]+(<=|>=)-?\d+(\.\d+)?(e[-+]?\d+)?", text):
         raise ValueError("write METRIC<=NUMBER or METRIC>=NUMBER, such as completions/mean_length<=20")
     return None if value is None else text
