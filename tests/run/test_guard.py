@@ -9,10 +9,12 @@ import pytest
 
 from estune.journal.journal import Journal
 from estune.journal.log import log
+from estune.journal.records import EvaluationRecord
 from estune.journal.replay import replay
 from estune.journal.verify import verify
 from estune.run.branch import branch
 from estune.run.directory import RunDirectory
+from estune.run.guard import falls_short
 from estune.run.trainer import Trainer
 from tests.runs import cut, make_task, train
 
@@ -101,3 +103,13 @@ def test_a_run_goes_back_to_its_best_to_the_bit(model: Path, tmp_path: Path, whe
         ]
     branch(run, back[0].step, task=make_task(), monitors=[], steps=2, output_dir=tmp_path / "branch").train()
     assert verify(tmp_path / "branch").steps == back[0].step + 2
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "most", "short"), [(0.5, 0.0, False), (0.49, 0.0, True), (0.45, 0.1, False), (0.39, 0.1, True)]
+)
+def test_an_evaluation_falls_short_by_more_than_is_allowed(accuracy: float, most: float, short: bool) -> None:
+    """In the metric that tells the best first, whatever the others say."""
+    best = EvaluationRecord(2, {"eval_accuracy": 0.5, "eval_reward": 1.0})
+    now = EvaluationRecord(4, {"eval_accuracy": accuracy, "eval_reward": 2.0})
+    assert falls_short(now, best, ["eval_accuracy", "eval_reward"], most) is short
