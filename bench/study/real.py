@@ -84,15 +84,22 @@ def accuracies(checkpoint: Path, experiment: str) -> dict[str, float]:
     engine = TransformersEngine(checkpoint, dtype=config.dtype)
     found: dict[str, float] = {}
     for name in (experiment, *WATCHED[experiment]):
-        other = config if name == experiment else settings(name).model_copy(update={"eval_temperature": 0.0})
-        held_out = HeldOut(other.task.build(0), other, open_encoder(other))
-        metrics, _ = held_out.judge(engine.generate(held_out.asked, held_out.sampling))
-        held_out.close()
+        metrics = judged(
+            engine, config if name == experiment else settings(name).model_copy(update={"eval_temperature": 0.0})
+        )
         if name == experiment:
             found |= {key: value for key, value in metrics.items() if "@" in key}
         else:
             found[f"watch/{name}"] = metrics["eval_accuracy"]
     return found
+
+
+def judged(engine: TransformersEngine, config: Config) -> dict[str, float]:
+    """What an evaluation by the settings tells of the engine's weights."""
+    held_out = HeldOut(config.task.build(0), config, open_encoder(config))
+    metrics, _ = held_out.judge(engine.generate(held_out.asked, held_out.sampling))
+    held_out.close()
+    return metrics
 
 
 def run(experiment: str, method: str, seeds: int, rates: Sequence[float], results: Path) -> None:

@@ -1,0 +1,141 @@
+"""What mean accuracy after a blind run does not show: objectives over several completions, and going back.
+
+    python -m bench.study.compare models        first: pretrain the small models
+    python -m bench.study.objectives [--models a,b] [--settings 'mean of four;best of four'] [--seeds 0,1,2]
+
+Countdown, and about as many tokens a run, as in `bench.study.parts`. Runs of the first kind have four completions of
+each prompt at temperature 1, whose mean or best of k is a prompt's score; of the second, steps twice as large as are
+good, with and without a way back, and held-out problems evaluated every five steps, of which the run knows. Each is
+evaluated at its end greedily and by 16 completions of each held-out problem. Results are `objectives.jsonl`, a line a
+run; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.common import machine, options
+from bench.study.compare import COUNTDOWN, model_and_task
+from bench.study.parts import BUDGET, PAPER, TOKENS
+from bench.study.real import judged
+
+from estune import Trainer
+from estune.charts.table import markdown, spread
+from estune.config import load
+from estune.engines.transformers import TransformersEngine
+from estune.journal.journal import Journal
+
+SAMPLES, EVERY = 16, 5
+FOUR = {"samples_per_prompt": 4, "prompts_per_step": 5, "temperature": 1.0}
+LARGE = {"learning_rate": 0.024}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "mean of four": FOUR,
+    "best of two of four": {**FOUR, "best_of": 2},
+    "best of four": {**FOUR, "best_of": 4},
+    "lower quartile": {"reward_quantile": 0.25},
+    "upper quartile": {"reward_quantile": 0.75},
+    "double alpha": LARGE,
+    "double alpha, back to the best": {**LARGE, "back_to_best": 0.03},
+    "double alpha, guarded": {**LARGE, "guard": 0.5},
+    "double alpha, guarded, back to the best": {**LARGE, "guard": 0.5, "back_to_best": 0.03},
+}
+COLUMNS = {  # what is shown, by its heading: the figure, its factor and its digits
+    "greedy %": ("accuracy", 100, 1),
+    "best %": ("best", 100, 1),
+    **{f"pass@{k} %": (f"eval_pass@{k}", 100, 1) for k in (1, 4, SAMPLES)},
+    "went back": ("back", 1, 1),
+    "guarded": ("taken_back", 1, 1),
+    "seconds": ("seconds", 1, 0),
+}
+
+
+def run(model: str, name: str, seed: int) -> dict[str, Any]:
+    """One run, and what it came to."""
+    changes = {**PAPER, **SETTINGS[name]}
+    completions = changes["population"] * changes["prompts_per_step"] * changes.get("samples_per_prompt", 1)
+    changes |= {"steps": round(BUDGET / (completions * TOKENS)), "eval_steps": EVERY, "seed": seed}
+    given = [*model_and_task(model), "dtype=float32", *(f"{key}={value}" for key, value in changes.items())]
+    with tempfile.TemporaryDirectory() as folder:
+        config = load(None, [*given, f"output_dir={folder}/run"]).model_copy(
+            update={"report_to": [], "compare_with_base": False, "log_completions": 0, "save_dtype": "float32"}
+        )
+        trainer = Trainer(config, monitors=[])
+        summary = trainer.train()
+        journal = Journal.read(summary.run)
+        engine = TransformersEngine(trainer.run.final, dtype=config.dtype)
+        sampled = judged(engine, config.model_copy(update={"eval_samples": SAMPLES, "eval_temperature": 1.0}))
+    curve = {e.step: e.metrics["eval_accuracy"] for e in journal.evaluations}
+    return {
+        "model": model,
+        "settings": name,
+        "seed": seed,
+        "accuracy": judged(engine, config)["eval_accuracy"],
+        "best": max(curve.values()),
+        **{key: value for key, value in sampled.items() if "@" in key},
+        "back": sum(e.back is not None for e in journal.evaluations),
+        "taken_back": sum(s.metrics.get("taken_back", 0) for s in journal.steps),
+        "tokens": journal.steps[-1].metrics["num_tokens"],
+        "seconds": summary.seconds,
+        "curve": curve,
+        "machine": machine(),
+    }
+
+
+def section(results: Path) -> list[str]:
+    """The page's part about it: a table a model."""
+    path = results / "objectives.jsonl"
+    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    found = [
+        "### Objectives, and going back",
+        "Runs whose point is not greedy accuracy, or not a blind run's (`bench.study.objectives`): the same models\n"
+        f"and about as many tokens, at the end greedily and by {SAMPLES} completions at temperature 1. `best` is the\n"
+        f"best evaluation of the run, every {EVERY} steps; then how often a run went back to it, and how often a step\n"
+        "was taken back by the guard. Seconds are by the clock, evaluations and all, on a busy machine.",
+    ]
+    for model in COUNTDOWN:
+        if of := [run for run in runs if run["model"] == model]:
+            found += [f"#### {model}", markdown(table(of))]
+    return found if runs else []
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row for each of the settings, means over seeds."""
+    by_name = {name: [run for run in runs if run["settings"] == name] for name in SETTINGS}
+    return [
+        ["", "runs", *COLUMNS],
+        *(
+            [name, str(len(of)), *(spread([factor * run[key] for run in of], n) for key, factor, n in COLUMNS.values())]
+            for name, of in by_name.items()
+            if of
+        ),
+    ]
+
+
+def main() -> None:
+    """All of it, the first seed of every one first."""
+    parser = options(__doc__)
+    parser.add_argument("--models", type=lambda text: text.split(","), default=list(COUNTDOWN))
+    parser.add_argument("--settings", type=lambda text: text.split(";"), default=list(SETTINGS))
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    arguments = parser.parse_args()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / "objectives.jsonl"
+    there = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    done = {(run["model"], run["settings"], run["seed"]) for run in there}
+    for seed in arguments.seeds:
+        for model in arguments.models:
+            for name in arguments.settings:
+                if (model, name, seed) not in done:
+                    result = run(model, name, seed)
+                    with path.open("a") as file:
+                        file.write(json.dumps(result) + "\n")
+                    print(model, name, seed, table([result])[1][2:], flush=True)
+
+
+if __name__ == "__main__":
+    main()
