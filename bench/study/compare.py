@@ -43,9 +43,11 @@ MODELS: dict[str, tuple[str, dict[str, int], dict[str, float]]] = {
 EMBEDDED = "qwen2-0.87M"
 COUNTDOWN = ("qwen2-0.36M", "llama-0.67M", EMBEDDED)
 CONCISENESS = f"{EMBEDDED}-conciseness"
-WIDE = f"{EMBEDDED}-numbers-to-20"
-"""Numbers up to 20, where the model was taught those up to 12: it has less of the skill that it needs, and to go
-further. With four numbers instead of three it never finds an answer, and so nobody has anything to learn from."""
+WIDER = "-numbers-to-20"
+"""Of an experiment with numbers up to 20, where the models were taught those up to 12: they have less of the skill that
+they need, and to go further. With four numbers instead of three they never find an answer, and so nobody has anything
+to learn from."""
+WIDE = tuple(f"{model}{WIDER}" for model in (EMBEDDED, "qwen2-0.36M", "llama-0.67M"))
 EXPERIMENTS = (*COUNTDOWN, CONCISENESS)
 HABIT_STEPS, CHAT_ROWS = 200, 4
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
@@ -85,12 +87,13 @@ def pretrain(name: str, output: Path, skill: Path | None) -> None:
 
 def model_and_task(experiment: str) -> list[str]:
     """Settings of an experiment; of ES the paper's noise alone."""
-    model = "tiny" if experiment in (EMBEDDED, CONCISENESS, WIDE) else str(FOLDER / "models" / experiment)
+    name = experiment.removesuffix(WIDER)
+    model = "tiny" if name in (EMBEDDED, CONCISENESS) else str(FOLDER / "models" / name)
     task = [
         "task.name=countdown", "task.count=3", "task.numbers=1-12", "task.target=1-60", "task.train_size=8000",
         "task.eval_size=400", "task.seed=0", "max_new_tokens=40",
     ]  # fmt: skip
-    if experiment == WIDE:
+    if name != experiment:
         task[2] = "task.numbers=1-20"
     if experiment == CONCISENESS:  # with the paper's reward: length alone, which a wrong answer can have too
         task = ["task.name=conciseness", "task.correct_weight=0", "task.length_weight=1", "max_new_tokens=64"]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from bench.common import RESULTS, machine
-from bench.study.compare import COUNTDOWN, EMBEDDED, WIDE, model_and_task
+from bench.study.compare import COUNTDOWN, WIDE, WIDER, model_and_task
 
 from estune.charts.table import markdown, spread
 from estune.config import load
@@ -119,7 +119,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def rates(model: str, results: Path) -> dict[str, float]:
     """The best learning rate of each method in the comparison; for the wider task that of the usual one."""
-    model = EMBEDDED if model == WIDE else model
+    model = model.removesuffix(WIDER)
     lines = [json.loads(line) for line in (results / f"study-{model}.jsonl").read_text().splitlines()]
     found = {method: best_tried(method, [r for r in lines if r["budget"] == BUDGET]) for method in METHODS}
     return {method: rate for method, rate in found.items() if rate is not None}
@@ -248,7 +248,7 @@ def section(results: Path) -> str:
         "of a prompt with embeddings alone, but for that. Processor seconds are missing where runs are older than\n"
         "their count. The two smaller models were pretrained anew for this, so that they begin elsewhere than above.",
     ]
-    for model in (*COUNTDOWN, WIDE):
+    for model in (*COUNTDOWN, *WIDE):
         if lines := _lines(results / f"parts-{model}.jsonl"):
             found += [f"### {model}, curves", markdown(table(lines))]
     found += [

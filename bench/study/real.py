@@ -45,6 +45,7 @@ MANY = (
 OTHERS = {
     "": (),
     "96 members": (*MANY, "sigma=0.004"),
+    "96 members sampled": (*MANY, "sigma=0.004", "temperature=1"),  # as reinforcement learning's completions
     "96 members of embeddings": (*MANY, "sigma=0.01", "train_parameters=*embed_tokens*"),
     "rank one": ("noise=rank1",),
 }

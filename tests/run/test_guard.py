@@ -49,8 +49,9 @@ def assert_harm_is_taken_back(model: Path, tmp_path: Path, where: dict[str, Any]
         assert [r.fingerprint for r in Journal.read(tmp_path / "one").steps] == before[1:]
     else:
         cut(tmp_path / "run", tmp_path / "cut", taken_back[0].step + 1)
-        Trainer.resume(tmp_path / "cut", task=make_task(), monitors=[]).train()
+        summary = Trainer.resume(tmp_path / "cut", task=make_task(), monitors=[]).train()
         assert [r.fingerprint for r in Journal.read(tmp_path / "cut").steps] == before[1:]
+        assert (summary.taken_back, summary.back) == (len(taken_back), 0)
 
 
 def test_tokens_of_the_guards_second_look_count(model: Path, tmp_path: Path) -> None:
@@ -93,7 +94,8 @@ def test_a_run_goes_back_to_its_best_to_the_bit(model: Path, tmp_path: Path, whe
         return
     for steps in (back[0].step - 1, back[0].step, back[0].step + 1):
         cut(run, tmp_path / f"cut {steps}", steps)
-        Trainer.resume(tmp_path / f"cut {steps}", task=make_task(), monitors=[]).train()
+        summary = Trainer.resume(tmp_path / f"cut {steps}", task=make_task(), monitors=[]).train()
+        assert (summary.taken_back, summary.back) == (0, len(back))
         found = Journal.read(tmp_path / f"cut {steps}")
         assert [r.fingerprint for r in found.steps] == [r.fingerprint for r in journal.steps]
         checkpoints = RunDirectory(tmp_path / f"cut {steps}").checkpoints()

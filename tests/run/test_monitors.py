@@ -375,6 +375,18 @@ def test_a_score_without_bounds_is_no_percentage(tmp_path: Path) -> None:
     assert "held-out accuracy -0.11 -> 2.5 at" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_summary_tells_how_often_a_run_went_back(tmp_path: Path) -> None:
+    for gone, said in (
+        ({}, None),
+        ({"taken_back": 3}, "steps the guard took back: 3"),
+        ({"taken_back": 1, "back": 2}, "steps the guard took back: 1, times it went back to the best: 2"),
+    ):
+        console = Console(file=io.StringIO(), width=120)
+        ConsoleMonitor(console).on_train_end(Summary(tmp_path, 9, 1.0, {}, {}, {}, "finished", **gone))
+        lines = [line.strip("│ ") for line in plain(console.file.getvalue())]  # type: ignore[attr-defined]
+        assert [line for line in lines if "back" in line] == ([said] if said else [])
+
+
 def plain(text: str) -> list[str]:
     return re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
 

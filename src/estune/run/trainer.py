@@ -562,6 +562,8 @@ class Trainer:
             ended=ended,
             shares=self._shown_as_shares(),
             go_on=self.journal.go_on,
+            taken_back=sum(step.metrics.get("taken_back", 0) > 0 for step in self.journal.steps),
+            back=sum(evaluation.back is not None for evaluation in evaluations),
         )
 
     def _heard(self, members: int, done: int) -> None:

@@ -77,6 +77,8 @@ class Summary:
     ended: str  # "finished", "stopped early" or "interrupted"
     shares: Collection[str] = ()  # as in `Plan`
     go_on: str = ""  # what its user does to go on with the run
+    taken_back: int = 0  # steps, by the guard
+    back: int = 0  # how often it went back to the best evaluation
 
 
 Request = Literal["stop", "evaluate", "save"]

@@ -292,6 +292,9 @@ def _summary(s: Summary) -> Panel:
             f"length {before[length]:.1f} -> {after[length]:.1f} tokens",
         ]
         lines += [escape(text) for text in _instruments(s.after, s.shares, s.before)]
+    gone = {"steps the guard took back": s.taken_back, "times it went back to the best": s.back}
+    if any(gone.values()):
+        lines.append(", ".join(f"{what}: {times}" for what, times in gone.items() if times))
     lines.append(f"in {escape(str(s.run))}:")
     lines += [f"  {name:<14} {what}" for name, what in CONTENTS.items() if (s.run / name).exists()]
     return Panel("\n".join(lines), title="run", title_align="left")
