@@ -278,6 +278,14 @@ def test_a_comparison_runs_both_kinds_and_goes_on_where_it_was(tmp_path: Path) -
         compare(plan.model_copy(update={"budget": 500}), config, folder)
     with pytest.raises(EstuneError, match="other sigma"):
         compare(plan, config.model_copy(update={"sigma": 0.5}), folder)
+    claim = folder / "compare.json"
+    began = json.loads(claim.read_text())  # by a version that knew neither of these
+    del began["plan"]["micro_batch"], began["config"]["back_to_best"]
+    claim.write_text(json.dumps(began))
+    assert len(compare(plan, config, folder)) == 2
+    claim.write_text(json.dumps(began))
+    with pytest.raises(EstuneError, match="other micro_batch;"):
+        compare(plan.model_copy(update={"micro_batch": 8}), config, folder)
     with pytest.raises(EstuneError, match=r"learning rates 0\.001; give those as well"):
         compare(plan.model_copy(update={"rates": [1e-4]}), config, folder)
     told.clear()

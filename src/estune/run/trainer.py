@@ -453,28 +453,33 @@ class Trainer:
         record = EvaluationRecord(step, metrics)
         most = self.config.back_to_best if step < self.config.steps else None
         if best is not None and most is not None and falls_short(record, best, best_by, most):
-            self._go_back(record, best.step)
+            record = self._go_back(record, best.step)
         else:
             self.journal.append_evaluation(record)
         self._tell(lambda m: m.on_evaluate(metrics, graded.sample()))
+        if record.back is not None:
+            log.warning(
+                "step %d: worse than after step %d: back to the weights there, half the learning rate",
+                step,
+                record.back,
+            )
         over = step >= self.config.steps
         self._say("accuracy", remarks.never_right(self.task, self.journal.evaluations, over=over))
         self._has_collapsed()
 
-    def _go_back(self, record: EvaluationRecord, step: int) -> None:
-        """Go on from the weights after an earlier step, with half the learning rate."""
-        log.warning(
-            "step %d: worse than after step %d: back to the weights there, half the learning rate", record.step, step
-        )
+    def _go_back(self, record: EvaluationRecord, step: int) -> EvaluationRecord:
+        """Go on from the weights after an earlier step, with half the learning rate; the evaluation that says so."""
         for number in self.run.checkpoints():
             if number > step:
                 remove(self.run.checkpoint(number))
         caution = self.strategy.state().get("caution", 1.0) / 2
         state = state_after(self.journal, step) | {"caution": caution}
-        self.journal.append_evaluation(replace(record, back=step, state=state))
+        record = replace(record, back=step, state=state)
+        self.journal.append_evaluation(record)
         replay_all(self.pool, self.run, self.journal, self.base, anew=True)
         recall(self.strategy, self.journal)
         self.judge = Judge(self.config, self.journal.state)
+        return record
 
     def _begin_evaluation(self, name: str, prompts: Sequence[Sequence[int]]) -> None:
         self._begin_work(name, prompts, math.ceil(len(prompts) / EVALUATION_BATCH))

@@ -122,15 +122,17 @@ def _claimed(folder: Path, plan: Plan, config: Config) -> AbstractContextManager
     """Lock the folder for this process, and keep in it what is compared; refuse to mix results of two comparisons.
 
     Methods, seeds and learning rates may be added, as runs do not depend on one another. A rate that was tried stays,
-    or the table might not show the best of all.
+    or the table might not show the best of all. A setting that the folder does not know has come to estune since, and
+    was at its default.
     """
     settings = config.model_dump(mode="json", exclude={"seed", "output_dir"})
     mine = {"plan": plan.model_dump(exclude={"methods", "seeds", "rates"}), "config": settings}
 
+    defaults = {"plan": Plan().model_dump(), "config": Config().model_dump(mode="json")}
+
     def check(there: Mapping[str, Any]) -> None:
-        other = [
-            key for part in mine for key in mine[part] | there[part] if mine[part].get(key) != there[part].get(key)
-        ]
+        known = {part: defaults[part] | there[part] for part in mine}
+        other = [key for part in mine for key in mine[part] | there[part] if mine[part].get(key) != known[part][key]]
         if other:
             raise EstuneError(
                 f"{folder} holds a comparison with other {', '.join(other)}; give the same, or another --output-dir"
