@@ -111,7 +111,8 @@ def test_workers_take_some_members_at_once(pool: RayPool, alone: LocalPool, monk
         ({}, False, 3),
         ({"noise": "iid"}, False, 1),
         ({"noise": "iid"}, True, 3),
-        ({"train_parameters": "*"}, False, 1),
+        ({"train_parameters": "*"}, False, 3),
+        ({"train_parameters": "*norm*"}, False, 1),
         ({"engine": "transformers"}, False, 1),
     ],
 )

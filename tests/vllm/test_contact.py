@@ -289,3 +289,37 @@ def test_products_of_adapters_on_a_cpu_are_asked_for_as_we_make_them() -> None:
     assert theirs[:7] == parameters(BySlot.add_lora_linear)[:7]
     assert parameters(PunicaWrapperBase.update_metadata)[:2] == ["self", "mapping"]
     assert isinstance(PunicaWrapperBase.token_lora_indices, property)
+
+
+def test_modules_without_lora_layers_are_called_as_we_serve_them() -> None:
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora.layers import base_linear
+    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+    from vllm.model_executor.layers import layernorm, linear, logits_processor, vocab_parallel_embedding
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    from estune.engines.vllm import worker  # noqa: F401  # which has put its own in the place of vLLM's
+
+    assert parameters(LoRAModelRunnerMixin.load_lora_model)[:3] == ["self", "model", "vllm_config"]
+    assert "additional_config" in parameters(EngineArgs)
+    assert "allowed_token_ids" in parameters(SamplingParams)
+    assert isinstance(PunicaWrapperBase.sampler_indices, property)
+    told = inspect.getsource(PunicaWrapperBase)
+    assert "self._token_lora_indices[: base_indices.shape[0]].copy_(base_indices)" in told
+    assert "token_lora_len = self.indices_len[0]" in told
+    tables = vocab_parallel_embedding.UnquantizedEmbeddingMethod
+    for method in (linear.UnquantizedLinearMethod, tables):
+        assert parameters(method.apply) == ["self", "layer", "x", "bias"]
+    assert parameters(tables.embedding) == ["self", "layer", "input_"]
+    looked_up = inspect.getsource(vocab_parallel_embedding.VocabParallelEmbedding.forward)
+    assert looked_up.count("self.quant_method.embedding(self, ") == 2
+    assert "if self.use_fused_embedding:" in looked_up
+    assert "return lm_head.quant_method.apply(" in inspect.getsource(logits_processor.LogitsProcessor._apply_head)
+    for layer in (linear.ReplicatedLinear, linear.ColumnParallelLinear, linear.RowParallelLinear):
+        assert "self.quant_method.apply(self, " in inspect.getsource(layer.forward)
+    assert ".apply(self.base_layer, x, bias)" in inspect.getsource(base_linear.BaseLinearLayerWithLoRA._apply_sync)
+    for norm in (layernorm.RMSNorm, layernorm.GemmaRMSNorm):
+        assert parameters(norm.forward_native) == ["self", "x", "residual"]
+    made = inspect.getsource(layernorm.RMSNorm.__init__)
+    assert all(f"self.{name} = " in made for name in ("variance_epsilon", "variance_size_override", "has_weight"))

@@ -1,8 +1,11 @@
-"""Members of low-rank noise in vLLM's slots, over all of a model's matrices: against weights with the noise added."""
+"""Members of low-rank noise in vLLM's slots, over all of a model's weights: against weights with the noise added."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,19 @@ from estune.completion import Sampling
 from estune.config import Config
 from estune.engines.transformers import TransformersEngine
 from estune.engines.vectors import Vectors
-from estune.engines.vllm import lora
+from estune.engines.vllm import internals, lora
+from estune.engines.vllm.additions import Additions
 from estune.engines.vllm.engine import VllmEngine, slots_for
-from estune.engines.vllm.low_rank import LowRankWeights, outer_matrices
+from estune.engines.vllm.low_rank import LowRankWeights, slotted_tensors
 from estune.engines.vllm.open import open_vllm
+from estune.engines.vllm.parameter_map import Place
 from estune.engines.vllm.slots import OuterProducts
 from estune.engines.vllm.weights import VllmWeights
 from estune.errors import EstuneError
 from estune.es.strategy import Member
-from estune.noise.reference import low_rank_by_id, tensor_id
+from estune.noise.reference import low_rank_by_id, normal_by_id, tensor_id
 from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import locate
 from tests.visions import save_vision
 from tests.vllm.in_slots import MEMBERS, assert_members_are_their_own
 from tests.vllm.pairs import PROMPTS, UPDATE, open_reference
@@ -31,13 +37,23 @@ from tests.vllm.pairs import PROMPTS, UPDATE, open_reference
 SIGMA = 0.1
 GREEDY = Sampling(10)
 MATRICES = "*_proj.weight"
-SCALES = {"*.down_proj.weight": 0.25}
-OPTIONS: dict[str, Any] = {"noise": "rank4", "train_parameters": MATRICES, "sigma_scale": SCALES}
+SCALES = {"*.down_proj.weight": 0.25, "*norm.weight": 2.0, "*embed_tokens.weight": 0.5}
+OPTIONS: dict[str, Any] = {"noise": "rank4", "sigma_scale": SCALES}
 
 
 def settings(path: Path, **changes: Any) -> Config:
     given = {"engine": "vllm", "device": "cpu", "dtype": "float32", "batch_size": 32, "vllm_max_loras": 4}
     return Config(model=str(path), max_new_tokens=64, **{**given, **OPTIONS, **changes})
+
+
+@contextmanager
+def opened_with(path: Path, **changes: Any) -> Iterator[tuple[VllmEngine, LowRankWeights]]:
+    engine, weights = open_vllm(Checkpoint(path), settings(path, **changes))
+    try:
+        assert isinstance(weights, LowRankWeights)
+        yield engine, weights
+    finally:
+        engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -53,29 +69,76 @@ def opened(tiny: Path, started: dict[Any, Any]) -> tuple[VllmEngine, LowRankWeig
     return engine, weights
 
 
-def perturbed(path: Path, member: Member, sigma: float = SIGMA) -> TransformersEngine:
-    """The model in transformers, with the noise of its matrices added by NumPy."""
+def perturbed(
+    path: Path, member: Member, *, rank: int = 4, trained: str = "*", scales: Mapping[str, float] = SCALES
+) -> TransformersEngine:
+    """The model in transformers, with the noise of its tensors added by NumPy."""
     engine = TransformersEngine(path, dtype="float32")
     for name, tensor in engine.model.named_parameters():
-        if name.endswith("_proj.weight"):
-            noise = low_rank_by_id(member.seed, tensor_id(name), tensor.shape[1], 4, 0, tensor.numel())
-            factor = member.sign * sigma * (SCALES["*.down_proj.weight"] if "down_proj" in name else 1.0)
-            tensor += torch.from_numpy(np.float32(factor) * noise.reshape(tensor.shape))
+        if not fnmatch(name, trained):
+            continue
+        key, factor = tensor_id(name), next((f for p, f in scales.items() if fnmatch(name, p)), 1.0)
+        if tensor.ndim > 1:
+            noise = low_rank_by_id(member.seed, key, tensor.shape[1], rank, 0, tensor.numel())
+        else:
+            noise = normal_by_id(member.seed, key, 0, tensor.numel())
+        tensor += torch.from_numpy(np.float32(member.sign * SIGMA * factor) * noise.reshape(tensor.shape))
     return engine
 
 
-def test_slots_complete_as_weights_with_the_noise_added(opened: tuple[VllmEngine, LowRankWeights], tiny: Path) -> None:
-    engine, weights = opened
+def assert_slots_complete_as_perturbed(engine: VllmEngine, weights: LowRankWeights, path: Path, **noise: Any) -> None:
     weights.take(MEMBERS, SIGMA)
     found = engine.generate_each(3, PROMPTS, GREEDY)
+    texts = PROMPTS[::4]
     for number, member in enumerate(MEMBERS):
-        theirs = perturbed(tiny, member)
+        theirs = perturbed(path, member, **noise)
         assert theirs.generate(PROMPTS, GREEDY) == found[number]
-        scores = theirs.score([row[:1] for row in PROMPTS], [row[1:] for row in PROMPTS])
-        for ours, expected in zip(engine.scores_in(number, PROMPTS), scores, strict=True):
+        scores = theirs.score([row[:1] for row in texts], [row[1:] for row in texts])
+        for ours, expected in zip(engine.scores_in(number, texts), scores, strict=True):
             np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
     assert len({each.text for member in found for each in member}) > len(PROMPTS)
-    assert engine.generate(PROMPTS, GREEDY) == TransformersEngine(tiny, dtype="float32").generate(PROMPTS, GREEDY)
+    base = TransformersEngine(path, dtype="float32")
+    assert engine.generate(PROMPTS, GREEDY) == base.generate(PROMPTS, GREEDY)
+
+
+def test_slots_complete_as_weights_with_the_noise_added(opened: tuple[VllmEngine, LowRankWeights], tiny: Path) -> None:
+    assert_slots_complete_as_perturbed(*opened, tiny)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "trained"),
+    [
+        ("embedded", 1, "*"),
+        ("llama", 1, "*"),  # its head is its own
+        ("llama", 8, "*"),
+        ("qwen3", 2, "*"),  # norms of queries and keys
+        ("qwen2", 2, MATRICES),
+    ],
+)
+@pytest.mark.usefixtures("alone_here")
+def test_they_do_so_for_other_models_and_ranks(saved: Callable[..., Path], kind: str, rank: int, trained: str) -> None:
+    path = locate("tiny") if kind == "embedded" else saved(kind)
+    with opened_with(path, noise=f"rank{rank}", train_parameters=trained, sigma_scale={}) as (engine, weights):
+        assert_slots_complete_as_perturbed(engine, weights, path, rank=rank, trained=trained, scales={})
+
+
+def test_rows_without_a_slot_are_the_base_s_to_the_bit(
+    opened: tuple[VllmEngine, LowRankWeights], engines: Callable[..., Any], tiny: Path
+) -> None:
+    """Whatever slots rows had before, and beside members."""
+    engine, weights = opened
+    plain = engines(tiny)
+    texts = [row[:1] for row in PROMPTS], [row[1:] for row in PROMPTS]
+    weights.take(MEMBERS, SIGMA)
+    engine.generate_each(3, PROMPTS, GREEDY)
+    assert engine.digest() == plain.digest()
+    assert engine.score(*texts) == plain.score(*texts)
+    with engine.here() as llm:
+        adapters = [engine.slot(0), None, engine.slot(2)]
+        found = internals.generate(llm, PROMPTS, GREEDY, engine.end_ids, adapters)
+    count = len(PROMPTS)
+    assert found[count : 2 * count] == [each.token_ids for each in plain.generate(PROMPTS, GREEDY)]
+    assert found[:count] != found[2 * count :]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -89,7 +152,7 @@ def test_members_are_around_the_base_as_it_is_after_an_update(
     opened: tuple[VllmEngine, LowRankWeights], tiny: Path, tmp_path: Path
 ) -> None:
     engine, weights = opened
-    _, theirs = open_reference(tiny, "float32", noise="rank4", train_parameters=MATRICES, scales=weights.rule.scales)
+    _, theirs = open_reference(tiny, "float32", noise="rank4", scales=weights.rule.scales)
     assert weights.tensors == theirs.tensors
     start = weights.fingerprint()
     assert start == theirs.fingerprint()
@@ -157,12 +220,27 @@ def test_slots_that_hold_or_mean_something_else_are_found(
     def inverted_too(self: OuterProducts, members: list[Member], sigma: float) -> None:
         take(self, [Member(member.seed, -member.sign) for member in members], sigma)
 
-    draw, places, save, take = Vectors.draw, lora.places, LowRankWeights.write_member, OuterProducts.take
+    def inverted_as_well(self: OuterProducts, slot: int, member: Member, sigma: float, names: Collection[str]) -> None:
+        take_part(self, slot, Member(member.seed, -member.sign), sigma, names)
+
+    def turned(self: Additions, place: Place, live: torch.Tensor, *vectors: torch.Tensor) -> list[lora.Place]:
+        return [replace(found, source=found.source.flip(1)) for found in beside(self, place, live, *vectors)]
+
+    def without(name: str) -> Callable[..., list[lora.Place]]:
+        return lambda self, place, *others: [] if place.name == name else beside(self, place, *others)
+
+    draw, places, save, beside = Vectors.draw, lora.places, LowRankWeights.write_member, Additions.places
+    take, take_part = OuterProducts.take, OuterProducts.take_part
+    signs = [(OuterProducts, "take", inverted_too), (OuterProducts, "take_part", inverted_as_well)]
     other, meaning = "vLLM makes something else of the same values in a file", "are not those by perturbed"
+    norm, bias = "model.layers.1.input_layernorm.weight", "model.layers.0.self_attn.v_proj.bias"
     wrong: list[tuple[list[tuple[Any, str, Any]], str]] = [
         ([(Vectors, "draw", scaled)], other),
         ([(lora, "places", one_lacks)], other),
-        ([(LowRankWeights, "write_member", inverted), (OuterProducts, "take", inverted_too)], meaning),
+        ([(LowRankWeights, "write_member", inverted), *signs], f"{meaning} matrices"),
+        ([(Additions, "places", turned)], f"{meaning} tables"),
+        ([(Additions, "places", without(norm))], f"do not answer to changes of {norm}"),
+        ([(Additions, "places", without(bias))], f"do not answer to changes of {bias}"),
     ]
     for changes, why in wrong:
         with monkeypatch.context() as patch:
@@ -179,18 +257,16 @@ def test_what_has_no_slots_is_said_with_what_to_set(
     def matrices(path: Path, **changes: Any) -> list[str]:
         caplog.clear()
         config = settings(path, **changes)
-        return [n for n, shape in outer_matrices(Checkpoint(path), config, on_cpu=True).items() if len(shape) == 2]
+        return [n for n, shape in slotted_tensors(Checkpoint(path), config, on_cpu=True).items() if len(shape) == 2]
 
-    assert len(matrices(tiny)) == 14
-    assert len(matrices(tiny, train_parameters="*.q_proj.weight")) == 2
+    assert len(matrices(tiny)) == 15
+    assert len(matrices(tiny, train_parameters="*.q_proj.weight,*norm*")) == 2
     assert not caplog.records
-    assert matrices(tiny, train_parameters="auto", sigma_scale={}) == []
-    assert "trains model.embed_tokens.weight too, and vLLM's LoRA" in caplog.text
+    assert matrices(tiny, train_parameters="*norm*") == []
+    assert "train_parameters=*norm* trains no matrix of a layer" in caplog.text
     assert caplog.text.rstrip().endswith("in one batch set train_parameters=*_proj.weight")
-    assert matrices(tiny, train_parameters="*_proj.*") == []  # biases
-    assert "q_proj.bias too" in caplog.text or "k_proj.bias too" in caplog.text or "v_proj.bias too" in caplog.text
     other = saved("gpt_neox")
-    assert matrices(other, train_parameters="*") == []
+    assert matrices(other, train_parameters="*.bias") == []
     instead = caplog.text.rstrip().rpartition("train_parameters=")[2]
     assert sorted(instead.split(",")) == [
         "*.dense.weight",
@@ -200,10 +276,11 @@ def test_what_has_no_slots_is_said_with_what_to_set(
     ]
     assert len(matrices(other, train_parameters=instead)) == 8
     assert matrices(saved("qwen3_moe")) == []
-    assert "trains model.layers.0.mlp.experts.0.down_proj.weight too" in caplog.text
+    assert "trains model.layers.0.mlp.experts.0.down_proj.weight too, for which vLLM has no slots" in caplog.text
     assert caplog.text.rstrip().endswith("*.v_proj.weight")
     seer = save_vision(tmp_path, "idefics3")
-    assert matrices(seer, train_parameters="auto", sigma_scale={}) == []
+    assert matrices(seer) == []
+    assert "embed_tokens.weight too, for which vLLM has no slots" in caplog.text
     instead = caplog.text.rstrip().rpartition("train_parameters=")[2]
     assert all("text_model" in name for name in matrices(seer, train_parameters=instead))
     assert len(matrices(seer, train_parameters=instead)) == 14

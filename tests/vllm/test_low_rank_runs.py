@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("alone_here")
 
 def trainer(output: Path, model: Path, **changes: Any) -> Trainer:
     given = {"engine": "vllm", "replicas": None, "batch_size": 32, "steps": 2, "device": "cpu", "threads": 1}
-    noise = {"noise": "rank1", "train_parameters": "*_proj.weight", "sigma": 0.1, "learning_rate": 0.05}
+    noise = {"noise": "rank1", "sigma": 0.1, "learning_rate": 0.05}
     search = {"evaluate_base": True, "mirrored": True}  # the base is one more member
     return Trainer(make_config(output, model, **{**noise, **search, **given, **changes}), task=make_task(), monitors=[])
 
@@ -76,7 +76,7 @@ def test_where_vllm_turns_out_to_have_no_slots_members_are_one_by_one(
     del shape["head_dim"]
     AutoModelForCausalLM.from_config(StableLmConfig(**shape)).save_pretrained(path)
     build_tokenizer().save_pretrained(path)
-    config = make_config(tmp_path, path, noise="rank1", train_parameters="*_proj.weight", engine="vllm", device="cpu")
+    config = make_config(tmp_path, path, noise="rank1", engine="vllm", device="cpu")
     engine, weights = open_vllm(Checkpoint(path), config)
     try:
         assert "members of low-rank noise are decoded one by one, as vLLM cannot run model" in caplog.text

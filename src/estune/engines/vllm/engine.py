@@ -29,7 +29,7 @@ from estune.engines.loading import (
 )
 from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for, total_memory
 from estune.engines.progress import Meter
-from estune.engines.vllm import internals, lora
+from estune.engines.vllm import additions, internals, lora
 from estune.engines.vllm.calls import Digest, VllmCalls
 from estune.errors import EstuneError
 from estune.weights.checkpoint import Checkpoint
@@ -61,8 +61,8 @@ class VllmEngine(VllmCalls):
         checkpoint: the model's.
         config: the settings.
         base: bytes of the base that lies beside the live weights on their device, in all processes together.
-        slots: members that can be generated with at once, where the checkpoint is an adapter's or matrices are given.
-        outer: shapes of the matrices, by the checkpoint's names, to which members in slots add outer products.
+        slots: members that can be generated with at once, where the checkpoint is an adapter's or tensors are given.
+        outer: shapes of the tensors, by the checkpoint's names, to which members in slots add noise of low rank.
     """
 
     def __init__(
@@ -98,8 +98,11 @@ class VllmEngine(VllmCalls):
             self._slot_elements = sum(t.elements for t in checkpoint.tensors.values())
             options = lora.options_of(checkpoint, slots)
         elif outer:
-            options = lora.options({lora.module_of(name) for name in outer}, config.noise_rank, slots)
-            self._slot_elements = options["max_lora_rank"] * sum(map(sum, outer.values()))
+            matrices = lora.matrices(outer)
+            others = [shape for name, shape in outer.items() if name not in matrices]
+            options = lora.options({lora.module_of(name) for name in matrices}, config.noise_rank, slots)
+            options |= additions.options(config.noise_rank) if others else {}
+            self._slot_elements = options["max_lora_rank"] * sum(map(sum, [*matrices.values(), *others]))
         self.end_ids = end_tokens(
             SimpleNamespace(config=model, generation_config=generation_config(path, model)), self.tokenizer
         )
@@ -233,7 +236,12 @@ class VllmEngine(VllmCalls):
     def scores_in(self, slot: int, rows: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities (nats) of each row's tokens but the first, by what is in a slot."""
         with self.here() as llm:
-            return internals.score(llm, rows, self.slot(slot))
+            return internals.score_each(llm, rows, self.slot(slot))
+
+    def digest_in(self, slot: int) -> Digest:
+        """As `digest`, by what is in a slot. What was computed by other contents has to be forgotten."""
+        with self.here() as llm:
+            return internals.log_probabilities(llm, self.probes(8), 1, self.slot(slot))
 
     def _likely(self, prompt_ids: Sequence[Sequence[int]], tokens: int) -> Digest:
         with self.here() as llm:

@@ -286,6 +286,15 @@ def score(llm: Any, rows: Sequence[Sequence[int]], adapter: Any = None) -> list[
     return scores(rows, _run(llm, rows, [scoring() for _ in rows], [adapter] * len(rows)))
 
 
+def score_each(llm: Any, rows: Sequence[Sequence[int]], adapter: Any) -> list[list[float]]:
+    """As `score`, by what would be sampled after each of a row's beginnings: vLLM tells a head no others' slots."""
+    beginnings = [row[:end] for row in rows for end in range(1, len(row))]
+    wanted = [token for row in rows for token in row[1:]]
+    settings = [_greedy(max_tokens=1, logprobs=0, allowed_token_ids=[token]) for token in wanted]
+    found = iter(_run(llm, beginnings, settings, [adapter] * len(beginnings)))
+    return [[next(found).outputs[0].logprobs[0][token].logprob for token in row[1:]] for row in rows]
+
+
 def scoring() -> Any:
     """vLLM's settings to score texts."""
     return _greedy(max_tokens=1, prompt_logprobs=0)

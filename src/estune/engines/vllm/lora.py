@@ -19,10 +19,16 @@ from torch import Tensor
 
 from estune.engines.vllm import internals
 from estune.errors import EstuneError, first_line
+from estune.weights.adapted import adapted_shapes
+from estune.weights.adapters import Adapter
 from estune.weights.checkpoint import Checkpoint
+from estune.weights.parameters import fits
 
 FIRST = 0
 """The first slot: of an adapter, that of the live weights, by which all is generated that is no batch of members."""
+
+EXPERTS = "*.experts.*"
+"""Of names of tensors that members in slots add nothing to."""
 
 _PARTS = (".lora_A.weight", ".lora_B.weight")
 
@@ -106,6 +112,12 @@ def options_of(adapter: Checkpoint, slots: int) -> dict[str, Any]:
         except (ValueError, TypeError, KeyError) as error:
             raise EstuneError(first_line(error)) from error
         return found
+
+
+def matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """The matrices that LoRA layers are for, of a checkpoint's tensors: those of layers, but of no experts."""
+    linear = {f"{module}.weight": shape for module, shape in adapted_shapes(shapes, Adapter()).items()}
+    return {name: shape for name, shape in linear.items() if not fits(name, EXPERTS)}
 
 
 def module_of(matrix: str) -> str:
@@ -253,6 +265,11 @@ def _of_layer(name: str, layer: Any, held: list[tuple[float, dict[str, Tensor]]]
         if source is not None
         for scale in [own if scaled else 1.0]
     ]
+
+
+def wrapper(runner: Any) -> Any:
+    """What the LoRA layers of a worker's model ask for the slot of each row."""
+    return next(iter(runner.lora_manager._adapter_manager.modules.values())).punica_wrapper
 
 
 def _manager(worker: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Members of low-rank noise in slots of vLLM's LoRA layers, over the model's own weights: many in one batch.
+"""Members of low-rank noise in slots of vLLM's, over the model's own weights: many in one batch.
 
 A member's matrix is W + a b^T, of a higher rank with as many such products, which is W with an adapter of that rank.
-What is trained is W itself, under the layers.
+What is trained is W itself, under vLLM's LoRA layers. Embeddings, heads, norms and biases, which have none, are served
+by `additions.py`.
 """
 
 from __future__ import annotations
@@ -20,30 +21,29 @@ from safetensors.numpy import save_file
 
 from estune.config import Config
 from estune.engines.loading import language_tensors
+from estune.engines.vllm import lora
+from estune.engines.vllm.calls import Digest
 from estune.engines.vllm.engine import slots_for
-from estune.engines.vllm.lora import module_of
 from estune.engines.vllm.shard import SHAKEN
 from estune.engines.vllm.slots import names_of
 from estune.engines.vllm.weights import PROBE, STRONG, SlotWeights
 from estune.errors import EstuneError
 from estune.es.strategy import Member
 from estune.noise.reference import COLUMNS_AT, NEXT_AT, normal_by_id
-from estune.weights.adapted import adapted_shapes
-from estune.weights.adapters import CONFIG, WEIGHTS, Adapter
+from estune.weights.adapters import CONFIG, WEIGHTS
 from estune.weights.checkpoint import Checkpoint
-from estune.weights.parameters import fits
+from estune.weights.parameters import fits, layer_of
 from estune.weights.policies import POLICIES
 
 log = logging.getLogger(__name__)
 
-Matrices = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
 Scores = Sequence[Sequence[float]]
 PROBED = 16  # tokens of the texts whose scores are compared
-EXPERTS = "*.experts.*"
 
 
-def outer_matrices(checkpoint: Checkpoint, config: Config, *, on_cpu: bool) -> Matrices:
-    """The matrices that members in slots add to, with their shapes; none where members are decoded one by one.
+def slotted_tensors(checkpoint: Checkpoint, config: Config, *, on_cpu: bool) -> Shapes:
+    """What members in slots add to: all that is trained, with its shapes; none where members are decoded one by one.
 
     Where they are for what is trained, a warning says so, and what to train for slots.
     """
@@ -52,18 +52,24 @@ def outer_matrices(checkpoint: Checkpoint, config: Config, *, on_cpu: bool) -> M
         return {}
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     spoken = language_tensors(checkpoint, trust_remote_code=config.trust_remote_code)
-    linear = {f"{module}.weight": shape for module, shape in adapted_shapes(shapes, Adapter()).items()}
-    matrices = {name: shape for name, shape in linear.items() if name in spoken and not fits(name, EXPERTS)}
-    trained = [name for name in shapes if fits(name, config.train_parameters, spoken=name in spoken)]
-    other = next((name for name in trained if name not in matrices), None)
-    if other is None:
-        return {name: matrices[name] for name in trained}
-    instead = _pattern(shapes, matrices)
+    matrices = {name: shape for name, shape in lora.matrices(shapes).items() if name in spoken}
+    trained = {name: shapes[name] for name in shapes if fits(name, config.train_parameters, spoken=name in spoken)}
+    speaks = len(spoken) == len(shapes)  # of what sees, vLLM looks up some of a batch's tokens
+    other = next((n for n, shape in trained.items() if n not in matrices and not (speaks and _beside(n, shape))), None)
+    if other is None and matrices.keys() & trained:
+        return trained
+    why = "no matrix of a layer" if other is None else f"{other} too, for which vLLM has no slots"
     say_alone(
-        f"train_parameters={config.train_parameters} trains {other} too, and vLLM's LoRA layers take matrices of the "
-        f"layers alone, experts' left out: to decode many in one batch set train_parameters={instead}",
+        f"train_parameters={config.train_parameters} trains {why}: to decode many in one batch set "
+        f"train_parameters={_pattern(shapes, matrices)}"
     )
     return {}
+
+
+def _beside(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor can be one that `additions.py` serves: a vector, or a table or head, but not of experts."""
+    table = len(shape) == 2 and not layer_of(name)[0].isdigit()
+    return (table or len(shape) == 1) and not fits(name, lora.EXPERTS)
 
 
 def say_alone(why: str) -> None:
@@ -71,9 +77,9 @@ def say_alone(why: str) -> None:
     log.warning("members of low-rank noise are decoded one by one, as %s", why)
 
 
-def _pattern(names: Matrices, matrices: Matrices) -> str:
+def _pattern(names: Shapes, matrices: Shapes) -> str:
     """What `train_parameters` is for these matrices of a checkpoint, and no other tensor: as short as may be."""
-    ends = ",".join(dict.fromkeys(f"*.{module_of(name)}.weight" for name in matrices))
+    ends = ",".join(dict.fromkeys(f"*.{lora.module_of(name)}.weight" for name in matrices))
     begun = next(iter(matrices), "").partition(".layers.")[0]  # where what sees has matrices of these names, too
     return next(
         (
@@ -81,7 +87,7 @@ def _pattern(names: Matrices, matrices: Matrices) -> str:
             for p in ("*_proj.weight", ends, f"{begun}.*_proj.weight")
             if [name for name in names if fits(name, p)] == list(matrices)
         ),
-        f"{ends},!{EXPERTS}",
+        f"{ends},!{lora.EXPERTS}",
     )
 
 
@@ -115,14 +121,42 @@ class LowRankWeights(SlotWeights):
         with self._filled(member):
             if engine.call("slot_digests") != ours:
                 raise EstuneError("vLLM makes something else of the same values in a file")
+        matrices = lora.matrices({name: self._shapes[name] for name in self.tensors})
+        beside = [name for name in self.tensors if name not in matrices]
+        tables = [name for name in beside if len(self._shapes[name]) > 1]
+        vectors = [name for name in beside if name not in tables]
+        for part, names in {"matrices": [*matrices], "tables": tables, "vectors": vectors}.items():
+            if names:
+                self._check_part(checkpoint, part, names)
+        still = self._digest_of([])
+        for name in beside:
+            if self._digest_of([name]) == still:
+                raise EstuneError(f"completions of members in slots do not answer to changes of {name}")
+
+    def _check_part(self, checkpoint: Checkpoint, part: str, names: Sequence[str]) -> None:
+        """Check that scores by a member in a slot that adds to these tensors alone are those by perturbed weights."""
+        engine = self._engine
         rows = engine.probes(PROBED)
         texts = [row[:1] for row in rows], [row[1:] for row in rows]
-        base, in_slot = engine.score(*texts), engine.scores_in(engine.slots - 1, rows)
-        self._probe(STRONG)
+        base = engine.score(*texts)
+        self._take_part(names)
+        in_slot = engine.scores_in(engine.slots - 1, rows)
+        engine.call("shake_part", PROBE[0], STRONG, names)
+        engine.forget()
         perturbed = engine.score(*texts)
         self._undo(checkpoint)
         if not _distance(in_slot, perturbed) < _distance(base, perturbed) / 2:
-            raise EstuneError("scores by members in slots are not those by perturbed weights")
+            raise EstuneError(f"scores by members in slots are not those by perturbed {part}")
+
+    def _digest_of(self, names: Sequence[str]) -> Digest:
+        """Of completions by a member in a slot that adds to these tensors alone."""
+        self._take_part(names)
+        return self._engine.digest_in(self._engine.slots - 1)
+
+    def _take_part(self, names: Sequence[str]) -> None:
+        """Make the last slot a member's that adds to these tensors alone."""
+        self._engine.call("take_part", self._engine.slots - 1, PROBE[0], STRONG, names)
+        self._engine.forget()
 
     @contextmanager
     def _filled(self, member: Member) -> Iterator[Path]:
@@ -138,8 +172,8 @@ class LowRankWeights(SlotWeights):
         """Write a member as an adapter in PEFT's format, by NumPy."""
         rank = self.rule.rank
         tensors = {}
-        for name in self.tensors:
-            rows, columns = self._shapes[name]
+        matrices = lora.matrices({name: self._shapes[name] for name in self.tensors})
+        for name, (rows, columns) in matrices.items():
             noise = functools.partial(normal_by_id, member.seed, self.rule.noise_key(name))
             factor = np.float32(member.sign * sigma * (self.rule.scales.get(name, 1.0) / math.sqrt(rank)))
             begins = range(0, rank * NEXT_AT, NEXT_AT)
@@ -147,7 +181,7 @@ class LowRankWeights(SlotWeights):
             tensors[first] = np.stack([noise(begin + COLUMNS_AT, columns) for begin in begins])
             tensors[second] = np.stack([factor * noise(begin, rows) for begin in begins], 1)
         save_file(tensors, folder / WEIGHTS)
-        modules = sorted({module_of(name) for name in self.tensors})
+        modules = sorted({lora.module_of(name) for name in matrices})
         said = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": modules}
         (folder / CONFIG).write_text(json.dumps(said))
 

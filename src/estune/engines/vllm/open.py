@@ -11,7 +11,7 @@ from estune.engines.loading import language_tensors, load_config
 from estune.engines.memory import memory_for, total_memory
 from estune.engines.vllm.adapted import AdapterWeights
 from estune.engines.vllm.engine import VllmEngine, live_dtype, slots_for
-from estune.engines.vllm.low_rank import LowRankWeights, Matrices, outer_matrices, say_alone
+from estune.engines.vllm.low_rank import LowRankWeights, Shapes, say_alone, slotted_tensors
 from estune.engines.vllm.weights import VllmWeights
 from estune.errors import EstuneError, first_line
 from estune.weights.base import keeps_base_on_host
@@ -30,7 +30,7 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
     Raises:
         EstuneError: vLLM is missing or of an unknown version, or cannot run the model or train it.
     """
-    outer = outer_matrices(checkpoint, config, on_cpu=chosen_device(config.device).type == "cpu")
+    outer = slotted_tensors(checkpoint, config, on_cpu=chosen_device(config.device).type == "cpu")
     if not outer:
         return _open(checkpoint, config, {})
     try:
@@ -44,8 +44,8 @@ def open_vllm(checkpoint: Checkpoint, config: Config) -> tuple[VllmEngine, VllmW
     return opened
 
 
-def _open(checkpoint: Checkpoint, config: Config, outer: Matrices) -> tuple[VllmEngine, VllmWeights]:
-    """As `open_vllm`, with slots for members that add to these matrices, if there are any."""
+def _open(checkpoint: Checkpoint, config: Config, outer: Shapes) -> tuple[VllmEngine, VllmWeights]:
+    """As `open_vllm`, with slots for members that add to these tensors, if there are any."""
     device = chosen_device(config.device)
     whole = checkpoint.under
     if whole is not None and (method := quantized_by(whole.path)) is not None:

@@ -5,7 +5,7 @@ vLLM imports this module in each worker before it builds the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from estune.engines.cpu.members import Drawn
-from estune.engines.vllm import internals, lora
+from estune.engines.vllm import additions, internals, lora
 from estune.engines.vllm.adapter import AdapterShard
 from estune.engines.vllm.parameter_map import Place, by_rows, draw_map
 from estune.engines.vllm.shard import SHAKEN, Opening, Shard, digests
@@ -28,6 +28,7 @@ from estune.weights.storage import Array, Storage, as_array
 
 internals.keep_weights_plain()
 lora.group_products()
+additions.serve_when_told()
 
 STRETCH = 64  # elements of a stretch that is compared with what it should be
 
@@ -106,13 +107,25 @@ class ModelShard(Shard):
             p.name: Drawn(rule.noise_key(p.name), self._shapes[p.name], rule.scales.get(p.name, 1.0), rule.rank)
             for p in self.weights.parameters
         }
-        self._members = OuterProducts(self._worker, adapter, drawn, next(iter(self._tensors.values())).device)
+        matrices = lora.matrices(self._shapes)
+        beside = [
+            (place, self._tensors[place.tensor])
+            for place in self._places
+            if place.name in drawn and place.name not in matrices
+        ]
+        device = next(iter(self._tensors.values())).device
+        self._members = OuterProducts(self._worker, adapter, drawn, beside, device)
 
     def take(self, members: Sequence[Member], sigma: float) -> None:
         """Make each slot, from the first on, a member's: what it adds to the live weights."""
         assert self._members is not None
         self._members.take(members, sigma)
         self._wait()
+
+    def take_part(self, slot: int, member: Member, sigma: float, names: Collection[str]) -> None:
+        """Make a slot a member's that adds to these tensors of the checkpoint alone."""
+        assert self._members is not None
+        self._members.take_part(slot, member, sigma, names)
 
     def slot_digests(self) -> dict[str, int]:
         """As `digests`, of the tensors of all slots."""
@@ -156,6 +169,12 @@ class ModelShard(Shard):
         """Perturb all that is trained, around the base or, without one, from where it is."""
         assert self.weights is not None
         self.weights.storage.perturb(member.seed, member.sign * sigma)
+
+    def shake_part(self, member: Member, sigma: float, names: Collection[str]) -> None:
+        """As `shake_all`, these tensors of the checkpoint alone."""
+        assert self.weights is not None
+        part = self.weights.subset(lambda parameter: parameter.name in names)
+        part.perturb(member.seed, member.sign * sigma)
 
     def shake(self, name: str, sigma: float) -> None:
         """Perturb one of vLLM's tensors alone, around the base or, without one, from where it is."""

@@ -69,10 +69,10 @@ def slots_of_worker(config: Config, *, adapted: bool) -> int:
     if config.engine != "vllm":
         return 1
     from estune.engines.vllm.engine import slots_for
-    from estune.engines.vllm.low_rank import outer_matrices
+    from estune.engines.vllm.low_rank import slotted_tensors
 
     on_cpu = config.device == "cpu"
-    in_slots = adapted or outer_matrices(Checkpoint(locate(config.model)), config, on_cpu=on_cpu)
+    in_slots = adapted or slotted_tensors(Checkpoint(locate(config.model)), config, on_cpu=on_cpu)
     return slots_for(config, on_cpu=on_cpu) if in_slots else 1
 
 
