@@ -52,21 +52,31 @@ def machine() -> dict[str, Any]:
     }
 
 
-def in_turns(work: Mapping[Key, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[Key, list[float]]:
+def in_turns(
+    work: Mapping[Key, Callable[[], object]],
+    repeats: int,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Key, list[float]]:
     """Seconds of each piece of work, taken in turns, so that a busy moment slows all of them alike."""
     seconds: dict[Key, list[float]] = {name: [] for name in work}
     for repeat in range(warm_up + repeats):
         for name, run in work.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if repeat >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
-def medians(work: Mapping[Key, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[Key, float]:
+def medians(
+    work: Mapping[Key, Callable[[], object]],
+    repeats: int,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Key, float]:
     """Median seconds of each piece of work, taken in turns."""
-    return {name: statistics.median(values) for name, values in in_turns(work, repeats, warm_up).items()}
+    return {name: statistics.median(values) for name, values in in_turns(work, repeats, warm_up, clock).items()}
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> dict[str, float | None]:
