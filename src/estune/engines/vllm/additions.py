@@ -77,7 +77,7 @@ class Rows:
         wrapper._token_lora_indices.fill_(-1)  # rows that fill up a captured graph
 
     def of(self, x: Tensor) -> Tensor:
-        """The slot of each row of `x` `[rows, ...]`, one a token of the batch; -1 is none.
+        """The slot of each row of `x` `[rows, ...]`, one a token of the batch; the one beyond the last is none.
 
         Raises:
             EstuneError: it has fewer rows than there are tokens.
@@ -85,12 +85,12 @@ class Rows:
         if not torch.compiler.is_compiling() and len(x) < (self._wrapper.indices_len[0] or 0):
             raise EstuneError(f"vLLM gives a module {tuple(x.shape)}, which has no row for each token")
         found: Tensor = self._wrapper._token_lora_indices[: x.shape[0]]
-        return found
+        return found % len(self._numbers)  # vLLM's -1 is none
 
     def sampled(self, x: Tensor) -> Tensor | None:
         """As `of`, for hidden states that tokens are sampled by. None for those of a prompt that the base scores."""
         found: Tensor = self._wrapper.sampler_indices
-        return found if len(found) == len(x) else None
+        return found % len(self._numbers) if len(found) == len(x) else None
 
     def own(self, low: Tensor, slots: Tensor) -> Tensor:
         """Of `low` `[rows, 1 or all slots, rank]` what is of each row's own slot, `[rows, all slots * rank]`."""
@@ -123,7 +123,7 @@ class _Layer:
         if slots is None:
             return out
         if bias is not None and self._bias is not None:
-            out = out + self._bias[slots]
+            out = out + self._bias.index_select(0, slots)
         if self._is_table:
             low = (x @ self._b.T).view(len(x), len(self._a), -1)
             out = out.addmm_(self._rows.own(low, slots), self._a.flatten(0, 1))
@@ -158,8 +158,8 @@ class _Norm:
     def _added(self, out: Tensor, x: Tensor) -> Tensor:
         slots = self._rows.of(x)
         shape = len(x), *[1] * (x.ndim - 2), -1
-        out = out.addcmul(self._plain(x), self._weight[slots].view(shape))
-        return out if self._bias is None else out + self._bias[slots].view(shape)
+        out = out.addcmul(self._plain(x), self._weight.index_select(0, slots).view(shape))
+        return out if self._bias is None else out + self._bias.index_select(0, slots).view(shape)
 
 
 class Additions:
