@@ -97,37 +97,36 @@ class Rows:
         return torch.where((slots[:, None] == self._numbers)[:, :, None], low, 0).flatten(1)
 
 
-class _Layer:
-    """A linear layer with a bias, a table of embeddings or a head: what calls its weights is vLLM's `quant_method`."""
+class _Linear:
+    """A linear layer, of whose bias members add noise. What calls its weights is vLLM's `quant_method`."""
 
-    def __init__(self, layer: Any, rows: Rows, table: Stacks | None, bias: Stacks | None) -> None:
+    def __init__(self, layer: Any, rows: Rows, bias: Stacks) -> None:
         self._rows = rows
-        self._bias = None if bias is None else bias.rows[:, 0, 0]
-        self._a = self._b = torch.empty(0)
-        self._is_table = table is not None
-        method = layer.quant_method
-        self._apply = method.apply
-        method.apply = self.apply
-        if table is not None:
-            assert table.columns is not None
-            self._a = table.rows[:, 0]
-            self._b = table.columns.flatten(0, 2)
-            self._embedding = method.embedding
-            method.embedding = self.embedding
-            layer.use_fused_embedding = False  # which would not call it
+        self._bias = bias.rows[:, 0, 0]
+        self._apply = layer.quant_method.apply
+        layer.quant_method.apply = self.apply
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer's product `[rows, outputs]`, or the logits."""
+        """The layer's product, `[rows, outputs]`."""
         out: Tensor = self._apply(layer, x, bias)
-        slots = self._rows.sampled(x) if self._is_table else self._rows.of(x)
-        if slots is None:
-            return out
-        if bias is not None and self._bias is not None:
-            out = out + self._bias.index_select(0, slots)
-        if self._is_table:
-            low = (x @ self._b.T).view(len(x), len(self._a), -1)
-            out = out.addmm_(self._rows.own(low, slots), self._a.flatten(0, 1))
-        return out
+        return out if bias is None else out + self._bias.index_select(0, self._rows.of(x))
+
+
+class _Table:
+    """A table of embeddings, a head, or what is both; a head may have a bias. It is called as a linear layer is."""
+
+    def __init__(self, layer: Any, rows: Rows, weight: Stacks, bias: Stacks | None) -> None:
+        assert weight.columns is not None
+        self._rows = rows
+        self._a = weight.rows[:, 0]
+        self._b = weight.columns.flatten(0, 2)
+        self._bias = None if bias is None else bias.rows[:, 0, 0]
+        method = layer.quant_method
+        self._embedding = method.embedding
+        method.embedding = self.embedding
+        self._apply = method.apply
+        method.apply = self.apply
+        layer.use_fused_embedding = False  # which would not call it
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """The embeddings `[tokens, hidden]` of tokens `[tokens]`."""
@@ -135,6 +134,17 @@ class _Layer:
         slots = self._rows.of(ids)
         a = self._a[slots, :, ids]
         return torch.addmm(out, self._rows.own(a[:, None], slots), self._b)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The logits `[rows, tokens of the vocabulary]` of hidden states."""
+        out: Tensor = self._apply(layer, x, bias)
+        slots = self._rows.sampled(x)
+        if slots is None:
+            return out
+        if bias is not None and self._bias is not None:
+            out = out + self._bias.index_select(0, slots)
+        low = (x @ self._b.T).view(len(x), len(self._a), -1)
+        return out.addmm_(self._rows.own(low, slots), self._a.flatten(0, 1))
 
 
 class _Norm:
@@ -217,19 +227,14 @@ class Additions:
         method = type(getattr(module, "quant_method", None))
         bias = getattr(module, "bias", None)
         if isinstance(module, VocabParallelEmbedding) and method is UnquantizedEmbeddingMethod:
-            _Layer(module, rows, self._stacks_of(module.weight), self._stacks_of(bias))
+            _Table(module, rows, self._stacks_of(module.weight), None if bias is None else self._stacks_of(bias))
         elif isinstance(module, LinearBase) and method is UnquantizedLinearMethod:
             if bias is not None and not module.skip_bias_add:
-                _Layer(module, rows, None, self._stacks_of(bias))
+                _Linear(module, rows, self._stacks_of(bias))
         elif (plain := _plain(module)) is not None:
-            weight = self._stacks_of(module.weight)
-            assert weight is not None
-            _Norm(module, rows, plain, weight, self._stacks_of(bias))
+            _Norm(module, rows, plain, self._stacks_of(module.weight), None if bias is None else self._stacks_of(bias))
 
-    def _stacks_of(self, parameter: Tensor | None) -> Stacks | None:
-        """Those of a parameter; None if there is none."""
-        if parameter is None:
-            return None
+    def _stacks_of(self, parameter: Tensor) -> Stacks:
         found = self._stacks.get(parameter.data_ptr())
         if found is None:
             rank = self._rank if parameter.ndim == 2 else 1

@@ -1,4 +1,5 @@
-"""Every contact with the internals of vLLM in this process; those of a server are in `server.py`, of LoRA in `lora.py`.
+"""Every contact with the internals of vLLM in this process; those of a server are in `server.py`, of LoRA in `lora.py`,
+of modules that have no LoRA layers in `additions.py`.
 
 `tests/vllm/test_contact.py` names each, and fails first where one has changed.
 
