@@ -143,8 +143,8 @@ def normals(seed, tensor, block, words, planes, flat):
     """Write the normals of `flat.size // 4` blocks to `flat`; `words` (4, CHUNK), `planes` (5, CHUNK) are scratch."""
     n = flat.size // 4
     random_words(seed, tensor, block, words[0][:n], words[1][:n], words[2][:n], words[3][:n])
-    box_muller(words[0][:n], words[1][:n], planes[4][:n], planes[0][:n], planes[1][:n])
-    box_muller(words[2][:n], words[3][:n], planes[4][:n], planes[2][:n], planes[3][:n])
+    for i in range(0, 4, 2):  # a loop, as two calls are twice the code, in every kernel that this becomes part of
+        box_muller(words[i][:n], words[i + 1][:n], planes[4][:n], planes[i][:n], planes[i + 1][:n])
     p0 = planes[0]
     p1 = planes[1]
     p2 = planes[2]
@@ -228,38 +228,53 @@ def _narrow_randomly_for(value, like, word):
 
 
 @jit
+def drawn(seed, tensor, first, length, words, planes, flat):
+    """The noise of at most `length` elements from position `first` on, as far as a chunk goes: a part of `flat`.
+
+    `words` (4, CHUNK), `planes` (5, CHUNK) and `flat` (4 * CHUNK) are scratch.
+    """
+    block = first // 4
+    n = min((first + length + 3) // 4 - block, CHUNK)
+    normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
+    return flat[first - 4 * block : min(first + length - 4 * block, 4 * n)]
+
+
+@jit
 def fill(out, seed, tensor, start):
     """Write the noise of as many elements from `start` on to `out`."""
     words = np.empty((4, CHUNK), np.uint32)
     planes = np.empty((5, CHUNK), np.float32)
     flat = np.empty(4 * CHUNK, np.float32)
-    stop = start + out.size
-    for block in range(start // 4, (stop + 3) // 4, CHUNK):
-        first = max(start, 4 * block)
-        last = min(stop, 4 * (block + CHUNK))
-        n = (last + 3) // 4 - block
-        normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
-        for i in range(last - first):  # not by slices: what their assignment raises takes Numba seconds to compile
-            out[first - start + i] = flat[first - 4 * block + i]
+    done = np.int64(0)
+    while done < out.size:
+        noise = drawn(seed, tensor, start + done, out.size - done, words, planes, flat)
+        for i in range(noise.size):  # not by slices: what their assignment raises takes Numba seconds to compile
+            out[done + i] = noise[i]
+        done += noise.size
 
 
 @jit
-def _perturb(live, base, seed, tensor, start, sigma):
-    # By chunks of counters, the first and the last of which may reach beyond the run.
+def stretch(done, size, width, pitch, skip):
+    """What follows the first `done` of `size` elements within a row: its offset from the start, and its length."""
+    row = (skip + done) // width
+    column = (skip + done) % width
+    return row * pitch + column, min(width - column, size - done)
+
+
+@jit
+def _perturb(live, base, seed, tensor, start, sigma, width, pitch, skip):
     words = np.empty((4, CHUNK), np.uint32)
     planes = np.empty((5, CHUNK), np.float32)
     flat = np.empty(4 * CHUNK, np.float32)
-    stop = start + base.size
-    for block in range(start // 4, (stop + 3) // 4, CHUNK):
-        first = max(start, 4 * block)
-        last = min(stop, 4 * (block + CHUNK))
-        n = (last + 3) // 4 - block
-        normals(seed, tensor, np.uint64(block), words, planes, flat[: 4 * n])
-        source = base[first - start : last - start]
-        target = live[first - start : last - start]
-        noise = flat[first - 4 * block : last - 4 * block]
+    done = np.int64(0)  # for a mere 0 Numba would compile `stretch` once more
+    while done < base.size:
+        offset, length = stretch(done, base.size, width, pitch, skip)
+        noise = drawn(seed, tensor, start + offset, length, words, planes, flat)
+        source = base[done : done + noise.size]
+        target = live[done : done + noise.size]
         for i in range(noise.size):
             target[i] = narrow(widen(source[i]) + sigma * noise[i], target[i])
+        done += noise.size
 
 
 @jit
@@ -281,36 +296,42 @@ def add_change(target, change, tensor, first, decay, rounding_seed, stochastic, 
 
 
 @jit
-def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stochastic):
+def _update(base, seeds, coefficients, tensor, start, decay, rounding_seed, stochastic, width, pitch, skip):
     # By chunks of counters: the members' noise is summed up in float32, then added to the base, and rounded once.
     words = np.empty((4, CHUNK), np.uint32)
     planes = np.empty((5, CHUNK), np.float32)
     flat = np.empty(4 * CHUNK, np.float32)
     total = np.empty(4 * CHUNK, np.float32)
-    stop = start + base.size
-    for block in range(start // 4, (stop + 3) // 4, CHUNK):
-        first = max(start, 4 * block)
-        last = min(stop, 4 * (block + CHUNK))
-        n = (last + 3) // 4 - block
-        total[:] = np.float32(0)
+    done = np.int64(0)
+    while done < base.size:
+        offset, length = stretch(done, base.size, width, pitch, skip)
+        first = start + offset
+        change = total[: min(length, 4 * CHUNK - first % 4)]  # what is drawn at once
+        change[:] = np.float32(0)
         for member in range(seeds.size):
             c = coefficients[member]
-            normals(seeds[member], tensor, np.uint64(block), words, planes, flat[: 4 * n])
-            for i in range(4 * n):
-                total[i] += c * flat[i]
-        change = total[first - 4 * block : last - 4 * block]
-        add_change(base[first - start : last - start], change, tensor, first, decay, rounding_seed, stochastic, words)
+            noise = drawn(seeds[member], tensor, first, length, words, planes, flat)
+            for i in range(noise.size):
+                change[i] += c * noise[i]
+        target = base[done : done + change.size]
+        add_change(target, change, tensor, first, decay, rounding_seed, stochastic, words)
+        done += change.size
 
 
 @jit
-def _fingerprint(bits, tensor, start):
+def _fingerprint(bits, tensor, start, width, pitch, skip):
     # Of each element SplitMix64's step for its position in the stream that the tensor starts, its bits mixed in.
     total = np.uint64(0)
-    for i in range(bits.size):
-        z = tensor + np.uint64(start + i) * _GOLDEN
-        z = (z ^ (z >> np.uint64(30)) ^ np.uint64(bits[i])) * _MIX0
-        z = (z ^ (z >> np.uint64(27))) * _MIX1
-        total += z ^ (z >> np.uint64(31))
+    done = np.int64(0)
+    while done < bits.size:
+        offset, length = stretch(done, bits.size, width, pitch, skip)
+        part = bits[done : done + length]
+        for i in range(length):
+            z = tensor + np.uint64(start + offset + i) * _GOLDEN
+            z = (z ^ (z >> np.uint64(30)) ^ np.uint64(part[i])) * _MIX0
+            z = (z ^ (z >> np.uint64(27))) * _MIX1
+            total += z ^ (z >> np.uint64(31))
+        done += length
     return total
 
 
@@ -327,10 +348,9 @@ def _squares(now, then, sums):
             a = now[row : min(row + SQUARES_LANES, end)]
             b = then[row : min(row + SQUARES_LANES, end)]
             for i in range(a.size):
-                value = widen(b[i])
-                change = np.float64(np.float32(widen(a[i]) - value))
+                change = np.float64(np.float32(a[i] - b[i]))
                 difference[i] += change * change
-                norm[i] += np.float64(value) * np.float64(value)
+                norm[i] += np.float64(b[i]) * np.float64(b[i])
         lanes = SQUARES_LANES // 2
         while lanes:
             for i in range(lanes):
@@ -339,44 +359,6 @@ def _squares(now, then, sums):
             lanes //= 2
         sums[block, 0] = difference[0]
         sums[block, 1] = norm[0]
-
-
-@jit
-def stretch(done, size, width, pitch, skip):
-    """What follows the first `done` of `size` elements within a row: its offset from the start, and its length."""
-    row = (skip + done) // width
-    column = (skip + done) % width
-    return row * pitch + column, min(width - column, size - done)
-
-
-@jit
-def _perturb_rows(live, base, seed, tensor, start, sigma, width, pitch, skip):
-    done = 0
-    while done < base.size:
-        offset, n = stretch(done, base.size, width, pitch, skip)
-        _perturb(live[done : done + n], base[done : done + n], seed, tensor, start + offset, sigma)
-        done += n
-
-
-@jit
-def _update_rows(base, seeds, coefficients, tensor, start, decay, rounding_seed, stochastic, width, pitch, skip):
-    done = 0
-    while done < base.size:
-        offset, n = stretch(done, base.size, width, pitch, skip)
-        part = base[done : done + n]
-        _update(part, seeds, coefficients, tensor, start + offset, decay, rounding_seed, stochastic)
-        done += n
-
-
-@jit
-def _fingerprint_rows(bits, tensor, start, width, pitch, skip):
-    total = np.uint64(0)
-    done = 0
-    while done < bits.size:
-        offset, n = stretch(done, bits.size, width, pitch, skip)
-        total += _fingerprint(bits[done : done + n], tensor, start + offset)
-        done += n
-    return total
 
 
 @jit
@@ -406,11 +388,8 @@ def perturb(
         sigma: factor of the noise, sign included.
         rows: where the run is columns of its tensor.
     """
-    run = (stored(live), stored(base), np.uint64(seed), np.uint64(tensor), start, np.float32(sigma))
-    if rows is None:
-        _perturb(*run)
-    else:
-        _perturb_rows(*run, *rows)
+    run = (np.uint64(seed), np.uint64(tensor), start, np.float32(sigma))
+    _perturb(stored(live), stored(base), *run, *(rows or Rows.one(base.size)))
 
 
 def copy(live: Weights, base: Weights) -> None:
@@ -443,13 +422,9 @@ def update(
         decay: factor of the base that is added to it.
         rounding_seed: 64 bits; None rounds to nearest.
     """
-    stochastic = rounding_seed is not None
-    rounding = np.uint64(rounding_seed or 0)
-    run = (stored(base), seeds, coefficients, np.uint64(tensor), start, np.float32(decay), rounding, stochastic)
-    if rows is None:
-        _update(*run)
-    else:
-        _update_rows(*run, *rows)
+    rounding = np.uint64(rounding_seed or 0), rounding_seed is not None
+    run = (seeds, coefficients, np.uint64(tensor), start, np.float32(decay), *rounding)
+    _update(stored(base), *run, *(rows or Rows.one(base.size)))
 
 
 def fingerprint(weights: Weights, tensor: int, start: int, rows: Rows | None = None) -> int:
@@ -461,8 +436,7 @@ def fingerprint(weights: Weights, tensor: int, start: int, rows: Rows | None = N
         start, rows: as `perturb` takes them.
     """
     bits = weights.view(np.uint32 if weights.dtype == np.float32 else np.uint16)
-    run = (bits, np.uint64(tensor), start)
-    return int(_fingerprint(*run) if rows is None else _fingerprint_rows(*run, *rows))
+    return int(_fingerprint(bits, np.uint64(tensor), start, *(rows or Rows.one(weights.size))))
 
 
 def squares(now: Weights, then: Weights) -> npt.NDArray[np.float64]:
@@ -480,8 +454,17 @@ def squares(now: Weights, then: Weights) -> npt.NDArray[np.float64]:
         `[blocks, 2]`.
     """
     sums = np.empty((-(-now.size // SQUARES_BLOCK), 2), np.float64)
-    _squares(stored(now), stored(then), sums)
+    _squares(_floats(now), _floats(then), sums)
     return sums
+
+
+def _floats(weights: Weights) -> npt.NDArray[Any]:
+    """Weights in float32: themselves, or a copy."""
+    if weights.dtype == np.float32:
+        return weights
+    found = np.empty(weights.size, np.float32)
+    copy(found, weights)
+    return found
 
 
 def stored(weights: Weights) -> npt.NDArray[Any]:

@@ -25,7 +25,7 @@ from numba import types
 from numba.extending import overload
 
 from estune.noise import low_rank
-from estune.noise.cpu import CHUNK, Weights, jit, narrow, normals, stored, stretch, widen
+from estune.noise.cpu import CHUNK, Weights, drawn, jit, narrow, stored, stretch, widen
 from estune.noise.cpu_split import HALFWAY, Halves
 from estune.noise.rows import Rows
 
@@ -194,10 +194,7 @@ def _drawn(seed, tensor, a, b, top, first, length, scratch, planes, flat):
             row += 1
             column = 0
         return found
-    block = first // 4
-    n = min((first + length + 3) // 4 - block, CHUNK)
-    normals(seed, tensor, np.uint64(block), scratch, planes, flat[: 4 * n])
-    return flat[first - 4 * block : min(first + length - 4 * block, 4 * n)]
+    return drawn(seed, tensor, first, length, scratch, planes, flat)
 
 
 @jit
@@ -235,8 +232,8 @@ def _restore(live, lower, seed, tensor, a, b, top, start, sigma, width, pitch, s
     planes = np.empty((5, CHUNK), np.float32)
     flat = np.empty(4 * CHUNK, np.float32)
     restored = np.empty(4 * CHUNK, live.dtype)  # a loop that might read what it writes would not vectorise
-    done = 0
-    used = np.int64(0)  # for a mere 0 Numba would compile `_patch` once more
+    done = np.int64(0)  # for a mere 0 Numba would compile `stretch` once more, and `_patch`
+    used = np.int64(0)
     while done < live.size:
         offset, length = stretch(done, live.size, width, pitch, skip)
         first = start + offset
@@ -318,8 +315,8 @@ def restore(
 def _key(
     live: Weights, seed: int, tensor: int, start: int, sigma: float, rows: Rows | None, columns: int, rank: int
 ) -> tuple[Any, ...]:
-    """The arguments as kernels take them: a run that is one stretch of its tensor is one row."""
-    width, pitch, skip = rows or Rows(live.size, live.size)
+    """The arguments as kernels take them."""
+    width, pitch, skip = rows or Rows.one(live.size)
     top = 0
     drawn = low_rank.Factors(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
     if columns and live.size:

@@ -262,7 +262,8 @@ def advance(
     held, packed, group = _layout(codes, scales)
     kept = np.empty(0, np.float32) if error is None else error
     dither = np.uint64(dither_seed or 0), dither_seed is not None
-    _advance(held, packed, scales, group, kept, fresh, *steps, np.uint64(tensor), start, *levels, *dither)
+    bounds = levels.low, levels.high, np.float32(levels.reach)
+    _advance(held, packed, scales, group, kept, fresh, *steps, np.uint64(tensor), start, *bounds, *dither)
 
 
 def values(codes: Codes, scales: Floats, out: Any) -> None:

@@ -18,6 +18,11 @@ class Rows(NamedTuple):
     pitch: int
     skip: int = 0
 
+    @classmethod
+    def one(cls, elements: int) -> Rows:
+        """A run that is one stretch of its tensor, as one row."""
+        return cls(elements, elements)
+
 
 @dataclass(frozen=True, slots=True)
 class Run:

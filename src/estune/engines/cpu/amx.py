@@ -94,27 +94,29 @@ def product(packed, weight, out, first, last, palette, scratch):
     width = weight.shape[1]
     blocks = len(packed)
     side = 2 * BLOCK
+    one = np.int64(1)  # of mere numbers `_put` would be compiled for each
+    two = np.int64(2)
     _configure(palette)
     # Two blocks of weights at a time, and of tokens, so that every tile that is loaded serves twice.
     c = first
     while c + side <= last:
-        b = 0
+        b = np.int64(0)
         while b + 2 <= blocks:
             at = b * width * 8
             if b == 0:  # the weights that follow are asked of the memory meanwhile, once
                 _multiply(weight, c * width, width, packed, at, scratch, 0, side, 2, 2, 1)
             else:
                 _multiply(weight, c * width, width, packed, at, scratch, 0, side, 2, 2, 0)
-            _put(scratch, out, c, b, 2, 2)
+            _put(scratch, out, c, b, two, two)
             b += 2
         if b < blocks:
             _multiply(weight, c * width, width, packed, b * width * 8, scratch, 0, side, 2, 1, 1)
-            _put(scratch, out, c, b, 2, 1)
+            _put(scratch, out, c, b, two, one)
         c += side
     if c < last:
-        for b in range(blocks):
-            _multiply(weight, c * width, width, packed, b * width * 8, scratch, 0, side, 1, 1, 0)
-            _put(scratch, out, c, b, 1, 1)
+        for block in range(blocks):
+            _multiply(weight, c * width, width, packed, block * width * 8, scratch, 0, side, 1, 1, 0)
+            _put(scratch, out, c, block, one, one)
     _release()
 
 

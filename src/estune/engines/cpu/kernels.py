@@ -1,8 +1,10 @@
 """What a decoder layer does between its matrix products, compiled for one CPU core.
 
-Activations are `[tokens, width]`, C-contiguous, in the model's type: float32, or bfloat16 as its bits in uint16. The
-residual stream `x` is float32 always, and so is all arithmetic. Widths are multiples of 16. PyTorch would run each of
-these passes as five to ten operations over the same memory.
+Activations are float32, `[tokens, width]`, C-contiguous, and so is all arithmetic. Weights and caches are of the
+model's type: float32, or bfloat16 as its bits in uint16. Widths are multiples of 16. PyTorch would run each of these
+passes as five to ten operations over the same memory.
+
+What is called is compiled anew for each combination of types, and for each number that is written out as an argument.
 """
 
 from __future__ import annotations
@@ -139,10 +141,10 @@ def product_kernel(rows: int = ROWS, columns: int = COLUMNS) -> Callable[..., No
     """
 
     @_jit
-    def product(x, weight, bias, out, first, last):
-        """`out = x @ weight.T + bias`, `[tokens, columns]`, in its columns from `first` to `last - 1`.
+    def product(x, weight, out, first, last):
+        """`out = x @ weight.T`, `[tokens, columns]`, in its columns from `first` to `last - 1`.
 
-        `x` is `[tokens, width]`, `weight` `[columns, width]`, `bias` `[columns]` or empty.
+        `x` is `[tokens, width]`, `weight` `[columns, width]`.
         """
         tokens, width = x.shape
         total = out.shape[1]
@@ -163,10 +165,6 @@ def product_kernel(rows: int = ROWS, columns: int = COLUMNS) -> Callable[..., No
             for c in range(even, stop):
                 for t in range(tokens):
                     products(x, t * width, weight, c * width, width, out, t * total + c, total, 1, 1, 0)
-        if bias.size:
-            for t in range(tokens):
-                for c in range(first, last):
-                    out[t, c] += element(bias, c)
 
     found: Callable[..., None] = product
     return found
@@ -238,13 +236,13 @@ def attention_kernels(group: int, dim: int) -> tuple[Callable[..., None], Callab
 def _append(tokens, rows, positions, qkv, group, dim, cos, sin, norm, eps, keys, values, shared):
     """Cache the keys and values of rows `tokens` of `qkv` in slots `positions - shared` of cache rows `rows`."""
     heads, slots = values.shape[1:3]
-    rotated = np.empty(dim, np.float32)
+    rotated = np.empty((1, dim), np.float32)
     stored = np.empty(dim, keys.dtype)
     for n in range(rows.size):
         slot = positions[n] - shared
         for head in range(heads):
             at = tokens[n] * qkv.shape[1] + (heads * group + head) * dim
-            _rotate(qkv, at, positions[n], dim, cos, sin, norm, eps, _ONE, rotated, 0)
+            _rotate(qkv, at, positions[n], dim, cos, sin, norm, eps, _ONE, rotated, np.int64(0))
             to = ((rows[n] * heads + head) * slots + slot) * dim
             # A slot's key is a column of its block of sixteen slots, its value a row.
             for i in range(0, dim, WIDTH):

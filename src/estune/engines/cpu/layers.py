@@ -65,11 +65,13 @@ def fused_layer(layer: Any) -> Layer:
     attention = layer.self_attn
     mlp = layer.mlp
     normed = hasattr(attention, "q_norm")
+    input_norm = bits_of(layer.input_layernorm.weight)
+    none = input_norm[:0]  # of the model's type, for which kernels are compiled
     return Layer(
-        input_norm=bits_of(layer.input_layernorm.weight),
+        input_norm=input_norm,
         qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        query_norm=bits_of(attention.q_norm.weight) if normed else NONE,
-        key_norm=bits_of(attention.k_norm.weight) if normed else NONE,
+        query_norm=bits_of(attention.q_norm.weight) if normed else none,
+        key_norm=bits_of(attention.k_norm.weight) if normed else none,
         output=_joined(attention.o_proj),
         mlp_norm=bits_of(layer.post_attention_layernorm.weight),
         gate_up=_joined(mlp.gate_proj, mlp.up_proj),

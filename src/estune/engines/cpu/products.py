@@ -89,10 +89,10 @@ class Products:
             return linear(torch.from_numpy(x).bfloat16(), *parts).float().numpy()
         out = aligned_empty((len(x), len(weight)))
         if out.size * x.shape[1] < FEWEST_SHARED:
-            self._multiply(x, weight, bias, out, 0, len(weight))
+            self._multiply(x, weight, out, 0, len(weight))
         else:
-            self.in_parts(len(weight), lambda first, last: self._multiply(x, weight, bias, out, first, last))
-        return out
+            self.in_parts(len(weight), lambda first, last: self._multiply(x, weight, out, first, last))
+        return _with_bias(out, bias)
 
     def _by_unit(self, x: Array, weight: Array, bias: Array) -> Array:
         tokens, width = x.shape
@@ -109,9 +109,7 @@ class Products:
             amx.product(packed, weight, out, first * size, last * size, amx.PALETTE, scratch)
 
         self.in_parts(len(weight) // size, part)
-        if bias.size:
-            out += widen(bias)
-        return out
+        return _with_bias(out, bias)
 
     def in_parts(self, count: int, work: Callable[[int, int], None]) -> None:
         """Share out `count` items over the threads: `work(first, end)` does items `first` to `end - 1`."""
@@ -126,6 +124,13 @@ class Products:
         work(0, bounds[1])
         for other in others:
             other.result()
+
+
+def _with_bias(product: Array, bias: Array) -> Array:
+    """The product `[tokens, columns]` itself, after a bias has been added to it, `[columns]` or empty."""
+    if bias.size:
+        product += widen(bias)
+    return product
 
 
 def multiplies_bfloat16() -> bool:
