@@ -13,6 +13,7 @@ from tests.compiled import compiled
 
 os.environ.setdefault("NUMBA_CACHE_DIR", compiled())
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= {"RAY_worker_niceness": "0"}  # at Ray's own, 15, workers would wait for all other tests
 
 import pytest
 
