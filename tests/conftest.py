@@ -25,12 +25,16 @@ if shutil.which("nvidia-smi") is None:  # Triton reads it when it is imported, w
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.models import FUSABLE, save_model
 from tests.rays import shared_cluster, undisturbed_run  # noqa: F401
 from tests.sandboxes import nothing_left_behind  # noqa: F401
 from tests.warm import POSSIBLE, execute_cold, start
 
+# On a busy machine any example may take a second.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 os.fsync = os.fstat  # type: ignore[assignment]  # nobody waits for disks: what a kernel has outlives a kill
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 

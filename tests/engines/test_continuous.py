@@ -47,7 +47,7 @@ def alone(engine: TransformersEngine, prompt: list[int], sampling: Sampling) -> 
     return engine.generate([prompt], sampling)[0]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_whoever_shares_the_batch_a_completion_is_the_same(data: st.DataObject, engine: TransformersEngine) -> None:
     """Conversations of several turns, sent by a thread each; turns begin with all that came before."""

@@ -65,7 +65,7 @@ def checkpoint() -> dict[str, torch.Tensor]:
 @given(
     st.sampled_from([(1, 2), (2, 2), (2, 1), (4, 2)]), st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_loading_by_the_map_is_loading_by_the_loader(processes: tuple[int, int], dtype: torch.dtype) -> None:
     count, heads = processes
     stored, maps = checkpoint(), []

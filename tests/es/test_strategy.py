@@ -18,7 +18,7 @@ rewards_of_30 = st.lists(st.floats(-10, 10), min_size=30, max_size=30).filter(la
 
 
 @given(rewards_of_30)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_coefficients_are_the_papers(rewards: list[float]) -> None:
     update = EvolutionStrategy(sigma=0.001).tell(rewards)
     r = np.array(rewards)

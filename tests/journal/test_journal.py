@@ -93,7 +93,7 @@ def test_what_is_written_is_read_back(run: Path) -> None:
     ),
     st.floats(allow_nan=False, allow_infinity=False),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_seeds_and_coefficients_are_exact(
     tmp_path_factory: pytest.TempPathFactory, members: Any, reward: float
 ) -> None:

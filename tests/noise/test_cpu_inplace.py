@@ -41,7 +41,7 @@ def like_a_model(dtype: Any, size: int) -> Any:
 
 
 @given(any_bits(40), seeds, starts, sigmas)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_weights_come_back_from_any_perturbation(weights: Any, seed: int, start: int, sigma: float) -> None:
     live, expected, patches = weights.copy(), np.empty_like(weights), Patches()
     for again in range(2):

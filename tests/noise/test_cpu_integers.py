@@ -42,7 +42,7 @@ def some_pairs(random: Any) -> list[tuple[int, float]]:
 
 @bits
 @given(st.integers(0, 2**64 - 1), st.integers(1, 300), st.sampled_from(GROUPS), st.integers(0, 40))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_shift_is_the_rounded_noise_and_goes_back(bits: int, seed: int, groups: int, group: int, first: int) -> None:
     codes, scales = drawn(groups, group, bits)
     before = codes.copy()
@@ -57,7 +57,7 @@ def test_a_shift_is_the_rounded_noise_and_goes_back(bits: int, seed: int, groups
 
 @bits
 @given(st.integers(0, 2**64 - 1), st.integers(1, 300), st.sampled_from(GROUPS), st.sampled_from([0.02, 0.5, 1e6]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_codes_end_where_their_type_does_and_go_back(bits: int, seed: int, groups: int, group: int, sigma: Any) -> None:
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     random = np.random.default_rng(groups)
@@ -100,7 +100,7 @@ def test_steps_are_the_noise_on_average() -> None:
 @bits
 @pytest.mark.parametrize("stochastic", [True, False])
 @given(st.integers(1, 5), st.integers(1, 200), st.sampled_from(GROUPS))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_advance_carries_on_what_is_cut_off(bits: int, stochastic: bool, updates: int, groups: int, group: int) -> None:
     codes, scales = drawn(groups, group, bits, updates)
     random = np.random.default_rng(groups)

@@ -46,7 +46,7 @@ def untied(weights: Any) -> tuple[Any, Any]:
 
 
 @given(any_weights)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_halves_are_the_nearest_and_come_together_to_the_bit(weights: Any) -> None:
     upper, lower, tied = halves(weights)
     assert np.array_equal(upper, nearest(weights))
@@ -57,7 +57,7 @@ def test_halves_are_the_nearest_and_come_together_to_the_bit(weights: Any) -> No
 
 
 @given(any_weights.map(finite), seeds, starts, sigmas)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_members_have_the_bits_of_the_perturbed_float32_weights_and_any_weights_come_back(
     weights: Any, seed: int, start: int, sigma: float
 ) -> None:

@@ -26,7 +26,7 @@ def expected(
 
 
 @given(any_bits(40), seeds, st.integers(0, 300), sigmas, st.integers(2, 60), st.sampled_from([1, 2, 8]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_weights_come_back(weights: Any, seed: int, start: int, sigma: float, columns: int, rank: int) -> None:
     live, patches = weights.copy(), Patches()
     with np.errstate(over="ignore"):

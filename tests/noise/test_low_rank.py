@@ -40,7 +40,6 @@ def weights(count: int) -> Any:
 
 
 @given(stretches)
-@settings(deadline=None)
 def test_perturbing(stretch: tuple[int, int, int, int]) -> None:
     columns, start, count, rank = stretch
     base = weights(count)
@@ -54,7 +53,6 @@ def test_perturbing(stretch: tuple[int, int, int, int]) -> None:
 
 
 @given(stretches)
-@settings(deadline=None)
 def test_updating(stretch: tuple[int, int, int, int]) -> None:
     columns, start, count, rank = stretch
     base = weights(count)
@@ -75,7 +73,7 @@ def test_updating(stretch: tuple[int, int, int, int]) -> None:
 
 
 @given(stretches)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_the_specification_in_numpy(stretch: tuple[int, int, int, int]) -> None:
     columns, start, count, rank = stretch
     found = reference.low_rank_by_id(2**64 - 1, KEY, columns, rank, start, count)

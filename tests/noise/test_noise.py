@@ -71,7 +71,7 @@ def test_known_answers() -> None:
 
 
 @given(seed=seeds, start=starts, size=sizes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_compiled_noise_is_the_reference(seed: int, start: int, size: int) -> None:
     assert np.array_equal(bits(normal(seed, NAME, start, size)), bits(reference.normal_by_id(seed, KEY, start, size)))
 
@@ -81,7 +81,7 @@ def test_a_million_elements_are_the_reference() -> None:
 
 
 @given(seed=seeds, start=st.integers(0, 100), cuts=st.lists(st.integers(0, 9000), max_size=6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_split_over_any_threads_gives_the_same_bits(seed: int, start: int, cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), 9000]
     whole = normal(seed, NAME, start, 9000)
@@ -115,7 +115,7 @@ def stored(values: Any, dtype: str) -> Any:
 
 @pytest.mark.parametrize(("base_type", "live_type"), [("float32",) * 2, ("float32", "bfloat16"), ("bfloat16",) * 2])
 @given(seed=seeds, start=st.integers(0, 9), size=st.integers(0, 300))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_perturb(base_type: str, live_type: str, seed: int, start: int, size: int) -> None:
     base = weights(size, base_type)
     live = np.zeros(size, np.float32 if live_type == "float32" else np.uint16)
@@ -126,7 +126,7 @@ def test_perturb(base_type: str, live_type: str, seed: int, start: int, size: in
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @given(start=st.integers(0, 9), size=st.sampled_from([0, 1, 5, 4099]), members=st.integers(0, 5))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_update(dtype: str, start: int, size: int, members: int) -> None:
     base = weights(size, dtype)
     old = widened(base.copy())
@@ -198,7 +198,7 @@ def test_out_of_range_is_refused() -> None:
 
 
 @given(cut=st.integers(0, 5000), dtype=st.sampled_from(["float32", "bfloat16"]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_fingerprints_of_runs_add_up(cut: int, dtype: str) -> None:
     array = weights(5000, dtype)
     whole = cpu.fingerprint(array, KEY, 10)

@@ -78,7 +78,7 @@ COMBINATIONS = st.tuples(
 
 
 @given(COMBINATIONS, st.integers(1, 3), st.sampled_from([1, 2]))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_combination_replays_resumes_and_spreads_to_the_same_bits(
     model: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], steps: int, replicas: int
 ) -> None:

@@ -96,7 +96,7 @@ def test_integers_and_scales_are_the_files(kind: str, dtype: Any, tmp_path: Path
 
 @pytest.mark.parametrize("kind", FORMATS)
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_any_part_of_it(kind: str, data: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     how, bits, symmetric, write = FORMATS[kind]
     rows = 8 * data.draw(st.integers(1, 4))

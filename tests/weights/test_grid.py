@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -18,7 +18,6 @@ floats = st.floats(-1e4, 1e4, width=32)
 
 @pytest.mark.parametrize("bits", [8, 4])
 @given(arrays.arrays(np.float32, 64, elements=floats))
-@settings(deadline=None)
 def test_any_weights(bits: int, weights: Any) -> None:
     grid = Grid(bits, 16, 1)
     scales = grid.scales(weights)

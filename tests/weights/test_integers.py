@@ -62,7 +62,7 @@ operations = st.lists(
 
 @pytest.mark.parametrize("bits", [8, 4])
 @given(history=operations)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_history_leaves_the_base_alone(checkpoint: Checkpoint, bits: int, history: Any) -> None:
     weights = opened(checkpoint, bits)
     before = codes(weights)

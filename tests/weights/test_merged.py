@@ -37,7 +37,7 @@ WAYS: dict[str, Callable[[list[Tensor]], Tensor]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     shape=st.tuples(st.sampled_from([2, 4]), st.integers(1, 5), st.integers(1, 6)),
     count=st.integers(1, 3),

@@ -66,7 +66,7 @@ steps = st.sampled_from(["restore", "apply", "anchor", "load", "read"])
     st.sampled_from([300, 1000, 1 << 20]),
     st.sampled_from([1e-5, 0.01, 3.0]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_history_has_the_bits_of_master(
     checkpoint: Checkpoint, history: Any, noise: Any, threads: int, length: int, sigma: float
 ) -> None:
@@ -189,7 +189,7 @@ def test_ties_are_noted_where_they_are_and_nowhere_else() -> None:
 @given(
     st.lists(st.one_of(st.integers(0, 2**32 - 1), st.sampled_from([0x3F818000, 0x3F808000])), min_size=1, max_size=40)
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_torch_has_the_bits_of_the_kernels(bits: list[int]) -> None:
     """On a device torch makes and joins halves; here on the CPU's tensors."""
     values = torch.from_numpy(np.array(bits, np.uint32).view(np.float32))

@@ -60,7 +60,7 @@ def opened(policy: Any, device: str, **options: Any) -> Weights:
 
 
 @given(operations, st.sampled_from(["iid", "correlated"]), st.sampled_from([{}, {"b": 0.5}]))
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 def test_any_history_gives_the_bits_of_master_on_the_cpu(history: Any, noise: Any, scales: Any) -> None:
     here = opened("master", "cpu", noise=noise, scales=scales)
     there = opened("split_master", DEVICE, noise=noise, scales=scales)

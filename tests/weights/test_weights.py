@@ -73,7 +73,7 @@ operations = st.lists(st.one_of(st.tuples(st.integers(0, 2**64 - 1), st.sampled_
 
 
 @given(operations, st.sampled_from(EXACT), st.sampled_from(DTYPES))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_history_leaves_the_base_alone(history: Any, policy: Any, dtype: torch.dtype) -> None:
     ps = parameters(dtype)
     weights, original = Weights(ps, policy=policy), bits(ps)
@@ -155,7 +155,7 @@ def test_threads_and_runs_do_not_change_the_bits(monkeypatch: pytest.MonkeyPatch
     st.sampled_from([1, 3]),
     st.sampled_from([1e-5, 0.01, 3.0]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_exact_in_place_gives_the_bits_of_a_copy(
     history: Any, dtype: torch.dtype, rounding: Any, threads: int, sigma: float
 ) -> None:

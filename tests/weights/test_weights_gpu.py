@@ -102,7 +102,7 @@ operations = st.lists(st.one_of(members, updates, st.none()), min_size=1, max_si
     st.sampled_from(["iid", "correlated", "rank1", "rank2"]),
     st.sampled_from([30, 41, 1000]),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_any_history_gives_the_bits_of_the_cpu(
     kind: str, history: Any, dtype: torch.dtype, policy: Any, rounding: Any, noise: Any, length: int
 ) -> None:

@@ -77,7 +77,7 @@ def put_together(weights: Weights, shape: tuple[int, int]) -> Any:
     st.sampled_from(["nearest", "stochastic"]),
     st.sampled_from([3, 8, 1000]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pieces_have_the_bits_of_the_whole(tiling: Any, dtype: Any, policy: Any, rounding: Any, length: int) -> None:
     shape, parts = tiling
     tensor = whole_tensor(shape, dtype)
@@ -104,7 +104,7 @@ def test_pieces_have_the_bits_of_the_whole(tiling: Any, dtype: Any, policy: Any,
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(tilings(), st.sampled_from(DTYPES), st.sampled_from(["nearest", "stochastic"]), st.sampled_from([14, 40, 1000]))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_pieces_on_a_device_have_the_bits_of_the_cpu(
     kind: str, tiling: Any, dtype: Any, rounding: Any, length: int
 ) -> None:
