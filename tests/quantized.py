@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 GROUP = 32
 WIDTHS: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
@@ -171,13 +171,10 @@ def rewritten(base: Path, target: Path, quantize: Quantize, how: Mapping[str, An
     (target / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
 
 
-def by_bitsandbytes(base: Path, target: Path, **options: Any) -> None:
-    """Write a model as transformers and bitsandbytes quantise it."""
+def by_library(base: Path, target: Path, how: Any) -> None:
+    """Write a model as transformers and a method's library quantise it."""
     shutil.copytree(base, target)
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**options)
-    )
-    model.save_pretrained(target)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=how).save_pretrained(target)
 
 
 def save_quantized(base: Path, target: Path, method: str) -> Path:
@@ -187,7 +184,12 @@ def save_quantized(base: Path, target: Path, method: str) -> Path:
     elif method == "fp8":
         rewritten(base, target, blocks_fp8, FP8)
     elif method == "bitsandbytes-8bit":
-        by_bitsandbytes(base, target, load_in_8bit=True)
+        by_library(base, target, BitsAndBytesConfig(load_in_8bit=True))
+    elif method == "bitsandbytes-4bit":
+        by_library(base, target, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
     else:
-        by_bitsandbytes(base, target, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+        whole, groups = Int8WeightOnlyConfig(), IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP))
+        by_library(base, target, TorchAoConfig(whole if method == "torchao-8bit" else groups))
     return target

@@ -35,6 +35,8 @@ PACKAGES = {
     "compressed-tensors": "compressed_tensors",
     "bitsandbytes-4bit": "bitsandbytes",
     "bitsandbytes-8bit": "bitsandbytes",
+    "torchao-4bit": "torchao",
+    "torchao-8bit": "torchao",
 }
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the methods' libraries, to their own authors
