@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from estune.completion import Sampling
 from estune.engines.score import divergence, log_probabilities
 from estune.engines.transformers import TransformersEngine
+from tests.families import save_family
 from tests.models import RECURRENT, build_model, save_model
 
 PROMPTS = [[7, 8, 9, 10, 11], [20], [30, 31, 32]]
@@ -40,8 +43,10 @@ def test_a_long_text_does_not_turn_the_angles_of_short_ones() -> None:
         assert row == pytest.approx(plainly(model, prompt, completion), abs=2e-4)
 
 
-def test_greedy_completions_are_the_likeliest(tmp_path: Path) -> None:
-    engine = TransformersEngine(save_model(tmp_path / "model"))
+@pytest.mark.parametrize("save", [save_model, partial(save_family, family="roberta")], ids=["qwen2", "roberta"])
+def test_greedy_completions_are_the_likeliest(save: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Of RoBERTa, too, which begins to number positions elsewhere where it is given none."""
+    engine = TransformersEngine(save(tmp_path / "model"))
     chosen = [c.token_ids for c in engine.generate(PROMPTS, Sampling(6))]
     first = [row[0] for row in engine.score(PROMPTS, chosen)]
     for token in range(3, 300, 11):

@@ -32,6 +32,8 @@ CHECK_EVERY = {"cpu": 1}
 CHECK_EVERY_ELSEWHERE = 8
 
 _ARGUMENTS = {"position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_WINDOW_OF_CACHE = {"moshi"}
+"""Types of models whose masks know no window, where the cache that transformers makes for them has one."""
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
@@ -48,6 +50,7 @@ def unsupported(model: Any) -> str | None:
         "its state is recurrent": model._is_stateful,
         "its attention takes no prepared mask": not model._supports_attention_backend,
         "it is a composite model": config.get_text_config(decoder=True) is not config,
+        "its window is its cache's alone": config.model_type in _WINDOW_OF_CACHE,
         "its layers share caches": getattr(config, "kv_sharing_modes", None)
         or getattr(config, "num_kv_shared_layers", 0),
         f"it has layers of type {', '.join(sorted(unusual))}": unusual,

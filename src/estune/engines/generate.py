@@ -20,6 +20,9 @@ SINGLE = {"rwkv"}
 RWKV's last hidden states, `[rows, hidden]`, are added to those of a new token, `[rows, 1, hidden]`: each row meets all.
 """
 
+UNCACHED = {"blt"}
+"""Types of models that `generate` runs without a cache alone: transformers cannot make one of BLT's configuration."""
+
 
 class GenerateDecoder:
     """Same calls as `Decoder`, at `generate`'s speed. Prompts of one batch must be of one length.
@@ -60,7 +63,7 @@ class GenerateDecoder:
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self._end_ids,
             pad_token_id=self._pad_id,
-            use_cache=True,
+            use_cache=self.model.config.model_type not in UNCACHED,
         )
         rows = torch.tensor(list(indices), dtype=torch.int64, device=ids.device)
         meter = Meter()

@@ -33,7 +33,7 @@ from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import locate
 from estune.weights.merged import no_bars
-from estune.weights.parameters import language_names
+from estune.weights.parameters import language_names, sees
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.quantized import KEPT, prepare, quantized_by, without
 from estune.weights.sizes import check_sizes
@@ -118,7 +118,7 @@ def load_model(
         model = load_model(under.path, dtype, device, trust_remote_code=trust_remote_code)
         return with_adapter(model, path)
     config = load_config(path, trust_remote_code=trust_remote_code)
-    kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
+    kind = kind_of(config)
     source: dict[str, Any] = {"pretrained_model_name_or_path": path}
     if plain and quantized_by(path) is not None:
         config = type(config).from_dict(without(config.to_dict()))
@@ -191,7 +191,18 @@ def _settled(model: Any, method: str, dtype: str | torch.dtype) -> Any:
 
 def has_vision(config: Any) -> bool:
     """Whether a model is one that transformers loads to be shown pictures and text, and answers with text."""
-    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and hasattr(config, "vision_config")
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and sees(config)
+
+
+def kind_of(config: Any) -> Any:
+    """The class of transformers that loads a model, or makes one, of a configuration."""
+    return AutoModelForImageTextToText if has_vision(config) or _is_misplaced(config) else AutoModelForCausalLM
+
+
+def _is_misplaced(config: Any) -> bool:
+    """Whether transformers lists a causal language model among those that are shown pictures alone, as Mistral 4."""
+    name: str = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type, "")
+    return name.endswith("ForCausalLM") and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def language_tensors(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> set[str]:
@@ -208,11 +219,12 @@ def language_tensors(checkpoint: Checkpoint, *, trust_remote_code: bool = False)
     if checkpoint.under is not None:
         return names
     config = load_config(checkpoint.path, trust_remote_code=trust_remote_code)
-    if not has_vision(config):
+    if not sees(config):
         return names
+    kind = kind_of(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+            model = kind.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # as for the configuration
         raise EstuneError(
             f"model {checkpoint.path}: which tensors are its language model's cannot be told ({first_line(error)}); "
@@ -260,7 +272,8 @@ def _model_of(path: Path) -> Path:
 def _check_causal(path: Path, config: Any) -> None:
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     architectures = config.architectures or []
-    is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_vision(config)
+    listed = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    is_causal = listed or has_vision(config) or _is_misplaced(config)
     if config.is_encoder_decoder or not is_causal:
         found = f"model type {config.model_type!r}"
     elif architectures and not known.intersection(architectures):

@@ -102,8 +102,8 @@ def cached_elements(config: Any, parallel: int = 1) -> int:
     text = config.get_text_config(decoder=True)
     if getattr(text, "is_heterogeneous", False):  # it refuses to tell what differs from layer to layer
         return sum(_layer_elements(layer, parallel) for layer in text.per_layer_config)
-    layers: int = text.num_hidden_layers
-    return layers * _layer_elements(text, parallel)
+    layers: int = getattr(text, "num_hidden_layers", 0)  # of BLT its parts have some, of which no cache can be made
+    return layers * _layer_elements(text, parallel) if layers else 0
 
 
 def attends_everywhere(config: Any) -> bool:

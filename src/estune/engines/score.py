@@ -62,7 +62,7 @@ def log_probabilities(
         width = len(rows[batch[-1]])
         like = next(model.parameters())
         seen = vision.inputs([prompts[i] for i in batch], width, like) if vision else {}
-        values = _forward(model, [rows[i] for i in batch], first, seen)
+        values = _forward(model, [rows[i] for i in batch], first, seen, numbered=not alike)
         for i, row in zip(batch, values, strict=True):
             found[i] = row[len(prompts[i]) - first :][: len(completions[i])].tolist()
     return found
@@ -92,11 +92,12 @@ def divergence(now: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) 
     return math.fsum(math.expm1(log) - log for log in logs) / len(logs)
 
 
-def _forward(model: Any, rows: Sequence[Sequence[int]], first: int, seen: Inputs) -> torch.Tensor:
+def _forward(model: Any, rows: Sequence[Sequence[int]], first: int, seen: Inputs, *, numbered: bool) -> torch.Tensor:
     """Log-probabilities of the tokens from position `first`, 1 or more, on: `[rows, longest - first]`.
 
     Rows are padded on the right, where causal attention does not look, so that no mask is needed. They are padded with
-    tokens of their own, since some models warn of padding tokens.
+    tokens of their own, since some models warn of padding tokens. `numbered` positions are given, as decoding does:
+    RoBERTa and its kin begin to count elsewhere by themselves.
     """
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=model.device)
@@ -106,7 +107,11 @@ def _forward(model: Any, rows: Sequence[Sequence[int]], first: int, seen: Inputs
         wrote = torch.isin(ids, torch.tensor(marks, device=ids.device))
         wrote[:, :first] = False
         read = torch.where(wrote, ids[:, first - 1 : first], ids)
-    lean = {"logits_to_keep": width - first + 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    lean: dict[str, Any] = (
+        {"logits_to_keep": width - first + 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    )
+    if numbered:
+        lean["position_ids"] = torch.arange(width, device=ids.device)[None]
     logits = model(read, use_cache=False, **lean, **seen).logits[:, first - 1 - width : -1].float()
     chosen = logits.gather(-1, ids[:, first:, None]).squeeze(-1)
     found: torch.Tensor = chosen - logits.logsumexp(-1)

@@ -23,6 +23,11 @@ AUTO = "auto"
 ADAPTER = "adapter"
 """What PEFT calls the adapter in a model: part of the names of its parameters there, and not in its files."""
 
+_SENSES = {
+    *("vqmodel", "image_encoder", "visual_projection", "img_temporal_embedding"),  # of Chameleon and GIT
+    *("vision_model", "perceiver_resampler", "embed_tokens_extend"),  # of IDEFICS and Phi-4
+}
+"""Parts for pictures and sound that some models have in the midst of their decoder."""
 _IN_LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|blocks|block|h)\.(\d+)\.(.+)")
 
 
@@ -145,6 +150,11 @@ def trained_parameters(model: nn.Module, tensors: Mapping[str, Any], pattern: st
     return chosen
 
 
+def sees(config: Any) -> bool:
+    """Whether a model has a part for pictures, which encodes them or finds codes for them, by its configuration."""
+    return hasattr(config, "vision_config") or hasattr(config, "vq_config")
+
+
 def language_names(model: Any, names: Collection[str]) -> set[str]:
     """Those of a checkpoint's names that fit `auto`: of a vision-language model its language model's, else all.
 
@@ -201,11 +211,16 @@ def _parts(pattern: str) -> tuple[list[str], list[str]]:
 
 def _language_part(model: Any) -> set[int] | None:
     """Which parameters of a vision-language model are its language model's, by `id`; None for other models."""
-    if not hasattr(model.config, "vision_config"):
+    if not sees(model.config):
         return None
     head = model.get_output_embeddings()
-    modules = [model.get_decoder(), *([head] if head is not None else [])]
-    return {id(parameter) for module in modules for parameter in module.parameters()}
+    decoder = model.get_decoder()
+    modules = [
+        *(part for name, part in decoder.named_children() if name not in _SENSES),
+        *([head] if head is not None else []),
+    ]
+    spoken = {id(parameter) for module in modules for parameter in module.parameters()}
+    return spoken.union(map(id, decoder.parameters(recurse=False)))
 
 
 def _check_whole(parameters: Sequence[Parameter], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -29,11 +29,13 @@ def check_sizes(values: Mapping[str, Any]) -> None:
         ValueError: one is too large; the message names it.
     """
     limits = [*((name, _MOST_LAYERS) for name in _LAYERS), *((name, _MOST) for name in _SIZES)]
+    unrotated = values.get("qk_rope_head_dim") == 0  # GLM 5 Next calls the rotated part of a head `head_dim`, too
     for name, most in limits:
         value = values.get(name)
+        least = 0 if name == "head_dim" and unrotated else 1
         for size in value if isinstance(value, list) else [value]:
-            if size is not None and not (type(size) is int and 1 <= size <= most):
-                raise ValueError(f"{name} is {size!r:.40}, where a whole number from 1 to {most:,} belongs")
+            if size is not None and not (type(size) is int and least <= size <= most):
+                raise ValueError(f"{name} is {size!r:.40}, where a whole number from {least} to {most:,} belongs")
     for name in (*EXPERTS, "num_experts_per_tok"):
         size = values.get(name)
         if size is not None and not (type(size) is int and 0 <= size <= _MOST_LAYERS):

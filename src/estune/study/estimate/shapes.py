@@ -165,12 +165,11 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
 def _built(config: Any) -> tuple[Any, int, int]:
     """The model of a configuration on `meta`, the elements that it caches of a token, and its forward's operations."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
-    from estune.engines.loading import has_vision
+    from estune.engines.loading import kind_of
 
-    kind: Any = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
+    kind = kind_of(config)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no word on missing kernels, which nothing here would use
     try:
