@@ -104,7 +104,6 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
     "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
     "mistral_large4_text": {"kv_source_layers": [0, 1, 2, 3]},
-    "diffusion_gemma_text": {"top_k_experts": 2},
     "gemma4_text": {**_SHARING, "pad_token_id": 0, "global_head_dim": 32},
     "glm5_next_text": {
         "qk_rope_head_dim": 0,

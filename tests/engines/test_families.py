@@ -56,3 +56,9 @@ def test_heads_have_no_size_where_none_of_them_is_rotated(nope: int, refused: bo
             load_config(tmp_path)
     else:
         assert load_config(tmp_path).head_dim == 0
+
+
+def test_a_model_that_writes_no_tokens_one_by_one_is_refused(tmp_path: Path) -> None:
+    tiny_config("diffusion_gemma").save_pretrained(tmp_path)
+    with pytest.raises(EstuneError, match="model type 'diffusion_gemma' is not a causal language model"):
+        load_config(tmp_path)

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_DIFFUSING = {"diffusion_gemma"}
+"""Types of models that write the tokens of a block all at once, by samplers of their own."""
 _WEIGHTS = "the live weights"
 _LESS = "take a smaller model, dtype=bfloat16, or fewer replicas"
 # Settings of a generation config that change which tokens come and when they end, with the values that change nothing.
@@ -274,7 +276,7 @@ def _check_causal(path: Path, config: Any) -> None:
     architectures = config.architectures or []
     listed = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     is_causal = listed or has_vision(config) or _is_misplaced(config)
-    if config.is_encoder_decoder or not is_causal:
+    if config.is_encoder_decoder or not is_causal or config.model_type in _DIFFUSING:
         found = f"model type {config.model_type!r}"
     elif architectures and not known.intersection(architectures):
         found = architectures[0]
