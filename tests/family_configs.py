@@ -47,6 +47,8 @@ _SAM: dict[str, Any] = {
     "window_size": 2,
     "global_attn_indexes": [1],
 }
+# Families whose heads are turned by three positions, which their defaults do not say.
+_TURNED = ("glm4v", "glm_ocr", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni")
 # What is not enough for some.
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], **_HYBRID},
@@ -100,7 +102,14 @@ OWN: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 4]}},
     "gemma3n_text": {**_SHARING, "laurel_rank": 8},
     "gemma4_unified_text": {"pad_token_id": 0},
-    **{f"{name}_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}} for name in ("glm4v", "glm_ocr")},
+    **{f"{name}_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}} for name in _TURNED},
+    **{
+        f"{name}_thinker": {"vision_start_token_id": 20, "audio_start_token_id": 21}
+        for name in ("qwen2_5_omni", "qwen3_omni_moe")
+    },
+    "kosmos_2_5_text_model": {"pad_token_id": 1},
+    "llama4_text": {"intermediate_size_mlp": 96},
+    "llama4_vision_model": {"projector_input_dim": 64, "projector_output_dim": 64},
     "glm4v_moe_text": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
     "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
     "mistral_large4_text": {"kv_source_layers": [0, 1, 2, 3]},

@@ -3,12 +3,12 @@
     python -m bench.exactness.families [FAMILY ...]
 
 Of each family a random model of a few hundred thousand parameters is made from transformers' own defaults, and trained
-for two steps. That counts where the run replays from files to the same bytes, the checkpoint has the base's very names
-and shapes, every tensor has moved, and transformers loads it as the weights that were trained (`tests/families.py`).
-Of vision-language models the weights are updated twice and compared in the same ways, but nothing is generated, for
-pictures need a family's own processor (`tests/engines/test_vision.py` shows some to seven families). Where a family is
-not tried, that is because its defaults cannot be made small, or it does not run, here. Results go to
-bench/results/families.json, and from there into docs/models.md.
+for two steps on text. That counts where it completes prompts as transformers' `generate` does, the run replays from
+files to the same bytes, the checkpoint has the base's very names and shapes, every tensor that is trained has moved,
+and transformers loads it as the weights that were trained (`tests/families.py`). `tests/engines/test_vision.py` shows
+pictures to seven families, for which each needs its own processor; where `generate` asks for one, the weights are
+updated twice and compared in the same ways. Results go to bench/results/families.json, and from there into
+docs/models.md.
 """
 
 import argparse
@@ -26,20 +26,20 @@ from typing import Any
 import torch
 from bench.common import RESULTS
 from tests.families import (
+    complete_and_compare,
+    completed,
     deadline,
-    save_family,
     save_random,
-    tiny_config,
-    tiny_vision_config,
     train_and_compare,
     update_and_compare,
 )
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from tests.family_configs import tiny_config
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from estune.engines.loading import has_vision, kind_of
 from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.sizes import EXPERTS
@@ -49,68 +49,78 @@ START, END = "<!-- made by python -m bench.exactness.families -->\n", "<!-- end 
 LARGEST = 20_000_000  # parameters of a model that still counts as small
 SECONDS = 120
 TRAINED = "trained"
+UPDATED = "updated"
+PAIR = "are an encoder with a decoder"
+DRAFT = "draft for another model, whose keys and values they read, and write nothing alone"
+LEFT_OUT = {
+    "diffusion_gemma": "write the tokens of a block all at once",
+    "evolla": "answer questions on proteins: transformers 5.23 lists it, and has no class for it",
+    "gemma4_assistant": DRAFT,
+    "gemma4_unified_assistant": DRAFT,
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "write several codes of music at a time, no text"),
+    **dict.fromkeys(("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), PAIR),
+    "pi0": "move robots, and write no text",
+    "shieldgemma2": "sort pictures into classes, and write no text",
+}
+"""Why families are none that could be trained here."""
 
 
 def tried(family: str) -> dict[str, Any]:
-    """What comes of training a family of language models."""
-    found = elements_of(AutoModelForCausalLM, tiny_config, family)
-    if isinstance(found, str):
-        return {"not tried": found}
+    """What comes of training a family."""
+    if family in LEFT_OUT:
+        return {"left out": LEFT_OUT[family]}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model = save_family(Path(folder) / "model", family)
-            runs = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
-            ids = torch.randint(10, 200, (1, 6), generator=torch.Generator().manual_seed(0))
-            runs.generate(ids, max_new_tokens=3, do_sample=False)
+            config = tiny_config(family)
+            kind = kind_of(config)
+            with torch.device("meta"):
+                elements = sum(p.numel() for p in kind.from_config(config, trust_remote_code=False).parameters())
+            assert elements <= LARGEST, f"made small, it has {elements / 1e6:,.0f} million parameters"
+            model = save_random(Path(folder) / "model", kind, config)
         except Exception as error:  # whatever a family's defaults lead to
-            return {"not tried": first_line(error)}
-        text = runs.config.get_text_config(decoder=True)
+            return why_not(error)
+        text = config.get_text_config(decoder=True)
         experts = max((getattr(text, name, None) or 0 for name in (*EXPERTS, "moe_num_experts")), default=0)
-        kind = {"experts": experts, "tensors": len(Checkpoint(model).tensors)}
-        return came_of(lambda: train_and_compare(Path(folder), model), found) | kind
-
-
-def seen(family: str) -> dict[str, Any]:
-    """What comes of updating the weights of a family of vision-language models: it is shown nothing."""
-    found = elements_of(AutoModelForImageTextToText, tiny_vision_config, family)
-    if isinstance(found, str):
-        return {"not tried": found}
-    with tempfile.TemporaryDirectory() as folder:
+        pictures = has_vision(config)
+        about = {"experts": experts, "tensors": len(Checkpoint(model).tensors), "pictures": pictures}
         try:
-            config = tiny_vision_config(family)
-            model = save_random(Path(folder) / "model", AutoModelForImageTextToText, config)
+            expected = completed(model)
         except Exception as error:  # as above
-            return {"not tried": first_line(error)}
-        if config.is_encoder_decoder:
-            return {"not tried": "an encoder and a decoder"}
-        return came_of(lambda: update_and_compare(Path(folder), model), found)
+            if not pictures:
+                return why_not(error)
+            return came_of(lambda: update_and_compare(Path(folder), model), UPDATED, elements) | about
+
+        def work() -> None:
+            complete_and_compare(model, expected)
+            train_and_compare(Path(folder), model)
+
+        return came_of(work, TRAINED, elements) | about
 
 
-def elements_of(kind: Any, make: Callable[[str], Any], family: str) -> int | str:
-    """The parameters of a family's model, or why it is not tried."""
-    try:
-        with torch.device("meta"):
-            elements = sum(p.numel() for p in kind.from_config(make(family)).parameters())
-    except Exception as error:  # as above
-        return first_line(error)
-    return elements if elements <= LARGEST else f"its defaults made small have {elements / 1e6:,.0f} million parameters"
+def why_not(error: Exception) -> dict[str, str]:
+    """Why a family's model cannot be made, or does not run."""
+    lacking = re.search(r"requires the (\S+) library", str(error))
+    return {"left out": f"need the package {lacking[1]}"} if lacking else {"not tried": first_line(error)}
 
 
-def came_of(work: Callable[[], object], elements: int) -> dict[str, Any]:
+def came_of(work: Callable[[], object], what: str, elements: int) -> dict[str, Any]:
     """What came of it."""
     try:
         with deadline(SECONDS):
             work()
     except (EstuneError, AssertionError, TimeoutError, RuntimeError) as error:
         return {"refused": re.sub(r"model /\S+: ", "", first_line(error))}
-    return {TRAINED: elements}
+    return {what: elements}
 
 
 def table(results: Mapping[str, Any]) -> str:
     """The results as a section of a page."""
     found = results["families"]
-    experts = sorted(name for name, of in found.items() if TRAINED in of and of["experts"])
-    dense = sorted(name for name, of in found.items() if TRAINED in of and not of["experts"])
+    trained = {name: of for name, of in found.items() if TRAINED in of}
+    experts = [name for name, of in trained.items() if of["experts"] and not of["pictures"]]
+    dense = [name for name, of in trained.items() if not of["experts"] and not of["pictures"]]
+    shown = [name for name, of in trained.items() if of["pictures"]]
+    updated = [name for name, of in found.items() if UPDATED in of]
     lines = [
         f"With transformers {results['transformers']}, by its names (`model_type`):",
         "",
@@ -118,23 +128,22 @@ def table(results: Mapping[str, Any]) -> str:
         "|---|---|",
         f"| mixtures of experts, trained ({len(experts)}) | {_names(experts)} |",
         f"| others, trained ({len(dense)}) | {_names(dense)} |",
+        f"| vision-language models, trained on text ({len(shown)}) | {_names(shown)} |",
+        f"| vision-language models that `generate` asks for pictures: weights found and updated ({len(updated)}) "
+        f"| {_names(updated)} |",
     ]
-    refused = sorted((name, of["refused"]) for name, of in found.items() if "refused" in of)
-    lines += [f"| refused | `{name}`: {why} |" for name, why in refused]
-    eyes = results["vision"]
-    exact = sorted(name for name, of in eyes.items() if TRAINED in of)
-    lines.append(f"| vision-language models whose weights are found and updated ({len(exact)}) | {_names(exact)} |")
-    refused = sorted((name, of["refused"]) for name, of in eyes.items() if "refused" in of)
-    lines += [f"| refused | `{name}`: {why} |" for name, why in refused]
-    left = sorted({name for each in (found, eyes) for name, of in each.items() if "not tried" in of} - {*exact})
-    lines.append(
-        f"| not tried: their defaults cannot be made small here, or do not run ({len(left)}) | {_names(left)} |"
-    )
+    reasons: dict[str, list[str]] = {}
+    for name, of in found.items():
+        if why := of.get("left out"):
+            reasons.setdefault(why, []).append(name)
+    lines += [f"| left out, as they {why} ({len(names)}) | {_names(names)} |" for why, names in sorted(reasons.items())]
+    for word in ("refused", "not tried"):
+        lines += [f"| {word} | `{name}`: {of[word]} |" for name, of in sorted(found.items()) if word in of]
     return "\n".join(lines) + "\n"
 
 
 def _names(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def main() -> None:
@@ -147,16 +156,13 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     file = arguments.results / "families.json"
-    results = {"families": {}, "vision": {}, **(json.loads(file.read_text()) if file.exists() else {})}
+    results = json.loads(file.read_text()) if file.exists() else {"families": {}}
     results["transformers"] = version("transformers")
-    for section, work, names in (
-        ("families", tried, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        ("vision", seen, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
-    ):
-        for family in sorted(set(names).intersection(arguments.families or names)):
-            results[section][family] = found = work(family)
-            print(section, family, found, flush=True)
-            file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    for family in sorted(known.intersection(arguments.families or known)):
+        results["families"][family] = found = tried(family)
+        print(family, found, flush=True)
+        file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     before, _, rest = PAGE.read_text().partition(START)
     PAGE.write_text(before + START + table(results) + END + rest.partition(END)[2])
 
