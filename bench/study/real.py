@@ -47,10 +47,20 @@ OTHERS = {
     "96 members": (*MANY, "sigma=0.004"),
     "96 members sampled": (*MANY, "sigma=0.004", "temperature=1"),  # as reinforcement learning's completions
     "96 members and ten times the tokens": (*MANY, "sigma=0.004"),  # still less time than reinforcement learning's
+    "96 members three times the tokens cosine": (
+        *MANY,
+        "sigma=0.004",
+        "anchor_decay=1",
+        "lr_scheduler_type=cosine",
+    ),
     "96 members of embeddings": (*MANY, "sigma=0.01", "train_parameters=*embed_tokens*"),
     "rank one": ("noise=rank1",),
 }
-TIMES = {"96 members and ten times the tokens": 10}  # the tokens of other runs
+# The tokens of some of these, as a multiple, and their steps where a schedule has to know.
+LONGER: dict[str, tuple[int, int | None]] = {
+    "96 members and ten times the tokens": (10, None),
+    "96 members three times the tokens cosine": (3, 32),
+}
 RATES = (3e-6, 1e-5, 3e-5)
 ES = (
     "model=smollm2", "population=16", "prompts_per_step=24", "sigma=0.004", "dtype=bfloat16", "threads=1", "noise=iid",
@@ -113,8 +123,9 @@ def run(experiment: str, method: str, seeds: int, rates: Sequence[float], result
     if not left:
         return
     folder = FOLDER / " ".join([experiment, other]).strip().replace(" ", "-")
-    budget = EXPERIMENTS[experiment] * TIMES.get(other, 1)
-    plan = Plan(methods=[method], budget=budget, seeds=left, rates=list(rates), batch=96, points=POINTS)
+    times, steps = LONGER.get(other, (1, None))
+    budget = EXPERIMENTS[experiment] * times
+    plan = Plan(methods=[method], budget=budget, seeds=left, rates=list(rates), batch=96, points=POINTS, es_steps=steps)
 
     def told(result: dict[str, Any]) -> None:
         job = result["job"]
