@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from estune.noise import cpu, normal, reference
+from estune.noise.rows import Rows
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "noise_vectors.json").read_text())
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -195,6 +196,26 @@ def test_out_of_range_is_refused() -> None:
     for arguments in ((-1, NAME, 0, 1), (2**64, NAME, 0, 1), (0, NAME, -1, 1), (0, NAME, 0, -1)):
         with pytest.raises(ValueError, match="64-bit"):
             normal(*arguments)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4097, 8199])
+@pytest.mark.parametrize("rows", [Rows(1, 7, 3), Rows(7, 20, 3), Rows(4095, 4099, 5), Rows(4097, 9001, 4096)])
+def test_columns_of_a_tensor_have_what_is_at_their_positions(rows: Rows, size: int) -> None:
+    """In rows of one element, and in some that are narrower or wider than a chunk."""
+    start = 5
+    elements = rows.skip + np.arange(size)
+    positions = start + elements // rows.width * rows.pitch + elements % rows.width
+    base = np.linspace(-1, 1, size, dtype=np.float32)
+    noise = [reference.normal_by_id(seed, KEY, 0, start + 8205 * 7)[positions] for seed in (3, 4)]
+    live = np.empty_like(base)
+    cpu.perturb(live, base, 3, KEY, start, 0.01, rows)
+    np.testing.assert_array_equal(live, base + np.float32(0.01) * noise[0])
+    changed = base.copy()
+    factors = np.array([0.5, -0.25], np.float32)
+    cpu.update(changed, np.array([3, 4], np.uint64), factors, KEY, start, decay=0.0, rows=rows)
+    np.testing.assert_array_equal(changed, base + (factors[0] * noise[0] + factors[1] * noise[1]))
+    alone = (cpu.fingerprint(base[i : i + 1], KEY, int(at)) for i, at in enumerate(positions))
+    assert cpu.fingerprint(base, KEY, start, rows) == sum(alone) % 2**64
 
 
 @given(cut=st.integers(0, 5000), dtype=st.sampled_from(["float32", "bfloat16"]))
