@@ -162,8 +162,13 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
         (["task=chess"], "task.*countdown"),
         (["chat_template_kwargs={a: 1}"], r"""write a mapping, such as {"enable_thinking": false}, found '{a: 1}'"""),
         (["sigma_scale={a: 1}"], r"""write a mapping, such as {"\*.mlp.\*": 0.5}, found '{a: 1}'"""),
-        (['sigma_scale={"*": "x"}'], r"^settings: sigma_scale: write a number above 0 for \*, or rms, found '[^;]*$"),
-        (['sigma_scale={"*": -1}'], r"^settings: sigma_scale: write a number above 0 for \*, or rms, found '[^;]*$"),
+        *(
+            (
+                [f'sigma_scale={{"*": {factor}}}'],
+                "^settings: sigma_scale: write a number above 0, .* or rms, found '[^;]*$",
+            )
+            for factor in ('"x"', -1, 1e-50, 1e39)  # of the last two float32 makes 0 and infinity
+        ),
         (["noise=rank3"], "^settings: noise: Input should be 'iid', .*'rank4', 'rank8' or 'auto', found 'rank3'$"),
         (["steps=true"], "steps: .*found 'true'"),
         (["report_to=mlflow"], "report_to.*: .*'tensorboard', 'wandb' or 'trackio', found 'mlflow'"),

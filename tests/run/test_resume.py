@@ -77,7 +77,7 @@ def test_resume_refuses_another_base_or_other_data(tmp_path: Path) -> None:
         Trainer.resume(base)
 
 
-def test_resume_refuses_another_type_of_live_weights(
+def test_resume_refuses_other_trained_tensors_and_another_type_of_live_weights(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
@@ -95,6 +95,9 @@ def test_resume_refuses_another_type_of_live_weights(
     Trainer.resume(folder, steps=3, task=make_task(), monitors=[]).train()
     changed = {"dtype": "bfloat16"}
     with pytest.raises(EstuneError, match="generates with float32 weights, which here, .* are loaded as bfloat16"):
+        Trainer.resume(folder, steps=4, task=make_task(), monitors=[])
+    changed = {"train_parameters": "!*norm*"}  # as where `auto` has meant more to an older version
+    with pytest.raises(EstuneError, match=r"the run trains model\..*norm.*, and here train_parameters=!\*norm\* means"):
         Trainer.resume(folder, steps=4, task=make_task(), monitors=[])
 
 

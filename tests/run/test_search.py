@@ -283,7 +283,7 @@ def test_members_that_are_far_from_the_base_model_pay_for_it(model: Path, tmp_pa
         ({"sam_rho": 0.5, "guard": 0.5}, "leave out guard"),
         ({"sam_rho": 0.5, "momentum": 0.5}, "leave out momentum"),
         ({"sam_rho": 0.5, "weights": "int8"}, "leave out momentum, weight_decay and sam_rho"),
-        ({"sigma_scale": {"*": 0}}, "a number above 0 for"),
+        ({"sigma_scale": {"*": 0}}, "a number above 0, from"),
         ({"sigma_scale": {"*": "root"}}, "sigma_scale"),
     ],
 )

@@ -80,15 +80,16 @@ def template_options(value: Any) -> Any:
 
 
 def scales(value: Any) -> Any:
-    """Factors of sigma by pattern, as `_json` reads them: numbers above 0, or rms.
+    """Factors of sigma by pattern, as `_json` reads them: numbers above 0, which float32 holds, or rms.
 
     Raises:
         ValueError: another factor, or no mapping.
     """
     found = _json(value, '{"*.mlp.*": 0.5}')
     for pattern, factor in found.items():
-        if factor != "rms" and (isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0):
-            raise ValueError(f"write a number above 0 for {pattern}, or rms")
+        number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if factor != "rms" and not (number and 1e-30 <= factor <= 1e30):
+            raise ValueError(f"write a number above 0, from 1e-30 to 1e30, for {pattern}, or rms")
     return found
 
 

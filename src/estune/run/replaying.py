@@ -49,7 +49,7 @@ def inherit(pool: Pool, trained: Description, parent: Journal) -> str:
 
 
 def refuse_other_weights(trained: Description, journal: Journal, device: str) -> None:
-    """Refuse to go on with a run where the base model, or the type of the weights that generate, is another.
+    """Refuse to go on with a run where the base model, what of it is trained, or the live weights' type is another.
 
     Args:
         trained: what the pool trains.
@@ -61,6 +61,12 @@ def refuse_other_weights(trained: Description, journal: Journal, device: str) ->
         raise EstuneError(
             f"{journal.run}: workers have another base model, {trained.base_hash}, than the run began with, "
             f"{header.base_hash}; put the original where they load it from"
+        )
+    if other := sorted(trained.tensors.keys() ^ header.tensors.keys()):
+        does = "trains" if other[0] in header.tensors else "does not train"
+        raise EstuneError(
+            f"{journal.run}: the run {does} {other[0]}, and here train_parameters="
+            f"{journal.settings.get('train_parameters')} means otherwise; resume it with the estune that it began with"
         )
     if trained.live_dtype != header.live_dtype:
         raise EstuneError(
