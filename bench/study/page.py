@@ -16,7 +16,7 @@ from typing import Any
 
 from bench import plots
 from bench.common import RESULTS
-from bench.study import compare, real, sensitivity
+from bench.study import compare, objectives, real, sensitivity
 from bench.study import parts as parts_of_the_strategy
 
 from estune.charts.table import markdown, spread
@@ -70,6 +70,7 @@ def page(results: Path, path: Path) -> None:
         markdown(sensitivity.conciseness_table(sizes["conciseness"])),
         *_alphas(results),
         parts_of_the_strategy.section(results),
+        *objectives.section(results),
         *real.section(results),
         _origin(found),
     ]
