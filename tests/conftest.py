@@ -54,7 +54,7 @@ SLOWEST = (
     "tests/run/test_trainer.py",
     "tests/pool/test_remote_rollouts.py",
     "tests/pool/test_ray_pool.py",  # not beside the other file of Ray's
-    "tests/run/test_instruments.py",
+    "tests/run/test_graders.py",
     "tests/weights/test_weights_gpu.py",
     "tests/run/test_search.py",
     "tests/run/test_guard.py",
