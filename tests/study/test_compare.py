@@ -279,8 +279,8 @@ def test_a_comparison_runs_both_kinds_and_goes_on_where_it_was(tmp_path: Path) -
     with pytest.raises(EstuneError, match="other sigma"):
         compare(plan, config.model_copy(update={"sigma": 0.5}), folder)
     claim = folder / "compare.json"
-    began = json.loads(claim.read_text())  # by a version that knew neither of these
-    del began["plan"]["micro_batch"], began["config"]["back_to_best"]
+    began = json.loads(claim.read_text())  # by a version that knew none of these
+    del began["plan"]["micro_batch"], began["config"]["back_to_best"], began["config"]["task"]["rational"]
     claim.write_text(json.dumps(began))
     assert len(compare(plan, config, folder)) == 2
     claim.write_text(json.dumps(began))

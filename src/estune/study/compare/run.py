@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.files import make_folder, read_claim, write_text
@@ -128,10 +130,8 @@ def _claimed(folder: Path, plan: Plan, config: Config) -> AbstractContextManager
     settings = config.model_dump(mode="json", exclude={"seed", "output_dir"})
     mine = {"plan": plan.model_dump(exclude={"methods", "seeds", "rates"}), "config": settings}
 
-    defaults = {"plan": Plan().model_dump(), "config": Config().model_dump(mode="json")}
-
     def check(there: Mapping[str, Any]) -> None:
-        known = {part: defaults[part] | there[part] for part in mine}
+        known = {"plan": _with_defaults(there["plan"], plan), "config": _with_defaults(there["config"], config)}
         other = [key for part in mine for key in mine[part] | there[part] if mine[part].get(key) != known[part][key]]
         if other:
             raise EstuneError(
@@ -143,6 +143,15 @@ def _claimed(folder: Path, plan: Plan, config: Config) -> AbstractContextManager
             raise EstuneError(f"{folder} holds runs at learning rates {rates}; give those as well")
 
     return claimed(folder, SETTINGS, "comparison", mine, ("plan", "config"), check)
+
+
+def _with_defaults(there: Mapping[str, Any], now: BaseModel) -> dict[str, Any]:
+    """Settings of an earlier version, those that it did not know at the defaults of what is compared now."""
+    found = type(now).model_construct().model_dump(mode="json")
+    for key, value in there.items():
+        part = getattr(now, key, None)
+        found[key] = _with_defaults(value, part) if isinstance(part, BaseModel) and isinstance(value, dict) else value
+    return found
 
 
 def _work(
