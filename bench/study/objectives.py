@@ -21,10 +21,10 @@ from typing import Any
 from bench.common import machine, options
 from bench.study.compare import COUNTDOWN, model_and_task
 from bench.study.parts import BUDGET, PAPER, TOKENS
-from bench.study.real import judged
+from bench.study.real import figures, judged
 
 from estune import Trainer
-from estune.charts.table import markdown, spread
+from estune.charts.table import markdown
 from estune.config import load
 from estune.engines.transformers import TransformersEngine
 from estune.journal.journal import Journal
@@ -106,14 +106,7 @@ def section(results: Path) -> list[str]:
 def table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A row for each of the settings, means over seeds."""
     by_name = {name: [run for run in runs if run["settings"] == name] for name in SETTINGS}
-    return [
-        ["", "runs", *COLUMNS],
-        *(
-            [name, str(len(of)), *(spread([factor * run[key] for run in of], n) for key, factor, n in COLUMNS.values())]
-            for name, of in by_name.items()
-            if of
-        ),
-    ]
+    return figures({name: of for name, of in by_name.items() if of}, COLUMNS)
 
 
 def main() -> None:

@@ -185,8 +185,8 @@ def section(results: Path) -> list[str]:
             watched = {f"{task} %": (f"watch/{task}", 100, 1) for task in WATCHED[experiment]}
             found += [
                 f"### {experiment}, {budget:,} tokens a run",
-                markdown(_table(rows, GREEDY | watched)),
-                markdown(_table(rows, SAMPLED)),
+                markdown(figures(rows, GREEDY | watched)),
+                markdown(figures(rows, SAMPLED)),
                 markdown(at_equal_time(rows)),
             ]
     return found
@@ -207,10 +207,15 @@ def _rows(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
     return rows
 
 
-def _table(
+def figures(
     rows: Mapping[str, Sequence[Mapping[str, Any]]], columns: Mapping[str, tuple[str, float, int]]
 ) -> list[list[str]]:
-    """A row for the model itself and one for each method and rate."""
+    """A row for each name, of the means of its runs' figures.
+
+    Args:
+        rows: runs by name; `before` is the model itself, and no run.
+        columns: a figure, its factor and its digits by heading.
+    """
     return [
         ["", "runs", *columns],
         *(
