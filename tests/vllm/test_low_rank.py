@@ -18,7 +18,7 @@ from estune.config import Config
 from estune.engines.transformers import TransformersEngine
 from estune.engines.vectors import Vectors
 from estune.engines.vllm import internals, lora
-from estune.engines.vllm.additions import Additions
+from estune.engines.vllm.additions import Additions, Rows
 from estune.engines.vllm.engine import VllmEngine, slots_for
 from estune.engines.vllm.low_rank import LowRankWeights, slotted_tensors
 from estune.engines.vllm.open import open_vllm
@@ -94,7 +94,7 @@ def assert_slots_complete_as_perturbed(engine: VllmEngine, weights: LowRankWeigh
         theirs = perturbed(path, member, **noise)
         assert theirs.generate(PROMPTS, GREEDY) == found[number]
         scores = theirs.score([row[:1] for row in texts], [row[1:] for row in texts])
-        for ours, expected in zip(engine.scores_in(number, texts), scores, strict=True):
+        for ours, expected in zip(engine.scores_in([number] * len(texts), texts), scores, strict=True):
             np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
     assert len({each.text for member in found for each in member}) > len(PROMPTS)
     base = TransformersEngine(path, dtype="float32")
@@ -229,6 +229,10 @@ def test_slots_that_hold_or_mean_something_else_are_found(
     def without(name: str) -> Callable[..., list[lora.Place]]:
         return lambda self, place, *others: [] if place.name == name else beside(self, place, *others)
 
+    def of_another_row(self: Rows, x: torch.Tensor) -> torch.Tensor:
+        return own(self, x).flip(0)
+
+    own = Rows.of
     draw, places, save, beside = Vectors.draw, lora.places, LowRankWeights.write_member, Additions.places
     take, take_part = OuterProducts.take, OuterProducts.take_part
     signs = [(OuterProducts, "take", inverted_too), (OuterProducts, "take_part", inverted_as_well)]
@@ -239,6 +243,7 @@ def test_slots_that_hold_or_mean_something_else_are_found(
         ([(lora, "places", one_lacks)], other),
         ([(LowRankWeights, "write_member", inverted), *signs], f"{meaning} matrices"),
         ([(Additions, "places", turned)], f"{meaning} tables"),
+        ([(Rows, "of", of_another_row)], f"{meaning} tables"),
         ([(Additions, "places", without(norm))], f"do not answer to changes of {norm}"),
         ([(Additions, "places", without(bias))], f"do not answer to changes of {bias}"),
     ]

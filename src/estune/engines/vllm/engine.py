@@ -233,10 +233,10 @@ class VllmEngine(VllmCalls):
         with self.here() as llm:
             return internals.score(llm, rows, self.live)
 
-    def scores_in(self, slot: int, rows: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities (nats) of each row's tokens but the first, by what is in a slot."""
+    def scores_in(self, slots: Sequence[int | None], rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities (nats) of each row's tokens but the first, by what is in its slot; by the base for None."""
         with self.here() as llm:
-            return internals.score_each(llm, rows, self.slot(slot))
+            return internals.score_each(llm, rows, [None if slot is None else self.slot(slot) for slot in slots])
 
     def digest_in(self, slot: int) -> Digest:
         """As `digest`, by what is in a slot. What was computed by other contents has to be forgotten."""

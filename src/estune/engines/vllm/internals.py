@@ -287,13 +287,18 @@ def score(llm: Any, rows: Sequence[Sequence[int]], adapter: Any = None) -> list[
     return scores(rows, _run(llm, rows, [scoring() for _ in rows], [adapter] * len(rows)))
 
 
-def score_each(llm: Any, rows: Sequence[Sequence[int]], adapter: Any) -> list[list[float]]:
-    """As `score`, by what would be sampled after each of a row's beginnings: vLLM tells a head no others' slots."""
-    beginnings = [row[:end] for row in rows for end in range(1, len(row))]
-    wanted = [token for row in rows for token in row[1:]]
-    settings = [_greedy(max_tokens=1, logprobs=0, allowed_token_ids=[token]) for token in wanted]
-    found = iter(_run(llm, beginnings, settings, [adapter] * len(beginnings)))
-    return [[next(found).outputs[0].logprobs[0][token].logprob for token in row[1:]] for row in rows]
+def score_each(llm: Any, rows: Sequence[Sequence[int]], adapters: Sequence[Any]) -> list[list[float]]:
+    """As `score`, by what would be sampled after each of a row's beginnings: vLLM tells a head no others' slots.
+
+    The beginnings of all rows take turns, so that a batch has some of each.
+    """
+    asked = [(i, end) for end in range(1, max(map(len, rows))) for i, row in enumerate(rows) if end < len(row)]
+    settings = [_greedy(max_tokens=1, logprobs=0, allowed_token_ids=[rows[i][end]]) for i, end in asked]
+    outputs = _run(llm, [rows[i][:end] for i, end in asked], settings, [adapters[i] for i, _ in asked])
+    found: list[list[float]] = [[] for _ in rows]
+    for (i, end), output in zip(asked, outputs, strict=True):
+        found[i].append(output.outputs[0].logprobs[0][rows[i][end]].logprob)
+    return found
 
 
 def scoring() -> Any:

@@ -134,18 +134,23 @@ class LowRankWeights(SlotWeights):
                 raise EstuneError(f"completions of members in slots do not answer to changes of {name}")
 
     def _check_part(self, checkpoint: Checkpoint, part: str, names: Sequence[str]) -> None:
-        """Check that scores by a member in a slot that adds to these tensors alone are those by perturbed weights."""
+        """Check scores by a member in a slot that adds to these tensors alone, with texts of the base beside it.
+
+        They have to be those by perturbed weights, and the others those by the base.
+        """
         engine = self._engine
         rows = engine.probes(PROBED)
         texts = [row[:1] for row in rows], [row[1:] for row in rows]
         base = engine.score(*texts)
         self._take_part(names)
-        in_slot = engine.scores_in(engine.slots - 1, rows)
+        together = engine.scores_in([engine.slots - 1, None] * len(rows), [row for row in rows for _ in range(2)])
+        in_slot, beside = together[::2], together[1::2]
         engine.call("shake_part", PROBE[0], STRONG, names)
         engine.forget()
         perturbed = engine.score(*texts)
         self._undo(checkpoint)
-        if not _distance(in_slot, perturbed) < _distance(base, perturbed) / 2:
+        apart = _distance(base, perturbed) / 2
+        if not (_distance(in_slot, perturbed) < apart and _distance(beside, base) < apart):
             raise EstuneError(f"scores by members in slots are not those by perturbed {part}")
 
     def _digest_of(self, names: Sequence[str]) -> Digest:

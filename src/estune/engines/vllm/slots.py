@@ -85,14 +85,10 @@ class OuterProducts:
             first, second = names_of(name)
             held[first] = self._columns(name)
             held[second] = self._rows(name).T
-        others = [
-            found
-            for place, live in beside
-            for flat in [len(tensors[place.name].shape) == 1]
-            for found in worker.model_runner.estune_additions.places(
-                place, live, self._rows(place.name), None if flat else self._columns(place.name)
-            )
-        ]
+        others = []
+        for place, live in beside:
+            columns = self._columns(place.name) if len(tensors[place.name].shape) > 1 else None
+            others += worker.model_runner.estune_additions.places(place, live, self._rows(place.name), columns)
         self._slots = Slots(worker, adapter, held, others)
         self.check = self._slots.check
 
