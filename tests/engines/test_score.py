@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from estune.completion import Sampling
 from estune.engines.score import divergence, log_probabilities
@@ -44,9 +45,23 @@ def test_a_long_text_does_not_turn_the_angles_of_short_ones() -> None:
 
 
 @pytest.mark.parametrize("save", [save_model, partial(save_family, family="roberta")], ids=["qwen2", "roberta"])
-def test_greedy_completions_are_the_likeliest(save: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_scores_are_those_by_which_generate_chooses(save: Callable[[Path], Path], tmp_path: Path) -> None:
     """Of RoBERTa, too, which begins to number positions elsewhere where it is given none."""
-    engine = TransformersEngine(save(tmp_path / "model"))
+    path = save(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    chosen, expected = [], []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        chosen.append(out.sequences[0, len(prompt) :].tolist())
+        logs = torch.cat(out.logits).double().log_softmax(-1)
+        expected.append([float(row[token]) for row, token in zip(logs, chosen[-1], strict=True)])
+    for found, wanted in zip(TransformersEngine(path).score(PROMPTS, chosen), expected, strict=True):
+        assert found == pytest.approx(wanted, abs=2e-4)
+
+
+def test_greedy_completions_are_the_likeliest(tmp_path: Path) -> None:
+    engine = TransformersEngine(save_model(tmp_path / "model"))
     chosen = [c.token_ids for c in engine.generate(PROMPTS, Sampling(6))]
     first = [row[0] for row in engine.score(PROMPTS, chosen)]
     for token in range(3, 300, 11):

@@ -64,7 +64,9 @@ def test_tokens_of_the_guards_second_look_count(model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("where", [{}, {"replicas": 2}, {"adam": True}], ids=["one", "replicas", "adam"])
-def test_a_run_goes_back_to_its_best_to_the_bit(model: Path, tmp_path: Path, where: dict[str, Any]) -> None:
+def test_a_run_goes_back_to_its_best_to_the_bit(
+    model: Path, tmp_path: Path, where: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """Steps so large that some evaluations are worse than the best before."""
     changes = {"back_to_best": 0.0, "learning_rate": 0.1, "save_steps": 1, "steps": 10, **where}
     run = tmp_path / "run"
@@ -73,6 +75,8 @@ def test_a_run_goes_back_to_its_best_to_the_bit(model: Path, tmp_path: Path, whe
     back = [e for e in journal.evaluations if e.back is not None]
     assert back
     assert back[-1].step < 10  # at the end there is nothing to go on with
+    said = [record.message for record in caplog.records if "back to the weights there" in record.message]
+    assert [line.split(":")[0] for line in said] == [f"step {e.step}" for e in back]
     for e in back:
         best = max(o.metrics["eval_accuracy"] for o in journal.evaluations if o.step < e.step)
         assert e.metrics["eval_accuracy"] < best
