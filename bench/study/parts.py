@@ -107,6 +107,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "noise": "rank1", "population": 256, "prompts_per_step": 1, "prompt_groups": 8, "per_prompt": "center",
         "sigma": 0.012, "learning_rate": 0.06, "anchor_decay": 0.3, "lr_scheduler_type": "cosine",
     },
+    "KL at most 0.1": {"constraint": "kl<=0.1"},
     "adam": {"adam": True},
     "sigma by rms": {"sigma_scale": '{"*": "rms"}', "sigma": 0.032, "learning_rate": 0.016},
     "guided": {"guided_share": 0.5},
