@@ -113,11 +113,11 @@ def section(results: Path) -> list[str]:
     found = [
         "### Objectives, going back, and flat optima",
         "Runs whose point is not greedy accuracy, or not a blind run's (`bench.study.objectives`): the same models\n"
-        f"and about as many tokens, at the end greedily and by {SAMPLES} completions at temperature 1. `best` is the\n"
-        f"best evaluation of the run, every {EVERY} steps; int8 and int4 are greedy accuracy with all matrices\n"
-        f"rounded, embeddings too, {GROUP} neighbours to a scale; then how often a run went back to its best, and\n"
-        "how often a step was taken back by the guard. Seconds are by the clock, evaluations and all, on a busy\n"
-        "machine.",
+        "and about as many tokens, but where a name says other, at the end greedily and by\n"
+        f"{SAMPLES} completions at temperature 1. `best` is the best evaluation of the run, every {EVERY} steps; int8\n"
+        f"and int4 are greedy accuracy with all matrices rounded, embeddings too, {GROUP} neighbours to a scale; then\n"
+        "how often a run went back to its best, and how often a step was taken back by the guard. Seconds are by the\n"
+        "clock, evaluations and all, on a busy machine.",
     ]
     for model in COUNTDOWN:
         if of := [run for run in runs if run["model"] == model]:
