@@ -19,7 +19,8 @@ from estune.pool.open import with_resources
 from estune.run.dry_run import describe_rest
 from estune.run.evaluate import evaluate_model
 from estune.run.held_out import hash_of_prompts, token_ids
-from estune.run.resume import refuse_changed_prompts, resumed, task_of
+from estune.run.recorded import task_of
+from estune.run.resume import refuse_changed_prompts, resumed
 from estune.run.trainer import Trainer
 from tests.models import FUSABLE, build_tokenizer, save_model
 from tests.run.test_code import REWARD, TASK

@@ -12,7 +12,7 @@ from typing import Any
 from estune.config import Config, merge, parse
 from estune.journal.journal import Journal
 from estune.run.monitors import Monitors
-from estune.run.resume import settings_of, task_folder
+from estune.run.recorded import settings_of, task_folder
 from estune.run.trainer import Trainer
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task

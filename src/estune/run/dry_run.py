@@ -16,8 +16,9 @@ from estune.journal.replay import refuse_changed_model
 from estune.run.directory import RunDirectory, default_path, refuse_used
 from estune.run.make import make_order
 from estune.run.metric_names import refuse_unknown_constraint
+from estune.run.recorded import RESUME_FROM_PYTHON, task_of
 from estune.run.remarks import before
-from estune.run.resume import RESUME_FROM_PYTHON, resumed, task_of
+from estune.run.resume import resumed
 from estune.tasks.base import Task
 from estune.weights.adapted import open_checkpoint
 from estune.weights.integers import refuse_pattern

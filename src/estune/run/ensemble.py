@@ -31,11 +31,11 @@ from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
 from estune.pool.waiting import told_while, told_while_generating
 from estune.run.asked import UNREACHED, first_prompts
+from estune.run.begin import inherit
 from estune.run.evaluate import from_here, on_this_machine, settings_for, task_for
 from estune.run.graded import grade_completions
 from estune.run.held_out import HeldOut, refuse_unreachable
 from estune.run.make import make_grading, make_sampling
-from estune.run.replaying import inherit
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
 from estune.weights.adapted import open_checkpoint

@@ -14,8 +14,8 @@ from estune.errors import EstuneError
 from estune.journal.journal import Journal, is_run
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import find_checkpoint
+from estune.run.recorded import settings_of, task_folder, task_of
 from estune.run.remarks import of_evaluation
-from estune.run.resume import settings_of, task_folder, task_of
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
 from estune.weights.locate import check_name

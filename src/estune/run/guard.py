@@ -11,8 +11,7 @@ from estune.es.strategy import mean_and_std
 from estune.grading.grading import Grading
 from estune.journal.records import EvaluationRecord, rank
 from estune.pool.base import Pool
-from estune.run.asked import Asked
-from estune.run.graded import Graded
+from estune.run.asked import Answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +30,28 @@ class Look:
     tokens: int
 
     @classmethod
-    def at(cls, asked: Asked, in_order: Sequence[Graded], before: float, pool: Pool, grading: Grading) -> Self:
+    def at(cls, answered: Answered, before: float, pool: Pool, grading: Grading) -> Self:
         """Have the base that is new complete what the old one did, as one more member of each group.
 
         Args:
-            asked: of the step.
-            in_order: what each member came to.
+            answered: what the step's members came to.
             before: what the base earned before the update.
             pool: evaluates; it has made the update.
             grading: grades.
         """
-        bases = asked.of_base(asked.members)
+        asked = answered.asked
+        bases = [member for member in asked.members if not member.sign]
         evaluations = [
             pool.evaluate([base], asked.sigma, prompt_ids, asked.sampling)
             for base, (_, prompt_ids) in zip(bases, asked.groups, strict=True)
         ]
-        again, _, _ = replace(asked, members=bases, evaluations=evaluations).graded(grading, lambda done: None)
-        members = asked.of_perturbed(in_order)
-        size = len(members) // len(bases)
-        spreads = [mean_and_std(_known(members[i : i + size]))[1] for i in range(0, len(members), size)]
+        again = replace(asked, members=bases, evaluations=evaluations).graded(grading, lambda done: None)
+        rewards = [graded.grades.mean for graded in answered.perturbed]
+        size = len(rewards) // len(bases)
+        groups = [rewards[i : i + size] for i in range(0, len(rewards), size)]
+        spreads = [mean_and_std([reward for reward in group if reward is not None])[1] for group in groups]
         spread = math.hypot(*spreads) / math.sqrt(len(spreads))
-        return cls(before, mean_reward(again), spread, sum(each.tokens for each in again))
+        return cls(before, again.base_reward, spread, again.tokens)
 
     def harmed(self, guard: float) -> bool:
         """Whether the base earns less than before by more than `guard` times the spread, or nothing at all."""
@@ -71,13 +71,3 @@ def falls_short(now: EvaluationRecord, best: EvaluationRecord, best_by: Sequence
     """Whether an evaluation is worse than the best one so far by more than `most`, in the metric that tells first."""
     (of_now,), (of_best,) = (rank(each.metrics, best_by[:1]) for each in (now, best))
     return of_now < of_best - most
-
-
-def mean_reward(bases: Sequence[Graded]) -> float | None:
-    """The mean reward of the base over the groups; None where it has none in one of them, or takes no part."""
-    known = _known(bases)
-    return mean_and_std(known)[0] if known and len(known) == len(bases) else None
-
-
-def _known(graded: Sequence[Graded]) -> list[float]:
-    return [reward for each in graded if (reward := each.grades.mean) is not None]

@@ -73,6 +73,12 @@ def state_after(journal: Journal, step: int) -> dict[str, float]:
     return {"adam_steps": float(begun)} if begun else {}  # moments go on from an ancestor's
 
 
+def settled(config: Config, trained: Description, own_dtype: str) -> Config:
+    """Settings with what has become of `auto`; `own_dtype` is the type that checkpoints then have."""
+    save_dtype = own_dtype if config.save_dtype == "auto" else config.save_dtype
+    return config.model_copy(update={"engine": trained.engine, "save_dtype": save_dtype})
+
+
 def make_header(
     config: Config, trained: Description, run: Path, fingerprint: str, task: str, data_hash: str = "", **more: Any
 ) -> Header:

@@ -10,6 +10,7 @@ from estune.completion import Prompt
 from estune.config import Config
 from estune.es.strategy import alike
 from estune.grading.convention import copied
+from estune.journal.journal import Journal
 from estune.journal.records import EvaluationRecord, StepRecord
 from estune.run.held_out import evaluation_sampling
 from estune.run.order import StagedOrder
@@ -105,6 +106,26 @@ def collapse(steps: Sequence[StepRecord], evaluations: Sequence[EvaluationRecord
         "distance": far_from_base(here) if here else None,
     }
     return {kind: remark for kind, remark in found.items() if remark is not None}
+
+
+class Remarks:
+    """What is said while a run goes on, once of each kind."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, kind: str, remark: str | None) -> None:
+        """Log a remark, if there is one, and none of its kind was made before."""
+        if remark is not None and kind not in self._said:
+            self._said.add(kind)
+            log.warning("%s", remark)
+
+    def has_collapsed(self, journal: Journal) -> bool:
+        """Whether a run has collapsed, of which each sign is said."""
+        found = collapse(journal.steps, journal.evaluations)
+        for kind, remark in found.items():
+            self.say(kind, remark)
+        return bool(found)
 
 
 def members_alike(steps: Sequence[StepRecord]) -> str | None:

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
-from contextlib import chdir, suppress
-from dataclasses import dataclass, replace
-from datetime import date
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from estune.config import RESUMABLE, Config, parse
 from estune.errors import ACCEPT, EstuneError
 from estune.files import clear_leftovers
-from estune.journal.identity import refuse_changes
 from estune.journal.journal import Journal, base_checkpoint
 from estune.journal.replay import holds, refuse_changed_model
-from estune.run.code import code_of
+from estune.pool.base import Description, Pool
 from estune.run.directory import RunDirectory
-from estune.run.trust import refuse_foreign, remember, texts
+from estune.run.evaluations import Evaluations
+from estune.run.make import settled
+from estune.run.recorded import RESUME_FROM_PYTHON, settings_of, task_folder, task_of
+from estune.run.standing import Standing
 from estune.tasks.base import Task
 from estune.versions import packages
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import check_name, hub_name
-from estune.weights.moments import has_moments
-from estune.weights.parameters import AUTO
-from estune.weights.policies import bits_of
-
-RESUME_FROM_PYTHON = (
-    "resume it from Python, with Trainer.resume(run, task=...), or with the ESTrainer that began it, by "
-    "train(resume_from_checkpoint=True)"
-)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Past:
-    """A run that is to go on: what it was, and with which settings and on which task it goes on."""
+    """A run that is to go on: what it was, and with which settings and on which task it goes on.
+
+    It has what `NewRun` has, which is one that is to begin.
+    """
 
     run: RunDirectory
     journal: Journal  # open for writing
@@ -47,6 +40,59 @@ class Past:
     code: dict[str, str]  # of the task's code, likewise
     accept_changes: bool = False
     folder: Path = Path()  # that paths in the task's settings are relative to
+    prompts_hash: str | None = None  # of what the model is shown, where that is another and the user accepts it
+
+    @property
+    def live_dtype(self) -> str:
+        """Type of the live weights."""
+        return self.journal.header.live_dtype
+
+    @property
+    def steps(self) -> int:
+        """Steps that have been taken."""
+        return len(self.journal.steps)
+
+    def check(self, evaluations: Evaluations, prompts_hash: str) -> None:
+        """See that prompts are those that the run began with.
+
+        Raises:
+            EstuneError: they are others, and the user does not accept that.
+        """
+        self.prompts_hash = refuse_changed_prompts(self.journal, prompts_hash, accept=self.accept_changes)
+
+    def open(self, config: Config, pool: Pool, trained: Description) -> Standing:
+        """Bring the weights to the journal's last step.
+
+        Args:
+            config: the settings; `trained` tells the engine that they leave open.
+            pool: has the weights.
+            trained: what it trains.
+
+        Raises:
+            EstuneError: they are not the run's.
+        """
+        refuse_other_weights(trained, self.journal, config.device)
+        config = settled(config, trained, self.journal.header.save_dtype)
+        standing = Standing(config, self.run, self.journal, self.base, pool)
+        standing.rebuild()
+        return standing
+
+    def begun(self, config: Config) -> None:
+        """Write down what is no longer as it was."""
+        journal = self.journal
+        settings = config.model_dump(mode="json")
+        if other := {k: v for k, v in settings.items() if k != "model" and v != journal.settings.get(k, v)}:
+            journal.append_settings(other)
+        if other or not self.run.settings.is_file():
+            self.run.write_settings(config)
+        if self.files or self.code or self.prompts_hash:
+            journal.append_accepted(
+                self.files or journal.files, self.code or journal.code, self.prompts_hash or journal.prompts_hash
+            )
+
+    def close(self) -> None:
+        """Close the journal."""
+        self.journal.close()
 
 
 def reopen(
@@ -92,47 +138,6 @@ def _is_whole(run: RunDirectory, journal: Journal, base: Checkpoint) -> bool:
     )
 
 
-def parent_of(config: Config) -> Journal | None:
-    """The journal of the run that a new run is to go on from.
-
-    Raises:
-        EstuneError: where that run kept its weights in another way: its steps would not give the same weights here.
-    """
-    if config.start_from is None:
-        if config.start_step is not None:
-            raise EstuneError(f"start_step is {config.start_step}, and no start_from says of which run: give it, too")
-        return None
-    parent = Journal.read(config.start_from, config.start_step)
-    if config.start_step is None:
-        parent.warn_of_shortfall()
-    for key in ("weights", "rounding", "noise", "sigma_scale", "train_parameters"):
-        theirs = parent.settings.get(key, {} if key == "sigma_scale" else None)
-        everything = key == "train_parameters" and {theirs, config.train_parameters} == {"*", AUTO}  # of a text model
-        alike = key == "weights" and bits_of(parent.header.policy) == bits_of(config.weights)
-        follows = key == "noise" and config.noise == "auto"
-        if theirs != getattr(config, key) and not everything and not alike and not follows:
-            raise EstuneError(
-                f"start_from {config.start_from} was run with {key}={theirs}, found {getattr(config, key)}: set "
-                f"{key}={theirs}"
-            )
-    if has_moments(record.update for record in parent.history) and not config.adam:
-        raise EstuneError(f"start_from {config.start_from} was run with adam, and its moments go on: set adam=true")
-    if parent.settings.get("sam_rho") and len(parent.steps) % 2:
-        raise EstuneError(
-            f"start_from {config.start_from}: after step {len(parent.steps)} its weights are amid a sharpness-aware "
-            f"step: give start_step {len(parent.steps) - 1}, say"
-        )
-    base_checkpoint(parent.header, config.model)
-    return parent
-
-
-def following(config: Config, parent: Journal | None) -> Config:
-    """Settings whose noise is that of the run that goes before, if there is one, where they leave it open."""
-    if parent is None or config.noise != "auto":
-        return config
-    return config.model_copy(update={"noise": parent.header.noise})
-
-
 def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:
     """The settings to go on with: the run's, with those of `RESUMABLE` that are to change.
 
@@ -155,12 +160,31 @@ def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:
     return parse(settings, str(journal.path))
 
 
-def settings_of(journal: Journal) -> dict[str, Any]:
-    """A run's settings; those of a journal that names no date for chat templates with that of the run's beginning."""
-    began = journal.header.created[:10]
-    with suppress(ValueError):
-        return {"template_date": date.fromisoformat(began).isoformat(), **journal.settings}
-    return journal.settings
+def refuse_other_weights(trained: Description, journal: Journal, device: str) -> None:
+    """Refuse to go on with a run where the base model, what of it is trained, or the live weights' type is another.
+
+    Args:
+        trained: what the pool trains.
+        journal: the run's.
+        device: that the settings name.
+    """
+    header = journal.header
+    if trained.base_hash != header.base_hash:
+        raise EstuneError(
+            f"{journal.run}: workers have another base model, {trained.base_hash}, than the run began with, "
+            f"{header.base_hash}; put the original where they load it from"
+        )
+    if other := sorted(trained.tensors.keys() ^ header.tensors.keys()):
+        does = "trains" if other[0] in header.tensors else "does not train"
+        raise EstuneError(
+            f"{journal.run}: the run {does} {other[0]}, and here train_parameters="
+            f"{journal.settings.get('train_parameters')} means otherwise; resume it with the estune that it began with"
+        )
+    if trained.live_dtype != header.live_dtype:
+        raise EstuneError(
+            f"{journal.run}: the run generates with {header.live_dtype} weights, which here, on {device}, "
+            f"are loaded as {trained.live_dtype}; resume it on the kind of device that it began on"
+        )
 
 
 def refuse_changed_prompts(journal: Journal, now: str, *, accept: bool) -> str | None:
@@ -188,71 +212,3 @@ def refuse_changed_prompts(journal: Journal, now: str, *, accept: bool) -> str |
             f"{f' ({other})' if other else ''}, or go on with what is there now by {ACCEPT}"
         )
     return now
-
-
-def task_of(
-    journal: Journal,
-    config: Config,
-    given: Mapping[str, Any],
-    remedy: str,
-    *,
-    task: Task | None = None,
-    other_data: bool = False,
-    accept_changes: bool = False,
-    trust_task: bool = False,
-) -> tuple[Task, dict[str, str]]:
-    """The task that a run was trained on, and hashes of its code if they are others than the run's.
-
-    Args:
-        journal: the run's.
-        config, given: its settings, and what the user gave of them.
-        remedy: what to do where the task is one of the user's own, which settings cannot name.
-        task: the user's own, if given.
-        other_data: accept other data, which the user asked for.
-        accept_changes: accept another state of the task's code, on which the user insists.
-        trust_task: run the code that the journal names, wherever it comes from.
-
-    Raises:
-        EstuneError: where task, its code or its data are not the run's, or the journal names code of others.
-    """
-    run = journal.run
-    header = journal.header
-    name = task.name if task else config.task.name
-    if header.task != name:
-        raise EstuneError(f"{run} was trained on the task {header.task}, not {name}: if it is your own, {remedy}")
-    has_task = task is not None
-    with chdir(task_folder(journal, config, given)):
-        refuse_foreign(str(run), config, given, has_task=has_task, trust=trust_task, accept=accept_changes)
-        task = task or config.task.build(config.seed)
-        code = code_of(task.reward_funcs, None if has_task else config.task)
-        changed = refuse_changes(str(run), journal.code, code, accept=accept_changes or _names_task(given))
-        remember(config)
-    if not other_data and not journal.prompts_hash and task.data_hash() != header.data_hash:
-        # Before journals had it, text in a task's file was never made a conversation.
-        task = replace(task, chat=False, show=None)
-    if not other_data and task.data_hash() != header.data_hash:
-        raise EstuneError(
-            f"{run}: the data of task {name} are not those that the run was trained on; put them back, or, if it is a "
-            f"task of your own, {remedy}"
-        )
-    return task, changed
-
-
-def task_folder(journal: Journal, config: Config, given: Mapping[str, Any]) -> Path:
-    """The directory that paths in the settings of a run's tasks are relative to: where most of them are.
-
-    Args:
-        journal: the run's.
-        config, given: its settings, and what the user gave of them, whose paths are relative to where he is.
-    """
-    if _names_task(given):
-        return Path.cwd()
-    named = texts([options.model_dump(mode="json") for options in (config.task, *config.watch)])
-    paths = {re.sub(r"\.py:\w+$", ".py", text) for text in named} - {""}
-    return max(journal.folders(), key=lambda folder: sum(os.path.exists(folder / path) for path in paths))
-
-
-def _names_task(given: Mapping[str, Any]) -> bool:
-    """Whether the user said which task, and not only changed its options."""
-    task = given.get("task")
-    return task is not None and (not isinstance(task, Mapping) or "name" in task)

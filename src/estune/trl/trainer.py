@@ -29,7 +29,7 @@ from estune.run.hub import upload
 from estune.run.monitors import default_monitors
 from estune.run.monitors.base import Monitor
 from estune.run.monitors.console import ConsoleMonitor
-from estune.run.resume import settings_of
+from estune.run.recorded import settings_of
 from estune.run.trainer import Trainer
 from estune.tasks.base import Task
 from estune.trl.callbacks import CallbackMonitor
