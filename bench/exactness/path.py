@@ -22,7 +22,8 @@ import numpy.typing as npt
 from bench.common import options, rounded, settings, write_result
 
 from estune import Config, Trainer
-from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.base import base_checkpoint
+from estune.journal.journal import Journal
 from estune.noise.cpu import normal
 from estune.noise.reference import tensor_id
 

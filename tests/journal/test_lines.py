@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from estune.errors import EstuneError
-from estune.journal.journal import FILE, Journal, base_checkpoint
+from estune.journal.base import base_checkpoint
+from estune.journal.journal import FILE, Journal
 from estune.journal.records import EvaluationRecord, StepRecord
 from tests.journal.test_journal import header, steps
 

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from estune.errors import EstuneError
-from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.base import base_checkpoint
+from estune.journal.journal import Journal
 from estune.journal.replay import steps_of
 from estune.weights.parameters import layer_of
 from estune.weights.rebuild import Told, in_order, pieces_of, unheard

@@ -9,7 +9,6 @@ newline was cut off by a crash and is dropped. A run that ends says so in a last
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shlex
@@ -18,12 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from estune.errors import EstuneError, first_line
+from estune.errors import EstuneError
 from estune.files import locked, replacing, sync
 from estune.journal import compact
-from estune.journal.lines import fault
+from estune.journal.lines import sealed, take_kind, verified
 from estune.journal.records import (
     SEARCH,
     EvaluationRecord,
@@ -35,10 +32,6 @@ from estune.journal.records import (
     rank,
 )
 from estune.noise.reference import NOISE_VERSION
-from estune.weights.adapted import open_checkpoint
-from estune.weights.adapters import Adapter
-from estune.weights.checkpoint import Checkpoint
-from estune.weights.gguf import is_gguf
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +169,7 @@ class Journal:
                 f"{path}: the run ended before its header was written, so nothing is lost: remove {path.parent} and "
                 "start it again"
             )
-        check, payload = _verified(lines[0], "", path, "its header")
+        check, payload = verified(lines[0], "", path, "its header")
         for key, known in (("format", FORMATS), ("noise_version", (NOISE_VERSION,))):
             if payload.get(key) not in known:
                 raise EstuneError(
@@ -184,14 +177,14 @@ class Journal:
                     f"{' and '.join(map(str, known))}; "
                     f"use the estune that wrote it ({_writer(payload)})"
                 )
-        _take_kind(path, "its header", payload, None)
+        take_kind(path, "its header", payload, None)
         journal = cls(path, Header(**payload), check)
         journal.lines.append(lines[0] + b"\n")
         for number, line in enumerate(lines[1:], 2):
             done = len(journal.steps)
             where = f"line {number}, " + (f"after step {done}" if done else "before step 1")
-            check, payload = _verified(line, check, path, where)
-            kind = _take_kind(path, where, payload, len(journal.steps))
+            check, payload = verified(line, check, path, where)
+            kind = take_kind(path, where, payload, len(journal.steps))
             if kind == "step" and done == step:
                 break
             journal._take(kind, payload)
@@ -372,7 +365,7 @@ class Journal:
         Raises:
             EstuneError: the system's error, and how to go on.
         """
-        check, line = _sealed({"kind": kind, **payload}, self.check)
+        check, line = sealed({"kind": kind, **payload}, self.check)
         whole_line = line
         end = self._file.seek(0, os.SEEK_END)
         try:
@@ -406,74 +399,7 @@ def _whole_lines(path: Path) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def _sealed(payload: dict[str, Any], previous: str) -> tuple[str, bytes]:
-    body = json.dumps(payload, separators=(",", ":"), allow_nan=False)[:-1].encode()
-    check = hashlib.blake2b(previous.encode() + body, digest_size=8).hexdigest()
-    return check, body + b',"check":"' + check.encode() + b'"}\n'
-
-
-def _verified(line: bytes, previous: str, path: Path, where: str) -> tuple[str, dict[str, Any]]:
-    body, _, seal = line.rpartition(b',"check":"')
-    check = hashlib.blake2b(previous.encode() + body, digest_size=8).hexdigest()
-    if seal != check.encode() + b'"}':
-        raise EstuneError(f"{path}: damaged at {where}: the line does not match its checksum; restore it from a copy")
-    try:
-        payload: dict[str, Any] = json.loads(line)
-        payload.pop("check")
-    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
-        raise EstuneError(f"{path}: {where} is no line that estune wrote; restore it from a copy") from error
-    return check, payload
-
-
-def _take_kind(path: Path, where: str, payload: dict[str, Any], steps: int | None) -> str:
-    """Take the kind out of a line's fields, and see that the others are what a line of that kind holds.
-
-    Raises:
-        EstuneError: naming the line and the field.
-    """
-    kind = payload.pop("kind", None)
-    why = fault(kind, payload, steps)
-    if why is not None:
-        raise EstuneError(f"{path}: {where}: {why}: no line that estune wrote; restore it from a copy")
-    return str(kind)
-
-
 def _writer(payload: dict[str, Any]) -> str:
     """The version that wrote a header, if it tells."""
     packages = payload.get("packages")
     return str(packages.get("estune", "unknown")) if isinstance(packages, dict) else "unknown"
-
-
-def adapter_of(header: Header) -> Adapter | None:
-    """The settings of the adapter that a run trains; None where it trains the model itself.
-
-    Raises:
-        EstuneError: the journal says something else there.
-    """
-    said = header.config.get("adapter")
-    try:
-        return None if said is None else Adapter.model_validate(said)
-    except ValidationError as error:
-        raise EstuneError(f"the journal's header names no adapter that is one: {first_line(error)}") from error
-
-
-def base_checkpoint(header: Header, model: str | None = None) -> Checkpoint:
-    """The base checkpoint of a run, its content checked against the journal's hash."""
-    model = model or header.model
-    if os.path.isabs(model) and not is_gguf(model) and not os.path.exists(model):
-        raise EstuneError(f"base model {model} is not there; say where it is now with --model")
-    base = open_checkpoint(model, adapter_of(header))
-    found = base.content_hash()
-    if found != header.base_hash:
-        raise EstuneError(
-            f"base model {model}: content hash {found}, the journal was written over "
-            f"{header.base_hash}; give the original with --model"
-        )
-    for name, aliases in header.tensors.items():
-        shapes = {each: base.tensors[each].shape if each in base.tensors else None for each in (name, *aliases)}
-        if None in shapes.values() or len(set(shapes.values())) > 1:
-            raise EstuneError(
-                f"the journal's header names {', '.join(shapes)} as one tensor of {base.path}, which they are not; "
-                "restore it from a copy"
-            )
-    return base

@@ -1,14 +1,20 @@
-"""What each line of a journal may hold. Checksums tell that a line was changed by accident; who changes one on purpose
-makes them anew, and what he writes is looked at here, field by field, before anything is done by it.
+"""A line of a journal: its seal, and what it may hold.
+
+Checksums tell that a line was changed by accident; who changes one on purpose makes them anew, and what he writes is
+looked at here, field by field, before anything is done by it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from estune.errors import EstuneError
 from estune.weights.grid import GroupSize
 from estune.weights.policies import POLICIES, DType, NoiseMode, PolicyName, Rounding
 
@@ -177,3 +183,51 @@ def fault(kind: Any, payload: Mapping[str, Any], steps: int | None) -> str | Non
         if number > steps or (kind == "step" and number < steps):
             return f"step is {number}, after {steps} steps"
     return None
+
+
+def sealed(payload: dict[str, Any], previous: str) -> tuple[str, bytes]:
+    """A line's check, and the line: these fields, and behind them the check, which covers the line before, too.
+
+    Args:
+        payload: the fields, of which none is `check`.
+        previous: the check of the line before; empty for the first.
+    """
+    body = json.dumps(payload, separators=(",", ":"), allow_nan=False)[:-1].encode()
+    check = hashlib.blake2b(previous.encode() + body, digest_size=8).hexdigest()
+    return check, body + b',"check":"' + check.encode() + b'"}\n'
+
+
+def verified(line: bytes, previous: str, path: Path, where: str) -> tuple[str, dict[str, Any]]:
+    """The check and the other fields of a line as `sealed` makes it, of which `take_kind` has still to see the latter.
+
+    Args:
+        line: without its end.
+        previous: the check of the line before; empty for the first.
+        path, where: the journal, and the place in it, for the message.
+
+    Raises:
+        EstuneError: the line is not as it was written, or no fields at all.
+    """
+    body, _, seal = line.rpartition(b',"check":"')
+    check = hashlib.blake2b(previous.encode() + body, digest_size=8).hexdigest()
+    if seal != check.encode() + b'"}':
+        raise EstuneError(f"{path}: damaged at {where}: the line does not match its checksum; restore it from a copy")
+    try:
+        payload: dict[str, Any] = json.loads(line)
+        payload.pop("check")
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise EstuneError(f"{path}: {where} is no line that estune wrote; restore it from a copy") from error
+    return check, payload
+
+
+def take_kind(path: Path, where: str, payload: dict[str, Any], steps: int | None) -> str:
+    """Take the kind out of a line's fields, and see that the others are what a line of that kind holds.
+
+    Raises:
+        EstuneError: naming the line and the field.
+    """
+    kind = payload.pop("kind", None)
+    why = fault(kind, payload, steps)
+    if why is not None:
+        raise EstuneError(f"{path}: {where}: {why}: no line that estune wrote; restore it from a copy")
+    return str(kind)

@@ -18,8 +18,9 @@ from estune.errors import EstuneError
 from estune.es.earlier import scaled
 from estune.es.strategy import Update
 from estune.files import make_folder
+from estune.journal.base import base_checkpoint
 from estune.journal.identity import model_files
-from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.journal import Journal
 from estune.journal.records import FORMAT, Header, StepRecord
 from estune.journal.replay import rebuild
 from estune.versions import packages

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from estune.errors import EstuneError
+from estune.journal.base import base_checkpoint
 from estune.journal.identity import QUANTISED, changed_settings, model_files, refuse_changes
-from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.journal import Journal
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.policies import TYPE_NAMES
 from estune.weights.rebuild import Steps, Told, unheard

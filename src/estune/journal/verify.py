@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from estune.errors import EstuneError
-from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.base import base_checkpoint
+from estune.journal.journal import Journal
 from estune.journal.replay import steps_of
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import is_checkpoint

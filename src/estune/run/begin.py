@@ -8,7 +8,8 @@ from pathlib import Path
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.grading.level import refuse_level
-from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.base import base_checkpoint
+from estune.journal.journal import Journal
 from estune.pool.base import Description, Pool
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, refuse_used

@@ -12,7 +12,8 @@ from estune.completion import Completion, Message, Prompt
 from estune.config import Config
 from estune.engines.loading import open_encoder
 from estune.errors import EstuneError
-from estune.journal.journal import Journal, base_checkpoint, is_run
+from estune.journal.base import base_checkpoint
+from estune.journal.journal import Journal, is_run
 from estune.pool.generator import open_transformers, set_up_process
 from estune.pool.open import available_cores
 from estune.run.directory import checkpoint_to_serve

@@ -11,7 +11,8 @@ import yaml
 from estune.completion import Completion
 from estune.config import Config
 from estune.grading.convention import Batch, Row
-from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.base import base_checkpoint
+from estune.journal.journal import Journal
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import RunDirectory, default_path, refuse_used
 from estune.run.make import make_order

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from estune.engines.loading import load_model
 from estune.errors import EstuneError
 from estune.es.update import as_fingerprint
-from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.base import base_checkpoint
+from estune.journal.journal import Journal
 from estune.journal.replay import refuse_changed_model, steps_of
 from estune.noise.reference import tensor_id
 from estune.weights.device import pick_device

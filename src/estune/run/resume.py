@@ -10,7 +10,8 @@ from typing import Any
 from estune.config import RESUMABLE, Config, parse
 from estune.errors import ACCEPT, EstuneError
 from estune.files import clear_leftovers
-from estune.journal.journal import Journal, base_checkpoint
+from estune.journal.base import base_checkpoint
+from estune.journal.journal import Journal
 from estune.journal.replay import holds, refuse_changed_model
 from estune.pool.base import Description, Pool
 from estune.run.directory import RunDirectory

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from estune.errors import EstuneError
-from estune.journal.journal import base_checkpoint
+from estune.journal.base import base_checkpoint
 from estune.journal.records import Header
 from estune.study.report.runs import Run
 from estune.weights.checkpoint import Checkpoint
