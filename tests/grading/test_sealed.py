@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from estune.grading.expressions import Broken
 from estune.grading.sandbox import Limits, run_code
-from estune.grading.sealed import Broken, Sealed, literal, seal, values_of
+from estune.grading.sealed import Sealed, literal, seal, values_of
 from tests.sandboxes import available
 
 PROGRAM = """

@@ -1,8 +1,8 @@
 """Tests whose expected value never comes near the program.
 
 `assert f(2) == 4` is taken apart: the call goes into the sandbox, its result comes back as data, and the comparison is
-made here, by a small interpreter that knows literals, arithmetic, comparisons and a few functions, and executes
-nothing. So whatever a program does in its process, it passes only by returning the value.
+made here, by the interpreter of `expressions.py`, which executes nothing. So whatever a program does in its process, it
+passes only by returning the value.
 
 A test is sealed if it is made of plain statements (imports, assignments, definitions without checks) and `assert`s, or
 is HumanEval's `check(candidate)` with a body of these; and if in each `assert` every comparison has a side that needs
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -22,58 +20,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from estune.grading.expressions import CONSTANTS, FUNCTIONS, OPERATORS, PARTS, TYPES, Broken, Slot, dotted, evaluate
+
 _LONGEST = 50_000
-_MOST_DIGITS = 4_000
-_MOST_ITEMS = 100_000
 _MOST_PARTS = 300_000  # of syntax trees, where a name is counted as all that it stands for
 
-_OPERATORS: dict[type, Callable[..., Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
-    ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
-    ast.Not: operator.not_, ast.USub: operator.neg, ast.UAdd: operator.pos, ast.And: all, ast.Or: any,
-}  # fmt: skip
-_PARTS = (ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.expr_context)
-_TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)}
-_CONSTANTS = {"math.pi": math.pi, "math.e": math.e, "math.inf": math.inf, "math.nan": math.nan, **_TYPES}
-_NUMBER = (int, float, complex)
-
-
-def _range(*numbers: int) -> range:
-    found = range(*numbers)
-    if len(found) > _MOST_ITEMS:
-        raise Broken("too large")
-    return found
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **_TYPES, "abs": abs, "len": len, "max": max, "min": min, "round": round, "sorted": sorted, "sum": sum,
-    "isinstance": isinstance, "range": _range, "math.fabs": math.fabs, "math.isclose": math.isclose,
-    "math.sqrt": math.sqrt,
-}  # fmt: skip
 # What `f(x)` gives is handed to these inside: that tells no more of the expected value than `f(x)` does.
-_INSIDE = {*_TYPES, "len", "round", "sorted", "sum", "max", "min", "next", "any", "all"}
+_INSIDE = {*TYPES, "len", "round", "sorted", "sum", "max", "min", "next", "any", "all"}
 # What these give is never a literal.
 _NO_LITERAL = {"type", "range", "map", "zip", "filter", "reversed", "enumerate", "iter", "object", "bytearray"}
-_METHODS = {name for kind in _TYPES.values() for name in dir(kind)}
+_METHODS = {name for kind in TYPES.values() for name in dir(kind)}
 
 
 class Unsealed(Exception):
     """The test has another shape."""
-
-
-class Broken(Exception):
-    """What came back cannot be compared: a value is missing, or the operation does not take its type."""
-
-
-class Slot(ast.expr):
-    """Stands for a value that comes from the program."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +53,7 @@ class Sealed:
     def holds(self, values: Mapping[int, Any]) -> bool:
         """Whether all conditions hold, given the values of the slots as `literal` reads them."""
         try:
-            return all(_Values(values).visit(check) for check in self.checks)
+            return all(evaluate(check, values) for check in self.checks)
         except (Broken, ArithmeticError, LookupError, TypeError, ValueError, RecursionError, MemoryError):
             return False
 
@@ -237,7 +197,7 @@ class _Sealing(ast.NodeTransformer):
         """With slots for what is the program's; where there is none, a built-in name may have been given to it."""
         found = self._truth(node)
         if any(isinstance(part, ast.Call) for part in ast.walk(found)) and not _has_slot(found):
-            names = {_dotted(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
+            names = {dotted(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
             self._program.update(name for name in names if name not in self._bound)
             found = self._truth(node)
         return found
@@ -274,17 +234,17 @@ class _Sealing(ast.NodeTransformer):
         return self._may_compare(node.func, given) or any(self._may_compare(part, True) for part in arguments)
 
     def visit(self, node: ast.AST) -> Any:
-        """Slots for what is the program's; nothing is let through that `_Values` does not know."""
+        """Slots for what is the program's; nothing is let through that `evaluate` does not know."""
         return self._slot(node) if self._is_programs(node) else super().visit(node)
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
-        if not isinstance(node, _PARTS) and type(node) not in _OPERATORS:
+        if not isinstance(node, PARTS) and type(node) not in OPERATORS:
             raise Unsealed
         return super().generic_visit(node)
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         parts = [self.visit(part) for part in (node.left, *node.comparators)]
-        ranges = any(isinstance(part, ast.Call) and _dotted(part.func) == "range" for part in parts)  # no literals
+        ranges = any(isinstance(part, ast.Call) and dotted(part.func) == "range" for part in parts)  # no literals
         if ranges or any(_has_slot(left) and _has_slot(right) for left, right in pairwise(parts)):
             raise Unsealed
         return ast.Compare(parts[0], node.ops, parts[1:])
@@ -304,13 +264,13 @@ class _Sealing(ast.NodeTransformer):
         return self.visit_Attribute(node)
 
     def visit_Attribute(self, node: ast.Attribute | ast.Name) -> ast.AST:
-        if _dotted(node) not in _CONSTANTS or self._bound[_dotted(node)]:
+        if dotted(node) not in CONSTANTS or self._bound[dotted(node)]:
             raise Unsealed
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        name = _dotted(node.func)
-        if name not in _FUNCTIONS or self._bound[name] or None in [keyword.arg for keyword in node.keywords]:
+        name = dotted(node.func)
+        if name not in FUNCTIONS or self._bound[name] or None in [keyword.arg for keyword in node.keywords]:
             raise Unsealed
         keywords = [ast.keyword(keyword.arg, self.visit(keyword.value)) for keyword in node.keywords]
         return ast.Call(node.func, [self.visit(argument) for argument in node.args], keywords)
@@ -321,7 +281,7 @@ class _Sealing(ast.NodeTransformer):
             case ast.Call(ast.Name(name)):
                 if self._bound[name] or name in _NO_LITERAL:
                     return name in self._program
-                return name in self._program or self._goes_inside(name, node) or name not in _FUNCTIONS
+                return name in self._program or self._goes_inside(name, node) or name not in FUNCTIONS
             case ast.Call(ast.Attribute(value)) | ast.Attribute(value) | ast.Subscript(value):
                 return self._is_programs(value) or (isinstance(value, ast.Name) and value.id in self._objects)
             case ast.Call(ast.Call() as function):
@@ -367,79 +327,3 @@ def _assigned(statement: ast.AST) -> str | None:
 
 def _names(node: ast.AST) -> set[str]:
     return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-
-
-def _dotted(node: ast.expr) -> str:
-    match node:
-        case ast.Name(name):
-            return name
-        case ast.Attribute(ast.Name(module), name):
-            return f"{module}.{name}"
-    return ""
-
-
-class _Values(ast.NodeVisitor):
-    """Evaluates the expressions that `_Sealing` lets through."""
-
-    def __init__(self, values: Mapping[int, Any]) -> None:
-        self._given = values
-
-    def generic_visit(self, node: ast.AST) -> Any:
-        raise Broken(type(node).__name__)
-
-    def visit_Slot(self, node: Slot) -> Any:
-        return self._given[node.number]
-
-    def visit_Constant(self, node: ast.Constant) -> Any:
-        return node.value
-
-    def visit_Name(self, node: ast.Name | ast.Attribute) -> Any:
-        return _CONSTANTS[_dotted(node)]
-
-    visit_Attribute = visit_Name
-
-    def visit_BoolOp(self, node: ast.BoolOp) -> bool:
-        return bool(_OPERATORS[type(node.op)](self.visit(part) for part in node.values))
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:
-        return _OPERATORS[type(node.op)](self.visit(node.operand))
-
-    def visit_BinOp(self, node: ast.BinOp) -> Any:
-        return _arithmetic(node.op, self.visit(node.left), self.visit(node.right))
-
-    def visit_Compare(self, node: ast.Compare) -> bool:
-        numbers = [self.visit(part) for part in (node.left, *node.comparators)]
-        compared = zip(node.ops, pairwise(numbers), strict=True)
-        return all(_OPERATORS[type(operation)](*pair) for operation, pair in compared)
-
-    def visit_List(self, node: ast.List) -> list[Any]:
-        return [self.visit(item) for item in node.elts]
-
-    def visit_Tuple(self, node: ast.Tuple) -> tuple[Any, ...]:
-        return tuple(self.visit(item) for item in node.elts)
-
-    def visit_Set(self, node: ast.Set) -> set[Any]:
-        return {self.visit(item) for item in node.elts}
-
-    def visit_Dict(self, node: ast.Dict) -> dict[Any, Any]:
-        pairs = zip(node.keys, node.values, strict=True)
-        return {self.visit(key): self.visit(value) for key, value in pairs if key is not None}
-
-    def visit_Call(self, node: ast.Call) -> Any:
-        named = {keyword.arg or "": self.visit(keyword.value) for keyword in node.keywords}
-        return _FUNCTIONS[_dotted(node.func)](*map(self.visit, node.args), **named)
-
-
-def _arithmetic(operation: ast.operator, left: Any, right: Any) -> Any:
-    """Arithmetic of numbers; texts and lists may be added and repeated. Nothing may take long, or much memory."""
-    numbers = isinstance(left, _NUMBER) and isinstance(right, _NUMBER)
-    if isinstance(operation, ast.Mult) and not numbers:
-        size = len(left) * right if isinstance(right, int) else len(right) * left
-        if size > _MOST_ITEMS:
-            raise Broken("too large")
-    elif isinstance(operation, ast.Pow):
-        if not numbers or (isinstance(right, int) and abs(right) * math.log10(abs(left) + 1) > _MOST_DIGITS):
-            raise Broken("too large")
-    elif isinstance(operation, ast.Mod) and not numbers:
-        raise Broken("a format")
-    return _OPERATORS[type(operation)](left, right)
