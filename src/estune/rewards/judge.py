@@ -21,17 +21,13 @@ from estune.errors import EstuneError
 from estune.grading.convention import Row
 from estune.rewards import rubric as rubrics
 from estune.rewards.asking import Answer, Asker
-from estune.rewards.text import spelled
+from estune.rewards.text import listed, spelled
 
 log = logging.getLogger(__name__)
 
 _TRIAL = "Say hello."
 _PER = 1e6  # a price is for so many tokens
 _TAGS = frozenset(("prompt", "completion", "A", "B"))
-
-
-def _items(value: Any) -> Any:
-    return [item.strip() for item in value.strip("[]").split(",") if item.strip()] if isinstance(value, str) else value
 
 
 def _values(value: Any) -> Any:
@@ -56,7 +52,7 @@ class JudgeConfig(BaseModel):
         pattern=r"^\w+$",
     )
     rubric: str = Field(description="what makes a completion good: a text, or the path of a file that holds it")
-    columns: Annotated[list[str], BeforeValidator(_items)] = Field(
+    columns: Annotated[list[str], BeforeValidator(listed)] = Field(
         [], description="columns that the judge is shown beside prompt and completion, such as a reference answer"
     )
     compare_to: str | None = Field(

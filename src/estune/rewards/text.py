@@ -61,3 +61,8 @@ def spelled(value: Any) -> Any:
         return json.loads(value)
     except ValueError:
         return value
+
+
+def listed(value: Any) -> Any:
+    """The items of a text with commas between, in brackets or not, as from a command line; anything else as it is."""
+    return [item.strip() for item in value.strip("[]").split(",") if item.strip()] if isinstance(value, str) else value

@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from estune.config import Config
 from estune.errors import ACCEPT, EstuneError
+from estune.journal.identity import hash_of
 from estune.rewards.judge import JudgeConfig
 from estune.run.code import code_file, judges, references
 
@@ -58,7 +58,7 @@ def refuse_foreign(
             continue
         file = code_file(reference)
         known = set() if file is None else _known(str(file))
-        if file is not None and known and (accept or _digest(file.read_bytes()) in known):
+        if file is not None and known and (accept or hash_of(file.read_bytes()) in known):
             continue
         if known:
             raise EstuneError(f"{where}: {reference} has changed since you last ran it; go on by {ACCEPT}")
@@ -93,7 +93,7 @@ def remember(config: Config) -> None:
         for reference in _code(config):
             file = code_file(reference)
             if file is not None:
-                _note(str(file), _digest(file.read_bytes()))
+                _note(str(file), hash_of(file.read_bytes()))
         for judge in _judges(config):
             _note(_place(judge), "")
         for url in config.workers_at:
@@ -141,8 +141,4 @@ def _note(place: str, content: str) -> None:
 
 def _file(place: str) -> Path:
     root = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
-    return Path(root) / "estune" / "trusted" / _digest(place.encode())
-
-
-def _digest(content: bytes) -> str:
-    return blake2b(content, digest_size=16).hexdigest()
+    return Path(root) / "estune" / "trusted" / hash_of(place.encode())

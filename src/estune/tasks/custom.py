@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -12,13 +12,10 @@ from estune.grading.convention import Row, reward_name
 from estune.grading.rollout import by_program, with_rollout
 from estune.rewards.judge import Judge, JudgeConfig
 from estune.rewards.load import in_conversation, load_reward
+from estune.rewards.text import listed
 from estune.tasks.base import Task
 from estune.tasks.options import DataOptions
 from estune.tasks.records import Record, is_nan, require_columns
-
-
-def _items(value: Any) -> Any:
-    return [item.strip() for item in value.strip("[]").split(",") if item.strip()] if isinstance(value, str) else value
 
 
 class CustomConfig(DataOptions):
@@ -30,12 +27,12 @@ class CustomConfig(DataOptions):
     name: Literal["custom"] = Field("custom", description="the task")
     prompt_column: str = Field("prompt", description="column of the prompts: text, or messages")
     gold_column: str | None = Field(None, description="column of completions that must earn full marks, to check that")
-    rewards: Annotated[list[str], BeforeValidator(_items)] = Field(
+    rewards: Annotated[list[str], BeforeValidator(listed)] = Field(
         [],
         description="reward functions, with commas between: package.module.function, path/to/file.py:function, or a "
         "reward model",
     )
-    reward_weights: Annotated[list[float] | None, BeforeValidator(_items)] = Field(
+    reward_weights: Annotated[list[float] | None, BeforeValidator(listed)] = Field(
         None, description="one for each of them, the judge's last; 1 if not given"
     )
     judge: JudgeConfig | None = Field(

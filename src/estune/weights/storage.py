@@ -92,19 +92,19 @@ class CpuStorage:
         """As `Storage.perturb`."""
         from estune.weights.passes import perturb
 
-        self.each(lambda run: perturb(run, seed, sigma))
+        self._fill(lambda run: perturb(run, seed, sigma))
 
     def perturb_along(self, terms: Terms) -> None:
         """As `Storage.perturb_along`."""
         from estune.weights.passes import perturb_along
 
-        self.each(lambda run: perturb_along(run, terms))
+        self._fill(lambda run: perturb_along(run, terms))
 
     def restore(self) -> None:
         """As `Storage.restore`."""
         from estune.weights.passes import restore
 
-        self.each(restore)
+        self._fill(restore)
 
     def perturb_reversibly(self, seed: int, sigma: float) -> None:
         """As `Storage.perturb_reversibly`."""
@@ -143,6 +143,10 @@ class CpuStorage:
         """Do work on each run, spread over the threads; return the results, in order."""
         return list(map(work, self._runs) if self._threads is None else self._threads.map(work, self._runs))
 
+    def _fill(self, work: Callable[[Run], object]) -> None:
+        """Let `work` fill the live weights of each run."""
+        self.each(work)
+
     def _each_patched(self, work: Callable[[Run, Any, int, float], None], seed: int, sigma: float) -> None:
         """Do work on each run and its patches, with a seed and a sigma, spread over the threads."""
         each = map if self._threads is None else self._threads.map
@@ -165,26 +169,8 @@ class HostStorage(CpuStorage):
         super().__init__(runs, threads)
         self._copying = threading.Lock()  # PyTorch promises nothing of threads that copy to MPS at once
 
-    def perturb(self, seed: int, sigma: float) -> None:
-        """As `Storage.perturb`."""
-        from estune.weights.passes import perturb
-
-        self._write(lambda run: perturb(run, seed, sigma))
-
-    def perturb_along(self, terms: Terms) -> None:
-        """As `Storage.perturb_along`."""
-        from estune.weights.passes import perturb_along
-
-        self._write(lambda run: perturb_along(run, terms))
-
-    def restore(self) -> None:
-        """As `Storage.restore`."""
-        from estune.weights.passes import restore
-
-        self._write(restore)
-
-    def _write(self, work: Callable[[Run], object]) -> None:
-        """Let `work` fill the live weights of each run: memory of the CPU, which is then copied to the device."""
+    def _fill(self, work: Callable[[Run], object]) -> None:
+        """As that of `CpuStorage`, in memory of the CPU, which is then copied to the device."""
 
         def fill(run: Run) -> None:
             staged = torch.empty(len(run.live), dtype=run.live.dtype)
