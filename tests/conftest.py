@@ -139,6 +139,13 @@ def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the user's cache is in, which is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def synced_disks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is synced is on the disk, whose power may be cut."""
     monkeypatch.setattr(os, "fsync", posix.fsync)

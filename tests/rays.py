@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import pytest
 
 from estune.pool.ray.cluster import disconnect
 from estune.run.trainer import Trainer
+from tests.processes import until
 from tests.runs import make_config, make_task, slow_variety
 
 if TYPE_CHECKING:  # every test comes by here: warm processes are without Ray, and it may not be installed
@@ -108,10 +108,3 @@ def stop(pid: int) -> None:
     """Stop a process, and wait until it is: what it is asked now, it will not have begun."""
     os.kill(pid, signal.SIGSTOP)
     until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
-
-
-def until(condition: Callable[[], Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -78,6 +78,11 @@ def run(config: Config, *rewards: Any) -> Summary:
     return Trainer(config, task=make_task(*rewards), monitors=[]).train()
 
 
+def trained(config: Config) -> Path:
+    """The directory of a run that has been trained on the usual task."""
+    return run(config).run
+
+
 def train(output: Path, model: Path, **changes: Any) -> list[str]:
     """The fingerprints of a run's steps."""
     Trainer(make_config(output, model, **{"learning_rate": 0.02, **changes}), task=make_task(), monitors=[]).train()

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.processes import within
 
 
 @functools.cache
@@ -28,15 +29,8 @@ def available() -> bool:
 def nothing_left_behind(sandboxes_alone: None) -> Iterator[None]:
     before = helpers(), folders()
     yield
-    wait(lambda: (helpers(), folders()) == before, seconds=2)
+    within(2, lambda: (helpers(), folders()) == before)
     assert (helpers(), folders()) == before
-
-
-def wait(condition: Callable[[], bool], seconds: float) -> None:
-    """Until it holds, or so long."""
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
 
 
 def helpers() -> set[str]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-import psutil
+from tests.processes import alive, until
 
 CHILD = "from estune.children import watch_parent; watch_parent(); print('ready', flush=True)\nwhile True: pass"
 PARENT = f"""
@@ -22,10 +22,6 @@ sys.stdin.read()
 """
 
 
-def lives(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 def test_a_child_that_computes_ends_with_its_parent_and_not_with_the_thread_that_started_it() -> None:
     command = [sys.executable, "-P", "-c", PARENT]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
@@ -33,12 +29,9 @@ def test_a_child_that_computes_ends_with_its_parent_and_not_with_the_thread_that
         ready, pid = parent.stdout.readline().split()
         assert ready == "ready"
         time.sleep(0.7)  # more than it takes to look
-        assert lives(int(pid))
+        assert alive(int(pid))
         parent.kill()
-    deadline = time.monotonic() + 20
-    while lives(int(pid)):
-        assert time.monotonic() < deadline, "it computes for ever"
-        time.sleep(0.05)
+    until(lambda: not alive(int(pid)), 20)
 
 
 def test_what_a_new_session_spawns_belongs_to_it() -> None:

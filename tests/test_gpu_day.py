@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from bench.gpu import day
 from bench.gpu.day import STEPS, Step, run, run_all
 from bench.processes import Process
 from rich.console import Console
+
+from tests.processes import alive, until
 
 
 @pytest.mark.parametrize("name", ["weights", "training", "transformers"])
@@ -67,10 +67,7 @@ def test_what_a_step_has_started_ends_with_it(tmp_path: Path) -> None:
     code = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid)"
     assert run("starts", step_of(tmp_path, "starts", code), tmp_path, toy=False)["outcome"] == "passed"
     child = int((tmp_path / "starts.log").read_text())
-    deadline = time.monotonic() + 20
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not alive(child), 20)
 
 
 def test_what_was_found_before_an_interrupt_is_kept(tmp_path: Path) -> None:

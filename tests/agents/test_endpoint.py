@@ -21,16 +21,10 @@ from estune.engines.continuous import Batcher
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from tests.agents.conftest import Scripted, mark
-from tests.models import save_model
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 NEW = Sampling(8)
 SECONDS = 30
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
-    return TransformersEngine(save_model(tmp_path_factory.mktemp("model"), "llama", hidden_size=64, head_dim=32))
 
 
 @pytest.fixture(scope="module")

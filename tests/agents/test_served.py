@@ -7,11 +7,9 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from estune.agents.keeper import Keeper
@@ -19,6 +17,7 @@ from estune.agents.play import Limits
 from estune.completion import Completion
 from estune.engines.transformers import TransformersEngine
 from tests.agents.conftest import SAMPLING, Play, played
+from tests.processes import alive, until
 
 ROWS = [{"prompt": f"Say {n}", "number": n} for n in range(5)]
 
@@ -184,14 +183,7 @@ def test_what_a_program_started_ends_with_it(play: Play, tmp_path: Path) -> None
     assert played(done).reward == 1.0
     children = [int(pid) for pid in (tmp_path / "children").read_text().split()]
     assert len(children) == 2
-    deadline = time.monotonic() + 20
-    while any(map(_lives, children)):
-        assert time.monotonic() < deadline, "a child is left"
-        time.sleep(0.05)
-
-
-def _lives(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    until(lambda: not any(map(alive, children)), 20)
 
 
 def test_programs_end_with_the_process_that_started_them() -> None:

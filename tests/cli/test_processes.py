@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import QUICK
+from tests.processes import until
 from tests.warm import Closing
 
 
@@ -38,10 +39,7 @@ def test_sigterm_leaves_nothing_running(command: list[str], journal: str, code: 
         assert children
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == code
-        deadline = time.monotonic() + 20
-        while children & parents().keys() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not children & parents().keys()
+        until(lambda: not children & parents().keys(), 20)
     finally:
         for pid in {process.pid, *children} & parents().keys():
             os.kill(pid, signal.SIGKILL)

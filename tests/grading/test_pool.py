@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +31,7 @@ from estune.rewards.countdown import answer_reward
 from estune.rewards.load import load_reward
 from estune.tasks.mix import Only
 from tests.hostile_rewards import SAID, Touch, hold, obey, once_there, one_over, waits
+from tests.processes import alive, within
 
 
 def batch(texts: Sequence[str]) -> tuple[list[dict[str, Any]], list[Completion]]:
@@ -48,23 +49,6 @@ def one() -> Iterator[Grading]:
     """With a single grader: whoever comes after a completion meets what that has left behind."""
     with Grading([obey], processes=1) as grading:
         yield grading
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs: one that is dead, or dead and not yet waited for, does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
 
 
 def processes_with(text: str) -> list[int]:

@@ -17,7 +17,8 @@ import pytest
 from estune.errors import EstuneError
 from estune.grading import sandbox
 from estune.grading.sandbox import Limits, run_code
-from tests.sandboxes import available, folders, helpers, wait
+from tests.processes import within
+from tests.sandboxes import available, folders, helpers
 
 # Of wall time enough for a machine that stands still for a moment; what loops is ended by its processor time.
 LIMITS = Limits(wall=4, cpu=1, memory=256 << 20, disk=1 << 20, output=1000)
@@ -160,11 +161,11 @@ def killed_while_waiting(**more: Any) -> set[Path]:
             run_code("import time; time.sleep(20)  # sandbox's sleeper", limits=Limits(wall=30), **more)
         finally:
             os._exit(0)
-    wait(lambda: any(map(is_program, helpers())), seconds=5)
+    within(5, lambda: any(map(is_program, helpers())))
     assert len(helpers()) == 2
     os.kill(pid, 9)
     os.waitpid(pid, 0)
-    wait(lambda: not helpers(), seconds=2)
+    within(2, lambda: not helpers())
     assert not helpers()
     return folders() - before
 

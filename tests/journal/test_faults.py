@@ -20,28 +20,8 @@ from estune.journal.journal import Journal
 from estune.journal.replay import replay
 from estune.run.monitors.base import Monitor
 from estune.run.trainer import Trainer
-from tests import warm
+from tests.processes import children, until
 from tests.runs import assert_same_run, make_config, make_task, slow_variety
-
-
-def children(parent: int) -> list[int]:
-    """Processes that a process has started."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # ended in the meantime
-            continue
-        if int(fields[1]) == parent and fields[0] != "Z" and (folder / "comm").read_bytes().strip() != warm.NAME:
-            found.append(int(folder.name))
-    return found
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def started(folder: Path, model: Path, changes: dict[str, Any], steps: int) -> subprocess.Popen[str]:
@@ -56,7 +36,7 @@ def started(folder: Path, model: Path, changes: dict[str, Any], steps: int) -> s
         assert process.poll() is None, process.communicate()
         return journal.exists() and journal.read_text().count('"kind":"step"') >= steps
 
-    wait_until(far_enough)
+    until(far_enough)
     return process
 
 
@@ -68,7 +48,7 @@ def kill_after(steps: int, folder: Path, model: Path, changes: dict[str, Any], d
     time.sleep(delay)
     process.kill()
     process.communicate()
-    wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))  # no orphans
+    until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))  # no orphans
 
 
 @pytest.mark.parametrize(
@@ -176,4 +156,4 @@ def test_a_stopped_replica_ends_with_a_parent_that_is_killed(model: Path, tmp_pa
     os.kill(worker, signal.SIGSTOP)
     process.kill()
     process.communicate()
-    wait_until(lambda: not Path(f"/proc/{worker}").exists())
+    until(lambda: not Path(f"/proc/{worker}").exists())

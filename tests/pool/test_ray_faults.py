@@ -19,8 +19,9 @@ from estune.errors import EstuneError
 from estune.journal.journal import Journal
 from estune.pool.ray.handle import RayHandle
 from estune.run.trainer import Trainer
-from tests.journal.test_faults import children, started
-from tests.rays import kill_once, on_call, pid_of, stop, until, with_workers
+from tests.journal.test_faults import started
+from tests.processes import children, until
+from tests.rays import kill_once, on_call, pid_of, stop, with_workers
 from tests.run.test_staleness import assert_rewards_are_those_of_the_bases_named
 from tests.runs import assert_same_run, make_task, slow_variety, substance
 

@@ -34,7 +34,8 @@ from estune.pool.slots import compare
 from estune.pool.worker import StaleWeights
 from estune.run.trainer import Trainer
 from estune.study.probe import probe
-from tests.rays import until, with_workers
+from tests.processes import until
+from tests.rays import with_workers
 from tests.run.test_guard import assert_harm_is_taken_back
 from tests.run.test_search import ALL, SHARPNESS
 from tests.run.test_staleness import assert_rewards_are_those_of_the_bases_named

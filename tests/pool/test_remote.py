@@ -37,7 +37,7 @@ from estune.pool.worker import StaleWeights
 from estune.run.trainer import Trainer
 from tests.models import save_model
 from tests.pool.far import PROMPTS, SAMPLING, SECRET, handle, remote, trainer
-from tests.rays import until
+from tests.processes import until
 from tests.runs import assert_same_run, make_config, make_task, slow_variety
 from tests.servers import Served, serve_replica
 from tests.visions import picture, png

@@ -29,29 +29,21 @@ from estune.run.trainer import Trainer
 from estune.weights.adapted import open_checkpoint
 from estune.weights.adapters import Adapter
 from tests.models import save_model
-from tests.runs import PROMPTS, make_config, make_task, substance
+from tests.runs import PROMPTS, make_config, make_task, substance, trained
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's
+]
 
 FILE = "adapter_model.safetensors"
 NAME = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def adapted(output: Path, model: Path, **changes: Any) -> Config:
     adapter = {"rank": 3, "target": "q_proj,down_proj", "alpha": 12, **changes.pop("adapter", {})}
     return make_config(output, model, **{"sigma": 0.2, "learning_rate": 0.2, "adapter": adapter, **changes})
-
-
-def run(config: Config) -> Path:
-    Trainer(config, task=make_task(), monitors=[]).train()
-    assert config.output_dir is not None
-    return config.output_dir
 
 
 def with_peft(base: Path, adapter: Path) -> Any:
@@ -85,7 +77,7 @@ def test_a_new_adapter_is_noise_by_pefts_names_and_changes_nothing(model: Path) 
 def test_peft_loads_what_was_trained_and_says_the_same(kind: str, target: str, model: Path, tmp_path: Path) -> None:
     base = model if kind == "fused" else save_model(tmp_path / "base", hidden_act="gelu")  # no kernel has it
     before = (base / "model.safetensors").read_bytes()
-    folder = run(adapted(tmp_path / "run", base, adapter={"target": target}))
+    folder = trained(adapted(tmp_path / "run", base, adapter={"target": target}))
     assert (base / "model.safetensors").read_bytes() == before
     plain = with_peft(base, folder / "final")
     texts = texts_of(plain, base)
@@ -100,7 +92,7 @@ def test_peft_loads_what_was_trained_and_says_the_same(kind: str, target: str, m
 
 
 def test_a_step_is_the_papers_over_the_adapters_tensors(model: Path, tmp_path: Path) -> None:
-    folder = run(adapted(tmp_path / "run", model, steps=1))
+    folder = trained(adapted(tmp_path / "run", model, steps=1))
     journal = Journal.read(folder)
     (record,) = journal.steps
     assert np.std(record.of_members) > 0
@@ -115,8 +107,8 @@ def test_a_step_is_the_papers_over_the_adapters_tensors(model: Path, tmp_path: P
 
 
 def test_replicas_resuming_and_replay_give_the_same_bits(model: Path, tmp_path: Path) -> None:
-    one = run(adapted(tmp_path / "one", model))
-    two = run(adapted(tmp_path / "two", model, replicas=2, steps=2, save_steps=1))
+    one = trained(adapted(tmp_path / "one", model))
+    two = trained(adapted(tmp_path / "two", model, replicas=2, steps=2, save_steps=1))
     Trainer.resume(two, steps=4, task=make_task(), monitors=[]).train()
     a, b = Journal.read(one), Journal.read(two)
     assert [substance(r) for r in a.steps] == [substance(r) for r in b.steps]
@@ -133,7 +125,7 @@ def test_replicas_resuming_and_replay_give_the_same_bits(model: Path, tmp_path: 
 def test_another_base_is_refused(model: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(model, base)
-    folder = run(adapted(tmp_path / "run", base, steps=1))
+    folder = trained(adapted(tmp_path / "run", base, steps=1))
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"][0] += 1  # which no adapter is for
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
@@ -156,7 +148,7 @@ def test_an_adapter_of_pefts_own_is_trained_on(model: Path, tmp_path: Path) -> N
     options = peft.LoraConfig(r=2, use_rslora=True, target_modules=["v_proj", "up_proj"], modules_to_save=["norm"])
     given = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), options)
     given.save_pretrained(tmp_path / "given")
-    folder = run(adapted(tmp_path / "run", model, adapter={"path": str(tmp_path / "given")}, sigma=0.02))
+    folder = trained(adapted(tmp_path / "run", model, adapter={"path": str(tmp_path / "given")}, sigma=0.02))
     texts = texts_of(with_peft(model, folder / "final"), model)
     assert texts_of(load(folder), model) == texts
     final, start = load_file(folder / "final" / FILE), load_file(tmp_path / "given" / FILE)
@@ -183,7 +175,7 @@ def test_what_cannot_be_is_said_in_a_line(model: Path, tmp_path: Path) -> None:
 
 def test_runs_are_merged_as_those_of_a_model_are(model: Path, tmp_path: Path) -> None:
     """Twice the same steps, each with half the weight: the steps of one."""
-    one = run(adapted(tmp_path / "one", model, steps=1))
+    one = trained(adapted(tmp_path / "one", model, steps=1))
     merged = merge([one, one], tmp_path / "merged", [0.5, 0.5])
     found, expected = (load_file(folder / "final" / FILE) for folder in (merged, one))
     for name, tensor in expected.items():

@@ -43,7 +43,7 @@ from tests.quantized import (
     rewritten,
     torchao,
 )
-from tests.runs import assert_same_run, make_config, make_task, substance, variety_by_generate
+from tests.runs import assert_same_run, make_config, make_task, substance, trained, variety_by_generate
 
 FORMATS: dict[str, Any] = {
     "compressed-tensors": (INT4, lambda w: compressed(quantised(w, dtype=torch.bfloat16))),
@@ -73,12 +73,6 @@ def config(output: Path, model: Path, **changes: Any) -> Config:
     return make_config(output, model, **{**given, **changes})
 
 
-def run(config: Config) -> Path:
-    Trainer(config, task=make_task(), monitors=[]).train()
-    assert config.output_dir is not None
-    return config.output_dir
-
-
 def coded(base: Path) -> dict[str, CodedTensor]:
     return {n: t for n, t in Checkpoint(base).tensors.items() if isinstance(t, CodedTensor)}
 
@@ -88,7 +82,7 @@ def test_a_run_is_what_is_documented(method: str, bases: dict[str, Path], tmp_pa
     """From the checkpoint's own integers on, by `generate` with a member's weights, and the update, in NumPy."""
     base = bases[method]
     options: Any = {"weights": bits_for(method), "sigma": 0.05, "learning_rate": 0.3, "prompts_per_step": 3}
-    place = run(config(tmp_path / "run", base, carry_steps=1, **options))
+    place = trained(config(tmp_path / "run", base, carry_steps=1, **options))
     journal = Journal.read(place)
     tensors = coded(base)
     assert set(journal.header.tensors) == set(tensors)
@@ -124,18 +118,18 @@ def test_a_run_is_what_is_documented(method: str, bases: dict[str, Path], tmp_pa
 @formats
 def test_replayed_resumed_and_gone_on_from(method: str, bases: dict[str, Path], tmp_path: Path) -> None:
     options: Any = {"weights": bits_for(method), "carry_steps": 2}
-    whole = run(config(tmp_path / "whole", bases[method], steps=4, save_steps=2, **options))
+    whole = trained(config(tmp_path / "whole", bases[method], steps=4, save_steps=2, **options))
     assert verify(whole).steps == 4
     assert replay(whole, tmp_path / "replayed") == Journal.read(whole).fingerprint()
     final = (whole / "final" / "model.safetensors").read_bytes()
     assert (tmp_path / "replayed" / "model.safetensors").read_bytes() == final
-    part = run(config(tmp_path / "part", bases[method], steps=2, save_steps=2, carry="keep", **options))
-    further = run(config(tmp_path / "further", bases[method], steps=2, start_from=part, **options))
+    part = trained(config(tmp_path / "part", bases[method], steps=2, save_steps=2, carry="keep", **options))
+    further = trained(config(tmp_path / "further", bases[method], steps=2, start_from=part, **options))
     assert verify(further).steps == 4
     Trainer.resume(part, steps=4, task=make_task(), monitors=[]).train()
     a, b = Journal.read(whole), Journal.read(part)
     assert [substance(r) for r in a.steps] == [substance(r) for r in b.steps]
-    assert_same_run(run(config(tmp_path / "two", bases[method], steps=4, replicas=2, **options)), whole)
+    assert_same_run(trained(config(tmp_path / "two", bases[method], steps=4, replicas=2, **options)), whole)
     loaded = load(whole).state_dict()
     for name, tensor in Checkpoint(whole / "final").tensors.items():
         assert loaded[name].numpy().tobytes() == tensor.read().tobytes()
@@ -147,7 +141,7 @@ def test_replayed_resumed_and_gone_on_from(method: str, bases: dict[str, Path], 
 
 def test_a_run_is_evaluated_and_what_else_its_base_is_read_as_is_told(bases: dict[str, Path], tmp_path: Path) -> None:
     base = shutil.copytree(bases["gptq"], tmp_path / "base")
-    place = run(config(tmp_path / "run", base))
+    place = trained(config(tmp_path / "run", base))
     best = Journal.read(place).best
     assert best is not None
     assert evaluate_model(str(place), task=make_task())["eval_reward"] == pytest.approx(best.metrics["eval_reward"])
@@ -188,7 +182,7 @@ def test_transformers_loads_the_integers_that_were_trained(
     """Of what was quantised and what was not; packed while it multiplies, and widened as it is loaded."""
     pytest.importorskip("compressed_tensors")
     options: Any = {"weights": weights, "save_dtype": "packed", "learning_rate": 0.3}
-    place = run(config(tmp_path / "run", bases[method], **options))
+    place = trained(config(tmp_path / "run", bases[method], **options))
     proof = verify(place)
     assert "final" in proof.checkpoints
     exact = replay(place, tmp_path / "exact", dtype="float32")
@@ -217,7 +211,7 @@ def test_what_is_on_no_such_grid_is_laid_on_one_and_said(
     with caplog.at_level(logging.WARNING):
         Replica(config(tmp_path / "1", bases["awq"], weights="int8"))
         assert not caplog.messages
-        place = run(config(tmp_path / "run", bases["awq"]))
+        place = trained(config(tmp_path / "run", bases["awq"]))
     assert verify(place).steps == 2
     (said,) = {line for line in caplog.messages if "quantised matrices" in line}
     assert "14 of 14 quantised matrices are no integers of int4" in said
@@ -227,12 +221,12 @@ def test_what_is_on_no_such_grid_is_laid_on_one_and_said(
 
 def test_groups_that_do_not_divide_are_told_the_size_that_does(bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(EstuneError, match="32 neighbours share a scale.*set weights_group_size=32"):
-        run(config(tmp_path / "run", bases["gptq"], weights_group_size=64))
+        trained(config(tmp_path / "run", bases["gptq"], weights_group_size=64))
 
 
 def test_other_weights_than_integers_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     settings = config(tmp_path / "run", bases["gptq"], weights="master", weights_group_size=64, carry_steps=50)
-    for act in (lambda: run(settings), lambda: describe(settings)):
+    for act in (lambda: trained(settings), lambda: describe(settings)):
         with pytest.raises(EstuneError, match=r"quantised \(gptq\), .* train them as the integers that they are"):
             act()
     for what, changes, lacking in (

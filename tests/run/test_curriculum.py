@@ -16,7 +16,7 @@ from estune.journal.journal import Journal
 from estune.run.monitors.base import Monitor, Request
 from estune.run.trainer import Trainer
 from estune.tasks.mix import LABEL
-from tests.journal.test_faults import wait_until
+from tests.processes import until
 from tests.runs import assert_same_run, make_config
 
 # Full marks from the sixth step on: when a stage ends is then known beforehand.
@@ -146,7 +146,7 @@ def test_killed_and_resumed_takes_the_same_rows(
             assert process.poll() is None, process.communicate()
             return journal.exists() and journal.read_text().count('"kind":"step"') >= steps
 
-        wait_until(far_enough)
+        until(far_enough)
         process.kill()
         process.communicate()
     assert steps <= len(Journal.read(run).steps) < 10

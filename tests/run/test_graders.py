@@ -16,8 +16,7 @@ from estune.journal.journal import Journal
 from estune.render import RENDERER
 from estune.run.monitors.base import Monitor
 from estune.run.trainer import Trainer
-from tests.grading.test_pool import alive
-from tests.journal.test_faults import children
+from tests.processes import alive, children
 from tests.runs import assert_same_run, make_config, make_task, substance, variety
 
 SOURCE = """

@@ -19,14 +19,13 @@ from estune.journal.journal import Journal
 from estune.journal.replay import replay
 from estune.journal.verify import verify
 from estune.pool.replica import Replica
-from estune.run.trainer import Trainer
 from estune.study.estimate.needs import memory
 from estune.study.estimate.shapes import read_shape
 from estune.weights.checkpoint import Checkpoint
 from tests.grids import Latent
 from tests.kills import differences, killed_at
 from tests.models import save_model
-from tests.runs import assert_same_run, make_config, make_task, substance, variety_by_generate
+from tests.runs import assert_same_run, make_config, make_task, substance, trained, variety_by_generate
 from tests.sizes import FAST, amounts, make_work
 
 GROUP = 16
@@ -36,16 +35,10 @@ def config(output: Path, model: Path, **changes: Any) -> Config:
     return make_config(output, model, **{"weights": "int4", "weights_group_size": GROUP, "carry_steps": 3, **changes})
 
 
-def run(config: Config) -> Path:
-    Trainer(config, task=make_task(), monitors=[]).train()
-    assert config.output_dir is not None
-    return config.output_dir
-
-
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_a_run_is_what_is_documented(weights: str, model: Path, tmp_path: Path) -> None:
     """Every step again: `generate` per prompt with a member's weights, and the update, in NumPy."""
-    place = run(
+    place = trained(
         config(tmp_path / "run", model, weights=weights, learning_rate=0.05, prompts_per_step=3, carry_steps=2, steps=3)
     )
     base = Checkpoint(model)
@@ -83,8 +76,8 @@ def test_a_run_is_what_is_documented(weights: str, model: Path, tmp_path: Path) 
 
 
 def test_replicas_replay_and_verification(model: Path, tmp_path: Path) -> None:
-    one = run(config(tmp_path / "1", model, replicas=1, save_steps=2, carry="keep"))
-    two = run(config(tmp_path / "2", model, replicas=2, save_steps=2))
+    one = trained(config(tmp_path / "1", model, replicas=1, save_steps=2, carry="keep"))
+    two = trained(config(tmp_path / "2", model, replicas=2, save_steps=2))
     assert_same_run(one, two)
     assert replay(two, tmp_path / "all") == Journal.read(two).fingerprint()
     final = (two / "final" / "model.safetensors").read_bytes()
@@ -92,7 +85,7 @@ def test_replicas_replay_and_verification(model: Path, tmp_path: Path) -> None:
     proof = verify(two)
     assert (proof.steps, proof.fingerprints) == (4, 5)
     assert "checkpoint-2" in proof.checkpoints
-    further = run(config(tmp_path / "3", model, steps=2, start_from=one))
+    further = trained(config(tmp_path / "3", model, steps=2, start_from=one))
     assert verify(further).steps == 6
 
 
@@ -112,7 +105,7 @@ def test_killed_and_resumed(carry_steps: int, model: Path, tmp_path: Path) -> No
 def test_a_model_that_is_decoded_over_its_own_forward(tmp_path: Path) -> None:
     model = save_model(tmp_path / "base", "gemma", seed=1)
     options: Any = {"train_parameters": "*_proj.weight,lm_head.weight", "steps": 2}
-    place = run(config(tmp_path / "run", model, **options))
+    place = trained(config(tmp_path / "run", model, **options))
     engine = Replica(config(tmp_path / "other", model, **options)).engine
     assert isinstance(engine.decoder, Decoder)  # type: ignore[attr-defined]
     assert verify(place).steps == 2
@@ -167,13 +160,13 @@ def test_matrices_that_cannot_be_integers_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_only_from_one_of_the_same_grid(model: Path, tmp_path: Path) -> None:
-    one = run(config(tmp_path / "1", model, steps=1))
+    one = trained(config(tmp_path / "1", model, steps=1))
     with pytest.raises(EstuneError, match="grid of integers"):
-        run(config(tmp_path / "2", model, steps=1, carry_steps=2, start_from=one))
+        trained(config(tmp_path / "2", model, steps=1, carry_steps=2, start_from=one))
 
 
 def test_a_step_that_is_taken_back_is_part_of_what_is_carried_on(model: Path, tmp_path: Path) -> None:
-    place = run(config(tmp_path / "run", model, guard=0.0, steps=4, learning_rate=0.5))
+    place = trained(config(tmp_path / "run", model, guard=0.0, steps=4, learning_rate=0.5))
     assert any(r.metrics.get("taken_back") for r in Journal.read(place).steps)
     assert verify(place).steps == 4
     assert [substance(r)[3] for r in Journal.read(place).steps][-1] == Journal.read(place).fingerprint()

@@ -39,12 +39,10 @@ PACKAGES = {
     "torchao-8bit": "torchao",
 }
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the methods' libraries, to their own authors
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.filterwarnings("ignore"),  # of the methods' libraries, to their own authors
+]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 
 from estune.errors import EstuneError
 from estune.study.jobs import Jobs, claimed, complaint
+from tests.processes import until
 
 BOX = "╭────╮\n│ 3 │\n╰────╯\n"
 
@@ -71,13 +71,6 @@ def test_a_module_runs_and_says_why_it_failed(tmp_path: Path, source: str, error
     assert log.read_text().startswith("error: an earlier run's\n" + ("a b True\n" if error is None else ""))
 
 
-def waits_for(found: Any) -> None:
-    deadline = time.monotonic() + 60
-    while not found() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert found()
-
-
 @pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_no_child_outlives_its_study(tmp_path: Path, how: signal.Signals, stopped: bool) -> None:
@@ -99,12 +92,12 @@ def test_no_child_outlives_its_study(tmp_path: Path, how: signal.Signals, stoppe
         start_new_session=True,  # a signal is the study's alone
     )
     try:
-        waits_for(lambda: pid.is_file() and pid.read_text())
+        until(lambda: pid.is_file() and pid.read_text())
         if stopped:
             os.kill(int(pid.read_text()), signal.SIGSTOP)
         study.send_signal(how)
         study.wait(60)
-        waits_for(lambda: not psutil.pid_exists(int(pid.read_text())))
+        until(lambda: not psutil.pid_exists(int(pid.read_text())))
         assert not (tmp_path / "never").exists()  # what had not begun does not begin
     finally:
         study.kill()

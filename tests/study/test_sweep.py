@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from estune.journal.journal import FILE, Journal
 from estune.study.jobs import LOCK
 from estune.study.sweep import Space, Trial, name_of, split, sweep
 from estune.study.sweep_report import draw_effects, effect_chart, effects, groups, rows
+from tests.processes import until
 
 
 def settings(**changes: object) -> list[str]:
@@ -155,10 +155,7 @@ def test_an_interrupted_sweep_leaves_nothing_running(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-u", "-c", code], stderr=subprocess.DEVNULL)  # a warm one
     try:
         journal = folder / "seed=0" / FILE
-        deadline = time.monotonic() + 120
-        while not journal.is_file() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert journal.is_file()
+        until(journal.is_file)
         process.send_signal(signal.SIGINT)
         process.wait(60)
         assert process.returncode != 0

@@ -11,6 +11,7 @@ import pytest
 from estune.errors import EstuneError
 from estune.tasks.base import Task
 from estune.tasks.code import CodeConfig
+from tests.tasks.scores import scores
 
 pytestmark = pytest.mark.usefixtures("sandboxes_alone")
 
@@ -36,11 +37,6 @@ def build(folder: Path, train: Any = MBPP, evaluation: Any = HUMAN_EVAL) -> Task
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         names.append(str(folder / f"{name}.jsonl"))
     return CodeConfig(data=names[0], eval_data=names[1]).build(0)
-
-
-def scores(task: Task, rows: Any, completions: list[str]) -> list[Any]:
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    return list(task.reward_funcs[0](prompts=[""] * len(rows), completions=completions, **columns))
 
 
 def test_both_shapes_make_rows_of_the_same_columns(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from estune.grading.isolation import isolation_of
 from estune.rewards.gym import GymReward, generator_names
 from estune.tasks.base import Task
 from estune.tasks.gym import GymConfig
+from tests.tasks.scores import scores
 
 pytest.importorskip("reasoning_gym")
 
@@ -22,11 +23,6 @@ NO_GOLD = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_
 
 def build(name: str, **options: Any) -> Task:
     return GymConfig(**{"name": f"gym:{name}", "train_size": 6, "eval_size": 4, **options}).build(0)
-
-
-def scores(task: Task, rows: Any, completions: list[str]) -> list[Any]:
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    return list(task.reward_funcs[0](prompts=[""] * len(rows), completions=completions, **columns))
 
 
 @pytest.mark.parametrize(

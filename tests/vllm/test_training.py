@@ -24,8 +24,7 @@ from estune.run.monitors.base import Monitor
 from estune.run.trainer import Trainer
 from estune.study.probe import probe
 from estune.weights.checkpoint import Checkpoint
-from tests.grading.test_pool import alive
-from tests.rays import until
+from tests.processes import alive, until
 from tests.runs import assert_same_run, make_config, make_task, substance
 from tests.vllm.pairs import PROMPTS, UPDATE
 

@@ -177,8 +177,8 @@ class Trap:
         return Path.touch, (self.marker,)
 
 
-def test_a_pickle_that_runs_code(hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("own_cache")
+def test_a_pickle_that_runs_code(hostile: Path, tmp_path: Path) -> None:
     (hostile / "model.safetensors").unlink()
     file = hostile / "pytorch_model.bin"
     marker = tmp_path / "was-run"

@@ -15,21 +15,17 @@ from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import locate, pinned
 from tests.models import save_model
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def test_one_file(tmp_path: Path, cache: Path) -> None:
+def test_one_file(tmp_path: Path, own_cache: Path) -> None:
     model = save_model(tmp_path / "model", tie_word_embeddings=True)
     stored = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     embedding = stored["model.embed_tokens.weight"]
     torch.save({**stored, "lm_head.weight": embedding, "turned": embedding.T}, model / "pytorch_model.bin")
     found = locate(model)
-    assert found.is_relative_to(cache)
+    assert found.is_relative_to(own_cache)
     assert pinned(str(model)) == str(model)
     tensors = Checkpoint(found).tensors
     assert set(tensors) == {*stored, "lm_head.weight", "turned"}
