@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from estune.journal.journal import Journal
-from estune.run.card import CARD, PICTURE, model_card
+from estune.run.card import CARD, PICTURE, Card
 from estune.run.trainer import Trainer
 from tests.reports import make_run
 from tests.runs import make_config, make_task
@@ -39,7 +39,7 @@ def test_best_and_final_have_cards_that_the_hub_reads(run: Path, model: Path) ->
 
 def test_a_card_names_the_base_on_the_hub_and_the_command(tmp_path: Path) -> None:
     journal = Journal.read(make_run(tmp_path / "run", "someone/model@" + "0" * 40))
-    card = ModelCard(model_card(journal, "me/tuned", len(journal.steps), 400))
+    card = ModelCard(Card(journal, "me/tuned", len(journal.steps), 400).text())
     assert card.data.base_model == "someone/model"
     assert "estune train" in card.text
     assert "95% interval" in card.text

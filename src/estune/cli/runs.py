@@ -49,10 +49,8 @@ def train(
         from estune.pool.launch import launch_ahead
 
         launch_ahead(settings)
-        from estune.run.monitors import check_trackers
         from estune.run.trainer import Trainer
 
-        check_trackers(settings)  # before anything is written
         trainer = Trainer(settings)
     trainer.train()
 

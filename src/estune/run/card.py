@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from estune.charts.chart import Plot, Series
@@ -56,35 +57,12 @@ def write_cards(run: RunDirectory, problems: int) -> None:
     steps = {run.best: None if journal.best is None else journal.best.step, run.final: len(journal.steps)}
     for folder, step in steps.items():
         if step is not None and folder.is_dir():
-            write_card(folder, journal, f"{run.path.resolve().name}/{folder.name}", step, problems)
+            Card(journal, f"{run.path.resolve().name}/{folder.name}", step, problems).write(folder)
 
 
-def write_card(
-    folder: Path,
-    journal: Journal,
-    name: str,
-    step: int,
-    problems: int,
-    dataset: str | None = None,
-    *,
-    journal_only: bool = False,
-) -> None:
-    """Write a card and its picture into a checkpoint's directory; arguments as of `model_card`."""
-    if charts := _curves(journal, problems):
-        draw(charts, folder / PICTURE)
-    write_text(folder / CARD, model_card(journal, name, step, problems, dataset, journal_only=journal_only))
-
-
-def model_card(
-    journal: Journal,
-    name: str,
-    step: int,
-    problems: int,
-    dataset: str | None = None,
-    *,
-    journal_only: bool = False,
-) -> str:
-    """A card in Markdown, with the hub's metadata at its head.
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint of a run is.
 
     Args:
         journal: the run's.
@@ -94,28 +72,46 @@ def model_card(
         dataset: the hub's name of what it was trained on.
         journal_only: no checkpoint is there, only the journal that it is rebuilt from.
     """
-    trained = "All weights of" if journal.settings.get("adapter") is None else "A low-rank adapter (LoRA) of"
-    before = journal.evaluations[0] if journal.evaluations else None
-    kept = [e for e in journal.evaluations if e.step <= step and e.step - 1 not in journal.undone]
-    after = kept[-1] if kept else None
-    parts = [
-        f"---\n{_metadata(journal, name, after, dataset)}---",
-        f"# {name}",
-        f"{trained} {_base(journal)} fine-tuned on {journal.header.task} with Evolution Strategies "
-        "([arXiv 2509.24372](https://arxiv.org/abs/2509.24372)) by estune.",
-        *_training(journal, step),
-    ]
-    if _curves(journal, problems):
-        parts.append(f"![Learning curve]({PICTURE})")
-    if before is not None and after is not None:
-        parts += ["## Evaluation", *_evaluation(journal, before, after, problems)]
-    parts += [
-        "## Use",
-        _REBUILD.format(name=name, step=step) if journal_only else f"```python\n{_USE.format(name=name)}```",
-        "## Make it again",
-        *_again(journal, step),
-    ]
-    return "\n\n".join(parts) + "\n"
+
+    journal: Journal
+    name: str
+    step: int
+    problems: int
+    dataset: str | None = None
+    journal_only: bool = False
+
+    def write(self, folder: Path) -> None:
+        """Write the card and its picture into the checkpoint's directory."""
+        if charts := _curves(self.journal, self.problems):
+            draw(charts, folder / PICTURE)
+        write_text(folder / CARD, self.text())
+
+    def text(self) -> str:
+        """Markdown, with the hub's metadata at its head."""
+        journal = self.journal
+        trained = "All weights of" if journal.settings.get("adapter") is None else "A low-rank adapter (LoRA) of"
+        before = journal.evaluations[0] if journal.evaluations else None
+        kept = [e for e in journal.evaluations if e.step <= self.step and e.step - 1 not in journal.undone]
+        after = kept[-1] if kept else None
+        parts = [
+            f"---\n{_metadata(journal, self.name, after, self.dataset)}---",
+            f"# {self.name}",
+            f"{trained} {_base(journal)} fine-tuned on {journal.header.task} with Evolution Strategies "
+            "([arXiv 2509.24372](https://arxiv.org/abs/2509.24372)) by estune.",
+            *_training(journal, self.step),
+        ]
+        if _curves(journal, self.problems):
+            parts.append(f"![Learning curve]({PICTURE})")
+        if before is not None and after is not None:
+            parts += ["## Evaluation", *_evaluation(journal, before, after, self.problems)]
+        use = _REBUILD.format(name=self.name, step=self.step)
+        parts += [
+            "## Use",
+            use if self.journal_only else f"```python\n{_USE.format(name=self.name)}```",
+            "## Make it again",
+            *_again(journal, self.step),
+        ]
+        return "\n\n".join(parts) + "\n"
 
 
 def _metadata(journal: Journal, name: str, after: EvaluationRecord | None, dataset: str | None) -> str:

@@ -13,7 +13,7 @@ from estune.journal import compact
 from estune.journal.journal import Journal, is_run
 from estune.journal.replay import replay
 from estune.journal.signature import SIGNATURE, signature_of
-from estune.run.card import write_card
+from estune.run.card import Card
 from estune.run.directory import RunDirectory
 from estune.weights.rebuild import Told, unheard
 
@@ -60,7 +60,7 @@ def push(
         (folder / compact.FILE).write_bytes(compact.pack(journal.texts()))
         if (signature := signature_of(journal)).is_file():
             shutil.copy(signature, folder / SIGNATURE)
-        write_card(folder, journal, name, at, _problems(journal, place), journal_only=journal_only)
+        Card(journal, name, at, _problems(journal, place), journal_only=journal_only).write(folder)
         message = f"{'Journal' if journal_only else 'Weights and journal'} after step {at}"
         return upload(folder, name, message, token=token, revision=revision, private=private)
     finally:

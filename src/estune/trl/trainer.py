@@ -22,7 +22,7 @@ from estune.grading.convention import reward_name
 from estune.grading.isolation import refuse_grader
 from estune.journal.journal import FILE, Journal
 from estune.pool.open import open_to_generate, with_resources_to_generate
-from estune.run.card import model_card, write_card
+from estune.run.card import Card
 from estune.run.directory import BASE, RunDirectory, default_path, refuse_used
 from estune.run.held_out import HeldOut
 from estune.run.hub import upload
@@ -285,7 +285,7 @@ class ESTrainer:
         folder = make_temporary("hub")
         try:
             self.save_model(folder)
-            write_card(folder, *self._carded(name, dataset_name))
+            self._card(name, dataset_name).write(folder)
             return upload(
                 folder,
                 name,
@@ -303,14 +303,14 @@ class ESTrainer:
         Raises:
             EstuneError: there is no run yet.
         """
-        return model_card(*self._carded(name, dataset_name))
+        return self._card(name, dataset_name).text()
 
-    def _carded(self, name: str, dataset_name: str | None) -> tuple[Journal, str, int, int, str | None]:
-        """The parts of a card of the trained model."""
+    def _card(self, name: str, dataset_name: str | None) -> Card:
+        """The card of the trained model."""
         journal = Journal.read(self.directory.path)
         best = journal.best if self.args.load_best_model_at_end else None
         step = len(journal.steps) if best is None else best.step
-        return journal, name, step, len(self.task.evaluation), dataset_name
+        return Card(journal, name, step, len(self.task.evaluation), dataset_name)
 
     def _monitors(self, run: RunDirectory, config: Config) -> list[Monitor]:
         """The usual monitors, and that of the callbacks."""
