@@ -110,8 +110,8 @@ class NewRun:
 
     def begun(self, config: Config) -> None:
         """Let the run stay: all that it needs is there."""
-        self._run = None
         remember(config)
+        self._run = None
 
     def close(self) -> None:
         """Close the journal; a run that could not begin goes, so that the same command can be given again."""
