@@ -1,11 +1,11 @@
-"""What the commands do that is not training."""
+"""A run's best checkpoint, or any model, evaluated by itself; and with which settings and task."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack, chdir
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ def evaluate_model(
     from estune.engines.loading import open_encoder
     from estune.pool.open import open_to_generate, with_resources_to_generate
     from estune.pool.waiting import told_while_generating
+    from estune.run.evaluations import Evaluations, named
     from estune.run.graded import write_completions
-    from estune.run.held_out import HeldOut, refuse_unreachable
+    from estune.run.held_out import refuse_unreachable
 
     given = from_here(read(file, overrides or []))
     folder = Path.cwd()
@@ -76,32 +77,25 @@ def evaluate_model(
     config = config.model_copy(update={"adapter": adapter})
     config = with_resources_to_generate(on_this_machine(config, checkpoint or find_checkpoint(model)))
     refuse_unreachable(task, config)
+    if not task.evaluation:
+        raise EstuneError(f"task {task.name} has no evaluation set: give it one, or another task")
     for remark in of_evaluation(config):
         log.warning("%s", remark)
-    encoder = open_encoder(config)
     metrics = dict[str, float]()
     records = list[dict[str, Any]]()
     with ExitStack() as opened:
-        held_out = []
-        with chdir(folder):
-            watched_tasks = [options.build(config.seed) for options in config.watch]
-        for each in (task, *watched_tasks):
-            if not each.evaluation:
-                raise EstuneError(f"task {each.name} has no evaluation set: give it one, or another task")
-            held_out.append(HeldOut(each, config, encoder))
-            opened.callback(held_out[-1].close)
-        pool = open_to_generate(config, max(each.longest for each in held_out))
+        evaluations = Evaluations(task, config, open_encoder(config), folder)
+        opened.callback(evaluations.close)
+        pool = open_to_generate(config, evaluations.longest)
         opened.callback(pool.close)
-        for which in held_out:
-            name = which.task.name
-            asked = which.asked
-            what = f"completing {len(asked):,} prompts of {name}"
+        for name, held_out in evaluations:
+            asked = held_out.asked
+            what = f"completing {len(asked):,} prompts of {held_out.task.name}"
             places = len(asked) * config.max_new_tokens
             with told_while_generating(what, pool, sum(map(len, asked)), places):
-                found, graded = which.evaluate(pool)
-            watched = {f"watch/{name}/{key.removeprefix('eval_')}": value for key, value in found.items()}
-            metrics |= found if which is held_out[0] else watched
-            records += graded.records(task=name)
+                found, graded = held_out.evaluate(pool)
+            metrics |= named(name, found)
+            records += graded.records(task=held_out.task.name)
     if output is not None:
         write_completions(output, records)
     return metrics

@@ -1,9 +1,9 @@
-"""What a run evaluates: the held-out set of its task, and those of the tasks that it watches."""
+"""What is evaluated: the held-out set of a task, and those of the tasks that are watched beside it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, chdir
 from pathlib import Path
 
@@ -25,19 +25,23 @@ class Evaluations:
         task: the run's own.
         config: the settings; `watch` names the other tasks.
         encoder: makes token ids of the prompts.
-        grading: grades by the rewards of the run's own task.
         folder: from which files of watched tasks are named.
+        grading: grades by the rewards of the run's own task; what does, if None, ends with this.
 
     Raises:
         EstuneError: for a prompt that cannot be completed, or if there is something to watch and a set is empty.
     """
 
-    def __init__(self, task: Task, config: Config, encoder: PromptEncoder, grading: Grading, folder: Path) -> None:
+    def __init__(
+        self, task: Task, config: Config, encoder: PromptEncoder, folder: Path, grading: Grading | None = None
+    ) -> None:
         self.own = HeldOut(task, config, encoder, grading)
         """That of the run's own task."""
         self.watched: dict[str, HeldOut] = {}
         """Those of the tasks that are watched, by name."""
         with ExitStack() as opened:
+            if grading is None:
+                opened.callback(self.own.close)
             for options in config.watch:
                 with chdir(folder):
                     other = options.build(config.seed)
@@ -51,7 +55,12 @@ class Evaluations:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt; 0 where there is none."""
-        return max(each.longest for each in (self.own, *self.watched.values()))
+        return max(held_out.longest for _, held_out in self)
+
+    def __iter__(self) -> Iterator[tuple[str, HeldOut]]:
+        """The run's own, which comes first and has no name here, and the others with their tasks' names."""
+        yield "", self.own
+        yield from self.watched.items()
 
     @property
     def accuracies(self) -> dict[str, Task]:
@@ -86,11 +95,16 @@ class Evaluations:
         for name, watched in self.watched.items():
             begin(name, watched.asked)
             found, completed = watched.evaluate(generator)
-            metrics |= {f"watch/{name}/{key.removeprefix('eval_')}": value for key, value in found.items()}
+            metrics |= named(name, found)
             file = re.sub(r"[^\w.-]", "-", name)
             write_completions(run.completions(f"watch-{file}-{step:05d}"), completed.records(step=step))
         return metrics, graded
 
     def close(self) -> None:
-        """End what grades the watched tasks."""
+        """End what grades."""
         self._opened.close()
+
+
+def named(task: str, metrics: Mapping[str, float]) -> Mapping[str, float]:
+    """Metrics of a held-out set as they stand beside others': a watched task's under its name, the run's own as is."""
+    return {f"watch/{task}/{key.removeprefix('eval_')}": value for key, value in metrics.items()} if task else metrics

@@ -177,11 +177,12 @@ class Trainer:
         self.encoder = open_encoder(config)
         used = {i: task.train[i] for i in self.order.used(0, config.steps)}
         ids = encode_rows(self.encoder, task, used, "training row", make_sampling(config))
-        self.grading = make_grading(config, task, TrainerState(origin.steps, config.steps, rendering=config.rendering))
+        self.state = TrainerState(origin.steps, config.steps, rendering=config.rendering)
+        self.grading = make_grading(config, task, self.state)
         first = token_ids(self.encoder, task, (task.train[i] for i in self.order.rows(0)))
         opened.callback(self.grading.close)
         self._prompt_tokens = sum(map(len, first)) * config.samples_per_prompt // config.prompt_groups
-        self.evaluations = Evaluations(task, config, self.encoder, self.grading, origin.folder)
+        self.evaluations = Evaluations(task, config, self.encoder, origin.folder, self.grading)
         opened.callback(self.evaluations.close)
         origin.check(self.evaluations, hash_of_prompts(first, self.evaluations.own.prompt_ids))
         preflight(task, self.grading)
