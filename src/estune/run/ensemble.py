@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -36,7 +36,6 @@ from estune.run.evaluate import from_here, on_this_machine, settings_for, task_f
 from estune.run.graded import grade_completions
 from estune.run.held_out import HeldOut, refuse_unreachable
 from estune.run.make import make_grading, make_sampling
-from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
 from estune.weights.adapted import open_checkpoint
 from estune.weights.locate import check_name
@@ -154,15 +153,11 @@ def ensemble(
         raise EstuneError(f"{model} is no run, which has steps: leave out --step and --of-step")
     if POLICIES[config.weights].drifts:
         raise EstuneError("weights=inplace drifts, and members are to be around one base: set weights=copy")
-    insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}
     if journal is None:
         check_name(model)
     else:
         journal = journal if step is not None or journal.best is None else Journal.read(Path(model), journal.best.step)
-        if task is None:
-            task = task_for(journal, config, settings, **insists)
-        else:
-            refuse_foreign(model, config, settings, has_task=True, trust=trust_task, accept=accept_changes)
+        task = task_for(journal, config, settings, task, accept_changes=accept_changes, trust_task=trust_task)
     task = task or config.task.build(config.seed)
     name = config.model if journal is None else journal.base_model()
     config = with_resources(on_this_machine(config, name), journal.header.live_dtype if journal else None)

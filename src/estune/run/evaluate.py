@@ -65,10 +65,7 @@ def evaluate_model(
     if is_run(run):
         journal = Journal.read(run)
         folder = folder if "watch" in given else task_folder(journal, config, given)
-        if task is None:
-            task = task_for(journal, config, given, accept_changes=accept_changes, trust_task=trust_task)
-        else:
-            refuse_foreign(model, config, given, has_task=True, trust=trust_task, accept=accept_changes)
+        task = task_for(journal, config, given, task, accept_changes=accept_changes, trust_task=trust_task)
         refuse_changed_model(journal, checkpoint or find_checkpoint(model), accept=accept_changes, trained=True)
     else:
         check_name(model)
@@ -153,19 +150,39 @@ def _device_of(settings: Mapping[str, Any]) -> str:
     return str(settings["device"])
 
 
-def task_for(journal: Journal, config: Config, given: Mapping[str, Any], **insists: Any) -> Task:
+def task_for(
+    journal: Journal,
+    config: Config,
+    given: Mapping[str, Any],
+    task: Task | None = None,
+    *,
+    accept_changes: bool,
+    trust_task: bool,
+) -> Task:
     """The task of a run, or the one that the user gave instead.
 
     Args:
         journal: the run's.
         config, given: its settings, and what the user gave of them.
-        insists: as `task_of` takes it.
+        task: the user's own, whatever the run was trained on.
+        accept_changes, trust_task: as `task_of` takes them.
 
     Raises:
         EstuneError: as `task_of`.
     """
     run = str(journal.run)
+    if task is not None:
+        refuse_foreign(run, config, given, has_task=True, trust=trust_task, accept=accept_changes)
+        return task
     remedy = f"evaluate it from Python, with estune.evaluate_model({run!r}, task=...)"
     other_data = not given.keys().isdisjoint(("task", "seed"))
-    task, _ = task_of(journal, config, given, remedy, other_data=other_data, **insists)
-    return task
+    found, _ = task_of(
+        journal,
+        config,
+        given,
+        remedy,
+        other_data=other_data,
+        accept_changes=accept_changes,
+        trust_task=trust_task,
+    )
+    return found

@@ -1,4 +1,4 @@
-"""What a run goes on from: its own journal, or another run's; with which settings, on which task."""
+"""A run that is to go on: its journal, cleared of what a kill left, and with which settings and on which task."""
 
 from __future__ import annotations
 
