@@ -14,16 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from estune.errors import EstuneError
-from estune.es.evolution import EvolutionStrategy
 from estune.es.update import terms
 from estune.journal.journal import Journal
-from estune.journal.records import Header, StepRecord
 from estune.journal.replay import replay
 from estune.run.trainer import Trainer
 from estune.weights import rebuild
 from estune.weights.checkpoint import Checkpoint
-from estune.weights.parameters import trained_parameters
-from estune.weights.weights import Weights
+from tests.journal.histories import write_history
 from tests.models import save_model
 from tests.runs import make_config, make_task
 
@@ -34,43 +31,13 @@ module: Any = importlib.import_module("estune.journal.replay")  # `estune.journa
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run's directory with a journal of a few steps, as training would have written it."""
-    base = Checkpoint(save_model(tmp_path / "model"))
-    model = AutoModelForCausalLM.from_pretrained(base.path)
-    weights = Weights(trained_parameters(model, base.tensors))
-    header = Header(
-        model=str(base.path),
-        base_hash=base.content_hash(),
-        policy="master",
-        rounding="nearest",
-        noise="iid",
-        dtype=weights.rule.dtype,
-        live_dtype="float32",
-        tensors={p.name: list(p.aliases) for p in weights.parameters},
-        fingerprint=weights.fingerprint(),
-        task="",
-        data_hash="",
-        config={},
-        packages={},
-        created="2026-01-01T00:00:00+00:00",
-    )
-    folder = tmp_path / "run"
-    folder.mkdir()
-    journal = Journal.create(folder, header)
-    strategy = EvolutionStrategy(population=MEMBERS, sigma=0.01)
-    for _ in range(STEPS):
-        rewards: list[float | None] = [float(i) for i in range(MEMBERS)]
-        rate = strategy.learning_rate
-        update = strategy.tell(rewards)
-        weights.apply(update)
-        journal.append_step(StepRecord(update, rate, rewards, [], weights.fingerprint()))
-    journal.close()
-    base.write(folder / "trained", weights.runs(), "float32")
-    return folder
+    write_history(tmp_path / "run", save_model(tmp_path / "model"), STEPS, population=MEMBERS)
+    return tmp_path / "run"
 
 
 def test_rebuilds_what_training_had(run: Path, tmp_path: Path) -> None:
     assert replay(run, tmp_path / "out") == Journal.read(run).steps[-1].fingerprint
-    trained, found = (load_file(p / "model.safetensors") for p in (run / "trained", tmp_path / "out"))
+    trained, found = (load_file(p / "model.safetensors") for p in (run / "final", tmp_path / "out"))
     base = load_file(tmp_path / "model" / "model.safetensors")
     assert trained.keys() == found.keys() == base.keys()
     assert all(torch.equal(trained[name], found[name]) for name in trained)
