@@ -27,8 +27,8 @@ from estune.weights.adapted import open_checkpoint
 from estune.weights.checkpoint import Checkpoint
 from tests.models import build_tokenizer, save_model
 from tests.quantized import WIDTHS, save_quantized
-from tests.run.test_adapter import FILE, PROMPTS, adapted, run, texts_of
-from tests.runs import make_config, make_task, substance
+from tests.run.test_adapter import FILE, PROMPTS, adapted, texts_of
+from tests.runs import make_config, make_task, substance, trained
 
 PACKAGES = {
     "fp8": "accelerate",
@@ -63,7 +63,7 @@ def test_an_adapter_is_trained_over_quantised_weights(method: str, wide: Path, t
     pytest.importorskip(PACKAGES[method])
     base = save_quantized(wide, tmp_path / "base", method)
     before = (base / "model.safetensors").read_bytes()
-    one = run(adapted(tmp_path / "one", base, steps=2, save_steps=1))
+    one = trained(adapted(tmp_path / "one", base, steps=2, save_steps=1))
     assert (base / "model.safetensors").read_bytes() == before
     assert Journal.read(one).steps[0].rewards != Journal.read(one).steps[1].rewards
     if method != "bitsandbytes-8bit":  # LLM.int8() rounds a row's activations by what is beside it in a batch
@@ -73,7 +73,7 @@ def test_an_adapter_is_trained_over_quantised_weights(method: str, wide: Path, t
         assert [c.text for c in engine.generate(engine.encode(PROMPTS[::3]), sampling)] == texts
     replay(one, tmp_path / "replayed")
     assert (one / "final" / FILE).read_bytes() == (tmp_path / "replayed" / FILE).read_bytes()
-    two = run(adapted(tmp_path / "two", base, steps=1))
+    two = trained(adapted(tmp_path / "two", base, steps=1))
     Trainer.resume(two, steps=2, task=make_task(), monitors=[]).train()
     a, b = Journal.read(one), Journal.read(two)
     assert [substance(r) for r in a.steps] == [substance(r) for r in b.steps]
@@ -118,7 +118,7 @@ def test_quantised_weights_themselves_are_not_trained(wide: Path, tmp_path: Path
     base = save_quantized(wide, tmp_path / "base", "fp8")
     config = make_config(tmp_path / "run", base)
     for act in (
-        lambda: run(config),
+        lambda: trained(config),
         lambda: describe(config),
         lambda: estimate_run(overrides=[f"model={base}", "device=cpu"]),
     ):
