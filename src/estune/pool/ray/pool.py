@@ -47,7 +47,7 @@ class RayPool(CrewPool):
         return ray.put(prompt_ids)  # sent to a node once a step, not once a member
 
     def members_at_once(self) -> int:
-        """As `CrewedPool.members_at_once`."""
+        """As `CrewPool.members_at_once`."""
         return self._slots
 
     @cached_property
