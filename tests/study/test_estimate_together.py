@@ -16,11 +16,12 @@ from estune.engines.vllm.engine import slots_for
 from estune.es.strategy import Member
 from estune.pool.replica import Replica, drawn
 from estune.study.estimate.estimate import choices
+from estune.study.estimate.machines import Device
 from estune.study.estimate.needs import memory
 from estune.study.estimate.plan import Plan
 from estune.study.estimate.run import estimate_run
 from estune.study.estimate.shapes import read_shape
-from estune.study.estimate.times import Times
+from estune.study.estimate.times import VLLM_STEP, Times
 from estune.weights.weights import Weights
 from tests.sizes import FAST, QWEN_HALF_B, ROUND, amounts, make_work, write_config
 
@@ -121,7 +122,7 @@ def test_who_is_decoded_alone(tmp_path: Path) -> None:
         (qwen, ["weights=inplace"], "one by one"),
         (qwen, ["noise=iid"], "one by one"),
         (qwen, ["workers=2"], "one by one"),
-        (qwen, ["engine=vllm"], "one by one"),
+        (qwen, ["engine=vllm"], "low-rank slots"),
         (qwen, ["adapter.rank=4"], "one by one"),
         (mamba, [], "one by one"),
     ):
@@ -143,3 +144,79 @@ def test_adapters_in_vllm_are_decoded_in_slots(tmp_path: Path) -> None:
     fewer = estimate_run(None, [*options, "vllm_max_loras=4"], gpu="h100", new_tokens=100)
     assert (fewer.work.together, fewer.speeds[0].rows) == (4, 256)
     assert vllm.step < fewer.speeds[0].step < ours.step
+
+
+def test_low_rank_members_in_slots_by_hand() -> None:
+    # Of 900,000 rows and columns 700,000 are of layers, and 100,000 elements are of vectors.
+    shape = replace(SHAPE, layered=7 * 10**5, vocabulary=10**5, hidden=10**4, output=10**9)
+    work = make_work(engine="vllm", rank=1, way="low-rank slots", together=4, rows=16)
+    one, eight = (amounts(memory(shape, replace(work, rank=rank), FAST, 100))["members in slots"] for rank in (1, 2))
+    # Four slots of the layers, five of the rest in bfloat16, and a member's vectors in float32. Of rank two, layers
+    # have room for eight.
+    assert one == 2 * (4 * 700_000 + 5 * 300_000) + 4 * 1_000_000
+    assert eight == 2 * (4 * 8 * 700_000 + 5 * (2 * 200_000 + 100_000)) + 4 * (2 * 900_000 + 100_000)
+    split = amounts(memory(shape, replace(work, parallel=2), FAST, 100))["members in slots"]
+    assert split == 4 * 700_000 + 5 * 300_000 + 4 * 1_000_000
+    found = amounts(Plan(Times(shape, work, FAST), np.full(1, 101.0)).items())
+    # Batches of 4, 4 and 2 members. A token takes 4 ms, in which 4 GB of weights are read, and 0.3 beside its kernels.
+    assert found["generate"] == pytest.approx(3 * 100 * (0.004 + VLLM_STEP), rel=0.02)
+    assert found["perturb"] == pytest.approx(0.006 + 10 * 1e-5)  # as where a model's own forward decodes them
+    gap = replace(FAST, gap=1e-6)
+    alone = replace(work, way="one by one", together=1)
+    (slow,), (quick,) = (Times(shape, each, gap).generate(np.full((1, 16), 2.0)) for each in (work, alone))
+    # Ten kernels more in each of 10 layers, and of four members a million elements are read.
+    assert slow - quick == pytest.approx(100e-6 + 4 * 2 * 1e6 / 1e12)
+
+
+def test_products_of_low_rank_members_in_slots_by_hand() -> None:
+    shape = replace(SHAPE, layered=7 * 10**5, vocabulary=10**5, hidden=10**4)
+    gpu = replace(FAST, bandwidth=1e30, decode=1e12)
+    cpu = replace(gpu, is_gpu=False, outer=1e9)
+    work = make_work(engine="vllm", rank=1, way="low-rank slots", together=4, rows=16)
+
+    def added(rank: int, device: Device) -> float:
+        ways = replace(work, rank=rank), replace(work, way="one by one", together=1)
+        (beside,), (without,) = (Times(shape, each, device).generate(np.full((1, 16), 2.0)) for each in ways)
+        return float(beside - without)
+
+    # A row multiplies its member's vectors, of layers 8 times as many beyond rank one, and the head's of all slots.
+    assert added(1, gpu) == pytest.approx(2 * 16 * (700_000 + 5 * 110_000) / 1e12)
+    assert added(2, gpu) == pytest.approx(2 * 16 * (8 * 700_000 + 5 * 2 * 110_000) / 1e12)
+    # On a CPU those of rank one are added element by element.
+    assert added(1, cpu) == pytest.approx(added(1, gpu) + 2 * 16 * 700_000 / 1e9)
+    assert added(2, cpu) == added(2, gpu)
+
+
+def test_which_low_rank_members_vllm_has_slots_for(tmp_path: Path) -> None:
+    qwen = write_config(tmp_path / "qwen", SMALL)
+    moe = write_config(tmp_path / "moe", {**SMALL, "model_type": "qwen3_moe", "num_experts": 8})
+    low_rank = ["noise=rank1", "engine=vllm", "population=12", "prompts_per_step=8"]
+    for model, options, together in (
+        (qwen, [], 12),
+        (qwen, ["train_parameters=*_proj.weight", "noise=rank8"], 12),
+        (qwen, ["weights=exact_inplace"], 12),
+        (qwen, ["workers=2"], 6),
+        (qwen, ["prompt_groups=2"], 6),
+        (qwen, ["vllm_max_loras=5"], 5),
+        (qwen, ["vllm_max_loras=1"], 1),
+        (qwen, ["train_parameters=*norm.weight"], 1),
+        (qwen, ["weights=inplace"], 1),
+        (qwen, ["dtype=float32"], 1),
+        (qwen, ["workers_at=http://there:8000"], 1),
+        (moe, [], 1),
+        (moe, ["train_parameters=*_proj.weight,!*.experts.*"], 12),
+    ):
+        found = estimate_run(None, [f"model={model}", *low_rank, *options], gpu="h100").work
+        assert (found.way, found.together) == ("low-rank slots" if together > 1 else "one by one", together), options
+    on_cpu = estimate_run(None, ["model=tiny", *low_rank, "dtype=float32", "device=cpu", "threads=1"]).work
+    assert (on_cpu.way, on_cpu.together) == ("low-rank slots", 12)
+
+
+def test_splits_have_slots_for_as_many_members_as_they_have(tmp_path: Path) -> None:
+    model = write_config(tmp_path, SMALL)
+    options = [f"model={model}", "engine=vllm", "noise=rank1", "population=8", "prompts_per_step=64"]
+    found = estimate_run(None, options, gpu="h100", new_tokens=100)
+    few, *_, many = found.splits
+    assert (few.population, found.work.together, many.population) == (2, 8, 32)
+    # All have the same completions in one batch: with more members a little more is read and drawn.
+    assert few.step < many.step < 1.5 * few.step

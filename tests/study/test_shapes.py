@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from estune.engines.loading import language_tensors
 from estune.errors import EstuneError
 from estune.study.estimate.shapes import read_shape
+from estune.weights.checkpoint import Checkpoint
 from tests.models import build_config
 from tests.sizes import (
     GEMMA2_2B,
@@ -19,6 +21,7 @@ from tests.sizes import (
     QWEN_HALF_B,
     write_config,
 )
+from tests.visions import save_vision
 
 FEW_LAYERS = {**QWEN_HALF_B, "num_hidden_layers": 2}  # of which a forward takes a tenth of the time
 
@@ -77,6 +80,16 @@ def test_trained_parameters_are_those_of_the_pattern(tmp_path: Path) -> None:
     assert read_shape(folder, "*mlp*").trained == 2 * 3 * 896 * 4864
     with pytest.raises(EstuneError, match=r"'nothing\.\*'; names look like model\.embed_tokens\.weight"):
         read_shape(folder, "nothing.*")
+
+
+@pytest.mark.parametrize("family", ["idefics3", "gemma3"])
+def test_of_a_model_that_sees_its_language_model_is_trained(tmp_path: Path, family: str) -> None:
+    checkpoint = Checkpoint(save_vision(tmp_path, family))
+    spoken = language_tensors(checkpoint)
+    shape = read_shape(tmp_path, "auto")
+    assert shape.trained == sum(checkpoint.tensors[name].elements for name in spoken) < shape.parameters
+    assert not shape.slotted  # for members that add to its table of embeddings
+    assert read_shape(tmp_path, "*language_model.*_proj.weight,*text_model.*_proj.weight").slotted
 
 
 def test_a_model_without_attention_caches_no_keys(tmp_path: Path) -> None:

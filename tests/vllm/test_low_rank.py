@@ -18,7 +18,7 @@ from estune.config import Config
 from estune.engines.transformers import TransformersEngine
 from estune.engines.vectors import Vectors
 from estune.engines.vllm import internals, lora
-from estune.engines.vllm.additions import Additions, Rows
+from estune.engines.vllm.additions import Additions, Rows, Stacks
 from estune.engines.vllm.engine import VllmEngine, slots_for
 from estune.engines.vllm.low_rank import LowRankWeights, slotted_tensors
 from estune.engines.vllm.open import open_vllm
@@ -28,6 +28,7 @@ from estune.engines.vllm.weights import VllmWeights
 from estune.errors import EstuneError
 from estune.es.strategy import Member
 from estune.noise.reference import low_rank_by_id, normal_by_id, tensor_id
+from estune.study.estimate.run import estimate_run
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import locate
 from tests.visions import save_vision
@@ -292,6 +293,23 @@ def test_what_has_no_slots_is_said_with_what_to_set(
     for silent in ({"noise": "iid"}, {"weights": "inplace"}, {"vllm_max_loras": 1}):
         assert matrices(tiny, **silent) == []
         assert not caplog.records
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.usefixtures("alone_here")
+def test_slots_take_the_memory_that_is_estimated(tiny: Path, rank: int) -> None:
+    def taken(worker: Any) -> int:
+        stacks: list[Stacks] = list(worker.model_runner.estune_additions.stacks.values())
+        beside = [part for each in stacks for part in (each.rows, each.columns) if part is not None]
+        return sum(tensor.nbytes for tensor in [*lora.stacked(worker).values(), *beside])
+
+    given = [f"model={tiny}", "engine=vllm", f"noise=rank{rank}", "dtype=float32", "device=cpu", "vllm_max_loras=4"]
+    found = estimate_run(None, given)
+    (expected,) = (item.amount for item in found.memory if item.name == "members in slots")
+    with opened_with(tiny, noise=f"rank{rank}", sigma_scale={}) as (engine, _):
+        (held,) = engine.llm.collective_rpc(taken)
+    padding = 5 * rank * (-found.shape.vocabulary % 64)  # vLLM's, of the table's rows
+    assert held == expected + 4 * (padding - found.shape.vectors(rank))
 
 
 def test_groups_of_members_have_slots_for_one(tiny: Path) -> None:

@@ -187,7 +187,8 @@ class Additions:
         self._slots = slots
         self._rank = rank
         self._dtype = dtype
-        self._stacks: dict[int, Stacks] = {}  # by the address of vLLM's tensor: a tied head has the table's
+        self.stacks: dict[int, Stacks] = {}
+        """By the address of vLLM's tensor: a tied head has the table's."""
         rows = Rows(wrapper, slots)
         for module in model.modules():
             self._serve(module, rows)
@@ -204,7 +205,7 @@ class Additions:
         Raises:
             EstuneError: no module serves it.
         """
-        stacks = self._stacks.get(live.data_ptr())
+        stacks = self.stacks.get(live.data_ptr())
         part = place.part
         whole = columns is None or (part.column == 0 and part.width == columns.shape[1])
         if stacks is None or not whole:
@@ -235,14 +236,14 @@ class Additions:
             _Norm(module, rows, plain, self._stacks_of(module.weight), None if bias is None else self._stacks_of(bias))
 
     def _stacks_of(self, parameter: Tensor) -> Stacks:
-        found = self._stacks.get(parameter.data_ptr())
+        found = self.stacks.get(parameter.data_ptr())
         if found is None:
             rank = self._rank if parameter.ndim == 2 else 1
             rows, *columns = (
                 torch.zeros(self._slots + 1, 1, rank, size, dtype=self._dtype, device=parameter.device)
                 for size in parameter.shape
             )
-            found = self._stacks[parameter.data_ptr()] = Stacks(rows, *columns)
+            found = self.stacks[parameter.data_ptr()] = Stacks(rows, *columns)
         return found
 
 

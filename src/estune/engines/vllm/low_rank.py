@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,16 +54,28 @@ def slotted_tensors(checkpoint: Checkpoint, config: Config, *, on_cpu: bool) -> 
     spoken = language_tensors(checkpoint, trust_remote_code=config.trust_remote_code)
     matrices = {name: shape for name, shape in lora.matrices(shapes).items() if name in spoken}
     trained = {name: shapes[name] for name in shapes if fits(name, config.train_parameters, spoken=name in spoken)}
-    speaks = len(spoken) == len(shapes)  # of what sees, vLLM looks up some of a batch's tokens
-    other = next((n for n, shape in trained.items() if n not in matrices and not (speaks and _beside(n, shape))), None)
-    if other is None and matrices.keys() & trained:
+    why = unslotted(trained, matrices, speaks=len(spoken) == len(shapes))
+    if why is None:
         return trained
-    why = "no matrix of a layer" if other is None else f"{other} too, for which vLLM has no slots"
     say_alone(
         f"train_parameters={config.train_parameters} trains {why}: to decode many in one batch set "
         f"train_parameters={_pattern(shapes, matrices)}"
     )
     return {}
+
+
+def unslotted(trained: Shapes, matrices: Collection[str], *, speaks: bool) -> str | None:
+    """What is trained that members cannot be in slots for; None if they can.
+
+    Args:
+        trained: the tensors.
+        matrices: names of those that LoRA layers are for, trained or not.
+        speaks: whether the model takes text alone: of what sees, vLLM looks up some of a batch's tokens.
+    """
+    other = next((n for n, shape in trained.items() if n not in matrices and not (speaks and _beside(n, shape))), None)
+    if other is not None:
+        return f"{other} too, for which vLLM has no slots"
+    return None if any(name in matrices for name in trained) else "no matrix of a layer"
 
 
 def _beside(name: str, shape: tuple[int, ...]) -> bool:

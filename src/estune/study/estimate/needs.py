@@ -18,12 +18,13 @@ from estune.weights.policies import BYTES, PATCHED, POLICIES, PolicyName
 PREFILL_HIDDEN = 4  # activations alive at once in a layer, of the residual's size
 PREFILL_WIDTH = 3  # and of the widest size
 WIDENED = 2  # matrices of integers that are widened at once, as those of one input are one
+SLOT_RANK = 8  # of vLLM's LoRA layers, for noise of rank 2 to 8
 CPU_PROCESS = 4 * GB // 10  # Python, torch and compiled kernels, each replica anew
 
 Place = Literal["device", "host"]
-Way = Literal["one by one", "fused", "forward", "slots"]
+Way = Literal["one by one", "fused", "forward", "slots", "low-rank slots"]
 """How an engine decodes members: those of low rank together, by the kernels for the CPU or by the model's own forward
-(`engines/together.py`), and those of an adapter in vLLM's slots."""
+(`engines/together.py`); and in vLLM's slots those of an adapter, or those of low rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,12 @@ class Work:
     @property
     def over_base(self) -> bool:
         """Whether members are added to what the base computes, and no weights are perturbed."""
-        return self.way in {"fused", "forward"}
+        return self.way in {"fused", "forward", "low-rank slots"}
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a CPU adds what a row's member does element by element, and not by products of matrices."""
+        return self.over_base and (self.way != "low-rank slots" or self.rank == 1)
 
     def members_of_job(self, engines: int) -> int:
         """Members that an engine is given at a time, with so many engines.
@@ -128,6 +134,13 @@ class Work:
 def trained(shape: Shape, work: Work) -> int:
     """Elements that are trained: of integer weights matrices alone."""
     return shape.trained if work.grid is None else shape.integers
+
+
+def slot_elements(shape: Shape, rank: int) -> tuple[int, int]:
+    """Elements of a slot of vLLM's for a member of low rank: in the LoRA layers, which know no ranks from 2 to 7, and
+    of what is trained beside them (`engines/vllm/additions.py`).
+    """
+    return (1 if rank == 1 else SLOT_RANK) * shape.layered, rank * (shape.sides - shape.layered) + shape.flat
 
 
 def base_bytes(shape: Shape, work: Work) -> int:
@@ -219,7 +232,7 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
             else []
         ),
         *_beside_integers(shape, work),
-        _noise(shape, work),
+        noise(shape, work),
     ]
     rest = [
         Item(
@@ -244,13 +257,21 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     return [*weights, Item("key and value cache", cache, cached), *rest]
 
 
-def _noise(shape: Shape, work: Work) -> Item:
+def noise(shape: Shape, work: Work) -> Item:
     """Memory of the members that are decoded together."""
     count = work.together
     if work.way == "slots":
         bytes_ = BYTES[work.dtype]
         how = f"{count} slots of {shape.trained:,} x {bytes_} B, and the adapter that is perturbed, x 4 B (float32)"
         return Item("members' adapters", count * shape.trained * bytes_ / work.parallel + 4 * shape.trained, how)
+    if work.way == "low-rank slots":
+        bytes_ = BYTES[work.dtype]
+        layers, beside = slot_elements(shape, work.rank)
+        vectors = shape.vectors(work.rank)
+        how = f"{count} slots of {layers:,} x {bytes_} B in LoRA layers, {count + 1} of {beside:,} x {bytes_} B beside "
+        how += f"them, and a member's {vectors:,} x 4 B"
+        slots = (count * layers + (count + 1) * beside) * bytes_
+        return Item("members in slots", slots / work.parallel + 4 * vectors, how)
     if work.over_base:
         bytes_ = 4 if work.way == "fused" else BYTES[work.dtype]
         vectors = shape.vectors(work.rank)

@@ -157,7 +157,7 @@ def _together(config: Config, work: Work, shape: Shape, memory: int, *, on_cpu: 
     """The work with as many members in a batch as the engine decodes together.
 
     What is not seen here: a task of rollouts, which are played one member at a time; weights that a model's own forward
-    turns out to use in ways of its own; and members of low-rank noise in vLLM's slots, counted one by one.
+    turns out to use in ways of its own; and models or layers that vLLM's LoRA does not know.
 
     Args:
         config, work, shape: the run.
@@ -167,12 +167,14 @@ def _together(config: Config, work: Work, shape: Shape, memory: int, *, on_cpu: 
     from estune.engines.transformers import MEMORY_SHARE
     from estune.engines.vllm.engine import slots_for
 
+    drifts = POLICIES[work.policy].drifts
     if work.engine == "vllm":
-        if config.adapter is None:
-            return work
-        return replace(work, way="slots", together=slots_for(config, on_cpu=on_cpu))
-    perturbed = work.workers is not None or POLICIES[work.policy].drifts or work.grid is not None
-    if not work.rank or not shape.joins or perturbed:
+        slots = slots_for(config, on_cpu=on_cpu)
+        if config.adapter is not None:
+            return replace(work, way="slots", together=slots)
+        served = shape.slotted and slots > 1 and not config.workers_at and (on_cpu or work.dtype != "float32")
+        return replace(work, way="low-rank slots", together=slots) if work.rank and served and not drifts else work
+    if not work.rank or not shape.joins or work.workers is not None or drifts or work.grid is not None:
         return work
     most = _most_rows(config, work, shape, memory, on_cpu=on_cpu) // work.prompts
     if on_cpu and shape.own:
@@ -220,7 +222,8 @@ def _splits(config: Config, placed: _Placed, shape: Shape) -> list[Work]:
         population, prompts = work.population * times, work.prompts / times
         if population >= 2 and population.is_integer() and prompts.is_integer():
             split = replace(work, population=int(population), prompts=int(prompts))
-            found.append(_by_engine(config, replace(placed, work=split), shape)[0])
+            counts = {"population": int(population), "prompts_per_step": int(prompts), "samples_per_prompt": 1}
+            found.append(_by_engine(config.model_copy(update=counts), replace(placed, work=split), shape)[0])
     return found
 
 
@@ -236,9 +239,12 @@ def _by_rank_one(file: Path | None, overrides: list[str], placed: _Placed, shape
 
 def _vllm_rows(config: Config, work: Work, device: Device, shape: Shape) -> int:
     """Mean number of sequences that vLLM decodes at once: those it is started for, if keys and values fit."""
+    from estune.study.estimate.needs import noise
+
     held = _held_by_vllm(config, work, device, shape)
     bytes_ = BYTES[work.dtype]
     room = held.share * device.memory / work.at_once - (shape.parameters * bytes_ + _base(work, shape)) / work.parallel
+    room -= noise(shape, work).amount
     each = shape.cached * bytes_ / work.parallel * (work.prompt_tokens + work.new_tokens)
     return max(1, min(held.rows, int(room / each))) if each else held.rows
 

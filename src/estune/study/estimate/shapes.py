@@ -17,7 +17,7 @@ from estune.weights.checkpoint import Checkpoint
 from estune.weights.coded import READ
 from estune.weights.gguf import is_gguf
 from estune.weights.locate import EMBEDDED, KNOWN, hub_name, locate
-from estune.weights.parameters import fits
+from estune.weights.parameters import fits, language_names
 from estune.weights.quantized import KEPT, method_of, untrainable
 from estune.weights.sizes import EXPERTS, check_sizes
 from estune.weights.tensors import DTYPES
@@ -48,6 +48,8 @@ class Shape:
     tensors: int = 0  # that are trained
     sides: int = 0  # rows and columns of these
     flat: int = 0  # elements of these where they are of one dimension
+    layered: int = 0  # of their rows and columns, those of matrices for which vLLM has LoRA layers
+    slotted: bool = False  # vLLM has slots for members of low rank, as far as config.json tells
     joins: bool = False  # members of low rank can be decoded together, as far as config.json tells
 
     def vectors(self, rank: int) -> int:
@@ -116,13 +118,17 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
 
     from estune.engines.cpu.fused import has_own_products
     from estune.engines.decode import unsupported
+    from estune.engines.vllm import lora
+    from estune.engines.vllm.low_rank import unslotted
 
     config = kind.from_dict(json.loads(values))
     dtype = _dtype(config)  # building changes it
     built, cached, kernels = _built(config)
     text = built.config.get_text_config(decoder=True)
     parameters = dict(built.named_parameters())
-    chosen = [p for name, p in parameters.items() if fits(name, pattern)]
+    spoken = language_names(built, parameters)
+    named = {name: p for name, p in parameters.items() if fits(name, pattern, spoken=name in spoken)}
+    chosen = named.values()
     trained = sum(p.numel() for p in chosen)
     if not trained:
         raise EstuneError(
@@ -132,6 +138,8 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
     output = head.weight if head is not None else None
     lookups = {id(m.weight) for m in built.modules() if isinstance(m, torch.nn.Embedding)}
     matrices = {n: p for n, p in parameters.items() if p.ndim > 1 and p is not output and id(p) not in lookups}
+    shapes = {name: tuple(p.shape) for name, p in named.items()}
+    layered = lora.matrices({name: tuple(p.shape) for name, p in parameters.items() if name in spoken})
     share = _active_experts(text)
     active = sum(p.numel() * (share if ".experts." in name else 1) for name, p in matrices.items())
     # Of layers that differ, a config refuses to tell what all would have: the first stands for them.
@@ -153,11 +161,13 @@ def _lay_out(kind: Any, values: str, pattern: str) -> Shape:
         dtype=dtype,
         own=has_own_products(config, {min(p.shape[-2:]) for p in matrices.values()}, "float32"),
         heads=heads,
-        integers=sum(p.numel() for name, p in parameters.items() if p.ndim == 2 and fits(name, pattern)),
+        integers=sum(p.numel() for p in chosen if p.ndim == 2),
         matrix_shapes={name: tuple(p.shape) for name, p in matrices.items()},
         tensors=len(chosen),
         sides=sum(p.numel() // p.shape[-1] + p.shape[-1] for p in chosen if p.ndim > 1),
         flat=sum(p.numel() for p in chosen if p.ndim < 2),
+        layered=sum(sum(named[name].shape) for name in layered if name in named),
+        slotted=unslotted(shapes, layered, speaks=len(spoken) == len(parameters)) is None,
         joins=not unsupported(built),
     )
 

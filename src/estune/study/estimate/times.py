@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from estune.study.estimate.machines import PCIE, Device
-from estune.study.estimate.needs import Way, Work, base_bytes, shares_base, trained, trained_bytes
+from estune.study.estimate.needs import Way, Work, base_bytes, shares_base, slot_elements, trained, trained_bytes
 from estune.study.estimate.schedule import finish
 from estune.study.estimate.shapes import Shape
 from estune.weights.moments import BYTES as MOMENTS
@@ -35,8 +35,9 @@ VLLM_STEP = 0.3e-3
 EXCHANGE = 10e-6
 
 # Kernels beside a model's own where members are decoded together: of each tensor two vectors are looked up, multiplied
-# and added (`engines/together.py`); of vLLM's four kinds of products in a layer there are two each.
-ADDED_KERNELS: dict[Way, int] = {"one by one": 0, "fused": 0, "forward": 4, "slots": 8}
+# and added (`engines/together.py`); of vLLM's four kinds of products in a layer there are two each, and after each of
+# two norms one that adds what members do, if all of it is fused.
+ADDED_KERNELS: dict[Way, int] = {"one by one": 0, "fused": 0, "forward": 4, "slots": 8, "low-rank slots": 10}
 CPU_PER_TENSOR = 7e-6  # seconds of Python, on one core, for a member's vectors of one tensor
 
 
@@ -73,7 +74,8 @@ class Times:
         # What a pass reads of the base comes over PCIe if the base is in host memory; the live weights are written.
         self._reading = PCIE * work.parallel if work.base == "host" else self.device.bandwidth
         self._kernels = VLLM_KERNELS * shape.layers if work.engine == "vllm" else shape.kernels + CHOICE_KERNELS
-        self._kernels += ADDED_KERNELS[work.way] * (shape.layers if work.way == "slots" else shape.tensors)
+        self._kernels += ADDED_KERNELS[work.way] * (shape.layers if work.engine == "vllm" else shape.tensors)
+        self._added, self._multiplied, self._chosen = self._beside_weights()
 
     def alone(self) -> Times:
         """Those of what the base generates, as in an evaluation."""
@@ -148,6 +150,18 @@ class Times:
             return self._vectors / self.device.noise + rank * elements / self.device.outer
         return elements / self.device.noise
 
+    def _beside_weights(self) -> tuple[int, int, int]:
+        """Elements of a member that lie beside the weights, those that a token is multiplied by, and a row's choice."""
+        shape = self.shape
+        work = self.work
+        if work.way == "slots":
+            return shape.trained, shape.trained, 0
+        if work.way == "low-rank slots":
+            layers, beside = slot_elements(shape, work.rank)
+            head = min(shape.sides - shape.layered, shape.vocabulary + shape.hidden)
+            return layers + beside, layers, (work.together + 1) * work.rank * head  # those of all slots, in one product
+        return (self._vectors, self._vectors, 0) if work.over_base else (0, 0, 0)
+
     def _decode(self, ends: Array, longest: float) -> Array:
         """Seconds to decode rows that end after these tokens, rising, `[members, rows]`; `[members]`.
 
@@ -190,12 +204,11 @@ class Times:
         read = self._bytes * (used + shape.output + rows * context * shape.cached)
         flops = 2 * rows * (shape.active * tokens + shape.output + tokens * context * shape.cached * shape.grouped)
         # Of each member what it adds is read once at least; a CPU, row by row, is not held up by that alone.
-        added = shape.trained if self.work.way == "slots" else self._vectors if self.work.over_base else 0
-        read = read + self._bytes * np.minimum(rows, self.work.together) * added
-        flops = flops + 2 * rows * tokens * added
+        read = read + self._bytes * np.minimum(rows, self.work.together) * self._added
+        flops = flops + 2 * rows * (tokens * self._multiplied + self._chosen)
         waiting: Any = self._kernels * device.gap + device.per_layer * shape.layers
-        if self.work.over_base and not device.is_gpu:
-            waiting = waiting + 2 * rows * tokens * added / device.outer
+        if self.work.by_row and not device.is_gpu:
+            waiting = waiting + 2 * rows * tokens * self._multiplied / device.outer
         if self.work.parallel > 1:
             waiting += 2 * EXCHANGE * shape.layers
         return read / device.bandwidth, flops / rate, waiting, 0 if captured else self._kernels * device.issue
