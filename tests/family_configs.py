@@ -100,7 +100,16 @@ OWN: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 5, **{f"<|visual token {i:06}|>": 300 + i for i in range(8)}}},
     "emu3_vqgan": {**_CODES, "hidden_size": 32, "codebook_size": 8},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 4]}},
+    "fast_vlm": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_mci3",
+            "hidden_size": 128,
+            "model_args": {"inference_mode": True, "layers": [1] * 5, "embed_dims": [8, 16, 32, 32, 64]},
+        }
+    },
     "gemma3n_text": {**_SHARING, "laurel_rank": 8},
+    "gemma3n_vision": {"hidden_size": 2048, "model_args": {"channel_multiplier": 0.05}},
     "gemma4_unified_text": {"pad_token_id": 0},
     **{f"{name}_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}} for name in _TURNED},
     **{
@@ -168,6 +177,13 @@ OWN: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 4,
     },
     "prophetnet": {"pad_token_id": 0},
+    "perception_lm": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_lang_large_patch14_448",
+            "model_args": {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": 56, "ref_feat_shape": [4, 4]},
+        }
+    },
     "radio": {"video_temporal_patch_size": 2, "max_img_size": 56},
     "reformer": {
         "attn_layers": ["local", "lsh"] * 2,

@@ -9,6 +9,12 @@ and transformers loads it as the weights that were trained (`tests/families.py`)
 pictures to seven families, for which each needs its own processor; where `generate` asks for one, the weights are
 updated twice and compared in the same ways. Results go to bench/results/families.json, and from there into
 docs/models.md.
+
+Three families need timm, which imports torchvision. Beside PyTorch for CPUs recent builds of the package index do not
+import, as their operators are for CUDA; 0.15.2 does, without operators, of which timm's models call none:
+
+    pip install --no-deps --target FOLDER timm==1.0.31 torchvision==0.15.2
+    PYTHONPATH=FOLDER python -m bench.exactness.families fast_vlm gemma3n perception_lm
 """
 
 import argparse
