@@ -3,9 +3,11 @@
     python -m bench.study.train
     python -m bench.study.train --name sums --seeds 2 -- --task examples/sums.py --steps 20 --prompts_per_step 64
 
-Each run is a process of its own, from the command to the last line of its summary, loading included.
+Each run is a process of its own, from the command to the last line of its summary, loading included. Processor seconds
+are of all its processes, and the peak is of the largest of them; tokens are those that its steps have generated.
 """
 
+import os
 import statistics
 import subprocess
 import sys
@@ -25,12 +27,24 @@ def run(seed: int, folder: Path, settings: list[str]) -> dict[str, Any]:
     output = folder / str(seed)
     command = [sys.executable, "-m", "estune.cli", "train", "--seed", str(seed), "--output-dir", str(output), *settings]
     start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
     journal = Journal.read(output)
     accuracy = {str(e.step): round(e.metrics["eval_accuracy"], 4) for e in journal.evaluations}
     step = statistics.median(r.metrics["step_time"] for r in journal.steps)
-    figures = {"seed": seed, "seconds": round(seconds, 1), "seconds a step": round(step, 3), "accuracy": accuracy}
+    figures = {
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "seconds a step": round(step, 3),
+        "processor seconds": round(used.ru_utime + used.ru_stime, 1),
+        "peak GiB": round(used.ru_maxrss / 2**20, 2),
+        "tokens": journal.steps[-1].metrics["num_tokens"],
+        "accuracy": accuracy,
+    }
     print(figures, flush=True)
     return figures
 
