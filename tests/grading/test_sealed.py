@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -181,6 +182,18 @@ def test_the_comparison_ends_soon_whatever_it_is_given(test: str) -> None:
     assert sealed is not None
     assert not sealed.holds({slot: 1 for _, slot in sealed.steps if slot is not None})
     assert not sealed.holds({})
+
+
+@pytest.mark.parametrize("value", ["a" * 5_000, [0] * 5_000], ids=["text", "list"])
+def test_values_of_the_programs_are_multiplied_only_as_python_does(value: Any) -> None:
+    sealed = seal("assert f(1) * f(2) == 6")
+    assert sealed is not None
+    tracemalloc.start()
+    held = sealed.holds({slot: value for _, slot in sealed.steps if slot is not None})
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not held
+    assert most < 1e6
 
 
 def test_too_long_or_deep_is_another_shape() -> None:

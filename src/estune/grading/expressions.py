@@ -134,9 +134,9 @@ def _arithmetic(operation: ast.operator, left: Any, right: Any) -> Any:
     """Arithmetic of numbers; texts and lists may be added and repeated. Nothing may take long, or much memory."""
     numbers = isinstance(left, _NUMBER) and isinstance(right, _NUMBER)
     if isinstance(operation, ast.Mult) and not numbers:
-        size = len(left) * right if isinstance(right, int) else len(right) * left
-        if size > _MOST_ITEMS:
-            raise Broken("too large")
+        items, times = (left, right) if isinstance(right, int) else (right, left)
+        if not isinstance(times, int) or len(items) * times > _MOST_ITEMS:
+            raise Broken("too large, or no product")
     elif isinstance(operation, ast.Pow):
         if not numbers or (isinstance(right, int) and abs(right) * math.log10(abs(left) + 1) > _MOST_DIGITS):
             raise Broken("too large")
