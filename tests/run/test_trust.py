@@ -131,6 +131,27 @@ def test_one_place_known_does_not_make_another_known(tmp_path: Path, monkeypatch
     assert "has changed since you last ran it" in describe_or_error(tmp_path / "run")
 
 
+def test_a_file_that_is_known_here_is_not_the_foreign_one_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a task of the user's own, too, what is watched is looked for where it would be run from."""
+    model = save_model(tmp_path / "model", max_position_embeddings=1024, **FUSABLE)
+    for whose in ("theirs", "ours"):
+        (tmp_path / whose).mkdir()
+        monkeypatch.chdir(tmp_path / whose)
+        Path("watched_by_name.py").write_text(CODE.format(marker=str(tmp_path / whose / "was-run")))
+        state(tmp_path / f"state of {whose}", monkeypatch)
+        config = make_config(tmp_path / whose / "run", model, steps=1)
+        watch = parse({**config.model_dump(), "watch": ["watched_by_name.py"]})
+        Trainer(watch, task=make_task(), monitors=[]).train()
+        Path("was-run").unlink()
+    with pytest.raises(EstuneError, match=r"watched_by_name\.py .* not run from there before"):
+        evaluate_model(str(tmp_path / "theirs" / "run"), task=make_task())
+    assert not (tmp_path / "theirs" / "was-run").exists()
+    monkeypatch.chdir(tmp_path)
+    assert "watch/watched_by_name.py/reward" in evaluate_model(str(tmp_path / "ours" / "run"), task=make_task())
+
+
 def test_code_of_a_model_runs_only_where_the_user_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

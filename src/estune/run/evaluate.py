@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,8 @@ def task_for(
     """
     run = str(journal.run)
     if task is not None:
-        refuse_foreign(run, config, given, has_task=True, trust=trust_task, accept=accept_changes)
+        with chdir(task_folder(journal, config, given)):
+            refuse_foreign(run, config, given, has_task=True, trust=trust_task, accept=accept_changes)
         return task
     remedy = f"evaluate it from Python, with estune.evaluate_model({run!r}, task=...)"
     other_data = not given.keys().isdisjoint(("task", "seed"))
