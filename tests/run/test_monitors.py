@@ -21,7 +21,7 @@ from estune.errors import EstuneError
 from estune.journal.journal import Journal
 from estune.run.directory import RunDirectory
 from estune.run.monitors import check_trackers, default_monitors
-from estune.run.monitors.base import Monitor, Sample, Summary, Work
+from estune.run.monitors.base import Monitor, Plan, Sample, Summary, Work
 from estune.run.monitors.console import ConsoleMonitor, sample_panel
 from estune.run.monitors.pace import Pace, Stopwatch, duration, evaluations_left, outlook, too_long
 from estune.run.monitors.trackers import ROWS, WandbMonitor
@@ -114,6 +114,23 @@ def test_a_monitor_that_cannot_be_closed_costs_nothing_of_the_run(model: Path, t
         Trainer(make_config(run, model, steps=2), task=make_task(), monitors=[Stuck()]).train()
     assert Journal.read(run).ended == "finished"
     assert (run / "final" / "model.safetensors").is_file()
+
+
+def test_a_run_that_a_monitor_does_not_let_begin_lets_go_of_all_it_has(model: Path, tmp_path: Path) -> None:
+    class Unready(Monitor):
+        closed = False
+
+        def on_train_begin(self, plan: Plan) -> None:
+            raise RuntimeError("disk on fire")
+
+        def close(self) -> None:
+            self.closed = True
+
+    unready = Unready()
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        Trainer(make_config(tmp_path / "run", model, steps=1), task=make_task(), monitors=[unready]).train()
+    assert unready.closed
+    assert Trainer.resume(tmp_path / "run", task=make_task(), monitors=[]).train().ended == "finished"
 
 
 @pytest.mark.usefixtures("_offline")

@@ -146,8 +146,8 @@ class Trainer:
             What the run came to.
         """
         began = time.perf_counter()
-        self._listeners.tell(lambda m: m.on_train_begin(self.plan()))
         try:
+            self._listeners.tell(lambda m: m.on_train_begin(self.plan()))
             remove(self.run.final)  # an earlier end's, where the run goes on
             if self.journal.steps or self.journal.evaluations:
                 self._catch_up()
