@@ -28,6 +28,8 @@ from estune.run.make import make_sampling
 from estune.run.trainer import Trainer
 from estune.weights.adapted import open_checkpoint
 from estune.weights.adapters import Adapter
+from estune.weights.checkpoint import Checkpoint
+from estune.weights.locate import locate, pinned
 from tests.models import save_model
 from tests.runs import PROMPTS, make_config, make_task, substance, trained
 
@@ -89,6 +91,34 @@ def test_peft_loads_what_was_trained_and_says_the_same(kind: str, target: str, m
     assert texts_of(load(folder), base) == texts
     assert texts_of(peft.AutoPeftModelForCausalLM.from_pretrained(folder / "final"), base) == texts
     assert texts_of(AutoModelForCausalLM.from_pretrained(folder / "final"), base) == texts
+
+
+@pytest.mark.parametrize("kind", ["embedded", "gguf"])
+def test_a_model_without_a_directory_of_the_users_is_found_by_peft_and_by_its_name(
+    kind: str, tmp_path: Path, own_cache: Path
+) -> None:
+    name = "tiny"
+    if kind == "gguf":
+        pytest.importorskip("gguf")
+        from tests.weights.test_gguf import write
+
+        name = str(tmp_path / "m.gguf")
+        write(tmp_path / "m.gguf")
+    folder = trained(adapted(tmp_path / "run", Path(name), steps=1))
+    base = locate(name)
+    place = json.loads((folder / "final" / "adapter_config.json").read_text())
+    assert (place["base_model_name_or_path"], place["revision"]) == (str(base), pinned(name))
+    texts = texts_of(load(folder), base)
+    assert texts != texts_of(AutoModelForCausalLM.from_pretrained(base), base)
+    assert texts_of(peft.AutoPeftModelForCausalLM.from_pretrained(folder / "final"), base) == texts
+    shutil.rmtree(own_cache)  # as on another machine
+    place["base_model_name_or_path"] = str(tmp_path / "elsewhere")
+    (folder / "final" / "adapter_config.json").write_text(json.dumps(place))
+    under = Checkpoint(folder / "final").under
+    assert under is not None
+    assert under.path == base
+    replay(folder, tmp_path / "replayed")
+    assert (folder / "final" / FILE).read_bytes() == (tmp_path / "replayed" / FILE).read_bytes()
 
 
 def test_a_step_is_the_papers_over_the_adapters_tensors(model: Path, tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from estune.journal.records import EvaluationRecord
 from estune.journal.shares import is_share, wilson, with_interval
 from estune.run.directory import RunDirectory
 from estune.run.recipe import own_task, train_command
-from estune.weights.gguf import is_gguf
-from estune.weights.locate import EMBEDDED, hub_name
+from estune.weights.locate import hub_name, is_copied
 from estune.weights.tensors import PACKED
 
 CARD = "README.md"
@@ -144,7 +143,7 @@ def _metadata(journal: Journal, name: str, after: EvaluationRecord | None, datas
 
 def _on_hub(model: str) -> str | None:
     """A model's name on the hub, if it is there."""
-    local = model in EMBEDDED or is_gguf(model) or Path(model).is_absolute() or Path(model).exists()
+    local = is_copied(model) or Path(model).is_absolute() or Path(model).exists()
     return None if local else hub_name(model)[0]
 
 

@@ -20,7 +20,7 @@ from estune.files import user_cache
 from estune.weights.adapters import ALL_LINEAR, CONFIG, PREFIX, WEIGHTS, Adapter, is_adapter, settings_of
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.converted import made_once, state_of
-from estune.weights.locate import companions, hub_name, locate, pinned
+from estune.weights.locate import companions, hub_name, is_copied, is_here, locate, pinned
 from estune.weights.parameters import layer_of
 from estune.weights.quantized import matrix_shapes, quantized_by
 
@@ -45,7 +45,8 @@ def open_checkpoint(model: str | Path, adapter: Adapter | None = None) -> Checkp
         )
     given = [] if adapter.path is None else _files_of(adapter.path)
     stated = state_of([*base.glob("*.safetensors"), *companions(base), *given])
-    told = [stated, pinned(str(model)), adapter.model_dump_json()]
+    place = _place(str(model), base)
+    told = [stated, place, adapter.model_dump_json()]
     copy = user_cache("adapters") / blake2b(repr(told).encode(), digest_size=12).hexdigest()
 
     def make(folder: Path) -> None:
@@ -56,7 +57,6 @@ def open_checkpoint(model: str | Path, adapter: Adapter | None = None) -> Checkp
         settings = settings_of(adapter.path) if adapter.path else _new(adapter, Checkpoint(base), folder / WEIGHTS)
         if adapter.path is not None:
             shutil.copy(adapter.path / WEIGHTS, folder / WEIGHTS)
-        place = _place(str(model), base)
         (folder / CONFIG).write_text(json.dumps({**settings, **place, "inference_mode": True}, indent=2) + "\n")
 
     return Checkpoint(made_once(copy, make, f"model {model}: making the adapter to begin with"))
@@ -144,8 +144,12 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _place(model: str, base: Path) -> dict[str, str | None]:
-    """Where the model under an adapter lies, as PEFT takes it: a hub id with its commit, or a directory."""
-    name, revision = hub_name(pinned(model))
-    if revision and not Path(model).exists():
+    """Where the model under an adapter lies, as PEFT takes it: a hub id with its commit, or a directory.
+
+    Of a directory that is not the user's the revision is the name that the model has here, which other machines know.
+    """
+    known = pinned(model)
+    name, revision = hub_name(known)
+    if revision and not is_here(model):
         return {"base_model_name_or_path": name, "revision": revision}
-    return {"base_model_name_or_path": str(base.resolve()), "revision": None}
+    return {"base_model_name_or_path": str(base.resolve()), "revision": known if is_copied(known) else None}

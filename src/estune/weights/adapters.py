@@ -83,8 +83,8 @@ def placeless(file: Path) -> dict[str, Any]:
     return {key: value for key, value in settings_of(file.parent).items() if key not in PLACE}
 
 
-def model_under(folder: Path) -> str:
-    """The model that an adapter belongs to, as `locate` takes it.
+def model_under(folder: Path) -> tuple[str, str | None]:
+    """The place of the model that an adapter belongs to, a directory or a hub id, and its revision.
 
     Raises:
         EstuneError: its settings name none.
@@ -94,4 +94,4 @@ def model_under(folder: Path) -> str:
     if not isinstance(name, str) or not name:
         raise EstuneError(f"{folder / CONFIG} names no model in base_model_name_or_path; say there where it lies")
     revision = settings.get("revision")
-    return f"{name}@{revision}" if revision and not Path(name).exists() else name
+    return name, str(revision) if revision else None

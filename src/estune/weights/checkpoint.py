@@ -24,7 +24,7 @@ from estune.files import replacing
 from estune.weights import adapters
 from estune.weights.coded import CodedTensor, widened
 from estune.weights.grid import Grid
-from estune.weights.locate import INDEX, SINGLE, companions, locate, weight_files
+from estune.weights.locate import INDEX, SINGLE, companions, is_copied, locate, weight_files
 from estune.weights.packed import Entry, packed, packs, settings
 from estune.weights.quantized import how_quantized, without
 from estune.weights.tensors import DTYPES, PACKED, STORAGE, Array, Tensor, convert, read_header, stored_type
@@ -52,8 +52,10 @@ class Checkpoint:
         """The checkpoint of the model that this one is an adapter of; None where it is a model itself."""
         if not adapters.is_adapter(self.path):
             return None
-        named = adapters.model_under(self.path)
-        if os.path.isabs(named) and not os.path.exists(named):
+        named, revision = adapters.model_under(self.path)
+        if revision and not os.path.exists(named):  # at the hub; or a directory that another machine has, or had
+            named = revision if is_copied(revision) else f"{named}@{revision}"
+        if os.path.isabs(named) and not (os.path.exists(named) or is_copied(named)):
             raise EstuneError(
                 f"{self.path} is an adapter of {named}, which is not there: say in its {adapters.CONFIG}, "
                 "as base_model_name_or_path, where it is now"

@@ -105,7 +105,12 @@ def is_checkpoint(folder: Path) -> bool:
 
 def is_here(model: str | Path) -> bool:
     """Whether its weights are on this machine, as far as its name tells: it is no hub id."""
-    return str(model) in EMBEDDED or Path(model).exists() or is_gguf(model)
+    return is_copied(model) or Path(model).exists()
+
+
+def is_copied(model: str | Path) -> bool:
+    """Whether a model's directory is not of the user's making: an embedded one's, or that of a GGUF file's copy."""
+    return str(model) in EMBEDDED or is_gguf(model)
 
 
 def check_name(model: str | Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -13,8 +12,7 @@ from estune.journal.base import base_checkpoint
 from estune.journal.records import Header
 from estune.study.report.runs import Run
 from estune.weights.checkpoint import Checkpoint
-from estune.weights.gguf import is_gguf
-from estune.weights.locate import EMBEDDED, hub_name
+from estune.weights.locate import hub_name, is_here
 from estune.weights.parameters import layer_of
 from estune.weights.tensors import RUN_LENGTH, Tensor
 
@@ -73,7 +71,7 @@ def layer_table(run: Run) -> LayerTable:
 
 def _local_base(header: Header, model: str) -> Checkpoint:
     """The base checkpoint, which must be on this machine, as a report downloads nothing."""
-    if model not in EMBEDDED and not is_gguf(model) and not Path(model).exists():
+    if not is_here(model):
         from huggingface_hub import snapshot_download
 
         try:
