@@ -60,6 +60,7 @@ def number(events: list[str], event: str, which: int = 0) -> int:
         ("os.rename .config.yaml.tmp", 0),
         ("fsync journal.jsonl", 1),  # of the first step: its completions are there, and perhaps its line
         ("open .checkpoint-2.tmp/tokenizer.json", 0),
+        ("open .best.tmp/config.json", 0),  # no evaluation is there before what was best in it
         ("open .best.tmp/config.json", 1),
         ("os.rmdir .best.tmp", 0),  # the new one has its name, the old one is being removed
         ("fsync journal.jsonl", -1),  # all is there but the line that says so

@@ -8,6 +8,7 @@ from contextlib import chdir
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,20 @@ def test_other_prompts_that_are_accepted_are_those_of_the_run_from_then_on(dated
     journal.append_accepted(journal.files, journal.code)
     journal.close()
     assert Journal.read(tmp_path / "run").prompts_hash == "ab"
+
+
+def test_a_run_that_goes_on_with_other_prompts_says_so(dated: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(dated / "run", tmp_path / "run")
+    journal = Journal.resume(run)
+    shown = journal.prompts_hash
+    journal.append_accepted(journal.files, journal.code, "ab")
+    journal.close()
+    options: dict[str, Any] = {"task": make_task(chat=True), "monitors": []}
+    with pytest.raises(EstuneError, match="its prompts come to other tokens here"):
+        Trainer.resume(run, steps=2, **options)
+    Trainer.resume(run, steps=2, accept_changes=True, **options).close()
+    assert Journal.read(run).prompts_hash == shown
+    assert Trainer.resume(run, **options).train().steps == 2
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from estune.errors import EstuneError
 from estune.grading.modules import load_file as load_module
 from estune.journal.journal import Journal
 from estune.render import RENDERER
+from estune.run.evaluate import evaluate_model
 from estune.run.monitors.base import Monitor
 from estune.run.trainer import Trainer
 from tests.processes import alive, children
@@ -99,6 +100,13 @@ def train_watched(output: Path, model: Path, reward: Any, *, fail_at: int | None
         assert not any(map(alive, watching.graders))
         assert processes() <= before
     return watching.graders
+
+
+def test_an_evaluation_leaves_no_grader(model: Path, rewards: ModuleType) -> None:
+    before = processes()
+    overrides = ["graders=2", "max_new_tokens=8"]
+    assert evaluate_model(str(model), overrides=overrides, task=make_task(rewards.apart))["eval_reward"] > 0
+    assert processes() <= before
 
 
 def test_rewards_in_graders_give_the_same_run(model: Path, tmp_path: Path, rewards: ModuleType) -> None:
