@@ -15,6 +15,7 @@ from tests.models import build_model, build_tokenizer, save_model
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert estune("train", "--dry-run", *SMALL, "--output-dir", tmp_path / "r") == 0
     out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith(": look at tiny on countdown, and train nothing")
     assert "40 training and 20 held-out rows" in out
     assert "2 steps x 4 members x 8 prompts = 64 completions" in out
     assert re.search(r"\na step: at most [\d,]+ tokens, .*not measured", out)

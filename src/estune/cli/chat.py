@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from estune.cli.options import ConfigFile, overrides_of
+from estune.cli.output import opening
 from estune.errors import EstuneError, printable_lines
 
 if TYPE_CHECKING:
@@ -38,9 +39,12 @@ def chat(
     `--max-new-tokens 200` change that. A text on standard input is answered once: `echo "Hello" | estune chat smollm2`.
     """
     from estune.config import read
-    from estune.run.chat import open_chats
 
-    chats = open_chats(model, read(config, overrides_of(context.args)), system, compare=compare)
+    settings = read(config, overrides_of(context.args))
+    with opening(f"chat with {model}") if sys.stdin.isatty() else nullcontext():  # a pipe is given the answer alone
+        from estune.run.chat import open_chats
+
+        chats = open_chats(model, settings, system, compare=compare)
     console = Console(highlight=False, markup=False)
     if not sys.stdin.isatty():
         said = sys.stdin.read().removesuffix("\n")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from estune.cli.options import ConfigFile, overrides_of
-from estune.cli.output import say, say_table
+from estune.cli.output import opening, say, say_table
 
 if TYPE_CHECKING:
     from estune.study.estimate.estimate import Estimate
@@ -37,16 +38,17 @@ def estimate(
     """
     from dataclasses import asdict
 
-    from estune.study.estimate.run import estimate_run
+    with nullcontext() if as_json else opening("estimate"):
+        from estune.study.estimate.run import estimate_run
 
-    found = estimate_run(
-        config,
-        overrides_of(context.args),
-        gpu=gpu,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        lengths=lengths,
-    )
+        found = estimate_run(
+            config,
+            overrides_of(context.args),
+            gpu=gpu,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            lengths=lengths,
+        )
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:

@@ -40,9 +40,11 @@ def train(
 
     settings = load(config, overrides)
     if dry_run:
-        from estune.run.dry_run import describe
+        with opening(f"look at {settings.model} on {settings.task.name}, and train nothing"):
+            from estune.run.dry_run import describe
 
-        say(describe(settings))
+            described = describe(settings)
+        say(described)
         _say_time(config, overrides)
         return
     with opening(f"train {settings.model} on {settings.task.name}"):

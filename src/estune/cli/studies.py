@@ -50,8 +50,6 @@ def probe(
 ) -> None:
     """Try perturbations of several sizes and say which sigma to train with. Settings are given as to `estune train`."""
     from estune.config import load
-    from estune.study.probe import probe as try_sizes
-    from estune.study.probe import probe_parts
 
     settings = load(config, overrides_of(context.args))
     try:
@@ -63,6 +61,9 @@ def probe(
         raise EstuneError(f"--parts {parts!r}: give patterns of parameters' names, with semicolons between")
     arguments: dict[str, Any] = {"members": members, "prompts": prompts, "sigmas": sizes}
     with nullcontext() if as_json else opening(f"probe {settings.model} on {settings.task.name}"):
+        from estune.study.probe import probe as try_sizes
+        from estune.study.probe import probe_parts
+
         if tried is None:
             found = try_sizes(settings, **arguments)
         else:
