@@ -156,6 +156,7 @@ def test_what_was_said_is_kept_apart_from_what_follows_from_it(tmp_path: Path) -
         (["weights=split_master", "dtype=float32"], "not in float32: set dtype=bfloat16, or weights=exact_inplace"),
         (["weights=split_master", "dtype=float16"], "not in float16: set dtype=bfloat16, or weights=master"),
         (["weights=split_master", "adam=true"], "weights must be master"),
+        (["weights=split_master", "dtype=bfloat16", "adapter.rank=8"], "an adapter's are float32: set weights=exact"),
         (["weights=split_master", "base_device=host"], "keeps no base that base_device=host could hold"),
         (["device=mps", "weights=exact_inplace"], "set weights=copy or master"),
         (["ray_address=auto"], "say how many"),

@@ -62,6 +62,8 @@ def test_halves_are_offered_where_weights_generate_in_bfloat16() -> None:
         assert ("weights=split_master" in found) is offered
         if offered:
             assert found["weights=split_master"] == found["weights=inplace"] + 2e9 + 2e9 / 8
+    adapted = choices(replace(ROUND, adapted=True), make_work(dtype="bfloat16"), FAST, 100)
+    assert "weights=split_master" not in {choice.name for choice in adapted}
 
 
 def test_cache_is_that_of_a_real_forward() -> None:

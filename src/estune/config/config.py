@@ -157,6 +157,11 @@ class Config(Logging, Evaluation, Rollouts, Grading, Weights, Workers, Generatio
         why = None if self.dtype == "auto" else POLICIES[self.weights].unfit([self.dtype])
         if why is not None:
             raise ValueError(why)
+        if self.adapter is not None and POLICIES[self.weights].unfit(["float32"]) is not None:
+            raise ValueError(
+                f"weights={self.weights} is for weights in bfloat16, and an adapter's are float32: set "
+                "weights=exact_inplace, which there has the same bits, or weights=master"
+            )
         return self
 
     @model_validator(mode="after")

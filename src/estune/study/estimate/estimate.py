@@ -97,7 +97,7 @@ def choices(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> li
     over as many devices as needed, as ZeRO's third stage and FSDP do.
     """
     ways: list[tuple[PolicyName, Place]] = [("master", "device"), ("copy", "device"), ("exact_inplace", "device")]
-    if work.dtype == "bfloat16":
+    if work.dtype == "bfloat16" and not shape.adapted:
         ways.insert(1, ("split_master", "device"))
     if work.workers is None:
         ways += [("inplace", "device")]

@@ -51,6 +51,7 @@ class Shape:
     layered: int = 0  # of their rows and columns, those of matrices for which vLLM has LoRA layers
     slotted: bool = False  # vLLM has slots for members of low rank, as far as config.json tells
     joins: bool = False  # members of low rank can be decoded together, as far as config.json tells
+    adapted: bool = False  # what is trained is an adapter, in float32
 
     def vectors(self, rank: int) -> int:
         """Elements of a member's vectors, of noise of this rank."""
@@ -107,7 +108,13 @@ def read_shape(model: str | Path, pattern: str = "*", adapter: Adapter | None = 
         shape = replace(shape, stored=_stored(model), own=False)
     added = adapter_elements(shape.matrix_shapes, adapter)
     return replace(
-        shape, trained=added, parameters=shape.parameters + added, sides=min(shape.sides, added), flat=0, joins=False
+        shape,
+        trained=added,
+        parameters=shape.parameters + added,
+        sides=min(shape.sides, added),
+        flat=0,
+        joins=False,
+        adapted=True,
     )
 
 
