@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def with_adapter(model: Any, folder: Path) -> Any:
     Raises:
         EstuneError: PEFT is not installed, or the adapter is none of this model's.
     """
+    # PEFT imports bitsandbytes where it is installed, which then asks for a kernel of its own, whatever the model is.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError as error:
