@@ -151,7 +151,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert "found 'true'" in refused(capsys, "train", "--steps", "true")
     assert "model is no switch" in refused(capsys, "train", "--model", "--sigma", 1)
     assert "unexpected argument" in refused(capsys, "train", "sigma")
-    assert "--resume keeps the run's settings" in refused(capsys, "train", "--resume", run, "--sigma", 1)
+    assert "found sigma; `estune branch` goes on with" in refused(capsys, "train", "--resume", run, "--sigma", 1)
     assert "steps: Input should be a valid integer" in refused(capsys, "train", "--resume", run, "--steps", 2.5)
     assert "already holds a run" in refused(capsys, "train", *SMALL, "--output-dir", run)
     assert "this is no run" in refused(capsys, "train", "--resume", tmp_path)

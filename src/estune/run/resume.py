@@ -149,7 +149,10 @@ def resumed(journal: Journal, changed: Mapping[str, Any]) -> Config:
     if other is not None:
         if other not in Config.model_fields:
             parse({other: changed[other]}, str(journal.path))  # which says what it is called here
-        raise EstuneError(f"--resume keeps the run's settings, found {other}; only {', '.join(RESUMABLE)} may change")
+        raise EstuneError(
+            f"--resume keeps the run's settings, found {other}; `estune branch` goes on with others, and here only "
+            f"{', '.join(RESUMABLE)} may change"
+        )
     settings = {**settings_of(journal), "model": journal.base_model(), **changed}
     name, commit = hub_name(str(journal.settings.get("model")))
     if commit and changed.get("model") == name and not Path(name).exists():
