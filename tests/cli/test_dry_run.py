@@ -38,6 +38,7 @@ def test_dry_run_refuses_what_training_would(run: Path, tmp_path: Path, capsys: 
         (["--device", "toaster"], "'toaster' is no device"),
         (["--device", "cuda:99"], "'cuda:99' is not available"),
         (["--train_parameters", "nothing.*"], "'nothing.*'"),
+        (["--sigma_scale", '{"nothing.*": 2}'], "'nothing.*'"),
         (["--model", short, "--max_new_tokens", 60], "64 positions"),
         (["--model", tmp_path / "mute"], "tokenizer"),
     ]:

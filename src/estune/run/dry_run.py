@@ -23,8 +23,10 @@ from estune.run.resume import resumed
 from estune.tasks.base import Task
 from estune.weights.adapted import open_checkpoint
 from estune.weights.integers import refuse_pattern
+from estune.weights.parameters import fits
 from estune.weights.policies import POLICIES
 from estune.weights.quantized import refuse_quantized
+from estune.weights.scales import refuse_unused
 
 if TYPE_CHECKING:
     from estune.engines.prompts import PromptEncoder
@@ -51,6 +53,7 @@ def describe(config: Config) -> str:
     task = config.task.build(config.seed)
     refuse_unknown_constraint(config, task)
     refuse_pattern(config.train_parameters, checkpoint.tensors, POLICIES[config.weights].bits)
+    refuse_unused(config.sigma_scale, [name for name in checkpoint.tensors if fits(name, config.train_parameters)])
     example = _try_prompts(config, task)
     order = make_order(config, task)
     notes = "".join(f"note: {remark}\n" for remark in before(config, task, order))

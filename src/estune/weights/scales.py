@@ -33,10 +33,7 @@ def scales_of(patterns: Mapping[str, Scale], checkpoint: Checkpoint, names: Coll
     Raises:
         EstuneError: a pattern fits none of them, or a tensor has no root mean square to go by.
     """
-    if unused := next((pattern for pattern in patterns if not any(fnmatchcase(n, pattern) for n in names)), None):
-        raise EstuneError(
-            f"sigma_scale: no trained parameter's name fits the pattern {unused!r}; names look like {next(iter(names))}"
-        )
+    refuse_unused(patterns, names)
     chosen = {
         name: next((s for p, s in patterns.items() if fnmatchcase(name, p)), 1.0) for name in dict.fromkeys(names)
     }
@@ -56,6 +53,18 @@ def scales_of(patterns: Mapping[str, Scale], checkpoint: Checkpoint, names: Coll
         if factor != 1.0:
             found[name] = factor
     return found
+
+
+def refuse_unused(patterns: Collection[str], names: Collection[str]) -> None:
+    """Refuse patterns of factors one of which fits none of the trained tensors' names.
+
+    Raises:
+        EstuneError: naming it.
+    """
+    if unused := next((pattern for pattern in patterns if not any(fnmatchcase(n, pattern) for n in names)), None):
+        raise EstuneError(
+            f"sigma_scale: no trained parameter's name fits the pattern {unused!r}; names look like {next(iter(names))}"
+        )
 
 
 def _squares(checkpoint: Checkpoint, name: str) -> float:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 60  # points of a curve on screen
 CONTENTS = {
-    "best": "checkpoint of the best evaluation, as transformers saves it",
+    "best": "checkpoint of the best evaluation, which transformers loads",
     "final": "checkpoint after the last step",
     "journal.jsonl": "the run itself: `estune replay` rebuilds any step",
     "metrics.jsonl": "metrics of every step and evaluation",
