@@ -16,7 +16,7 @@ from estune.run.branch import branch
 from estune.run.directory import RunDirectory
 from estune.run.guard import falls_short
 from estune.run.trainer import Trainer
-from tests.runs import cut, make_task, train
+from tests.runs import cut, make_config, make_task, train
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,21 @@ def assert_harm_is_taken_back(model: Path, tmp_path: Path, where: dict[str, Any]
         assert (summary.taken_back, summary.back) == (len(taken_back), 0)
 
 
+def test_a_base_that_has_no_reward_in_one_group_is_said_to_have_none(model: Path, tmp_path: Path) -> None:
+    def some(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        return [None if prompt[0] in "35" else len(text) for prompt, text in zip(prompts, completions, strict=True)]
+
+    task = make_task(some)
+    config = make_config(
+        tmp_path / "run", model, steps=4, population=4, prompt_groups=2, prompts_per_step=1, evaluate_base=True
+    )
+    Trainer(config, task=task, monitors=[]).train()
+    steps = Journal.read(tmp_path / "run").steps
+    partly = [any(task.train[i]["prompt"][0] in "35" for i in record.prompts) for record in steps]
+    assert any(partly)
+    assert ["reward_base" not in record.metrics for record in steps] == partly
+
+
 def test_tokens_of_the_guards_second_look_count(model: Path, tmp_path: Path) -> None:
     """Of completions that all are as long as they may be, by four members and the base, and then the base again."""
     changes = {"steps": 1, "prompts_per_step": 3, "max_new_tokens": 2}
@@ -63,7 +78,11 @@ def test_tokens_of_the_guards_second_look_count(model: Path, tmp_path: Path) -> 
     assert record.metrics["num_tokens"] == (4 + 1 + 1) * 3 * 2
 
 
-@pytest.mark.parametrize("where", [{}, {"replicas": 2}, {"adam": True}], ids=["one", "replicas", "adam"])
+@pytest.mark.parametrize(
+    "where",
+    [{}, {"replicas": 2}, {"adam": True, "constraint": "rewards/variety/mean>=9"}],
+    ids=["one", "replicas", "adam and a constraint"],
+)
 def test_a_run_goes_back_to_its_best_to_the_bit(
     model: Path, tmp_path: Path, where: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -101,7 +120,7 @@ def test_a_run_goes_back_to_its_best_to_the_bit(
         summary = Trainer.resume(tmp_path / f"cut {steps}", task=make_task(), monitors=[]).train()
         assert (summary.taken_back, summary.back) == (0, len(back))
         found = Journal.read(tmp_path / f"cut {steps}")
-        assert [r.fingerprint for r in found.steps] == [r.fingerprint for r in journal.steps]
+        assert [(r.fingerprint, r.state) for r in found.steps] == [(r.fingerprint, r.state) for r in journal.steps]
         checkpoints = RunDirectory(tmp_path / f"cut {steps}").checkpoints()
         assert not {number - 1 for number in checkpoints} & found.undone
         assert [(e.step, e.back, e.state) for e in found.evaluations] == [
