@@ -95,6 +95,7 @@ SLOWEST = (
     "tests/engines/test_transformers.py",
     "tests/agents/test_training.py",
     "tests/run/test_monitors.py",
+    "tests/run/test_trackers.py",
     "tests/study/test_sweep.py",
     "tests/engines/test_vision.py",
     "tests/engines/test_together.py",

@@ -184,9 +184,18 @@ def test_the_comparison_ends_soon_whatever_it_is_given(test: str) -> None:
     assert not sealed.holds({})
 
 
-@pytest.mark.parametrize("value", ["a" * 5_000, [0] * 5_000], ids=["text", "list"])
-def test_values_of_the_programs_are_multiplied_only_as_python_does(value: Any) -> None:
-    sealed = seal("assert f(1) * f(2) == 6")
+@pytest.mark.parametrize(
+    ("test", "value"),
+    [
+        ("assert f(1) * f(2) == 6", "a" * 5_000),
+        ("assert f(1) * f(2) == 6", [0] * 5_000),
+        ("assert bytes(abs(f(1))) == b'6'", 10**8),
+        ("assert round(abs(f(1)), -abs(f(2))) == 6", 10**7),
+    ],
+    ids=["texts", "lists", "bytes", "digits"],
+)
+def test_the_comparison_takes_little_memory_whatever_the_program_gives(test: str, value: Any) -> None:
+    sealed = seal(test)
     assert sealed is not None
     tracemalloc.start()
     held = sealed.holds({slot: value for _, slot in sealed.steps if slot is not None})
@@ -194,6 +203,18 @@ def test_values_of_the_programs_are_multiplied_only_as_python_does(value: Any) -
     tracemalloc.stop()
     assert not held
     assert most < 1e6
+
+
+def test_bytes_and_rounding_are_pythons() -> None:
+    for test, value in (
+        ("assert bytes(abs(f(1))) == b'\\0\\0'", 2),
+        ("assert bytes(f(1) + 'b', 'ascii') == b'ab'", "a"),
+        ("assert round(abs(f(1))) == 3", -2.6),
+        ("assert round(abs(f(1)), ndigits=-1) == 20", 17),
+    ):
+        sealed = seal(test)
+        assert sealed is not None
+        assert sealed.holds({slot: value for _, slot in sealed.steps if slot is not None})
 
 
 def test_too_long_or_deep_is_another_shape() -> None:

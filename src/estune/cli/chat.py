@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,7 +41,7 @@ def chat(
     from estune.config import read
 
     settings = read(config, overrides_of(context.args))
-    with opening(f"chat with {model}") if sys.stdin.isatty() else nullcontext():  # a pipe is given the answer alone
+    with opening(f"chat with {model}", silent=not sys.stdin.isatty()):  # a pipe is given the answer alone
         from estune.run.chat import open_chats
 
         chats = open_chats(model, settings, system, compare=compare)

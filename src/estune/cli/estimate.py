@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +37,7 @@ def estimate(
     """
     from dataclasses import asdict
 
-    with nullcontext() if as_json else opening("estimate"):
+    with opening("estimate", silent=as_json):
         from estune.study.estimate.run import estimate_run
 
         found = estimate_run(

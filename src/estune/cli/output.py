@@ -26,12 +26,16 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def opening(what: str) -> Iterator[None]:
+def opening(what: str, *, silent: bool = False) -> Iterator[None]:
     """Say at once what a command is about and, on a terminal, show what it waits for and for how long, until it begins.
 
     Args:
         what: what the command is about.
+        silent: say and show nothing, as the output is for a program.
     """
+    if silent:
+        yield
+        return
     console = get_console()  # the one that log messages go to: they appear above
     console.print(f"estune {__version__}: {printable(what)}", highlight=False, markup=False, soft_wrap=True)
     if not console.is_terminal:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -60,7 +59,7 @@ def probe(
     if tried == []:
         raise EstuneError(f"--parts {parts!r}: give patterns of parameters' names, with semicolons between")
     arguments: dict[str, Any] = {"members": members, "prompts": prompts, "sigmas": sizes}
-    with nullcontext() if as_json else opening(f"probe {settings.model} on {settings.task.name}"):
+    with opening(f"probe {settings.model} on {settings.task.name}", silent=as_json):
         from estune.study.probe import probe as try_sizes
         from estune.study.probe import probe_parts
 

@@ -35,6 +35,18 @@ def _range(*numbers: int) -> range:
     return found
 
 
+def _bytes(source: Any = b"", *how: str) -> bytes:
+    if isinstance(source, int) and source > _MOST_ITEMS:
+        raise Broken("too large")
+    return bytes(source, *how)
+
+
+def _round(number: Any, ndigits: int | None = None) -> Any:
+    if ndigits is not None and abs(ndigits) > _MOST_DIGITS:
+        raise Broken("too large")
+    return round(number, ndigits)
+
+
 OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
@@ -49,8 +61,8 @@ CONSTANTS = {"math.pi": math.pi, "math.e": math.e, "math.inf": math.inf, "math.n
 _NUMBER = (int, float, complex)
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **TYPES, "abs": abs, "len": len, "max": max, "min": min, "round": round, "sorted": sorted, "sum": sum,
-    "isinstance": isinstance, "range": _range, "math.fabs": math.fabs, "math.isclose": math.isclose,
+    **TYPES, "bytes": _bytes, "abs": abs, "len": len, "max": max, "min": min, "round": _round, "sorted": sorted,
+    "sum": sum, "isinstance": isinstance, "range": _range, "math.fabs": math.fabs, "math.isclose": math.isclose,
     "math.sqrt": math.sqrt,
 }  # fmt: skip
 

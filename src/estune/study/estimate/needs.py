@@ -232,7 +232,7 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
             else []
         ),
         *_beside_integers(shape, work),
-        noise(shape, work),
+        of_members(shape, work),
     ]
     rest = [
         Item(
@@ -257,7 +257,7 @@ def memory(shape: Shape, work: Work, device: Device, prefill_tokens: int) -> lis
     return [*weights, Item("key and value cache", cache, cached), *rest]
 
 
-def noise(shape: Shape, work: Work) -> Item:
+def of_members(shape: Shape, work: Work) -> Item:
     """Memory of the members that are decoded together."""
     count = work.together
     if work.way == "slots":

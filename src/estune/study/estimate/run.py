@@ -239,12 +239,12 @@ def _by_rank_one(file: Path | None, overrides: list[str], placed: _Placed, shape
 
 def _vllm_rows(config: Config, work: Work, device: Device, shape: Shape) -> int:
     """Mean number of sequences that vLLM decodes at once: those it is started for, if keys and values fit."""
-    from estune.study.estimate.needs import noise
+    from estune.study.estimate.needs import of_members
 
     held = _held_by_vllm(config, work, device, shape)
     bytes_ = BYTES[work.dtype]
     room = held.share * device.memory / work.at_once - (shape.parameters * bytes_ + _base(work, shape)) / work.parallel
-    room -= noise(shape, work).amount
+    room -= of_members(shape, work).amount
     each = shape.cached * bytes_ / work.parallel * (work.prompt_tokens + work.new_tokens)
     return max(1, min(held.rows, int(room / each))) if each else held.rows
 
