@@ -71,6 +71,9 @@ TASKS = {
     "additions": ("task.name=bench/study/additions.py", "max_new_tokens=24"),
 }
 EXPERIMENTS = {"capitals": 40_000, "conciseness": 80_000}  # and the tokens that a run may generate
+# What a budget is for RL at the length of the base's answers: at high rates they become so short that it would last for
+# hours.
+RL_STEPS = {"capitals": 32, "conciseness": 20}
 WATCHED = {"capitals": ("conciseness", "additions"), "conciseness": ("capitals", "additions")}
 SAMPLES, POINTS = 16, 4
 GREEDY = {  # what is shown, by its heading: the figure, its factor and its digits
@@ -78,6 +81,8 @@ GREEDY = {  # what is shown, by its heading: the figure, its factor and its digi
     "short, wrong %": ("short_but_wrong", 100, 1),
     "length": ("length", 1, 1),
     "KL": ("kl", 1, 3),
+    "steps": ("steps", 1, 0),
+    "tokens": ("tokens", 1, 0),
     "seconds": ("cpu_seconds", 1, 0),
     "GB": ("memory", 1e-9, 1),
 }
@@ -125,7 +130,16 @@ def run(experiment: str, method: str, seeds: int, rates: Sequence[float], result
     folder = FOLDER / " ".join([experiment, other]).strip().replace(" ", "-")
     times, steps = LONGER.get(other, (1, None))
     budget = EXPERIMENTS[experiment] * times
-    plan = Plan(methods=[method], budget=budget, seeds=left, rates=list(rates), batch=96, points=POINTS, es_steps=steps)
+    plan = Plan(
+        methods=[method],
+        budget=budget,
+        seeds=left,
+        rates=list(rates),
+        batch=96,
+        points=POINTS,
+        es_steps=steps,
+        rl_steps=RL_STEPS[experiment],
+    )
 
     def told(result: dict[str, Any]) -> None:
         job = result["job"]
@@ -202,8 +216,8 @@ def _rows(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
             rows["before"] = [line if before is None else {"accuracy": before, **line}]
             continue
         rate = line["job"]["rate"]
-        note = f"{rate:g}" if rate else line.get("settings", "")
-        rows.setdefault(", ".join(filter(None, [NAMES[line["job"]["method"]], note])), []).append(line)
+        name = NAMES[line["job"]["method"]], f"{rate:g}" if rate else "", line.get("settings", "")
+        rows.setdefault(", ".join(filter(None, name)), []).append(line)
     return rows
 
 

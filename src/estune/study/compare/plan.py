@@ -44,7 +44,7 @@ class Plan(BaseModel):
     """A comparison.
 
     Every run may generate `budget` tokens, end tokens included and prompts not. The step that spends the last of them
-    is finished.
+    is finished. With `rl_steps`, RL may end before.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,6 +60,7 @@ class Plan(BaseModel):
     rl_temperature: float = Field(1.0, gt=0)
     beta: float = Field(0.0, ge=0)  # weight of the KL penalty
     es_steps: int | None = Field(None, ge=1)  # length of an ES run, for its schedules; without it they are constant
+    rl_steps: int | None = Field(None, ge=1)  # most of an RL run, whose answers may become too short to spend a budget
     points: int = Field(0, ge=0)  # of the learning curve, equally many tokens apart; the last one is the run's end
     short_tokens: int | None = Field(None, ge=1)  # an answer of at most as many tokens is short
 

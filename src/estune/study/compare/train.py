@@ -76,6 +76,8 @@ def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = 
     for at, (took, computed), point in progress.passed:
         curve.append({"tokens": at, "seconds": took, "cpu_seconds": computed, **greedy(point, config, task)})
         shutil.rmtree(point)
+    if curve[-1]["tokens"] < tokens:  # it ended before the budget was spent
+        curve.append({name: (figures | metrics)[name] for name in curve[0]})
     return {"job": job.model_dump(), **figures, **metrics, "curve": curve}
 
 
@@ -192,7 +194,7 @@ def _reinforce(
 
         class Spent(TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                control.should_training_stop = reward.tokens >= plan.budget
+                control.should_training_stop = reward.tokens >= plan.budget or state.global_step == plan.rl_steps
                 progress.at(reward.tokens, lambda path: trainer.save_model(str(path)))
 
         trainer = trainer_class(
