@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from bench.common import RESULTS, machine
 from bench.study.compare import COUNTDOWN, WIDE, WIDER, model_and_task
+from bench.study.real import at_equal_time
 
 from estune.charts.table import markdown, spread
 from estune.config import load
@@ -38,6 +39,8 @@ SETTLED = 3  # runs of a row from which on its best point counts as what there i
 EMBEDDINGS = {"train_parameters": "*embed_tokens*"}  # the output matrix too: the models have one for both
 FASTER = ("1e-4", "3e-4", "1e-3", "3e-3")  # larger rates than the best at the end, which may be faster at first
 LONGER = 500_000  # what ES generates in the processor seconds in which reinforcement learning generates the budget
+MOMENTS = (3, 5, 10, 20, 40, 80)  # processor seconds at which ES and reinforcement learning are compared
+COMPARED = ("paper", "128 members, 1 prompt, smaller sigma", "128 members, 1 prompt, embeddings alone")  # of ES there
 ALONE = "-embeddings-alone"  # at the end of a method's name
 METHODS = ("grpo", "dr_grpo", "dapo", "rloo")
 TOGETHER: dict[str, Any] = {
@@ -108,6 +111,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sigma": 0.012, "learning_rate": 0.06, "anchor_decay": 0.3, "lr_scheduler_type": "cosine",
     },
     "KL at most 0.1": {"constraint": "kl<=0.1"},
+    "95% right at least": {"constraint": "rewards/correct_reward/mean>=0.95"},
     "adam": {"adam": True},
     "sigma by rms": {"sigma_scale": '{"*": "rms"}', "sigma": 0.032, "learning_rate": 0.016},
     "guided": {"guided_share": 0.5},
@@ -247,11 +251,15 @@ def section(results: Path) -> str:
         "curve of held-out accuracy over tokens. `paper` is 20 members, 20 prompts, sigma 0.024, alpha 0.012; every\n"
         "other row of ES changes what its name says (`bench.study.parts` has the values); `together` is 128 members\n"
         "of a prompt with embeddings alone, but for that. Processor seconds are missing where runs are older than\n"
-        "their count. The two smaller models were pretrained anew for this, so that they begin elsewhere than above.",
+        "their count. The two smaller models were pretrained anew for this, so that they begin elsewhere than above.\n"
+        "The second table of a model is accuracy in percent at equal processor seconds; a run that is over sooner has\n"
+        "its end's.",
     ]
     for model in (*COUNTDOWN, *WIDE):
         if lines := _lines(results / f"parts-{model}.jsonl"):
-            found += [f"### {model}, curves", markdown(table(lines))]
+            learning = by_name([line for line in lines if line["job"]["method"] != "es"])
+            compared = {name: of for name, of in by_name(lines).items() if name in (*COMPARED, *learning)}
+            found += [f"### {model}, curves", markdown(table(lines)), markdown(at_equal_time(compared, MOMENTS))]
     found += [
         "### As long as reinforcement learning",
         f"ES with {LONGER:,} tokens, for which it takes about as long as reinforcement learning takes for {BUDGET:,}.\n"

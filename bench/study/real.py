@@ -246,16 +246,22 @@ def figures(
     ]
 
 
-def at_equal_time(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
-    """Greedy accuracy of each row in percent when the processor seconds of each row of ES are over, and at the end.
+def at_equal_time(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], moments: Sequence[float] | None = None
+) -> list[list[str]]:
+    """Greedy accuracy of each row in percent after some processor seconds, and at the end.
 
     Args:
-        rows: runs by the name of their row; those without a curve are left out.
+        rows: runs by the name of their row; those without a curve, or whose seconds were not counted, are left out.
+        moments: the seconds; by default, when those of each row of ES are over.
     """
-    curves = {name: [run["curve"] for run in of if "curve" in run] for name, of in rows.items()}
-    curves = {name: of for name, of in curves.items() if of}
+    timed = {
+        name: [run["curve"] for run in of if "cpu_seconds" in run.get("curve", [{}])[0]] for name, of in rows.items()
+    }
+    curves = {name: of for name, of in timed.items() if of}
     seconds = {name: statistics.fmean(curve[-1]["cpu_seconds"] for curve in of) for name, of in curves.items()}
-    moments = sorted(taken for name, taken in seconds.items() if name.startswith(NAMES["es"]))
+    if moments is None:
+        moments = sorted(taken for name, taken in seconds.items() if name.startswith(NAMES["es"]))
     return [
         ["", "runs", *(f"after {moment:,.0f} s" for moment in moments), "at the end", "seconds"],
         *(
