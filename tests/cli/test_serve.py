@@ -46,7 +46,7 @@ def test_a_run_s_best_and_any_of_its_steps_are_served(run: Path, model: Path) ->
 
 
 def test_what_cannot_be_served_is_one_line(run: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "has 1 steps, not 2: give --step from 0 to 1" in refused(capsys, "serve", run, "--step", 2)
+    assert "has 1 step, not 2: give --step from 0 to 1" in refused(capsys, "serve", run, "--step", 2)
     assert "is no run's directory: leave it out" in refused(capsys, "serve", model, "--step", 1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -65,7 +65,7 @@ def test_mistakes_of_a_probe_are_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert "--sigmas 'a,b': give numbers" in refused(capsys, "probe", "--sigmas", "a,b")
     assert "give numbers above 0" in refused(capsys, "probe", "--sigmas", "0")
     assert "give numbers above 0" in refused(capsys, "probe", "--sigmas", ",")
-    assert "1 members" in refused(capsys, "probe", "--members", 1)
+    assert "1 member, " in refused(capsys, "probe", "--members", 1)
     assert "--parts ' ;': give patterns" in refused(capsys, "probe", "--parts", " ;")
     assert "fits the pattern '*head*'" in refused(capsys, "probe", "--parts", "*; *head*")
     assert "did you mean sigma?" in refused(capsys, "probe", "--sigm", 1)

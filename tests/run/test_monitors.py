@@ -13,7 +13,7 @@ from estune.engines.progress import Progress
 from estune.journal.journal import Journal
 from estune.run.monitors.base import Monitor, Plan, Sample, Summary, Work
 from estune.run.monitors.console import ConsoleMonitor, sample_panel
-from estune.run.monitors.pace import Pace, Stopwatch, duration, evaluations_left, outlook, too_long
+from estune.run.monitors.pace import Pace, Stopwatch, evaluations_left, outlook, too_long
 from estune.run.trainer import Trainer
 from tests.runs import make_config, make_task
 
@@ -75,8 +75,8 @@ def test_a_terminal_shows_the_run_and_what_is_under_way(model: Path, tmp_path: P
     monitor.close()  # which shows it once more
     trainer.close()
     shown = plain(console.file.getvalue())  # type: ignore[attr-defined]
-    assert any(re.search(r"step 0/1 +━* +\S+ s", line) for line in shown)
-    assert any(re.search(r"members +━+.* 1/4  20%  \S+ s  [\d,]+ tokens/s", line) for line in shown)
+    assert any(re.search(r"step 0/1 +━* +\S+ m?s", line) for line in shown)
+    assert any(re.search(r"members +━+.* 1/4  20%  \S+ m?s  [\d,]+ tokens/s", line) for line in shown)
 
 
 def make_work(name: str = "members", pieces: int = 4, engines: int = 2, done: Progress | None = None) -> Work:
@@ -161,7 +161,6 @@ def test_a_run_of_more_than_a_day_is_warned_of() -> None:
     )
     assert too_long(24 * 3600) is None
     assert "this takes 1.5 days at this pace: fewer steps" in str(too_long(36 * 3600))
-    assert [duration(s) for s in (0.25, 9.7, 89, 90, 5000)] == ["0.25 s", "9.7 s", "89 s", "1.5 min", "83.3 min"]
 
 
 def test_a_completion_cannot_move_the_cursor() -> None:

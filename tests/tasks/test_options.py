@@ -98,7 +98,7 @@ def test_an_eighth_is_held_out_the_same_for_any_sizes(tmp_path: Path) -> None:
 def test_few_rows_of_which_none_or_all_are_held_out(tmp_path: Path) -> None:
     for questions, said in (
         ("q1 q2", "evaluation set is empty: .* of 2 rows none is"),
-        ("q0", "of 1 rows every one is"),
+        ("q0", "of 1 row every one is"),
     ):
         source = write(tmp_path / "x.jsonl", questions.split())
         with pytest.raises(EstuneError, match=rf"^task plain: the .*{said}; give more rows, or task\.eval_data"):

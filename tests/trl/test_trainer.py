@@ -326,7 +326,7 @@ def test_the_card_and_a_hub_out_of_reach(model: Path, tmp_path: Path) -> None:
     card = trainer.model_card("me/brief", "me/questions")
     data = ModelCard(card).data
     assert (data.library_name, data.datasets, data.model_name) == ("transformers", "me/questions", "me/brief")
-    assert "1 steps of 4 members on 6 prompts, sigma 0.02, learning rate 0.01" in card
+    assert "1 step of 4 members on 6 prompts, sigma 0.02, learning rate 0.01" in card
     with pytest.raises(EstuneError, match="push me/brief: .*nothing is lost"):
         trainer.push_to_hub()
 

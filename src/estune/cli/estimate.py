@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from estune.charts.words import DAY, amount, duration
 from estune.cli.options import ConfigFile, overrides_of
 from estune.cli.output import opening, say, say_table
 
@@ -59,13 +60,14 @@ def _say_estimate(found: Estimate) -> None:
     device = found.device
     count = f"{work.devices} x " if work.devices > 1 else ""
     say(
-        f"{found.model}: {found.shape.parameters:,} parameters; {work.population} members x {work.prompts} prompts, "
-        f"{work.engines} at once\n{count}{device.name}: {device.how}"
+        f"{found.model}: {found.shape.parameters:,} parameters; {amount(work.population, 'members')} x "
+        f"{amount(work.prompts, 'prompts')}, {amount(work.engines, 'engines')} at work at once\n"
+        f"{count}{device.name}: {device.how}"
     )
     who = "a replica" if work.workers is None else "a worker"
     each = f", on each of its {work.parallel} GPUs" if work.parallel > 1 else ""
     _say_items(f"memory of {who}{each}", found.memory, _size)
-    _say_items("time of a step, estimated", found.time, _duration)
+    _say_items("time of a step, estimated", found.time, duration)
     _say_speeds(found)
     say_outlook(found)
     if len(found.splits) > 1:
@@ -91,17 +93,22 @@ def _say_items(title: str, items: Sequence[Item], show: Callable[[float], str]) 
 
 def _say_speeds(found: Estimate) -> None:
     """Say how long the whole run takes by each engine."""
-    rows = [["", "a member", "a step", "tokens/s", f"{found.work.steps:,} steps", ""]]
+    rows = [["", "a member", "a step", "tokens/s", f"{amount(found.work.steps, 'steps')}", ""]]
     for speed in found.speeds:
         how = f"{speed.rows} rows at once, {1e3 * speed.token:.3g} ms a token, mostly {speed.limit}"
-        figures = [_duration(speed.member), _duration(speed.step), f"{speed.tokens_per_second:,.0f}", _days(speed.days)]
+        figures = [
+            duration(speed.member),
+            duration(speed.step),
+            f"{speed.tokens_per_second:,.0f}",
+            duration(DAY * speed.days),
+        ]
         rows.append([speed.engine, *figures, how])
     say_table(rows, title="the whole run, evaluations included, by engine", remarks=True)
 
 
 def say_outlook(found: Estimate) -> None:
     """Say the line that `estune train` also says, once it has measured its pace."""
-    from estune.run.monitors.pace import DAY, outlook, too_long
+    from estune.run.monitors.pace import outlook, too_long
 
     work = found.work
     tokens = work.population * work.prompts * work.max_new_tokens
@@ -118,7 +125,7 @@ def _say_splits(found: Estimate) -> None:
     rows = [["members x prompts", "a step", "tokens/s"]]
     for split in found.splits:
         count = f"{split.population} x {split.prompts}"
-        rows.append([count, _duration(split.step), f"{split.tokens_per_second:,.0f}"])
+        rows.append([count, duration(split.step), f"{split.tokens_per_second:,.0f}"])
     say_table(rows, title="a step of as many completions")
 
 
@@ -131,21 +138,20 @@ def _say_scales(found: Estimate) -> None:
             [
                 str(scale.workers),
                 str(scale.devices),
-                _duration(scale.step),
+                duration(scale.step),
                 f"{scale.efficiency:.0%}",
                 f"{scale.tokens_per_second:,.0f}",
-                _days(scale.days),
+                duration(DAY * scale.days),
                 f"{scale.device_hours:,.3g}" if scale.device_hours < 1000 else f"{scale.device_hours:,.0f}",
             ]
         )
     say_table(rows, names=0, title=f"with more or fewer workers, {found.speeds[0].engine}")
     spare = -found.work.population % found.work.engines
     if spare:
-        say(f"population={found.work.population + spare} would take about as long: {spare} workers end a member early")
-
-
-def _days(days: float) -> str:
-    return f"{days:,.3g} days" if days >= 1 else f"{24 * days:.3g} h" if days >= 1 / 24 else _duration(days * 24 * 3600)
+        say(
+            f"population={found.work.population + spare} would take about as long: "
+            f"{amount(spare, 'workers')} would end a member early"
+        )
 
 
 def _say_reinforcement_learning(found: Estimate) -> None:
@@ -166,9 +172,3 @@ def _size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:,.2f} {unit}"
     return f"{count:.0f} B"
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 60:
-        return f"{seconds / 60:.3g} min"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

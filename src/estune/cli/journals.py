@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from estune.charts.words import amount
 from estune.cli.options import ConfigFile, TrustTask, listed, overrides_of
 from estune.cli.output import opening, progress, say, say_table
 from estune.errors import EstuneError
@@ -69,7 +70,7 @@ def verify(
         refuse_unsigned(Journal.read(run), signed_by)
     with opening(f"verify {run}"), progress("replaying") as told:
         proof = prove(run, model, told)
-    say(f"journal: {proof.steps} steps, every line matches its checksum, sha256 {proof.sha256}")
+    say(f"journal: {amount(proof.steps, 'steps')}, every line matches its checksum, sha256 {proof.sha256}")
     if signed_by is not None:
         say(f"signature: by {signed_by}, of this journal as it is")
     say(f"base model: {proof.base}, to the bit the one that it was written over")
@@ -103,7 +104,7 @@ def diff(
             say_table([[title, "A", "B"], *rows])
         else:
             say(f"{title}: the same")
-    steps = f"{found.steps[0]} and {found.steps[1]} steps"
+    steps = f"{found.steps[0]} and {amount(found.steps[1], 'steps')}"
     if found.first is None:
         say(f"{steps}: all that both have are the same")
     else:
@@ -176,8 +177,8 @@ def swap(
 
     with opening(f"swap {server} to {run}"), progress("replaying there"):
         found = put(server, run, step, keep=keep)
-    how = {"kept": "it had them still", "rebuilt": f"rebuilt from the base by {found.updates} steps"}
-    how["advanced"] = f"by {found.updates} steps more"
+    how = {"kept": "it had them still", "rebuilt": f"rebuilt from the base by {amount(found.updates, 'steps')}"}
+    how["advanced"] = f"by {amount(found.updates, 'steps more')}"
     say(f"{server}: serves fingerprint {found.fingerprint}, {how[found.how]}, {found.seconds:.2f} s")
 
 

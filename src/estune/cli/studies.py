@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from estune.charts.words import amount
 from estune.cli.options import ConfigFile, listed, overrides_of
 from estune.cli.output import opening, say, say_table
 from estune.errors import EstuneError
@@ -84,8 +85,9 @@ def _say_part(part: str, found: Probe) -> None:
 
 def _say_probe(found: Probe) -> None:
     say(
-        f"{found.task} with {found.model}: {found.members} members a sigma on {found.prompts} prompts; "
-        f"the base model's reward is {found.base:.4f}, its noise floor {found.noise:.2g}\n"
+        f"{found.task} with {found.model}: {amount(found.members, 'members')} a sigma on "
+        f"{amount(found.prompts, 'prompts')}; the base model's reward is {found.base:.4f}, "
+        f"its noise floor {found.noise:.2g}\n"
     )
     say_table(found.rows())
     advice = "no sigma to recommend" if found.sigma is None else f"recommended: --sigma {found.sigma:g}"
@@ -233,7 +235,7 @@ def compare(
 
     count = len(plan.trials()) + len(plan.methods) * len(plan.seeds)
     with opening(
-        f"compare {', '.join(plan.methods)} on {settings.task.name} with {settings.model}: {count} runs of "
+        f"compare {', '.join(plan.methods)} on {settings.task.name} with {settings.model}: {amount(count, 'runs')} of "
         f"{plan.budget:,} tokens each, in {output_dir}"
     ):
         results = run_all(plan, settings, output_dir, told)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from estune.charts.words import amount
 from estune.errors import EstuneError
 from estune.files import locked, replacing, sync
 from estune.journal import compact
@@ -194,8 +195,8 @@ class Journal:
             missing = journal.shortfall()
             run = path.parent if path.name == FILE else path
             raise EstuneError(
-                f"{run} has {len(journal.steps)} steps, not {step}: give --step from 0 to {len(journal.steps)}"
-                + (f" ({missing})" if missing else "")
+                f"{run} has {amount(len(journal.steps), 'steps')}, not {step}: give --step from 0 to "
+                f"{len(journal.steps)}" + (f" ({missing})" if missing else "")
             )
         return journal
 
@@ -332,7 +333,7 @@ class Journal:
         """
         done = len(self.steps)
         final = self.path.name != FILE or (self.run / "final").is_dir()  # the compact form has none beside it
-        of = f"{done} of {self.settings.get('steps', done)} steps"
+        of = f"{done} of {amount(self.settings.get('steps', done), 'steps')}"
         over = self.ended is not None or (self.header.format == 1 and done >= self.settings.get("steps", done))
         if self.ended == "interrupted":
             return f"interrupted after {of}"

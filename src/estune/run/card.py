@@ -10,6 +10,7 @@ from pathlib import Path
 from estune.charts.chart import Plot, Series
 from estune.charts.picture import draw
 from estune.charts.table import markdown
+from estune.charts.words import amount
 from estune.files import write_text
 from estune.journal.journal import Journal
 from estune.journal.records import EvaluationRecord
@@ -162,8 +163,9 @@ def _training(journal: Journal, step: int) -> list[str]:
     settings = journal.settings
     graded = f"Rewards: {', '.join(rewards)}. " if rewards else ""
     return [
-        f"{count} steps of {len(first.of_members)} members on {len(first.prompts)} prompts, sigma {first.sigma:g}, "
-        f"learning rate {first.learning_rate:g}, seed {settings.get('seed')}, at most "
+        f"{amount(count, 'steps')} of {amount(len(first.of_members), 'members')} on "
+        f"{amount(len(first.prompts), 'prompts')}, sigma {first.sigma:g}, learning rate "
+        f"{first.learning_rate:g}, seed {settings.get('seed')}, at most "
         f"{settings.get('max_new_tokens')} tokens a completion, temperature {settings.get('temperature')}. "
         f"{graded}This is the checkpoint after step {step}."
     ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from estune.charts.words import amount
 from estune.completion import Completion
 from estune.config import Config
 from estune.grading.convention import Batch, Row
@@ -65,8 +66,8 @@ def describe(config: Config) -> str:
         f"model {config.model}: {elements:,} parameters in {checkpoint.path}\n"
         f"engine {engine}\n"
         f"task {task.name}: {len(task.train):,} training and {len(task.evaluation):,} held-out rows\n"
-        f"{config.steps} steps x {config.members} members x {prompts} prompts = {completions:,} completions of at "
-        f"most {config.max_new_tokens} tokens\n"
+        f"{amount(config.steps, 'steps')} x {amount(config.members, 'members')} x {amount(prompts, 'prompts')} = "
+        f"{amount(completions, 'completions')} of at most {config.max_new_tokens} tokens\n"
         f"{example}\n{notes}"
         f"output goes to {output}; nothing has been written"
     )
@@ -93,10 +94,11 @@ def describe_rest(
     task, _ = task_of(journal, config, changed, RESUME_FROM_PYTHON, **insists)
     start = next((step for step in RunDirectory(run).checkpoints() if step <= done), 0)
     return (
-        f"run {run}: {done} of {config.steps} steps done, {max(0, config.steps - done)} to go\n"
+        f"run {run}: {done} of {amount(config.steps, 'steps')} done, {max(0, config.steps - done)} to go\n"
         f"model {base.path}: as the run began\n"
         f"task {task.name}: {len(task.train):,} training and {len(task.evaluation):,} held-out rows, as the run began\n"
-        f"begins with {f'checkpoint-{start}' if start else 'the base model'} and replays {done - start} steps\n"
+        f"begins with {f'checkpoint-{start}' if start else 'the base model'} and replays "
+        f"{amount(done - start, 'steps')}\n"
         f"output goes to {run}; nothing has been written"
     )
 

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+from estune.charts.words import amount
 from estune.completion import Completion, Sampling
 from estune.config import Config, read
 from estune.engines.loading import open_encoder
@@ -219,13 +220,13 @@ class _Tried:
         self._trained = self._pool.describe()
         self._fingerprint = self._trained.fingerprint
         if journal is not None:
-            with told_while(f"replaying {len(journal.history)} steps"):
+            with told_while(f"replaying {amount(len(journal.history), 'steps')}"):
                 self._fingerprint = inherit(self._pool, self._trained, journal)
 
     def choose(self, members: Sequence[Member], sigma: float, top: int) -> Ensemble:
         """The best of these members by mean reward; of equals the earlier."""
         sampling = make_sampling(self._config, member_seed(self._config.seed, UNREACHED, 1 << 23))
-        what = f"trying {len(members)} members on {len(self._ids)} prompts"
+        what = f"trying {amount(len(members), 'members')} on {amount(len(self._ids), 'prompts')}"
         completed = self._complete(members, sigma, self._ids, sampling, what)
         graded = [grade_completions(self._task, self._rows, each, self._grading) for each in completed]
         pairs = ((g.grades.mean, member) for g, member in zip(graded, members, strict=True))
@@ -279,9 +280,10 @@ class _Tried:
         sampling = self._held_out.sampling
 
         def completed(some: Sequence[Member], who: str) -> list[list[Completion]]:
-            return self._complete(some, found.sigma, asked, sampling, f"evaluating {who} on {len(asked):,} prompts")
+            what = f"evaluating {who} on {amount(len(asked), 'prompts')}"
+            return self._complete(some, found.sigma, asked, sampling, what)
 
-        of_base, *of_members = completed([base, *members], f"the base and {len(members)} members")
+        of_base, *of_members = completed([base, *members], f"the base and {amount(len(members), 'members')}")
         answering = {"base": of_base, "best": of_members[0]}
         if (answer := self._task.answer) is not None:
             taken = vote([[answer(c.text) for c in of_member] for of_member in of_members])

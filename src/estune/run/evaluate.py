@@ -9,6 +9,7 @@ from contextlib import ExitStack, chdir
 from pathlib import Path
 from typing import Any
 
+from estune.charts.words import amount
 from estune.config import Config, merge, parse, read
 from estune.errors import EstuneError
 from estune.journal.journal import Journal, is_run
@@ -87,7 +88,7 @@ def evaluate_model(
         opened.callback(pool.close)
         for name, held_out in evaluations:
             asked = held_out.asked
-            what = f"completing {len(asked):,} prompts of {held_out.task.name}"
+            what = f"completing {amount(len(asked), 'prompts')} of {held_out.task.name}"
             places = len(asked) * config.max_new_tokens
             with told_while_generating(what, pool, sum(map(len, asked)), places):
                 found, graded = held_out.evaluate(pool)

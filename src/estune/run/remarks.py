@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from estune.charts.words import amount
 from estune.completion import Prompt
 from estune.config import Config
 from estune.es.strategy import alike
@@ -38,7 +39,7 @@ def before(config: Config, task: Task, order: StagedOrder) -> Iterator[str]:
         times = " * prompt_groups" if config.prompt_groups > 1 else ""
         where = "a stage" if len(order.orders) > 1 else "the training set"
         asked = f"prompts_per_step{times} is {config.prompts_of_step}"
-        yield f"{asked}, and {where} has {fewest} rows: every step uses all of them"
+        yield f"{asked}, and {where} has {amount(fewest, 'rows')}: every step uses all of them"
     answered = sum(_goes_on(row["prompt"]) for row in task.train)
     if answered:
         yield (

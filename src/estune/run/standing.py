@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from estune.charts.words import amount
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.es.strategy import Update
@@ -74,7 +75,7 @@ class Standing:
         sound = (s for s in whole if holds(run.checkpoint(s), self._base, journal, journal.header.dtype))
         start = 0 if has_moments(record.update for record in journal.history) else next(sound, 0)
         checkpoint = (before + start, run.checkpoint(start)) if start else None
-        with told_while(f"replaying {done - start} steps"):
+        with told_while(f"replaying {amount(done - start, 'steps')}"):
             found = self.pool.rebuild(journal.history, checkpoint or ((0, self._base.path) if anew else None))
         if found != journal.fingerprint():
             where = f"checkpoint-{start} and " if start else ""

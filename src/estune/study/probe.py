@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from estune.charts.words import amount
 from estune.completion import Completion
 from estune.config import Config
 from estune.engines.loading import open_encoder
@@ -157,7 +158,8 @@ def probe(
         raise EstuneError(f"sigmas {', '.join(map(str, tried)) or 'none'}: give numbers above 0")
     if members < 2 or repeats < 2 or prompts < 1:
         raise EstuneError(
-            f"probe: {members} members, {repeats} repeats, {prompts} prompts; a spread takes two members and two "
+            f"probe: {amount(members, 'members')}, {amount(repeats, 'repeats')}, {amount(prompts, 'prompts')}; a "
+            "spread takes two members and two "
             "repeats, and a reward one prompt"
         )
     if pool is None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from estune.charts.words import amount
 from estune.completion import Prompt
 from estune.errors import EstuneError
 from estune.grading.convention import Row
@@ -171,7 +172,7 @@ def refuse_empty_side(name: str, train: Sequence[Row], evaluation: Sequence[Row]
         side, found = ("evaluation", "none") if train else ("training", "every one")
         raise EstuneError(
             f"task {name}: the {side} set is empty: an eighth of the rows is held out, chosen by a hash of each, and "
-            f"of {len(train) + len(evaluation)} rows {found} is; give more rows, or {remedy}"
+            f"of {amount(len(train) + len(evaluation), 'rows')} {found} is; give more rows, or {remedy}"
         )
 
 

@@ -17,10 +17,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from estune.charts.words import amount, duration
 from estune.errors import printable, printable_lines
 from estune.journal.shares import shown
 from estune.run.monitors.base import Metrics, Monitor, Plan, Sample, Summary, Work
-from estune.run.monitors.pace import Look, Stopwatch, duration, outlook, too_long
+from estune.run.monitors.pace import Look, Stopwatch, outlook, too_long
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ class ConsoleMonitor(Monitor):
         again = f", going on after step {plan.first_step}" if plan.first_step else ""
         self.console.print(
             f"[bold]{escape(printable(plan.task))}[/] with {escape(printable(plan.model))} "
-            f"({plan.parameters:,} parameters): "
-            f"{plan.steps} steps of {plan.population} members x {plan.prompts_per_step} prompts, "
+            f"({plan.parameters:,} parameters): {amount(plan.steps, 'steps')} of "
+            f"{amount(plan.population, 'members')} x {amount(plan.prompts_per_step, 'prompts')}, "
             f"sigma {plan.config['sigma']:g}, engine {plan.config['engine']}{again}\n"
             f"train {plan.train_size:,} problems, held out {plan.eval_size:,}; everything goes to {plan.run}",
             highlight=False,
@@ -278,7 +279,7 @@ def _instruments(now: Metrics, shares: Collection[str], then: Metrics | None = N
 
 
 def _summary(s: Summary) -> Panel:
-    lines = [f"{s.ended} after {s.steps} steps, {s.seconds:.0f} s"]
+    lines = [f"{s.ended} after {amount(s.steps, 'steps')}, {s.seconds:.0f} s"]
     if s.before:
         key = "eval_accuracy"
         share = key in s.shares

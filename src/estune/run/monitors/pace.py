@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from estune.charts.words import DAY, duration
 from estune.engines.progress import Progress
 from estune.run.monitors.base import Metrics, Plan, Work
 
-DAY = 24 * 3600.0
 KNOWN_AFTER = 3.0  # seconds of writing, of all engines together, after which a pace is known
 RECENT = 20  # steps whose mean the next ones will take
 
@@ -193,14 +193,6 @@ def evaluations_left(steps: int, every: int, done: int) -> int:
     if done >= steps:
         return 0
     return 1 + ((steps - 1) // every - done // every if every else 0)
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it, with two or three digits."""
-    for unit, size in (("days", DAY), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def outlook(tokens: int, step: float, run: float, *, most: bool, how: str) -> str:

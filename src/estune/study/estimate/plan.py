@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from estune.charts.words import DAY
 from estune.study.estimate.lengths import Lengths
 from estune.study.estimate.needs import Item, shares_base
 from estune.study.estimate.needs import trained as trained_elements
@@ -25,7 +26,6 @@ STEPS = 64  # that are played through, or as many as take no more than so many d
 DRAWS = 1 << 20
 STRAGGLERS = 0.01
 """Share of members that take twice as long, as if their worker was lost: an assumption."""
-DAY = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)

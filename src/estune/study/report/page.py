@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from estune import __version__
 from estune.charts.chart import COLOURS, STYLE, Chart, figure
+from estune.charts.words import amount, duration
 from estune.errors import EstuneError
 from estune.files import write_text
 from estune.journal.shares import is_share, shown, with_interval
@@ -114,7 +115,7 @@ def _render(runs: list[Run]) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"figure": figure, "seconds": _duration, "readable": readable, "percent": _percent}
+    environment.filters |= {"figure": figure, "seconds": duration, "readable": readable, "percent": _percent}
     groups = group_runs(runs)
     return environment.get_template("page.html").render(
         title=_title(runs),
@@ -193,10 +194,10 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if steps:
         population = len(run.journal.steps[-1].of_members)
         prompts = len(run.journal.steps[-1].prompts) // run.journal.settings.get("prompt_groups", 1)
-        tiles.append(("Steps", f"{run.done}", f"of {population} members x {prompts} prompts"))
+        tiles.append(("Steps", f"{run.done}", f"of {amount(population, 'members')} x {amount(prompts, 'prompts')}"))
         if all("step_time" in m for m in steps):
             tokens = f"{figure(steps[-1]['num_tokens'])} tokens" if "num_tokens" in steps[-1] else "all steps"
-            tiles.append(("Time in steps", _duration(sum(m["step_time"] for m in steps)), tokens))
+            tiles.append(("Time in steps", duration(sum(m["step_time"] for m in steps)), tokens))
         if speeds := [speed for _, speed in curves.speeds(run)]:
             tiles.append(("Speed", f"{figure(statistics.median(speeds))} tokens/s", "median of the steps"))
     return tiles
@@ -257,11 +258,3 @@ def _cell(value: float | None, percent: bool) -> str:
 
 def _percent(value: float) -> str:
     return f"{value:.1%}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
