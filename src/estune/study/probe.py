@@ -159,8 +159,7 @@ def probe(
     if members < 2 or repeats < 2 or prompts < 1:
         raise EstuneError(
             f"probe: {amount(members, 'members')}, {amount(repeats, 'repeats')}, {amount(prompts, 'prompts')}; a "
-            "spread takes two members and two "
-            "repeats, and a reward one prompt"
+            "spread takes two members and two repeats, and a reward one prompt"
         )
     if pool is None:
         check_name(config.model)
