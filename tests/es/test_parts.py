@@ -167,6 +167,16 @@ def test_a_constraint_is_paid_for_only_while_it_is_broken() -> None:
     assert at_least.fitness([0.0], [0.25]) == [-0.5]
 
 
+def test_a_constraint_compares_members_that_have_the_same_prompts() -> None:
+    constraint = Constraint(bound=10.0, rate=0.5, multiplier=1.0)
+    # Two groups, the second's prompts cost more: 0.2 and 0.4 over the bound are both 0.1 below their group's mean.
+    assert constraint.fitness([0.0] * 4, [12.0, 14.0, 14.0, 16.0], groups=2) == pytest.approx([-0.3, -0.5] * 2)
+    assert constraint.multiplier == 1.0 + 0.5 * 0.4
+    constraint.multiplier = 1.0
+    found = constraint.fitness([0.0, 1.0, 0.0, None], [12.0, 14.0, None, None], groups=2)
+    assert found == pytest.approx([-0.2, 0.6, -0.3, None])  # the second has no prompt that the bound is about
+
+
 def test_momentum_is_the_moving_average_of_steps() -> None:
     strategy = EvolutionStrategy(population=2, sigma=1e6, learning_rate=0.5, momentum=Momentum(0.5))
     updates = [strategy.tell([0.0, 1.0]) for _ in range(7)]

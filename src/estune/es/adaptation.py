@@ -45,18 +45,34 @@ class Constraint:
     rate: float = 0.5
     multiplier: float = 0.0
 
-    def fitness(self, rewards: Sequence[float | None], values: Sequence[float | None]) -> list[float | None]:
+    def fitness(
+        self, rewards: Sequence[float | None], values: Sequence[float | None], groups: int = 1
+    ) -> list[float | None]:
         """Rewards less the penalty; None where one of both is missing. Learns the multiplier for the next step.
 
+        Groups with prompts of their own are all taken to be as far from the bound on average, as it is their prompts
+        that make the difference; members of a group without any value are taken to be there too.
+
         Args:
-            rewards, values: of each member; the base, which takes part as the last one, among them.
+            rewards, values: of each member; the base, which takes part as the last one of its group, among them.
+            groups: of members, of equal size, one after another.
         """
         scale = abs(self.bound) or 1.0
         sign = 1.0 if self.at_most else -1.0
         over = [None if v is None else sign * (v - self.bound) / scale for v in values]
-        pairs = zip(rewards, over, strict=True)
-        found = [None if r is None or o is None else r - self.multiplier * o for r, o in pairs]
-        known = [o for o in over if o is not None]
-        if known:
-            self.multiplier = max(0.0, self.multiplier + self.rate * math.fsum(known) / len(known))
+        if (mean := _mean(over)) is None:
+            return list(rewards)
+        found: list[float | None] = []
+        size = len(over) // groups
+        for first in range(0, size * groups, size):
+            level = _mean(over[first : first + size])
+            for reward, own in zip(rewards[first : first + size], over[first : first + size], strict=True):
+                violation = mean if level is None else None if own is None else own + (mean - level)
+                found.append(None if reward is None or violation is None else reward - self.multiplier * violation)
+        self.multiplier = max(0.0, self.multiplier + self.rate * mean)
         return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None

@@ -54,7 +54,7 @@ class Judge:
             raise EstuneError(
                 f"constraint: this step has no metric {self._metric}; there are {known}; give another output_dir"
             )
-        return self._constraint.fitness(fitness, values)
+        return self._constraint.fitness(fitness, values, self._groups)
 
     def state(self) -> dict[str, float]:
         """The constraint's penalty, where there is one."""
