@@ -24,7 +24,7 @@ from bench.common import options, rounded, settings, write_result
 from estune import Config, Trainer
 from estune.journal.base import base_checkpoint
 from estune.journal.journal import Journal
-from estune.noise.cpu import normal
+from estune.noise.cpu_draw import normal
 from estune.noise.reference import tensor_id
 
 Products = npt.NDArray[np.float64]

@@ -94,12 +94,12 @@ def load_kernels() -> None:
     """Compile the kernels, or load them compiled."""
     import numpy as np
 
-    from estune.noise import cpu
+    from estune.noise import cpu, cpu_sums
 
     few = np.zeros(8, np.float32)
     cpu.perturb(few, few, 0, 0, 0, 1.0)
     cpu.update(few, np.zeros(1, np.uint64), np.zeros(1, np.float32), 0, 0)
-    cpu.fingerprint(few, 0, 0)
+    cpu_sums.fingerprint(few, 0, 0)
 
 
 def write_journal(model: str, run: str, members: int, steps: int) -> None:

@@ -16,7 +16,7 @@ from estune.engines.graph import WARM_UPS
 from estune.engines.together import RowsTogether, rows_together
 from estune.engines.transformers import TransformersEngine
 from estune.es.strategy import Member
-from estune.noise import cpu
+from estune.noise import cpu_draw
 from estune.pool.replica import Replica, drawn
 from estune.run.make import make_sampling
 from tests.engines.test_decode import decoder_of, random_prompts, reference, unchanged
@@ -157,7 +157,7 @@ def test_vectors_of_one_member_are_the_specifications() -> None:
     members = found.of([MEMBERS[1]], SIGMA)
     one = found.served[0]  # the table of embeddings
     key = one.parameters["weight"].noise
-    a = cpu.normal(MEMBERS[1].seed, key, 0, len(one.module.weight))
+    a = cpu_draw.normal(MEMBERS[1].seed, key, 0, len(one.module.weight))
     own = one.of("weight", torch.zeros(1, dtype=torch.int64))
     assert own is not None
     assert np.array_equal(own[0, 0].numpy(), a * np.float32(-SIGMA))

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from estune.noise import cpu, normal, reference
+from estune.noise import cpu, cpu_draw, cpu_sums, normal, reference
 from estune.noise.rows import Rows
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "noise_vectors.json").read_text())
@@ -53,7 +53,7 @@ def test_philox_gives_random123s_answers(counter: Any, key: Any, words: Any) -> 
     # The compiled kernel, through its own entry: block = counter's low half, tensor = its high half.
     compiled = [np.empty(1, np.uint32) for _ in range(4)]
     block, tensor = (np.uint64(counter[i] | counter[i + 1] << 32) for i in (0, 2))
-    cpu.random_words(np.uint64(seed), tensor, block, *compiled)
+    cpu_draw.random_words(np.uint64(seed), tensor, block, *compiled)
     assert tuple(int(w[0]) for w in compiled) == words
 
 
@@ -214,34 +214,40 @@ def test_columns_of_a_tensor_have_what_is_at_their_positions(rows: Rows, size: i
     factors = np.array([0.5, -0.25], np.float32)
     cpu.update(changed, np.array([3, 4], np.uint64), factors, KEY, start, decay=0.0, rows=rows)
     np.testing.assert_array_equal(changed, base + (factors[0] * noise[0] + factors[1] * noise[1]))
-    alone = (cpu.fingerprint(base[i : i + 1], KEY, int(at)) for i, at in enumerate(positions))
-    assert cpu.fingerprint(base, KEY, start, rows) == sum(alone) % 2**64
+    alone = (cpu_sums.fingerprint(base[i : i + 1], KEY, int(at)) for i, at in enumerate(positions))
+    assert cpu_sums.fingerprint(base, KEY, start, rows) == sum(alone) % 2**64
 
 
 @given(cut=st.integers(0, 5000), dtype=st.sampled_from(["float32", "bfloat16"]))
 @settings(max_examples=20)
 def test_fingerprints_of_runs_add_up(cut: int, dtype: str) -> None:
     array = weights(5000, dtype)
-    whole = cpu.fingerprint(array, KEY, 10)
-    assert whole == (cpu.fingerprint(array[:cut], KEY, 10) + cpu.fingerprint(array[cut:], KEY, 10 + cut)) % 2**64
+    whole = cpu_sums.fingerprint(array, KEY, 10)
+    assert (
+        whole == (cpu_sums.fingerprint(array[:cut], KEY, 10) + cpu_sums.fingerprint(array[cut:], KEY, 10 + cut)) % 2**64
+    )
 
 
 def test_fingerprint_sees_every_change() -> None:
     array = weights(1000, "float32")
-    seen = {cpu.fingerprint(array, KEY, 0), cpu.fingerprint(array, KEY, 1), cpu.fingerprint(array, KEY + 1, 0)}
+    seen = {
+        cpu_sums.fingerprint(array, KEY, 0),
+        cpu_sums.fingerprint(array, KEY, 1),
+        cpu_sums.fingerprint(array, KEY + 1, 0),
+    }
     for i in range(1000):
         changed = array.copy()
         changed.view(np.uint32)[i] ^= 1
-        seen.add(cpu.fingerprint(changed, KEY, 0))
+        seen.add(cpu_sums.fingerprint(changed, KEY, 0))
     swapped = array.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
-    seen.add(cpu.fingerprint(swapped, KEY, 0))
+    seen.add(cpu_sums.fingerprint(swapped, KEY, 0))
     assert len(seen) == 1004
 
 
 @pytest.mark.parametrize("stored_type", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("base_type", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("size", [0, 1, 1025, cpu.SQUARES_BLOCK, 2 * cpu.SQUARES_BLOCK + 5])
+@pytest.mark.parametrize("size", [0, 1, 1025, cpu_sums.SQUARES_BLOCK, 2 * cpu_sums.SQUARES_BLOCK + 5])
 def test_squares_are_summed_in_the_order_that_is_told(size: int, base_type: str, stored_type: str) -> None:
     now, then = (
         values.astype(np.float16) if dtype == "float16" else values
@@ -249,16 +255,16 @@ def test_squares_are_summed_in_the_order_that_is_told(size: int, base_type: str,
     )
     a, b = (widened(values).astype(np.float32) for values in (now, then))
     blocks = []
-    for first in range(0, size, cpu.SQUARES_BLOCK):
+    for first in range(0, size, cpu_sums.SQUARES_BLOCK):
         rows = []
-        for start in range(first, min(first + cpu.SQUARES_BLOCK, size), cpu.SQUARES_LANES):
-            part = slice(start, min(start + cpu.SQUARES_LANES, first + cpu.SQUARES_BLOCK))
-            row = np.zeros((2, cpu.SQUARES_LANES))
+        for start in range(first, min(first + cpu_sums.SQUARES_BLOCK, size), cpu_sums.SQUARES_LANES):
+            part = slice(start, min(start + cpu_sums.SQUARES_LANES, first + cpu_sums.SQUARES_BLOCK))
+            row = np.zeros((2, cpu_sums.SQUARES_LANES))
             row[0, : len(a[part])] = (a[part] - b[part]).astype(np.float64) ** 2
             row[1, : len(a[part])] = b[part].astype(np.float64) ** 2
             rows.append(row)
-        lanes = functools.reduce(np.add, rows, np.zeros((2, cpu.SQUARES_LANES)))
+        lanes = functools.reduce(np.add, rows, np.zeros((2, cpu_sums.SQUARES_LANES)))
         while lanes.shape[1] > 1:
             lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
         blocks.append(lanes[:, 0])
-    assert np.array_equal(cpu.squares(now, then), np.array(blocks).reshape(-1, 2))
+    assert np.array_equal(cpu_sums.squares(now, then), np.array(blocks).reshape(-1, 2))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from estune.noise import cpu, reference
+from estune.noise import cpu, cpu_sums, reference
 from estune.noise.rows import Rows, Run
 
 pytest.importorskip("triton")
@@ -81,7 +81,7 @@ def test_fingerprint(start: int, size: int) -> None:
         total = torch.zeros(1, dtype=torch.int64, device=DEVICE)
         on_device = base.to(DEVICE)
         gpu.Batch([Run(on_device, on_device, KEY, 0, start)]).fingerprint(total)
-        assert int(total) % 2**64 == cpu.fingerprint(array(base), KEY, start)
+        assert int(total) % 2**64 == cpu_sums.fingerprint(array(base), KEY, start)
 
 
 def test_runs_of_all_kinds_in_one_batch() -> None:
@@ -105,7 +105,7 @@ def test_runs_of_all_kinds_in_one_batch() -> None:
             batch.restore()
         assert all(torch.equal(a.live.cpu(), b.live) for a, b in zip(on_device, expected, strict=True))
     batch.fingerprint(total)
-    counted = (cpu.fingerprint(array(r.base), r.key, r.start, r.rows) for r in runs if r.counted)
+    counted = (cpu_sums.fingerprint(array(r.base), r.key, r.start, r.rows) for r in runs if r.counted)
     assert int(total) % 2**64 == sum(counted) % 2**64
 
 
@@ -118,12 +118,12 @@ def test_launches_grow_with_kinds_and_not_with_tensors(monkeypatch: pytest.Monke
     assert launched == ["_perturb"] * 2  # of whole counters, and others
 
 
-@pytest.mark.parametrize("size", [0, 3, 1030, cpu.SQUARES_BLOCK + 1])
+@pytest.mark.parametrize("size", [0, 3, 1030, cpu_sums.SQUARES_BLOCK + 1])
 def test_squares(size: int) -> None:
     for base_type, stored_type in TYPES:
         base, then = weights(size, base_type), weights(size + 1, stored_type)[1:]
         sums = gpu.squares(base.to(DEVICE), then.to(DEVICE))
-        assert np.array_equal(sums.cpu().numpy(), cpu.squares(array(base), array(then)))
+        assert np.array_equal(sums.cpu().numpy(), cpu_sums.squares(array(base), array(then)))
 
 
 def test_zero_keeps_its_sign_and_the_ends_of_the_range_their_bits() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from estune.engines.cpu.members import Drawn
 from estune.es.strategy import Member
-from estune.noise import cpu
+from estune.noise import cpu_draw
 from estune.noise.reference import COLUMNS_AT, NEXT_AT
 
 Vector = tuple[int, int, int]
@@ -87,7 +87,7 @@ class Vectors:
             return drawn
         found = torch.zeros(self.size)
         for vector in self.places:
-            self.part(found, (vector,))[0].copy_(torch.from_numpy(cpu.normal(seed, *vector)))
+            self.part(found, (vector,))[0].copy_(torch.from_numpy(cpu_draw.normal(seed, *vector)))
         return found.to(self._device)
 
 

@@ -28,8 +28,8 @@ def normal(seed: int, tensor: str, start: int, count: int) -> npt.NDArray[np.flo
     Returns:
         float32 `[count]`, standard normal, tails to 5.77.
     """
-    from estune.noise import cpu, reference
+    from estune.noise import cpu_draw, reference
 
     if not 0 <= seed < 2**64 or start < 0 or count < 0:
         raise ValueError(f"noise of seed {seed}, elements {start} + {count}: the seed is 64-bit, positions are from 0")
-    return cpu.normal(seed, reference.tensor_id(tensor), start, count)
+    return cpu_draw.normal(seed, reference.tensor_id(tensor), start, count)

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from estune.noise.cpu import CHUNK, jit, narrow, normals, random_words, stored
+from estune.noise.cpu_draw import CHUNK, jit, normals, random_words
+from estune.noise.cpu_types import narrow, stored
 from estune.noise.integers import ROUNDING, Codes, Cuts, Floats, Levels, Steps
 
 _ELEMENTS = 4 * CHUNK

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from estune.noise import reference as ref
-from estune.noise.cpu import SQUARES_BLOCK, SQUARES_LANES
+from estune.noise.cpu_sums import SQUARES_BLOCK, SQUARES_LANES
 from estune.noise.rows import Rows, Run
 
 BLOCK = 512  # counters that a program takes at a time; four elements each

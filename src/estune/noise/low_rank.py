@@ -6,7 +6,7 @@ A member is a few vectors a matrix then, so that many members can be evaluated a
 of which a matrix of fewer rows and columns has none. `a` is divided by the root of the rank, so that a sum has the
 variance of normals, 1. A vector, such as a norm's weights, has its own noise, an element each.
 
-Every float32 operation is rounded on its own, in the order of `cpu.py`, and so the bits are the same everywhere.
+Every float32 operation is rounded on its own, in the order of `cpu_draw.py`, and so the bits are the same everywhere.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from estune.noise import cpu
-from estune.noise.cpu import CHUNK, Weights, add_change, jit, narrow, stored, widen
+from estune.noise import cpu_draw
+from estune.noise.cpu import add_change
+from estune.noise.cpu_draw import CHUNK, jit
+from estune.noise.cpu_types import Weights, narrow, stored, widen
 from estune.noise.reference import COLUMNS_AT, NEXT_AT, root_share
 
 Vectors = npt.NDArray[np.float32]
@@ -97,8 +99,8 @@ def _factors(seed: Any, tensor: Any, columns: int, rank: int, share: Any, first:
     a = np.empty((rank, rows), np.float32)
     b = np.empty((rank, columns), np.float32)
     for k in range(rank):
-        cpu.fill(a[k], seed, tensor, k * NEXT_AT + first)
-        cpu.fill(b[k], seed, tensor, k * NEXT_AT + COLUMNS_AT)
+        cpu_draw.fill(a[k], seed, tensor, k * NEXT_AT + first)
+        cpu_draw.fill(b[k], seed, tensor, k * NEXT_AT + COLUMNS_AT)
         for i in range(rows):
             a[k, i] *= share
     return a, b

@@ -76,7 +76,7 @@ def load(
     ]
 
     def fill(piece: tuple[Parameter, int, int, Callable[[], Array]]) -> tuple[int, int]:
-        from estune.noise import cpu
+        from estune.noise import cpu_sums
 
         parameter, first, end, rebuild = piece
         weights = rebuild()
@@ -85,7 +85,7 @@ def load(
         part = parameter.part
         rows = part.layout and part.layout._replace(skip=first)
         start = part.start + (0 if rows else first)
-        return cpu.fingerprint(weights, tensor_id(parameter.name), start, rows), end - first
+        return cpu_sums.fingerprint(weights, tensor_id(parameter.name), start, rows), end - first
 
     total = 0
     done = 0

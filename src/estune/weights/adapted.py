@@ -125,12 +125,12 @@ def _targets(modules: Collection[str], matrices: Collection[str]) -> list[str]:
 
 def _drawn(adapter: Adapter, modules: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Any]]:
     """The tensors of a new adapter: A of the spread that PEFT's uniform one has, 1 / sqrt(3 * inputs), and B zero."""
-    from estune.noise import cpu
+    from estune.noise import cpu_draw
     from estune.noise.reference import tensor_id
 
     for module, (outputs, inputs) in modules.items():
         name = f"{PREFIX}{module}.lora_A.weight"
-        drawn = cpu.normal(adapter.seed, tensor_id(name), 0, adapter.rank * inputs)
+        drawn = cpu_draw.normal(adapter.seed, tensor_id(name), 0, adapter.rank * inputs)
         scale = np.float32(1 / np.sqrt(3 * inputs))
         yield name, (drawn * scale).reshape(adapter.rank, inputs)
         yield f"{PREFIX}{module}.lora_B.weight", np.zeros((outputs, adapter.rank), np.float32)

@@ -161,10 +161,10 @@ class IntegerWeights:
 
     def share_sum(self) -> int:
         """Sum of the hashes of all weights."""
-        from estune.noise import cpu
+        from estune.noise import cpu_sums
 
         self.restore()
-        return sum(self._each(lambda s, _: cpu.fingerprint(self.grid.values(s.codes, s.scales), s.key, s.start)))
+        return sum(self._each(lambda s, _: cpu_sums.fingerprint(self.grid.values(s.codes, s.scales), s.key, s.start)))
 
     def drift(self) -> Drift | None:
         """None: restoring leaves nothing behind."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from estune.es.update import Terms
-from estune.noise import cpu, low_rank
+from estune.noise import cpu, cpu_sums, low_rank
 from estune.noise.rows import Run
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def update(run: Run, terms: Terms) -> None:
 
 
 def fingerprint(run: Run) -> int:
-    """Hash of the base: `cpu.fingerprint`."""
-    return cpu.fingerprint(_with_array(run).base, run.key, run.start, run.rows)
+    """Hash of the base: `cpu_sums.fingerprint`."""
+    return cpu_sums.fingerprint(_with_array(run).base, run.key, run.start, run.rows)
 
 
 def _key(run: Run, seed: int, sigma: float) -> tuple[Any, ...]:

@@ -128,7 +128,7 @@ class Steps:
             look: called, from any thread, with a tensor, the position of some of its elements, the number of steps
                 taken and the elements as they are then.
         """
-        from estune.noise import cpu
+        from estune.noise import cpu_sums
 
         tensors = [base.tensors[name] for name in names]
         pieces = [(t, start, count) for t in tensors for start, count in pieces_of(t.elements, 1)]
@@ -139,7 +139,7 @@ class Steps:
             found: list[int] = []
 
             def seen(number: int, weights: Array) -> None:
-                found.append(cpu.fingerprint(weights, key, start))
+                found.append(cpu_sums.fingerprint(weights, key, start))
                 if look is not None:
                     look(tensor, start, number, weights)
 
@@ -196,14 +196,14 @@ class Steps:
 
         It leaves the sum of the tensor's hashes in `sums`, and calls `count` with the elements of each piece.
         """
-        from estune.noise import cpu
+        from estune.noise import cpu_sums
 
         key = tensor_id(tensor.name)
 
         def rebuild(piece: tuple[int, int]) -> tuple[Array, int]:
             start, length = piece
             weights = self.rebuilt(tensor, start, length)
-            return weights, cpu.fingerprint(weights, key, start)
+            return weights, cpu_sums.fingerprint(weights, key, start)
 
         def runs() -> Iterator[Array]:
             total = 0

@@ -69,8 +69,8 @@ def refuse_unused(patterns: Collection[str], names: Collection[str]) -> None:
 
 def _squares(checkpoint: Checkpoint, name: str) -> float:
     """Sum of the squares of a tensor's elements, in an order that is the same on all machines."""
-    from estune.noise import cpu
+    from estune.noise import cpu_sums
 
     tensor = checkpoint.tensors[name]
     parts = (tensor.read(at, min(RUN_LENGTH, tensor.elements - at)) for at in range(0, tensor.elements, RUN_LENGTH))
-    return math.fsum(total for part in parts for total in cpu.squares(part, part)[:, 1].tolist())
+    return math.fsum(total for part in parts for total in cpu_sums.squares(part, part)[:, 1].tolist())

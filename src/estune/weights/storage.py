@@ -199,16 +199,16 @@ def open_storage(runs: Sequence[Run], threads: int) -> Storage:
 
 
 def sums_of_squares(base: Tensor, stored: Array) -> Array:
-    """As `squares` of `noise/cpu.py`.
+    """As `squares` of `noise/cpu_sums.py`.
 
     Args:
         base: weights, `[elements]`, on any device.
         stored: as many weights on the host.
     """
     if base.device.type == "cpu":
-        from estune.noise import cpu
+        from estune.noise import cpu_sums
 
-        return cpu.squares(as_array(base), stored)
+        return cpu_sums.squares(as_array(base), stored)
     then = torch.from_numpy(stored)
     then = then.view(torch.bfloat16) if stored.dtype == np.uint16 else then
     with torch.cuda.device_of(base):  # type: ignore[no-untyped-call]

@@ -284,7 +284,7 @@ class Weights:
         """What `change` is made of: sums of squares over the elements counted here.
 
         They are the same for any number of threads, on the CPU and on a device: blocks have one order of summation
-        (`noise/cpu.py`, `squares`), and the sum of the blocks is rounded once.
+        (`noise/cpu_sums.py`, `squares`), and the sum of the blocks is rounded once.
         """
         dtype = DTYPES[self.rule.dtype]
         widens = dtype == "F32"  # kernels widen by themselves

@@ -20,7 +20,7 @@ from estune.engines.cpu import kernels
 from estune.engines.cpu.layers import Linear
 from estune.engines.cpu.products import Array, Products
 from estune.es.strategy import Member
-from estune.noise import cpu, low_rank
+from estune.noise import cpu_draw, low_rank
 from estune.weights.tensors import widen
 
 SHARED_OUT = 1 << 18
@@ -144,7 +144,7 @@ class Together:
         def vector(tensor: Drawn) -> Array:
             scales = [np.float32(member.sign * sigma * tensor.scale) for member in members]
             pairs = zip(scales, members, strict=True)
-            return np.stack([scale * cpu.normal(m.seed, tensor.noise, 0, tensor.shape[0]) for scale, m in pairs])
+            return np.stack([scale * cpu_draw.normal(m.seed, tensor.noise, 0, tensor.shape[0]) for scale, m in pairs])
 
         biases = {}
         for at, (size, parts) in self._biases.items():
