@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from estune.es.adaptation import Constraint, OneFifth
@@ -156,25 +156,53 @@ def test_each_group_is_compared_with_the_base_on_its_own_prompts() -> None:
 
 def test_a_constraint_is_paid_for_only_while_it_is_broken() -> None:
     constraint = Constraint(bound=20.0, rate=0.5)
-    assert constraint.fitness([1.0, 1.0], [30.0, 20.0]) == [1.0, 1.0]
-    assert constraint.multiplier == 0.5 * 0.25
-    assert constraint.fitness([1.0, None, 1.0], [30.0, 10.0, None]) == [1 - 0.125 * 0.5, None, None]
-    assert constraint.multiplier == 0.125
-    for _ in range(20):
-        constraint.fitness([1.0], [10.0])
-    assert constraint.multiplier == 0.0
+    assert constraint.fitness([1.0, 1.0], [34.0, 10.0]) == [1.0, 1.0]
+    assert constraint.multiplier == 0.5 * 2 / 12  # 22 on average, and members 12 from it
+    constraint.multiplier = 0.5
+    assert constraint.fitness([1.0, None, 1.0], [34.0, 10.0, None]) == [pytest.approx(1 - 0.5 * 14 / 12), None, None]
+    constraint.multiplier = 0.5
+    # Rewards are 2 from their mean, values 12: a deviation of the one costs half of one of the other.
+    assert constraint.fitness([5.0, 1.0], [34.0, 10.0]) == pytest.approx([5 - 0.5 * 14 * 2 / 12, 1 + 0.5 * 10 * 2 / 12])
     at_least = Constraint(bound=0.5, at_most=False, multiplier=1.0)
-    assert at_least.fitness([0.0], [0.25]) == [-0.5]
+    assert at_least.fitness([0.0, 0.0], [0.25, 0.75]) == [-1.0, 1.0]
+
+
+def test_a_constraint_that_is_far_from_its_bound_moves_by_its_rate_at_most() -> None:
+    constraint = Constraint(bound=20.0, rate=0.5, multiplier=1.2)
+    for multiplier in (0.7, 0.2, 0.0, 0.0):
+        constraint.fitness([1.0, 2.0], [10.0, 10.1])
+        assert constraint.multiplier == pytest.approx(multiplier)
+    for multiplier in (0.5, 1.0):
+        assert constraint.fitness([1.0, 2.0], [30.0, 30.0]) == [1.0, 2.0]  # none is dearer than another
+        assert constraint.multiplier == multiplier
+    constraint.fitness([1.0, 2.0], [20.0, 20.0])
+    assert constraint.multiplier == 1.0
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=2, max_size=9), st.sampled_from([1e-3, 7.0]))
+def test_neither_scale_of_a_constraint_matters(members: list[tuple[float, float]], times: float) -> None:
+    rewards, values = [reward for reward, _ in members], [value for _, value in members]
+    assume(all(len(set(each)) > 1 and max(each) - min(each) > 1e-3 for each in (rewards, values)))
+    plain, scaled = Constraint(1.0, multiplier=0.7), Constraint(times, multiplier=0.7)
+    assert scaled.fitness(rewards, [times * v for v in values]) == pytest.approx(plain.fitness(rewards, values))
+    assert scaled.multiplier == pytest.approx(plain.multiplier)
+    scaled = Constraint(1.0, multiplier=0.7)
+    plain.multiplier = 0.7
+    found = scaled.fitness([times * r for r in rewards], values)
+    assert found == pytest.approx([None if f is None else times * f for f in plain.fitness(rewards, values)])
 
 
 def test_a_constraint_compares_members_that_have_the_same_prompts() -> None:
     constraint = Constraint(bound=10.0, rate=0.5, multiplier=1.0)
-    # Two groups, the second's prompts cost more: 0.2 and 0.4 over the bound are both 0.1 below their group's mean.
-    assert constraint.fitness([0.0] * 4, [12.0, 14.0, 14.0, 16.0], groups=2) == pytest.approx([-0.3, -0.5] * 2)
-    assert constraint.multiplier == 1.0 + 0.5 * 0.4
+    # Two groups, the second's prompts cost more: each has a member one below its mean and one above, 14 is all's.
+    assert constraint.fitness([0.0] * 4, [12.0, 14.0, 14.0, 16.0], groups=2) == pytest.approx([-3.0, -5.0] * 2)
+    assert constraint.multiplier == 1.5
     constraint.multiplier = 1.0
     found = constraint.fitness([0.0, 1.0, 0.0, None], [12.0, 14.0, None, None], groups=2)
-    assert found == pytest.approx([-0.2, 0.6, -0.3, None])  # the second has no prompt that the bound is about
+    spread = 1.0, math.sqrt((0.25 + 0.25) / 3)
+    assert found == pytest.approx(
+        [-2 * spread[1] / spread[0], 1 - 4 * spread[1] / spread[0], -3 * spread[1] / spread[0], None]
+    )
 
 
 def test_momentum_is_the_moving_average_of_steps() -> None:

@@ -36,8 +36,10 @@ class OneFifth:
 class Constraint:
     """A second objective as a bound, with a multiplier that is learned: dual ascent on the Lagrangian.
 
-    The fitness is reward - multiplier * violation with violation = (value - bound) / |bound|, negative where there is
-    room left, and after each step multiplier <- max(0, multiplier + rate * mean violation) (arXiv 1910.01708).
+    Both count in units of what members differ by, so that neither's scale matters: the fitness is reward - multiplier *
+    violation * std(rewards) / std(values), where violation is how far a value is beyond the bound, negative where there
+    is room left. After each step multiplier <- max(0, multiplier + rate * mean violation / std(values)) (arXiv
+    1910.01708); that quotient counts as 1 at most, and -1 at least, so that a leap is no larger than the way back.
     """
 
     bound: float
@@ -57,22 +59,47 @@ class Constraint:
             rewards, values: of each member; the base, which takes part as the last one of its group, among them.
             groups: of members, of equal size, one after another.
         """
-        scale = abs(self.bound) or 1.0
         sign = 1.0 if self.at_most else -1.0
-        over = [None if v is None else sign * (v - self.bound) / scale for v in values]
-        if (mean := _mean(over)) is None:
+        over = [None if v is None else sign * (v - self.bound) for v in values]
+        known = _known(over)
+        if not known:
             return list(rewards)
-        found: list[float | None] = []
+        mean = math.fsum(known) / len(known)
+        own = _deviations(over, groups)
+        spread, scale = _size(own), _size(_deviations(rewards, groups)) or 1.0
+        price = self.multiplier * scale / spread if spread else 0.0  # where all values are alike, none is dearer
+        self.multiplier = max(0.0, self.multiplier + self.rate * _within_one(mean, spread))
         size = len(over) // groups
-        for first in range(0, size * groups, size):
-            level = _mean(over[first : first + size])
-            for reward, own in zip(rewards[first : first + size], over[first : first + size], strict=True):
-                violation = mean if level is None else None if own is None else own + (mean - level)
-                found.append(None if reward is None or violation is None else reward - self.multiplier * violation)
-        self.multiplier = max(0.0, self.multiplier + self.rate * mean)
+        without = [not _known(over[first : first + size]) for first in range(0, size * groups, size)]
+        found: list[float | None] = []
+        for i, (reward, deviation) in enumerate(zip(rewards, own, strict=True)):
+            away = 0.0 if without[i // size] else deviation
+            found.append(None if reward is None or away is None else reward - price * (mean + away))
         return found
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+def _deviations(values: Sequence[float | None], groups: int) -> list[float | None]:
+    """From the mean of each value's group."""
+    size = len(values) // groups
+    found: list[float | None] = []
+    for first in range(0, size * groups, size):
+        group = values[first : first + size]
+        known = _known(group)
+        level = math.fsum(known) / len(known) if known else 0.0
+        found += [None if value is None else value - level for value in group]
+    return found
+
+
+def _size(deviations: Sequence[float | None]) -> float:
+    """Their root mean square."""
+    known = _known(deviations)
+    return math.sqrt(math.fsum(d * d for d in known) / len(known)) if known else 0.0
+
+
+def _within_one(value: float, unit: float) -> float:
+    """A value in units, from -1 to 1; of no unit its sign."""
+    return math.copysign(1.0, value) if abs(value) > unit else value / unit if unit else 0.0
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
