@@ -52,6 +52,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines; none of a file that is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def in_turns(
     work: Mapping[Key, Callable[[], object]],
     repeats: int,

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
-from bench.common import options, rounded, settings, write_result
+from bench.common import options, read_lines, rounded, settings, write_result
 
 from estune.journal.journal import Journal
 
@@ -166,7 +166,7 @@ def main() -> None:
         one, other = transcripts(calm), transcripts(wild)
 
         def conversations(folder: Path) -> list[list[Any]]:
-            return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+            return read_lines(folder / "answers.jsonl")
 
         known = {json.dumps(each[1:]) for each in conversations(calm)}
         answered = conversations(wild)

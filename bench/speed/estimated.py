@@ -11,7 +11,6 @@ taken off. Run it on a quiet machine: both halves are measurements.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.common import options, rounded, settings, write_result
+from bench.common import options, read_lines, rounded, settings, write_result
 
 from estune.config import load
 from estune.engines.loading import open_encoder
@@ -37,7 +36,7 @@ def measured(given: list[str], folder: Path) -> dict[str, float]:
     """Seconds of a run's steps and their parts."""
     command = [sys.executable, "-m", "estune.cli", "train", *given, f"output_dir={folder}", "eval_on_start=false"]
     subprocess.run([*command, "eval_steps=0"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(folder / "metrics.jsonl")
     steps = [line for line in lines if "step_time" in line][1:]
     return {key: statistics.median(step[key] for step in steps) for key in ("step_time", "time/grade")}
 

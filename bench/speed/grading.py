@@ -13,7 +13,6 @@ embedded model reports: seconds in which its main thread grades, while members g
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.common import medians, options, rounded, settings, write_result
+from bench.common import medians, options, read_lines, rounded, settings, write_result
 
 from estune.completion import Completion
 from estune.config import load
@@ -125,7 +124,7 @@ def share(steps: int) -> dict[str, float]:
         run = Path(folder) / "run"
         config = load(None, [f"steps={steps + 1}", "eval_steps=0", f"output_dir={run}", "report_to=none"])
         Trainer(config, monitors=[]).train()
-        lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+        lines = read_lines(run / "journal.jsonl")
     found = [line["metrics"] for line in lines if "time/grade" in line.get("metrics", {})][1:]
     seconds = {key: statistics.median(metrics[key] for metrics in found) for key in ("time/grade", "step_time")}
     return {

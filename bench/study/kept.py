@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import machine, options
+from bench.common import machine, options, read_lines
 from bench.study.real import ES, MANY, TASKS, figures, judged, settings
 
 from estune import Trainer
@@ -83,7 +83,7 @@ def measured(checkpoint: Path) -> dict[str, float]:
 
 def section(results: Path) -> list[str]:
     """The page's part about it."""
-    runs = _lines(results / "kept.jsonl")
+    runs = read_lines(results / "kept.jsonl")
     found = [
         "### A task kept while another is learned",
         "SmolLM2-135M-Instruct learns conciseness by 96 members as above, and each step has a question about a\n"
@@ -100,10 +100,6 @@ def table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return figures({name: of for name, of in by_name.items() if of}, COLUMNS)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def main() -> None:
     """All of it, the first seed of every one first."""
     parser = options(__doc__)
@@ -111,7 +107,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     arguments = parser.parse_args()
     path = arguments.results / "kept.jsonl"
-    done = {(run["settings"], run["seed"]) for run in _lines(path)}
+    done = {(run["settings"], run["seed"]) for run in read_lines(path)}
     for seed in arguments.seeds:
         for name in arguments.settings:
             if (name, seed) not in done:

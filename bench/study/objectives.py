@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import machine, options
+from bench.common import machine, options, read_lines
 from bench.study.compare import COUNTDOWN, model_and_task
 from bench.study.parts import BUDGET, PAPER, TOKENS
 from bench.study.real import figures, judged
@@ -109,7 +109,7 @@ def rounded(checkpoint: Path, bits: int) -> TransformersEngine:
 def section(results: Path) -> list[str]:
     """The page's part about it: a table a model."""
     path = results / "objectives.jsonl"
-    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    runs = read_lines(path)
     found = [
         "### Objectives, going back, and flat optima",
         "Runs whose point is not greedy accuracy, or not a blind run's (`bench.study.objectives`): the same models\n"
@@ -140,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / "objectives.jsonl"
-    there = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    there = read_lines(path)
     done = {(run["model"], run["settings"], run["seed"]) for run in there}
     for seed in arguments.seeds:
         for model in arguments.models:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots
-from bench.common import RESULTS
+from bench.common import RESULTS, read_lines
 from bench.study import compare, objectives, real, sensitivity
 from bench.study import parts as parts_of_the_strategy
 
@@ -84,7 +84,7 @@ def _careful(results: Path) -> list[str]:
     path = results / f"parts-{compare.CONCISENESS}.jsonl"
     if not path.is_file():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_lines(path)
     head, *_ = table(lines)
     rows = []
     for name in dict.fromkeys(line["settings"] for line in lines):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.common import RESULTS, machine
+from bench.common import RESULTS, machine, read_lines
 from bench.study.compare import COUNTDOWN, WIDE, WIDER, model_and_task
 from bench.study.real import at_equal_time
 
@@ -125,7 +125,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def rates(model: str, results: Path) -> dict[str, float]:
     """The best learning rate of each method in the comparison; for the wider task that of the usual one."""
     model = model.removesuffix(WIDER)
-    lines = [json.loads(line) for line in (results / f"study-{model}.jsonl").read_text().splitlines()]
+    lines = read_lines(results / f"study-{model}.jsonl")
     found = {method: best_tried(method, [r for r in lines if r["budget"] == BUDGET]) for method in METHODS}
     return {method: rate for method, rate in found.items() if rate is not None}
 
@@ -146,7 +146,7 @@ def run(model: str, name: str, changes: dict[str, Any], plan: Plan, results: Pat
 
 def collect(path: Path, common: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
     """Put the results of some settings into the file; lines of other settings and other jobs stay as they are."""
-    there = _lines(path)
+    there = read_lines(path)
     lines = {(line["settings"], json.dumps(line["job"])): line for line in there}
     for result in results:
         key = (common["settings"], json.dumps(result["job"]))
@@ -256,7 +256,7 @@ def section(results: Path) -> str:
         "its end's.",
     ]
     for model in (*COUNTDOWN, *WIDE):
-        if lines := _lines(results / f"parts-{model}.jsonl"):
+        if lines := read_lines(results / f"parts-{model}.jsonl"):
             learning = by_name([line for line in lines if line["job"]["method"] != "es"])
             compared = {name: of for name, of in by_name(lines).items() if name in (*COMPARED, *learning)}
             found += [f"### {model}, curves", markdown(table(lines)), markdown(at_equal_time(compared, MOMENTS))]
@@ -273,8 +273,8 @@ def longer(results: Path) -> list[list[str]]:
     """ES with the longer budget, and reinforcement learning with its own; means over the runs that were timed."""
     rows = []
     for model in COUNTDOWN:
-        runs = by_name(_lines(results / f"parts-{LONGER}-{model}.jsonl"))
-        learning = [line for line in _lines(results / f"parts-{model}.jsonl") if line["job"]["method"] != "es"]
+        runs = by_name(read_lines(results / f"parts-{LONGER}-{model}.jsonl"))
+        learning = [line for line in read_lines(results / f"parts-{model}.jsonl") if line["job"]["method"] != "es"]
         for name, of in (runs | by_name(learning)).items() if runs else ():
             timed = [run for run in of if run.get("cpu_seconds")]
             if not timed:
@@ -283,10 +283,6 @@ def longer(results: Path) -> list[list[str]]:
             end = spread([100 * run["accuracy"] for run in timed], 1)
             rows.append([model, name, str(len(timed)), f"{means[0] / 1000:.0f}", f"{means[1]:.0f}", end])
     return [["", "", "runs", "1,000 tokens", "processor seconds", "at the end %"], *rows]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _folder(name: str) -> str:

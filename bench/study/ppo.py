@@ -20,7 +20,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, machine
+from bench.common import RESULTS, machine, read_lines
 from bench.study import parts
 from bench.study.compare import COUNTDOWN, model_and_task
 
@@ -153,7 +153,7 @@ def main() -> None:
 
         def done(rate: float, seed: int, trial: bool, model: str = model, path: Path = path) -> dict[str, Any]:
             job = {"method": "ppo", "seed": seed, "rate": rate, "trial": trial}
-            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+            lines = read_lines(path)
             found = next((line for line in lines if line["job"] == job), None)
             if found is None:
                 found = run(arguments.python.absolute(), model, rate, seed, trial)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.common import machine, options
+from bench.common import machine, options, read_lines
 
 from estune import Config, Trainer
 from estune.charts.table import markdown
@@ -84,7 +84,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / "quantized.jsonl"
-    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    runs = read_lines(path)
     for seed in arguments.seeds:
         for way in arguments.ways:
             if not any(each["way"] == way and each["seed"] == seed for each in runs):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.common import RESULTS, machine
+from bench.common import RESULTS, machine, read_lines
 
 from estune.charts.table import markdown, spread
 from estune.config import Config, load
@@ -176,8 +176,7 @@ def _common(experiment: str) -> dict[str, Any]:
 
 
 def _lines(results: Path, experiment: str) -> list[dict[str, Any]]:
-    path = results / f"real-{experiment}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_lines(results / f"real-{experiment}.jsonl")
 
 
 def section(results: Path) -> list[str]:
