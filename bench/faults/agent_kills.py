@@ -166,7 +166,7 @@ def main() -> None:
         one, other = transcripts(calm), transcripts(wild)
 
         def conversations(folder: Path) -> list[list[Any]]:
-            return read_lines(folder / "answers.jsonl")
+            return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
         known = {json.dumps(each[1:]) for each in conversations(calm)}
         answered = conversations(wild)
