@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
-from bench.common import options, read_lines, rounded, settings, write_result
+from bench.common import options, rounded, settings, write_result
 
 from estune.journal.journal import Journal
 
