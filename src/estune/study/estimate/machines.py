@@ -29,8 +29,7 @@ KERNEL_GAP = 1.3e-6
 # (spheron.network, 2026; 5.1 ms from a CUDA graph), which is 1,398 operations here. The driver alone takes 4 to 6 us.
 KERNEL_ISSUE = 6e-6
 
-CPU_NOISE = 0.8e9  # elements a second and core, of perturbing and of updating alike (bench/speed/noise.py)
-CPU_OUTER = 2.5e9  # and of products of two vectors' elements, half as many where rows have vectors of their own
+CPU_OUTER = 2.5e9  # products of two vectors' elements a second and core, half as many where rows have their own
 CPU_PER_LAYER = 0.15e-3  # seconds of Python and dispatch in a decoder layer, on one core
 MEASURED_ROWS = 256  # at most, and matrices of at most 2048 x 2048: larger products are no faster
 
@@ -172,7 +171,7 @@ def as_device(gpu: GPU, dtype: str, memory: int | None = None) -> Device:
 
 
 def measure_cpu(shape: Shape, rows: int, dtype: str, threads: int) -> Device:
-    """This machine's rates, measured by two matrix products and a copy in a third of a second.
+    """This machine's rates, measured by two matrix products, a copy and a perturbation in a third of a second.
 
     Args:
         shape: the model, whose layers' sizes are multiplied.
@@ -183,6 +182,7 @@ def measure_cpu(shape: Shape, rows: int, dtype: str, threads: int) -> Device:
     import torch
 
     from estune.engines.memory import total_memory
+    from estune.noise import cpu
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -191,6 +191,8 @@ def measure_cpu(shape: Shape, rows: int, dtype: str, threads: int) -> Device:
         prefill = _product_rate(shape, 4 * MEASURED_ROWS, dtype)
         source, target = torch.zeros(2, 16 << 20)
         bandwidth = 2 * source.nbytes / _fastest(lambda: target.copy_(source), 0.05)
+        live, base = target[: 4 << 20].numpy(), source[: 4 << 20].numpy()
+        noise = base.size / _fastest(lambda: cpu.perturb(live, base, 0, 0, 0, 1.0), 0.05)
     finally:
         torch.set_num_threads(before)
     return Device(
@@ -199,14 +201,14 @@ def measure_cpu(shape: Shape, rows: int, dtype: str, threads: int) -> Device:
         bandwidth=bandwidth,
         prefill=prefill,
         decode=decode,
-        noise=CPU_NOISE * threads,
+        noise=noise * threads,
         outer=CPU_OUTER * threads,
         per_layer=CPU_PER_LAYER,
         is_gpu=False,
         how=(
             f"measured: {bandwidth / GB:.0f} GB/s, {decode / GB:.0f} GFLOP/s in {dtype} products of {rows} rows and "
-            f"{prefill / GB:.0f} of {4 * MEASURED_ROWS}; assumed: {CPU_NOISE / 1e9:g} billion perturbed weights a "
-            f"second and thread, {CPU_PER_LAYER * 1e3:g} ms of Python a layer"
+            f"{prefill / GB:.0f} of {4 * MEASURED_ROWS}, {noise / 1e6:.0f} million perturbed weights a second and "
+            f"thread; assumed: {CPU_PER_LAYER * 1e3:g} ms of Python a layer"
         ),
     )
 
