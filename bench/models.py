@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from transformers.utils.logging import disable_progress_bar
 
 from estune.completion import Completion
-from estune.engines.loading import load_tokenizer
+from estune.engines.tokenizer import load_tokenizer
 from estune.tasks.countdown_problems import countdown_prompt
 from estune.weights.locate import locate
 

@@ -20,7 +20,7 @@ from bench.speed.together import TASKS
 
 from estune.completion import Sampling
 from estune.config import load
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.es.strategy import Member, Update
 from estune.pool.replica import Replica
 from estune.run.held_out import token_ids

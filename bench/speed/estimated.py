@@ -21,7 +21,7 @@ from typing import Any
 from bench.common import options, read_lines, rounded, settings, write_result
 
 from estune.config import load
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.run.held_out import token_ids
 from estune.study.estimate.needs import total
 from estune.study.estimate.run import estimate_run

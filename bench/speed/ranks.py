@@ -20,7 +20,7 @@ from bench.speed.together import TASKS
 
 from estune.completion import Sampling
 from estune.config import load
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.es.strategy import Member
 from estune.es.update import Terms
 from estune.noise.reference import tensor_id

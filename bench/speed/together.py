@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
 
 from estune.completion import Sampling
 from estune.config import load
-from estune.engines.loading import load_tokenizer, open_encoder
+from estune.engines.tokenizer import load_tokenizer, open_encoder
 from estune.es.strategy import Member, Update
 from estune.pool.replica import Replica
 from estune.run.held_out import token_ids

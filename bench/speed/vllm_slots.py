@@ -22,7 +22,7 @@ from bench.common import medians, options, rounded, settings, write_result
 
 from estune.completion import Sampling
 from estune.config import Config, load
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.engines.vllm.engine import VllmEngine
 from estune.engines.vllm.internals import check_version
 from estune.es.strategy import Member, Update

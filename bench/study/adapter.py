@@ -18,7 +18,7 @@ from bench.study.train import run
 
 from estune.completion import Sampling
 from estune.config import load
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.engines.transformers import TransformersEngine
 from estune.run.held_out import token_ids
 from estune.weights.locate import locate

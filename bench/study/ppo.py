@@ -26,7 +26,7 @@ from bench.study.compare import COUNTDOWN, model_and_task
 
 from estune.completion import Completion
 from estune.config import Config, load
-from estune.engines.loading import load_tokenizer, open_encoder
+from estune.engines.tokenizer import load_tokenizer, open_encoder
 from estune.pool.open import with_resources
 from estune.run.held_out import token_ids
 from estune.run.make import make_grading

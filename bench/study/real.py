@@ -26,7 +26,7 @@ from bench.common import RESULTS, machine, read_lines
 
 from estune.charts.table import markdown, spread
 from estune.config import Config, load
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.engines.transformers import TransformersEngine
 from estune.files import write_text
 from estune.run.held_out import HeldOut

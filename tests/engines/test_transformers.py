@@ -18,8 +18,8 @@ from estune.config import Config
 from estune.engines import transformers as engine_module
 from estune.engines.decode import Decoder
 from estune.engines.generate import GenerateDecoder
-from estune.engines.loading import open_encoder
 from estune.engines.progress import OWN
+from estune.engines.tokenizer import open_encoder
 from estune.engines.transformers import TransformersEngine
 from estune.errors import EstuneError
 from tests.models import SPECIAL, build_model, build_tokenizer, save_model

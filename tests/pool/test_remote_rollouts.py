@@ -15,7 +15,7 @@ import pytest
 from estune.completion import Sampling
 from estune.config import Config
 from estune.engines.continuous import Request
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import Member
 from estune.grading.rollout import Rollout, with_rollout

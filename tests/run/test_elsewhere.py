@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from estune.engines.loading import load_tokenizer
+from estune.engines.tokenizer import load_tokenizer
 from estune.errors import EstuneError
 from estune.journal.journal import Journal
 from estune.journal.replay import replay

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import member_seed
 from estune.journal.journal import Journal

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from estune.engines.loading import load_config, load_tokenizer
+from estune.engines.loading import load_config
+from estune.engines.tokenizer import load_tokenizer
 from estune.errors import EstuneError
 from estune.rewards.model import RewardModel
 from estune.study.estimate.shapes import read_shape

@@ -1,4 +1,4 @@
-"""Model, tokenizer and end tokens from a checkpoint's directory, or one clear line that says why not.
+"""A model from a checkpoint's directory, or one clear line that says why not.
 
 `trust_remote_code` is said at every call: where it is left open, transformers asks on standard input whether a model's
 own code may run. It is True where the user has set it, and nowhere else.
@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
 )
@@ -25,13 +24,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from estune.config import Config
 from estune.engines.adapter import with_adapter
 from estune.engines.memory import memory_for
 from estune.engines.vision import Vision
 from estune.errors import EstuneError, first_line
 from estune.weights.checkpoint import Checkpoint
-from estune.weights.locate import locate
 from estune.weights.merged import no_bars
 from estune.weights.parameters import language_names, sees
 from estune.weights.policies import TYPE_NAMES
@@ -40,27 +37,14 @@ from estune.weights.sizes import check_sizes
 from estune.weights.tensors import Tensor
 
 if TYPE_CHECKING:
-    from estune.engines.prompts import PromptEncoder
+    pass
 
 log = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _DIFFUSING = {"diffusion_gemma"}
 """Types of models that write the tokens of a block all at once, by samplers of their own."""
 _WEIGHTS = "the live weights"
 _LESS = "take a smaller model, dtype=bfloat16, or fewer replicas"
-# Settings of a generation config that change which tokens come and when they end, with the values that change nothing.
-_RULES: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), (1.0,)),
-    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
-    **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff", "penalty_alpha"), (0.0,)),
-    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "stop_strings"), ([],)),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ()),
-    **dict.fromkeys(("sequence_bias", "force_words_ids", "constraints"), ([], {})),
-    **dict.fromkeys(("max_time", "watermarking_config", "dola_layers"), ()),
-    "token_healing": (False,),
-    "num_beams": (1,),
-}
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
@@ -88,7 +72,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         EstuneError: it cannot be read, or it is another kind of model's.
     """
-    path = _model_of(path)
+    path = model_of(path)
     try:
         values, _ = PretrainedConfig.get_config_dict(path)
         check_sizes(values)
@@ -248,15 +232,15 @@ def open_vision(path: Path, config: Any, *, trust_remote_code: bool = False) -> 
 
     def load_processor() -> Any:
         try:
-            return AutoProcessor.from_pretrained(_model_of(path), trust_remote_code=trust_remote_code)
+            return AutoProcessor.from_pretrained(model_of(path), trust_remote_code=trust_remote_code)
         except ImportError as error:
             raise EstuneError(
                 f"model {path}: its processor of pictures needs another package ({first_line(error)}); pip install "
                 "'estune[vision]'"
             ) from error
         except Exception as error:  # as for the configuration
-            if _wants_code(error):
-                raise _needs_code(path, "its processor") from error
+            if wants_code(error):
+                raise needs_code(path, "its processor") from error
             raise EstuneError(
                 f"model {path}: its processor of pictures cannot be loaded ({first_line(error)}); save one there with "
                 "processor.save_pretrained"
@@ -265,7 +249,7 @@ def open_vision(path: Path, config: Any, *, trust_remote_code: bool = False) -> 
     return Vision(load_processor)
 
 
-def _model_of(path: Path) -> Path:
+def model_of(path: Path) -> Path:
     """The directory of the model: of an adapter that of the model under it."""
     under = Checkpoint(path).under
     return path if under is None else under.path
@@ -289,8 +273,8 @@ def _check_causal(path: Path, config: Any) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> EstuneError:
-    if _wants_code(error):
-        return _needs_code(path, "it")
+    if wants_code(error):
+        return needs_code(path, "it")
     why = first_line(error)
     return EstuneError(f"model {path}: cannot be loaded ({why}); check that the directory is complete")
 
@@ -304,41 +288,17 @@ def _unsupported(path: Path, method: str, error: Exception) -> EstuneError:
     )
 
 
-def _wants_code(error: Exception) -> bool:
+def wants_code(error: Exception) -> bool:
     """Whether transformers refuses a model for want of `trust_remote_code`."""
     return "trust_remote_code" in str(error)
 
 
-def _needs_code(path: Path, what: str) -> EstuneError:
+def needs_code(path: Path, what: str) -> EstuneError:
+    """The refusal of what needs a model's own code, where that is not to run."""
     return EstuneError(
         f"model {path}: {what} needs code that the model brings with it; read the .py files there and, if you trust "
         "them, set trust_remote_code to true"
     )
-
-
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a model's directory.
-
-    Args:
-        path: the directory.
-        trust_remote_code: as for `load_config`.
-
-    Raises:
-        EstuneError: there is none, or it cannot be loaded.
-    """
-    path = _model_of(path)
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise EstuneError(
-            f"model {path}: no tokenizer in this directory (no tokenizer.json); save one there with "
-            "tokenizer.save_pretrained"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as for the configuration; the tokenizers' library raises this very class
-        if _wants_code(error):
-            raise _needs_code(path, "its tokenizer") from error
-        why = first_line(error)
-        raise EstuneError(f"model {path}: its tokenizer cannot be loaded ({why}); save it again") from error
 
 
 def generation_config(path: Path, config: Any) -> GenerationConfig:
@@ -347,66 +307,10 @@ def generation_config(path: Path, config: Any) -> GenerationConfig:
     Raises:
         EstuneError: it cannot be used.
     """
-    path = _model_of(path)
+    path = model_of(path)
     try:
         if (path / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(path)
         return GenerationConfig.from_model_config(config)
     except Exception as error:  # as for the configuration
         raise _unreadable(path, error) from error
-
-
-def warn_of_rules(name: str, found: GenerationConfig) -> None:
-    """Log a warning that names the settings of a generation config that no engine obeys, if there are any.
-
-    How tokens are sampled is for the run's settings to say; end tokens are obeyed.
-
-    Args:
-        name: what the user calls the model.
-        found: its generation config.
-    """
-    told = [
-        key for key, none in _RULES.items() if (value := getattr(found, key, None)) is not None and value not in none
-    ]
-    if told:
-        log.warning(
-            "model %s: its generation config sets %s; completions are drawn without, by the model's own probabilities",
-            name,
-            ", ".join(told),
-        )
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token id at which a completion ends, by generation config and tokenizer, sorted; there may be none."""
-    text = model.config.get_text_config(decoder=True)
-    own = getattr(model.config, "eos_token_id", getattr(text, "eos_token_id", None))  # a composite config names none
-    ids: set[int] = set()
-    generation = getattr(model, "generation_config", None)
-    for source in (getattr(generation, "eos_token_id", None), own, tokenizer.eos_token_id):
-        ids.update(source if isinstance(source, list | tuple) else [] if source is None else [source])
-    return sorted(ids)
-
-
-def pad_token(tokenizer: Any) -> int:
-    """A token id to pad with. Padding is masked, so that any token serves where none is declared."""
-    declared = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(declared or 0)
-
-
-def open_encoder(config: Config) -> PromptEncoder:
-    """The encoder that makes token ids of prompts, wherever the engines are. Loads no weights.
-
-    Raises:
-        EstuneError: for a model whose configuration or tokenizer cannot be had.
-    """
-    from estune.engines.prompts import PromptEncoder
-
-    path = locate(config.model)
-    most = config.vllm_max_model_length if config.engine == "vllm" else None
-    trust = config.trust_remote_code
-    # First, as it checks sizes: transformers' tokenizers read the configuration too, without a check.
-    settings = load_config(path, trust_remote_code=trust)
-    warn_of_rules(config.model, generation_config(path, settings))
-    tokenizer = load_tokenizer(path, trust_remote_code=trust)
-    vision = open_vision(path, settings, trust_remote_code=trust)
-    return PromptEncoder(config.model, tokenizer, settings, most, config.rendering, vision)

@@ -20,12 +20,13 @@ from estune.engines.cpu.rows import FusedRows
 from estune.engines.decode import Decoder, unsupported
 from estune.engines.generate import GenerateDecoder
 from estune.engines.graph import CudaRecorder, GraphDecoder, uncapturable
-from estune.engines.loading import end_tokens, load_model, load_tokenizer, open_vision, pad_token
+from estune.engines.loading import load_model, open_vision
 from estune.engines.memory import cached_elements, fitting_rows, keep_freed_memory, memory_for, total_memory
 from estune.engines.prompts import PromptEncoder, completions_of
 from estune.engines.rotation import short_reach
 from estune.engines.score import log_probabilities
 from estune.engines.together import RowMembers, RowsTogether, rows_together
+from estune.engines.tokenizer import end_tokens, load_tokenizer, pad_token
 from estune.errors import EstuneError
 from estune.weights.device import pick_device
 from estune.weights.locate import locate

@@ -10,8 +10,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from estune.completion import Completion, Engine, Sampling
 from estune.config import Config
-from estune.engines.loading import open_encoder
 from estune.engines.progress import OWN, Progress
+from estune.engines.tokenizer import open_encoder
 from estune.engines.transformers import TransformersEngine
 from estune.grading.rollout import Opening
 from estune.pool.turns import gpus_of, in_turn

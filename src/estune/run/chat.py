@@ -10,7 +10,7 @@ from typing import Any
 
 from estune.completion import Completion, Message, Prompt
 from estune.config import Config
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.errors import EstuneError
 from estune.journal.base import base_checkpoint
 from estune.journal.journal import Journal, is_run

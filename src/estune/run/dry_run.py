@@ -128,7 +128,7 @@ def _try_prompts(config: Config, task: Task) -> str:
     Returns:
         One prompt as the model is shown it, and what rewards receive and give for a completion of it.
     """
-    from estune.engines.loading import open_encoder
+    from estune.engines.tokenizer import open_encoder
     from estune.run.held_out import encode_rows
     from estune.run.make import make_sampling
 

@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter
 from estune.charts.words import amount
 from estune.completion import Completion, Sampling
 from estune.config import Config, read
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Update, float32, member_seed
 from estune.files import write_text

@@ -52,7 +52,7 @@ def evaluate_model(
         EstuneError: where the settings do not give the task and the data that the run was trained on, its journal names
             code of others, or a task has no held-out set.
     """
-    from estune.engines.loading import open_encoder
+    from estune.engines.tokenizer import open_encoder
     from estune.pool.open import open_to_generate, with_resources_to_generate
     from estune.pool.waiting import told_while_generating
     from estune.run.evaluations import Evaluations, named

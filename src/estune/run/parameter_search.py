@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from estune.completion import Completion, Prompt
 from estune.config import Config
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import Member, Strategy, Update, member_seed
 from estune.files import make_folder

@@ -10,7 +10,7 @@ from typing import Any
 
 from estune.agents.endpoint import Endpoint
 from estune.engines.continuous import Batcher
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.errors import EstuneError
 from estune.journal.journal import is_run
 from estune.pool.generator import open_transformers, set_up_process

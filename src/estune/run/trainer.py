@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from estune.config import Config
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.files import clear_temporary, remove
 from estune.grading.convention import TrainerState
 from estune.grading.isolation import refuse_grader

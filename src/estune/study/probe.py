@@ -15,7 +15,7 @@ from typing import Any
 from estune.charts.words import amount
 from estune.completion import Completion
 from estune.config import Config
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.errors import EstuneError
 from estune.es.strategy import Member, mean_and_std, member_seed
 from estune.grading.convention import Row

@@ -9,7 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from estune.engines.loading import has_vision, load_tokenizer
+from estune.engines.loading import has_vision
+from estune.engines.tokenizer import load_tokenizer
 from estune.errors import EstuneError
 from estune.grading.convention import RewardFunction, Row
 from estune.rewards.load import load_reward

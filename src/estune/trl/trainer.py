@@ -15,7 +15,7 @@ from typing import Any
 from transformers.trainer_utils import TrainOutput
 
 from estune.config import RESUMABLE, Config
-from estune.engines.loading import open_encoder
+from estune.engines.tokenizer import open_encoder
 from estune.errors import EstuneError
 from estune.files import make_temporary, remove, remove_temporary, replacing
 from estune.grading.convention import reward_name

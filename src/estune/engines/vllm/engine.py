@@ -19,16 +19,10 @@ import torch
 from estune.completion import Completion, Sampling
 from estune.config import Config
 from estune.engines.continuous import Request, Rows
-from estune.engines.loading import (
-    end_tokens,
-    generation_config,
-    load_config,
-    load_tokenizer,
-    open_vision,
-    pick_dtype,
-)
+from estune.engines.loading import generation_config, load_config, open_vision, pick_dtype
 from estune.engines.memory import attends_everywhere, cached_elements, known_cache, memory_for, total_memory
 from estune.engines.progress import Meter
+from estune.engines.tokenizer import end_tokens, load_tokenizer
 from estune.engines.vllm import additions, internals, lora
 from estune.engines.vllm.calls import Digest, VllmCalls
 from estune.errors import EstuneError

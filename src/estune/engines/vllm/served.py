@@ -15,7 +15,8 @@ import torch
 
 from estune.completion import Sampling
 from estune.engines.continuous import Request, Rows
-from estune.engines.loading import end_tokens, generation_config, load_config, load_tokenizer, open_vision
+from estune.engines.loading import generation_config, load_config, open_vision
+from estune.engines.tokenizer import end_tokens, load_tokenizer
 from estune.engines.vllm.calls import Digest, VllmCalls
 from estune.engines.vllm.server import Model, Server
 from estune.weights.locate import locate

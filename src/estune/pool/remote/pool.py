@@ -9,7 +9,8 @@ from typing import Any
 
 from estune.agents.play import Limits
 from estune.config import Config
-from estune.engines.loading import end_tokens, generation_config, open_encoder
+from estune.engines.loading import generation_config
+from estune.engines.tokenizer import end_tokens, open_encoder
 from estune.journal.identity import model_files
 from estune.pool.crewed import CrewPool
 from estune.pool.deadlines import Deadlines

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from estune.completion import Completion, Sampling
 from estune.config import Config
-from estune.engines.loading import open_encoder
 from estune.engines.score import divergence
+from estune.engines.tokenizer import open_encoder
 from estune.engines.transformers import TransformersEngine
 from estune.run.graded import Graded, evaluation_metrics, grade_completions
 from estune.run.held_out import token_ids

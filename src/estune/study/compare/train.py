@@ -175,7 +175,7 @@ def _reinforce(
     from datasets import Dataset
     from transformers.trainer_callback import TrainerCallback
 
-    from estune.engines.loading import load_tokenizer
+    from estune.engines.tokenizer import load_tokenizer
     from estune.render import stop_clock
     from estune.run.make import make_grading
 
