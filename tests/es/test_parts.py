@@ -159,7 +159,8 @@ def test_a_constraint_is_paid_for_only_while_it_is_broken() -> None:
     assert constraint.fitness([1.0, 1.0], [34.0, 10.0]) == [1.0, 1.0]
     assert constraint.multiplier == 0.5 * 2 / 12  # 22 on average, and members 12 from it
     constraint.multiplier = 0.5
-    assert constraint.fitness([1.0, None, 1.0], [34.0, 10.0, None]) == [pytest.approx(1 - 0.5 * 14 / 12), None, None]
+    found = constraint.fitness([1.0, None, 1.0, 1.0, 1.0], [34.0, 10.0, None, math.nan, math.inf])
+    assert found == [pytest.approx(1 - 0.5 * 14 / 12), None, None, None, None]
     constraint.multiplier = 0.5
     # Rewards are 2 from their mean, values 12: a deviation of the one costs half of one of the other.
     assert constraint.fitness([5.0, 1.0], [34.0, 10.0]) == pytest.approx([5 - 0.5 * 14 * 2 / 12, 1 + 0.5 * 10 * 2 / 12])

@@ -50,7 +50,7 @@ class Constraint:
     def fitness(
         self, rewards: Sequence[float | None], values: Sequence[float | None], groups: int = 1
     ) -> list[float | None]:
-        """Rewards less the penalty; None where one of both is missing. Learns the multiplier for the next step.
+        """Rewards less the penalty; None where one of both is missing or not finite. Learns the multiplier for the next step.
 
         Groups with prompts of their own are all taken to be as far from the bound on average, as it is their prompts
         that make the difference; members of a group without any value are taken to be there too.
@@ -60,7 +60,7 @@ class Constraint:
             groups: of members, of equal size, one after another.
         """
         sign = 1.0 if self.at_most else -1.0
-        over = [None if v is None else sign * (v - self.bound) for v in values]
+        over = [None if v is None or not math.isfinite(v) else sign * (v - self.bound) for v in values]
         known = _known(over)
         if not known:
             return list(rewards)
