@@ -50,7 +50,7 @@ class Constraint:
     def fitness(
         self, rewards: Sequence[float | None], values: Sequence[float | None], groups: int = 1
     ) -> list[float | None]:
-        """Rewards less the penalty; None where one of both is missing or not finite. Learns the multiplier for the next step.
+        """Rewards less the penalty; None where one of both is missing or not finite. Learns the next step's multiplier.
 
         Groups with prompts of their own are all taken to be as far from the bound on average, as it is their prompts
         that make the difference; members of a group without any value are taken to be there too.
