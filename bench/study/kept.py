@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import machine, options, read_lines
-from bench.study.real import ES, MANY, TASKS, figures, judged, settings
+from bench.study.real import BASE, ES, MANY, TASKS, figures, judged, settings
 
 from estune import Trainer
 from estune.charts.table import markdown
@@ -88,16 +88,38 @@ def section(results: Path) -> list[str]:
         "### A task kept while another is learned",
         "SmolLM2-135M-Instruct learns conciseness by 96 members as above, and each step has a question about a\n"
         "capital for two of its prompts (`bench.study.kept`): with a bound, that as many of them are right as the\n"
-        f"base has, {RIGHT}; or with their own rewards.",
-        markdown(table(runs)),
+        f"base has, {RIGHT}; or with their own rewards. `alone` is the run above, without them.",
+        markdown(table(runs, read_lines(results / "real-conciseness.jsonl"))),
     ]
     return found if runs else []
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row for each of the settings, means over seeds."""
-    by_name = {name: [run for run in runs if run["settings"] == name] for name in SETTINGS}
-    return figures({name: of for name, of in by_name.items() if of}, COLUMNS)
+def table(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] = ()) -> list[list[str]]:
+    """A row for each of the settings, means over seeds.
+
+    Args:
+        runs: of this study.
+        others: of conciseness in `bench.study.real`.
+    """
+    rows = {
+        "before": [_as_here(line) for line in others if line["job"]["method"] == BASE],
+        "alone": [_as_here(line) for line in others if line.get("settings") == "96 members"],
+        **{name: [run for run in runs if run["settings"] == name] for name in SETTINGS},
+    }
+    return figures({name: of for name, of in rows.items() if of}, COLUMNS)
+
+
+def _as_here(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A run of `bench.study.real` under the names of this study's figures."""
+    names = {
+        "accuracy": "conciseness/eval_accuracy",
+        "length": "conciseness/eval_completions/mean_length",
+        "watch/capitals": "capitals/eval_accuracy",
+        "watch/additions": "additions/eval_accuracy",
+        "tokens": "tokens",
+        "seconds": "seconds",
+    }
+    return {there: line[here] for here, there in names.items() if here in line}
 
 
 def main() -> None:

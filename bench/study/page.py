@@ -16,13 +16,14 @@ from typing import Any
 
 from bench import plots
 from bench.common import RESULTS, read_lines
-from bench.study import compare, objectives, real, sensitivity
+from bench.study import compare, kept, objectives, real, sensitivity
 from bench.study import parts as parts_of_the_strategy
 
 from estune.charts.table import markdown, spread
 from estune.study.compare.report import NAMES, by_method, draw, table, trials_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "study.md"
+VERSIONS = ("python", "estune", "torch", "transformers")
 CONCLUSION = "## What held and what did not"
 
 Result = Mapping[str, Any]
@@ -72,11 +73,12 @@ def page(results: Path, path: Path) -> None:
         parts_of_the_strategy.section(results),
         *objectives.section(results),
         *real.section(results),
-        _origin(found),
+        *kept.section(results),
+        _origin(results),
     ]
-    kept = path.read_text().partition(CONCLUSION)[2] if path.is_file() else "\n"
+    conclusion = path.read_text().partition(CONCLUSION)[2] if path.is_file() else "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + f"\n\n{CONCLUSION}{kept}")
+    path.write_text("\n\n".join(parts) + f"\n\n{CONCLUSION}{conclusion}")
 
 
 def _careful(results: Path) -> list[str]:
@@ -163,11 +165,15 @@ def _picture(found: Mapping[str, Sequence[Result]], path: Path) -> None:
     plots.save(figure, path)
 
 
-def _origin(found: Mapping[str, Sequence[Result]]) -> str:
-    m = found[compare.EMBEDDED][0]["machine"]
-    versions = ", ".join(f"{name} {m[name]}" for name in ("python", "estune", "torch", "transformers"))
+def _origin(results: Path) -> str:
+    """Where the figures come from: of all lines of results the processors and versions."""
+    machines = [
+        m for file in sorted(results.glob("*.jsonl")) for line in read_lines(file) if (m := line.get("machine"))
+    ]
+    kinds = {name: ", ".join(sorted({m[name] for m in machines})) for name in ("cpu", *VERSIONS)}
+    versions = "; ".join(f"{name} {kinds[name]}" for name in VERSIONS)
     return (
-        f"<sub>`python -m bench.study.compare run`, `python -m bench.study.sensitivity`; {m['cpu']}, one thread a run, "
+        f"<sub>`python -m bench.study.compare run`, and the commands named above; {kinds['cpu']}, one thread a run, "
         f"two runs at a time and at times other work beside, so that seconds are rough; {versions}</sub>"
     )
 
