@@ -12,22 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from estune.files import user_cache
-
-PACKAGE = Path(__file__).parents[1] / "src" / "estune"
-FOLDERS = (PACKAGE / "noise", PACKAGE / "engines" / "cpu")
-"""Of all kernels."""
+from estune.noise.compiled import FOLDERS, fingerprint
 
 
 def compiled() -> str:
     """A folder of its own, to be named before Numba is imported, here and in children.
 
-    Numba compiles a function again when its own file has changed, but not when one that it imports has, and throws away
-    what another version has compiled. Compiling all takes minutes, so every checkout of this user shares what is kept:
-    Numba has a folder for each place where source lies, and what this checkout's are called are links to the same two.
+    Numba throws away what another version of it, or of a source, has compiled. Compiling all takes minutes, so every
+    checkout of this user shares what is kept: Numba has a folder for each place where source lies, and what this
+    checkout's are called are links to the same two.
     """
-    files = [file for folder in FOLDERS for file in sorted(folder.glob("*.py"))]
-    kernels = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    cache = user_cache("tests") / f"numba-{version('numba')}-{kernels}"
+    cache = user_cache("tests") / f"numba-{version('numba')}-{fingerprint()[:16]}"
     for folder in FOLDERS:
         shared = cache / folder.name
         shared.mkdir(parents=True, exist_ok=True)

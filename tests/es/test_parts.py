@@ -174,9 +174,15 @@ def test_a_constraint_that_is_far_from_its_bound_moves_by_its_rate_at_most() -> 
         constraint.fitness([1.0, 2.0], [10.0, 10.1])
         assert constraint.multiplier == pytest.approx(multiplier)
     for multiplier in (0.5, 1.0):
-        assert constraint.fitness([1.0, 2.0], [30.0, 30.0]) == [1.0, 2.0]  # none is dearer than another
+        assert constraint.fitness([1.0, 2.0, 4.0], [30.6] * 3) == [1.0, 2.0, 4.0]  # none is dearer than another
         assert constraint.multiplier == multiplier
     constraint.fitness([1.0, 2.0], [20.0, 20.0])
+    assert constraint.multiplier == 1.0
+    # Of rewards that are alike, though their mean is another than they are, the penalty is all that counts.
+    assert constraint.fitness([0.1] * 3, [30.0, 20.0, 10.0]) == pytest.approx([0.1 - 1.5**0.5, 0.1, 0.1 + 1.5**0.5])
+    assert constraint.fitness([1.0, 2.0], [20.0, math.nextafter(20.0, 21.0)]) == [1.0, 2.0]
+    constraint.multiplier = 1.0
+    assert constraint.fitness([1.0, None], [None, math.nan]) == [1.0, None]
     assert constraint.multiplier == 1.0
 
 

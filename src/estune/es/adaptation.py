@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from estune.es.strategy import alike
+
 GOAL = 1 / 5
 
 
@@ -53,40 +55,42 @@ class Constraint:
         """Rewards less the penalty; None where one of both is missing or not finite. Learns the next step's multiplier.
 
         Groups with prompts of their own are all taken to be as far from the bound on average, as it is their prompts
-        that make the difference; members of a group without any value are taken to be there too.
+        that make the difference; members of a group without any value are taken to be there too. Without any value at
+        all rewards are as they were.
 
         Args:
             rewards, values: of each member; the base, which takes part as the last one of its group, among them.
             groups: of members, of equal size, one after another.
         """
-        sign = 1.0 if self.at_most else -1.0
-        over = [None if v is None or not math.isfinite(v) else sign * (v - self.bound) for v in values]
-        known = _known(over)
+        finite = [None if v is None or not math.isfinite(v) else v for v in values]
+        known = _known(finite)
         if not known:
             return list(rewards)
-        mean = math.fsum(known) / len(known)
-        own = _deviations(over, groups)
+        sign = 1.0 if self.at_most else -1.0
+        beyond = sign * (math.fsum(known) / len(known) - self.bound)
+        own = _deviations(finite, groups)
         spread, scale = _size(own), _size(_deviations(rewards, groups)) or 1.0
         price = self.multiplier * scale / spread if spread else 0.0  # where all values are alike, none is dearer
-        self.multiplier = max(0.0, self.multiplier + self.rate * _within_one(mean, spread))
-        size = len(over) // groups
-        without = [not _known(over[first : first + size]) for first in range(0, size * groups, size)]
+        self.multiplier = max(0.0, self.multiplier + self.rate * _within_one(beyond, spread))
+        size = len(finite) // groups
+        without = [not _known(finite[first : first + size]) for first in range(0, size * groups, size)]
         found: list[float | None] = []
         for i, (reward, deviation) in enumerate(zip(rewards, own, strict=True)):
             away = 0.0 if without[i // size] else deviation
-            found.append(None if reward is None or away is None else reward - price * (mean + away))
+            found.append(None if reward is None or away is None else reward - price * (beyond + sign * away))
         return found
 
 
 def _deviations(values: Sequence[float | None], groups: int) -> list[float | None]:
-    """From the mean of each value's group."""
+    """From the mean of each value's group; exactly 0 in a group of values that differ by what sums are rounded by."""
     size = len(values) // groups
     found: list[float | None] = []
     for first in range(0, size * groups, size):
         group = values[first : first + size]
         known = _known(group)
         level = math.fsum(known) / len(known) if known else 0.0
-        found += [None if value is None else value - level for value in group]
+        same = alike(known)
+        found += [None if value is None else 0.0 if same else value - level for value in group]
     return found
 
 

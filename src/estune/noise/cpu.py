@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from estune.noise.cpu_draw import CHUNK, drawn, jit, random_words
+from estune.noise.compiled import jit
+from estune.noise.cpu_draw import CHUNK, drawn, random_words
 from estune.noise.cpu_types import Weights, narrow, narrow_randomly, stored, widen
 from estune.noise.rows import Rows
 

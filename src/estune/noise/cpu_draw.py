@@ -6,13 +6,11 @@ each vectorises (selects instead of branches, 32-bit integers).
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from estune.noise import reference as ref
+from estune.noise.compiled import jit
 
 CHUNK = 1024  # counters; the scratch for four words and four normals of each then fits the first-level cache
 
@@ -31,9 +29,6 @@ _SCALE = np.float32(ref.TWO_POW_MINUS_24)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1)
 _MINUS_TWO = np.float32(-2)
-
-# No fastmath: contraction to fused multiply-add or reassociation would change the bits.
-jit: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @jit

@@ -25,8 +25,9 @@ from numba import types
 from numba.extending import overload
 
 from estune.noise import low_rank
+from estune.noise.compiled import jit
 from estune.noise.cpu import stretch
-from estune.noise.cpu_draw import CHUNK, drawn, jit
+from estune.noise.cpu_draw import CHUNK, drawn
 from estune.noise.cpu_split import HALFWAY, Halves
 from estune.noise.cpu_types import Weights, narrow, stored, widen
 from estune.noise.rows import Rows

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from estune.noise.cpu_draw import CHUNK, jit, normals, random_words
+from estune.noise.compiled import jit
+from estune.noise.cpu_draw import CHUNK, normals, random_words
 from estune.noise.cpu_types import narrow, stored
 from estune.noise.integers import ROUNDING, Codes, Cuts, Floats, Levels, Steps
 

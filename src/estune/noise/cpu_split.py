@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from estune.noise.cpu_draw import jit
+from estune.noise.compiled import jit
 from estune.noise.cpu_types import narrow
 
 Halves = npt.NDArray[np.uint16]

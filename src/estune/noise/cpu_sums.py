@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from estune.noise.compiled import jit
 from estune.noise.cpu import copy, stretch
-from estune.noise.cpu_draw import jit
 from estune.noise.cpu_types import Weights
 from estune.noise.rows import Rows
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from numba import types
 from numba.extending import overload
 
-from estune.noise.cpu_draw import jit
+from estune.noise.compiled import jit
 
 Weights = npt.NDArray[np.float32] | npt.NDArray[np.uint16] | npt.NDArray[np.float16]
 

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from estune.noise import cpu_draw
+from estune.noise.compiled import jit
 from estune.noise.cpu import add_change
-from estune.noise.cpu_draw import CHUNK, jit
+from estune.noise.cpu_draw import CHUNK
 from estune.noise.cpu_types import Weights, narrow, stored, widen
 from estune.noise.reference import COLUMNS_AT, NEXT_AT, root_share
 

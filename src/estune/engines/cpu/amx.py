@@ -16,7 +16,6 @@ import platform
 from typing import Any
 
 import llvmlite.binding
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -24,6 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from estune.engines.cpu.simd import WIDTH, address, load, prefetch, store
+from estune.noise.compiled import jit
 
 BLOCK = 16  # rows of a tile
 DEPTH = 32  # elements of bfloat16 in a row of a tile
@@ -33,7 +33,6 @@ _BYTES = 64  # of a row of a tile
 _TILE = BLOCK * _BYTES
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux: asm/prctl.h, and the state's number
 
-_jit: Any = numba.njit(nogil=True, error_model="numpy", cache=True)
 _BYTE, _INT, _LONG = (ir.IntType(bits) for bits in (8, 32, 64))
 _POINTER = _BYTE.as_pointer()
 
@@ -55,14 +54,14 @@ def available() -> bool:
     return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 
 
-@_jit
+@jit
 def round_rows(x, rounded):
     """Round `x`, float32 `[tokens, width]`, to bfloat16, into the first rows of `rounded`, uint16 `[rows, width]`."""
     for i in range(0, x.size, WIDTH):
         store(rounded, i, load(x, i))
 
 
-@_jit
+@jit
 def pack(pairs, packed):
     """Lay rows out as the unit's second factor: of sixteen rows, each two neighbours of the width side by side.
 
@@ -76,7 +75,7 @@ def pack(pairs, packed):
             _transpose(pairs, first + i, width, packed, first + i * BLOCK, BLOCK)
 
 
-@_jit
+@jit
 def product(packed, weight, out, first, last, palette, scratch):
     """`out = x @ weight.T` in its columns from `first` to `last - 1`, a multiple of 16 of them.
 
@@ -120,7 +119,7 @@ def product(packed, weight, out, first, last, palette, scratch):
     _release()
 
 
-@_jit
+@jit
 def _put(scratch, out, column, block, rows, across):
     """Write tiles of sums, `rows` blocks of columns by `across` of tokens, to their places, transposed."""
     tokens, columns = out.shape

@@ -31,8 +31,8 @@ from estune.engines.cpu.simd import (
     store,
     total,
 )
+from estune.noise.compiled import jit
 
-_jit: Any = numba.njit(nogil=True, error_model="numpy", cache=True)
 _inlined: Any = numba.njit(nogil=True, error_model="numpy", inline="always")
 ROWS, COLUMNS = (4, 4) if llvmlite.binding.get_host_cpu_features().get("avx512f") else (3, 2)
 """Rows and columns of a product computed at once: as many sums as there are registers for."""
@@ -45,7 +45,7 @@ _ONE = np.float32(1)
 _ABSENT = np.float32(-3e38)  # the score of a slot that is not there
 
 
-@_jit
+@jit
 def embed(ids, x, table):
     """`x = table[ids]`: `ids` `[tokens]`, `table` `[vocabulary, width]`."""
     width = x.shape[1]
@@ -54,7 +54,7 @@ def embed(ids, x, table):
             store(x, t * width + i, load(table, ids[t] * width + i))
 
 
-@_jit
+@jit
 def add_outer_rows(ids, x, owners, a, b):
     """`x += a[owner, id] * b[owner]`: what each token's owner adds to its row of a table, `x` `[tokens, width]`.
 
@@ -68,7 +68,7 @@ def add_outer_rows(ids, x, owners, a, b):
             store(x, at, load(x, at) + factor * load(b, owners[t] * width + i))
 
 
-@_jit
+@jit
 def add_outer(x, out, owners, a, b, source, target, count):
     """`out += (x . b[owner]) * a[owner]`: what each token's owner adds to a product, in `count` columns of it.
 
@@ -87,7 +87,7 @@ def add_outer(x, out, owners, a, b, source, target, count):
             row[i] += factor * noise[i]
 
 
-@_jit
+@jit
 def add_low_rank(low, out, b, source, first):
     """`out[:, first:] += low[:, source:] @ b`, over the rows and the columns of `b`, `[rank, columns]`.
 
@@ -103,14 +103,14 @@ def add_low_rank(low, out, b, source, first):
             store(out, at, sums)
 
 
-@_jit
+@jit
 def normalize(x, out, weight, eps):
     """`out = x / rms(x) * weight`, row by row (RMSNorm, arXiv 1910.07467)."""
     for t in range(x.shape[0]):
         _normalize(x, t * x.shape[1], x.shape[1], weight, eps, out, t * x.shape[1])
 
 
-@_jit
+@jit
 def add_normalize(x, change, out, weight, eps):
     """`x += change`, then as `normalize`."""
     width = x.shape[1]
@@ -120,7 +120,7 @@ def add_normalize(x, change, out, weight, eps):
         _normalize(x, t * width, width, weight, eps, out, t * width)
 
 
-@_jit
+@jit
 def _normalize(x, at, width, weight, eps, out, to):
     """Normalize `width` elements of `x` from `at` on into `out` from `to` on, both taken as flat."""
     squares = splat(_ZERO)
@@ -140,7 +140,7 @@ def product_kernel(rows: int = ROWS, columns: int = COLUMNS) -> Callable[..., No
     the tokens beside it, nor on the processor's registers, nor on how the work is shared out.
     """
 
-    @_jit
+    @jit
     def product(x, weight, out, first, last):
         """`out = x @ weight.T`, `[tokens, columns]`, in its columns from `first` to `last - 1`.
 
@@ -170,7 +170,7 @@ def product_kernel(rows: int = ROWS, columns: int = COLUMNS) -> Callable[..., No
     return found
 
 
-@_jit
+@jit
 def gate(both, out):
     """`out = silu(g) * u` for `both = [g, u]`, `[tokens, 2 * width]` (SwiGLU, arXiv 2002.05202)."""
     width = out.shape[1]
@@ -183,7 +183,7 @@ def gate(both, out):
             store(out, t * width + i, g / (one + exp(zero - g)) * u)
 
 
-@_jit
+@jit
 def running_argmax(logits, best, token, first):
     """Update `best` and `token` where `logits` exceed the `best` so far; the earliest token wins a tie.
 
@@ -211,11 +211,11 @@ def running_argmax(logits, best, token, first):
 def attention_kernels(group: int, dim: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """`append` and `attend`, see below, for one shape of heads: constants to the compiler, which gains 30%."""
 
-    @_jit
+    @jit
     def append(tokens, rows, positions, qkv, cos, sin, norm, eps, keys, values, shared):
         _append(tokens, rows, positions, qkv, group, dim, cos, sin, norm, eps, keys, values, shared)
 
-    @_jit
+    @jit
     def attend(qkv, rows, positions, out, cos, sin, norm, eps, keys, values, prefix_keys, prefix_values, shared):
         _attend(
             qkv, rows, positions, out, group, dim, cos, sin, norm, eps, keys, values, prefix_keys, prefix_values, shared
@@ -281,7 +281,7 @@ def _attend(
                 _mix(scores, share, factor, prefix_values, prefix, shared, values, cache, own, dim, out, to)
 
 
-@_jit
+@jit
 def _rotate(qkv, at, position, dim, cos, sin, norm, eps, scale, out, to):
     """Normalize a head's query or key, `dim` elements of `qkv` from `at` on, if it has a norm; rotate and scale it."""
     half = dim // 2
@@ -300,7 +300,7 @@ def _rotate(qkv, at, position, dim, cos, sin, norm, eps, scale, out, to):
         store(out, to + half + i, (b * c + a * s) * factor)
 
 
-@_jit
+@jit
 def _score(q, group, dim, keys, cache, count, scores, to):
     """`scores[g, to:to + count] = q[g] @ keys[:, :count]`, and absent up to the next sixteen slots."""
     # Sixteen slots at a time, and two sums, so that one multiplication does not wait for the one before.
@@ -315,7 +315,7 @@ def _score(q, group, dim, keys, cache, count, scores, to):
             store(scores, g * scores.shape[1] + to + s, first_of(even + odd, count - s, splat(_ABSENT)))
 
 
-@_jit
+@jit
 def _soften(scores, at, count):
     """Replace `count` scores from `at` on by exp(score - largest); return their sum."""
     top = splat(_ABSENT)
@@ -330,7 +330,7 @@ def _soften(scores, at, count):
     return total(sums)
 
 
-@_jit
+@jit
 def _mix(scores, at, factor, prefix_values, prefix, shared, values, cache, own, dim, out, to):
     """`out[to:to + dim] = factor * scores[at:at + shared + own] @ values`: the prefix' `shared`, then a row's `own`.
 
