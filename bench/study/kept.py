@@ -24,7 +24,7 @@ from estune.config import load
 from estune.engines.transformers import TransformersEngine
 from estune.journal.journal import Journal
 
-STEPS, PROMPTS, LONGEST = 13, 6, 64  # as many steps as the run without the other task, and four of its prompts in each
+STEPS, PROMPTS, LONGEST = 13, 6, 64  # the most steps of a run without the other task, and four of its prompts in each
 RIGHT = 0.44  # of the base model's capitals
 SETTINGS: dict[str, tuple[str, ...]] = {
     "bound": (
@@ -40,7 +40,7 @@ COLUMNS = {  # what is shown, by its heading: the figure, its factor and its dig
     "additions %": ("additions/eval_accuracy", 100, 1),
     "penalty": ("penalty", 1, 2),
     "1,000 tokens": ("tokens", 1e-3, 0),
-    "seconds": ("seconds", 1, 0),
+    "seconds by the clock": ("seconds", 1, 0),
 }
 
 
@@ -101,8 +101,11 @@ def table(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
         runs: of this study.
         others: of conciseness in `bench.study.real`.
     """
+    before = next((line["base_accuracy"] for line in others if "base_accuracy" in line), None)
     rows = {
-        "before": [_as_here(line) for line in others if line["job"]["method"] == BASE],
+        "before": [
+            {**_as_here(line), "conciseness/eval_accuracy": before} for line in others if line["job"]["method"] == BASE
+        ],
         "alone": [_as_here(line) for line in others if line.get("settings") == "96 members"],
         **{name: [run for run in runs if run["settings"] == name] for name in SETTINGS},
     }
@@ -128,6 +131,7 @@ def main() -> None:
     parser.add_argument("--settings", type=lambda text: text.split(";"), default=list(SETTINGS))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     arguments = parser.parse_args()
+    arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / "kept.jsonl"
     done = {(run["settings"], run["seed"]) for run in read_lines(path)}
     for seed in arguments.seeds:

@@ -10,11 +10,12 @@ from estune.charts.words import DAY, amount, duration
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [
-        (0, "0 ms"), (0.0123, "12.3 ms"), (0.25, "0.25 s"), (9.7, "9.7 s"), (42.4, "42 s"), (89, "89 s"),
-        (90, "1.5 min"), (5000, "83.3 min"), (7200, "2 h"), (1.5 * DAY, "1.5 days"), (1234 * DAY, "1,234 days"),
+        (0, "0 ms"), (0.0123, "12.3 ms"), (0.999, "999 ms"), (1, "1 s"), (9.704, "9.7 s"), (42.42, "42.4 s"),
+        (89.9, "89.9 s"), (90, "1.5 min"), (5399, "90 min"), (5400, "1.5 h"), (1.49 * DAY, "35.8 h"),
+        (1.5 * DAY, "1.5 days"), (1234 * DAY, "1,234 days"), (-0.5, "-500 ms"), (float("nan"), "nan ms"),
     ],
 )  # fmt: skip
-def test_times_have_two_or_three_digits(seconds: float, said: str) -> None:
+def test_times_have_three_digits(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 
 

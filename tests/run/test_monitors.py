@@ -58,7 +58,7 @@ def test_a_line_of_a_file_is_one_line(width: int, model: Path, tmp_path: Path) -
     evaluations = [line for line in lines if "held-out accuracy" in line and line.startswith("step")]
     assert len(evaluations) == 2
     steps = [line for line in lines if re.match(r"step +\d/2  reward", line)]
-    assert re.search(r"\d s  [\d,]+ tokens/s  [\d.]+ s left$", steps[0])
+    assert re.search(r"\d s  [\d,]+ tokens/s  [\d.]+ m?s left$", steps[0])
     assert re.search(r"\d s  [\d,]+ tokens/s$", steps[1])
     told = [line for line in lines if line.startswith("a step: at most 192 tokens, ")]  # 4 members x 6 prompts x 8
     assert 1 <= len(told) <= 2

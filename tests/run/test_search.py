@@ -263,6 +263,17 @@ def test_members_that_are_far_from_the_base_model_pay_for_it(model: Path, tmp_pa
         assert penalty > 0
 
 
+def test_groups_pay_as_much_as_each_other_whatever_their_prompts(model: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"population": 8, "prompt_groups": 2, "learning_rate": 0.0, "steps": 3}
+    train(tmp_path / "run", model, constraint="completions/mean_length<=2", **changes)
+    dear = [record for record in Journal.read(tmp_path / "run").steps if record.fitness]
+    assert dear
+    for record in dear:
+        paid = np.array(record.rewards, float) - np.array(record.fitness, float)
+        assert paid.std() > 0
+        assert paid[:4].mean() == pytest.approx(paid[4:].mean())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

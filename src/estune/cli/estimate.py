@@ -61,7 +61,7 @@ def _say_estimate(found: Estimate) -> None:
     count = f"{work.devices} x " if work.devices > 1 else ""
     say(
         f"{found.model}: {found.shape.parameters:,} parameters; {amount(work.population, 'members')} x "
-        f"{amount(work.prompts, 'prompts')}, {amount(work.engines, 'engines')} at work at once\n"
+        f"{amount(work.prompts, 'prompts')} on {amount(work.engines, 'engines')}\n"
         f"{count}{device.name}: {device.how}"
     )
     who = "a replica" if work.workers is None else "a worker"
@@ -93,7 +93,7 @@ def _say_items(title: str, items: Sequence[Item], show: Callable[[float], str]) 
 
 def _say_speeds(found: Estimate) -> None:
     """Say how long the whole run takes by each engine."""
-    rows = [["", "a member", "a step", "tokens/s", f"{amount(found.work.steps, 'steps')}", ""]]
+    rows = [["", "a member", "a step", "tokens/s", amount(found.work.steps, "steps"), ""]]
     for speed in found.speeds:
         how = f"{speed.rows} rows at once, {1e3 * speed.token:.3g} ms a token, mostly {speed.limit}"
         figures = [

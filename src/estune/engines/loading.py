@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import (
@@ -35,9 +35,6 @@ from estune.weights.policies import TYPE_NAMES
 from estune.weights.quantized import KEPT, prepare, quantized_by, without
 from estune.weights.sizes import check_sizes
 from estune.weights.tensors import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from estune.charts.words import amount
 from estune.errors import EstuneError
 from estune.weights.grid import GroupSize
 from estune.weights.policies import POLICIES, DType, NoiseMode, PolicyName, Rounding
@@ -111,7 +112,7 @@ class StepLine(Line):
         if not (rate >= 0 <= beta1 < 1 and 0 <= beta2 < 1 <= correction and epsilon > 0):
             raise ValueError(f"moments are {self.moments}, which no step has")
         if len(self.earlier) > self.step:
-            raise ValueError(f"earlier names {len(self.earlier)} steps before step {self.step}")
+            raise ValueError(f"earlier names {amount(len(self.earlier), 'steps')} before step {self.step}")
         return self
 
 
@@ -181,7 +182,7 @@ def fault(kind: Any, payload: Mapping[str, Any], steps: int | None) -> str | Non
     if steps is not None and kind in ("step", "evaluation", "end"):
         number = payload["step"]
         if number > steps or (kind == "step" and number < steps):
-            return f"step is {number}, after {steps} steps"
+            return f"step is {number}, after {amount(steps, 'steps')}"
     return None
 
 

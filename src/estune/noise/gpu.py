@@ -378,7 +378,7 @@ class Batch:
             )
 
     def fingerprint(self, total: torch.Tensor) -> None:
-        """As `cpu.fingerprint`, for the bases of the runs that count; added to `total`, int64 `[1]` on the device."""
+        """As `cpu_sums.fingerprint`, for the bases of the runs that count; added to `total`, int64 `[1]` on the GPU."""
         for launch in self._launches:
             launch.start(_fingerprint, total, BITS_TYPE=tl.uint32 if launch.base.itemsize == 4 else tl.uint16)
 
@@ -420,7 +420,7 @@ def _row(run: Run) -> tuple[int, ...]:
 
 
 def squares(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
-    """As `cpu.squares`, of flat tensors `[elements]` on the device."""
+    """As `cpu_sums.squares`, of flat tensors `[elements]` on the device."""
     blocks = triton.cdiv(now.numel(), SQUARES_BLOCK)
     sums = torch.empty(blocks, 2, dtype=torch.float64, device=now.device)
     if blocks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from estune.charts.words import amount
 from estune.config import Config
 from estune.errors import EstuneError
 from estune.grading.level import refuse_level
@@ -202,7 +203,7 @@ def inherit(pool: Pool, trained: Description, parent: Journal) -> str:
     found = pool.rebuild(parent.history)
     if found != parent.fingerprint():
         raise EstuneError(
-            f"{parent.run}: its {len(parent.history)} steps give fingerprint {found} here, its "
+            f"{parent.run}: its {amount(len(parent.history), 'steps')} give fingerprint {found} here, its "
             f"journal says {parent.fingerprint()}; go on where it was run"
         )
     return found

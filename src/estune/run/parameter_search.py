@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from estune.charts.words import amount
 from estune.completion import Completion, Prompt
 from estune.config import Config
 from estune.engines.tokenizer import open_encoder
@@ -48,8 +49,8 @@ class Engines:
             found = self.pool.rebuild(search.journal.history, (0, self._base))
             if found != search.journal.fingerprint():
                 raise EstuneError(
-                    f"{search.run}: its {len(search.journal.history)} steps give fingerprint {found} here, its journal "
-                    f"says {search.journal.fingerprint()}; go on where it was begun"
+                    f"{search.run}: its {amount(len(search.journal.history), 'steps')} give fingerprint {found} here, "
+                    f"its journal says {search.journal.fingerprint()}; go on where it was begun"
                 )
             self._turn = search
         return self.pool

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from estune.charts.words import amount
 from estune.config import RESUMABLE, Config, parse
 from estune.errors import ACCEPT, EstuneError
 from estune.files import clear_leftovers
@@ -121,7 +122,7 @@ def reopen(
         clear_leftovers(path)
         clear_leftovers(path / "completions")
         if config.steps <= done and _is_whole(run, journal, base):
-            raise EstuneError(f"{path}: all {done} steps are done; give --steps above {done} to go on")
+            raise EstuneError(f"{path}: all of {amount(done, 'steps')} done; give --steps above {done} to go on")
     except BaseException:
         journal.close()
         raise

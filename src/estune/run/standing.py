@@ -80,8 +80,8 @@ class Standing:
         if found != journal.fingerprint():
             where = f"checkpoint-{start} and " if start else ""
             raise EstuneError(
-                f"{run.path}: {where}{done - start} replayed steps give fingerprint {found}, the journal says "
-                f"{journal.fingerprint()}" + (f"; remove checkpoint-{start} and resume" if start else "")
+                f"{run.path}: {where}{amount(done - start, 'steps')} of replay give fingerprint {found}, the "
+                f"journal says {journal.fingerprint()}" + (f"; remove checkpoint-{start} and resume" if start else "")
             )
 
     def update(self, fitness: Sequence[float | None], sigma: float) -> tuple[Update, str]:

@@ -279,7 +279,7 @@ def _instruments(now: Metrics, shares: Collection[str], then: Metrics | None = N
 
 
 def _summary(s: Summary) -> Panel:
-    lines = [f"{s.ended} after {amount(s.steps, 'steps')}, {s.seconds:.0f} s"]
+    lines = [f"{s.ended} after {amount(s.steps, 'steps')}, {duration(s.seconds)}"]
     if s.before:
         key = "eval_accuracy"
         share = key in s.shares

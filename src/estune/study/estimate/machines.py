@@ -171,7 +171,7 @@ def as_device(gpu: GPU, dtype: str, memory: int | None = None) -> Device:
 
 
 def measure_cpu(shape: Shape, rows: int, dtype: str, threads: int) -> Device:
-    """This machine's rates, measured by two matrix products, a copy and a perturbation in a third of a second.
+    """This machine's rates, measured by two matrix products, a copy and a perturbation, in half a second.
 
     Args:
         shape: the model, whose layers' sizes are multiplied.
