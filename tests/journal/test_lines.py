@@ -103,7 +103,7 @@ def test_every_field_of_another_type_is_refused_by_name_or_does_no_harm(tmp_path
         (2, "staleness", [1], "seeds, signs, rewards, coefficients, staleness and fitness are not equally many"),
         (2, "staleness", [2] * 4, "staleness.0: Input should be 0 or 1, found 2"),
         (2, "fitness", [1.0], "seeds, signs, rewards, coefficients, staleness and fitness are not equally many"),
-        (2, "earlier", [0.5], "earlier names 1 steps before step 0"),
+        (2, "earlier", [0.5], "earlier names 1 step before step 0"),
         (2, "anchor", -0.5, "anchor: Input should be greater than or equal to 0, found -0.5"),
         (2, "coefficients", [math.inf] * 4, "coefficients.0: Input should be a finite number, found inf"),
         (2, "sigma", 0.0, "sigma: Input should be greater than 0, found 0.0"),
