@@ -8,7 +8,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,6 +55,26 @@ def machine() -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a file of JSON lines; none of a file that is not there."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def add_missing(
+    path: Path, wanted: Iterable[Mapping[str, Any]], run: Callable[..., dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Make the runs that have no line in a file of results yet, and add the line of each as soon as it ends.
+
+    Args:
+        path: the file, of JSON lines. Its folder is made.
+        wanted: of each run what tells it from others, by its names in the line.
+        run: is given these values in their order, and returns the line.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = read_lines(path)
+    for which in wanted:
+        if not any(which.items() <= line.items() for line in there):
+            line = run(*which.values())
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            yield line
 
 
 def in_turns(

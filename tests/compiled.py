@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.files import user_cache
-from estune.noise.compiled import FOLDERS, fingerprint
+from estune.noise.compiled import FOLDERS, hash_of_sources
 
 
 def compiled() -> str:
@@ -22,7 +22,7 @@ def compiled() -> str:
     checkout of this user shares what is kept: Numba has a folder for each place where source lies, and what this
     checkout's are called are links to the same two.
     """
-    cache = user_cache("tests") / f"numba-{version('numba')}-{fingerprint()[:16]}"
+    cache = user_cache("tests") / f"numba-{version('numba')}-{hash_of_sources()[:16]}"
     for folder in FOLDERS:
         shared = cache / folder.name
         shared.mkdir(parents=True, exist_ok=True)

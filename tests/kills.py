@@ -36,7 +36,7 @@ def go_on(config: Config) -> None:
     try:
         trainer = Trainer.resume(config.output_dir, task=make_task(), monitors=None)
     except EstuneError as error:
-        if " done; give --steps above" in str(error):
+        if "give --steps above" in str(error):
             return
         raise
     trainer.train()

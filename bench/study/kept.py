@@ -9,13 +9,12 @@ nothing, and `both` has their rewards instead. Results are `kept.jsonl`, a line 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import machine, options, read_lines
+from bench.common import add_missing, machine, options, read_lines
 from bench.study.real import BASE, ES, MANY, TASKS, figures, judged, settings
 
 from estune import Trainer
@@ -131,16 +130,9 @@ def main() -> None:
     parser.add_argument("--settings", type=lambda text: text.split(";"), default=list(SETTINGS))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     arguments = parser.parse_args()
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / "kept.jsonl"
-    done = {(run["settings"], run["seed"]) for run in read_lines(path)}
-    for seed in arguments.seeds:
-        for name in arguments.settings:
-            if (name, seed) not in done:
-                result = run(name, seed)
-                with path.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-                print(name, seed, table([result])[1][2:], flush=True)
+    wanted = ({"settings": name, "seed": seed} for seed in arguments.seeds for name in arguments.settings)
+    for line in add_missing(arguments.results / "kept.jsonl", wanted, run):
+        print(line["settings"], line["seed"], table([line])[1][2:], flush=True)
 
 
 if __name__ == "__main__":

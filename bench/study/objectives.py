@@ -13,13 +13,12 @@ a run; what is there is not run again.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common import machine, options, read_lines
+from bench.common import add_missing, machine, options, read_lines
 from bench.study.compare import COUNTDOWN, model_and_task
 from bench.study.parts import BUDGET, PAPER, TOKENS
 from bench.study.real import figures, judged
@@ -138,18 +137,14 @@ def main() -> None:
     parser.add_argument("--settings", type=lambda text: text.split(";"), default=list(SETTINGS))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     arguments = parser.parse_args()
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / "objectives.jsonl"
-    there = read_lines(path)
-    done = {(run["model"], run["settings"], run["seed"]) for run in there}
-    for seed in arguments.seeds:
-        for model in arguments.models:
-            for name in arguments.settings:
-                if (model, name, seed) not in done:
-                    result = run(model, name, seed)
-                    with path.open("a") as file:
-                        file.write(json.dumps(result) + "\n")
-                    print(model, name, seed, table([result])[1][2:], flush=True)
+    wanted = (
+        {"model": model, "settings": name, "seed": seed}
+        for seed in arguments.seeds
+        for model in arguments.models
+        for name in arguments.settings
+    )
+    for line in add_missing(arguments.results / "objectives.jsonl", wanted, run):
+        print(line["model"], line["settings"], line["seed"], table([line])[1][2:], flush=True)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ bits.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from bench.common import machine, options, read_lines
+from bench.common import add_missing, machine, options, read_lines
 
 from estune import Config, Trainer
 from estune.charts.table import markdown
@@ -82,17 +81,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
     parser.add_argument("--ways", type=lambda text: text.split(";"), default=list(WAYS), help="with semicolons between")
     arguments = parser.parse_args()
-    arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / "quantized.jsonl"
-    runs = read_lines(path)
-    for seed in arguments.seeds:
-        for way in arguments.ways:
-            if not any(each["way"] == way and each["seed"] == seed for each in runs):
-                runs.append(run(way, seed))
-                with path.open("a") as file:
-                    file.write(json.dumps(runs[-1]) + "\n")
-                print(way, seed, runs[-1]["accuracy"], f"{runs[-1]['seconds']} s", flush=True)
-    print(table(runs))
+    wanted = ({"way": way, "seed": seed} for seed in arguments.seeds for way in arguments.ways)
+    for line in add_missing(path, wanted, run):
+        print(line["way"], line["seed"], line["accuracy"], f"{line['seconds']} s", flush=True)
+    print(table(read_lines(path)))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def test_lost_metrics_come_back_on_resume(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"), [({"steps": -1}, "steps: .*found -1"), ({"steps": 3}, "all of 4 steps"), ({}, "all of 4")]
+    ("changed", "message"),
+    [({"steps": -1}, "steps: .*found -1"), ({"steps": 3}, "is done after 4 steps"), ({}, "is done after 4")],
 )
 def test_lengths_that_leave_nothing_to_do_are_refused(model: Path, tmp_path: Path, changed: Any, message: str) -> None:
     run(make_config(tmp_path / "run", model))

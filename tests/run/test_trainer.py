@@ -147,7 +147,7 @@ def test_best_and_final_are_stored_as_the_base_or_as_asked(tmp_path: Path, asked
         assert torch.equal(final[name], weights.to(dtype))
         assert torch.equal(final[name], again[name])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "best").dtype == dtype
-    with pytest.raises(EstuneError, match="all of 1 step done; give --steps above 1"):  # nothing is lacking
+    with pytest.raises(EstuneError, match="is done after 1 step; give --steps above 1"):  # nothing is lacking
         Trainer.resume(tmp_path / "run", task=make_task(), monitors=[], steps=1)
 
 

@@ -104,7 +104,7 @@ def diff(
             say_table([[title, "A", "B"], *rows])
         else:
             say(f"{title}: the same")
-    steps = f"{found.steps[0]} and {amount(found.steps[1], 'steps')}"
+    steps = f"{found.steps[0]} and {found.steps[1]} steps"
     if found.first is None:
         say(f"{steps}: all that both have are the same")
     else:

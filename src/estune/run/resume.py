@@ -122,7 +122,7 @@ def reopen(
         clear_leftovers(path)
         clear_leftovers(path / "completions")
         if config.steps <= done and _is_whole(run, journal, base):
-            raise EstuneError(f"{path}: all of {amount(done, 'steps')} done; give --steps above {done} to go on")
+            raise EstuneError(f"{path} is done after {amount(done, 'steps')}; give --steps above {done} to go on")
     except BaseException:
         journal.close()
         raise
