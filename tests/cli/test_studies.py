@@ -12,7 +12,7 @@ import pytest
 
 from estune.errors import EstuneError
 from estune.study.compare.plan import Plan
-from estune.study.probe import Level, Probe
+from estune.study.probed import Level, Probe
 from estune.study.sweep import Trial
 from tests.command_line import QUICK, estune, refused, usage
 

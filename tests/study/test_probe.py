@@ -18,7 +18,8 @@ from estune.errors import EstuneError
 from estune.es.strategy import Member, mean_and_std
 from estune.grading.grading import Grading
 from estune.pool.local import LocalPool, open_local_pool
-from estune.study.probe import Level, Probe, best_part, probe, probe_parts, recommend, rows_of_parts
+from estune.study.probe import probe, probe_parts
+from estune.study.probed import Level, Probe, best_part, recommend, rows_of_parts
 from estune.tasks.base import Stage
 from tests.runs import make_config, make_task
 from tests.visions import picture, save_vision

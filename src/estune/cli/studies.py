@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from estune.study.compare.plan import Plan
-    from estune.study.probe import Probe
+    from estune.study.probed import Probe
     from estune.study.sweep import Trial
 
 Folder = Annotated[Path, typer.Option("--output-dir", "--output_dir", help="directory for all of it")]
@@ -95,7 +95,7 @@ def _say_probe(found: Probe) -> None:
 
 
 def _say_parts(found: Mapping[str, Probe]) -> None:
-    from estune.study.probe import best_part, rows_of_parts
+    from estune.study.probed import best_part, rows_of_parts
 
     say_table(rows_of_parts(found))
     best = best_part(found)

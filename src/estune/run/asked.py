@@ -12,7 +12,8 @@ from estune.config import Config
 from estune.engines.prompts import PromptEncoder
 from estune.es.strategy import Member, mean_and_std, member_seed
 from estune.grading.convention import Row
-from estune.grading.grading import Grading, Pending
+from estune.grading.grading import Grading
+from estune.grading.pending import Pending
 from estune.pool.base import Evaluated, Evaluation
 from estune.pool.waiting import told_while
 from estune.run.graded import Graded
