@@ -125,14 +125,18 @@ def test_workers_of_vllm_are_given_as_many_members_as_have_slots(
     assert slots_of_worker(changed, adapted=adapted) == members
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(("workers", "by_value"), [(1, 90_000), (3, 0)])
 def test_the_number_of_workers_changes_nothing(
     cluster: Any,
     model: Path,
     tmp_path: Path,
     undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
     workers: int,
+    by_value: int,
 ) -> None:
+    """Nor whether prompts go along with a call or through Ray's object store."""
+    monkeypatch.setattr("estune.pool.ray.pool.BY_VALUE", by_value)
     run = tmp_path / "run"
     trainer = with_workers(run, model, workers, save_steps=2)
     trainer.pool.wait_for_workers(60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,8 @@ from estune.pool.slots import Slot
 from estune.weights.adapters import PREFIX
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import EMBEDDED, locate
+
+BY_VALUE = 90_000  # bytes of prompts: Ray sends 100 KiB along with a call, and more through its object store
 
 
 def open_ray_pool(config: Config) -> RayPool:
@@ -44,6 +47,8 @@ class RayPool(CrewPool):
         disconnect()
 
     def _sent(self, prompt_ids: Sequence[Sequence[int]]) -> Any:
+        if len(pickle.dumps(prompt_ids)) <= BY_VALUE:
+            return prompt_ids  # Ray ends, with no word, a process that puts an object when its raylet has just died
         return ray.put(prompt_ids)  # sent to a node once a step, not once a member
 
     def members_at_once(self) -> int:
