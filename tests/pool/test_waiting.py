@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -12,6 +16,14 @@ from transformers.utils.logging import tqdm
 from estune.pool.waiting import Wait, told_while, told_while_loading, waited_for
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.locate import locate
+
+ASKS = """
+import faulthandler, logging
+faulthandler.dump_traceback_later(60, exit=True)
+logging.basicConfig(format="%(message)s")
+from estune.pool.waiting import check_model
+check_model("nobody/nothing")
+"""
 
 
 def waiting() -> Wait:
@@ -57,3 +69,14 @@ def test_a_model_is_loaded_tensor_by_tensor_and_what_comes_after_has_no_share() 
         assert waiting().so_far() == told == ": 4 of 4 tensors"
     assert not waited_for()
     assert [*tqdm(range(2), desc="Loading weights", disable=True)] == [0, 1]
+
+
+def test_a_hub_that_takes_connections_and_never_answers_is_told_of() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", ASKS]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | hub) as process:
+            assert process.stderr is not None
+            told = process.stderr.readline()
+            process.kill()
+    assert told == "still asking the hub for nobody/nothing, for 3 s now\n"

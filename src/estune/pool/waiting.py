@@ -7,7 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from estune.weights.locate import check_name, is_here
 
 if TYPE_CHECKING:
     from estune.pool.base import Generating
@@ -16,6 +19,7 @@ log = logging.getLogger(__name__)
 
 FIRST_WORD = 15.0  # seconds
 NEXT_WORD = 60.0
+HUB_SECONDS = 3.0  # until the first word where the hub is asked: without a network it is tried for some 20
 
 
 class Wait(NamedTuple):
@@ -69,6 +73,19 @@ def told_while(
         _waits.remove(wait)
         over.set()
         thread.join()
+
+
+def check_model(model: str | Path) -> None:
+    """Check that there is a model of this name, and tell where the hub takes long to answer.
+
+    Raises:
+        EstuneError: as `locate`.
+    """
+    if is_here(model):
+        check_name(model)
+        return
+    with told_while(f"asking the hub for {model}", HUB_SECONDS):
+        check_name(model)
 
 
 @contextmanager

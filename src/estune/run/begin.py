@@ -12,6 +12,7 @@ from estune.grading.level import refuse_level
 from estune.journal.base import base_checkpoint
 from estune.journal.journal import Journal
 from estune.pool.base import Description, Pool
+from estune.pool.waiting import check_model
 from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, refuse_used
 from estune.run.evaluations import Evaluations
@@ -22,7 +23,6 @@ from estune.run.standing import Standing
 from estune.run.trust import remember
 from estune.tasks.base import Task
 from estune.weights.adapted import open_checkpoint
-from estune.weights.locate import check_name
 from estune.weights.moments import has_moments
 from estune.weights.parameters import AUTO
 from estune.weights.policies import POLICIES, bits_of
@@ -50,7 +50,7 @@ class NewRun:
     steps = 0
 
     def __init__(self, config: Config, task: Task | None, best_by: Sequence[str], go_on: str) -> None:
-        check_name(config.model)
+        check_model(config.model)
         self._named = config.task if task is None else None
         self._best_by = list(best_by)
         self.task = task or config.task.build(config.seed)

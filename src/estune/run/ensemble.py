@@ -30,7 +30,7 @@ from estune.journal.journal import Journal, is_run
 from estune.journal.lines import Seed
 from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
-from estune.pool.waiting import told_while, told_while_generating
+from estune.pool.waiting import check_model, told_while, told_while_generating
 from estune.run.asked import UNREACHED, first_prompts
 from estune.run.begin import inherit
 from estune.run.evaluate import from_here, on_this_machine, settings_for, task_for
@@ -39,7 +39,6 @@ from estune.run.held_out import HeldOut, refuse_unreachable
 from estune.run.make import make_grading, make_sampling
 from estune.tasks.base import Task
 from estune.weights.adapted import open_checkpoint
-from estune.weights.locate import check_name
 from estune.weights.policies import POLICIES
 
 
@@ -155,7 +154,7 @@ def ensemble(
     if POLICIES[config.weights].drifts:
         raise EstuneError("weights=inplace drifts, and members are to be around one base: set weights=copy")
     if journal is None:
-        check_name(model)
+        check_model(model)
     else:
         journal = journal if step is not None or journal.best is None else Journal.read(Path(model), journal.best.step)
         task = task_for(journal, config, settings, task, accept_changes=accept_changes, trust_task=trust_task)

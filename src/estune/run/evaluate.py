@@ -19,7 +19,6 @@ from estune.run.recorded import settings_of, task_folder, task_of
 from estune.run.remarks import of_evaluation
 from estune.run.trust import refuse_foreign
 from estune.tasks.base import Task
-from estune.weights.locate import check_name
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def evaluate_model(
     """
     from estune.engines.tokenizer import open_encoder
     from estune.pool.open import open_to_generate, with_resources_to_generate
-    from estune.pool.waiting import told_while_generating
+    from estune.pool.waiting import check_model, told_while_generating
     from estune.run.evaluations import Evaluations, named
     from estune.run.graded import write_completions
     from estune.run.held_out import refuse_unreachable
@@ -69,7 +68,7 @@ def evaluate_model(
         task = task_for(journal, config, given, task, accept_changes=accept_changes, trust_task=trust_task)
         refuse_changed_model(journal, checkpoint or find_checkpoint(model), accept=accept_changes, trained=True)
     else:
-        check_name(model)
+        check_model(model)
     task = task or config.task.build(config.seed)
     adapter = None if is_run(run) or checkpoint else config.adapter  # a run's checkpoint holds it
     config = config.model_copy(update={"adapter": adapter})

@@ -15,6 +15,7 @@ from estune.journal.base import base_checkpoint
 from estune.journal.journal import Journal
 from estune.journal.replay import holds, refuse_changed_model
 from estune.pool.base import Description, Pool
+from estune.pool.waiting import check_model
 from estune.run.directory import RunDirectory
 from estune.run.evaluations import Evaluations
 from estune.run.make import settled
@@ -23,7 +24,7 @@ from estune.run.standing import Standing
 from estune.tasks.base import Task
 from estune.versions import packages
 from estune.weights.checkpoint import Checkpoint
-from estune.weights.locate import check_name, hub_name
+from estune.weights.locate import hub_name
 
 
 @dataclass
@@ -114,7 +115,7 @@ def reopen(
     try:
         config = resumed(journal, changed)
         done = len(journal.steps)
-        check_name(config.model)
+        check_model(config.model)
         insists: dict[str, Any] = {"accept_changes": accept_changes, "trust_task": trust_task}
         task, code = task_of(journal, config, changed, RESUME_FROM_PYTHON, task=task, **insists)
         base = base_checkpoint(journal.header, config.model)

@@ -22,7 +22,7 @@ from estune.grading.grading import Grading
 from estune.grading.level import refuse_level
 from estune.pool.base import Pool
 from estune.pool.open import open_pool, with_resources
-from estune.pool.waiting import told_while_generating
+from estune.pool.waiting import check_model, told_while_generating
 from estune.run.asked import UNREACHED, first_prompts
 from estune.run.graded import Graded, grade_completions
 from estune.run.make import make_grading, make_sampling
@@ -30,7 +30,7 @@ from estune.study.probed import COLLAPSED, ROUNDING, Level, Probe, recommend, wa
 from estune.tasks.base import Task
 from estune.weights.checkpoint import Checkpoint
 from estune.weights.integers import refuse_pattern
-from estune.weights.locate import check_name, locate
+from estune.weights.locate import locate
 from estune.weights.policies import POLICIES
 
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
@@ -69,7 +69,7 @@ def probe(
             "spread takes two members and two repeats, and a reward one prompt"
         )
     if pool is None:
-        check_name(config.model)
+        check_model(config.model)
     task = task or config.task.build(config.seed)
     opened = None
     if pool is None:
