@@ -135,5 +135,6 @@ def test_mistakes_of_eval_are_one_line(run: Path, capsys: pytest.CaptureFixture[
     assert "no such directory" in refused(capsys, "eval", "./nowhere")
     assert "Missing argument 'model'" in usage(capsys, "eval")
     assert "No such command 'trian'" in usage(capsys, "trian")
+    assert usage(capsys, "resume", "run").endswith("A run goes on by `estune train --resume RUN`.")
     assert "No such option" in usage(capsys, "tasks", "--wide")
     assert "no such file" in refused(capsys, "train", "-c", "nowhere.yaml")

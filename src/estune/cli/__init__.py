@@ -96,7 +96,8 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder that may not be written
         code = _refuse(explained(error), 1)
     except UsageError as error:
-        code = _refuse(error.format_message(), 2)
+        hint = " A run goes on by `estune train --resume RUN`." if sys.argv[1:2] == ["resume"] else ""
+        code = _refuse(error.format_message() + hint, 2)
     except KeyboardInterrupt:  # at the very end: what comes before typer has made a code of
         code = INTERRUPTED
     except typer.Abort:  # the end of an input that was asked for
