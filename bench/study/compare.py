@@ -5,9 +5,9 @@
     python -m bench.study.page          docs/study.md from bench/results
 
 One set of ES settings for all models and both tasks, chosen by `bench.study.sensitivity` on the largest of the models.
-The learning rate of RL is chosen for each model and task, on a seed of its own, by reward on the evaluation set: which
-is in its favour. Every run may generate the same number of tokens, prompts not counted. All are evaluated greedily by
-the same code, `estune.study.compare.measure`.
+In the first two sections the learning rate of RL is chosen for each model and task, on a seed of its own, by reward
+on the evaluation set: which is in its favour. Every run may generate the same number of tokens, prompts not counted.
+All are evaluated greedily by the same code, `estune.study.compare.measure`.
 """
 
 from __future__ import annotations

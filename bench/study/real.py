@@ -183,7 +183,8 @@ def section(results: Path) -> list[str]:
     """The page's part about it: three tables a task, as far as its runs have come."""
     found = [
         "## A real model",
-        "SmolLM2-135M-Instruct (`bench.study.real`), means over seeds; runs that chose a learning rate are left out.\n"
+        "SmolLM2-135M-Instruct (`bench.study.real`), means over seeds; RL's learning rates stand in the\n"
+        "names of its rows, and a trial run is left out.\n"
         "The first table of a task is of greedy completions. `short, wrong` are those of at most half of the base's\n"
         "mean length that are not right, by which a reward for brevity can be hacked; seconds are a processor's, of\n"
         "training alone, memory is the process's peak, and the last columns are tasks that nobody was trained for.\n"
