@@ -56,10 +56,10 @@ OTHERS = {
     "96 members of embeddings": (*MANY, "sigma=0.01", "train_parameters=*embed_tokens*"),
     "rank one": ("noise=rank1",),
 }
-# The tokens of some of these, as a multiple, and their steps where a schedule has to know.
-LONGER: dict[str, tuple[int, int | None]] = {
-    "96 members and ten times the tokens": (10, None),
-    "96 members three times the tokens cosine": (3, 32),
+# The tokens of some of these, as a multiple, and by task about their steps, where a schedule has to know.
+LONGER: dict[str, tuple[int, Mapping[str, int]]] = {
+    "96 members and ten times the tokens": (10, {}),
+    "96 members three times the tokens cosine": (3, {"capitals": 32, "conciseness": 56}),
 }
 RATES = (3e-6, 1e-5, 3e-5)
 ES = (
@@ -128,7 +128,7 @@ def run(experiment: str, method: str, seeds: int, rates: Sequence[float], result
     if not left:
         return
     folder = FOLDER / " ".join([experiment, other]).strip().replace(" ", "-")
-    times, steps = LONGER.get(other, (1, None))
+    times, steps = LONGER.get(other, (1, {}))
     budget = EXPERIMENTS[experiment] * times
     plan = Plan(
         methods=[method],
@@ -137,7 +137,7 @@ def run(experiment: str, method: str, seeds: int, rates: Sequence[float], result
         rates=list(rates),
         batch=96,
         points=POINTS,
-        es_steps=steps,
+        es_steps=steps.get(experiment),
         rl_steps=RL_STEPS[experiment],
     )
 
