@@ -17,7 +17,7 @@ from estune.run.code import code_of
 from estune.run.directory import RunDirectory, default_path, refuse_used
 from estune.run.evaluations import Evaluations
 from estune.run.held_out import refuse_unreachable
-from estune.run.make import make_header, settled
+from estune.run.make import make_header, make_task, settled
 from estune.run.metric_names import of_evaluation, refuse_unknown_best, refuse_unknown_constraint
 from estune.run.standing import Standing
 from estune.run.trust import remember
@@ -53,7 +53,7 @@ class NewRun:
         check_model(config.model)
         self._named = config.task if task is None else None
         self._best_by = list(best_by)
-        self.task = task or config.task.build(config.seed)
+        self.task = task or make_task(config)
         self._path = config.output_dir or default_path(config, self.task.name)
         refuse_used(self._path, go_on)
         self._parent = parent_of(config)

@@ -16,7 +16,7 @@ from estune.journal.base import base_checkpoint
 from estune.journal.journal import Journal
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import RunDirectory, default_path, refuse_used
-from estune.run.make import make_order
+from estune.run.make import make_order, make_task
 from estune.run.metric_names import refuse_unknown_constraint
 from estune.run.recorded import RESUME_FROM_PYTHON, task_of
 from estune.run.remarks import before
@@ -51,7 +51,7 @@ def describe(config: Config) -> str:
     refuse_quantized(checkpoint, POLICIES[config.weights].bits)
     elements = sum(t.elements for t in checkpoint.tensors.values())
     engine = _check_engine(config)
-    task = config.task.build(config.seed)
+    task = make_task(config)
     refuse_unknown_constraint(config, task)
     refuse_pattern(config.train_parameters, checkpoint.tensors, POLICIES[config.weights].bits)
     refuse_unused(config.sigma_scale, [name for name in checkpoint.tensors if fits(name, config.train_parameters)])

@@ -36,7 +36,7 @@ from estune.run.begin import inherit
 from estune.run.evaluate import from_here, on_this_machine, settings_for, task_for
 from estune.run.graded import grade_completions
 from estune.run.held_out import HeldOut, refuse_unreachable
-from estune.run.make import make_grading, make_sampling
+from estune.run.make import make_grading, make_sampling, make_task
 from estune.tasks.base import Task
 from estune.weights.adapted import open_checkpoint
 from estune.weights.policies import POLICIES
@@ -158,7 +158,7 @@ def ensemble(
     else:
         journal = journal if step is not None or journal.best is None else Journal.read(Path(model), journal.best.step)
         task = task_for(journal, config, settings, task, accept_changes=accept_changes, trust_task=trust_task)
-    task = task or config.task.build(config.seed)
+    task = task or make_task(config)
     name = config.model if journal is None else journal.base_model()
     config = with_resources(on_this_machine(config, name), journal.header.live_dtype if journal else None)
     refuse_unreachable(task, config)

@@ -15,6 +15,7 @@ from estune.errors import EstuneError
 from estune.journal.journal import Journal, is_run
 from estune.journal.replay import refuse_changed_model
 from estune.run.directory import find_checkpoint
+from estune.run.make import make_task
 from estune.run.recorded import settings_of, task_folder, task_of
 from estune.run.remarks import of_evaluation
 from estune.run.trust import refuse_foreign
@@ -69,7 +70,7 @@ def evaluate_model(
         refuse_changed_model(journal, checkpoint or find_checkpoint(model), accept=accept_changes, trained=True)
     else:
         check_model(model)
-    task = task or config.task.build(config.seed)
+    task = task or make_task(config)
     adapter = None if is_run(run) or checkpoint else config.adapter  # a run's checkpoint holds it
     config = config.model_copy(update={"adapter": adapter})
     config = with_resources_to_generate(on_this_machine(config, checkpoint or find_checkpoint(model)))

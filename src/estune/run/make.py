@@ -1,4 +1,4 @@
-"""From settings to what a run is made of: strategy, grading, sampling."""
+"""From settings to what a run is made of: task, strategy, grading, sampling."""
 
 from __future__ import annotations
 
@@ -20,9 +20,20 @@ from estune.grading.grading import Grading
 from estune.journal.journal import Journal
 from estune.journal.records import Header
 from estune.pool.base import Description
+from estune.pool.waiting import told_while
 from estune.run.order import StagedOrder
 from estune.tasks.base import Task
 from estune.versions import packages
+
+
+def make_task(config: Config) -> Task:
+    """The settings' task, told of where its data take long, as the hub's may.
+
+    Raises:
+        EstuneError: the data cannot be had, or do not fit the task.
+    """
+    with told_while(f"making the task {config.task.name}"):
+        return config.task.build(config.seed)
 
 
 def make_strategy(config: Config, journal: Journal | None = None) -> EvolutionStrategy:

@@ -16,6 +16,7 @@ from estune.errors import EstuneError
 from estune.journal.identity import refuse_changes
 from estune.journal.journal import Journal
 from estune.run.code import code_of
+from estune.run.make import make_task
 from estune.run.trust import refuse_foreign, remember, texts
 from estune.tasks.base import Task
 
@@ -66,7 +67,7 @@ def task_of(
     has_task = task is not None
     with chdir(task_folder(journal, config, given)):
         refuse_foreign(str(run), config, given, has_task=has_task, trust=trust_task, accept=accept_changes)
-        task = task or config.task.build(config.seed)
+        task = task or make_task(config)
         code = code_of(task.reward_funcs, None if has_task else config.task)
         changed = refuse_changes(str(run), journal.code, code, accept=accept_changes or _names_task(given))
         remember(config)

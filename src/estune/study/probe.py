@@ -25,7 +25,7 @@ from estune.pool.open import open_pool, with_resources
 from estune.pool.waiting import check_model, told_while_generating
 from estune.run.asked import UNREACHED, first_prompts
 from estune.run.graded import Graded, grade_completions
-from estune.run.make import make_grading, make_sampling
+from estune.run.make import make_grading, make_sampling, make_task
 from estune.study.probed import COLLAPSED, ROUNDING, Level, Probe, recommend, warnings_of
 from estune.tasks.base import Task
 from estune.weights.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ def probe(
         )
     if pool is None:
         check_model(config.model)
-    task = task or config.task.build(config.seed)
+    task = task or make_task(config)
     opened = None
     if pool is None:
         config = with_resources(config, alone=task.rollout is not None)

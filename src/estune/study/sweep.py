@@ -27,6 +27,7 @@ from estune.files import read_claim, write_text
 from estune.journal.journal import FILE, Journal
 from estune.journal.shares import is_share
 from estune.run.directory import RunDirectory
+from estune.run.make import make_task
 from estune.study.jobs import Jobs, claimed
 
 SETTINGS = "sweep.json"
@@ -184,7 +185,7 @@ def _refuse_unknown_metric(runner: _Runner, space: Space, metric: str) -> None:
     lows = {name: str(low) for name, (low, _) in space.ranges.items()}
     config = runner.config(next(iter(Space(space.grid, {}).points())) | lows)
     watched = {task.name: task for task in (options.build(config.seed) for options in config.watch)}
-    of_evaluation(config.task.build(config.seed), config, watched).refuse_unknown(metric, "--metric")
+    of_evaluation(make_task(config), config, watched).refuse_unknown(metric, "--metric")
 
 
 def name_of(values: Values) -> str:

@@ -56,7 +56,7 @@ def compare(
         require_trl()
     refuse_pattern(config.train_parameters, Checkpoint(locate(config.model)).tensors, POLICIES[config.weights].bits)
     from estune.pool.open import comparable_dtype, with_resources
-    from estune.run.make import make_grading
+    from estune.run.make import make_grading, make_task
     from estune.tasks.preflight import preflight
 
     began = _date_of(folder) if config.template_date is None else config.template_date
@@ -64,7 +64,7 @@ def compare(
     config = config.model_copy(update=ours)
     config = with_resources(config.model_copy(update={"dtype": comparable_dtype(config)}))
     config = _with_one_training_set(config)
-    task = config.task.build(config.seed)
+    task = make_task(config)
     check_task(task)
     with make_grading(config, task) as grading:
         preflight(task, grading)

@@ -59,9 +59,10 @@ def run(plan: Plan, job: Job, config: Config, folder: Path, task: Task | None = 
         other work beside leaves as they are) and memory (bytes, the process's peak until training ended, libraries
         included; on CUDA, of the device).
     """
+    from estune.run.make import make_task
     from estune.study.compare.measure import greedy, measure
 
-    task = task or config.task.build(config.seed)
+    task = task or make_task(config)
     progress = Progress(plan, folder)
     train = _evolve if job.method == "es" else _reinforce
     checkpoint, tokens, steps = train(plan, job, config, folder, task, progress)
