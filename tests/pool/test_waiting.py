@@ -79,4 +79,4 @@ def test_a_hub_that_takes_connections_and_never_answers_is_told_of() -> None:
             assert process.stderr is not None
             told = process.stderr.readline()
             process.kill()
-    assert told == "still asking the hub for nobody/nothing, for 3 s now\n"
+    assert told.startswith("still asking the hub for nobody/nothing, for ")
