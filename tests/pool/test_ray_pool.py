@@ -135,14 +135,23 @@ def test_the_number_of_workers_changes_nothing(
     workers: int,
     by_value: int,
 ) -> None:
-    """Nor whether prompts go along with a call or through Ray's object store."""
+    """Nor whether prompts go along with a call, as a usual step's do, or through Ray's object store."""
     monkeypatch.setattr("estune.pool.ray.pool.BY_VALUE", by_value)
+    put: list[object] = []
+    stored = ray.put
+
+    def counted(value: object) -> Any:
+        put.append(value)
+        return stored(value)
+
+    monkeypatch.setattr(ray, "put", counted)
     run = tmp_path / "run"
     trainer = with_workers(run, model, workers, save_steps=2)
     trainer.pool.wait_for_workers(60)
     assert len(trainer.pool.crew.ready()) == workers
     trainer.train()
     assert_same_run(run, undisturbed)
+    assert bool(put) == (by_value == 0)
 
 
 def test_workers_that_keep_no_base_take_the_steps_of_one_that_does(cluster: Any, model: Path, tmp_path: Path) -> None:
