@@ -1,11 +1,12 @@
 """Matrix products of bfloat16 by the processor's own matrix unit (Intel's AMX), as decoding needs them.
 
 A tile holds 16 rows of 64 bytes, and one instruction adds the products of two tiles, 16 x 32 by 32 x 16, to a third of
-float32. The weight goes into tiles as it lies in memory, and is read once for all tokens. It is the few activations
-that are rounded to bfloat16 and laid out in the order that the unit asks of its second factor, two neighbours of the
-width side by side. So the unit computes `weight @ x.T`, and its tiles are transposed on their way out.
+float32. The second factor has to be laid out for it, two neighbours of the width side by side. With few tokens it is
+they that are: the weight goes into tiles as it lies in memory, the unit computes `weight @ x.T`, and its tiles are
+transposed on their way out. With many that takes longer than to lay out the weight, some columns at a time.
 
-An element of the result is summed up in the same order wherever it lies in a tile and whatever lies beside it.
+An element of the result is summed up in the same order either way, wherever it lies in a tile and whatever lies beside
+it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ from estune.noise.compiled import jit
 
 BLOCK = 16  # rows of a tile
 DEPTH = 32  # elements of bfloat16 in a row of a tile
-SCRATCH = 5 * BLOCK * BLOCK
-"""Elements that hold four tiles of sums, and one of which not all is wanted."""
+MANY = 256
+"""Tokens from which on it is the weights that are laid out: sooner from here on for all of a small model's shapes."""
+SCRATCH = 4 * BLOCK * BLOCK
+"""Elements that hold four tiles of sums."""
+PANEL = 1 << 17
+"""Elements, pairs of weights, that are laid out at a time: they stay in a core's second cache, and tokens pass by."""
 _BYTES = 64  # of a row of a tile
 _TILE = BLOCK * _BYTES
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux: asm/prctl.h, and the state's number
@@ -77,15 +82,14 @@ def pack(pairs, packed):
 
 @jit
 def product(packed, weight, out, first, last, palette, scratch):
-    """`out = x @ weight.T` in its columns from `first` to `last - 1`, a multiple of 16 of them.
+    """`out = x @ weight.T` in its columns from `first` to `last - 1`, a multiple of 16 of them, for few tokens.
 
-    The weights go to the unit as they lie in memory, and what it gives is transposed. All arrays begin with a cache
-    line: the unit reads what does not at a quarter of its speed.
+    All arrays begin with a cache line: the unit reads what does not at a quarter of its speed.
 
     Args:
         packed: what `pack` made of the rounded x, float32 `[blocks of tokens, width * 8]`.
         weight: `[columns, width]` in bfloat16 as its bits in uint16, the width a multiple of 32.
-        out: float32 `[tokens, columns]`.
+        out: float32 `[tokens, columns]`, whole blocks of tokens.
         first, last: the columns.
         palette: `PALETTE`.
         scratch: float32 `[SCRATCH]`, which a thread has for itself.
@@ -122,20 +126,52 @@ def product(packed, weight, out, first, last, palette, scratch):
 @jit
 def _put(scratch, out, column, block, rows, across):
     """Write tiles of sums, `rows` blocks of columns by `across` of tokens, to their places, transposed."""
-    tokens, columns = out.shape
+    columns = out.shape[1]
     side = 2 * BLOCK
-    turned = side * side  # where, in the scratch, a tile lies of which not all is wanted
     for j in range(across):
-        begin = (block + j) * BLOCK
+        target = (block + j) * BLOCK * columns + column
         for i in range(rows):
-            source = i * BLOCK * side + j * BLOCK
-            target = begin * columns + column + i * BLOCK
-            if begin + BLOCK <= tokens:
-                _transpose(scratch, source, side, out, target, columns)
-            else:
-                _transpose(scratch, source, side, scratch, turned, BLOCK)
-                for t in range(tokens - begin):
-                    store(out, target + t * columns, load(scratch, turned + t * BLOCK))
+            _transpose(scratch, i * BLOCK * side + j * BLOCK, side, out, target + i * BLOCK, columns)
+
+
+@jit
+def product_of_many(rounded, pairs, out, first, last, palette, packed):
+    """As `product`, for many tokens; to the same bits.
+
+    Args:
+        rounded: x in bfloat16 as its bits in uint16, `[tokens, width]`, whole blocks of tokens.
+        pairs: the weight, `[columns, width / 2]`: two bfloat16 as one float32.
+        out, first, last, palette: as for `product`.
+        packed: float32 `[panel(width)]`, which a thread has for itself.
+    """
+    tokens, width = rounded.shape
+    columns = out.shape[1]
+    side = 2 * BLOCK
+    _configure(palette)
+    for start in range(first, last, 2 * len(packed) // width):
+        count = min(last - start, 2 * len(packed) // width)
+        pack(pairs[start : start + count], packed)
+        for t in range(0, tokens, side):
+            both = t + side <= tokens
+            for c in range(0, count, side):
+                at = c * width // 2
+                to = t * columns + start + c
+                if c + side > count:
+                    if both:
+                        _multiply(rounded, t * width, width, packed, at, out, to, columns, 2, 1, 0)
+                    else:
+                        _multiply(rounded, t * width, width, packed, at, out, to, columns, 1, 1, 0)
+                elif both:
+                    _multiply(rounded, t * width, width, packed, at, out, to, columns, 2, 2, 0)
+                else:
+                    _multiply(rounded, t * width, width, packed, at, out, to, columns, 1, 2, 0)
+    _release()
+
+
+def panel(width: int) -> int:
+    """Elements that hold as many columns of a weight, laid out, as are at a time: at least two blocks."""
+    block = BLOCK * width // 2
+    return max(2, PANEL // block // 2 * 2) * block
 
 
 @intrinsic

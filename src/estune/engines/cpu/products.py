@@ -100,16 +100,21 @@ class Products:
         rounded = aligned_empty((-(-tokens // size) * size, width), np.uint16)
         rounded[tokens:] = 0
         amx.round_rows(x, rounded)
-        out = aligned_empty((tokens, len(weight)))
-        packed = aligned_empty((len(rounded) // size, size * width // 2))
-        amx.pack(rounded.view(np.float32), packed)
+        out = aligned_empty((len(rounded), len(weight)))
+        if tokens < amx.MANY:
+            packed = aligned_empty((len(rounded) // size, size * width // 2))
+            amx.pack(rounded.view(np.float32), packed)
+            factors, scratch = (packed, weight), amx.SCRATCH
+            multiply = amx.product
+        else:
+            factors, scratch = (rounded, weight.view(np.float32)), amx.panel(width)
+            multiply = amx.product_of_many
 
         def part(first: int, last: int) -> None:
-            scratch = aligned_empty(amx.SCRATCH)
-            amx.product(packed, weight, out, first * size, last * size, amx.PALETTE, scratch)
+            multiply(*factors, out, first * size, last * size, amx.PALETTE, aligned_empty(scratch))
 
         self.in_parts(len(weight) // size, part)
-        return _with_bias(out, bias)
+        return _with_bias(out[:tokens], bias)
 
     def in_parts(self, count: int, work: Callable[[int, int], None]) -> None:
         """Share out `count` items over the threads: `work(first, end)` does items `first` to `end - 1`."""
