@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from estune.config import Config
+from estune.run.dry_run import describe
 from tests.command_line import SMALL, estune, refused
 from tests.models import build_model, build_tokenizer, save_model
 
@@ -18,9 +20,23 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert out.splitlines()[0].endswith(": look at tiny on countdown, and train nothing")
     assert "40 training and 20 held-out rows" in out
     assert "2 steps x 4 members x 8 prompts = 64 completions" in out
-    assert re.search(r"\na step: at most [\d,]+ tokens, .*not measured", out)
+    assert re.search(r"\na step: at most [\d,]+ tokens, .*not measured\)\n", out)
     assert not list(tmp_path.iterdir())
     assert "no such directory" in refused(capsys, "train", "--dry-run", "--model", "./nowhere")
+
+
+def test_time_is_that_of_the_task_s_own_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{"x" * n}"}}\n' for n in range(1, 41)))
+    (tmp_path / "graders.py").write_text("def brief(completions, **_):\n    return [0.0] * len(completions)\n")
+    model = save_model(tmp_path / "model", tokenizer=build_tokenizer(chat=False))
+    task = {"name": "custom", "data": str(tmp_path / "rows.jsonl"), "rewards": [f"{tmp_path}/graders.py:brief"]}
+    found = describe(Config(model=str(model), task=task, max_new_tokens=8, output_dir=tmp_path / "run"))
+    held_out = int(re.search(r"(\d+) held-out rows", found.text)[1])  # type: ignore[index]
+    assert 0 < found.held_out == held_out < 40
+    assert 15 < found.prompt_tokens < 26  # a token for each x: 1 to 40, without those that are held out
+    assert not found.in_turns
+    assert estune("train", "--dry-run", *SMALL, "--task", "countdown-turns") == 0
+    assert "not measured, one turn a rollout)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [["--output-dir", "2026-01-01"], ["--report_to", "tensorboard"]])
@@ -114,9 +130,12 @@ def test_dry_run_of_resuming_tells_what_is_left_and_writes_nothing(
     out = capsys.readouterr().out
     assert f"run {folder}: 2 of 5 steps done, 3 to go" in out
     assert "begins with checkpoint-2 and replays 0 steps" in out
+    assert re.search(r"\na step: at most [\d,]+ tokens, about .*; the run: about .* \(as the last steps took", out)
     assert "40 training and 20 held-out rows" in out
     assert estune("train", "--resume", folder, "--dry-run") == 0
-    assert "2 of 2 steps done, 0 to go" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 of 2 steps done, 0 to go" in out
+    assert "a step: " not in out
     assert contents(folder) == before
     assert "this is no run" in refused(capsys, "train", "--dry-run", "--resume", tmp_path)
     line = refused(capsys, "train", "--dry-run", "--resume", own)

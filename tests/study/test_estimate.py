@@ -67,6 +67,14 @@ def test_replicas_on_a_gpu_share_its_memory(tmp_path: Path) -> None:
     assert estimate_run(None, [*auto, "engine=vllm"], gpu="h100").work.at_once == 1
 
 
+def test_prompts_and_held_out_rows_that_are_known_are_counted(tmp_path: Path) -> None:
+    settings = [f"model={write_config(tmp_path, QWEN_HALF_B)}", "steps=1", "eval_steps=1"]
+    few, many, none = (estimate_run(None, settings, gpu="h100", prompt_tokens=40, held_out=n) for n in (70, 7000, 0))
+    assert (few.work.prompt_tokens, few.work.evaluated, many.work.evaluated) == (40, 70, 7000)
+    assert none.speeds[0].days < few.speeds[0].days < many.speeds[0].days
+    assert few.speeds[0].step == many.speeds[0].step
+
+
 def test_moments_and_noise_that_is_drawn_again_are_counted(tmp_path: Path) -> None:
     model = write_config(tmp_path, QWEN_HALF_B)
     parts = ([], ["adam=true"], ["guided_share=0.5", "guided_window=2"], ["momentum=0.5", "momentum_window=1"])

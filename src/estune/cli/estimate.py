@@ -106,8 +106,13 @@ def _say_speeds(found: Estimate) -> None:
     say_table(rows, title="the whole run, evaluations included, by engine", remarks=True)
 
 
-def say_outlook(found: Estimate) -> None:
-    """Say the line that `estune train` also says, once it has measured its pace."""
+def say_outlook(found: Estimate, *, in_turns: bool = False) -> None:
+    """Say the line that `estune train` also says, once it has measured its pace.
+
+    Args:
+        found: what is estimated.
+        in_turns: completions are turns of rollouts, of which the estimate counts one each.
+    """
     from estune.run.monitors.pace import outlook, too_long
 
     work = found.work
@@ -115,7 +120,8 @@ def say_outlook(found: Estimate) -> None:
     speed = found.speeds[0]
     run = DAY * speed.days
     most = work.new_tokens == work.max_new_tokens
-    say(outlook(tokens, speed.step, run, most=most, how=f"estimated for {found.device.name}, not measured"))
+    how = f"estimated for {found.device.name}, not measured" + (", one turn a rollout" if in_turns else "")
+    say(outlook(tokens, speed.step, run, most=most, how=how))
     if warning := too_long(run):
         say(f"warning: {warning}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.table import Table
 from estune.cli.options import AcceptChanges, ConfigFile, TrustTask, overrides_of
 from estune.cli.output import opening, progress, say, say_table
 from estune.errors import EstuneError, printable
+
+if TYPE_CHECKING:
+    from estune.run.dry_run import Outline
 
 
 def train(
@@ -44,8 +47,8 @@ def train(
             from estune.run.dry_run import describe
 
             described = describe(settings)
-        say(described)
-        _say_time(config, overrides)
+        say(described.text)
+        _say_time(config, overrides, described)
         return
     with opening(f"train {settings.model} on {settings.task.name}"):
         from estune.pool.launch import launch_ahead
@@ -57,13 +60,14 @@ def train(
     trainer.train()
 
 
-def _say_time(config: Path | None, overrides: list[str]) -> None:
+def _say_time(config: Path | None, overrides: list[str], described: Outline) -> None:
     """How long a run would take, by arithmetic: where nothing is loaded, nothing is measured."""
     from estune.cli.estimate import say_outlook
     from estune.study.estimate.run import estimate_run
 
     try:
-        say_outlook(estimate_run(config, overrides))
+        found = estimate_run(config, overrides, prompt_tokens=described.prompt_tokens, held_out=described.held_out)
+        say_outlook(found, in_turns=described.in_turns)
     except EstuneError as error:
         say(f"how long it takes cannot be estimated here: {error}")
 

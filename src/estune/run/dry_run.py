@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -36,7 +37,23 @@ MADE_UP = "The answer is 42."
 MOST_LINES = 40  # shown of a prompt
 
 
-def describe(config: Config) -> str:
+class Outline(NamedTuple):
+    """What a run would do, in words, and what its data tell of the time that it takes.
+
+    Attributes:
+        text: what it would do.
+        prompt_tokens: of a training prompt, the mean.
+        held_out: rows of its task that are evaluated on.
+        in_turns: its rollouts may take several turns.
+    """
+
+    text: str
+    prompt_tokens: int
+    held_out: int
+    in_turns: bool
+
+
+def describe(config: Config) -> Outline:
     """What `estune train` would do with these settings: checks settings, model and data, writes nothing.
 
     Raises:
@@ -55,14 +72,14 @@ def describe(config: Config) -> str:
     refuse_unknown_constraint(config, task)
     refuse_pattern(config.train_parameters, checkpoint.tensors, POLICIES[config.weights].bits)
     refuse_unused(config.sigma_scale, [name for name in checkpoint.tensors if fits(name, config.train_parameters)])
-    example = _try_prompts(config, task)
+    example, prompt_tokens = _try_prompts(config, task)
     order = make_order(config, task)
     notes = "".join(f"note: {remark}\n" for remark in before(config, task, order))
     prompts = order.per_step // config.prompt_groups * config.samples_per_prompt
     completions = config.steps * config.members * prompts
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    return (
-        f"{text}\n"
+    settings: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text = (
+        f"{settings}\n"
         f"model {config.model}: {elements:,} parameters in {checkpoint.path}\n"
         f"engine {engine}\n"
         f"task {task.name}: {len(task.train):,} training and {len(task.evaluation):,} held-out rows\n"
@@ -71,6 +88,7 @@ def describe(config: Config) -> str:
         f"{example}\n{notes}"
         f"output goes to {output}; nothing has been written"
     )
+    return Outline(text, prompt_tokens, len(task.evaluation), task.rollout is not None)
 
 
 def describe_rest(
@@ -99,8 +117,23 @@ def describe_rest(
         f"task {task.name}: {len(task.train):,} training and {len(task.evaluation):,} held-out rows, as the run began\n"
         f"begins with {f'checkpoint-{start}' if start else 'the base model'} and replays "
         f"{amount(done - start, 'steps')}\n"
-        f"output goes to {run}; nothing has been written"
+        f"output goes to {run}; nothing has been written{_time_of_rest(config, journal)}"
     )
+
+
+def _time_of_rest(config: Config, journal: Journal) -> str:
+    """A line of what the steps to come take, if each takes what the last ones did; nothing where there are none."""
+    from estune.run.monitors.pace import RECENT, outlook, too_long
+
+    left = config.steps - len(journal.steps)
+    times = [record.metrics["step_time"] for record in journal.steps[-RECENT:] if "step_time" in record.metrics]
+    if left <= 0 or not times:
+        return ""
+    step = statistics.median(times)
+    tokens = config.members * config.rows_of_member * config.max_new_tokens
+    said = outlook(tokens, step, left * step, most=False, how="as the last steps took, evaluations not counted")
+    warning = too_long(left * step)
+    return f"\n{said}" + (f"\nwarning: {warning}" if warning else "")
 
 
 def _check_engine(config: Config) -> str:
@@ -122,11 +155,12 @@ def _check_engine(config: Config) -> str:
     return "vllm or, where that cannot train the model, transformers" if found == "auto" else found
 
 
-def _try_prompts(config: Config, task: Task) -> str:
+def _try_prompts(config: Config, task: Task) -> tuple[str, int]:
     """Refuse prompts that the tokenizer does not take or that leave no room for a completion, and rewards that fail.
 
     Returns:
-        One prompt as the model is shown it, and what rewards receive and give for a completion of it.
+        One prompt as the model is shown it, with what rewards receive and give for a completion of it; and the mean
+        length of a training prompt, in tokens.
     """
     from estune.engines.tokenizer import open_encoder
     from estune.run.held_out import encode_rows
@@ -138,9 +172,8 @@ def _try_prompts(config: Config, task: Task) -> str:
     ids = encode_rows(encoder, task, dict(enumerate(task.train)), "training row", sampling)
     row = task.train[0]
     text = encoder.render(task.shown(row, template=encoder.has_template))
-    return f"\nthe first training prompt, {len(ids[0])} tokens, as the model is shown it:\n{_indented(text)}\n\n" + (
-        _graded(config, task, row, encoder)
-    )
+    shown = f"\nthe first training prompt, {len(ids[0])} tokens, as the model is shown it:\n{_indented(text)}\n\n"
+    return shown + _graded(config, task, row, encoder), round(statistics.fmean(map(len, ids)))
 
 
 def _graded(config: Config, task: Task, row: Row, encoder: PromptEncoder) -> str:

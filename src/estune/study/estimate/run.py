@@ -33,6 +33,7 @@ def estimate_run(
     prompt_tokens: int | None = None,
     new_tokens: float | None = None,
     lengths: Path | None = None,
+    held_out: int | None = None,
 ) -> Estimate:
     """What `estune train` needs with these settings, from the model's config.json alone.
 
@@ -42,6 +43,7 @@ def estimate_run(
         prompt_tokens: mean length of a prompt; that of a Countdown prompt if None.
         new_tokens: mean length of a completion, around which lengths are spread; if None, all are of `max_new_tokens`.
         lengths: a file of completions' lengths instead (`lengths.py`).
+        held_out: rows of an evaluation; if None, as many as the settings say or, where they do not, as Countdown has.
 
     Raises:
         EstuneError: for bad settings, an unknown GPU, a file without lengths, or a model whose configuration cannot be
@@ -57,7 +59,7 @@ def estimate_run(
     if lengths is not None and new_tokens is not None:
         raise EstuneError("--lengths and --new-tokens both say how long completions are: give one")
     found = None if lengths is None else read_lengths(lengths).clip(max=config.max_new_tokens)
-    work = _work(config, prompt_tokens, new_tokens if found is None else float(found.mean()))
+    work = _work(config, prompt_tokens, new_tokens if found is None else float(found.mean()), held_out)
     _check_counts(work)
     drawn = spread_lengths(work.new_tokens, work.max_new_tokens) if found is None else found
     bits = POLICIES[config.weights].bits
@@ -93,12 +95,13 @@ class _Placed:
         return self.device.memory // self.work.at_once if self.device.is_gpu else self.device.memory
 
 
-def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -> Work:
+def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None, held_out: int | None) -> Work:
     """What a step does, as far as the settings tell."""
     from estune.study.estimate.needs import Work
     from estune.tasks.countdown import GENERATED_SIZE
 
     usual = TINY_PROMPT_TOKENS if config.model in EMBEDDED else PROMPT_TOKENS
+    rows = (config.task.eval_size or GENERATED_SIZE) if held_out is None else held_out
     return Work(
         population=config.members,
         prompts=config.rows_of_member,
@@ -121,7 +124,7 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None) -
         drawn=1 + (config.guided_window * config.population if config.guided_share else 0),
         again=_again(config),
         rank=config.noise_rank,
-        evaluated=(config.task.eval_size or GENERATED_SIZE) * config.eval_samples,
+        evaluated=rows * config.eval_samples,
     )
 
 
@@ -145,12 +148,10 @@ def _decoded(config: Config, placed: _Placed, shape: Shape) -> Work:
 
     The engine makes batches of equal size, and an evaluation's can exceed a step's.
     """
-    from estune.tasks.countdown import GENERATED_SIZE
-
     work = _together(config, placed.work, shape, placed.memory, on_cpu=not placed.device.is_gpu)
     most = _most_rows(config, work, shape, placed.memory, on_cpu=not placed.device.is_gpu)
-    sizes = (work.prompts * work.together, config.task.eval_size or GENERATED_SIZE)
-    return replace(work, rows=max(math.ceil(size / math.ceil(size / most)) for size in sizes))
+    sizes = (work.prompts * work.together, work.evaluated // config.eval_samples)
+    return replace(work, rows=max(math.ceil(size / math.ceil(size / most)) for size in sizes if size))
 
 
 def _together(config: Config, work: Work, shape: Shape, memory: int, *, on_cpu: bool) -> Work:
