@@ -45,6 +45,14 @@ def test_a_card_names_the_base_on_the_hub_and_the_command(tmp_path: Path) -> Non
     assert "95% interval" in card.text
 
 
+def test_where_nothing_was_better_the_base_model_is_shown_once(tmp_path: Path) -> None:
+    journal = Journal.read(make_run(tmp_path / "run"))
+    best, last = (Card(journal, "run", step, 8).text() for step in (0, len(journal.steps)))
+    assert "| held out | before |\n" in best
+    assert "after step 0: the base model itself." in best
+    assert "| held out | before | after step 6 |\n" in last
+
+
 def test_a_card_that_cannot_be_written_costs_a_run_nothing(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

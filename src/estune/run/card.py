@@ -167,15 +167,16 @@ def _training(journal: Journal, step: int) -> list[str]:
         f"{amount(len(first.prompts), 'prompts')}, sigma {first.sigma:g}, learning rate "
         f"{first.learning_rate:g}, seed {settings.get('seed')}, at most "
         f"{settings.get('max_new_tokens')} tokens a completion, temperature {settings.get('temperature')}. "
-        f"{graded}This is the checkpoint after step {step}."
+        f"{graded}This is the checkpoint after step {step}{'.' if step else ': the base model itself.'}"
     ]
 
 
 def _evaluation(journal: Journal, before: EvaluationRecord, after: EvaluationRecord, problems: int) -> list[str]:
     share = is_share(journal, "eval_accuracy") and problems > 0
-    rows = [["held out", _when(before), _when(after)]]
+    shown = [before] if after is before else [before, after]
+    rows = [["held out", *map(_when, shown)]]
     for what, key in _ROWS:
-        cells = [_cell(e.metrics, key, problems if share and what == "accuracy" else 0) for e in (before, after)]
+        cells = [_cell(e.metrics, key, problems if share and what == "accuracy" else 0) for e in shown]
         if any(cells):
             rows.append([what, *cells])
     said = [markdown(rows)]
