@@ -294,3 +294,9 @@ def test_the_dockerfile_parses() -> None:
     copied = {source for step in steps if step.cmd.upper() == "COPY" for source in step.value[:-1]}
     assert copied == kept
     assert all((ROOT / source).exists() for source in copied)
+
+
+def test_runs_of_the_container_go_where_the_pages_mount_a_folder() -> None:
+    (place,) = (step.value[0] for step in dockerfile.parse_file(str(ROOT / "Dockerfile")) if step.cmd == "WORKDIR")
+    for page in ("Dockerfile", "docs/start.md"):
+        assert re.findall(r'-v "\$PWD:(.+?)"', (ROOT / page).read_text()) == [place], page
