@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from estune.study.report import write_report
@@ -82,6 +84,24 @@ def test_buttons_show_and_hide_runs(open_page: Any) -> None:
     button.press("Enter")
     assert button.get_attribute("aria-pressed") == "true"
     assert parts.first.is_visible()
+
+
+def test_a_table_that_is_wider_than_its_place_shows_where_there_is_more(open_page: Any, tmp_path: Path) -> None:
+    page = open_page("many", 390, color_scheme="light")
+    table = page.locator(".scroll:has(table.results)").first
+    assert table.evaluate("table => table.scrollWidth - table.clientWidth") > 100
+
+    def edges(file: Path) -> tuple[float, float]:
+        """How bright the table is at its left and at its right, as a share of what it is in the middle."""
+        table.screenshot(path=file)
+        columns = np.median(plt.imread(file)[..., :3].mean(axis=2), axis=0)
+        return columns[3] / np.median(columns), columns[-4] / np.median(columns)
+
+    left, right = edges(tmp_path / "begin.png")
+    assert right < 0.95 < left
+    table.evaluate("table => { table.scrollLeft = table.scrollWidth }")
+    left, right = edges(tmp_path / "end.png")
+    assert left < 0.95 < right
 
 
 def test_values_under_pointer_and_keys(open_page: Any) -> None:
