@@ -87,7 +87,7 @@ docs: $(VENV)/.test-installed ## write docs/settings.md from the settings themse
 site: $(VENV)/.test-installed ## build the documentation into site/, strictly and offline
 	$(BIN)/python docs/generate_site.py
 
-picture: $(VENV)/.test-installed ## draw the README's learning curve: make picture RUN=runs/NAME
+picture: $(VENV)/.test-installed ## draw the documentation's first picture, a learning curve: make picture RUN=runs/NAME
 	$(BIN)/python -m bench.plot_run $(RUN) -o docs/images/learning-curve.png
 
 recording: $(VENV)/.test-installed ## record the README's picture of the display: a run of the embedded model
