@@ -251,6 +251,10 @@ def is_shell(script: str) -> bool:
 
 @pytest.mark.parametrize("gpus", GPUS)
 def test_slurm_scripts(gpus: int) -> None:
+    """By a list of `sbatch`'s options, as it comes with a system's packages alone.
+
+    `sbatch --test-only` of SLURM 22.05.8 takes all three, and looks for a cluster.
+    """
     script = (CLUSTER / f"slurm-{gpus}.sh").read_text()
     assert is_shell(script)
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script, re.M))
