@@ -84,26 +84,29 @@ def test_what_is_missing_is_a_line_on_the_page(tmp_path: Path, model: Path) -> N
     assert "Not shown: evaluation-00002.parquet cannot be read." in texts
 
 
-def test_the_training_command_gives_the_same_settings(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "task", [{"name": "countdown", "numbers": "2-9", "eval_size": 20}, {"name": "conciseness", "eval_size": 20}]
+)
+def test_the_training_command_gives_the_same_settings(tmp_path: Path, task: dict[str, Any]) -> None:
     settings: dict[str, Any] = {
-        "sigma": 0.02,
-        "task": {"name": "countdown", "numbers": "2-9", "eval_size": 20},
+        "sigma": 0.018,
+        "task": task,
         "mirrored": True,
         "population": 6,
         "report_to": [],
     }
-    run = make_run(tmp_path / "a run", **settings)
+    run = make_run(tmp_path / "a run", trained_on=task["name"], **settings)
     _, page = report(run)
     command = next(text for text in page.all("pre", **{"class": "command"}) if "estune train" in text)
     words = shlex.split(command.replace("\\\n", " "))
-    assert words[:2] == ["estune", "train"]
+    assert words[:4] == ["estune", "train", "--task", task["name"]]
     found = load(None, overrides_of(words[2:])).model_dump(mode="json")
     recorded = lines(run, "header")[0]["config"]
     assert found.pop("output_dir") == "a run-again"
     recorded.pop("output_dir")
     assert found == recorded
     changed = next(text for tag, a, text in page.elements if tag == "table" and a.get("class") == "settings")
-    assert "0.02" in changed
+    assert "0.018" in changed
     assert "max_new_tokens" not in changed
 
 

@@ -14,6 +14,7 @@ from estune.journal.diff import flatten
 from estune.journal.journal import Journal
 
 NOT_REPEATED = {"output_dir"}
+TASK = "task.name"
 
 
 def own_task(journal: Journal) -> bool:
@@ -33,9 +34,10 @@ def train_command(journal: Journal, output: str) -> str:
     changed = {
         name: value
         for name, value in settings.items()
-        if name not in NOT_REPEATED and (name not in defaults or defaults[name] != value)
+        if name not in {*NOT_REPEATED, TASK} and (name not in defaults or defaults[name] != value)
     }
-    options = {name: show(value) for name, value in changed.items()}
+    task = {"task": settings[TASK]} if TASK in settings else {}  # whose defaults these are
+    options = {name: show(value) for name, value in (task | changed).items()}
     if not _gives(settings, options):
         text = yaml.safe_dump({k: v for k, v in journal.settings.items() if k not in NOT_REPEATED}, sort_keys=False)
         return f"cat > settings.yaml <<'END'\n{text}END\nestune train --config settings.yaml {into}"
