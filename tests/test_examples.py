@@ -73,6 +73,16 @@ def test_the_real_models_example_shows_answers_before_and_after(tmp_path: Path) 
     assert "the answer is right: " in told
 
 
+@pytest.mark.parametrize("name", ["own_task", "countdown"])
+def test_examples_of_training_from_python_tell_what_came_of_it(name: str, tmp_path: Path) -> None:
+    small = ["steps=1", "population=2", "prompts_per_step=2", "max_new_tokens=8", "replicas=1", "threads=1"]
+    told = subprocess.run(
+        [sys.executable, f"examples/{name}.py", f"output_dir={tmp_path / 'run'}", "task.eval_size=8", *small],
+        check=True, cwd=ROOT, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert re.search(r"accuracy [\d.]+% -> [\d.]+%", told)
+
+
 def test_a_policy_learns_to_balance_a_pole() -> None:
     told = subprocess.run(
         [sys.executable, "examples/policy.py"], check=True, cwd=ROOT, capture_output=True, text=True
