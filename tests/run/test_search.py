@@ -36,12 +36,14 @@ COURSES = ["constant", "linear", "cosine"]
 BASE = st.fixed_dictionaries(
     {},
     optional={
+        "learning_rate": st.sampled_from([0.02, "2sigma"]),
         "lr_scheduler_type": st.sampled_from(COURSES),
         "min_lr_rate": st.just(0.2),
         "warmup_steps": st.integers(0, 3),
         "sigma_scheduler_type": st.sampled_from(COURSES),
         "sigma_warmup_steps": st.integers(0, 3),
         "shaping": st.sampled_from(["zscore", "centered_ranks", "winsorized", "elite", "raw"]),
+        "shaping_share": st.just(0.5),
         "per_prompt": st.sampled_from(["none", "center", "standardize"]),
         "reward_quantile": st.sampled_from([0.0, 0.3]),
         "constraint": st.sampled_from(["completions/mean_length<=4", "rewards/variety/mean>=0.9", "kl<=0.001"]),
@@ -50,6 +52,7 @@ BASE = st.fixed_dictionaries(
         "anchor_decay": st.just(0.3),
         "anchor_l1": st.just(0.01),
         "mirrored": st.booleans(),
+        "train_parameters": st.just("*.layers.*"),
         "noise": st.sampled_from(["iid", "correlated", "rank1", "rank4"]),
     },
 )

@@ -43,8 +43,8 @@ class Search(Section):
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to its full value")
     shaping: Shaping = Field(
         "zscore",
-        description="from rewards to weights of members: z-scores (the paper), z-scores of ranks or of winsorized "
-        "rewards, equal weights for the best and none for the rest (elite), or the distance from the mean (raw)",
+        description="from rewards to weights of members: z-scores (the paper), z-scores of ranks, of winsorized "
+        "rewards, or of 1 for the best and 0 for the rest (elite), or the distance from the mean (raw)",
     )
     shaping_share: float = Field(
         0.25,
