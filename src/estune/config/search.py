@@ -174,6 +174,17 @@ class Search(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_decay(self) -> Search:
+        alpha = Rate.read(self.learning_rate or 0.0).at(self.sigma)
+        for name, decay in (("weight_decay", self.weight_decay), ("anchor_decay", self.anchor_decay)):
+            if alpha * decay > 1:
+                raise ValueError(
+                    f"{name} {decay:g} times the learning rate, {alpha:g}, is more than the whole way a step: lower it "
+                    f"to {1 / alpha:.3g} at most"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_pairs(self) -> Search:
         if self.mirrored and self.population % 2:
             raise ValueError(f"population {self.population} is odd, and mirrored members come in pairs")
