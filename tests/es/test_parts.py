@@ -44,11 +44,19 @@ def test_shapings() -> None:
     assert shape(REWARDS, "winsorized", 0.25) == pytest.approx(standardized(np.clip(REWARDS, low, high)))
 
 
+@pytest.mark.parametrize(
+    "rewards", [[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0], [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]]
+)
+def test_the_worst_are_never_elite_and_of_other_equals_all(rewards: list[float]) -> None:
+    assert shape(rewards, "elite", 0.25) == pytest.approx(standardized(rewards))
+
+
 @given(rewards_of_8, st.sampled_from(["zscore", "centered_ranks", "winsorized", "elite"]))
 def test_weights_have_mean_zero_and_variance_one(rewards: list[float], how: str) -> None:
     weights = shape(rewards, how)  # type: ignore[arg-type]
     assert np.mean(weights) == pytest.approx(0, abs=1e-9)
-    assert np.var(weights) == pytest.approx(1, abs=1e-6) or set(weights) == {0.0}  # winsorized to one value
+    to_one_value = how == "winsorized" and set(weights) == {0.0}
+    assert np.var(weights) == pytest.approx(1, abs=1e-6) or to_one_value
 
 
 @given(rewards_of_8)
@@ -81,6 +89,13 @@ def test_scores_are_compared_by_prompt_within_groups() -> None:
     # 1 and 3 are one standard deviation from their mean, 5 and 5 none, 2 and 8 one.
     assert Objective(per_prompt="standardize").fitness(scores, groups=2) == [-0.5, 1.0, -0.5, 0.5]
     assert Objective(quantile=0.0).fitness(scores) == [0.0, 3.0, 2.0, 5.0]
+
+
+@pytest.mark.parametrize("per_prompt", ["center", "standardize"])
+def test_a_prompt_on_which_members_agree_makes_no_group_better_than_another(per_prompt: Any) -> None:
+    """The mean of three times 0.1 is another number than 0.1."""
+    assert sum([0.1] * 3) / 3 != 0.1
+    assert Objective(per_prompt=per_prompt).fitness([[0.1]] * 3 + [[0.0]] * 3, groups=2) == [0.0] * 6
 
 
 def test_a_member_with_a_score_that_is_not_finite_has_failed_and_the_others_are_judged_without_it() -> None:
@@ -232,6 +247,17 @@ def test_momentum_is_the_moving_average_of_steps() -> None:
     first = strategy.tell([0.0, 1.0])
     assert sum(c * c for c in first.coefficients) == pytest.approx(0.25)
     assert strategy.tell([0.0, 1.0]).factors == pytest.approx([0.5 * math.exp(-0.125)])
+
+
+def test_a_mirrored_pair_moves_the_base_along_one_direction() -> None:
+    parts: dict[str, Any] = {"population": 4, "mirrored": True, "sigma": 1.0, "learning_rate": 1.0}
+    strategy = EvolutionStrategy(**parts, momentum=Momentum(0.5, 1))
+    first = strategy.tell([1.0, 0.0, 1.0, 0.0])
+    assert [c for _, c in first.pairs] == pytest.approx([0.125] * 4)  # a quarter along each of two
+    assert strategy.tell([1.0, 0.0, 1.0, 0.0]).factors == pytest.approx([0.5 * math.exp(-(0.25**2))])
+    even = EvolutionStrategy(**parts, momentum=Momentum(0.5, 1))
+    even.tell([1.0, 1.0, 0.0, 0.0])  # both signs are as good
+    assert even.tell([1.0, 0.0, 1.0, 0.0]).factors == (0.5,)
 
 
 def test_where_nothing_is_learned_nothing_moves() -> None:

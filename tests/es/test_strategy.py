@@ -119,5 +119,8 @@ def test_schedules() -> None:
 def test_bad_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
         EvolutionStrategy(**wrong)  # type: ignore[arg-type]
+    for groups in (0, 4):
+        with pytest.raises(ValueError, match=f"population 12 makes no {groups} groups of equal size, in pairs"):
+            EvolutionStrategy(population=12, mirrored=True, groups=groups)
     with pytest.raises(ValueError, match="3 rewards for 30 members"):
         EvolutionStrategy().tell([1.0, 2.0, 3.0])

@@ -37,7 +37,7 @@ from estune.study.probe import probe
 from tests.processes import until
 from tests.rays import with_workers
 from tests.run.test_guard import assert_harm_is_taken_back
-from tests.run.test_search import ALL, SHARPNESS
+from tests.run.test_search import ALL, GUIDED, MOMENTS, SHARPNESS
 from tests.run.test_staleness import assert_rewards_are_those_of_the_bases_named
 from tests.runs import assert_same_run, make_config, make_task, slow_variety, substance, train
 
@@ -248,7 +248,9 @@ def test_what_a_member_costs_on_the_wire(pool: RayPool) -> None:
 
 def test_a_strategys_parts_give_the_bits_of_one_process(cluster: Any, model: Path, tmp_path: Path) -> None:
     bounded = {"constraint": "kl<=0.001", "back_to_best": 0.0, "eval_steps": 1}
-    for name, parts in (("all", ALL), ("sharpness", ALL | SHARPNESS), ("bounded", ALL | bounded)):
+    changes = {"all": {}, "sharpness": SHARPNESS, "adam": MOMENTS, "guided": GUIDED, "bounded": bounded}
+    for name, more in changes.items():
+        parts = ALL | more
         one = train(tmp_path / name, model, **parts)
         assert one == train(tmp_path / f"{name} with workers", model, **parts | {"replicas": None, "workers": 2})
 

@@ -36,12 +36,14 @@ COURSES = ["constant", "linear", "cosine"]
 BASE = st.fixed_dictionaries(
     {},
     optional={
+        "learning_rate": st.sampled_from([0.02, "2sigma"]),
         "lr_scheduler_type": st.sampled_from(COURSES),
         "min_lr_rate": st.just(0.2),
         "warmup_steps": st.integers(0, 3),
         "sigma_scheduler_type": st.sampled_from(COURSES),
         "sigma_warmup_steps": st.integers(0, 3),
         "shaping": st.sampled_from(["zscore", "centered_ranks", "winsorized", "elite", "raw"]),
+        "shaping_share": st.just(0.5),
         "per_prompt": st.sampled_from(["none", "center", "standardize"]),
         "reward_quantile": st.sampled_from([0.0, 0.3]),
         "constraint": st.sampled_from(["completions/mean_length<=4", "rewards/variety/mean>=0.9", "kl<=0.001"]),
@@ -50,6 +52,7 @@ BASE = st.fixed_dictionaries(
         "anchor_decay": st.just(0.3),
         "anchor_l1": st.just(0.01),
         "mirrored": st.booleans(),
+        "train_parameters": st.just("*.layers.*"),
         "noise": st.sampled_from(["iid", "correlated", "rank1", "rank4"]),
     },
 )
@@ -282,6 +285,8 @@ def test_groups_pay_as_much_as_each_other_whatever_their_prompts(model: Path, tm
         ({"best_of": 2}, "best_of 2 of samples_per_prompt 1"),
         ({"samples_per_prompt": 2}, "set temperature"),
         ({"anchor_decay": 0.1, "weights": "copy"}, "set weights=master"),
+        ({"anchor_decay": 30.0, "learning_rate": "2sigma"}, "anchor_decay 30 times the learning rate, 0.04, is more"),
+        ({"weight_decay": 11.0, "learning_rate": 0.1}, "lower it to 10 at most"),
         ({"constraint": "length=4"}, "write METRIC<=NUMBER"),
         ({"adam": True, "weights": "copy"}, "weights must be master"),
         ({"adam": True, "momentum": 0.5}, "momentum 0"),

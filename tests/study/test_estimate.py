@@ -88,6 +88,12 @@ def test_moments_and_noise_that_is_drawn_again_are_counted(tmp_path: Path) -> No
     assert amounts(guided.time)["perturb"] > 10 * amounts(plain.time)["perturb"]
 
 
+def test_the_base_counts_as_a_member_of_each_group_and_twice_under_guard(tmp_path: Path) -> None:
+    given = [f"model={write_config(tmp_path, QWEN_HALF_B)}", "replicas=1", "population=12", "prompt_groups=3"]
+    found = [estimate_run(None, [*given, *more], gpu="h200") for more in ([], ["evaluate_base=true"], ["guard=0.5"])]
+    assert [e.work.population for e in found] == [12, 15, 18]
+
+
 def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_config(tmp_path / "model", LLAMA_70B)
     settings = [f"model={model}", "engine=vllm", "workers=2", "gpus_per_worker=4", "weights=copy", "batch_size=64"]

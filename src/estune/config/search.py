@@ -43,8 +43,8 @@ class Search(Section):
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to its full value")
     shaping: Shaping = Field(
         "zscore",
-        description="from rewards to weights of members: z-scores (the paper), z-scores of ranks or of winsorized "
-        "rewards, equal weights for the best and none for the rest (elite), or the distance from the mean (raw)",
+        description="from rewards to weights of members: z-scores (the paper), z-scores of ranks, of winsorized "
+        "rewards, or of 1 for the best and 0 for the rest (elite), or the distance from the mean (raw)",
     )
     shaping_share: float = Field(
         0.25,
@@ -171,6 +171,17 @@ class Search(Section):
     def _with_rate(self) -> Search:
         if self.learning_rate is None:
             self.learning_rate = str(Rate.default(self.population))
+        return self
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> Search:
+        alpha = Rate.read(self.learning_rate or 0.0).at(self.sigma)
+        for name, decay in (("weight_decay", self.weight_decay), ("anchor_decay", self.anchor_decay)):
+            if alpha * decay > 1:
+                raise ValueError(
+                    f"{name} {decay:g} times the learning rate, {alpha:g}, is more than the whole way a step: lower it "
+                    f"to {1 / alpha:.3g} at most"
+                )
         return self
 
     @model_validator(mode="after")

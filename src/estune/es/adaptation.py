@@ -40,8 +40,9 @@ class Constraint:
 
     Both count in units of what members differ by, so that neither's scale matters: the fitness is reward - multiplier *
     violation * std(rewards) / std(values), where violation is how far a value is beyond the bound, negative where there
-    is room left. After each step multiplier <- max(0, multiplier + rate * mean violation / std(values)) (arXiv
-    1910.01708); that quotient counts as 1 at most, and -1 at least, so that a leap is no larger than the way back.
+    is room left. After each step multiplier <- max(0, multiplier + rate * mean violation / std(values)) (Tessler et al.
+    2019, arXiv 1805.11074); that quotient counts as 1 at most, and -1 at least, so that a leap is no larger than the
+    way back.
     """
 
     bound: float

@@ -21,9 +21,10 @@ class Momentum:
     is the reuse of the last step's samples: beta is then their weight against the new ones.
 
     What is reused was measured around another base: each step back counts exp(-d^2 / 2) as much, where d is the
-    distance that the base has moved since, in sigmas and per element: from coefficients alone d^2 = sum c^2 / sigma^2.
-    This factor is our own. The ratio of two Gaussians' densities, by which samples are properly reused, is a product
-    over all elements, of which a language model has so many that nothing would be left.
+    distance that the base has moved since, in sigmas and per element: from coefficients alone d^2 = sum c^2 / sigma^2,
+    as if each step went a way of its own. This factor is our own. The ratio of two Gaussians' densities, by which
+    samples are properly reused, is a product over all elements, of which a language model has so many that nothing
+    would be left.
     """
 
     beta: float = 0.0  # 0: no step but the last counts
@@ -81,7 +82,7 @@ class Past:
             self._steps.popleft()
             self._moves.popleft()
         self._steps.appendleft(tuple(own))
-        self._moves.appendleft(math.fsum(c * c for _, c in whole))
+        self._moves.appendleft(squared_norm(whole))
 
     def state(self) -> list[tuple[float, list[Pair]]]:
         """Of each step that counts, the latest first, how far it moved the base and its terms; as JSON holds it."""
@@ -103,8 +104,13 @@ def scaled(steps: Iterable[Sequence[Pair]], factors: Sequence[float]) -> tuple[P
 
 
 def norm(terms: Iterable[Pair]) -> float:
-    """Of the sum of these terms, for noise of norm 1; a mirrored pair's two are of one seed."""
+    """Of the sum of these terms, for noise of norm 1."""
+    return math.sqrt(squared_norm(terms))
+
+
+def squared_norm(terms: Iterable[Pair]) -> float:
+    """The square of `norm`; a mirrored pair's two terms are of one seed."""
     together: dict[int, float] = {}
     for seed, c in terms:
         together[seed] = together.get(seed, 0.0) + c
-    return math.sqrt(math.fsum(c * c for c in together.values()))
+    return math.fsum(c * c for c in together.values())

@@ -86,8 +86,9 @@ class EvolutionStrategy:
             raise ValueError(f"sigma is {sigma}: it must be above 0")
         if population < 2 or (mirrored and population % 2):
             raise ValueError(f"population is {population}: it must be 2 or more, and even when mirrored")
-        if population % groups:
-            raise ValueError(f"population {population} makes no {groups} groups of equal size")
+        if groups < 1 or population % (2 * groups if mirrored else groups):
+            pairs = ", in pairs" if mirrored else ""
+            raise ValueError(f"population {population} makes no {groups} groups of equal size{pairs}")
         if adam is not None and momentum.beta:
             raise ValueError("adam has a first moment of its own: momentum must be 0")
         if guided is not None and (momentum.beta or adam is not None):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from estune.es.shaping import quantile
-from estune.es.strategy import mean_and_std
+from estune.es.strategy import alike, mean_and_std
 
 Score = float | None  # None: it does not apply
 PerPrompt = Literal["none", "center", "standardize"]
@@ -55,15 +55,16 @@ class Objective:
         """The scores, `[members][prompts]`, against what the other members' come to on each prompt."""
         if self.per_prompt == "none":
             return [list(of_member) for of_member in by_prompt]
-        of_prompts = [mean_and_std(counted(column)) for column in zip(*by_prompt, strict=True)]
-        scale = [std if self.per_prompt == "standardize" and std > 0 else 1.0 for _, std in of_prompts]
-        return [
-            [
-                None if s is None else (s - mean) / by
-                for s, (mean, _), by in zip(of_member, of_prompts, scale, strict=True)
-            ]
-            for of_member in by_prompt
-        ]
+        columns = [self._against_others(column) for column in zip(*by_prompt, strict=True)]
+        return [list(of_member) for of_member in zip(*columns, strict=True)]
+
+    def _against_others(self, scores: Sequence[Score]) -> list[Score]:
+        """Members' scores of one prompt; exactly 0 where these differ by what sums are rounded by."""
+        known = counted(scores)
+        same = alike(known)
+        mean, std = mean_and_std(known)
+        by = std if self.per_prompt == "standardize" and std > 0 else 1.0
+        return [None if s is None else 0.0 if same else (s - mean) / by for s in scores]
 
     def _of_member(self, scores: Sequence[Score]) -> float | None:
         found = counted(scores)

@@ -28,7 +28,7 @@ def shape(rewards: Sequence[float], how: Shaping = "zscore", share: float = 0.25
         how: `zscore` (R - mean) / std, the paper's (arXiv 2509.24372); `centered_ranks` the z-score of ranks, equal
             rewards sharing theirs (arXiv 1703.03864); `winsorized` the z-score of rewards cut off at the quantiles
             `share / 2` and `1 - share / 2`; `elite` that of 1 for the best `share` and 0 for the rest, as CMA-ES
-            selects; `raw` R - mean alone.
+            selects, of equals all or, where these are the worst, none; `raw` R - mean alone.
         share: of the members, for `winsorized` and `elite`.
     """
     match how:
@@ -42,8 +42,9 @@ def shape(rewards: Sequence[float], how: Shaping = "zscore", share: float = 0.25
             low, high = quantile(rewards, share / 2), quantile(rewards, 1 - share / 2)
             values = [min(max(r, low), high) for r in rewards]
         case "elite":
-            worst = sorted(rewards, reverse=True)[max(1, round(share * len(rewards))) - 1]
-            values = [float(r >= worst) for r in rewards]
+            ordered = sorted(rewards)
+            least = ordered[-max(1, round(share * len(rewards)))]
+            values = [float(r >= least and r > ordered[0]) for r in rewards]
         case _:
             values = list(rewards)
     mean, std = mean_and_std(values)
