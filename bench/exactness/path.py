@@ -6,13 +6,15 @@ The embedded model learns Countdown with its own settings. Then each update is m
 and the inner products of all of them give the squared length of any part of the path. Cumulative step-size adaptation
 compares that with what updates in independent directions would come to, which coefficients alone tell: the number of
 weights times the sum of their squares. Recorded is the ratio of the two over all parts of a length that follow each
-other, and the cosines between updates: one over the root of the number of weights is what independent ones have.
-Nothing is timed.
+other, and the cosines between updates: one over the root of the number of weights is what independent ones have. The
+cosines are recorded for each kind of tensor, too, over all layers, as each could have a step size of its own. Nothing
+is timed.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,20 +43,40 @@ def train(folder: Path, steps: int, seed: int) -> Journal:
     return Journal.read(folder)
 
 
-def inner_products(journal: Journal) -> tuple[Products, int]:
-    """Of all pairs of updates, `[steps][steps]`; and the number of weights."""
+def kind_of(name: str) -> str:
+    """What a tensor is, in all layers: `self_attn.q_proj.weight` of `model.layers.3.self_attn.q_proj.weight`."""
+    return re.sub(r"^model\.(layers\.\d+\.)?", "", name)
+
+
+def inner_products(journal: Journal) -> dict[str, tuple[Products, int]]:
+    """Of all pairs of updates, `[steps][steps]`, and the number of weights, for each kind of tensor."""
     base = base_checkpoint(journal.header, journal.base_model())
-    found = np.zeros((len(journal.steps), len(journal.steps)))
-    weights = 0
+    steps = len(journal.steps)
+    found = {kind_of(name): (np.zeros((steps, steps)), 0) for name in journal.header.tensors}
     for name in journal.header.tensors:
         count = base.tensors[name].elements
-        updates = np.zeros((len(journal.steps), count))
+        updates = np.zeros((steps, count))
         for row, record in enumerate(journal.steps):
             for seed, coefficient in record.update.pairs:
                 updates[row] += coefficient * normal(seed, tensor_id(name), 0, count).astype(np.float64)
-        found += updates @ updates.T
-        weights += count
-    return found, weights
+        products, weights = found[kind_of(name)]
+        found[kind_of(name)] = products + updates @ updates.T, weights + count
+    return found
+
+
+def cosines(products: Products, weights: int) -> dict[str, Any]:
+    """Of all pairs of updates, over what they would be by chance."""
+    lengths = np.sqrt(np.diag(products))
+    found = (products / np.outer(lengths, lengths))[np.triu_indices(len(lengths), 1)]
+    return rounded(
+        {
+            "pairs": len(found),
+            "mean": found.mean().item(),
+            "root_mean_square": math.sqrt((found**2).mean()),
+            "by_chance": 1 / math.sqrt(weights),
+        },
+        3,
+    )
 
 
 def ratios(products: Products, squares: Products, length: int) -> list[float]:
@@ -66,10 +88,10 @@ def ratios(products: Products, squares: Products, length: int) -> list[float]:
 
 def figures(journal: Journal) -> dict[str, Any]:
     """What is recorded of a run."""
-    products, weights = inner_products(journal)
+    kinds = inner_products(journal)
+    products: Products = sum(part for part, _ in kinds.values())  # type: ignore[assignment]
+    weights = sum(count for _, count in kinds.values())
     squares = np.array([weights * math.fsum(c * c for _, c in r.update.pairs) for r in journal.steps])
-    lengths = np.sqrt(np.diag(products))
-    cosines = (products / np.outer(lengths, lengths))[np.triu_indices(len(lengths), 1)]
     found = {length: ratios(products, squares, length) for length in PARTS if length <= len(squares)}
     return {
         "weights": weights,
@@ -79,15 +101,8 @@ def figures(journal: Journal) -> dict[str, Any]:
             length: rounded({"mean": np.mean(each).item(), "min": min(each), "max": max(each)}, 6)
             for length, each in found.items()
         },
-        "cosines_of_updates": rounded(
-            {
-                "pairs": len(cosines),
-                "mean": cosines.mean().item(),
-                "root_mean_square": math.sqrt((cosines**2).mean()),
-                "by_chance": 1 / math.sqrt(weights),
-            },
-            3,
-        ),
+        "cosines_of_updates": cosines(products, weights),
+        "cosines_by_kind": {kind: cosines(*each) for kind, each in kinds.items()},
     }
 
 

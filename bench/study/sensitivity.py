@@ -1,11 +1,11 @@
 """How much sigma, alpha and the population matter: sweeps on the embedded model.
 
-    python -m bench.study.sensitivity [--alphas-of 'SETTINGS of bench.study.parts']
+    python -m bench.study.sensitivity [--alphas-of 'SETTINGS of bench.study.parts' [--models a,b]]
 
 The study's tasks and prompts a step. On Countdown all runs generate about as many tokens; on conciseness, where the
 answers' length is what is trained, they make as many steps. Accuracy is that of the last weights, whatever a run passed
-on its way. `--alphas-of` is another measurement: alphas around those settings, with the budget of the parts. The runs
-stay in runs/sensitivity, and the script goes on where it was cut off.
+on its way. `--alphas-of` is another measurement: alphas around those settings, with the budget of the parts, on any of
+the study's models. The runs stay in runs/sensitivity, and the script goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -50,20 +50,23 @@ def run(
     return [{"population": population, **_figures(folder, trial)} for trial in trials]
 
 
-def run_alphas(folder: Path, jobs: int, name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Runs with alphas around that of some settings of `bench.study.parts`."""
+def run_alphas(folder: Path, jobs: int, name: str, model: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Runs of a model with alphas around that of some settings of `bench.study.parts`."""
     around = parts.PAPER | parts.SETTINGS[name]
     alpha, population, prompts = (around.pop(key) for key in ("learning_rate", "population", "prompts_per_step"))
     alphas = [f"{alpha * factor:g}" for factor in FACTORS]
     given = [f"sweep.learning_rate={','.join(alphas)}", *(f"{key}={value}" for key, value in around.items())]
     steps = round(parts.BUDGET / (population * prompts * parts.TOKENS))
-    return run(folder, jobs, given, steps, population, prompts=prompts, seeds=seeds)
+    found = run(folder / model, jobs, given, steps, population, model, prompts, seeds)
+    return [{"model": model, **figures} for figures in found]
 
 
 def alphas_table(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Mean accuracy in percent, with the deviation over seeds, for each alpha."""
+    """Mean accuracy in percent, with the deviation over seeds: a row for each model, a column for each alpha."""
     alphas = sorted({r["learning_rate"] for r in runs}, key=float)
-    return [["alpha", *alphas], ["accuracy %", *(_cell(runs, learning_rate=alpha) for alpha in alphas)]]
+    models = list(dict.fromkeys(r["model"] for r in runs))
+    head = ["accuracy % \\ alpha", *alphas]
+    return [head, *([model, *(_cell(runs, model=model, learning_rate=alpha) for alpha in alphas)] for model in models)]
 
 
 def _figures(folder: Path, trial: Trial) -> dict[str, Any]:
@@ -116,10 +119,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--alphas-of", metavar="SETTINGS", help="measure alphas around these, and nothing else")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with --alphas-of")
+    parser.add_argument("--models", default=compare.EMBEDDED, help="with --alphas-of, of bench.study.compare")
     arguments = parser.parse_args()
     if arguments.alphas_of:
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
-        alphas = run_alphas(FOLDER / "alphas", arguments.jobs, arguments.alphas_of, seeds)
+        alphas = [
+            found
+            for model in arguments.models.split(",")
+            for found in run_alphas(FOLDER / "alphas", arguments.jobs, arguments.alphas_of, model, seeds)
+        ]
         write_result("alphas", {"settings": settings(arguments), "alphas": alphas}, arguments.results)
         return
     sizes = ",".join(map(str, SIZES))

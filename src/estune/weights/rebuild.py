@@ -80,6 +80,7 @@ class Steps:
             seen: called with the number of steps taken and the elements as they are then, before the first step and
                 after each.
         """
+        from estune.noise import cpu_anchor
         from estune.weights import integers, passes
 
         if self._rule.grid is not None:
@@ -99,10 +100,11 @@ class Steps:
                 passes.perturb(run, member.seed, change)
 
         def apply(number: int) -> None:
-            if is_anchored(self._updates[number]):
-                anchored(weights, origin, self._updates[number])
+            update = self._updates[number]
+            if is_anchored(update):
+                cpu_anchor.pull(weights, origin, update.anchor, update.anchor_l1)
             t = self._terms[number]
-            if t is not None and (moments := self._updates[number].moments):
+            if t is not None and (moments := update.moments):
                 change = np.zeros_like(weights)
                 passes.update(replace(run, live=change, base=change), replace(t, decay=0.0))
                 scaled_step(weights, first, second, change, t.decay, moments, np.sqrt)
@@ -219,14 +221,6 @@ class Steps:
 def is_anchored(update: Update) -> bool:
     """Whether an update brings weights back toward the base model."""
     return bool(update.anchor or update.anchor_l1)
-
-
-def anchored(weights: Array, origin: Array, update: Update) -> None:
-    """Bring weights as far toward the origin as an update says; float32 both, `[elements]`."""
-    if update.anchor:
-        weights += (origin - weights) * np.float32(update.anchor)
-    if update.anchor_l1:
-        weights += np.clip(origin - weights, np.float32(-update.anchor_l1), np.float32(update.anchor_l1))
 
 
 def in_order(work: Callable[[T], R], pieces: Sequence[T]) -> Iterator[R]:

@@ -161,8 +161,10 @@ class Weights:
     def anchor(self, checkpoint: Checkpoint, update: Update) -> None:
         """Bring the base, or its share of it, as far toward a checkpoint's tensors as an update says.
 
-        One rounded operation after the other, as `rebuild.anchored` does it in NumPy: the same bits everywhere.
+        One rounded operation after the other, as `cpu_anchor.pull` says: the same bits everywhere.
         """
+        from estune.noise import cpu_anchor
+
         self._settle()
         total = sum(len(base) for base in self._base)
         first, end = (0, total) if self._share is None else self._share.stretch(total)
@@ -174,11 +176,14 @@ class Weights:
 
         def pull(base: Any, read: Callable[[], Array]) -> None:
             now = whole(base)
-            origin = torch.from_numpy(widen(read())).to(base.device)
-            if update.anchor:
-                now.add_((origin - now).mul_(update.anchor))
-            if update.anchor_l1:
-                now.add_((origin - now).clamp_(-update.anchor_l1, update.anchor_l1))
+            if now.device.type == "cpu":
+                cpu_anchor.pull(as_array(now), read(), update.anchor, update.anchor_l1)
+            else:
+                origin = torch.from_numpy(widen(read())).to(now.device)
+                if update.anchor:
+                    now.add_((origin - now).mul_(update.anchor))
+                if update.anchor_l1:
+                    now.add_((origin - now).clamp_(-update.anchor_l1, update.anchor_l1))
             if now is not base:
                 base.copy_(now)
 
@@ -340,6 +345,8 @@ class Weights:
         def on_stretch(stretch: tuple[Any, Callable[[], Array]]) -> T:
             return work(*stretch)
 
+        if self._threads == 1:
+            return list(map(on_stretch, found))
         each = on_this_stream(found[0][0].device, on_stretch)
         with ThreadPoolExecutor(self._threads) as threads:
             return list(threads.map(each, found))
