@@ -100,15 +100,13 @@ def _careful(results: Path) -> list[str]:
 
 def _alphas(results: Path) -> list[str]:
     """Alphas around those settings for which they were measured."""
-    found = sorted(results.glob("alphas-*.json"))
-    if not found:
-        return []
-    measured = json.loads(found[-1].read_text())
-    told, steps = measured["settings"], measured["alphas"][0]["steps"]
-    return [
-        f"Alphas around the settings `{told['alphas_of']}` of the table below, {steps} steps, seeds {told['seeds']}:",
-        markdown(sensitivity.alphas_table(measured["alphas"])),
-    ]
+    parts = []
+    for file in sorted(results.glob("alphas-*.json")):
+        measured = json.loads(file.read_text())
+        told, runs = measured["settings"], measured["alphas"]
+        of = f"`{told['alphas_of']}` of the table below, {runs[0]['steps']} steps, seeds {told['seeds']}"
+        parts += [f"Alphas around the settings {of}:", markdown(sensitivity.alphas_table(runs))]
+    return parts
 
 
 def _read(path: Path) -> list[Result]:
