@@ -100,9 +100,12 @@ def _careful(results: Path) -> list[str]:
 
 def _alphas(results: Path) -> list[str]:
     """Alphas around those settings for which they were measured."""
-    parts = []
+    newest = {}
     for file in sorted(results.glob("alphas-*.json")):
         measured = json.loads(file.read_text())
+        newest[measured["settings"]["alphas_of"]] = measured
+    parts = []
+    for measured in newest.values():
         told, runs = measured["settings"], measured["alphas"]
         of = f"`{told['alphas_of']}` of the table below, {runs[0]['steps']} steps, seeds {told['seeds']}"
         parts += [f"Alphas around the settings {of}:", markdown(sensitivity.alphas_table(runs))]

@@ -18,7 +18,7 @@ def bits(tensor: torch.Tensor) -> Array:
     return found
 
 
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 50, amx.MANY, amx.MANY + 17])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 50, amx.PACK_WEIGHTS_FROM, amx.PACK_WEIGHTS_FROM + 1])
 @pytest.mark.parametrize(("width", "columns"), [(32, 16), (64, 80), (576, 96), (576, 496)])
 def test_products_are_those_of_rounded_activations(tokens: int, width: int, columns: int) -> None:
     x = torch.randn(tokens, width)
@@ -30,10 +30,12 @@ def test_products_are_those_of_rounded_activations(tokens: int, width: int, colu
 
 
 def test_not_a_bit_depends_on_the_rows_beside_it_nor_on_threads() -> None:
-    x = torch.randn(amx.MANY + 30, 96).numpy()  # so many that the weights are laid out, and in parts so few that not
+    x = torch.randn(
+        amx.PACK_WEIGHTS_FROM + 44, 96
+    ).numpy()  # so many that the weights are laid out, and in parts so few that not
     weight = bits(torch.randn(112, 96).bfloat16())
     whole = Products()(x, weight)
-    for first, last in ((0, 1), (3, 20), (16, 50), (200, amx.MANY + 30)):
+    for first, last in ((0, 1), (3, 20), (16, 50), (200, amx.PACK_WEIGHTS_FROM + 44)):
         assert np.array_equal(Products()(np.ascontiguousarray(x[first:last]), weight), whole[first:last])
     threads = torch.get_num_threads()
     torch.set_num_threads(3)

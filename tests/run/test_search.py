@@ -286,7 +286,10 @@ def test_groups_pay_as_much_as_each_other_whatever_their_prompts(model: Path, tm
         ({"samples_per_prompt": 2}, "set temperature"),
         ({"anchor_decay": 0.1, "weights": "copy"}, "set weights=master"),
         ({"anchor_decay": 30.0, "learning_rate": "2sigma"}, "anchor_decay 30 times the learning rate, 0.04, is more"),
-        ({"weight_decay": 11.0, "learning_rate": 0.1}, "lower it to 10 at most"),
+        (
+            {"weight_decay": 11.0, "learning_rate": 0.1},
+            "weight_decay 11 times the learning rate, 0.1, is more than the whole way",
+        ),
         ({"constraint": "length=4"}, "write METRIC<=NUMBER"),
         ({"adam": True, "weights": "copy"}, "weights must be master"),
         ({"adam": True, "momentum": 0.5}, "momentum 0"),

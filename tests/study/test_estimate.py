@@ -88,10 +88,15 @@ def test_moments_and_noise_that_is_drawn_again_are_counted(tmp_path: Path) -> No
     assert amounts(guided.time)["perturb"] > 10 * amounts(plain.time)["perturb"]
 
 
-def test_the_base_counts_as_a_member_of_each_group_and_twice_under_guard(tmp_path: Path) -> None:
+def test_the_base_counts_as_a_member_of_each_group_and_under_guard_looks_again(tmp_path: Path) -> None:
     given = [f"model={write_config(tmp_path, QWEN_HALF_B)}", "replicas=1", "population=12", "prompt_groups=3"]
     found = [estimate_run(None, [*given, *more], gpu="h200") for more in ([], ["evaluate_base=true"], ["guard=0.5"])]
-    assert [e.work.population for e in found] == [12, 15, 18]
+    assert [(e.work.population, e.work.looks) for e in found] == [(12, 0), (15, 0), (15, 3)]
+    plain, guarded = (amounts(e.time) for e in found[1:])
+    looks = guarded.pop("look at the base")
+    assert guarded == plain
+    assert found[2].speeds[0].step - found[1].speeds[0].step == pytest.approx(looks)
+    assert looks == pytest.approx(3 / 15 * (plain["read the prompts"] + plain["generate"]), rel=0.1)
 
 
 def test_a_70b_model_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

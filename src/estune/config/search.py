@@ -179,8 +179,7 @@ class Search(Section):
         for name, decay in (("weight_decay", self.weight_decay), ("anchor_decay", self.anchor_decay)):
             if alpha * decay > 1:
                 raise ValueError(
-                    f"{name} {decay:g} times the learning rate, {alpha:g}, is more than the whole way a step: lower it "
-                    f"to {1 / alpha:.3g} at most"
+                    f"{name} {decay:g} times the learning rate, {alpha:g}, is more than the whole way a step: lower one"
                 )
         return self
 

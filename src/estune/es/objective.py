@@ -53,7 +53,7 @@ class Objective:
 
     def _relative(self, by_prompt: Sequence[Sequence[Score]]) -> list[list[Score]]:
         """The scores, `[members][prompts]`, against what the other members' come to on each prompt."""
-        if self.per_prompt == "none":
+        if self.per_prompt == "none" or not by_prompt[0]:
             return [list(of_member) for of_member in by_prompt]
         columns = [self._against_others(column) for column in zip(*by_prompt, strict=True)]
         return [list(of_member) for of_member in zip(*columns, strict=True)]

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from estune.noise.compiled import jit
-from estune.noise.cpu_types import Weights, widen
+from estune.noise.cpu_types import Weights, stored, widen
 
 
 @jit
@@ -35,8 +35,7 @@ def pull(weights: npt.NDArray[np.float32], origin: Weights, share: float, most: 
         share: 0 to 1, of the way.
         most: how far a weight goes at most, in the second step; 0 for none.
     """
-    stored = origin.view(np.int16) if origin.dtype == np.float16 else origin
     if share:
-        _decay(weights, stored, np.float32(share))
+        _decay(weights, stored(origin), np.float32(share))
     if most:
-        _step(weights, stored, np.float32(most))
+        _step(weights, stored(origin), np.float32(most))

@@ -117,11 +117,12 @@ def describe_rest(
         f"task {task.name}: {len(task.train):,} training and {len(task.evaluation):,} held-out rows, as the run began\n"
         f"begins with {f'checkpoint-{start}' if start else 'the base model'} and replays "
         f"{amount(done - start, 'steps')}\n"
-        f"output goes to {run}; nothing has been written{_time_of_rest(config, journal)}"
+        f"output goes to {run}; nothing has been written"
+        f"{_time_of_rest(config, journal, in_turns=task.rollout is not None)}"
     )
 
 
-def _time_of_rest(config: Config, journal: Journal) -> str:
+def _time_of_rest(config: Config, journal: Journal, *, in_turns: bool) -> str:
     """A line of what the steps to come take, if each takes what the last ones did; nothing where there are none."""
     from estune.run.monitors.pace import RECENT, outlook, too_long
 
@@ -129,9 +130,10 @@ def _time_of_rest(config: Config, journal: Journal) -> str:
     times = [record.metrics["step_time"] for record in journal.steps[-RECENT:] if "step_time" in record.metrics]
     if left <= 0 or not times:
         return ""
-    step = statistics.median(times)
+    step = statistics.fmean(times)
     tokens = config.members * config.rows_of_member * config.max_new_tokens
-    said = outlook(tokens, step, left * step, most=False, how="as the last steps took, evaluations not counted")
+    how = "as the last steps took, evaluations not counted" + (", tokens of one turn a rollout" if in_turns else "")
+    said = outlook(tokens, step, left * step, most=False, how=how)
     warning = too_long(left * step)
     return f"\n{said}" + (f"\nwarning: {warning}" if warning else "")
 

@@ -1,9 +1,9 @@
 """Matrix products of bfloat16 by the processor's own matrix unit (Intel's AMX), as decoding needs them.
 
 A tile holds 16 rows of 64 bytes, and one instruction adds the products of two tiles, 16 x 32 by 32 x 16, to a third of
-float32. The second factor has to be laid out for it, two neighbours of the width side by side. With few tokens it is
-they that are: the weight goes into tiles as it lies in memory, the unit computes `weight @ x.T`, and its tiles are
-transposed on their way out. With many that takes longer than to lay out the weight, some columns at a time.
+float32. The second factor has to be laid out for it, two neighbours of the width side by side. Few tokens are: then the
+weight goes into tiles as it lies in memory, the unit computes `weight @ x.T`, and its tiles are transposed on their way
+out. For many tokens it is the weight that is laid out, some columns at a time, as that takes less than transposing.
 
 An element of the result is summed up in the same order either way, wherever it lies in a tile and whatever lies beside
 it.
@@ -28,7 +28,7 @@ from estune.noise.compiled import jit
 
 BLOCK = 16  # rows of a tile
 DEPTH = 32  # elements of bfloat16 in a row of a tile
-MANY = 256
+PACK_WEIGHTS_FROM = 256
 """Tokens from which on it is the weights that are laid out: sooner from here on for all of a small model's shapes."""
 SCRATCH = 4 * BLOCK * BLOCK
 """Elements that hold four tiles of sums."""

@@ -101,7 +101,7 @@ class Products:
         rounded[tokens:] = 0
         amx.round_rows(x, rounded)
         out = aligned_empty((len(rounded), len(weight)))
-        if tokens < amx.MANY:
+        if tokens < amx.PACK_WEIGHTS_FROM:
             packed = aligned_empty((len(rounded) // size, size * width // 2))
             amx.pack(rounded.view(np.float32), packed)
             factors, scratch = (packed, weight), amx.SCRATCH

@@ -59,6 +59,7 @@ class Work:
     steps: int = 1  # of the run
     evaluations: int = 0  # of the run
     evaluated: int = 0  # prompts of an evaluation
+    looks: int = 0  # times that the base completes a member's prompts after an update
     moments: bool = False  # of updates, beside the base
     group_size: int = 64  # of integer weights
     carry_steps: int = 50

@@ -128,7 +128,15 @@ class Plan:
     def step(self, workers: int) -> float:
         """Mean seconds of a step with this many workers side by side."""
         members = float(makespan(self.jobs(workers).seconds, workers).mean())
-        return self.times.restore() + members + self.times.update()
+        return self.times.restore() + members + self.times.update() + self._look(workers)
+
+    def _look(self, workers: int) -> float:
+        """Mean seconds in which the base completes its prompts after an update."""
+        if not self.work.looks:
+            return 0.0
+        alone = self.times.alone()
+        one = alone.read(self.work.prompts) + float(alone.generate(self._drawn[:, 0]).mean())
+        return math.ceil(self.work.looks / workers) * one
 
     def days(self, workers: int) -> float:
         """Days of all steps and evaluations with this many workers."""
@@ -181,6 +189,7 @@ class Plan:
         taken, read, generated = (
             float(part.sum()) / self.own for part in (jobs.taken, jobs.read, jobs.generated.mean(0))
         )
+        look = self._look(self.own)
         shared = ", shared out over all replicas" if shares_base(work, times.device) else ""
         shared = f", on each of {work.replicas} replicas" if work.replicas > 1 and times.device.is_gpu else shared
         trained = f"{times.shape.vectors(work.rank) if work.rank else trained_elements(times.shape, work):,}"
@@ -209,7 +218,7 @@ class Plan:
             ),
             Item(
                 "wait for the last",
-                max(0.0, self.step(self.own) - times.restore() - times.update() - taken - read - generated),
+                max(0.0, self.step(self.own) - times.restore() - times.update() - look - taken - read - generated),
                 f"workers without a member; {STRAGGLERS:.0%} of members take twice as long",
             ),
             Item(
@@ -217,6 +226,7 @@ class Plan:
                 times.update(),
                 f"draw {work.population + work.redrawn} x {trained} numbers, read and write the base once{shared}",
             ),
+            *([Item("look at the base", look, f"{work.looks} x {work.prompts} prompts")] if work.looks else []),
         ]
 
     @property

@@ -103,7 +103,7 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None, h
     usual = TINY_PROMPT_TOKENS if config.model in EMBEDDED else PROMPT_TOKENS
     rows = (config.task.eval_size or GENERATED_SIZE) if held_out is None else held_out
     return Work(
-        population=config.members + (config.prompt_groups if config.guard is not None else 0),  # the base, once more
+        population=config.members,
         prompts=config.rows_of_member,
         prompt_tokens=usual if prompt_tokens is None else prompt_tokens,
         new_tokens=config.max_new_tokens if new_tokens is None else new_tokens,
@@ -125,6 +125,7 @@ def _work(config: Config, prompt_tokens: int | None, new_tokens: float | None, h
         again=_again(config),
         rank=config.noise_rank,
         evaluated=rows * config.eval_samples,
+        looks=config.prompt_groups if config.guard is not None else 0,
     )
 
 
