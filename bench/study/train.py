@@ -67,18 +67,24 @@ def main() -> None:
     arguments = parser.parse_args()
     imports = {module: import_seconds(module) for module in IMPORTS}
     print(imports)
+    runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        runs = [run(seed, Path(folder), arguments.settings) for seed in range(arguments.seeds)]
+        for seed in range(arguments.seeds):
+            runs.append(run(seed, Path(folder), arguments.settings))
+            write_result(arguments.name, summary(imports, runs), arguments.results)  # as far as it has come
+
+
+def summary(imports: dict[str, float], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is recorded of these runs."""
     last = [list(r["accuracy"].values())[-1] for r in runs]
     first = [next(iter(r["accuracy"].values())) for r in runs]
-    figures = {
+    return {
         "import seconds": imports,
         "median seconds": statistics.median(r["seconds"] for r in runs),
         "accuracy before": [min(first), max(first)],
         "accuracy after": [min(last), max(last)],
         "runs": runs,
     }
-    write_result(arguments.name, figures, arguments.results)
 
 
 if __name__ == "__main__":
