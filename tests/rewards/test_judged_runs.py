@@ -91,7 +91,7 @@ def test_a_judge_that_is_not_there_is_said_before_anything_is_written(
     served.next = [401]
     with pytest.raises(EstuneError, match=r"refused by .*; put a key into the environment variable MY_KEY"):
         describe(settings(served, tmp_path))
-    assert "judge: 0.0" in describe(settings(served, tmp_path))
+    assert "judge: 0.0" in describe(settings(served, tmp_path)).text
 
 
 def test_a_file_names_a_judge(served: Served, tmp_path: Path) -> None:
