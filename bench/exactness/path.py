@@ -65,7 +65,7 @@ def inner_products(journal: Journal) -> dict[str, tuple[Products, int]]:
 
 
 def cosines(products: Products, weights: int) -> dict[str, Any]:
-    """Of all pairs of updates, over what they would be by chance."""
+    """Of all pairs of updates, and the root mean square that independent ones have."""
     lengths = np.sqrt(np.diag(products))
     found = (products / np.outer(lengths, lengths))[np.triu_indices(len(lengths), 1)]
     return rounded(

@@ -41,7 +41,6 @@ MANY = (
     "noise=rank1", "population=96", "prompts_per_step=4", "prompt_groups=4", "per_prompt=center", "learning_rate=0.02",
     "anchor_decay=0.3",
 )  # fmt: skip
-ONE_EACH = (*MANY, "sigma=0.004", "population=384", "prompts_per_step=1", "prompt_groups=8", "learning_rate=0.04")
 # ES with other settings, `es:NAME` among the methods. Sigma is what `estune probe` keeps most of the base at.
 OTHERS = {
     "": (),
@@ -54,8 +53,14 @@ OTHERS = {
         "anchor_decay=1",
         "lr_scheduler_type=cosine",
     ),
-    "384 members of a prompt": ONE_EACH,  # as many completions a step
-    "384 members of a prompt three times the tokens cosine": (*ONE_EACH, "anchor_decay=1", "lr_scheduler_type=cosine"),
+    "384 members of a prompt": (  # as many completions a step
+        *MANY,
+        "sigma=0.004",
+        "population=384",
+        "prompts_per_step=1",
+        "prompt_groups=8",
+        "learning_rate=0.04",
+    ),
     "96 members of embeddings": (*MANY, "sigma=0.01", "train_parameters=*embed_tokens*"),
     "rank one": ("noise=rank1",),
 }
@@ -63,7 +68,6 @@ OTHERS = {
 LONGER: dict[str, tuple[int, Mapping[str, int]]] = {
     "96 members and ten times the tokens": (10, {}),
     "96 members three times the tokens cosine": (3, {"capitals": 32, "conciseness": 56}),
-    "384 members of a prompt three times the tokens cosine": (3, {"conciseness": 56}),
 }
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
 ES = (

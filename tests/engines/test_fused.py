@@ -95,7 +95,7 @@ def test_a_head_in_several_parts_takes_the_same_tokens(rows: int, monkeypatch: p
 
 def test_a_cache_too_large_says_what_to_lower() -> None:
     with pytest.raises(EstuneError, match=r"out of memory for the key/value cache.*lower batch_size or max_new_tokens"):
-        decoder_of(model_of("qwen2")).cache("rows", 1 << 30, 1 << 20)
+        decoder_of(model_of("qwen2")).caches.kept("rows", 1 << 30, 1 << 20)
 
 
 def test_several_threads_take_the_same_tokens() -> None:
@@ -167,12 +167,12 @@ def test_nothing_of_earlier_calls_is_read() -> None:
     decoder = decoder_of(model, (end_id,))
     batches = (MIXED, PREFIXED, EVEN, BRANCHING)
     first = [cut(decode(decoder, prompts), (end_id,)) for prompts in batches]
-    buffers = dict(decoder.storage)
+    buffers = dict(decoder.caches.storage)
     for prompts, expected in zip(batches, first, strict=True):
-        for buffer in decoder.storage.values():
+        for buffer in decoder.caches.storage.values():
             buffer.fill(math.nan)
         assert cut(decode(decoder, prompts), (end_id,)) == expected
-    assert all(decoder.storage[name] is buffer for name, buffer in buffers.items()), "storage was allocated anew"
+    assert all(decoder.caches.storage[name] is buffer for name, buffer in buffers.items()), "storage was allocated anew"
 
 
 def test_weights_changed_in_place_are_used() -> None:

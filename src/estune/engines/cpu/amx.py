@@ -29,7 +29,7 @@ from estune.noise.compiled import jit
 BLOCK = 16  # rows of a tile
 DEPTH = 32  # elements of bfloat16 in a row of a tile
 PACK_WEIGHTS_FROM = 256
-"""Tokens from which on it is the weights that are laid out: sooner from here on for all of a small model's shapes."""
+"""Tokens from which on the weights are laid out: wide products take 0.9 of the time by then, all less from 512 on."""
 SCRATCH = 4 * BLOCK * BLOCK
 """Elements that hold four tiles of sums."""
 PANEL = 1 << 17

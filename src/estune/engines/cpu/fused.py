@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,12 +23,13 @@ import torch
 from estune.completion import Sampling
 from estune.engines import decode
 from estune.engines.cpu import kernels
+from estune.engines.cpu.caches import Cache, Caches
 from estune.engines.cpu.layers import Linear, are_plain, bits_of, fused_layer, matrix_of
 from estune.engines.cpu.low_rank import LowRank, is_plain
 from estune.engines.cpu.members import Drawn, Members, Together, address
 from estune.engines.cpu.products import NONE, Array, Coded, Products
 from estune.engines.cpu.simd import WIDTH
-from estune.engines.memory import aligned_empty, memory_for
+from estune.engines.memory import aligned_empty
 from estune.engines.progress import Meter
 from estune.engines.sampling import choose
 from estune.engines.tree import Places, PromptTree, common_prefix
@@ -73,14 +73,6 @@ def unfusable(model: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-@dataclass(frozen=True)
-class Cache:
-    """Keys `[layers, rows, heads, slots / 16, dim, 16]` and values `[layers, rows, heads, slots, dim]`."""
-
-    keys: Array
-    values: Array
-
-
 class FusedDecoder:
     """As `Decoder`, for models for which `unfusable` gives no reason; not for two threads at a time.
 
@@ -110,7 +102,7 @@ class FusedDecoder:
         self._cos = self._sin = np.empty((0, self._dim // 2), np.float32)
         # Kept, as all members of a step are given the same prompts, in one batch or a few.
         self._tree = functools.lru_cache(maxsize=16)(PromptTree.of)
-        self.storage: dict[str, Array] = {}
+        self.caches = Caches(len(self._layers), self._heads, self._dim, self._final_norm.dtype)
         self._members: Members | None = None  # whose rows are decoded
 
     @torch.inference_mode()
@@ -153,13 +145,13 @@ class FusedDecoder:
         shared = common_prefix(prompts) // WIDTH * WIDTH if len(prompts) > 1 and members is None else 0
         meter = Meter()
         self.reach(int(lengths.max()) + new)
-        prefix = self.cache("prefix", 1, shared)
-        cache = self.cache("rows", len(prompts), int(lengths.max()) - shared + new)
+        prefix = self.caches.kept("prefix", 1, shared)
+        cache = self.caches.kept("rows", len(prompts), int(lengths.max()) - shared + new)
         for start in range(0, shared, PREFILL_TOKENS):
             positions = np.arange(start, min(start + PREFILL_TOKENS, shared))
             places = Places.of(np.zeros_like(positions), positions)
             ids = np.array(prompts[0])[positions]
-            self.forward(ids, places, places, prefix, self.cache("none", 1, 0), 0, last=positions[:0])
+            self.forward(ids, places, places, prefix, self.caches.kept("none", 1, 0), 0, last=positions[:0])
         meter.read(shared * len(prompts))
         hidden = self._prefill(prompts, owners, shared, cache, prefix, meter)
         rows = np.arange(len(prompts))
@@ -206,8 +198,8 @@ class FusedDecoder:
         rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
         longest = max(map(len, rows))
         self.reach(longest)
-        cache = self.cache("rows", len(rows), longest)
-        none = self.cache("none", 1, 0)
+        cache = self.caches.kept("rows", len(rows), longest)
+        none = self.caches.kept("none", 1, 0)
         tree = PromptTree.of(rows, 0)
         # 1. Find the nodes after which a completion's tokens come, by rising node, and these tokens.
         first = np.array([len(prompt) - 1 for prompt in prompts])
@@ -383,30 +375,6 @@ class FusedDecoder:
             kernel(*by_token, *whole)
             return
         self._product.in_parts(count, lambda first, last: kernel(*(array[first:last] for array in by_token), *whole))
-
-    def cache(self, name: str, rows: int, slots: int) -> Cache:
-        """A cache in storage that is kept, under this name, from one batch to the next."""
-        size = self._cache_size(rows, slots)
-        if name not in self.storage or len(self.storage[name]) < size:
-            self.storage.pop(name, None)  # the old one goes before the new one comes
-            self.storage[name] = self._cache_memory(size)
-        return self._cache_in(self.storage[name][:size], rows)
-
-    def new_cache(self, rows: int, slots: int) -> Cache:
-        """A cache in storage of its own."""
-        return self._cache_in(self._cache_memory(self._cache_size(rows, slots)), rows)
-
-    def _cache_size(self, rows: int, slots: int) -> int:
-        """Elements of a cache, whose slots are a multiple of 16."""
-        return 2 * len(self._layers) * rows * self._heads * -(-slots // WIDTH) * WIDTH * self._dim
-
-    def _cache_memory(self, size: int) -> Array:
-        with memory_for("the key/value cache", "lower batch_size or max_new_tokens"):
-            return aligned_empty(size, self._final_norm.dtype)
-
-    def _cache_in(self, memory: Array, rows: int) -> Cache:
-        keys, values = memory.reshape(2, len(self._layers), rows, self._heads, -1, self._dim)
-        return Cache(keys.reshape(*keys.shape[:3], -1, self._dim, WIDTH), values)
 
     def reach(self, positions: int) -> None:
         """Compute the rotary embedding's angles for this many positions, unless they are there."""

@@ -14,7 +14,8 @@ import torch
 
 from estune.completion import Sampling
 from estune.engines.continuous import Request
-from estune.engines.cpu.fused import PREFILL_TOKENS, Cache, FusedDecoder
+from estune.engines.cpu.caches import Cache
+from estune.engines.cpu.fused import PREFILL_TOKENS, FusedDecoder
 from estune.engines.cpu.products import Array
 from estune.engines.cpu.simd import WIDTH
 from estune.engines.progress import Meter
@@ -50,7 +51,7 @@ class FusedRows:
     def __init__(self, decoder: FusedDecoder, fitting: Callable[[int], int]) -> None:
         self._decoder = decoder
         self._fitting = fitting
-        self._none = decoder.cache("none", 1, 0)
+        self._none = decoder.caches.kept("none", 1, 0)
         self._ids = np.full((0, 0), -1)  # [rows, slots]: the tokens of each row
         self._cached = np.zeros(0, np.int64)  # [rows]: how many of them are cached
         self._left = np.zeros(0, np.int64)  # [rows]: when the row was left, by `_clock`
@@ -218,7 +219,7 @@ class FusedRows:
         cached[:kept] = self._cached[:kept]
         left = np.zeros(rows, np.int64)
         left[:kept] = self._left[:kept]
-        self._cache = self._decoder.new_cache(rows, slots)
+        self._cache = self._decoder.caches.new(rows, slots)
         if old is not None and kept:
             self._cache.keys[:, :kept, :, : old.keys.shape[3]] = old.keys[:, :kept]
             self._cache.values[:, :kept, :, : old.values.shape[3]] = old.values[:, :kept]
