@@ -98,6 +98,11 @@ def test_a_prompt_on_which_members_agree_makes_no_group_better_than_another(per_
     assert Objective(per_prompt=per_prompt).fitness([[0.1]] * 3 + [[0.0]] * 3, groups=2) == [0.0] * 6
 
 
+@pytest.mark.parametrize("per_prompt", ["none", "center", "standardize"])
+def test_members_without_prompts_have_no_fitness(per_prompt: Any) -> None:
+    assert Objective(per_prompt=per_prompt).fitness([[], []]) == [None, None]
+
+
 def test_a_member_with_a_score_that_is_not_finite_has_failed_and_the_others_are_judged_without_it() -> None:
     scores = [[1.0, math.nan], [3.0, 1.0], [None, None], [1.0, 1.0]]
     assert Objective().fitness(scores) == [None, 2.0, None, 1.0]
@@ -258,6 +263,11 @@ def test_a_mirrored_pair_moves_the_base_along_one_direction() -> None:
     even = EvolutionStrategy(**parts, momentum=Momentum(0.5, 1))
     even.tell([1.0, 1.0, 0.0, 0.0])  # both signs are as good
     assert even.tell([1.0, 0.0, 1.0, 0.0]).factors == (0.5,)
+
+
+def test_decay_goes_the_whole_way_at_most() -> None:
+    update = EvolutionStrategy(population=2, learning_rate=0.5, weight_decay=3.0, anchor_decay=4.0).tell([0.0, 1.0])
+    assert (update.decay, update.anchor) == (-1.0, 1.0)
 
 
 def test_where_nothing_is_learned_nothing_moves() -> None:
