@@ -169,7 +169,7 @@ def _picture(found: Mapping[str, Sequence[Result]], path: Path) -> None:
 def _origin(results: Path) -> str:
     """Where the figures come from: of all lines of results the processors and versions."""
     machines = [
-        m for file in sorted(results.glob("*.jsonl")) for line in read_lines(file) if (m := line.get("machine"))
+        m for file in sorted(results.rglob("*.jsonl")) for line in read_lines(file) if (m := line.get("machine"))
     ]
     kinds = {name: ", ".join(sorted({m[name] for m in machines})) for name in ("cpu", *VERSIONS)}
     versions = "; ".join(f"{name} {kinds[name]}" for name in VERSIONS)

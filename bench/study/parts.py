@@ -33,6 +33,7 @@ from estune.study.compare.report import NAMES
 from estune.study.compare.run import compare
 
 FOLDER = Path("runs/study/parts")
+AGAIN = "again"  # a folder among the results, of the whole once more
 BUDGET, POINTS, TOKENS = 200_000, 20, 18.5  # to generate, and of a completion, about
 SHORTER = {"cosine": 15.0}  # tokens of a completion by these settings, which make a schedule come to its end
 SETTLED = 3  # runs of a row from which on its best point counts as what there is to be had
@@ -101,7 +102,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "together, constant rate": {**TOGETHER, "lr_scheduler_type": "constant"},
     "together, 32 members of 4 prompts": {**TOGETHER, "population": 32, "prompts_per_step": 4, "learning_rate": 0.04},
     "together, full noise": {**TOGETHER, "noise": "iid"},
+    "together, mirrored": {**TOGETHER, "mirrored": True},
+    "together, standardized": {**TOGETHER, "per_prompt": "standardize"},
+    "together, ranks": {**TOGETHER, "shaping": "centered_ranks"},
+    "together, momentum": {**TOGETHER, "momentum": 0.5},
     "embeddings alone": EMBEDDINGS,
+    "embeddings alone, rank one": {**EMBEDDINGS, "noise": "rank1"},
+    "embeddings alone, mirrored": {**EMBEDDINGS, "mirrored": True},
+    "embeddings alone, ranks": {**EMBEDDINGS, "shaping": "centered_ranks"},
+    "embeddings alone, standardized prompts": {**EMBEDDINGS, "per_prompt": "standardize"},
+    "embeddings alone, momentum": {**EMBEDDINGS, "momentum": 0.5},
+    "embeddings alone, anchor": {**EMBEDDINGS, "anchor_decay": 2.0},
+    "embeddings alone, cosine": {**EMBEDDINGS, "lr_scheduler_type": "cosine"},
+    "embeddings alone, double alpha": {**EMBEDDINGS, "learning_rate": 0.024},
+    "embeddings alone, double alpha, cosine": {
+        **EMBEDDINGS, "learning_rate": 0.024, "lr_scheduler_type": "cosine",
+    },
+    "embeddings alone, double alpha, anchor": {**EMBEDDINGS, "learning_rate": 0.024, "anchor_decay": 2.0},
+    "embeddings alone, groups": {
+        **EMBEDDINGS, "population": 40, "prompts_per_step": 4, "prompt_groups": 4, "per_prompt": "center",
+        "learning_rate": 0.03, "lr_scheduler_type": "cosine",
+    },
     "128 members, 1 prompt, small sigma, for conciseness": {
         "noise": "rank1", "population": 128, "prompts_per_step": 1, "prompt_groups": 4, "per_prompt": "center",
         "sigma": 0.012, "learning_rate": 0.06, "anchor_decay": 0.3, "lr_scheduler_type": "cosine",
@@ -255,18 +276,35 @@ def section(results: Path) -> str:
         "The second table of a model is accuracy in percent at equal processor seconds; a run that is over sooner has\n"
         "its end's.",
     ]
-    for model in (*COUNTDOWN, *WIDE):
-        if lines := read_lines(results / f"parts-{model}.jsonl"):
-            learning = by_name([line for line in lines if line["job"]["method"] != "es"])
-            compared = {name: of for name, of in by_name(lines).items() if name in (*COMPARED, *learning)}
-            found += [f"### {model}, curves", markdown(table(lines)), markdown(at_equal_time(compared, MOMENTS))]
+    found += _curves(results, "")
     found += [
         "### As long as reinforcement learning",
         f"ES with {LONGER:,} tokens, for which it takes about as long as reinforcement learning takes for {BUDGET:,}.\n"
         "Processor seconds are of training alone.",
         markdown(longer(results)),
     ]
+    if again := _curves(results / AGAIN, ", again"):
+        found += [
+            "## The strategy's parts, again",
+            "The same on another processor, with five seeds of ES and of reinforcement learning where time allowed,\n"
+            "and the two smaller models pretrained once more, with the same recipe: the embedded model alone is the\n"
+            "same to the bit. Rows of embeddings alone with another part are pairs; those of `together` change or add\n"
+            "one. All seconds here are of this processor, one run beside at most one other.",
+            *again,
+        ]
     return "\n\n".join(found)
+
+
+def _curves(results: Path, title: str) -> list[str]:
+    """For each model its rows, and what the main ones have after equal seconds."""
+    found = []
+    for model in (*COUNTDOWN, *WIDE):
+        if lines := read_lines(results / f"parts-{model}.jsonl"):
+            learning = by_name([line for line in lines if line["job"]["method"] != "es"])
+            compared = {name: of for name, of in by_name(lines).items() if name in (*COMPARED, *learning)}
+            found += [f"### {model}, curves{title}", markdown(table(lines))]
+            found += [markdown(at_equal_time(compared, MOMENTS))]
+    return found
 
 
 def longer(results: Path) -> list[list[str]]:
@@ -303,17 +341,21 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--budget", type=int, default=BUDGET, help=f"{LONGER} beside RL's {BUDGET}: of about its time")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument(
+        "--again", action="store_true", help=f"into DIR/{AGAIN}: with models pretrained anew, or on another machine"
+    )
     arguments = parser.parse_args()
+    results = arguments.results / AGAIN if arguments.again else arguments.results
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     common: dict[str, Any] = {"budget": arguments.budget, "seeds": seeds, "points": POINTS, "batch": 128}
     for model in arguments.models.split(","):
         for name in filter(None, arguments.settings.split(";")):
             plan = Plan(methods=["es"], **common)
-            run(model, name, SETTINGS[name], plan, arguments.results)
+            run(model, name, SETTINGS[name], plan, results)
         for method in filter(None, arguments.methods.split(",")):
             name, _, rate = method.removesuffix(ALONE).partition("@")
             plan = Plan(methods=[name], rates=[float(rate or rates(model, arguments.results)[name])], **common)
-            run(model, method, EMBEDDINGS if method.endswith(ALONE) else {}, plan, arguments.results)
+            run(model, method, EMBEDDINGS if method.endswith(ALONE) else {}, plan, results)
 
 
 if __name__ == "__main__":

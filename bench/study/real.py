@@ -194,8 +194,9 @@ def section(results: Path) -> list[str]:
         "SmolLM2-135M-Instruct (`bench.study.real`), means over seeds; RL's learning rates stand in the\n"
         "names of its rows, and a trial run is left out.\n"
         "The first table of a task is of greedy completions. `short, wrong` are those of at most half of the base's\n"
-        "mean length that are not right, by which a reward for brevity can be hacked; seconds are a processor's, of\n"
-        "training alone, memory is the process's peak, and the last columns are tasks that nobody was trained for.\n"
+        "mean length that are not right, by which a reward for brevity can be hacked; seconds are one kind of\n"
+        "processor's, of training alone (runs on another have none), memory is the process's peak, the last columns\n"
+        "are tasks that nobody was trained for.\n"
         f"The second is of {SAMPLES} completions at temperature 1: the share of questions that one of k is right for.\n"
         "The third is greedy accuracy at equal processor seconds, when those of each row of ES are over: learning\n"
         f"curves, of {POINTS} points, are taken to go evenly between two, and a run that is over sooner has its end's.",
@@ -216,7 +217,7 @@ def section(results: Path) -> list[str]:
 
 def _rows(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """The runs that came to their end, by the name of their row: the model itself, or method and rate or settings."""
-    ended = [line for line in lines if not line["job"].get("trial") and "error" not in line]
+    ended = [line for line in _timed_alike(lines) if not line["job"].get("trial") and "error" not in line]
     before = next((line["base_accuracy"] for line in ended if "base_accuracy" in line), None)
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for line in ended:
@@ -227,6 +228,17 @@ def _rows(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
         name = NAMES[line["job"]["method"]], f"{rate:g}" if rate else "", line.get("settings", "")
         rows.setdefault(", ".join(filter(None, name)), []).append(line)
     return rows
+
+
+def _timed_alike(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The same, without the seconds of runs on another processor than the first line's: they cannot be compared."""
+    return [line if line["machine"]["cpu"] == lines[0]["machine"]["cpu"] else _untimed(line) for line in lines]
+
+
+def _untimed(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of a run, or of a point of its curve, without its seconds."""
+    left = {key: value for key, value in figures.items() if key != "cpu_seconds"}
+    return left | {"curve": [_untimed(point) for point in left["curve"]]} if "curve" in left else left
 
 
 def figures(
