@@ -56,6 +56,7 @@ class Liar(BaseHTTPRequestHandler):
     endless = b""
 
     def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))  # what is left unread breaks the connection off
         self.send_response(self.status)
         self.send_header("location", "http://127.0.0.1:1/")
         self.end_headers()
