@@ -90,11 +90,12 @@ class Vllm:
     def __init__(self, python: Path, model: Path, dtype: str) -> None:
         more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}
         more["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{available_cores() - 1}"
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [python, "-m", "bench.speed.vllm_plain", str(model), dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.log,
             text=True,
             env=os.environ | more,
         )
@@ -113,11 +114,15 @@ class Vllm:
         for line in self.process.stdout:
             if line.startswith(ANSWER):
                 return json.loads(line.removeprefix(ANSWER))
-        raise RuntimeError(f"vLLM ended with code {self.process.wait()}")
+        code = self.process.wait()
+        self.log.seek(0)
+        *_, why = filter(None, ["its log is empty", *map(str.strip, self.log)])
+        raise RuntimeError(f"vLLM ended with code {code}: {why}")
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.log.close()
 
 
 class Turns(Alternation):
