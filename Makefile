@@ -77,7 +77,7 @@ bench: $(VENV)/.test-installed ## take all measurements; results go to bench/res
 gpu-day: $(VENV)/.test-installed ## all that only a GPU can show: bits, bandwidth, tokens a second, runs, vLLM
 	$(BIN)/python -m bench.gpu.day $(ARGS)
 
-bench-page: $(VENV)/.test-installed ## write docs/performance.md and docs/study.md from the results in bench/results
+bench-page: $(VENV)/.test-installed ## write docs/performance.md and docs/study-tables.md from the results in bench/results
 	$(BIN)/python -m bench.page
 	$(BIN)/python -m bench.study.page
 

@@ -2,7 +2,7 @@
 
     python -m bench.study.compare models        pretrain the small ones, minutes each, into runs/study/models
     python -m bench.study.compare run           compare; goes on where it was cut off
-    python -m bench.study.page          docs/study.md from bench/results
+    python -m bench.study.page          docs/study-tables.md from bench/results
 
 One set of ES settings for all models and both tasks, chosen by `bench.study.sensitivity` on the largest of the models.
 In the first two sections the learning rate of RL is chosen for each model and task, on a seed of its own, by reward

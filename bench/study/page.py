@@ -1,8 +1,8 @@
-"""docs/study.md and its pictures, from the results of `bench.study.compare` and `bench.study.sensitivity`.
+"""docs/study-tables.md and its pictures, from the results of `bench.study.compare` and `bench.study.sensitivity`.
 
     python -m bench.study.page
 
-What is below the page's last heading is kept as it is.
+What came of it all is docs/study.md, written by hand.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from bench.study import parts as parts_of_the_strategy
 from estune.charts.table import markdown, spread
 from estune.study.compare.report import NAMES, by_method, draw, table, trials_table
 
-PAGE = Path(__file__).parents[2] / "docs" / "study.md"
+PAGE = Path(__file__).parents[2] / "docs" / "study-tables.md"
 VERSIONS = ("python", "estune", "torch", "transformers")
-CONCLUSION = "## What held and what did not"
 
 Result = Mapping[str, Any]
 
@@ -76,9 +75,8 @@ def page(results: Path, path: Path) -> None:
         *kept.section(results),
         _origin(results),
     ]
-    conclusion = path.read_text().partition(CONCLUSION)[2] if path.is_file() else "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + f"\n\n{CONCLUSION}{conclusion}")
+    path.write_text("\n\n".join(parts) + "\n")
 
 
 def _careful(results: Path) -> list[str]:
@@ -121,12 +119,12 @@ def _introduction(found: Mapping[str, Sequence[Result]]) -> str:
     budget = found[compare.EMBEDDED][0]["budget"]
     _, _, design = (compare.__doc__ or "").partition("One set of ")
     return (
-        "# A study in miniature\n\n<!-- By `python -m bench.study.page`; the last section is kept. -->\n\n"
+        "# The study's tables\n\n<!-- By `python -m bench.study.page`. -->\n\n"
         f"One set of {design.strip()}\n\n"
         f"A run may generate {budget:,} tokens. In Countdown with three numbers each model has the skill and\n"
         "seldom uses it, by the [recipe](../recipes/tiny) of the embedded model, which for the others is cut short.\n"
         "Figures are means over seeds, with the standard deviation of the sample. [compare.md](compare.md) says what\n"
-        "each column is."
+        "each column is, and [the study](study.md) what came of all this."
     )
 
 
