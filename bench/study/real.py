@@ -62,12 +62,20 @@ OTHERS = {
         "learning_rate=0.04",
     ),
     "96 members of embeddings": (*MANY, "sigma=0.01", "train_parameters=*embed_tokens*"),
+    "96 members of norms": (  # found by `estune probe --parts` and on seed 1000 of conciseness
+        *MANY,
+        "sigma=0.02",
+        "learning_rate=0.06",
+        "lr_scheduler_type=cosine",
+        "train_parameters=*norm*",
+    ),
     "rank one": ("noise=rank1",),
 }
 # The tokens of some of these, as a multiple, and by task about their steps, where a schedule has to know.
 LONGER: dict[str, tuple[int, Mapping[str, int]]] = {
     "96 members and ten times the tokens": (10, {}),
     "96 members three times the tokens cosine": (3, {"capitals": 32, "conciseness": 56}),
+    "96 members of norms": (1, {"capitals": 10, "conciseness": 20}),
 }
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
 ES = (
