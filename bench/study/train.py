@@ -62,6 +62,7 @@ def import_seconds(module: str, repeats: int = 7) -> float:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="seed, of the first run")
     parser.add_argument("--name", default="train", help="of the result, for a job with other settings")
     parser.add_argument("settings", nargs="*", help="settings of another job, after `--`")
     arguments = parser.parse_args()
@@ -69,7 +70,7 @@ def main() -> None:
     print(imports)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first, arguments.first + arguments.seeds):
             runs.append(run(seed, Path(folder), arguments.settings))
             write_result(arguments.name, summary(imports, runs), arguments.results)  # as far as it has come
 
