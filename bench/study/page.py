@@ -71,6 +71,7 @@ def page(results: Path, path: Path) -> None:
         *_alphas(results),
         parts_of_the_strategy.section(results),
         *objectives.section(results),
+        *parts_of_the_strategy.again(results),
         *real.section(results),
         *kept.section(results),
         _origin(results),

@@ -283,16 +283,20 @@ def section(results: Path) -> str:
         "Processor seconds are of training alone.",
         markdown(longer(results)),
     ]
-    if again := _curves(results / AGAIN, ", again"):
-        found += [
-            "## The strategy's parts, again",
-            "The same on another processor, with five seeds of ES and of reinforcement learning where time allowed,\n"
-            "and the two smaller models pretrained once more, with the same recipe: the embedded model alone is the\n"
-            "same to the bit. Rows of embeddings alone with another part are pairs; those of `together` change or add\n"
-            "one. All seconds here are of this processor, one run beside at most one other.",
-            *again,
-        ]
     return "\n\n".join(found)
+
+
+def again(results: Path) -> list[str]:
+    """The page's part about the runs that were made once more, if there are any."""
+    found = _curves(results / AGAIN, ", again")
+    return found and [
+        "## The strategy's parts, again",
+        "The same on another processor, with the two smaller models pretrained once more by the same recipe: the\n"
+        "embedded model alone is the same to the bit. Rows of embeddings alone with another part are pairs, as are\n"
+        "those of `together`, which add one or change it. All seconds here are of this processor, with one other run\n"
+        "beside.",
+        *found,
+    ]
 
 
 def _curves(results: Path, title: str) -> list[str]:
