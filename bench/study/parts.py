@@ -291,11 +291,11 @@ def again(results: Path) -> list[str]:
     found = _curves(results / AGAIN, ", again")
     return found and [
         "## The strategy's parts, again",
-        "The same on another processor, and on the models of the first tables: pretrained once more by the same recipe\n"
-        "on such a processor, they come out the same to the bit, as far as runs tell. Of 15 runs by the paper's\n"
-        "settings seven agree with those there in every digit, the others in accuracy within 1.25 points, as decoding\n"
-        "rounds otherwise since. Rows of embeddings alone with another part are pairs, as are those of `together`,\n"
-        "which add one or change it. All seconds here are of this processor, with one other run beside.",
+        "The same on another processor, and on the models of the first tables: made once more by their recipe on such\n"
+        "a processor, they come out the same to the bit, as far as runs tell. Of 15 runs by the paper's settings\n"
+        "seven agree with those there in every digit, the others in accuracy within 1.25 points, as decoding rounds\n"
+        "otherwise since. Rows of embeddings alone with another part are pairs, as are those of `together`, which add\n"
+        "one or change it. All seconds here are of this processor, with one other run beside.",
         *found,
     ]
 
