@@ -104,7 +104,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "together, full noise": {**TOGETHER, "noise": "iid"},
     "together, mirrored": {**TOGETHER, "mirrored": True},
     "together, standardized": {**TOGETHER, "per_prompt": "standardize"},
-    "together, ranks": {**TOGETHER, "shaping": "centered_ranks"},
     "together, momentum": {**TOGETHER, "momentum": 0.5},
     "embeddings alone": EMBEDDINGS,
     "embeddings alone, rank one": {**EMBEDDINGS, "noise": "rank1"},
@@ -118,7 +117,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "embeddings alone, double alpha, cosine": {
         **EMBEDDINGS, "learning_rate": 0.024, "lr_scheduler_type": "cosine",
     },
-    "embeddings alone, double alpha, anchor": {**EMBEDDINGS, "learning_rate": 0.024, "anchor_decay": 2.0},
     "embeddings alone, groups": {
         **EMBEDDINGS, "population": 40, "prompts_per_step": 4, "prompt_groups": 4, "per_prompt": "center",
         "learning_rate": 0.03, "lr_scheduler_type": "cosine",
